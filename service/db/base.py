@@ -1,0 +1,80 @@
+"""Base of all models: the naming convention, the column types, the mixins."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import BigInteger, DateTime, Dialect, Identity, Integer, MetaData, String, Text
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import TypeDecorator
+
+# An id fits a JavaScript number, and leaves room on both sides of int64.
+MAX_ID = 2**53
+
+BigInt = BigInteger().with_variant(Integer(), "sqlite")  # SQLite autoincrements INTEGER only
+
+
+def text(length: int | None = None) -> String:
+    """Return a text type that compares by code point on both databases."""
+    kind = String if length else Text
+    return kind(length).with_variant(kind(length, collation="C"), "postgresql")
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A time in UTC, to the microsecond; SQLite, which has no zones, stores it without one."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None or dialect.name != "sqlite":
+            return value
+        return value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        if value is None or value.tzinfo is not None:
+            return value
+        return value.replace(tzinfo=UTC)
+
+
+class now(FunctionElement[datetime]):  # noqa: N801  (reads as SQL)
+    """The database's clock, one for all servers: the time at which the transaction began."""
+
+    type = UtcDateTime()
+    inherit_cache = True
+
+
+@compiles(now)
+def _now(element: now, compiler: Any, **options: Any) -> str:  # noqa: ARG001
+    return "now()"
+
+
+@compiles(now, "sqlite")
+def _now_sqlite(element: now, compiler: Any, **options: Any) -> str:  # noqa: ARG001
+    # SQLite's clock has milliseconds; as many digits as DateTime writes, so that text order is time order.
+    return "(strftime('%Y-%m-%d %H:%M:%f000', 'now'))"
+
+
+class Base(DeclarativeBase):
+    """Every constraint has a name, so that a migration can drop it and an error can be told by it."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+class Entity(Base):
+    """What a resource has: an id that is never used twice, two times, and a version to check against."""
+
+    __abstract__ = True
+
+    id: Mapped[int] = mapped_column(BigInt, Identity(), primary_key=True, sort_order=-1)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now(), sort_order=1)
+    updated_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now(), sort_order=1)
+    version: Mapped[int] = mapped_column(BigInt, server_default="1", sort_order=1)

@@ -1,0 +1,211 @@
+"""The domain errors. They know no transport; `interceptors/errors.py` has the table of statuses.
+
+RosterError
+├── InvalidArgument      InvalidField InvalidMask InvalidFilter InvalidOrder InvalidPageToken
+│                        InvalidOptions MalformedMessage TooLarge
+├── NotFound             UserNotFound PostNotFound LoadNotFound
+├── AlreadyExists        EmailTaken IdTaken RequestIdReused
+├── FailedPrecondition   AuthorNotFound OptionsChanged LoadFinished LoadAborted LoadExpired TooManyFailures
+├── Aborted              VersionMismatch LoadFenced
+├── OutOfRange           OffsetGap
+├── Unavailable          PoolExhausted Overloaded DatabaseUnavailable Draining
+├── StatementTimeout
+└── Unsupported
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One thing wrong with a request: the path of the field, and a sentence."""
+
+    field: str
+    message: str
+
+
+class RosterError(Exception):
+    """What a caller is told: a reason to switch on, a sentence to read, facts to act on.
+
+    `field` is the path of the field at fault, "" where there is none. No message echoes a value.
+    """
+
+    reason: ClassVar[str] = "INTERNAL"
+    retry_after_seconds: ClassVar[float | None] = None
+
+    def __init__(self, message: str, *, field: str = "", **facts: int | str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.facts = facts
+
+    @property
+    def violations(self) -> list[Violation]:
+        """The fields at fault."""
+        return [Violation(self.field, self.message)] if self.field else []
+
+
+class InvalidArgument(RosterError):
+    """The request is wrong whatever the state of the system."""
+
+
+class InvalidField(InvalidArgument):
+    """One or more fields have values that can't be accepted."""
+
+    reason = "INVALID_FIELD"
+
+    @classmethod
+    def of(cls, violations: list[Violation]) -> "InvalidField":
+        """Return one error for several fields; its message is the first one's."""
+        error = cls(violations[0].message, field=violations[0].field)
+        error._violations = violations
+        return error
+
+    _violations: list[Violation] | None = None
+
+    @property
+    def violations(self) -> list[Violation]:
+        return self._violations or super().violations
+
+
+class InvalidMask(InvalidArgument):
+    reason = "INVALID_MASK"
+
+
+class InvalidFilter(InvalidArgument):
+    reason = "INVALID_FILTER"
+
+
+class InvalidOrder(InvalidArgument):
+    reason = "INVALID_ORDER"
+
+
+class InvalidPageToken(InvalidArgument):
+    reason = "INVALID_PAGE_TOKEN"
+
+
+class InvalidOptions(InvalidArgument):
+    reason = "INVALID_OPTIONS"
+
+
+class MalformedMessage(InvalidArgument):
+    reason = "MALFORMED_MESSAGE"
+
+
+class TooLarge(InvalidArgument):
+    reason = "TOO_LARGE"
+
+
+class NotFound(RosterError):
+    """The resource named does not exist."""
+
+
+class UserNotFound(NotFound):
+    reason = "USER_NOT_FOUND"
+
+
+class PostNotFound(NotFound):
+    reason = "POST_NOT_FOUND"
+
+
+class LoadNotFound(NotFound):
+    reason = "LOAD_NOT_FOUND"
+
+
+class AlreadyExists(RosterError):
+    """A unique key is taken; the fact `existing_id` says by which row, where it may be told."""
+
+
+class EmailTaken(AlreadyExists):
+    reason = "EMAIL_TAKEN"
+
+
+class IdTaken(AlreadyExists):
+    reason = "ID_TAKEN"
+
+
+class RequestIdReused(AlreadyExists):
+    reason = "REQUEST_ID_REUSED"
+
+
+class FailedPrecondition(RosterError):
+    """The state of the system forbids it; trying again changes nothing."""
+
+
+class AuthorNotFound(FailedPrecondition):
+    reason = "AUTHOR_NOT_FOUND"
+
+
+class OptionsChanged(FailedPrecondition):
+    reason = "OPTIONS_CHANGED"
+
+
+class LoadFinished(FailedPrecondition):
+    reason = "LOAD_FINISHED"
+
+
+class LoadAborted(FailedPrecondition):
+    reason = "LOAD_ABORTED"
+
+
+class LoadExpired(FailedPrecondition):
+    reason = "LOAD_EXPIRED"
+
+
+class TooManyFailures(FailedPrecondition):
+    reason = "TOO_MANY_FAILURES"
+
+
+class Aborted(RosterError):
+    """Somebody else was first; read again, then decide."""
+
+
+class VersionMismatch(Aborted):
+    reason = "VERSION_MISMATCH"
+
+
+class LoadFenced(Aborted):
+    reason = "LOAD_FENCED"
+
+
+class OutOfRange(RosterError):
+    """The position asked for is not reachable now."""
+
+
+class OffsetGap(OutOfRange):
+    reason = "OFFSET_GAP"
+
+
+class Unavailable(RosterError):
+    """Nothing was done; safe to try again after `retry_after_seconds`."""
+
+    retry_after_seconds = 1.0
+
+
+class PoolExhausted(Unavailable):
+    reason = "POOL_EXHAUSTED"
+
+
+class Overloaded(Unavailable):
+    reason = "OVERLOADED"
+
+
+class DatabaseUnavailable(Unavailable):
+    reason = "DATABASE_UNAVAILABLE"
+
+
+class Draining(Unavailable):
+    reason = "DRAINING"
+
+
+class StatementTimeout(RosterError):
+    """The database gave up on a statement that took too long."""
+
+    reason = "STATEMENT_TIMEOUT"
+
+
+class Unsupported(RosterError):
+    """What the contract names and the server does not have."""
+
+    reason = "UNSUPPORTED"
