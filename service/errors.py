@@ -10,6 +10,7 @@ RosterError
 ├── OutOfRange           OffsetGap
 ├── Unavailable          PoolExhausted Overloaded DatabaseUnavailable Draining
 ├── StatementTimeout
+├── OutcomeUnknown
 └── Unsupported
 """
 
@@ -203,6 +204,12 @@ class StatementTimeout(RosterError):
     """The database gave up on a statement that took too long."""
 
     reason = "STATEMENT_TIMEOUT"
+
+
+class OutcomeUnknown(RosterError):
+    """The connection broke during a commit: the write is in, or it is not."""
+
+    reason = "OUTCOME_UNKNOWN"
 
 
 class Unsupported(RosterError):

@@ -1,0 +1,68 @@
+"""Bulk streams: outcome -> message."""
+
+from google.rpc.status_pb2 import Status
+
+from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkOpened, BulkSummary, BulkWriteResponse, RowFailure
+from service.db.bulk.batch import Outcome
+from service.errors import RosterError
+from service.interceptors.errors import status_code, status_from_error
+
+MAX_FAILURE_MESSAGE = 200
+
+
+def opened_to_message(load_id: str, next_offset: int, max_rows: int, max_bytes: int) -> BulkWriteResponse:
+    """Return the answer to a stream's first message."""
+    return BulkWriteResponse(
+        opened=BulkOpened(load_id=load_id, next_offset=next_offset, max_rows=max_rows, max_bytes=max_bytes)
+    )
+
+
+def outcome_to_message(offset: int, outcome: Outcome, *, return_ids: bool) -> BulkWriteResponse:
+    """Return the acknowledgement of a batch that was recorded."""
+    failures = sorted(outcome.failures.items())
+    return BulkWriteResponse(
+        ack=BulkAck(
+            offset=offset,
+            next_offset=offset + len(outcome.ids),
+            created=outcome.created,
+            updated=outcome.updated,
+            skipped=outcome.skipped,
+            failed=outcome.failed,
+            ids=outcome.ids if return_ids else None,
+            failures=[failure_to_message(offset + row, error) for row, error in failures],
+        )
+    )
+
+
+def error_to_message(offset: int, next_offset: int, error: RosterError) -> BulkWriteResponse:
+    """Return the acknowledgement of a message of which nothing was recorded."""
+    status: Status = status_from_error(error)
+    return BulkWriteResponse(ack=BulkAck(offset=offset, next_offset=next_offset, error=status))
+
+
+def failure_to_message(offset: int, error: RosterError) -> RowFailure:
+    """Return why a row failed."""
+    return RowFailure(
+        offset=offset,
+        code=status_code(error).value[0],
+        reason=error.reason,
+        field=error.field,
+        message=error.message[:MAX_FAILURE_MESSAGE],
+        existing_id=int(error.facts.get("existing_id", 0)),
+    )
+
+
+def summary_to_message(
+    next_offset: int, totals: Outcome, state: BulkLoad.State.ValueType
+) -> BulkWriteResponse:
+    """Return the end of a stream."""
+    return BulkWriteResponse(
+        summary=BulkSummary(
+            next_offset=next_offset,
+            created=totals.created,
+            updated=totals.updated,
+            skipped=totals.skipped,
+            failed=totals.failed,
+            state=state,
+        )
+    )

@@ -1,0 +1,82 @@
+"""What a bulk stream does to one entity, and the options that it accepts."""
+
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from roster.v1.bulk_pb2 import BulkOptions
+from service.db.bulk.batch import Batch, OnConflict, Outcome, WriteOptions
+from service.errors import InvalidOptions, Unsupported
+from service.fields import check_choice, mask_paths
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One of the bulk RPCs: where its rows are, how they are read, how they are written."""
+
+    rows: str  # the field of the request that has them
+    fields: Sequence[str]  # what is read of each row, for an update beside what its mask names
+    writable: Sequence[str]  # what an update mask may name
+    read: Callable[[Sequence[Any], Collection[str], Collection[str]], Batch]
+    write: Callable[[AsyncSession, Batch, WriteOptions], Awaitable[Outcome]]
+    is_update: bool = False
+    has_key: bool = False  # so that on_conflict makes sense
+
+    def batch(self, messages: Sequence[Any], options: WriteOptions) -> Batch:
+        """Return the messages of a request as columns."""
+        fields = (*self.fields, *options.update_fields) if self.is_update else self.fields
+        return self.read(messages, fields, options.update_fields)
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """The options of one stream, checked."""
+
+    write: WriteOptions
+    return_ids: bool
+    max_failures: int
+
+    @classmethod
+    def from_message(cls, message: BulkOptions, operation: Operation) -> "StreamOptions":
+        """Return the options of a stream's first message; raises InvalidOptions, InvalidMask, Unsupported."""
+        _refuse_unsupported(message)
+        check_choice(message.on_conflict, BulkOptions.OnConflict, "options.on_conflict")
+        check_choice(message.atomicity, BulkOptions.Atomicity, "options.atomicity")
+        if message.max_failures < 0:
+            raise _invalid("max_failures", "must not be negative; 0 means any number")
+        on_conflict = OnConflict(message.on_conflict)
+        if on_conflict is not OnConflict.FAIL and not operation.has_key:
+            raise _invalid("on_conflict", "makes no sense here: there is no key that could be taken")
+        return cls(
+            write=WriteOptions(
+                on_conflict=on_conflict,
+                is_atomic=message.atomicity == BulkOptions.BATCH,
+                validate_only=message.validate_only,
+                update_fields=_update_fields(message, operation, on_conflict),
+            ),
+            return_ids=message.return_ids,
+            max_failures=message.max_failures,
+        )
+
+
+def _update_fields(message: BulkOptions, operation: Operation, on_conflict: OnConflict) -> list[str]:
+    is_needed = operation.is_update or on_conflict is OnConflict.UPDATE
+    if is_needed and not message.update_mask.paths:
+        raise _invalid("update_mask", f"is required; it may name {', '.join(operation.writable)}")
+    if not is_needed and message.update_mask.paths:
+        raise _invalid(
+            "update_mask", "makes no sense where nothing is updated; set on_conflict to UPDATE, or drop it"
+        )
+    return mask_paths(message.update_mask, operation.writable, "options.update_mask")
+
+
+def _refuse_unsupported(message: BulkOptions) -> None:
+    for field in ("load_id", "restore"):
+        if getattr(message, field):
+            raise Unsupported(f"options.{field} is not available in this release; leave it out", field=field)
+
+
+def _invalid(field: str, wrong: str) -> InvalidOptions:
+    return InvalidOptions(f"options.{field} {wrong}", field=f"options.{field}")

@@ -1,0 +1,42 @@
+"""Settings for a person at a terminal: every one explained, everything wrong told at once."""
+
+import click
+from pydantic import ValidationError
+
+from service.settings import PREFIX, Settings
+
+
+def settings() -> Settings:
+    """Return the settings of the environment; ends the command with status 2 where they are wrong."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        lines = [_line(problem["loc"], problem["msg"]) for problem in error.errors()]
+        raise UsageError("\n".join(lines)) from None
+    except OSError as error:
+        raise UsageError(f"a setting's file can't be read: {error}") from None
+
+
+class UsageError(click.ClickException):
+    """What keeps a command from running at all."""
+
+    exit_code = 2
+
+
+def settings_help() -> str:
+    """Return a table of all settings with their defaults, as `roster serve --help` shows it."""
+    rows = [
+        (f"{PREFIX}{name.upper()}", f"{field.description}  [{field.default}]")
+        for name, field in Settings.model_fields.items()
+    ]
+    width = max(len(name) for name, _ in rows)
+    table = "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
+    return f"\b\nSettings, from the environment or a file .env:\n{table}"
+
+
+def _line(where: tuple[int | str, ...], message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    if not where:
+        return message
+    name = str(where[0])
+    return f"{name if name.isupper() else PREFIX + name.upper()}: {message}"

@@ -1,0 +1,70 @@
+"""`roster serve`: run the server until it is told to stop."""
+
+import asyncio
+import logging
+import signal
+
+import click
+from sqlalchemy.exc import DBAPIError
+
+from service.cli.environment import UsageError, settings, settings_help
+from service.db import migrations
+from service.db.engine import Database
+from service.server import Server
+from service.settings import Settings
+
+LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+USERS = "roster.v1.UserService"
+
+
+@click.command(epilog=settings_help())
+def serve() -> None:
+    """Run the server until it gets SIGTERM or SIGINT; calls in flight are finished first."""
+    chosen = settings()
+    logging.basicConfig(level=chosen.log_level, format=LOG_FORMAT)
+    if chosen.is_embedded:
+        migrations.upgrade(chosen.database_url)
+    try:
+        asyncio.run(_serve(chosen))
+    except OSError as error:
+        raise UsageError(str(error)) from None
+
+
+async def _serve(chosen: Settings) -> None:
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    server = Server(chosen)
+    try:
+        await _require_schema(server.database)
+        await server.start()
+        _announce(server.address)
+        await stopping.wait()
+        click.echo("stopping: no new calls, those in flight are finished", err=True)
+    finally:
+        await server.stop()
+
+
+async def _require_schema(database: Database) -> None:
+    try:
+        current = await migrations.current(database.engine)
+    except (DBAPIError, OSError) as error:
+        raise UsageError(
+            f"the database can't be reached: {getattr(error, 'orig', None) or error}; check ROSTER_DATABASE_URL"
+        ) from None
+    if current != migrations.head():
+        raise UsageError(
+            f"the schema is at revision {current or 'none'}, this release needs {migrations.head()}; "
+            "run `roster migrate` with the same ROSTER_DATABASE_URL"
+        )
+
+
+def _announce(address: str) -> None:
+    click.echo(
+        f"listening on {address}\n"
+        "try, in another terminal:\n"
+        f"  grpcurl -plaintext {address} list\n"
+        f"""  grpcurl -plaintext -d '{{"user": {{"email": "ada@example.org"}}}}' {address} {USERS}/CreateUser\n"""
+        f"  grpcurl -plaintext {address} {USERS}/ListUsers",
+        err=True,
+    )

@@ -1,0 +1,46 @@
+"""The portable writer: SQLAlchemy's executemany. SQLite's, whose writer is alone while it writes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Integer, String, bindparam, column, insert, select, table, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from service.db.base import Entity, now
+
+# Where SQLite keeps the largest id ever used of each AUTOINCREMENT table.
+SEQUENCES = table("sqlite_sequence", column("name", String), column("seq", Integer))
+
+
+async def next_ids(session: AsyncSession, model: type[Entity], count: int) -> list[int]:
+    """Return the ids after the largest ever used; nobody else can take them before the commit."""
+    last = await session.scalar(select(SEQUENCES.c.seq).where(SEQUENCES.c.name == model.__tablename__)) or 0
+    return list(range(last + 1, last + 1 + count))
+
+
+async def insert_rows(
+    session: AsyncSession, model: type[Entity], columns: Mapping[str, Sequence[Any]]
+) -> None:
+    """Insert rows given as columns; raises IntegrityError."""
+    connection = await session.connection()
+    await connection.execute(insert(model), _rows(columns))
+
+
+async def update_rows(
+    session: AsyncSession, model: type[Entity], columns: Mapping[str, Sequence[Any]]
+) -> None:
+    """Set columns of the rows with the ids in `id`; versions grow by `times`. Raises IntegrityError."""
+    values: dict[str, Any] = {
+        name: bindparam(f"new_{name}") for name in columns if name not in ("id", "times")
+    }
+    statement = (
+        update(model)
+        .where(model.id == bindparam("new_id"))
+        .values(**values, version=model.version + bindparam("new_times"), updated_at=now())
+    )
+    connection = await session.connection()
+    await connection.execute(statement, _rows({f"new_{name}": column for name, column in columns.items()}))
+
+
+def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -1,0 +1,54 @@
+"""PostgreSQL's writer: COPY for new rows, UPDATE … FROM unnest for stored ones."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import asyncpg
+from sqlalchemy import ARRAY, Table, bindparam, column, func, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from service.db.base import BigInt, Entity, now
+
+
+async def next_ids(session: AsyncSession, model: type[Entity], count: int) -> list[int]:
+    """Draw ids from the table's sequence; a rollback leaves a gap."""
+    sequence = func.pg_get_serial_sequence(model.__tablename__, "id")
+    drawn = select(func.nextval(sequence)).select_from(func.generate_series(1, count))
+    return list(await session.scalars(drawn))
+
+
+async def insert_rows(
+    session: AsyncSession, model: type[Entity], columns: Mapping[str, Sequence[Any]]
+) -> None:
+    """Insert rows given as columns, by COPY; raises IntegrityError.
+
+    SQLAlchemy sends BEGIN with the first statement that it executes; a COPY before it would autocommit.
+    """
+    connection = await session.connection()
+    driver = cast("asyncpg.Connection[Any]", (await connection.get_raw_connection()).driver_connection)
+    if not driver.is_in_transaction():
+        raise RuntimeError("COPY outside the unit of work would commit by itself")
+    try:
+        await driver.copy_records_to_table(
+            model.__tablename__, records=zip(*columns.values(), strict=True), columns=list(columns)
+        )
+    except asyncpg.IntegrityConstraintViolationError as error:
+        raise IntegrityError(None, None, error) from error
+
+
+async def update_rows(
+    session: AsyncSession, model: type[Entity], columns: Mapping[str, Sequence[Any]]
+) -> None:
+    """Set columns of the rows with the ids in `id`; versions grow by `times`. Raises IntegrityError."""
+    table = cast("Table", model.__table__)
+    types = {name: BigInt if name == "times" else table.c[name].type for name in columns}
+    arrays = [bindparam(f"new_{name}", columns[name], type_=ARRAY(types[name])) for name in columns]
+    new = func.unnest(*arrays).table_valued(*(column(name, types[name]) for name in columns)).render_derived()
+    values = {name: new.c[name] for name in columns if name not in ("id", "times")}
+    connection = await session.connection()
+    await connection.execute(
+        update(table)
+        .where(table.c.id == new.c.id)
+        .values(**values, version=table.c.version + new.c.times, updated_at=now())
+    )

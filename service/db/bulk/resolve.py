@@ -1,0 +1,134 @@
+"""Rows in file order -> sets: what one statement can insert, and what one can update.
+
+The result is as if the rows were applied one after the other; a statement that met a key twice
+would fail (INSERT) or apply one of them in silence (UPDATE). Pure: the database is asked before.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from service.db.bulk.batch import Batch, OnConflict, Outcome, WriteOptions
+from service.errors import RosterError, VersionMismatch
+
+
+@dataclass
+class Creates:
+    """A batch of new rows, by what happens to each."""
+
+    inserted: list[int] = field(default_factory=list)  # rows, in file order
+    amended: dict[int, list[int]] = field(default_factory=dict)  # inserted row -> later rows that update it
+    updated: dict[int, list[int]] = field(default_factory=dict)  # stored id -> rows that update it
+    skipped: dict[int, int] = field(default_factory=dict)  # row -> stored id, for those skipped
+    repeated: dict[int, int] = field(default_factory=dict)  # row -> the inserted row that has its key
+
+    def columns(self, batch: Batch, options: WriteOptions) -> dict[str, list[Any]]:
+        """Return the columns to insert, later updates of the same key applied."""
+        columns = {name: batch.take(name, self.inserted) for name in batch.columns}
+        if self.amended:
+            columns["version"] = [1 + len(self.amended.get(row, ())) for row in self.inserted]
+            for name in options.update_fields:
+                last = [self.amended.get(row, [row])[-1] for row in self.inserted]
+                columns[name] = batch.take(name, last)
+        return columns
+
+    def outcome(self, batch: Batch, options: WriteOptions, new_ids: Sequence[int]) -> Outcome:
+        """Return what became of each row; `new_ids` belong to the inserted rows."""
+        ids = [0] * batch.size
+        for row, id in zip(self.inserted, new_ids, strict=False):
+            ids[row] = id
+        for id, rows in self.updated.items():
+            for row in rows:
+                ids[row] = id
+        for row, id in self.skipped.items():
+            ids[row] = id
+        for row, first in self.repeated.items():
+            if options.on_conflict is not OnConflict.FAIL:
+                ids[row] = ids[first]
+            elif ids[first]:
+                batch.failures[row].facts["existing_id"] = ids[first]
+        repeated = len(self.repeated)
+        return Outcome(
+            ids=ids,
+            failures=batch.failures,
+            created=len(self.inserted),
+            updated=sum(map(len, self.updated.values()))
+            + repeated * (options.on_conflict is OnConflict.UPDATE),
+            skipped=len(self.skipped) + repeated * (options.on_conflict is OnConflict.SKIP),
+            failed=len(batch.failures),
+        )
+
+
+def resolve_creates(
+    batch: Batch,
+    key: str,
+    stored: Mapping[str, int],
+    on_conflict: OnConflict,
+    taken: Callable[[int | None], RosterError],
+) -> Creates:
+    """Sort out the good rows of a batch by their keys; `stored` has the ids of the keys that are taken."""
+    creates = Creates()
+    first: dict[str, int] = {}
+    keys = batch.columns[key]
+    for row in batch.good_rows():
+        value = keys[row]
+        if value in stored:
+            _on_stored(creates, batch, row, stored[value], on_conflict, taken)
+        elif value in first:
+            creates.repeated[row] = first[value]
+            if on_conflict is OnConflict.FAIL:
+                batch.fail(row, taken(None))
+            elif on_conflict is OnConflict.UPDATE:
+                creates.amended.setdefault(first[value], []).append(row)
+        else:
+            first[value] = row
+            creates.inserted.append(row)
+    return creates
+
+
+def _on_stored(
+    creates: Creates,
+    batch: Batch,
+    row: int,
+    id: int,
+    on_conflict: OnConflict,
+    taken: Callable[[int | None], RosterError],
+) -> None:
+    if on_conflict is OnConflict.FAIL:
+        batch.fail(row, taken(id))
+    elif on_conflict is OnConflict.SKIP:
+        creates.skipped[row] = id
+    else:
+        creates.updated.setdefault(id, []).append(row)
+
+
+def resolve_updates(
+    batch: Batch,
+    versions: Mapping[int, int],
+    missing: Callable[[], RosterError],
+    refusal: Callable[[int, int], RosterError | None] = lambda row, id: None,  # noqa: ARG005
+) -> dict[int, list[int]]:
+    """Return, by id, the rows that update it, in file order; the last of them wins.
+
+    `versions` has the stored version of each id there is. `refusal(row, id)` is asked last, and in
+    file order, so that it may keep count of what earlier rows changed.
+    """
+    updates: dict[int, list[int]] = {}
+    current = dict(versions)
+    ids, expected = batch.columns["id"], batch.columns["version"]
+    for row in batch.good_rows():
+        id = ids[row]
+        if id not in current:
+            batch.fail(row, missing())
+        elif expected[row] not in (0, current[id]):
+            batch.fail(row, _outdated(current[id]))
+        elif error := refusal(row, id):
+            batch.fail(row, error)
+        else:
+            current[id] += 1
+            updates.setdefault(id, []).append(row)
+    return updates
+
+
+def _outdated(version: int) -> RosterError:
+    return VersionMismatch(f"the version is {version} by now", field="version", version=version)

@@ -1,0 +1,194 @@
+"""Database: the engines and their pools, the unit of work, and the door for reads."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from sqlalchemy import event, select
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+
+from service.db.errors import may_have_happened, translated
+from service.errors import OutcomeUnknown, PoolExhausted
+from service.settings import Settings
+
+# Two loads, or a load and a call, that want the same row: wait so long, then roll back and try again.
+LOCK_TIMEOUT_SECONDS = 5
+BULK_POOL_TIMEOUT_SECONDS = 60
+SQLITE_BUSY_TIMEOUT_SECONDS = 5
+
+
+class Database:
+    """The database of the service.
+
+    `begin()` opens the unit of work: a clean exit commits, an exception rolls back. `bulk()` is the
+    same on an engine of its own, so that loads can't starve calls. `read()` opens no transaction:
+    each statement sees what was committed before it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        make = _Sqlite if settings.is_embedded else _PostgreSQL
+        self._engines = make(settings)
+        self.is_sqlite = settings.is_embedded
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine behind `begin()`, for migrations and for measuring."""
+        return self._engines.writer
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncSession]:
+        """Open a read-write unit of work; raises domain errors for driver errors."""
+        with translated():
+            async with self._engines.turn(), _session(self._engines.writer) as session:
+                yield session
+                await _commit(session)
+
+    @asynccontextmanager
+    async def bulk(self) -> AsyncIterator[AsyncSession]:
+        """Open a unit of work for a batch; it waits for its turn for a minute."""
+        with translated():
+            async with (
+                self._engines.turn(BULK_POOL_TIMEOUT_SECONDS),
+                _session(self._engines.bulk) as session,
+            ):
+                yield session
+                await _commit(session)
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncSession]:
+        """Open a session for reading; it holds a connection, but no transaction."""
+        with translated():
+            async with _session(self._engines.reader) as session:
+                yield session
+
+    async def ping(self) -> None:
+        """Raise DatabaseUnavailable (or its kin) unless the database answers a query."""
+        async with self.read() as session:
+            await session.execute(select(1))
+
+    async def close(self) -> None:
+        """Close all connections; without it a process on SQLite can hang at its end."""
+        for engine in {self._engines.writer, self._engines.reader, self._engines.bulk}:
+            await engine.dispose()
+
+
+class _PostgreSQL:
+    def __init__(self, settings: Settings) -> None:
+        self.writer = self._engine(
+            settings,
+            pool_size=settings.pool_size,
+            max_overflow=settings.max_overflow,
+            pool_timeout=settings.pool_timeout,
+        )
+        # The same pool; with AUTOCOMMIT a read is one round trip instead of three.
+        self.reader = self.writer.execution_options(isolation_level="AUTOCOMMIT")
+        self.bulk = self._engine(
+            settings,
+            pool_size=settings.bulk_connections,
+            max_overflow=0,
+            pool_timeout=BULK_POOL_TIMEOUT_SECONDS,
+            lock_timeout=LOCK_TIMEOUT_SECONDS,
+        )
+
+    @staticmethod
+    def _engine(settings: Settings, *, lock_timeout: int = 0, **pool: Any) -> AsyncEngine:
+        timeout = f"{settings.statement_timeout:g}s"
+        return create_async_engine(
+            settings.database_url,
+            **pool,
+            pool_recycle=settings.pool_recycle,
+            pool_pre_ping=settings.pool_pre_ping,
+            hide_parameters=True,
+            connect_args={
+                "timeout": settings.connect_timeout,
+                # The server's own timeout comes first; this one is for a server that is gone.
+                "command_timeout": settings.statement_timeout + 5,
+                "server_settings": {
+                    "application_name": "roster",
+                    "statement_timeout": timeout,
+                    "idle_in_transaction_session_timeout": timeout,
+                    "lock_timeout": f"{lock_timeout}s",
+                },
+            },
+        )
+
+    @asynccontextmanager
+    async def turn(self, timeout: float = 0) -> AsyncIterator[None]:  # noqa: ARG002
+        yield
+
+
+class _Sqlite:
+    def __init__(self, settings: Settings) -> None:
+        options: dict[str, Any] = {
+            "hide_parameters": True,
+            "connect_args": {"timeout": SQLITE_BUSY_TIMEOUT_SECONDS},
+        }
+        self.writer = self.bulk = create_async_engine(settings.database_url, pool_size=1, **options)
+        self.reader = create_async_engine(
+            settings.database_url,
+            pool_size=settings.pool_size,
+            max_overflow=settings.max_overflow,
+            pool_timeout=settings.pool_timeout,
+            isolation_level="AUTOCOMMIT",
+            **options,
+        )
+        event.listen(self.writer.sync_engine, "connect", _prepare_writer)
+        event.listen(self.writer.sync_engine, "begin", _begin_immediate)
+        event.listen(self.reader.sync_engine, "connect", _prepare_reader)
+        self._pool_timeout = settings.pool_timeout
+        self._writing = asyncio.Lock()  # wakes its waiters first come, first served
+
+    @asynccontextmanager
+    async def turn(self, timeout: float = 0) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(timeout or self._pool_timeout):
+                await self._writing.acquire()
+        except TimeoutError:
+            raise PoolExhausted("other writes are under way; nothing was done, try again") from None
+        try:
+            yield
+        finally:
+            self._writing.release()
+
+
+def _prepare_writer(connection: Any, record: Any) -> None:  # noqa: ARG001
+    connection.isolation_level = None  # the driver would BEGIN by itself, and late
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _prepare_reader(connection: Any, record: Any) -> None:  # noqa: ARG001
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA query_only = ON")
+    cursor.close()
+
+
+def _begin_immediate(connection: Any) -> None:
+    # A deferred BEGIN that writes later fails at once when another process writes, whatever the timeout.
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _session(engine: AsyncEngine) -> AsyncSession:
+    return async_sessionmaker(engine, expire_on_commit=False, autoflush=False)()
+
+
+async def _commit(session: AsyncSession) -> None:
+    """Commit, to the end even where the caller is gone, so that the outcome is known."""
+    task = asyncio.ensure_future(session.commit())
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
+        raise
+    except Exception as error:
+        if may_have_happened(error):
+            raise OutcomeUnknown(
+                "the connection to the database broke during the commit; read before you write again, "
+                "or send a request_id, with which it is safe to repeat"
+            ) from error
+        raise

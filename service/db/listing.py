@@ -1,0 +1,84 @@
+"""A listing: what a request's filter, order and token say, as the parts of a query."""
+
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import ColumnElement
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from service.db.engine import Database
+from service.db.filters import condition, parse_order
+from service.db.paging import Keyset, Page, decode_token, encode_token, fingerprint, page_size
+from service.db.repository import ModelT, Repository
+
+Column = ColumnElement[Any]
+
+
+@dataclass(frozen=True)
+class Query:
+    """Which rows, in which order, from where, and how many."""
+
+    conditions: list[ColumnElement[bool]]
+    keyset: Keyset
+    after: list[Any] | None
+    limit: int
+    fingerprint: bytes = b""
+
+    async def page(self, repository: Repository[ModelT]) -> tuple[Sequence[ModelT], str]:
+        """Return the rows and the token of the page behind them, "" where there is none."""
+        found: Page[ModelT] = await repository.list(
+            *self.conditions, keyset=self.keyset, after=self.after, limit=self.limit
+        )
+        return found.rows, encode_token(self.fingerprint, found.next_key)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What can be asked of one entity: the fields of its filters, the keys of its orders."""
+
+    name: str
+    filterable: Mapping[str, Column]
+    sortable: Mapping[str, Sequence[Column]]
+    normalise: Mapping[str, Callable[[str], str]] = field(default_factory=dict)
+
+    def conditions(self, text: str) -> list[ColumnElement[bool]]:
+        """Return a filter as conditions; raises InvalidFilter."""
+        parsed = condition(text, self.filterable, self.normalise)
+        return [] if parsed is None else [parsed]
+
+    def query(self, request: Any, *scope: ColumnElement[bool], scope_key: int = 0) -> Query:
+        """Return the query of a List request.
+
+        Raises InvalidFilter, InvalidOrder, InvalidPageToken, and InvalidField for the page size.
+        """
+        order = parse_order(request.order_by, self.sortable)
+        keyset = Keyset(self.sortable[order.field], order.descending)
+        tied_to = fingerprint(self.name, request.filter, *order, scope_key)
+        return Query(
+            conditions=[*scope, *self.conditions(request.filter)],
+            keyset=keyset,
+            after=decode_token(tied_to, request.page_token, keyset.columns),
+            limit=page_size(request.page_size),
+            fingerprint=tied_to,
+        )
+
+
+async def batches(
+    database: Database,
+    repository: Callable[[AsyncSession], Repository[ModelT]],
+    conditions: Sequence[ColumnElement[bool]],
+    after_id: int,
+    limit: int,
+) -> AsyncGenerator[Sequence[ModelT]]:
+    """Yield every row that meets the conditions, in id order, some at a time.
+
+    Each batch is read by a session of its own, so that a slow reader holds no connection.
+    """
+    after: Sequence[Any] | None = [after_id]
+    while after is not None:
+        async with database.read() as session:
+            page = await repository(session).list(*conditions, after=after, limit=limit)
+        if page.rows:
+            yield page.rows
+        after = page.next_key

@@ -1,0 +1,115 @@
+"""Keyset pages and their tokens.
+
+A page begins after the sort key of the page before it, found by the index, so that it costs the
+same at any depth. A token is that key, with a version, a fingerprint of the listing it belongs to
+and a checksum; it is no secret and gives no right that a filter doesn't.
+"""
+
+import base64
+import binascii
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import sha256
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy import ColumnElement, FromClause, tuple_
+
+from service.errors import InvalidField, InvalidPageToken
+
+VERSION = b"\x01"
+FINGERPRINT_BYTES = 8
+DEFAULT_PAGE_SIZE = 50
+MAX_PAGE_SIZE = 1000
+
+RowT = TypeVar("RowT")
+
+
+@dataclass(frozen=True)
+class Page(Generic[RowT]):
+    """Rows in order, and the sort key of the last one where more follow."""
+
+    rows: Sequence[RowT]
+    next_key: list[Any] | None
+
+
+@dataclass(frozen=True)
+class Keyset:
+    """An order by columns that together are unique, all in one direction."""
+
+    columns: Sequence[ColumnElement[Any]]
+    descending: bool = False
+
+    def order(self) -> list[ColumnElement[Any]]:
+        """Return the ORDER BY."""
+        return [column.desc() if self.descending else column.asc() for column in self.columns]
+
+    def of(self, rows: FromClause) -> "Keyset":
+        """Return the same order of a subquery's rows."""
+        return Keyset([rows.c[column.key] for column in self.columns if column.key], self.descending)
+
+    def after(self, key: Sequence[Any]) -> ColumnElement[bool]:
+        """Return that a row comes after the key: one row comparison, since OR would not use the index."""
+        left, right = tuple_(*self.columns), tuple_(*key)
+        return left < right if self.descending else left > right
+
+
+def page_size(requested: int) -> int:
+    """Return the number of rows in a page: 50 for 0, at most 1000; raises InvalidField."""
+    if requested < 0:
+        raise InvalidField("page_size must not be negative; 0 means 50", field="page_size")
+    return min(requested, MAX_PAGE_SIZE) or DEFAULT_PAGE_SIZE
+
+
+def fingerprint(*listing: object) -> bytes:
+    """Return what ties a token to its listing: the method, the filter, the order."""
+    return sha256(json.dumps(listing, default=str).encode()).digest()[:FINGERPRINT_BYTES]
+
+
+def encode_token(listing: bytes, key: Sequence[Any] | None) -> str:
+    """Return the token of the page that begins after the key, "" where there is none."""
+    if key is None:
+        return ""
+    values = [value.isoformat() if isinstance(value, datetime) else value for value in key]
+    body = listing + json.dumps(values, separators=(",", ":")).encode()
+    return base64.urlsafe_b64encode(VERSION + zlib.crc32(body).to_bytes(4, "big") + body).decode().rstrip("=")
+
+
+def decode_token(listing: bytes, token: str, columns: Sequence[ColumnElement[Any]]) -> list[Any] | None:
+    """Return the key in a token, None for an empty one; raises InvalidPageToken."""
+    if not token:
+        return None
+    try:
+        raw = base64.b64decode(token.encode() + b"=" * (-len(token) % 4), altchars=b"-_", validate=True)
+    except (ValueError, binascii.Error):
+        raise _damaged() from None
+    version, checksum, body = raw[:1], raw[1:5], raw[5:]
+    if version != VERSION or zlib.crc32(body).to_bytes(4, "big") != checksum:
+        raise _damaged()
+    if body[:FINGERPRINT_BYTES] != listing:
+        raise InvalidPageToken(
+            "page_token belongs to another listing; with a new filter or order_by begin without a token",
+            field="page_token",
+        )
+    try:
+        values = json.loads(body[FINGERPRINT_BYTES:])
+        return [_typed(value, column) for value, column in zip(values, columns, strict=True)]
+    except (ValueError, TypeError):
+        raise _damaged() from None
+
+
+def _typed(value: Any, column: ColumnElement[Any]) -> Any:
+    if column.type.python_type is datetime:
+        return datetime.fromisoformat(value)
+    if not isinstance(value, column.type.python_type):
+        raise TypeError
+    return value
+
+
+def _damaged() -> InvalidPageToken:
+    return InvalidPageToken(
+        "page_token is damaged; pass next_page_token as it came, or none for the first page",
+        field="page_token",
+    )

@@ -1,0 +1,171 @@
+"""Repository: what every entity has. It is given a session and never commits."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar, cast
+
+from sqlalchemy import (
+    ColumnElement,
+    ColumnExpressionArgument,
+    Delete,
+    Select,
+    Subquery,
+    Update,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.sql.base import ExecutableOption
+
+from service.db.base import BigInt, Entity, now
+from service.db.dialect import listed
+from service.db.paging import Keyset, Page
+from service.errors import NotFound, RosterError, VersionMismatch
+
+# gRPC's clients refuse answers over 4 MiB unless told otherwise.
+MAX_ANSWER_BYTES = 3 << 20
+
+ModelT = TypeVar("ModelT", bound=Entity)
+
+
+class Repository(Generic[ModelT]):
+    """Rows of one model.
+
+    `options` say which relationships come along; `size` is the SQL of a row's size in the answer,
+    for those models whose rows can be too large for 1000 of them in one answer.
+    """
+
+    model: ClassVar[type[Any]]
+    not_found: ClassVar[type[NotFound]]
+
+    def __init__(self, session: AsyncSession) -> None:
+        self.session = session
+        self.options: Sequence[ExecutableOption] = ()
+        self.size: ColumnElement[int] | None = None
+
+    async def get(self, id: int) -> ModelT:
+        """Return the row with this id; raises the entity's NotFound."""
+        return await self.get_by(self.model.id == id)
+
+    async def get_by(self, *conditions: ColumnElement[bool]) -> ModelT:
+        """Return the one row that meets the conditions; raises the entity's NotFound."""
+        row = await self.session.scalar(self._select().where(*conditions))
+        if row is None:
+            raise self._missing()
+        await self._complete([row])
+        return cast("ModelT", row)
+
+    async def get_many(self, ids: Sequence[int]) -> list[ModelT | None]:
+        """Return rows in the order asked, None for a missing one.
+
+        The list is shorter than `ids` where the answer would be too large: the rest was not looked up.
+        """
+        wanted = listed(self.session, ids, BigInt)
+        if self.size is not None:
+            sizes = (
+                select(wanted.c.value, wanted.c.position, func.coalesce(self.size, 0).label("size"))
+                .outerjoin_from(wanted, self.model, self.model.id == wanted.c.value)
+                .subquery()
+            )
+            wanted = _fitting(sizes, [sizes.c.position.asc()])
+        rows = await self.session.execute(
+            select(wanted.c.position, self.model)
+            .options(*self.options)
+            .outerjoin_from(wanted, self.model, self.model.id == wanted.c.value)
+            .order_by(wanted.c.position)
+        )
+        found = [row for _, row in rows]
+        await self._complete([row for row in found if row is not None])
+        return found
+
+    async def list(
+        self,
+        *conditions: ColumnExpressionArgument[bool],
+        keyset: Keyset | None = None,
+        after: Sequence[Any] | None = None,
+        limit: int,
+    ) -> Page[ModelT]:
+        """Return the rows that meet the conditions, in the keyset's order, from behind the key `after`.
+
+        A page has at most `limit` rows, and fewer where the answer would be too large.
+        """
+        keyset = keyset or Keyset([self.model.__table__.c.id])
+        if after is not None:
+            conditions = (*conditions, keyset.after(after))
+        # One row more than asked for tells whether another page follows.
+        if self.size is None:
+            statement = self._select().where(*conditions).order_by(*keyset.order()).limit(limit + 1)
+            found = (await self.session.scalars(statement)).all()
+            return await self._page(found[:limit], keyset, more=len(found) > limit)
+        candidates = (
+            select(self.model.id.label("value"), *keyset.columns, self.size.label("size"))
+            .where(*conditions)
+            .order_by(*keyset.order())
+            .limit(limit + 1)
+            .subquery()
+        )
+        fitting = _fitting(candidates, keyset.of(candidates).order())
+        statement = self._select().join(fitting, fitting.c.value == self.model.id).order_by(*keyset.order())
+        found = (await self.session.execute(statement.add_columns(fitting.c.total))).all()
+        rows = [row for row, _ in found][:limit]
+        return await self._page(rows, keyset, more=bool(found) and found[0].total > len(rows))
+
+    async def create(self, values: Mapping[str, Any]) -> ModelT:
+        """Insert a row and return it."""
+        created = await self.session.scalar(insert(self.model).values(**values).returning(self.model))
+        return cast("ModelT", created)
+
+    async def update(self, id: int, changes: Mapping[str, Any], version: int = 0) -> ModelT:
+        """Change a row, count its version up, and return it.
+
+        Raises the entity's NotFound, and VersionMismatch where `version` is neither 0 nor the row's.
+        """
+        statement = update(self.model).values(**changes, version=self.model.version + 1, updated_at=now())
+        return await self._checked(statement, id, version)
+
+    async def delete(self, id: int, version: int = 0) -> None:
+        """Delete a row; raises as `update` does."""
+        await self._checked(delete(self.model), id, version)
+
+    async def _checked(self, statement: Update | Delete, id: int, version: int) -> ModelT:
+        conditions = [self.model.id == id] + ([self.model.version == version] if version else [])
+        changed = await self.session.scalar(
+            statement.where(*conditions).returning(self.model),
+            execution_options={"synchronize_session": False},
+        )
+        if changed is None:
+            raise await self._refusal(id)
+        return cast("ModelT", changed)
+
+    async def _refusal(self, id: int) -> RosterError:
+        current = await self.session.scalar(select(self.model.version).where(self.model.id == id))
+        if current is None:
+            return self._missing()
+        return VersionMismatch(
+            f"the version is {current} by now; read again, and repeat the change if it still makes sense",
+            field="version",
+            version=current,
+        )
+
+    def _missing(self) -> NotFound:
+        return self.not_found(f"there is no such {self.model.__name__.lower()}")
+
+    def _select(self) -> Select[Any]:
+        return select(self.model).options(*self.options)
+
+    async def _page(self, rows: Sequence[ModelT], keyset: Keyset, *, more: bool) -> Page[ModelT]:
+        await self._complete(rows)
+        return Page(rows, [getattr(rows[-1], str(column.key)) for column in keyset.columns] if more else None)
+
+    async def _complete(self, rows: Sequence[ModelT]) -> None:
+        """Load what the options can't, with one statement for all rows."""
+
+
+def _fitting(candidates: Subquery, order: Sequence[ColumnElement[Any]]) -> Subquery:
+    """Return the first of the candidates, as many as one answer can hold, and how many there were in all."""
+    running = func.sum(candidates.c.size).over(order_by=order, rows=(None, 0)).label("running")
+    total = func.count().over().label("total")
+    sums = select(candidates, running, total).subquery()
+    return select(sums).where(sums.c.running <= MAX_ANSWER_BYTES).subquery()

@@ -1,0 +1,72 @@
+"""Health: ready where the database answers, apart from alive, which the process is as long as it answers."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from grpc_health.v1.health import aio
+from grpc_health.v1.health_pb2 import HealthCheckResponse, HealthListResponse
+
+from service.db.engine import Database
+from service.errors import RosterError
+
+log = logging.getLogger(__name__)
+
+LIVENESS = "live"
+INTERVAL_SECONDS = 2
+# One failed query may be a failover's blink; two in a row are an outage.
+FAILURES_TO_TELL = 2
+
+
+class Health(aio.HealthServicer):  # type: ignore[misc]
+    """grpc.health.v1.Health for "" and every service: SERVING while the database answers a query.
+
+    The service `live` is SERVING until the process stops.
+    """
+
+    def __init__(self, database: Database, services: Sequence[str]) -> None:
+        super().__init__()
+        self._database = database
+        self._services = ["", *services]
+        self._failures = 0
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Look at the database once, then every two seconds."""
+        await self.set(LIVENESS, HealthCheckResponse.SERVING)
+        await self.look()
+        self._task = asyncio.create_task(self._watch())
+
+    async def stop(self) -> None:
+        """Answer NOT_SERVING from now on."""
+        if self._task:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+        await self.enter_graceful_shutdown()
+
+    async def look(self) -> None:
+        """Ask the database once, and tell what it means."""
+        try:
+            await self._database.ping()
+            self._failures = 0
+        except RosterError:
+            self._failures += 1
+        serving = self._failures < FAILURES_TO_TELL
+        status = HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
+        for service in self._services:
+            await self.set(service, status)
+
+    async def List(self, request: Any, context: Any) -> HealthListResponse:  # noqa: ARG002
+        statuses = {name: HealthCheckResponse(status=status) for name, status in self._server_status.items()}
+        return HealthListResponse(statuses=statuses)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(INTERVAL_SECONDS)
+            try:
+                await self.look()
+            except Exception:
+                log.exception("the health check itself failed")

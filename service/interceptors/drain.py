@@ -1,0 +1,32 @@
+"""The calls in flight, so that a stop can wait for each one's last `finally`."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from service.interceptors.around import Around, Context
+
+
+class Drain(Around):
+    """Knows the tasks of all calls: grpc.aio's own stop doesn't wait for them (grpc#37239)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @asynccontextmanager
+    async def around(self, method: str, context: Context) -> AsyncIterator[None]:  # noqa: ARG002
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a call runs in a task")
+        self._tasks.add(task)
+        try:
+            yield
+        finally:
+            self._tasks.discard(task)
+
+    async def wait(self, timeout: float) -> None:
+        """Wait for the calls in flight to end, so many seconds at most."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout)

@@ -1,0 +1,130 @@
+"""From domain error to status: the one table, and the repairs of what grpc.aio does by itself."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import DecodeError, Message
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from service import errors
+from service.errors import MalformedMessage, RosterError
+from service.interceptors.around import Around, Context
+
+log = logging.getLogger(__name__)
+
+DOMAIN = "roster"
+# Metadata has a hard limit of 16 KiB, base64 and the message included.
+MAX_VIOLATIONS = 50
+MAX_VIOLATION_BYTES = 6000
+
+STATUS: dict[type[RosterError], grpc.StatusCode] = {
+    errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.NotFound: grpc.StatusCode.NOT_FOUND,
+    errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    errors.FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.Aborted: grpc.StatusCode.ABORTED,
+    errors.OutOfRange: grpc.StatusCode.OUT_OF_RANGE,
+    errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.StatementTimeout: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.Unsupported: grpc.StatusCode.UNIMPLEMENTED,
+    RosterError: grpc.StatusCode.INTERNAL,
+}
+
+
+def status_code(error: RosterError) -> grpc.StatusCode:
+    """Return the status of a domain error; the most specific entry of the table wins."""
+    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+
+
+def status_from_error(error: RosterError) -> Status:
+    """Return an error as google.rpc.Status: ErrorInfo, and BadRequest or RetryInfo where they apply."""
+    facts = {name: str(value) for name, value in error.facts.items()}
+    details: list[Message] = [ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=facts)]
+    if isinstance(error, errors.InvalidArgument) and error.violations:
+        details.append(_bad_request(error))
+    if error.retry_after_seconds is not None:
+        retry = RetryInfo()
+        retry.retry_delay.FromMilliseconds(int(error.retry_after_seconds * 1000))
+        details.append(retry)
+    return Status(
+        code=status_code(error).value[0], message=error.message, details=[_packed(d) for d in details]
+    )
+
+
+class Errors(Around):
+    """The outermost interceptor: a caller gets a status with details, or an opaque INTERNAL."""
+
+    @asynccontextmanager
+    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
+        try:
+            yield
+        except RosterError as error:
+            await _abort(context, status_from_error(error))
+        except grpc.aio.AbortError:  # health's own answer
+            raise
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Nobody cancelled this call. Without a status the caller would wait for its deadline.
+            log.exception("%s was cut off by a cancellation inside", method)
+            await _abort(context, _opaque())
+        except Exception:
+            log.exception("%s failed", method)
+            await _abort(context, _opaque())
+
+    def wrap(self, method: str, handler: Any) -> Any:
+        wrapped = super().wrap(method, handler)
+        return wrapped._replace(request_deserializer=_tolerant(handler.request_deserializer, method))
+
+    def received(self, request: Any) -> Any:
+        if isinstance(request, MalformedMessage):
+            raise request
+        return request
+
+
+async def _abort(context: Context, status: Status) -> NoReturn:
+    code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
+    await context.abort(
+        code, status.message, trailing_metadata=(("grpc-status-details-bin", status.SerializeToString()),)
+    )
+
+
+def _opaque() -> Status:
+    return status_from_error(RosterError("internal error; the server's log has the details"))
+
+
+def _bad_request(error: RosterError) -> BadRequest:
+    bad, left = BadRequest(), MAX_VIOLATION_BYTES
+    for violation in error.violations[:MAX_VIOLATIONS]:
+        left -= len(violation.field) + len(violation.message.encode())
+        if left < 0:
+            break
+        bad.field_violations.add(field=violation.field, description=violation.message)
+    return bad
+
+
+def _packed(detail: Message) -> AnyMessage:
+    packed = AnyMessage()
+    packed.Pack(detail)
+    return packed
+
+
+def _tolerant(parse: Callable[[bytes], Message], method: str) -> Callable[[bytes], Any]:
+    """Return a deserializer that hands an error on; raised in grpc.aio it would be UNKNOWN with its text."""
+    kind = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
+    name = kind.full_name if kind else method
+
+    def parsed(data: bytes) -> Any:
+        try:
+            return parse(data)
+        except DecodeError:
+            return MalformedMessage(f"the bytes sent are no {name}: truncated, not UTF-8, or nested too deep")
+
+    return parsed

@@ -1,0 +1,43 @@
+"""Repeatable writes: one with a `request_id` happens once, and is answered the same each time."""
+
+from collections.abc import Awaitable, Callable
+from hashlib import sha256
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from service.db.requests import RequestRepository
+from service.fields import check_request_id
+
+AnswerT = TypeVar("AnswerT", bound=Message)
+
+# Until callers are told apart there is one.
+CALLER = "anonymous"
+
+
+async def once(
+    session: AsyncSession, request: Any, answer: type[AnswerT], write: Callable[[], Awaitable[AnswerT]]
+) -> AnswerT:
+    """Return what `write` answers, or what it answered when the same request came first.
+
+    Raises InvalidField for an id that is no UUID, RequestIdReused where it came with another body.
+    """
+    request_id = check_request_id(request.request_id)
+    if request_id is None:
+        return await write()
+    requests = RequestRepository(session, CALLER, request.DESCRIPTOR.full_name)
+    first = await requests.claim(request_id, _fingerprint(request))
+    if first is not None:
+        return answer.FromString(first)
+    message = await write()
+    await requests.keep(request_id, message.SerializeToString())
+    return message
+
+
+def _fingerprint(request: Any) -> bytes:
+    body = type(request)()
+    body.CopyFrom(request)
+    if "user" in body.DESCRIPTOR.fields_by_name:
+        body.user.ClearField("password")
+    return sha256(body.SerializeToString(deterministic=True)).digest()

@@ -1,0 +1,101 @@
+"""Posts: message <-> values. Pure; the rules of a post's fields are applied here."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from google.protobuf.field_mask_pb2 import FieldMask
+
+from roster.v1.resources_pb2 import Post as PostMessage
+from service.db.bulk.batch import Batch
+from service.errors import InvalidField
+from service.fields import (
+    checking,
+    masked_fields,
+    normalise_email,
+    timestamp,
+    wrong_content,
+    wrong_email,
+    wrong_id,
+    wrong_title,
+    wrong_version,
+)
+from service.posts.model import Post
+from service.users.convert import user_to_message
+
+WRITABLE = ("title", "content")
+RULES = {"title": wrong_title, "content": wrong_content}
+
+
+def post_to_message(post: Post, *, with_author: bool = False) -> PostMessage:
+    """Return a stored post as the API shows it."""
+    return PostMessage(
+        id=post.id,
+        title=post.title,
+        content=post.content,
+        author_id=post.author_id,
+        created_at=timestamp(post.created_at),
+        updated_at=timestamp(post.updated_at),
+        version=post.version,
+        author=user_to_message(post.author) if with_author else None,
+    )
+
+
+def post_from_message(message: PostMessage) -> dict[str, Any]:
+    """Return the values of a new post; raises InvalidField."""
+    with checking() as violations:
+        violations.add("post.author_id", wrong_id(message.author_id))
+        if message.author_email:
+            violations.add("post.author_email", "is for bulk creation; send author_id")
+    return {"author_id": message.author_id, **_values(message, WRITABLE)}
+
+
+def post_changes_from_message(message: PostMessage, mask: FieldMask) -> dict[str, Any]:
+    """Return the values that an update writes; raises InvalidMask, InvalidField."""
+    fields = masked_fields(message, mask, WRITABLE)
+    if not fields:
+        raise InvalidField("post has nothing to change; set title or content", field="post")
+    return _values(message, fields)
+
+
+def post_batch_from_messages(
+    messages: Sequence[PostMessage],
+    fields: Collection[str],
+    masked: Collection[str],  # noqa: ARG001  (no field of a post is required by being named)
+) -> Batch:
+    """Return the fields of rows as columns; a row that breaks a rule is in `failures`.
+
+    A new row has its author's id or e-mail, and 0 or "" for the other.
+    """
+    batch = Batch(len(messages))
+    if "id" in fields:
+        batch.add("id", [message.id for message in messages], wrong_id)
+        batch.add("version", [message.version for message in messages], wrong_version)
+    if "author_id" in fields:
+        _add_authors(batch, messages)
+    if "title" in fields:
+        batch.add("title", [message.title for message in messages], wrong_title)
+    if "content" in fields:
+        batch.add("content", [message.content for message in messages], wrong_content)
+    return batch
+
+
+def _add_authors(batch: Batch, messages: Sequence[PostMessage]) -> None:
+    emails = [normalise_email(message.author_email) or None for message in messages]
+    ids = [message.author_id or None for message in messages]
+    batch.add("author_id", ids, wrong_id)
+    batch.add("author_email", emails, wrong_email)
+    for row, (id, email) in enumerate(zip(ids, emails, strict=True)):
+        if id is None and email is None:
+            batch.fail(row, InvalidField("author_id or author_email is required", field="author_id"))
+        elif id is not None and email is not None:
+            batch.fail(
+                row, InvalidField("author_email can't come together with author_id", field="author_email")
+            )
+
+
+def _values(message: PostMessage, fields: Sequence[str]) -> dict[str, Any]:
+    values = {field: getattr(message, field) for field in fields}
+    with checking() as violations:
+        for field, value in values.items():
+            violations.add(f"post.{field}", RULES[field](value))
+    return values

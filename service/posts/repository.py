@@ -1,0 +1,96 @@
+"""PostRepository: all SQL about posts."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import joinedload
+
+from service.db.bulk.batch import Batch, Outcome, WriteOptions
+from service.db.bulk.resolve import Creates, resolve_updates
+from service.db.bulk.writer import FOR_REFERENCE, FOR_UPDATE, BulkWriter, stored
+from service.db.dialect import octets
+from service.db.repository import Repository
+from service.errors import AuthorNotFound, PostNotFound
+from service.posts.model import Post
+from service.users.model import User
+
+# What a message has beside its texts, and the largest author: rounded up.
+FIXED_BYTES = 100
+AUTHOR_BYTES = 2200
+
+FILTERABLE: dict[str, Any] = {
+    name: getattr(Post, name) for name in ("id", "title", "author_id", "created_at", "updated_at")
+}
+SORTABLE: dict[str, list[Any]] = {"id": [Post.id], "created_at": [Post.created_at, Post.id]}
+
+
+class PostRepository(Repository[Post]):
+    """Posts, where wanted with their authors."""
+
+    model = Post
+    not_found = PostNotFound
+
+    def __init__(self, session: AsyncSession, *, with_author: bool = False) -> None:
+        super().__init__(session)
+        self.size = octets(Post.title) + octets(Post.content) + FIXED_BYTES
+        if with_author:
+            self.options = (joinedload(Post.author),)
+            self.size = self.size + AUTHOR_BYTES
+
+    async def create(self, values: Mapping[str, Any]) -> Post:
+        """Insert a post; raises AuthorNotFound."""
+        try:
+            return await super().create(values)
+        except IntegrityError:
+            raise author_not_found("author_id") from None
+
+    async def create_many(self, batch: Batch, options: WriteOptions) -> Outcome:
+        """Insert the rows of a batch, whose authors are known by id or by e-mail."""
+        writer = BulkWriter(self.session, Post)
+
+        async def attempt(batch: Batch) -> Outcome:
+            columns = dict(batch.columns)
+            emails = columns.pop("author_email")
+            columns["author_id"] = await self._author_ids(batch, columns["author_id"], emails)
+            found = replace(batch, columns=columns)
+            return await writer.create(found, Creates(inserted=batch.good_rows()), options)
+
+        return await writer.settled(batch, attempt)
+
+    async def update_many(self, batch: Batch, options: WriteOptions) -> Outcome:
+        """Update the posts of a batch by id, in file order."""
+        writer = BulkWriter(self.session, Post)
+
+        async def attempt(batch: Batch) -> Outcome:
+            ids = batch.take("id", batch.good_rows())
+            rows = await stored(self.session, Post.id, ids, Post.version, lock=FOR_UPDATE)
+            updates = resolve_updates(batch, {row.id: row.version for row in rows}, self._missing)
+            return await writer.update(batch, updates, options)
+
+        return await writer.settled(batch, attempt)
+
+    async def _author_ids(
+        self, batch: Batch, ids: list[int | None], emails: list[str | None]
+    ) -> list[int | None]:
+        """Return the ids of the authors, locked until the commit; fails the rows that have none."""
+        good = batch.good_rows()
+        by_id = [id for row in good if (id := ids[row])]
+        by_email = [email for row in good if (email := emails[row])]
+        known: dict[int | str | None, int] = {
+            row.id: row.id for row in await stored(self.session, User.id, by_id, lock=FOR_REFERENCE)
+        }
+        for row in await stored(self.session, User.email, by_email, User.id, lock=FOR_REFERENCE):
+            known[row.email] = row.id
+        authors = [known.get(id or email) for id, email in zip(ids, emails, strict=True)]
+        for position in good:
+            if authors[position] is None:
+                batch.fail(position, author_not_found("author_id" if ids[position] else "author_email"))
+        return authors
+
+
+def author_not_found(field: str) -> AuthorNotFound:
+    """Return the error for a post whose author does not exist."""
+    return AuthorNotFound("there is no user for this author", field=field)

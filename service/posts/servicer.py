@@ -1,0 +1,142 @@
+"""PostService: posts by id, one at a time, in pages, and in bulk."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from google.protobuf.empty_pb2 import Empty
+
+from roster.v1 import posts_pb2 as pb
+from roster.v1.bulk_pb2 import BulkWriteResponse
+from roster.v1.posts_pb2_grpc import PostServiceServicer
+from roster.v1.resources_pb2 import Post as PostMessage
+from service.bulk.operation import Operation
+from service.bulk.streams import BulkStreams
+from service.db.engine import Database
+from service.db.listing import Listing, batches
+from service.fields import check_choice, check_export, check_id, check_ids, check_version
+from service.interceptors.around import Context
+from service.once import once
+from service.posts.convert import (
+    WRITABLE,
+    post_batch_from_messages,
+    post_changes_from_message,
+    post_from_message,
+    post_to_message,
+)
+from service.posts.model import Post
+from service.posts.repository import FILTERABLE, SORTABLE, PostRepository
+
+CREATE_POSTS = Operation(
+    rows="posts",
+    fields=(*WRITABLE, "author_id"),
+    writable=WRITABLE,
+    read=post_batch_from_messages,
+    write=lambda session, batch, options: PostRepository(session).create_many(batch, options),
+)
+UPDATE_POSTS = Operation(
+    rows="posts",
+    fields=("id", "version"),
+    writable=WRITABLE,
+    read=post_batch_from_messages,
+    write=lambda session, batch, options: PostRepository(session).update_many(batch, options),
+    is_update=True,
+)
+LISTING = Listing("posts", FILTERABLE, SORTABLE)
+
+
+class PostServicer(PostServiceServicer):
+    """PostService: posts by id, one at a time, in pages, and in bulk."""
+
+    def __init__(self, database: Database, bulk: BulkStreams) -> None:
+        self.database = database
+        self.bulk = bulk
+
+    async def CreatePost(self, request: pb.CreatePostRequest, context: Context) -> PostMessage:
+        values = post_from_message(request.post)
+        async with self.database.begin() as session:
+
+            async def create() -> PostMessage:
+                return post_to_message(await PostRepository(session).create(values))
+
+            return await once(session, request, PostMessage, create)
+
+    async def GetPost(self, request: pb.GetPostRequest, context: Context) -> PostMessage:
+        id = check_id(request.id)
+        with_author = _with_author(request.view)
+        async with self.database.read() as session:
+            post = await PostRepository(session, with_author=with_author).get(id)
+        return post_to_message(post, with_author=with_author)
+
+    async def BatchGetPosts(
+        self, request: pb.BatchGetPostsRequest, context: Context
+    ) -> pb.BatchGetPostsResponse:
+        ids = check_ids(request.ids)
+        with_author = _with_author(request.view)
+        async with self.database.read() as session:
+            found = await PostRepository(session, with_author=with_author).get_many(ids)
+        return pb.BatchGetPostsResponse(
+            posts=[post_to_message(post, with_author=with_author) for post in found if post],
+            missing_ids=[id for id, post in zip(ids, found, strict=False) if not post],
+            remaining_ids=ids[len(found) :],
+        )
+
+    async def ListPosts(self, request: pb.ListPostsRequest, context: Context) -> pb.ListPostsResponse:
+        author_id = request.author_id and check_id(request.author_id, "author_id")
+        scope = [Post.author_id == author_id] if author_id else []
+        query = LISTING.query(request, *scope, scope_key=author_id)
+        with_author = _with_author(request.view)
+        async with self.database.read() as session:
+            posts, token = await query.page(PostRepository(session, with_author=with_author))
+        return pb.ListPostsResponse(
+            posts=[post_to_message(post, with_author=with_author) for post in posts], next_page_token=token
+        )
+
+    async def UpdatePost(self, request: pb.UpdatePostRequest, context: Context) -> PostMessage:
+        id = check_id(request.post.id, "post.id")
+        version = check_version(request.post.version, "post.version")
+        changes = post_changes_from_message(request.post, request.update_mask)
+        async with self.database.begin() as session:
+
+            async def update() -> PostMessage:
+                return post_to_message(await PostRepository(session).update(id, changes, version))
+
+            return await once(session, request, PostMessage, update)
+
+    async def DeletePost(self, request: pb.DeletePostRequest, context: Context) -> Empty:
+        id, version = check_id(request.id), check_version(request.version)
+        async with self.database.begin() as session:
+
+            async def delete() -> Empty:
+                await PostRepository(session).delete(id, version)
+                return Empty()
+
+            return await once(session, request, Empty, delete)
+
+    async def BulkCreatePosts(
+        self, requests: AsyncIterator[pb.BulkCreatePostsRequest], context: Context
+    ) -> AsyncIterator[BulkWriteResponse]:
+        async with aclosing(self.bulk.run(requests, CREATE_POSTS)) as events:
+            async for event in events:
+                yield event
+
+    async def BulkUpdatePosts(
+        self, requests: AsyncIterator[pb.BulkUpdatePostsRequest], context: Context
+    ) -> AsyncIterator[BulkWriteResponse]:
+        async with aclosing(self.bulk.run(requests, UPDATE_POSTS)) as events:
+            async for event in events:
+                yield event
+
+    async def ExportPosts(
+        self, request: pb.ExportPostsRequest, context: Context
+    ) -> AsyncIterator[pb.ExportPostsResponse]:
+        conditions = LISTING.conditions(request.filter)
+        limit = check_export(request.after_id, request.batch_size)
+        rows = batches(self.database, PostRepository, conditions, request.after_id, limit)
+        async with aclosing(rows):
+            async for posts in rows:
+                yield pb.ExportPostsResponse(posts=map(post_to_message, posts), last_id=posts[-1].id)
+
+
+def _with_author(view: int) -> bool:
+    check_choice(view, PostMessage.View, "view")
+    return view == PostMessage.View.WITH_AUTHOR

@@ -1,0 +1,34 @@
+"""Server reflection, v1 and v1alpha, that knows method symbols and error details too."""
+
+from typing import Any
+
+import grpc
+from google.protobuf import descriptor_pool
+from google.rpc import error_details_pb2  # noqa: F401  (in the pool, so that grpcurl can print error details)
+from grpc_reflection.v1alpha import reflection_pb2
+from grpc_reflection.v1alpha.reflection import aio
+
+METHOD = "ServerReflectionInfo"
+
+
+class Reflection(aio.ReflectionServicer):  # type: ignore[misc]
+    """The library's servicer; it can't find a method by its name, so it gets the service's."""
+
+    def _file_containing_symbol(self, request: Any, fully_qualified_name: str) -> Any:
+        service, _, _ = fully_qualified_name.rpartition(".")
+        is_method = service in self._service_names
+        return super()._file_containing_symbol(request, service if is_method else fully_qualified_name)
+
+
+def add_reflection(server: grpc.aio.Server, services: list[str]) -> None:
+    """Add the reflection service in both versions, whose messages are the same (grpc#38576)."""
+    versions = ["grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"]
+    servicer = Reflection([*services, *versions], pool=descriptor_pool.Default())
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    server.add_generic_rpc_handlers(
+        tuple(grpc.method_handlers_generic_handler(version, {METHOD: handler}) for version in versions)
+    )

@@ -1,0 +1,112 @@
+"""Settings: the only reader of the environment."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
+
+PREFIX = "ROSTER_"
+DRIVERS = {
+    "postgres": "postgresql+asyncpg",
+    "postgresql": "postgresql+asyncpg",
+    "postgresql+asyncpg": "postgresql+asyncpg",
+    "sqlite": "sqlite+aiosqlite",
+    "sqlite+aiosqlite": "sqlite+aiosqlite",
+}
+LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
+
+Seconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class SecretFiles(PydanticBaseSettingsSource):
+    """`ROSTER_X_FILE` names a file whose content is `ROSTER_X`, as container platforms hand out secrets."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
+        path = os.environ.get(f"{PREFIX}{field_name.upper()}_FILE")
+        return (Path(path).read_text().strip() if path else None), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        values = {name: self.get_field_value(field, name)[0] for name, field in self.config_fields()}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def config_fields(self) -> list[tuple[str, FieldInfo]]:
+        return list(self.settings_cls.model_fields.items())
+
+
+class Settings(BaseSettings):
+    """Every setting of the service; `ROSTER_` and the name in capitals is its environment variable."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_file=".env", extra="ignore", populate_by_name=True
+    )
+
+    listen: str = Field("127.0.0.1:50051", description="host:port, or unix:/path; port 0 takes a free one")
+    insecure: bool = Field(default=False, description="listen beyond this machine without TLS")
+    reflection: bool = Field(default=True, description="let grpcurl and others ask for the contract")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="least severe line logged"
+    )
+    grace: Seconds = Field(30, description="seconds that calls in flight have when the server stops")
+
+    database_url: str = Field(
+        "sqlite:///roster.db",
+        description="postgresql://user@host/name, or sqlite:///file",
+        validation_alias=AliasChoices("ROSTER_DATABASE_URL", "DATABASE_URL"),
+    )
+    pool_size: Count = Field(10, description="connections kept open for calls")
+    max_overflow: int = Field(10, ge=0, description="connections more for a rush")
+    pool_timeout: Seconds = Field(2, description="seconds a call waits for a connection")
+    pool_recycle: Seconds = Field(1800, description="seconds after which a connection is replaced")
+    pool_pre_ping: bool = Field(
+        default=False, description="test each connection before its use; halves the speed"
+    )
+    connect_timeout: Seconds = Field(5, description="seconds to open a connection")
+    statement_timeout: Seconds = Field(30, description="seconds one statement may take")
+    bulk_connections: Count = Field(4, description="connections for the bulk streams, apart from the pool")
+
+    password_workers: Count = Field(2, description="threads that hash passwords")
+    password_queue: Count = Field(64, description="hashings in hand; more are refused as overload")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, SecretFiles(settings_cls), dotenv_settings, file_secret_settings
+
+    @field_validator("database_url")
+    @classmethod
+    def _with_driver(cls, value: str) -> str:
+        try:
+            url = make_url(value)
+        except ArgumentError:
+            raise ValueError("is no URL; write postgresql://user@host/name or sqlite:///file") from None
+        if url.drivername not in DRIVERS:
+            raise ValueError(f"has the scheme {url.drivername}; postgresql and sqlite are supported")
+        if url.drivername.startswith("sqlite") and url.database in (None, "", ":memory:"):
+            raise ValueError("names no file: SQLite in memory can't be shared by readers and the writer")
+        return url.set(drivername=DRIVERS[url.drivername]).render_as_string(hide_password=False)
+
+    @model_validator(mode="after")
+    def _loopback_unless_insecure(self) -> "Settings":
+        if not self.insecure and not self.listen.startswith(LOOPBACK):
+            raise ValueError(
+                "listen: without TLS the server listens on this machine only; use 127.0.0.1, [::1] or "
+                "unix:/path, or set ROSTER_INSECURE=true if the network keeps strangers out"
+            )
+        return self
+
+    @property
+    def is_embedded(self) -> bool:
+        """Tell whether the database is SQLite, the embedded default."""
+        return self.database_url.startswith("sqlite")

@@ -1,0 +1,149 @@
+"""Users: message <-> values. Pure; the rules of a user's fields are applied here."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from google.protobuf.field_mask_pb2 import FieldMask
+
+from roster.v1.resources_pb2 import Post as PostMessage, User as UserMessage
+from roster.v1.users_pb2 import GetUserRequest, VerifyPasswordRequest
+from service.db.bulk.batch import Batch
+from service.errors import InvalidField
+from service.fields import (
+    Violations,
+    checking,
+    is_set,
+    masked_fields,
+    normalise_email,
+    timestamp,
+    wrong_email,
+    wrong_full_name,
+    wrong_id,
+    wrong_password,
+    wrong_password_hash,
+    wrong_version,
+)
+from service.posts.model import Post
+from service.users.model import User
+
+WRITABLE = ("email", "full_name", "is_active", "password", "hashed_password")
+BULK_WRITABLE = ("email", "full_name", "is_active", "hashed_password")
+RULES = {
+    "email": wrong_email,
+    "full_name": wrong_full_name,
+    "password": wrong_password,
+    "hashed_password": wrong_password_hash,
+}
+
+
+def user_to_message(user: User, *, with_posts: bool = False) -> UserMessage:
+    """Return a stored user as the API shows it."""
+    return UserMessage(
+        id=user.id,
+        email=user.email,
+        full_name=user.full_name,
+        is_active=user.is_active,
+        created_at=timestamp(user.created_at),
+        updated_at=timestamp(user.updated_at),
+        version=user.version,
+        posts=[_listed_post_to_message(post) for post in user.posts] if with_posts else None,
+    )
+
+
+def user_from_message(message: UserMessage) -> dict[str, Any]:
+    """Return the values of a new user, `password` still in clear; raises InvalidField."""
+    return _values(message, ["email", *(field for field in WRITABLE[1:] if is_set(message, field))])
+
+
+def user_changes_from_message(message: UserMessage, mask: FieldMask) -> dict[str, Any]:
+    """Return what an update writes, `password` still in clear; raises InvalidMask, InvalidField."""
+    fields = masked_fields(message, mask, WRITABLE)
+    if list(mask.paths) == ["*"]:  # two ways to write one thing
+        fields = [field for field in fields if "password" not in field or is_set(message, field)]
+    if not fields:
+        raise InvalidField("user has nothing to change; set email, full_name or is_active", field="user")
+    return _values(message, fields)
+
+
+def user_batch_from_messages(
+    messages: Sequence[UserMessage], fields: Collection[str], masked: Collection[str]
+) -> Batch:
+    """Return the fields of rows as columns; a row that breaks a rule is in `failures`.
+
+    A row needs every field that the update mask names, but full_name, which is null where it is unset.
+    """
+    batch = Batch(len(messages))
+    if "id" in fields:
+        batch.add("id", [message.id for message in messages], wrong_id)
+        batch.add("version", [message.version for message in messages], wrong_version)
+    if "email" in fields:
+        batch.add("email", [normalise_email(message.email) for message in messages], wrong_email)
+    if "full_name" in fields:
+        names = [message.full_name if message.HasField("full_name") else None for message in messages]
+        batch.add("full_name", names, wrong_full_name)
+    if "is_active" in fields:
+        default = None if "is_active" in masked else True
+        active = [message.is_active if message.HasField("is_active") else default for message in messages]
+        batch.add("is_active", active, is_required=True)
+    if "hashed_password" in fields:
+        hashes = [message.hashed_password or None for message in messages]
+        batch.add("hashed_password", hashes, wrong_password_hash, is_required="hashed_password" in masked)
+    batch.add("password", [message.password or None for message in messages], _wrong_in_bulk)
+    del batch.columns["password"]
+    return batch
+
+
+def key_from_message(request: GetUserRequest | VerifyPasswordRequest) -> str | int:
+    """Return the id, or the normalised e-mail, that a request looks a user up by; raises InvalidField."""
+    if request.WhichOneof("key") is None:
+        raise InvalidField("id or email is required", field="id")
+    with checking() as violations:
+        if request.HasField("id"):
+            violations.add("id", wrong_id(request.id))
+            return request.id
+        email = normalise_email(request.email)
+        violations.add("email", wrong_email(email))
+        return email
+
+
+def check_password(password: str) -> None:
+    """Raise InvalidField for what can't be anybody's password."""
+    with checking() as violations:
+        violations.add("password", wrong_password(password))
+
+
+def _values(message: UserMessage, fields: Sequence[str]) -> dict[str, Any]:
+    values = {field: getattr(message, field) if is_set(message, field) else None for field in fields}
+    if "email" in values:
+        values["email"] = normalise_email(message.email)
+    with checking() as violations:
+        for field, value in values.items():
+            violations.add(f"user.{field}", _wrong(field, value))
+        _one_password(values, violations)
+    return values
+
+
+def _wrong(field: str, value: Any) -> str | None:
+    if value is None:
+        return None if field == "full_name" else "is required where update_mask names it"
+    return RULES[field](value) if field in RULES else None
+
+
+def _one_password(values: dict[str, Any], violations: Violations) -> None:
+    if "password" in values and "hashed_password" in values:
+        violations.add("user.password", "can't come together with hashed_password")
+
+
+def _wrong_in_bulk(password: str) -> str:  # noqa: ARG001
+    return "can't be loaded in bulk; send hashed_password"
+
+
+def _listed_post_to_message(post: Post) -> PostMessage:
+    return PostMessage(
+        id=post.id,
+        title=post.title,
+        author_id=post.author_id,
+        created_at=timestamp(post.created_at),
+        updated_at=timestamp(post.updated_at),
+        version=post.version,
+    )

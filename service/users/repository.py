@@ -1,0 +1,206 @@
+"""UserRepository: all SQL about users."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import aliased, defer
+from sqlalchemy.orm.attributes import set_committed_value
+
+from service.db.base import BigInt
+from service.db.bulk.batch import Batch, OnConflict, Outcome, WriteOptions
+from service.db.bulk.resolve import resolve_creates, resolve_updates
+from service.db.bulk.writer import FOR_UPDATE, BulkWriter, stored
+from service.db.dialect import insert, listed, octets
+from service.db.paging import Page
+from service.db.repository import Repository
+from service.errors import EmailTaken, UserNotFound
+from service.posts.model import Post
+from service.users.model import User
+
+NEWEST_POSTS = 50
+# What a message has beside its texts: tags, lengths, ids, times; rounded up.
+FIXED_BYTES = 100
+
+FILTERABLE: dict[str, Any] = {
+    name: getattr(User, name)
+    for name in ("id", "email", "full_name", "is_active", "created_at", "updated_at")
+}
+SORTABLE: dict[str, list[Any]] = {
+    "id": [User.id],
+    "email": [User.email],
+    "created_at": [User.created_at, User.id],
+}
+
+
+class UserRepository(Repository[User]):
+    """Users, where wanted with their newest 50 posts (without contents)."""
+
+    model = User
+    not_found = UserNotFound
+
+    def __init__(self, session: AsyncSession, *, with_posts: bool = False) -> None:
+        super().__init__(session)
+        self.with_posts = with_posts
+        if with_posts:
+            self.size = _size_with_posts()
+
+    async def get_by_email(self, email: str) -> User:
+        """Return the user with this normalised e-mail; raises UserNotFound."""
+        return await self.get_by(User.email == email)
+
+    async def list_active(self, *, after: Sequence[Any] | None = None, limit: int) -> Page[User]:
+        """Return a page of the active users, in id order."""
+        return await self.list(User.is_active, after=after, limit=limit)
+
+    async def create(self, values: Mapping[str, Any]) -> User:
+        """Insert a user; raises EmailTaken with the `existing_id`."""
+        statement = insert(self.session, User).values(**values).on_conflict_do_nothing().returning(User)
+        created: User | None = await self.session.scalar(statement)
+        if created is None:
+            raise email_taken(await self._id_by_email(values["email"]))
+        return created
+
+    async def update(self, id: int, changes: Mapping[str, Any], version: int = 0) -> User:
+        """Change a user; raises as the base does, and EmailTaken."""
+        if "email" in changes:
+            owner = await self._id_by_email(changes["email"])
+            if owner not in (None, id):
+                raise email_taken(owner)
+        try:
+            return await super().update(id, changes, version)
+        except IntegrityError:  # somebody took it in between
+            raise email_taken(None) from None
+
+    async def password_hash(self, condition: ColumnElement[bool]) -> tuple[int, str, bool]:
+        """Return id, hash ("" for none) and whether active; nobody's are (0, "", False)."""
+        row = (
+            await self.session.execute(
+                select(User.id, func.coalesce(User.hashed_password, ""), User.is_active).where(condition)
+            )
+        ).one_or_none()
+        return row._tuple() if row else (0, "", False)  # noqa: SLF001  (public, despite its name)
+
+    async def replace_hash(self, id: int, old: str, new: str) -> None:
+        """Store a stronger hash of the same password, unless the password was changed meanwhile."""
+        await self.session.execute(
+            update(User)
+            .where(User.id == id, User.hashed_password == old)
+            .values(hashed_password=new)
+            .execution_options(synchronize_session=False)
+        )
+
+    async def create_many(self, batch: Batch, options: WriteOptions) -> Outcome:
+        """Insert the rows of a batch; those whose e-mail is taken fail, are skipped, or update its user."""
+        writer = BulkWriter(self.session, User)
+
+        async def attempt(batch: Batch) -> Outcome:
+            lock = FOR_UPDATE if options.on_conflict is OnConflict.UPDATE else None
+            emails = batch.take("email", batch.good_rows())
+            taken = {
+                row.email: row.id
+                for row in await stored(self.session, User.email, emails, User.id, lock=lock)
+            }
+            creates = resolve_creates(batch, "email", taken, options.on_conflict, email_taken)
+            return await writer.create(batch, creates, options, sort_key="email")
+
+        return await writer.settled(batch, attempt)
+
+    async def update_many(self, batch: Batch, options: WriteOptions) -> Outcome:
+        """Update the users of a batch by id, in file order."""
+        writer = BulkWriter(self.session, User)
+
+        async def attempt(batch: Batch) -> Outcome:
+            ids = batch.take("id", batch.good_rows())
+            rows = await stored(self.session, User.id, ids, User.version, User.email, lock=FOR_UPDATE)
+            owners = await self._owners(batch, {row.id: row.email for row in rows}, options)
+            updates = resolve_updates(
+                batch, {row.id: row.version for row in rows}, self._missing, owners.refusal
+            )
+            if owners.moved and not options.validate_only:
+                await writer.set_aside("email", {id: f"moving {id}" for id in updates})
+            return await writer.update(batch, updates, options)
+
+        return await writer.settled(batch, attempt)
+
+    async def _owners(self, batch: Batch, emails: dict[int, str], options: WriteOptions) -> "_Owners":
+        wanted = batch.take("email", batch.good_rows()) if "email" in options.update_fields else []
+        taken = await stored(self.session, User.email, wanted, User.id)
+        return _Owners(batch if wanted else None, emails, {row.email: row.id for row in taken})
+
+    async def _id_by_email(self, email: str) -> int | None:
+        return await self.session.scalar(select(User.id).where(User.email == email))
+
+    async def _complete(self, rows: Sequence[User]) -> None:
+        if not self.with_posts or not rows:
+            return
+        for row in rows:
+            set_committed_value(row, "posts", [])
+        by_id = {row.id: row for row in rows}
+        for post in await self.session.scalars(self._newest_posts(list(by_id))):
+            by_id[post.author_id].posts.append(post)
+
+    def _newest_posts(self, author_ids: list[int]) -> Any:
+        # Where the newest 50 begin is one step on the index for each author; numbering all posts is not.
+        authors = listed(self.session, author_ids, BigInt)
+        newest = aliased(Post)
+        first = (
+            select(newest.id)
+            .where(newest.author_id == authors.c.value)
+            .order_by(newest.id.desc())
+            .offset(NEWEST_POSTS - 1)
+            .limit(1)
+            .scalar_subquery()
+        )
+        return (
+            select(Post)
+            .join(authors, (Post.author_id == authors.c.value) & (Post.id >= func.coalesce(first, 0)))
+            .options(defer(Post.content, raiseload=True))
+            .order_by(Post.author_id, Post.id.desc())
+        )
+
+
+class _Owners:
+    """Who has which e-mail while the rows of a batch are applied one after the other."""
+
+    def __init__(self, batch: Batch | None, emails: dict[int, str], taken: Mapping[str, int]) -> None:
+        self.wanted = batch.columns["email"] if batch else None
+        self.emails = dict(emails)
+        self.owners: dict[str, int | None] = {**taken, **{email: id for id, email in emails.items()}}
+        self.moved = False  # an e-mail went from one user of the batch to another
+
+    def refusal(self, row: int, id: int) -> EmailTaken | None:
+        """Return why the row can't have the e-mail it wants; otherwise note that it has it."""
+        if self.wanted is None:
+            return None
+        email, was = self.wanted[row], self.emails[id]
+        owner = self.owners.get(email)
+        if owner not in (None, id):
+            return email_taken(owner)
+        if email != was:
+            self.moved = self.moved or email in self.owners
+            self.owners[was] = None
+            self.owners[email] = id
+            self.emails[id] = email
+        return None
+
+
+def email_taken(existing_id: int | None) -> EmailTaken:
+    """Return the error for an e-mail that belongs to another user."""
+    facts = {"existing_id": existing_id} if existing_id else {}
+    return EmailTaken("email belongs to another user", field="email", **facts)
+
+
+def _size_with_posts() -> ColumnElement[int]:
+    newest = (
+        select((octets(Post.title) + FIXED_BYTES).label("size"))
+        .where(Post.author_id == User.id)
+        .order_by(Post.id.desc())
+        .limit(NEWEST_POSTS)
+        .correlate(User)
+        .subquery()
+    )
+    posts = select(func.coalesce(func.sum(newest.c.size), 0)).scalar_subquery()
+    return octets(User.email) + func.coalesce(octets(User.full_name), 0) + FIXED_BYTES + posts

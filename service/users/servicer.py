@@ -1,0 +1,183 @@
+"""UserService: users by id or e-mail, one at a time, in pages, and in bulk."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from google.protobuf.empty_pb2 import Empty
+from sqlalchemy import ColumnElement
+
+from roster.v1 import users_pb2 as pb
+from roster.v1.bulk_pb2 import BulkWriteResponse
+from roster.v1.resources_pb2 import User as UserMessage
+from roster.v1.users_pb2_grpc import UserServiceServicer
+from service.bulk.operation import Operation
+from service.bulk.streams import BulkStreams
+from service.db.engine import Database
+from service.db.listing import Listing, batches
+from service.errors import UserNotFound
+from service.fields import check_choice, check_export, check_id, check_ids, check_version, normalise_email
+from service.interceptors.around import Context
+from service.once import once
+from service.users.convert import (
+    BULK_WRITABLE,
+    check_password,
+    key_from_message,
+    user_batch_from_messages,
+    user_changes_from_message,
+    user_from_message,
+    user_to_message,
+)
+from service.users.model import User
+from service.users.passwords import Passwords
+from service.users.repository import FILTERABLE, SORTABLE, UserRepository
+
+CREATE_USERS = Operation(
+    rows="users",
+    fields=BULK_WRITABLE,
+    writable=BULK_WRITABLE[1:],  # the e-mail is the key
+    read=user_batch_from_messages,
+    write=lambda session, batch, options: UserRepository(session).create_many(batch, options),
+    has_key=True,
+)
+UPDATE_USERS = Operation(
+    rows="users",
+    fields=("id", "version"),
+    writable=BULK_WRITABLE,
+    read=user_batch_from_messages,
+    write=lambda session, batch, options: UserRepository(session).update_many(batch, options),
+    is_update=True,
+)
+LISTING = Listing("users", FILTERABLE, SORTABLE, {"email": normalise_email})
+
+
+class UserServicer(UserServiceServicer):
+    """UserService: users by id or e-mail, one at a time, in pages, and in bulk."""
+
+    def __init__(self, database: Database, passwords: Passwords, bulk: BulkStreams) -> None:
+        self.database = database
+        self.passwords = passwords
+        self.bulk = bulk
+
+    async def CreateUser(self, request: pb.CreateUserRequest, context: Context) -> UserMessage:
+        values = await self._hashed(user_from_message(request.user))
+        async with self.database.begin() as session:
+
+            async def create() -> UserMessage:
+                return user_to_message(await UserRepository(session).create(values))
+
+            return await once(session, request, UserMessage, create)
+
+    async def GetUser(self, request: pb.GetUserRequest, context: Context) -> UserMessage:
+        condition = _by_key(request)
+        with_posts = _with_posts(request.view)
+        async with self.database.read() as session:
+            user = await UserRepository(session, with_posts=with_posts).get_by(condition)
+        return user_to_message(user, with_posts=with_posts)
+
+    async def BatchGetUsers(
+        self, request: pb.BatchGetUsersRequest, context: Context
+    ) -> pb.BatchGetUsersResponse:
+        ids = check_ids(request.ids)
+        with_posts = _with_posts(request.view)
+        async with self.database.read() as session:
+            found = await UserRepository(session, with_posts=with_posts).get_many(ids)
+        return pb.BatchGetUsersResponse(
+            users=[user_to_message(user, with_posts=with_posts) for user in found if user],
+            missing_ids=[id for id, user in zip(ids, found, strict=False) if not user],
+            remaining_ids=ids[len(found) :],
+        )
+
+    async def ListUsers(self, request: pb.ListUsersRequest, context: Context) -> pb.ListUsersResponse:
+        query = LISTING.query(request)
+        with_posts = _with_posts(request.view)
+        async with self.database.read() as session:
+            users, token = await query.page(UserRepository(session, with_posts=with_posts))
+        return pb.ListUsersResponse(
+            users=[user_to_message(user, with_posts=with_posts) for user in users], next_page_token=token
+        )
+
+    async def UpdateUser(self, request: pb.UpdateUserRequest, context: Context) -> UserMessage:
+        id = check_id(request.user.id, "user.id")
+        version = check_version(request.user.version, "user.version")
+        changes = await self._hashed(user_changes_from_message(request.user, request.update_mask))
+        async with self.database.begin() as session:
+
+            async def update() -> UserMessage:
+                return user_to_message(await UserRepository(session).update(id, changes, version))
+
+            return await once(session, request, UserMessage, update)
+
+    async def DeleteUser(self, request: pb.DeleteUserRequest, context: Context) -> Empty:
+        id, version = check_id(request.id), check_version(request.version)
+        async with self.database.begin() as session:
+
+            async def delete() -> Empty:
+                await UserRepository(session).delete(id, version)
+                return Empty()
+
+            return await once(session, request, Empty, delete)
+
+    async def VerifyPassword(
+        self, request: pb.VerifyPasswordRequest, context: Context
+    ) -> pb.VerifyPasswordResponse:
+        condition = _by_key(request)
+        check_password(request.password)
+        async with self.database.read() as session:
+            id, stored, is_active = await UserRepository(session).password_hash(condition)
+        matches = await self.passwords.verify(stored, request.password)
+        if not (matches and is_active):
+            return pb.VerifyPasswordResponse()
+        if self.passwords.is_weak(stored):
+            stronger = await self.passwords.hash(request.password)
+            async with self.database.begin() as session:
+                await UserRepository(session).replace_hash(id, stored, stronger)
+        return await self._verified(id)
+
+    async def BulkCreateUsers(
+        self, requests: AsyncIterator[pb.BulkCreateUsersRequest], context: Context
+    ) -> AsyncIterator[BulkWriteResponse]:
+        async with aclosing(self.bulk.run(requests, CREATE_USERS)) as events:
+            async for event in events:
+                yield event
+
+    async def BulkUpdateUsers(
+        self, requests: AsyncIterator[pb.BulkUpdateUsersRequest], context: Context
+    ) -> AsyncIterator[BulkWriteResponse]:
+        async with aclosing(self.bulk.run(requests, UPDATE_USERS)) as events:
+            async for event in events:
+                yield event
+
+    async def ExportUsers(
+        self, request: pb.ExportUsersRequest, context: Context
+    ) -> AsyncIterator[pb.ExportUsersResponse]:
+        conditions = LISTING.conditions(request.filter)
+        limit = check_export(request.after_id, request.batch_size)
+        rows = batches(self.database, UserRepository, conditions, request.after_id, limit)
+        async with aclosing(rows):
+            async for users in rows:
+                yield pb.ExportUsersResponse(users=map(user_to_message, users), last_id=users[-1].id)
+
+    async def _hashed(self, values: dict[str, Any]) -> dict[str, Any]:
+        password = values.pop("password", None)
+        if password is None:
+            return values
+        return {**values, "hashed_password": await self.passwords.hash(password)}
+
+    async def _verified(self, id: int) -> pb.VerifyPasswordResponse:
+        try:
+            async with self.database.read() as session:
+                user = await UserRepository(session).get(id)
+        except UserNotFound:  # deleted in between
+            return pb.VerifyPasswordResponse()
+        return pb.VerifyPasswordResponse(valid=True, user=user_to_message(user))
+
+
+def _by_key(request: pb.GetUserRequest | pb.VerifyPasswordRequest) -> ColumnElement[bool]:
+    key = key_from_message(request)
+    return User.email == key if isinstance(key, str) else User.id == key
+
+
+def _with_posts(view: int) -> bool:
+    check_choice(view, UserMessage.View, "view")
+    return view == UserMessage.View.WITH_POSTS

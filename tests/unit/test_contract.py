@@ -1,0 +1,80 @@
+"""The contract: documented, in the style agreed on, and compatible with what was released."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
+
+from tests.contract_image import PROTOS, RELEASED, write_image
+
+BUF = Path(sys.executable).with_name("buf")  # the command of the wheel buf-bin
+FULL_NAME = "  optional string full_name = 3;\n"
+
+
+def buf(*arguments: str | Path) -> str:
+    """Return what buf has to say, "" where it finds nothing wrong."""
+    command = [BUF, *arguments, "--config", PROTOS / "buf.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    complaints = done.stdout + done.stderr
+    assert bool(complaints) == bool(done.returncode), complaints
+    return complaints
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> Path:
+    """A copy of the protos to break."""
+    return Path(shutil.copytree(PROTOS, tmp_path / "protos", ignore=shutil.ignore_patterns("*.py*")))
+
+
+def edit(protos: Path, pattern: str, replacement: str) -> None:
+    path = protos / "roster" / "v1" / "resources.proto"
+    text, edits = re.subn(pattern, replacement, path.read_text(), count=1)
+    assert edits == 1
+    path.write_text(text)
+
+
+def test_passes_lint_with_every_field_documented(tmp_path: Path) -> None:
+    """buf's rules hold, its rules about comments among them."""
+    image = write_image(tmp_path / "now.binpb", comments=True)
+    assert buf("lint", image) == ""
+
+
+def test_lint_names_a_field_without_comment(edited: Path, tmp_path: Path) -> None:
+    """A field that loses its comment fails the lint."""
+    edit(edited, r"(?:  //.*\n)+(?=" + re.escape(FULL_NAME) + ")", "")
+    image = write_image(tmp_path / "edited.binpb", edited, comments=True)
+    assert 'Field "full_name" should have a non-empty comment' in buf("lint", image)
+
+
+def test_breaks_nothing_that_was_released(tmp_path: Path) -> None:
+    """A client made from the released contract goes on working with this one."""
+    image = write_image(tmp_path / "now.binpb", comments=True)
+    assert buf("breaking", image, "--against", RELEASED) == ""
+
+
+@pytest.mark.parametrize(
+    "replacement",
+    [
+        pytest.param("", id="dropped"),
+        pytest.param(FULL_NAME.replace("3", "30"), id="renumbered"),
+        pytest.param(FULL_NAME.replace("full_name", "name"), id="renamed"),
+        pytest.param(FULL_NAME.replace("string", "bytes"), id="retyped"),
+    ],
+)
+def test_a_broken_field_is_named(edited: Path, tmp_path: Path, replacement: str) -> None:
+    """A change that breaks clients of the released contract is found and its field named."""
+    edit(edited, re.escape(FULL_NAME), replacement)
+    image = write_image(tmp_path / "edited.binpb", edited, comments=True)
+    complaints = buf("breaking", image, "--against", RELEASED)
+    assert '"full_name"' in complaints
+    assert '"User"' in complaints
+
+
+def test_released_image_has_no_comments() -> None:
+    """The one binary file in the repository holds descriptors and nothing else."""
+    released = FileDescriptorSet.FromString(RELEASED.read_bytes())
+    assert [file.name for file in released.file if file.HasField("source_code_info")] == []

@@ -1,0 +1,302 @@
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from hypothesis import given, settings, strategies as st
+from sqlalchemy import Connection, Dialect, create_engine, insert, make_url, select
+
+from service.db.filters import Order, condition, parse_order
+from service.errors import InvalidFilter, InvalidOrder
+from tests.filter_model import COLUMNS, ROWS, USERS, Node, filters, matches, written
+
+POSTGRESQL = make_url("postgresql+asyncpg://").get_dialect()()
+SQLITE = make_url("sqlite+aiosqlite://").get_dialect()()
+FIELDS = ("id", "email", "created_at")
+
+
+def compiled(text: str, dialect: Dialect) -> tuple[str, list[Any]]:
+    expression = condition(text, COLUMNS)
+    assert expression is not None
+    statement = expression.compile(dialect=dialect)
+    sql = str(statement).replace("users.", "").replace(" WITH TIME ZONE", "TZ")
+    return sql, [statement.params[name] for name in statement.positiontup or ()]
+
+
+def rejected(text: str) -> InvalidFilter:
+    with pytest.raises(InvalidFilter) as caught:
+        condition(text, COLUMNS)
+    return caught.value
+
+
+NOON = datetime(2024, 1, 1, 12, tzinfo=UTC)
+
+GOOD = [
+    ("id = 7", "id = $1::BIGINT", "id = ?", [7]),
+    ("id!=-9223372036854775808", "id != $1::BIGINT", "id != ?", [-(2**63)]),
+    ("id <= 9223372036854775807", "id <= $1::BIGINT", "id <= ?", [2**63 - 1]),
+    ("\n id\t>\n007 ", "id > $1::BIGINT", "id > ?", [7]),
+    ('email = "a@b.org"', "email = $1::VARCHAR", "email = ?", ["a@b.org"]),
+    ("email >= 'a\"b'", "email >= $1::VARCHAR", "email >= ?", ['a"b']),
+    (r'email < "\"\'\\n"', "email < $1::VARCHAR", "email < ?", ["\"'\\n"]),
+    ('email = ""', "email = $1::VARCHAR", "email = ?", [""]),
+    ('email = "AND (true"', "email = $1::VARCHAR", "email = ?", ["AND (true"]),
+    ('email : "@b"', "strpos(email, $1::VARCHAR) > $2::INTEGER", "instr(email, ?) > ?", ["@b", 0]),
+    ('NOT email:"@b"', "strpos(email, $1::VARCHAR) <= $2::INTEGER", "instr(email, ?) <= ?", ["@b", 0]),
+    ("is_active = true", "is_active = $1::BOOLEAN", "is_active = ?", [True]),
+    ("is_active != false", "is_active != $1::BOOLEAN", "is_active != ?", [False]),
+    ("full_name = null", "full_name IS NULL", "full_name IS NULL", []),
+    ("full_name != null", "full_name IS NOT NULL", "full_name IS NOT NULL", []),
+    ("NOT NOT full_name = null", "full_name IS NULL", "full_name IS NULL", []),
+    (
+        'created_at < "2024-01-01T12:00:00Z"',
+        "created_at < $1::TIMESTAMPTZ",
+        "created_at < ?",
+        [NOON],
+    ),
+    (
+        'created_at = "2024-01-01t14:30:00.0+02:30" OR created_at = "9999-12-31T23:59:59.999999-00:00"',
+        "created_at = $1::TIMESTAMPTZ OR created_at = $2::TIMESTAMPTZ",
+        "created_at = ? OR created_at = ?",
+        [NOON, datetime.max.replace(tzinfo=UTC)],
+    ),
+    (
+        "id = 1 OR id = 2 AND id = 3 OR id = 4",
+        "(id = $1::BIGINT OR id = $2::BIGINT) AND (id = $3::BIGINT OR id = $4::BIGINT)",
+        "(id = ? OR id = ?) AND (id = ? OR id = ?)",
+        [1, 2, 3, 4],
+    ),
+    (
+        "(id=1)OR(id=2 AND NOT(id=3 AND id=4))",
+        "id = $1::BIGINT OR id = $2::BIGINT AND NOT (id = $3::BIGINT AND id = $4::BIGINT)",
+        "id = ? OR id = ? AND NOT (id = ? AND id = ?)",
+        [1, 2, 3, 4],
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "postgresql", "embedded", "parameters"), GOOD)
+def test_a_filter_becomes_an_expression_with_bound_parameters(
+    text: str, postgresql: str, embedded: str, parameters: list[Any]
+) -> None:
+    """Every value travels beside the SQL, and each database gets its own spelling."""
+    assert compiled(text, POSTGRESQL) == (postgresql, parameters)
+    assert compiled(text, SQLITE) == (embedded, parameters)
+
+
+@pytest.mark.parametrize("text", ["", "  \n\t"])
+def test_a_blank_filter_is_no_condition(text: str) -> None:
+    """Nothing asked for is nothing to filter by."""
+    assert condition(text, COLUMNS) is None
+
+
+BAD = [
+    # words and values
+    ("nmae = 7", 1, 'unknown field "nmae"; the fields are id, email, full_name, is_active, created_at'),
+    ("\0\x1b = 7", 1, r'unknown field "\u0000\u001b"'),
+    ("x" * 60 + " = 7", 1, '"' + "x" * 40 + '"'),
+    ("email = foo", 9, "found an unquoted word; put strings and times in quotes"),
+    ("email = foo@b.org", 9, "put strings and times in quotes"),
+    ("created_at < 2024-01-01T00:00:00Z", 14, "put strings and times in quotes"),
+    ("email = 'a", 9, "no closing quote"),
+    (r'email = "a\"', 9, "no closing quote"),
+    (r'email = "a\nb"', 11, r"a backslash only in \" \' \\"),
+    ('email = "a\0b"', 11, "NUL"),
+    ("id = 9223372036854775808", 6, "64 bits"),
+    ("id = -9223372036854775809", 6, "64 bits"),
+    ("id = 1.5", 6, "expected a value"),
+    ("id = \u0661", 6, "expected a value"),
+    # keywords
+    ("id = 1 and id = 2", 8, "write AND"),
+    ("Not id = 1", 1, "write NOT"),
+    ("is_active = TRUE", 13, "write true"),
+    ("full_name = NULL", 13, "write null"),
+    # types
+    ('id = "7"', 6, "id is an integer: expected an integer but found a string"),
+    ("email = 7", 9, "email is text: expected a string in quotes but found an integer"),
+    ("is_active = 1", 13, "is_active is a boolean: expected true or false but found an integer"),
+    ("created_at = true", 14, 'created_at is a time: expected a time in quotes but found "true"'),
+    ("id : 7", 4, "id is an integer and takes = != < <= > >="),
+    ("is_active < true", 11, "is_active is a boolean and takes = !="),
+    ('created_at : "2024"', 12, "created_at is a time and takes = != < <= > >="),
+    ("email = null", 9, "email is never null"),
+    ("full_name : null", 11, "null goes with = and != only"),
+    # times
+    ('created_at < "2024-01-01"', 14, "RFC 3339"),
+    ('created_at < "2024-01-01T00:00:00"', 14, "Z or an offset"),
+    ('created_at < "2024-01-01 00:00:00Z"', 14, "RFC 3339"),
+    ('created_at < "2024-01-01T24:00:00Z"', 14, "RFC 3339"),
+    ('created_at < "2024-01-01T00:00:00+01:60"', 14, "RFC 3339"),
+    ('created_at < "2024-01-01T00:00:00.1234567Z"', 14, "at most 6 digits"),
+    ('created_at < "2024-02-30T00:00:00Z"', 14, "no such time"),
+    ('created_at < "2024-01-01T00:00:60Z"', 14, "no such time"),
+    ('created_at < "0000-01-01T00:00:00Z"', 14, "the year is 1 to 9999"),
+    ('created_at < "0001-01-01T00:00:00+00:01"', 14, "the year is 1 to 9999"),
+    ('created_at < "9999-12-31T23:59:59-00:01"', 14, "the year is 1 to 9999"),
+    # grammar
+    ("is_active = )", 13, 'expected a value (string, integer, true, false, null) but found ")"'),
+    ("id", 3, "expected an operator (= != < <= > >= :) but found the end of the filter"),
+    ("id == 7", 5, 'expected a value (string, integer, true, false, null) but found "="'),
+    ("id = 1 id = 2", 8, "expected AND, OR or the end of the filter but found an unquoted word"),
+    ("(id = 1 (id = 2))", 9, 'expected AND, OR or ")" but found "("'),
+    ("(id = 1", 8, 'expected AND, OR or ")" but found the end of the filter'),
+    ("id = 1)", 7, 'expected AND, OR or the end of the filter but found ")"'),
+    ("id = 1 OR  ", 12, 'expected a field, NOT or "(" but found the end of the filter'),
+    ("()", 2, 'expected a field, NOT or "(" but found ")"'),
+    ('"a" = email', 1, 'expected a field, NOT or "(" but found a string'),
+    ("!id = 1", 1, "expected !="),
+    ("id = 1\nAND", 11, "found the end of the filter"),
+]
+
+
+@pytest.mark.parametrize(("text", "position", "fragment"), BAD)
+def test_a_bad_filter_is_pointed_at(text: str, position: int, fragment: str) -> None:
+    """The error names the character, counted from 1, and what would be right there."""
+    error = rejected(text)
+    assert error.message.startswith(f"at character {position}: ")
+    assert fragment in error.message
+    assert (error.field, error.facts) == ("filter", {"position": position})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'id = "hunter2"',
+        'created_at = "hunter2"',
+        r'email = "hunter2\n"',
+        "email = 'hunter2",
+        "email = hunter2",
+        'email = "a" hunter2',
+        "email hunter2 'a'",
+    ],
+)
+def test_an_error_echoes_no_value(text: str) -> None:
+    """What a caller looks for may be personal, and errors end up in logs."""
+    assert "hunter2" not in rejected(text).message
+
+
+@pytest.mark.parametrize(
+    "text", ["(" * 20 + "id = 1" + ")" * 20, "NOT " * 20 + "id = 1", "NOT (" * 10 + "id = 1" + ")" * 10]
+)
+def test_a_filter_may_be_nested_20_deep(text: str) -> None:
+    """Parentheses and NOT count alike, and an even number of NOTs is none."""
+    assert compiled(text, SQLITE) == ("id = ?", [1])
+
+
+@pytest.mark.parametrize(
+    ("text", "position"),
+    [
+        ("(" * 2000, 21),
+        ("NOT " * 500, 81),
+        ("id = 1 AND " + "NOT (" * 10 + "(id = 1" + ")" * 11, 62),
+    ],
+)
+def test_deeper_nesting_is_rejected(text: str, position: int) -> None:
+    """The parser stops at the first level too many, whatever follows."""
+    error = rejected(text)
+    assert error.message == f"at character {position}: parentheses and NOT are nested more than 20 deep"
+
+
+def test_closed_parentheses_do_not_count() -> None:
+    """The bound is on depth, not on how many there are."""
+    sql, parameters = compiled(" AND ".join(["NOT (NOT (id = 1))"] * 50), SQLITE)
+    assert (sql.count("id = ?"), parameters) == (50, [1] * 50)
+
+
+def test_a_filter_has_at_most_2000_characters() -> None:
+    """The longest one is accepted, one character more is not."""
+    longest = 'email = "' + "x" * 1990 + '"'
+    assert compiled(longest, SQLITE) == ("email = ?", ["x" * 1990])
+    error = rejected(longest + " ")
+    assert error.message == "at character 2001: a filter has at most 2,000 characters"
+
+
+@pytest.mark.parametrize("word", ["AND", "OR"])
+def test_many_terms_are_one_flat_expression(word: str) -> None:
+    """A long filter isn't a deep one: neither Python nor a database recurses into its terms."""
+    terms = 200
+    sql, parameters = compiled(f" {word} ".join(["id=1"] * terms), SQLITE)
+    assert (sql, parameters) == (f" {word} ".join(["id = ?"] * terms), [1] * terms)
+
+
+def test_texts_of_a_field_are_normalised_before_they_are_compared() -> None:
+    """An e-mail is found however it was typed; other fields are left as they are."""
+    expression = condition('email : "É@B" AND full_name = "É"', COLUMNS, {"email": str.lower})
+    assert expression is not None
+    statement = expression.compile(dialect=SQLITE)
+    assert [statement.params[name] for name in statement.positiontup or ()] == ["é@b", 0, "É"]
+
+
+_words = "id email full_name nmae = != < : ! ( ) AND OR NOT or null true 7 - 'a' ' \" \\ é \0 \ud800"
+_pieces = st.sampled_from([*_words.split(" "), '"2024-01-01T00:00:00Z"', "\n"])
+
+
+@settings(deadline=None)
+@given(st.lists(_pieces, max_size=30).map(" ".join) | st.lists(_pieces, max_size=30).map("".join))
+def test_whatever_is_typed_is_a_filter_or_an_error_that_points_into_it(text: str) -> None:
+    """No other exception gets out, and no position lies outside."""
+    try:
+        condition(text, COLUMNS)
+    except InvalidFilter as error:
+        assert 1 <= int(error.facts["position"]) <= len(text) + 1  # noqa: PT017
+
+
+@pytest.fixture(scope="module")
+def connection() -> Iterator[Connection]:
+    engine = create_engine("sqlite://")
+    with engine.connect() as connection:
+        USERS.create(connection)
+        connection.execute(insert(USERS), [row._asdict() for row in ROWS])
+        yield connection
+    engine.dispose()
+
+
+@settings(deadline=None)
+@given(node=filters)
+def test_a_filter_matches_the_rows_that_the_model_says(connection: Connection, node: Node) -> None:
+    """Parsed and run by SQLite, a random filter finds what three-valued logic in plain Python finds."""
+    expression = condition(written(node), COLUMNS)
+    assert expression is not None
+    found = connection.scalars(select(USERS.c.id).where(expression).order_by(USERS.c.id)).all()
+    assert found == [row.id for row in ROWS if matches(node, row)]
+
+
+@pytest.mark.parametrize(
+    ("text", "order"),
+    [
+        ("", Order("id", descending=False)),
+        (" \t", Order("id", descending=False)),
+        ("email", Order("email", descending=False)),
+        ("email asc", Order("email", descending=False)),
+        ("  created_at \t desc\n", Order("created_at", descending=True)),
+        ("id desc", Order("id", descending=True)),
+    ],
+)
+def test_an_order_is_a_field_and_a_direction(text: str, order: Order) -> None:
+    """Ascending unless it says otherwise; by id where nothing is asked for."""
+    assert parse_order(text, FIELDS) == order
+
+
+@pytest.mark.parametrize(
+    ("text", "position"),
+    [
+        ("full_name", 1),
+        (" desc", 2),
+        ("email, id", 1),
+        ("email,", 1),
+        ("email desc,", 7),
+        ("email DESC", 7),
+        ("email desc id", 12),
+        ("email asc desc", 11),
+        ("-email", 1),
+    ],
+)
+def test_any_other_order_is_rejected(text: str, position: int) -> None:
+    """The error points at the first word that is wrong, names the fields and says what id does."""
+    with pytest.raises(InvalidOrder) as caught:
+        parse_order(text, FIELDS)
+    assert caught.value.message == (
+        f"at character {position}: expected one field (id, email, created_at), then asc, desc or nothing; "
+        "id is the tie-breaker by itself"
+    )
+    assert (caught.value.field, caught.value.facts) == ("order_by", {"position": position})
