@@ -35,7 +35,7 @@ def write_image(out: Path, protos: Path = PROTOS, *, comments: bool = False) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the contract as a descriptor image, without comments.")
+    parser = argparse.ArgumentParser(description="Write the contract as an image, without comments.")
     parser.add_argument("out", type=Path)
     write_image(parser.parse_args().out)
 

@@ -38,7 +38,7 @@ def edit(protos: Path, pattern: str, replacement: str) -> None:
 
 
 def test_passes_lint_with_every_field_documented(tmp_path: Path) -> None:
-    """buf's rules hold, its rules about comments among them."""
+    """The rules of buf hold, those about comments among them."""
     image = write_image(tmp_path / "now.binpb", comments=True)
     assert buf("lint", image) == ""
 
