@@ -1,0 +1,84 @@
+# `make` alone lists the commands.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help install run migrate lint format test tools lock contract clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+BUILD_INPUTS := pyproject.toml hatch_build.py $(wildcard protos/*/*/*.proto)
+NODE := tests/e2e/node
+GRPCURL := v1.9.4
+LOCK := uv pip compile pyproject.toml --quiet $(if $(UPGRADE),--upgrade) --universal --all-extras \
+	--generate-hashes --no-header --no-emit-index-url --no-emit-find-links
+
+# The first Python that will do; `make PYTHON=/path/to/python3 …` names another.
+SUITABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(firstword $(foreach python,python3 python3.14 python3.13 python3.12 python3.11,\
+	$(shell $(python) -c '$(SUITABLE)' 2>/dev/null && echo $(python))))
+
+help: ## List these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/installed ## Install the service into .venv
+
+run: install ## Install, then serve on 127.0.0.1:50051 with the data in roster.db
+	@exec $(BIN)/roster serve
+
+migrate: install ## Bring the database's schema to what this release needs
+	@$(BIN)/roster migrate
+
+lint: $(VENV)/development ## Check format, style and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: $(VENV)/development ## Format the code, and mend what ruff can mend
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+test: $(VENV)/development tools lint ## Check everything, on SQLite and on a PostgreSQL of its own
+	$(BIN)/python -m pytest
+
+tools: .tools/grpcurl-$(GRPCURL) $(NODE)/node_modules/.package-lock.json ## Install the clients in other languages that tests use
+
+lock: ## Pin the dependencies anew, the newest with UPGRADE=1; needs uv
+	@command -v uv >/dev/null || { echo 'make: uv is not on PATH: pip install uv' >&2; exit 1; }
+	$(LOCK) --group build --output-file requirements.lock
+	$(LOCK) --group dev --constraint requirements.lock --output-file requirements-dev.lock
+
+contract: $(VENV)/development ## Take the protos as released: later ones are compared with them
+	$(BIN)/python -m tests.contract_image
+
+clean: ## Remove what was installed, generated and cached; data stays
+	rm -rf $(VENV) .tools dist $(NODE)/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find protos \( -name '*_pb2*' -o -name __init__.py -o -name py.typed \) -delete
+	find alembic hatch_build.py protos service tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(or $(PYTHON),false) -c '$(SUITABLE)' 2>/dev/null || { \
+		echo 'make: $(or $(PYTHON),no Python here) will not do: Roster needs Python 3.11 or newer, with venv' \
+			'and ensurepip (on Debian: apt install python3-venv). Name one: make PYTHON=/path/to/python3 …' >&2; \
+		exit 1; }
+	@echo 'Installing into $(VENV); the first time takes a minute.'
+	$(PYTHON) -m venv --clear $(VENV)
+
+$(VENV)/installed: requirements.lock $(BUILD_INPUTS) | $(BIN)/python
+	$(PIP_INSTALL) --require-hashes --requirement requirements.lock
+	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/development: $(VENV)/installed requirements-dev.lock
+	$(PIP_INSTALL) --require-hashes --requirement requirements-dev.lock
+	@touch $@
+
+.tools/grpcurl-$(GRPCURL):
+	@if command -v go >/dev/null; then \
+		GOBIN='$(CURDIR)/.tools/bin' go install github.com/fullstorydev/grpcurl/cmd/grpcurl@$(GRPCURL) && touch $@; \
+	else echo 'WARNING: no go on PATH: the tests with grpcurl can not run' >&2; fi
+
+$(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json
+	@if command -v npm >/dev/null; then \
+		npm ci --prefix $(NODE) --ignore-scripts --no-audit --no-fund --loglevel=error; \
+	else echo 'WARNING: no npm on PATH: the tests with a Node client can not run' >&2; fi
