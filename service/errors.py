@@ -216,3 +216,9 @@ class Unsupported(RosterError):
     """What the contract names and the server does not have."""
 
     reason = "UNSUPPORTED"
+
+
+def error_of(reason: str, message: str, field: str, facts: dict[str, int | str]) -> RosterError:
+    """Return an error that was stored as its parts."""
+    kinds = {kind.reason: kind for base in RosterError.__subclasses__() for kind in base.__subclasses__()}
+    return kinds[reason](message, field=field, **facts)

@@ -23,6 +23,7 @@ MAX_IDS = 1000
 MAX_BATCH = 1000
 MAX_EMAIL = 255
 MAX_NAME = 255
+MAX_LOAD_ID = 255
 MAX_TITLE = 255
 MAX_CONTENT_BYTES = 1 << 20
 MAX_PASSWORD = 1024
@@ -133,6 +134,13 @@ def check_version(version: int, field: str = "version") -> int:
     with checking() as violations:
         violations.add(field, wrong_version(version))
     return version
+
+
+def check_load_id(text: str, field: str = "load_id") -> str:
+    """Return a load's name; raises InvalidField."""
+    with checking() as violations:
+        violations.add(field, _wrong_text(text, MAX_LOAD_ID) if text else "is required")
+    return text
 
 
 def check_request_id(text: str) -> UUID | None:

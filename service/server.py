@@ -8,8 +8,10 @@ from datetime import UTC, datetime
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
-from roster.v1 import posts_pb2, posts_pb2_grpc, users_pb2, users_pb2_grpc
+from roster.v1 import bulk_pb2, bulk_pb2_grpc, posts_pb2, posts_pb2_grpc, users_pb2, users_pb2_grpc
+from service.bulk.servicer import BulkServicer
 from service.bulk.streams import BulkStreams
+from service.db.bulk.loads import expire_loads
 from service.db.engine import Database
 from service.db.requests import forget_requests
 from service.errors import RosterError
@@ -61,6 +63,7 @@ class Server:
         services = [
             users_pb2.DESCRIPTOR.services_by_name["UserService"].full_name,
             posts_pb2.DESCRIPTOR.services_by_name["PostService"].full_name,
+            bulk_pb2.DESCRIPTOR.services_by_name["BulkService"].full_name,
         ]
         self.health = Health(self.database, services)
         self._add_services([*services, "grpc.health.v1.Health"])
@@ -72,6 +75,8 @@ class Server:
         users = UserServicer(self.database, self.passwords, bulk)
         users_pb2_grpc.add_UserServiceServicer_to_server(users, self.server)
         posts_pb2_grpc.add_PostServiceServicer_to_server(PostServicer(self.database, bulk), self.server)
+        loads = BulkServicer(self.database, self.settings.bulk_load_ttl)
+        bulk_pb2_grpc.add_BulkServiceServicer_to_server(loads, self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
         if self.settings.reflection:
             add_reflection(self.server, names)
@@ -99,11 +104,12 @@ class Server:
         await self.database.close()
 
     async def _forget(self) -> None:
-        """Delete, now and then, the answers of repeatable writes that were kept long enough."""
+        """Drop, now and then, the answers and outcomes that were kept long enough."""
         while True:
             try:
                 async with self.database.begin() as session:
                     await forget_requests(session, self.clock())
+                    await expire_loads(session, self.clock() - self.settings.bulk_load_ttl)
             except RosterError as error:
-                log.warning("old requests were not deleted: %s", error.message)
+                log.warning("what has expired was not deleted: %s", error.message)
             await asyncio.sleep(FORGET_EVERY_SECONDS)

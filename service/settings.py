@@ -1,6 +1,7 @@
 """Settings: the only reader of the environment."""
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -69,6 +70,11 @@ class Settings(BaseSettings):
     connect_timeout: Seconds = Field(5, description="seconds to open a connection")
     statement_timeout: Seconds = Field(30, description="seconds one statement may take")
     bulk_connections: Count = Field(4, description="connections for the bulk streams, apart from the pool")
+
+    bulk_load_ttl: timedelta = Field(
+        timedelta(days=7),
+        description="how long outcomes are kept after a load's last batch, in seconds or ISO 8601",
+    )
 
     password_workers: Count = Field(2, description="threads that hash passwords")
     password_queue: Count = Field(64, description="hashings in hand; more are refused as overload")

@@ -1,10 +1,21 @@
-"""Bulk streams: outcome -> message."""
+"""Bulk streams and loads: outcome -> message. Pure."""
 
-from google.rpc.status_pb2 import Status
+from collections.abc import Mapping
+from datetime import timedelta
 
-from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkOpened, BulkSummary, BulkWriteResponse, RowFailure
+from roster.v1.bulk_pb2 import (
+    BulkAck,
+    BulkLoad,
+    BulkOpened,
+    BulkOptions,
+    BulkSummary,
+    BulkWriteResponse,
+    RowFailure,
+)
 from service.db.bulk.batch import Outcome
+from service.db.bulk.loads import Load
 from service.errors import RosterError
+from service.fields import timestamp
 from service.interceptors.errors import status_code, status_from_error
 
 MAX_FAILURE_MESSAGE = 200
@@ -17,13 +28,16 @@ def opened_to_message(load_id: str, next_offset: int, max_rows: int, max_bytes: 
     )
 
 
-def outcome_to_message(offset: int, outcome: Outcome, *, return_ids: bool) -> BulkWriteResponse:
-    """Return the acknowledgement of a batch that was recorded."""
+def outcome_to_message(
+    offset: int, next_offset: int, outcome: Outcome, *, return_ids: bool, is_replayed: bool
+) -> BulkWriteResponse:
+    """Return the acknowledgement of a message whose rows are recorded."""
     failures = sorted(outcome.failures.items())
     return BulkWriteResponse(
         ack=BulkAck(
             offset=offset,
-            next_offset=offset + len(outcome.ids),
+            next_offset=next_offset,
+            replayed=is_replayed,
             created=outcome.created,
             updated=outcome.updated,
             skipped=outcome.skipped,
@@ -36,8 +50,9 @@ def outcome_to_message(offset: int, outcome: Outcome, *, return_ids: bool) -> Bu
 
 def error_to_message(offset: int, next_offset: int, error: RosterError) -> BulkWriteResponse:
     """Return the acknowledgement of a message of which nothing was recorded."""
-    status: Status = status_from_error(error)
-    return BulkWriteResponse(ack=BulkAck(offset=offset, next_offset=next_offset, error=status))
+    return BulkWriteResponse(
+        ack=BulkAck(offset=offset, next_offset=next_offset, error=status_from_error(error))
+    )
 
 
 def failure_to_message(offset: int, error: RosterError) -> RowFailure:
@@ -53,16 +68,25 @@ def failure_to_message(offset: int, error: RosterError) -> RowFailure:
 
 
 def summary_to_message(
-    next_offset: int, totals: Outcome, state: BulkLoad.State.ValueType
+    next_offset: int, counts: Mapping[str, int], state: BulkLoad.State.ValueType
 ) -> BulkWriteResponse:
     """Return the end of a stream."""
-    return BulkWriteResponse(
-        summary=BulkSummary(
-            next_offset=next_offset,
-            created=totals.created,
-            updated=totals.updated,
-            skipped=totals.skipped,
-            failed=totals.failed,
-            state=state,
-        )
+    return BulkWriteResponse(summary=BulkSummary(next_offset=next_offset, state=state, **counts))
+
+
+def load_to_message(load: Load, kept_for: timedelta) -> BulkLoad:
+    """Return a load as the API shows it."""
+    return BulkLoad(
+        load_id=load.load_id,
+        method=load.method,
+        state=BulkLoad.State.ValueType(load.state),
+        options=BulkOptions.FromString(load.options),
+        next_offset=load.next_offset,
+        created=load.created,
+        updated=load.updated,
+        skipped=load.skipped,
+        failed=load.failed,
+        created_at=timestamp(load.created_at),
+        updated_at=timestamp(load.updated_at),
+        expires_at=timestamp(load.updated_at + kept_for),
     )

@@ -16,6 +16,7 @@ from service.fields import check_choice, mask_paths
 class Operation:
     """One of the bulk RPCs: where its rows are, how they are read, how they are written."""
 
+    method: str  # the full name of the RPC
     rows: str  # the field of the request that has them
     fields: Sequence[str]  # what is read of each row, for an update beside what its mask names
     writable: Sequence[str]  # what an update mask may name
@@ -23,6 +24,13 @@ class Operation:
     write: Callable[[AsyncSession, Batch, WriteOptions], Awaitable[Outcome]]
     is_update: bool = False
     has_key: bool = False  # so that on_conflict makes sense
+
+    def is_parallel(self, options: WriteOptions) -> bool:
+        """Tell whether batches with different keys can be written at the same time.
+
+        Not where e-mails are updated: one that a batch takes may be one that the batch before gives up.
+        """
+        return not (self.is_update and "email" in options.update_fields)
 
     def batch(self, messages: Sequence[Any], options: WriteOptions) -> Batch:
         """Return the messages of a request as columns."""
@@ -73,9 +81,8 @@ def _update_fields(message: BulkOptions, operation: Operation, on_conflict: OnCo
 
 
 def _refuse_unsupported(message: BulkOptions) -> None:
-    for field in ("load_id", "restore"):
-        if getattr(message, field):
-            raise Unsupported(f"options.{field} is not available in this release; leave it out", field=field)
+    if message.restore:
+        raise Unsupported("options.restore is not available in this release; leave it out", field="restore")
 
 
 def _invalid(field: str, wrong: str) -> InvalidOptions:

@@ -1,39 +1,20 @@
 """The bulk-stream protocol, written once for every entity.
 
-A message = a batch = a transaction = an ack. The next message is read when the last one is
-acknowledged, so that a stream holds two of them at most, however long the load is.
+A message = a batch = a transaction = an ack. A stream has a few messages in hand; then requests are
+no longer read, so that memory does not grow with the load.
 """
 
 import asyncio
-import random
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
-from roster.v1.bulk_pb2 import BulkLoad, BulkWriteResponse
-from service.bulk.convert import (
-    error_to_message,
-    opened_to_message,
-    outcome_to_message,
-    summary_to_message,
-)
-from service.bulk.operation import Operation, StreamOptions
-from service.db.bulk.batch import Batch, Outcome
+from roster.v1.bulk_pb2 import BulkWriteResponse
+from service.bulk.convert import error_to_message, opened_to_message, outcome_to_message
+from service.bulk.operation import Operation
+from service.bulk.stream import MAX_BYTES, MAX_ROWS, REFUSALS, Slot, Stream
+from service.db.bulk.batch import Outcome
 from service.db.engine import Database
-from service.errors import (
-    InvalidField,
-    InvalidOptions,
-    OffsetGap,
-    RosterError,
-    StatementTimeout,
-    TooLarge,
-    TooManyFailures,
-    Unavailable,
-)
-
-MAX_ROWS = 5000
-MAX_BYTES = 4 << 20
-ATTEMPTS = 3
-FIRST_PAUSE_SECONDS = 0.1
+from service.errors import InvalidOptions, TooManyFailures
 
 
 class BulkStreams:
@@ -43,99 +24,54 @@ class BulkStreams:
         self._database = database
 
     async def run(
-        self, requests: AsyncIterator[Any], operation: Operation
+        self, requests: AsyncIterator[Any], operation: Operation, caller: str
     ) -> AsyncGenerator[BulkWriteResponse]:
         """Yield the events of one stream.
 
         Its end is no success: a cancelled or killed upload looks like one. Only `finish` completes a load.
         """
-        stream: _Stream | None = None
-        async for request in requests:
-            if stream is None:
-                options = StreamOptions.from_message(request.options, operation)
-                stream = _Stream(self._database, operation, options)
-                yield opened_to_message("", 0, MAX_ROWS, MAX_BYTES)
-            elif request.HasField("options"):
-                raise InvalidOptions("options come in the first message of a stream only", field="options")
-            if getattr(request, operation.rows):
-                yield await stream.acknowledge(request)
-            if stream.has_failed_too_often():
-                yield stream.summary(BulkLoad.STATE_UNSPECIFIED)
-                raise TooManyFailures("more rows failed than max_failures allows; what is acknowledged is in")
-            if request.finish:
-                yield stream.summary(BulkLoad.FINISHED)
-                return
-        if stream is None:
+        first = await anext(requests, None)
+        if first is None:
             raise InvalidOptions("the stream ended before its first message, which has options or rows")
-        yield stream.summary(BulkLoad.STATE_UNSPECIFIED)
-
-
-class _Stream:
-    def __init__(self, database: Database, operation: Operation, options: StreamOptions) -> None:
-        self._database = database
-        self._operation = operation
-        self._options = options
-        self._next_offset = 0  # behind the last row that is recorded
-        self._end = 0  # behind the last message, recorded or not
-        self._totals = Outcome([], {})
-
-    async def acknowledge(self, request: Any) -> BulkWriteResponse:
-        """Write the rows of a message and return its ack, or the ack that says why none is recorded."""
-        messages = list(getattr(request, self._operation.rows))
-        offset = request.offset if request.HasField("offset") else self._end
+        stream = await Stream.open(self._database, operation, first.options, caller)
+        yield opened_to_message(first.options.load_id, stream.watermark, MAX_ROWS, MAX_BYTES)
+        receiver = asyncio.create_task(stream.receive(first, requests))
         try:
-            self._check(offset, request.ByteSize(), messages)
-            batch = self._operation.batch(messages, self._options.write)
-            outcome = await self._written(batch)
-        except (InvalidField, TooLarge, OffsetGap, Unavailable, StatementTimeout) as error:
-            self._end = max(offset, 0) + len(messages)
-            return error_to_message(offset, self._next_offset, error)
-        self._next_offset = self._end = offset + len(messages)
-        self._count(outcome)
-        return outcome_to_message(offset, outcome, return_ids=self._options.return_ids)
-
-    def summary(self, state: BulkLoad.State.ValueType) -> BulkWriteResponse:
-        """Return the last event."""
-        return summary_to_message(self._next_offset, self._totals, state)
-
-    def has_failed_too_often(self) -> bool:
-        """Tell whether more rows failed than the caller wants to see."""
-        return 0 < self._options.max_failures < self._totals.failed
-
-    def _check(self, offset: int, size: int, messages: Sequence[Any]) -> None:
-        if offset < 0:
-            raise InvalidField("offset must not be negative", field="offset")
-        if len(messages) > MAX_ROWS or size > MAX_BYTES:
-            raise TooLarge(
-                f"a message has at most {MAX_ROWS:,} rows and {MAX_BYTES:,} bytes; send these in several",
-                field=self._operation.rows,
-            )
-        if offset != self._next_offset:
-            raise _gap(offset, self._next_offset)
-
-    async def _written(self, batch: Batch) -> Outcome:
-        """Write a batch in a transaction of its own; a fault of the database is tried again, with a pause."""
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                async with self._database.bulk() as session:
-                    return await self._operation.write(session, batch, self._options.write)
-            except (Unavailable, StatementTimeout):
-                if attempt == ATTEMPTS:
-                    raise
-                await asyncio.sleep(FIRST_PAUSE_SECONDS * attempt * random.uniform(0.5, 1.5))  # noqa: S311
-        raise AssertionError("unreachable")
-
-    def _count(self, outcome: Outcome) -> None:
-        for name in ("created", "updated", "skipped", "failed"):
-            setattr(self._totals, name, getattr(self._totals, name) + getattr(outcome, name))
+            while slot := await stream.slots.get():
+                response, is_recorded = await _answer(stream, slot)
+                if slot.size or not is_recorded:
+                    yield response
+                if stream.has_failed_too_often():
+                    receiver.cancel()  # what is in hand is still answered
+                elif is_recorded and slot.is_last:
+                    await stream.finish()
+                    yield await stream.summary(is_finished=True)
+                    return
+            if not stream.has_failed_too_often():
+                await receiver  # raises what it ended with
+        finally:
+            receiver.cancel()
+            await asyncio.gather(receiver, return_exceptions=True)
+            await stream.close()
+        yield await stream.summary(is_finished=False)
+        if stream.has_failed_too_often():
+            raise TooManyFailures("more rows failed than max_failures allows; what is acknowledged is in")
 
 
-def _gap(offset: int, expected: int) -> RosterError:
-    if offset > expected:
-        sentence = f"the rows from offset {expected} on are missing; go back there"
-    else:
-        sentence = (
-            f"offset {offset} is recorded already, and a load without load_id keeps no outcomes; "
-            f"go on at {expected}"
-        )
-    return OffsetGap(sentence, field="offset", expected_offset=expected)
+async def _answer(stream: Stream, slot: Slot) -> tuple[BulkWriteResponse, bool]:
+    """Wait for a message's outcome; return its ack, and whether it was recorded."""
+    try:
+        outcome: Outcome = await slot.outcome()
+    except REFUSALS as error:
+        stream.acknowledged(slot, None)
+        return error_to_message(slot.offset, stream.watermark, error), False
+    stream.acknowledged(slot, outcome)
+    is_replayed = slot.replayed == slot.size
+    ack = outcome_to_message(
+        slot.offset,
+        stream.watermark if is_replayed else slot.end,
+        outcome,
+        return_ids=stream.options.return_ids,
+        is_replayed=is_replayed,
+    )
+    return ack, True

@@ -3,6 +3,7 @@
 import click
 
 from service import __version__
+
 # from service.cli.load import load
 from service.cli.migrate import migrate
 from service.cli.serve import serve

@@ -50,7 +50,8 @@ async def _require_schema(database: Database) -> None:
         current = await migrations.current(database.engine)
     except (DBAPIError, OSError) as error:
         raise UsageError(
-            f"the database can't be reached: {getattr(error, 'orig', None) or error}; check ROSTER_DATABASE_URL"
+            f"the database can't be reached: {getattr(error, 'orig', None) or error}; "
+            "check ROSTER_DATABASE_URL"
         ) from None
     if current != migrations.head():
         raise UsageError(

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from typing import Any
 
 from sqlalchemy import event, select
@@ -49,7 +49,7 @@ class Database:
         """Open a unit of work for a batch; it waits for its turn for a minute."""
         with translated():
             async with (
-                self._engines.turn(BULK_POOL_TIMEOUT_SECONDS),
+                self._engines.bulk_turn(),
                 _session(self._engines.bulk) as session,
             ):
                 yield session
@@ -90,6 +90,7 @@ class _PostgreSQL:
             pool_timeout=BULK_POOL_TIMEOUT_SECONDS,
             lock_timeout=LOCK_TIMEOUT_SECONDS,
         )
+        self._bulk_turns = asyncio.Semaphore(settings.bulk_connections)
 
     @staticmethod
     def _engine(settings: Settings, *, lock_timeout: int = 0, **pool: Any) -> AsyncEngine:
@@ -113,9 +114,13 @@ class _PostgreSQL:
             },
         )
 
-    @asynccontextmanager
-    async def turn(self, timeout: float = 0) -> AsyncIterator[None]:  # noqa: ARG002
-        yield
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()  # the pool has its own queue
+
+    def bulk_turn(self) -> AbstractAsyncContextManager[None]:
+        # A stream's batches wait for each other's commits: had a later one the last connection, and not
+        # the one before it, they would wait for ever. The pool's queue lets newcomers pass; this doesn't.
+        return _turn(self._bulk_turns, BULK_POOL_TIMEOUT_SECONDS)
 
 
 class _Sqlite:
@@ -139,17 +144,24 @@ class _Sqlite:
         self._pool_timeout = settings.pool_timeout
         self._writing = asyncio.Lock()  # wakes its waiters first come, first served
 
-    @asynccontextmanager
-    async def turn(self, timeout: float = 0) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(timeout or self._pool_timeout):
-                await self._writing.acquire()
-        except TimeoutError:
-            raise PoolExhausted("other writes are under way; nothing was done, try again") from None
-        try:
-            yield
-        finally:
-            self._writing.release()
+    def turn(self) -> AbstractAsyncContextManager[None]:
+        return _turn(self._writing, self._pool_timeout)
+
+    def bulk_turn(self) -> AbstractAsyncContextManager[None]:
+        return _turn(self._writing, BULK_POOL_TIMEOUT_SECONDS)
+
+
+@asynccontextmanager
+async def _turn(line: asyncio.Lock | asyncio.Semaphore, timeout: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(timeout):
+            await line.acquire()
+    except TimeoutError:
+        raise PoolExhausted("other writes are under way; nothing was done, try again") from None
+    try:
+        yield
+    finally:
+        line.release()
 
 
 def _prepare_writer(connection: Any, record: Any) -> None:  # noqa: ARG001

@@ -15,7 +15,7 @@ from service.db.engine import Database
 from service.db.listing import Listing, batches
 from service.fields import check_choice, check_export, check_id, check_ids, check_version
 from service.interceptors.around import Context
-from service.once import once
+from service.once import CALLER, once
 from service.posts.convert import (
     WRITABLE,
     post_batch_from_messages,
@@ -27,6 +27,7 @@ from service.posts.model import Post
 from service.posts.repository import FILTERABLE, SORTABLE, PostRepository
 
 CREATE_POSTS = Operation(
+    method="roster.v1.PostService.BulkCreatePosts",
     rows="posts",
     fields=(*WRITABLE, "author_id"),
     writable=WRITABLE,
@@ -34,6 +35,7 @@ CREATE_POSTS = Operation(
     write=lambda session, batch, options: PostRepository(session).create_many(batch, options),
 )
 UPDATE_POSTS = Operation(
+    method="roster.v1.PostService.BulkUpdatePosts",
     rows="posts",
     fields=("id", "version"),
     writable=WRITABLE,
@@ -115,14 +117,14 @@ class PostServicer(PostServiceServicer):
     async def BulkCreatePosts(
         self, requests: AsyncIterator[pb.BulkCreatePostsRequest], context: Context
     ) -> AsyncIterator[BulkWriteResponse]:
-        async with aclosing(self.bulk.run(requests, CREATE_POSTS)) as events:
+        async with aclosing(self.bulk.run(requests, CREATE_POSTS, CALLER)) as events:
             async for event in events:
                 yield event
 
     async def BulkUpdatePosts(
         self, requests: AsyncIterator[pb.BulkUpdatePostsRequest], context: Context
     ) -> AsyncIterator[BulkWriteResponse]:
-        async with aclosing(self.bulk.run(requests, UPDATE_POSTS)) as events:
+        async with aclosing(self.bulk.run(requests, UPDATE_POSTS, CALLER)) as events:
             async for event in events:
                 yield event
 

@@ -97,12 +97,7 @@ class UserRepository(Repository[User]):
         writer = BulkWriter(self.session, User)
 
         async def attempt(batch: Batch) -> Outcome:
-            lock = FOR_UPDATE if options.on_conflict is OnConflict.UPDATE else None
-            emails = batch.take("email", batch.good_rows())
-            taken = {
-                row.email: row.id
-                for row in await stored(self.session, User.email, emails, User.id, lock=lock)
-            }
+            taken = await self._taken(batch, options) if options.asks_first(batch) else {}
             creates = resolve_creates(batch, "email", taken, options.on_conflict, email_taken)
             return await writer.create(batch, creates, options, sort_key="email")
 
@@ -119,11 +114,17 @@ class UserRepository(Repository[User]):
             updates = resolve_updates(
                 batch, {row.id: row.version for row in rows}, self._missing, owners.refusal
             )
-            if owners.moved and not options.validate_only:
+            if owners.moved and options.writes(batch):
                 await writer.set_aside("email", {id: f"moving {id}" for id in updates})
             return await writer.update(batch, updates, options)
 
         return await writer.settled(batch, attempt)
+
+    async def _taken(self, batch: Batch, options: WriteOptions) -> dict[str, int]:
+        emails = batch.take("email", batch.good_rows())
+        lock = FOR_UPDATE if options.on_conflict is OnConflict.UPDATE else None
+        rows = await stored(self.session, User.email, emails, User.id, lock=lock)
+        return {row.email: row.id for row in rows}
 
     async def _owners(self, batch: Batch, emails: dict[int, str], options: WriteOptions) -> "_Owners":
         wanted = batch.take("email", batch.good_rows()) if "email" in options.update_fields else []

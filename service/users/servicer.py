@@ -18,7 +18,7 @@ from service.db.listing import Listing, batches
 from service.errors import UserNotFound
 from service.fields import check_choice, check_export, check_id, check_ids, check_version, normalise_email
 from service.interceptors.around import Context
-from service.once import once
+from service.once import CALLER, once
 from service.users.convert import (
     BULK_WRITABLE,
     check_password,
@@ -33,6 +33,7 @@ from service.users.passwords import Passwords
 from service.users.repository import FILTERABLE, SORTABLE, UserRepository
 
 CREATE_USERS = Operation(
+    method="roster.v1.UserService.BulkCreateUsers",
     rows="users",
     fields=BULK_WRITABLE,
     writable=BULK_WRITABLE[1:],  # the e-mail is the key
@@ -41,6 +42,7 @@ CREATE_USERS = Operation(
     has_key=True,
 )
 UPDATE_USERS = Operation(
+    method="roster.v1.UserService.BulkUpdateUsers",
     rows="users",
     fields=("id", "version"),
     writable=BULK_WRITABLE,
@@ -137,14 +139,14 @@ class UserServicer(UserServiceServicer):
     async def BulkCreateUsers(
         self, requests: AsyncIterator[pb.BulkCreateUsersRequest], context: Context
     ) -> AsyncIterator[BulkWriteResponse]:
-        async with aclosing(self.bulk.run(requests, CREATE_USERS)) as events:
+        async with aclosing(self.bulk.run(requests, CREATE_USERS, CALLER)) as events:
             async for event in events:
                 yield event
 
     async def BulkUpdateUsers(
         self, requests: AsyncIterator[pb.BulkUpdateUsersRequest], context: Context
     ) -> AsyncIterator[BulkWriteResponse]:
-        async with aclosing(self.bulk.run(requests, UPDATE_USERS)) as events:
+        async with aclosing(self.bulk.run(requests, UPDATE_USERS, CALLER)) as events:
             async for event in events:
                 yield event
 

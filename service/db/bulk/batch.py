@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import Any
 
 from service.errors import InvalidField, RosterError
@@ -25,6 +25,19 @@ class WriteOptions:
     validate_only: bool = False
     update_fields: Sequence[str] = ()  # what the update mask names
 
+    def asks_first(self, batch: "Batch") -> bool:
+        """Tell whether to ask which keys are taken before writing; a load without trouble need not."""
+        return (
+            batch.expects_conflicts
+            or self.is_atomic
+            or self.validate_only
+            or self.on_conflict is OnConflict.UPDATE
+        )
+
+    def writes(self, batch: "Batch") -> bool:
+        """Tell whether anything of a batch that is sorted out is written."""
+        return not (self.validate_only or (self.is_atomic and batch.failures))
+
 
 @dataclass
 class Batch:
@@ -33,6 +46,11 @@ class Batch:
     size: int
     columns: dict[str, list[Any]] = field(default_factory=dict)
     failures: dict[int, RosterError] = field(default_factory=dict)
+    expects_conflicts: bool = False  # the load met a key that is taken
+
+    def keys(self) -> set[Any]:
+        """Return what no other batch may write at the same time: ids and e-mails."""
+        return {value for name in ("id", "email") for value in self.columns.get(name, ())}
 
     def add(
         self,
@@ -63,21 +81,44 @@ class Batch:
     def take(self, name: str, rows: Sequence[int]) -> list[Any]:
         """Return some rows of a column."""
         column = self.columns[name]
-        return [column[row] for row in rows]
+        return column if len(rows) == self.size else [column[row] for row in rows]
+
+
+class Result(IntEnum):
+    """What became of one row."""
+
+    FAILED = 0
+    CREATED = 1
+    UPDATED = 2
+    SKIPPED = 3
 
 
 @dataclass
 class Outcome:
-    """What became of a batch: `ids[i]` belongs to row i, 0 where it failed."""
+    """What became of the rows of a batch: `results[i]` and `ids[i]` belong to row i; no id is 0."""
 
-    ids: list[int]
-    failures: dict[int, RosterError]
-    created: int = 0
-    updated: int = 0
-    skipped: int = 0
-    failed: int = 0
+    results: bytes = b""
+    ids: list[int] = field(default_factory=list)
+    failures: dict[int, RosterError] = field(default_factory=dict)  # with is_atomic only of the culprits
 
     @classmethod
     def of_failed_batch(cls, batch: Batch) -> "Outcome":
         """Return the outcome of a batch that fails as a whole, for the rows that are to blame."""
-        return cls(ids=[0] * batch.size, failures=batch.failures, failed=batch.size)
+        return cls(bytes(batch.size), [0] * batch.size, batch.failures)
+
+    created = property(lambda self: self.results.count(Result.CREATED))
+    updated = property(lambda self: self.results.count(Result.UPDATED))
+    skipped = property(lambda self: self.results.count(Result.SKIPPED))
+    failed = property(lambda self: self.results.count(Result.FAILED))
+
+    def part(self, start: int, end: int) -> "Outcome":
+        """Return the outcome of some of the rows."""
+        failures = {row - start: error for row, error in self.failures.items() if start <= row < end}
+        return Outcome(self.results[start:end], self.ids[start:end], failures)
+
+    def extend(self, other: "Outcome") -> None:
+        """Append the outcome of the rows that follow."""
+        size = len(self.ids)
+        self.results += other.results
+        self.ids += other.ids
+        self.failures.update((size + row, error) for row, error in other.failures.items())

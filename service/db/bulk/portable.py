@@ -1,6 +1,6 @@
 """The portable writer: SQLAlchemy's executemany. SQLite's, whose writer is alone while it writes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Integer, String, bindparam, column, insert, select, table, update
@@ -19,11 +19,26 @@ async def next_ids(session: AsyncSession, model: type[Entity], count: int) -> li
 
 
 async def insert_rows(
-    session: AsyncSession, model: type[Entity], columns: Mapping[str, Sequence[Any]]
+    session: AsyncSession, model: type[Entity], names: Sequence[str], rows: Iterable[tuple[Any, ...]]
 ) -> None:
-    """Insert rows given as columns; raises IntegrityError."""
+    """Insert rows; raises IntegrityError.
+
+    The driver gets tuples: SQLAlchemy would make a dict of each row, and another of its parameters.
+    """
     connection = await session.connection()
-    await connection.execute(insert(model), _rows(columns))
+    compiled = (
+        insert(model).values({name: bindparam(name) for name in names}).compile(dialect=connection.dialect)
+    )
+    order = [names.index(name) for name in compiled.positiontup or ()]
+    bound = [
+        model.__table__.c[name].type.bind_processor(connection.dialect) for name in compiled.positiontup or ()
+    ]
+    columns = list(zip(*rows, strict=True))
+    values = [
+        list(map(process, columns[at])) if process else columns[at]
+        for at, process in zip(order, bound, strict=True)
+    ]
+    await connection.exec_driver_sql(str(compiled), list(zip(*values, strict=True)))
 
 
 async def update_rows(

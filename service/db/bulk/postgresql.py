@@ -1,6 +1,6 @@
 """PostgreSQL's writer: COPY for new rows, UPDATE … FROM unnest for stored ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import asyncpg
@@ -19,9 +19,9 @@ async def next_ids(session: AsyncSession, model: type[Entity], count: int) -> li
 
 
 async def insert_rows(
-    session: AsyncSession, model: type[Entity], columns: Mapping[str, Sequence[Any]]
+    session: AsyncSession, model: type[Entity], names: Sequence[str], rows: Iterable[tuple[Any, ...]]
 ) -> None:
-    """Insert rows given as columns, by COPY; raises IntegrityError.
+    """Insert rows by COPY; raises IntegrityError.
 
     SQLAlchemy sends BEGIN with the first statement that it executes; a COPY before it would autocommit.
     """
@@ -30,9 +30,7 @@ async def insert_rows(
     if not driver.is_in_transaction():
         raise RuntimeError("COPY outside the unit of work would commit by itself")
     try:
-        await driver.copy_records_to_table(
-            model.__tablename__, records=zip(*columns.values(), strict=True), columns=list(columns)
-        )
+        await driver.copy_records_to_table(model.__tablename__, records=rows, columns=list(names))
     except asyncpg.IntegrityConstraintViolationError as error:
         raise IntegrityError(None, None, error) from error
 

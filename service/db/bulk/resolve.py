@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.db.bulk.batch import Batch, OnConflict, Outcome, WriteOptions
+from service.db.bulk.batch import Batch, OnConflict, Outcome, Result, WriteOptions
 from service.errors import RosterError, VersionMismatch
 
 
@@ -16,7 +16,7 @@ from service.errors import RosterError, VersionMismatch
 class Creates:
     """A batch of new rows, by what happens to each."""
 
-    inserted: list[int] = field(default_factory=list)  # rows, in file order
+    inserted: Sequence[int] = ()  # rows, in file order
     amended: dict[int, list[int]] = field(default_factory=dict)  # inserted row -> later rows that update it
     updated: dict[int, list[int]] = field(default_factory=dict)  # stored id -> rows that update it
     skipped: dict[int, int] = field(default_factory=dict)  # row -> stored id, for those skipped
@@ -33,30 +33,24 @@ class Creates:
         return columns
 
     def outcome(self, batch: Batch, options: WriteOptions, new_ids: Sequence[int]) -> Outcome:
-        """Return what became of each row; `new_ids` belong to the inserted rows."""
-        ids = [0] * batch.size
-        for row, id in zip(self.inserted, new_ids, strict=False):
-            ids[row] = id
+        """Return what became of each row; `new_ids` are the inserted rows', none where none was written."""
+        if len(new_ids) == batch.size:  # nothing but new rows
+            return Outcome(bytes([Result.CREATED]) * batch.size, list(new_ids))
+        results, ids = bytearray(batch.size), [0] * batch.size
+        for row, id in zip(self.inserted, new_ids or [0] * len(self.inserted), strict=True):
+            results[row], ids[row] = Result.CREATED, id
         for id, rows in self.updated.items():
             for row in rows:
-                ids[row] = id
+                results[row], ids[row] = Result.UPDATED, id
         for row, id in self.skipped.items():
-            ids[row] = id
+            results[row], ids[row] = Result.SKIPPED, id
         for row, first in self.repeated.items():
             if options.on_conflict is not OnConflict.FAIL:
-                ids[row] = ids[first]
+                skips = options.on_conflict is OnConflict.SKIP
+                results[row], ids[row] = Result.SKIPPED if skips else Result.UPDATED, ids[first]
             elif ids[first]:
                 batch.failures[row].facts["existing_id"] = ids[first]
-        repeated = len(self.repeated)
-        return Outcome(
-            ids=ids,
-            failures=batch.failures,
-            created=len(self.inserted),
-            updated=sum(map(len, self.updated.values()))
-            + repeated * (options.on_conflict is OnConflict.UPDATE),
-            skipped=len(self.skipped) + repeated * (options.on_conflict is OnConflict.SKIP),
-            failed=len(batch.failures),
-        )
+        return Outcome(bytes(results), ids, batch.failures)
 
 
 def resolve_creates(
@@ -70,6 +64,8 @@ def resolve_creates(
     creates = Creates()
     first: dict[str, int] = {}
     keys = batch.columns[key]
+    if not (stored or batch.failures) and len(set(keys)) == batch.size:
+        return Creates(inserted=range(batch.size))
     for row in batch.good_rows():
         value = keys[row]
         if value in stored:
@@ -82,7 +78,7 @@ def resolve_creates(
                 creates.amended.setdefault(first[value], []).append(row)
         else:
             first[value] = row
-            creates.inserted.append(row)
+    creates.inserted = list(first.values())
     return creates
 
 

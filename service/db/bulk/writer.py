@@ -11,7 +11,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 
 from service.db.base import BigInt, Entity
 from service.db.bulk import portable, postgresql
-from service.db.bulk.batch import Batch, Outcome, WriteOptions
+from service.db.bulk.batch import Batch, Outcome, Result, WriteOptions
 from service.db.bulk.resolve import Creates
 from service.db.dialect import is_sqlite, listed
 from service.errors import DatabaseUnavailable
@@ -31,12 +31,12 @@ class BulkWriter:
 
     async def settled(self, batch: Batch, attempt: Callable[[Batch], Awaitable[Outcome]]) -> Outcome:
         """Return the outcome of an attempt, made again where another writer's commit got in its way."""
-        for _ in range(RACES):
+        for _ in range(1 + RACES):
             try:
                 async with self.session.begin_nested():
                     return await attempt(replace(batch, failures=dict(batch.failures)))
             except IntegrityError:
-                continue
+                batch.expects_conflicts = True
         raise DatabaseUnavailable("other writes keep taking the same keys; nothing was done, try again")
 
     async def create(
@@ -60,9 +60,10 @@ class BulkWriter:
             return Outcome.of_failed_batch(batch)
         if not options.validate_only:
             await self._update(batch, updates, options.update_fields)
-        ids = [0 if row in batch.failures else id for row, id in enumerate(batch.columns["id"])]
-        failed = len(batch.failures)
-        return Outcome(ids=ids, failures=batch.failures, updated=batch.size - failed, failed=failed)
+        results, ids = bytearray([Result.UPDATED]) * batch.size, list(batch.columns["id"])
+        for row in batch.failures:
+            results[row], ids[row] = Result.FAILED, 0
+        return Outcome(bytes(results), ids, batch.failures)
 
     async def set_aside(self, column: str, values: Mapping[int, Any]) -> None:
         """Give rows, by id, other values until the batch's own update, which may want their old ones."""
@@ -74,11 +75,9 @@ class BulkWriter:
         if not size:
             return []
         ids: list[int] = await self._way.next_ids(self.session, self.model, size)
-        rows = {"id": ids, **columns}
-        if sort_key:
-            order = sorted(range(size), key=columns[sort_key].__getitem__)
-            rows = {name: [column[row] for row in order] for name, column in rows.items()}
-        await self._way.insert_rows(self.session, self.model, rows)
+        names = sorted(["id", *columns], key=lambda name: name != sort_key)  # the key first
+        rows = zip(*(ids if name == "id" else columns[name] for name in names), strict=True)
+        await self._way.insert_rows(self.session, self.model, names, sorted(rows) if sort_key else rows)
         return ids
 
     async def _update(self, batch: Batch, updates: Mapping[int, list[int]], fields: Sequence[str]) -> None:

@@ -1,0 +1,250 @@
+"""Loads that have a name: their watermark, and the outcome of every row until they expire."""
+
+import json
+import zlib
+from array import array
+from collections.abc import Sequence
+from datetime import datetime
+from enum import IntEnum
+from itertools import accumulate
+from operator import sub
+
+from sqlalchemy import (
+    ColumnElement,
+    ForeignKey,
+    Identity,
+    LargeBinary,
+    SmallInteger,
+    Update,
+    delete,
+    insert as insert_into,
+    select,
+    update,
+)
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapped, mapped_column
+
+from service.db.base import Base, BigInt, UtcDateTime, now, text
+from service.db.bulk.batch import Outcome
+from service.db.dialect import insert
+from service.db.paging import Keyset, Page
+from service.errors import LoadFenced, LoadNotFound, RosterError, error_of
+
+FAILED_BATCHES_AT_ONCE = 10
+COUNTED = ("created", "updated", "skipped", "failed")
+
+
+class LoadState(IntEnum):
+    """Where a load is in its life; the numbers are the contract's."""
+
+    OPEN = 1
+    FINISHED = 2
+    ABORTED = 3
+    EXPIRED = 4
+
+
+class Load(Base):
+    """A bulk load; `epoch` counts the streams that opened it, of which the last may write."""
+
+    __tablename__ = "bulk_loads"
+    __table_args__ = ({"sqlite_autoincrement": True},)
+
+    id: Mapped[int] = mapped_column(BigInt, Identity(), primary_key=True)
+    load_id: Mapped[str] = mapped_column(text(255), unique=True)
+    caller: Mapped[str] = mapped_column(text(255))
+    method: Mapped[str] = mapped_column(text(255))
+    options: Mapped[bytes] = mapped_column(LargeBinary)
+    state: Mapped[int] = mapped_column(SmallInteger, default=LoadState.OPEN)
+    epoch: Mapped[int] = mapped_column(BigInt, default=1)
+    next_offset: Mapped[int] = mapped_column(BigInt, default=0)
+    created: Mapped[int] = mapped_column(BigInt, default=0)
+    updated: Mapped[int] = mapped_column(BigInt, default=0)
+    skipped: Mapped[int] = mapped_column(BigInt, default=0)
+    failed: Mapped[int] = mapped_column(BigInt, default=0)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
+    updated_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
+
+
+class LoadBatch(Base):
+    """The outcome of the rows from `first_offset` up to, but without, `next_offset`."""
+
+    __tablename__ = "bulk_batches"
+
+    load: Mapped[int] = mapped_column(ForeignKey(Load.id, ondelete="CASCADE"), primary_key=True)
+    first_offset: Mapped[int] = mapped_column(BigInt, primary_key=True)
+    next_offset: Mapped[int] = mapped_column(BigInt)
+    results: Mapped[bytes] = mapped_column(LargeBinary)
+    ids: Mapped[bytes] = mapped_column(LargeBinary)
+    failures: Mapped[bytes | None] = mapped_column(LargeBinary)
+
+
+class LoadRepository:
+    """The loads of one caller; with None those of all callers."""
+
+    def __init__(self, session: AsyncSession, caller: str | None) -> None:
+        self.session = session
+        self.caller = caller
+
+    async def open(self, load_id: str, method: str, options: bytes) -> Load:
+        """Begin a load or go on with it; every older stream of it is fenced off.
+
+        Method and options are those it began with. Raises LoadNotFound for somebody else's load.
+        """
+        begun = insert(self.session, Load).values(
+            load_id=load_id, caller=self.caller, method=method, options=options
+        )
+        load: Load = await self.session.scalar(
+            begun.on_conflict_do_update(
+                index_elements=[Load.load_id], set_={"epoch": Load.epoch + 1}
+            ).returning(Load)
+        )
+        if load.caller != self.caller:
+            raise _missing()
+        return load
+
+    async def get(self, load_id: str) -> Load:
+        """Return a load; raises LoadNotFound."""
+        load = await self.session.scalar(select(Load).where(Load.load_id == load_id, *self._mine()))
+        if load is None:
+            raise _missing()
+        return load
+
+    async def page(self, after: Sequence[int] | None, limit: int) -> Page[Load]:
+        """Return a page of loads, the newest first."""
+        keyset = Keyset([Load.__table__.c.id], descending=True)
+        conditions = [*self._mine(), *([keyset.after(after)] if after else [])]
+        loads = select(Load).where(*conditions).order_by(*keyset.order()).limit(limit + 1)
+        found = (await self.session.scalars(loads)).all()
+        return Page(found[:limit], [found[limit - 1].id] if len(found) > limit else None)
+
+    async def record(self, load: Load, offset: int, outcome: Outcome) -> None:
+        """Keep the outcome of a batch and move the watermark behind it; the last statements before a commit.
+
+        Raises LoadFenced where a newer stream has the load, or it is open no more.
+        """
+        end = offset + len(outcome.ids)
+        await self.session.execute(
+            insert_into(LoadBatch).values(
+                load=load.id,
+                first_offset=offset,
+                next_offset=end,
+                results=zlib.compress(outcome.results, 1),
+                ids=_pack(outcome.ids),
+                failures=_packed_failures(outcome),
+            )
+        )
+        counted = {name: getattr(Load, name) + getattr(outcome, name) for name in COUNTED}
+        moved = await self.session.scalar(
+            self._fenced(load)
+            .where(Load.next_offset == offset)
+            .values(next_offset=end, **counted, updated_at=now())
+            .returning(Load.id)
+        )
+        if moved is None:
+            raise _fenced()
+
+    async def finish(self, load: Load) -> None:
+        """Complete a load; raises LoadFenced."""
+        finished = self._fenced(load).values(state=LoadState.FINISHED, updated_at=now()).returning(Load.id)
+        if await self.session.scalar(finished) is None:
+            raise _fenced()
+
+    async def abort(self, load_id: str) -> Load:
+        """End a load that is open, and fence its stream off; any other stays as it is. Raises LoadNotFound."""
+        await self.session.execute(
+            update(Load)
+            .where(Load.load_id == load_id, Load.state == LoadState.OPEN, *self._mine())
+            .values(state=LoadState.ABORTED, epoch=Load.epoch + 1, updated_at=now())
+        )
+        return await self.get(load_id)
+
+    async def outcome(self, load: Load, start: int, end: int) -> Outcome:
+        """Return the first outcome of rows that are recorded, however their batches were cut."""
+        batches = await self.session.scalars(
+            select(LoadBatch)
+            .where(LoadBatch.load == load.id, LoadBatch.next_offset > start, LoadBatch.first_offset < end)
+            .order_by(LoadBatch.first_offset)
+        )
+        whole = Outcome()
+        for batch in batches:
+            first = batch.first_offset
+            whole.extend(_outcome(batch).part(max(start - first, 0), min(end, batch.next_offset) - first))
+        return whole
+
+    async def failures(self, load: Load, after: int, limit: int) -> Sequence[tuple[int, RosterError]]:
+        """Return the failed rows with offsets behind `after`, at most `limit` of them."""
+        found: Sequence[tuple[int, RosterError]] = []
+        batches = (
+            select(LoadBatch)
+            .where(LoadBatch.load == load.id, LoadBatch.failures.is_not(None))
+            .order_by(LoadBatch.first_offset)
+            .limit(FAILED_BATCHES_AT_ONCE)
+        )
+        end = after + 1
+        while len(found) < limit:
+            some = (await self.session.scalars(batches.where(LoadBatch.next_offset > end))).all()
+            if not some:
+                break
+            rows = [
+                (b.first_offset + row, error) for b in some for row, error in _failures(b.failures).items()
+            ]
+            found = [*found, *((offset, error) for offset, error in rows if offset > after)]
+            end = some[-1].next_offset
+        return found[:limit]
+
+    def _mine(self) -> list[ColumnElement[bool]]:
+        return [] if self.caller is None else [Load.caller == self.caller]
+
+    @staticmethod
+    def _fenced(load: Load) -> Update:
+        is_ours = (Load.id == load.id) & (Load.epoch == load.epoch) & (Load.state == LoadState.OPEN)
+        return update(Load).where(is_ours).execution_options(synchronize_session=False)
+
+
+async def expire_loads(session: AsyncSession, before: datetime) -> None:
+    """Drop the outcomes of loads whose last batch came before; the loads stay, so that none begins twice."""
+    expired = (
+        select(Load.id).where(Load.updated_at < before, Load.state != LoadState.EXPIRED).scalar_subquery()
+    )
+    await session.execute(delete(LoadBatch).where(LoadBatch.load.in_(expired)))
+    await session.execute(
+        update(Load)
+        .where(Load.updated_at < before, Load.state != LoadState.EXPIRED)
+        .values(state=LoadState.EXPIRED)
+    )
+
+
+def _pack(ids: list[int]) -> bytes:
+    # Ids drawn together differ by one, so that their differences compress to next to nothing.
+    return zlib.compress(array("q", map(sub, ids, [0, *ids[:-1]])).tobytes(), 1)
+
+
+def _unpack(packed: bytes) -> list[int]:
+    return list(accumulate(array("q", zlib.decompress(packed))))
+
+
+def _packed_failures(outcome: Outcome) -> bytes | None:
+    if not outcome.failures:
+        return None
+    rows = [
+        (row, error.reason, error.message, error.field, error.facts)
+        for row, error in sorted(outcome.failures.items())
+    ]
+    return zlib.compress(json.dumps(rows).encode(), 1)
+
+
+def _failures(packed: bytes | None) -> dict[int, RosterError]:
+    rows = json.loads(zlib.decompress(packed)) if packed else []
+    return {row: error_of(*parts) for row, *parts in rows}
+
+
+def _outcome(batch: LoadBatch) -> Outcome:
+    return Outcome(zlib.decompress(batch.results), _unpack(batch.ids), _failures(batch.failures))
+
+
+def _missing() -> LoadNotFound:
+    return LoadNotFound("there is no such load", field="load_id")
+
+
+def _fenced() -> LoadFenced:
+    return LoadFenced("a newer stream has opened this load, or it was aborted; this stream can't go on")
