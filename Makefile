@@ -38,7 +38,7 @@ format: $(VENV)/development ## Format the code, and mend what ruff can mend
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-test: $(VENV)/development tools lint ## Check everything, on SQLite and on a PostgreSQL of its own
+test: lint tools ## Check everything, on SQLite and on a PostgreSQL of its own
 	$(BIN)/python -m pytest
 
 tools: .tools/grpcurl-$(GRPCURL) $(NODE)/node_modules/.package-lock.json ## Install the clients in other languages that tests use

@@ -13,7 +13,8 @@ import service.users.model  # noqa: F401  (a table is known once its module is i
 from service.db.base import Base, UtcDateTime
 from service.settings import Settings
 
-# A run waits for one under way. After that no statement waits long for a table: calls would queue behind it.
+# A run waits for one under way (the number is arbitrary, and the same for all). From then on no statement
+# waits long for a table, as calls would queue behind it.
 OPENING = {
     "postgresql": ["SELECT pg_advisory_xact_lock(7238001)", "SET LOCAL lock_timeout = '5s'"],
     "sqlite": ["BEGIN IMMEDIATE"],

@@ -36,8 +36,13 @@ EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
 
 
 def normalise_email(email: str) -> str:
-    """Return the one form in which an e-mail is stored, looked up and compared: NFC, trimmed, lower-case."""
-    return unicodedata.normalize("NFC", email.strip().lower())
+    """Return the one form in which an e-mail is stored, looked up and compared: NFC, trimmed, lower-case.
+
+    One that is too long in any form comes back as it is.
+    """
+    trimmed = email.strip()
+    # NFC makes one character of four at most. A megabyte of combining marks takes it minutes.
+    return unicodedata.normalize("NFC", trimmed.lower()) if len(trimmed) <= 4 * MAX_EMAIL else trimmed
 
 
 def wrong_email(email: str) -> str | None:

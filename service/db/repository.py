@@ -133,7 +133,7 @@ class Repository(Generic[ModelT]):
         conditions = [self.model.id == id] + ([self.model.version == version] if version else [])
         changed = await self.session.scalar(
             statement.where(*conditions).returning(self.model),
-            execution_options={"synchronize_session": False},
+            execution_options={"synchronize_session": False, "populate_existing": True},
         )
         if changed is None:
             raise await self._refusal(id)

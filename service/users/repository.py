@@ -81,7 +81,7 @@ class UserRepository(Repository[User]):
                 select(User.id, func.coalesce(User.hashed_password, ""), User.is_active).where(condition)
             )
         ).one_or_none()
-        return row._tuple() if row else (0, "", False)  # noqa: SLF001  (public, despite its name)
+        return row or (0, "", False)
 
     async def replace_hash(self, id: int, old: str, new: str) -> None:
         """Store a stronger hash of the same password, unless the password was changed meanwhile."""

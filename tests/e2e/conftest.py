@@ -1,6 +1,9 @@
 """A real server on a free port and a real channel to it, on both databases."""
 
+import shutil
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
 
 import grpc
 import pytest
@@ -9,6 +12,8 @@ from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
 from service.settings import Settings
+from tests.postgres import Postgres
+from tests.wire import Wire
 
 
 @pytest.fixture
@@ -37,3 +42,23 @@ def users(channel: grpc.aio.Channel) -> UserServiceStub:
 def posts(channel: grpc.aio.Channel) -> PostServiceStub:
     """The client of PostService."""
     return PostServiceStub(channel)
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+async def wire(
+    request: pytest.FixtureRequest,
+    postgres: Postgres,
+    postgresql_template: str,
+    sqlite_template: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Wire]:
+    """A client that sends any bytes, to a server that the tests of one file share."""
+    async with AsyncExitStack() as stack:
+        if request.param == "sqlite":
+            url = f"sqlite:///{shutil.copy(sqlite_template, tmp_path_factory.mktemp('wire'))}"
+        else:
+            url = await stack.enter_async_context(postgres.database(postgresql_template))
+        server = Server(Settings(database_url=url, listen="127.0.0.1:0"))
+        await server.start()
+        stack.push_async_callback(server.stop, grace=0)
+        yield Wire(await stack.enter_async_context(grpc.aio.insecure_channel(server.address)))

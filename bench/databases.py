@@ -1,0 +1,122 @@
+"""Where the rows go: databases that are new for each run, on one PostgreSQL and on SQLite."""
+
+import asyncio
+import shutil
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+from sqlalchemy import make_url, text
+
+from service.db import migrations
+from service.db.engine import Database
+from service.settings import Settings
+from tests.postgres import PostgresServer, find_programs
+
+PSQL: tuple[str | Path, ...] = (
+    find_programs("psql") / "psql",
+    "--no-psqlrc",
+    "--quiet",
+    "--set=ON_ERROR_STOP=1",
+)
+# The same for all. No checkpoint and no autovacuum falls into one run and not into another.
+SETTINGS = {
+    "shared_buffers": "256MB",
+    "max_wal_size": "4GB",
+    "checkpoint_timeout": "1h",
+    "autovacuum": "off",
+}
+
+
+class PostgreSQL:
+    """One server, durable and set up for loads; `pid` is its postmaster's."""
+
+    def __init__(self, server: PostgresServer) -> None:
+        self._server = server
+        self.pid = 0
+        self.version = ""
+
+    async def set_up(self) -> None:
+        """Restart it with the settings."""
+        url = _plain(self._server.url.render_as_string())
+        await _execute(url, *(f"ALTER SYSTEM SET {name} = '{value}'" for name, value in SETTINGS.items()))
+        self._server.stop()
+        self._server.start()
+        [(folder, version)] = await _execute(
+            url, "SELECT current_setting('data_directory'), current_setting('server_version')"
+        )
+        self.pid = _postmaster(folder)
+        self.version = version
+
+    @asynccontextmanager
+    async def template(self, users: Path | None) -> AsyncIterator[str]:
+        """Yield the name of a migrated database that has the users of a file."""
+        async with self._server.database() as url:
+            await asyncio.to_thread(migrations.upgrade, url)
+            if users:
+                copy = rf"\copy users (email, full_name, is_active) from '{users}'"
+                await asyncio.to_thread(subprocess.run, [*PSQL, "--command", copy, _plain(url)], check=True)
+            await _execute(_plain(url), "VACUUM ANALYZE")
+            yield str(make_url(url).database)
+
+    @asynccontextmanager
+    async def database(self, template: str) -> AsyncIterator[str]:
+        """Yield the URL of a new copy of a template, all of it on disk."""
+        async with self._server.database(template) as url:
+            await _execute(_plain(url), "CHECKPOINT")
+            yield _plain(url)
+
+
+class Sqlite:
+    """Files in a folder; no process to watch."""
+
+    pid = 0
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @asynccontextmanager
+    async def template(self, users: Path | None) -> AsyncIterator[str]:
+        """Yield the path of a migrated file."""
+        if users:
+            raise NotImplementedError("no case on SQLite begins with users")
+        path = self._folder / "template.db"
+        await asyncio.to_thread(migrations.upgrade, f"sqlite+aiosqlite:///{path}")
+        yield str(path)
+
+    @asynccontextmanager
+    async def database(self, template: str) -> AsyncIterator[str]:
+        """Yield the URL of a new copy of a template."""
+        path = shutil.copy(template, self._folder / "roster.db")
+        yield f"sqlite:///{path}"
+        for file in self._folder.glob("roster.db*"):
+            file.unlink()
+
+
+async def scalar(url: str, query: str) -> Any:
+    """Return the one value that a query answers."""
+    database = Database(Settings(database_url=url))
+    async with database.read() as session:
+        value = await session.scalar(text(query))
+    await database.close()
+    return value
+
+
+def _postmaster(folder: str) -> int:
+    return int(Path(folder, "postmaster.pid").read_text().split()[0])
+
+
+def _plain(url: str) -> str:
+    """Return the URL without SQLAlchemy's driver, as psql and the service take it."""
+    return url.replace("+asyncpg", "")
+
+
+async def _execute(url: str, *statements: str) -> list[Any]:
+    connection = await asyncpg.connect(url)
+    try:
+        return [await connection.fetch(statement) for statement in statements][-1]
+    finally:
+        await connection.close()

@@ -1,0 +1,77 @@
+"""What was measured, for people and for machines: medians, and the ratios of runs side by side."""
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from bench.cases import Case
+from bench.measure import Run, Way
+
+PARTS = ("postgresql", "server", "client")
+COLUMNS = ("ratio", "rows/s", "µs PostgreSQL", "µs server", "µs client")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A case's rounds: run i of the way stands beside run i of the reference."""
+
+    case: Case
+    runs: list[Run]
+    references: list[Run]
+
+    @property
+    def ratios(self) -> list[float]:
+        """How fast the way was in each round; the reference is 1."""
+        return [run.rate / other.rate for run, other in zip(self.runs, self.references, strict=True)]
+
+
+def machine(postgresql: str) -> str:
+    """Return what the numbers depend on."""
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} cores, {platform.machine()}; PostgreSQL {postgresql}; Python {platform.python_version()}"
+
+
+def as_table(results: Sequence[Result]) -> Table:
+    """Return a table that is Markdown; CPU is in microseconds a row."""
+    table = Table(box=box.MARKDOWN)
+    table.add_column("")
+    for name in COLUMNS:
+        table.add_column(name, justify="right")
+    for result in results:
+        table.add_row(result.case.title, f"{median(result.ratios):.2f}", *_numbers(result.runs))
+        table.add_row(f"… {result.case.reference.name}", "1.00", *_numbers(result.references))
+    return table
+
+
+def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Return every run."""
+    return [
+        {
+            "case": result.case.name,
+            "ratio": median(result.ratios),
+            "ratios": result.ratios,
+            "runs": _runs(result.case.way, result.runs),
+            "reference": _runs(result.case.reference, result.references),
+        }
+        for result in results
+    ]
+
+
+def _numbers(runs: Sequence[Run]) -> list[str]:
+    rate = median(run.rate for run in runs)
+    cpu = [median(run.cpu(part) for run in runs) for part in PARTS]
+    return [f"{rate:,.0f}", *(f"{each:.1f}" if each else "" for each in cpu)]
+
+
+def _runs(way: Way, runs: Sequence[Run]) -> dict[str, Any]:
+    return {
+        "name": way.name,
+        "rows_per_second": median(run.rate for run in runs),
+        "runs": list(map(asdict, runs)),
+    }

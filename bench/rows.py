@@ -1,0 +1,116 @@
+"""The rows that are loaded: made up, but shaped like real ones, and the same in every run."""
+
+from collections.abc import Iterable, Sequence
+from random import Random
+from typing import Any
+
+from roster.v1.bulk_pb2 import BulkOptions
+from roster.v1.resources_pb2 import Post as PostMessage, User as UserMessage
+
+BATCH = 5000
+
+UserRow = tuple[str, str | None, bool]  # email, full_name, is_active
+PostRow = tuple[str, str, int]  # title, content, author_id
+ChangeRow = tuple[int, str, bool]  # id, full_name, is_active
+
+FIRST = ("Ada", "Alan", "Barbara", "Claude", "Dennis", "Edsger", "Frances", "Grace", "Jim", "Leslie")
+LAST = (
+    "Allen",
+    "Dijkstra",
+    "Gray",
+    "Hopper",
+    "Lamport",
+    "Liskov",
+    "Lovelace",
+    "Ritchie",
+    "Shannon",
+    "Turing",
+)
+DOMAINS = ("example.org", "mail.example.com", "example.net")
+WORDS = "rows that were acknowledged stay; what was not is wholly in or wholly out, whatever broke"
+
+
+def made_up_users(count: int) -> list[UserRow]:
+    """Return users with distinct e-mails of some 30 characters in no order; one in ten has no name."""
+    random = Random(1)
+    return [_user(random, number) for number in range(count)]
+
+
+def with_duplicates(users: Sequence[UserRow]) -> list[UserRow]:
+    """Return the users, every tenth replaced by one from anywhere before it."""
+    random = Random(2)
+    sent: list[UserRow] = []
+    for position, user in enumerate(users):
+        sent.append(random.choice(sent) if position % 10 == 9 else user)  # noqa: PLR2004  (the tenth)
+    return sent
+
+
+def made_up_posts(count: int, authors: int) -> list[PostRow]:
+    """Return posts with a title of 60 characters and a content of 300, by the users 1 to `authors`."""
+    random = Random(3)
+    text = " ".join(random.choices(WORDS.split(), k=10_000))
+    starts = range(len(text) - 300)
+    return [
+        (text[start : start + 60], text[start : start + 300], random.randint(1, authors))
+        for start in random.choices(starts, k=count)
+    ]
+
+
+def made_up_changes(users: Sequence[UserRow]) -> list[ChangeRow]:
+    """Return a new name and state for each of the users 1, 2, 3, …, in no order."""
+    changes = [
+        (id, f"{name or 'Name'} II", not active) for id, (_, name, active) in enumerate(users, start=1)
+    ]
+    Random(4).shuffle(changes)
+    return changes
+
+
+def user_message(user: UserRow) -> UserMessage:
+    """Return a row to create."""
+    email, full_name, is_active = user
+    return UserMessage(email=email, full_name=full_name, is_active=is_active)
+
+
+def post_message(post: PostRow, users: Sequence[UserRow]) -> PostMessage:
+    """Return a row to create, by its author's e-mail."""
+    title, content, author_id = post
+    return PostMessage(title=title, content=content, author_email=users[author_id - 1][0])
+
+
+def change_message(change: ChangeRow) -> UserMessage:
+    """Return a row to update."""
+    id, full_name, is_active = change
+    return UserMessage(id=id, full_name=full_name, is_active=is_active)
+
+
+def bulk_options(load_id: str, **particular: Any) -> BulkOptions:
+    """Return the options of a stream: everything on, and what is particular to it."""
+    return BulkOptions(load_id=load_id, return_ids=True, **particular)
+
+
+def requests(kind: Any, field: str, rows: Sequence[Any], options: BulkOptions) -> list[bytes]:
+    """Return a whole stream as serialized messages of 5,000 rows."""
+    stream = [
+        kind(offset=start, **{field: rows[start : start + BATCH]}) for start in range(0, len(rows), BATCH)
+    ]
+    stream[0].options.CopyFrom(options)
+    stream[-1].finish = True
+    return [message.SerializeToString() for message in stream]
+
+
+def copy_text(rows: Iterable[tuple[Any, ...]]) -> str:
+    r"""Return rows in COPY's text format; none of these has a tab or a backslash to escape."""
+    return "".join("\t".join(map(_field, row)) + "\n" for row in rows)
+
+
+def _field(value: Any) -> str:
+    if value is None:
+        return r"\N"
+    return ("f", "t")[value] if isinstance(value, bool) else str(value)
+
+
+def _user(random: Random, number: int) -> UserRow:
+    first, last = random.choice(FIRST), random.choice(LAST)
+    email = f"{first}.{last}{number}@{random.choice(DOMAINS)}".lower()
+    name = f"{first} {last}" if random.random() < 0.9 else None  # noqa: PLR2004  (one in ten has none)
+    return email, name, random.random() < 0.9  # noqa: PLR2004

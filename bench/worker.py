@@ -1,0 +1,110 @@
+"""What runs in a process of its own: it prepares, says `ready`, waits for a line, works, says the result."""
+
+import asyncio
+import json
+import pickle
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from threading import Semaphore
+from typing import Any
+
+import grpc
+from sqlalchemy import make_url
+
+import service.posts.model  # noqa: F401  (User has a relationship to Post)
+from bench.rows import BATCH, UserRow
+from roster.v1.bulk_pb2 import BulkWriteResponse
+from service.db.engine import Database
+from service.settings import Settings
+from service.users.model import User
+
+WINDOW = 8  # unacknowledged messages
+CONNECT_SECONDS = 30
+INSERT = "INSERT INTO users (email, full_name, is_active) VALUES (?, ?, ?)"
+
+Work = Callable[[], Any]
+
+
+def stream(method: str, file: str, address: str) -> Work:
+    """Send serialized messages on one stream; the result is its summary and how many ids came back."""
+    messages = _rows(file)
+    channel = grpc.insecure_channel(address)
+    grpc.channel_ready_future(channel).result(CONNECT_SECONDS)
+    call: Any = channel.stream_stream(method, response_deserializer=BulkWriteResponse.FromString)
+    return lambda: _loaded(call, messages)
+
+
+def executemany(file: str, url: str) -> Work:
+    """Insert users by Python's sqlite3, a transaction a batch, on a connection set up as the service's is."""
+    batches = _batches(_rows(file))
+    connection = sqlite3.connect(make_url(url).database or "", isolation_level=None)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA foreign_keys = ON")
+
+    def work() -> None:
+        for batch in batches:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.executemany(INSERT, batch)
+            connection.execute("COMMIT")
+
+    return work
+
+
+def add_all(file: str, url: str) -> Work:
+    """Insert users as objects of SQLAlchemy's ORM, a transaction a batch."""
+    batches = _batches(_rows(file))
+    database = Database(Settings(database_url=url))
+
+    async def work() -> None:
+        for batch in batches:
+            async with database.begin() as session:
+                session.add_all(
+                    [User(email=email, full_name=name, is_active=active) for email, name, active in batch]
+                )
+        await database.close()
+
+    return lambda: asyncio.run(work())
+
+
+def _loaded(call: Any, messages: Sequence[bytes]) -> dict[str, int]:
+    window = Semaphore(WINDOW)
+    ids: list[int] = []
+    response = BulkWriteResponse()
+    for response in call(_within(window, messages)):
+        if response.ack.HasField("error"):
+            raise RuntimeError(f"a message was refused: {response.ack.error.message}")
+        if response.HasField("ack"):
+            window.release()
+            ids.extend(response.ack.ids)
+    counts = {name: getattr(response.summary, name) for name in ("created", "updated", "skipped", "failed")}
+    return {**counts, "ids": len(ids) - ids.count(0)}
+
+
+def _within(window: Semaphore, messages: Sequence[bytes]) -> Iterator[bytes]:
+    for message in messages:
+        window.acquire()
+        yield message
+
+
+def _rows(file: str) -> Any:
+    return pickle.loads(Path(file).read_bytes())
+
+
+def _batches(rows: Sequence[UserRow]) -> list[Sequence[UserRow]]:
+    return [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
+
+
+def main() -> None:
+    prepare = TASKS[sys.argv[1]]
+    work = prepare(*sys.argv[2:])
+    print("ready", flush=True)
+    sys.stdin.readline()
+    print(json.dumps(work()), flush=True)
+
+
+TASKS: dict[str, Callable[..., Work]] = {"stream": stream, "executemany": executemany, "add_all": add_all}
+
+if __name__ == "__main__":
+    main()

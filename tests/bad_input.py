@@ -1,0 +1,263 @@
+"""Requests that are refused, for every RPC: what is sent, the reason, and the field at fault."""
+
+from typing import Any
+
+from service.db.base import MAX_ID
+
+# In every bad text; in no answer.
+SECRET = "xyzzy"
+HASH = "$argon2id$v=19$m=65536,t=3,p=4$c29tZXNhbHRzb21lc2FsdA$RdescudvJCsgt3ub+b5dWRWJTmaaJObG"
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
+UNKNOWN_VALUE = 99
+
+# What is sent, the reason it is refused for, and the field at fault.
+Bad = tuple[Any, str, str]
+
+
+def at(path: str, value: Any) -> dict[str, Any]:
+    """Return a request in which one field is set: at("user.id", 1) is {"user": {"id": 1}}."""
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return value  # type: ignore[no-any-return]
+
+
+def merged(request: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return a request with the fields of both."""
+    shared = {name: merged(request[name], other[name]) for name in request.keys() & other.keys()}
+    return {**request, **other, **shared}
+
+
+def bad_values(path: str, values: list[Any], **rest: Any) -> list[Bad]:
+    """Return a request for each bad value of one field."""
+    return [(merged(rest, at(path, value)), "INVALID_FIELD", path) for value in values]
+
+
+def bad_ids(path: str, **rest: Any) -> list[Bad]:
+    return bad_values(path, [0, -1, MAX_ID + 1, INT64_MIN, INT64_MAX], **rest)
+
+
+def bad_versions(path: str, **rest: Any) -> list[Bad]:
+    return bad_values(path, [-1, INT64_MIN], **rest)
+
+
+def bad_request_ids(**rest: Any) -> list[Bad]:
+    return bad_values("request_id", [SECRET, "0" * 31, f"{'0' * 8}-{SECRET}\0"], **rest)
+
+
+def bad_views(**rest: Any) -> list[Bad]:
+    return bad_values("view", [UNKNOWN_VALUE, -1, INT32_MIN], **rest)
+
+
+def bad_masks(paths: list[str], *, path: str = "update_mask", **rest: Any) -> list[Bad]:
+    everywhere = [SECRET, "", "*.*", "full_name.x", "version", "id", "created_at", "updated_at"]
+    masks = [[name] for name in [*everywhere, *paths]] + [["*", "title", "email"]]
+    return [(merged(rest, at(path, {"paths": mask})), "INVALID_MASK", path) for mask in masks]
+
+
+def bad_filters() -> list[Bad]:
+    texts = [
+        f"{SECRET} ",
+        f'email = "{SECRET}',
+        f"title = {SECRET} OR",
+        f'id = "{SECRET}"',
+        "id : 1",
+        "id",
+        "id =",
+        "(id = 1",
+        "id = 1)",
+        "id = 1 and id = 2",
+        "id = 9223372036854775999",
+        "id = 1 " * 300,
+        "id = null",
+        "created_at > 'yesterday'",
+        "created_at > '0001-01-01T00:00:00+23:59'",
+        "created_at > '2024-02-30T00:00:00Z'",
+        "hashed_password = 'x'",
+        "NOT " * 21 + "id = 1",
+        "(" * 1000,
+        "\0",
+        "id = 1 OR id = '\0'",
+    ]
+    return [(at("filter", text), "INVALID_FILTER", "filter") for text in texts]
+
+
+def bad_lists(*unsortable: str) -> list[Bad]:
+    orders = [SECRET, "id,created_at", "id sideways", "id asc asc", "ID", "version", "-id", "\0", *unsortable]
+    tokens = [SECRET, "!", "a", "é", "\0", "AAAA", "QUJD" * 1000]
+    return [
+        *bad_values("page_size", [-1, INT32_MIN]),
+        *bad_filters(),
+        *[(at("order_by", text), "INVALID_ORDER", "order_by") for text in orders],
+        *[(at("page_token", token), "INVALID_PAGE_TOKEN", "page_token") for token in tokens],
+        *bad_views(),
+    ]
+
+
+def bad_exports() -> list[Bad]:
+    return [
+        *bad_filters(),
+        *bad_values("after_id", [-1, MAX_ID + 1, INT64_MIN, INT64_MAX]),
+        *bad_values("batch_size", [-1, INT32_MIN, INT32_MAX, 1001]),
+    ]
+
+
+def bad_batches() -> list[Bad]:
+    return [
+        ({}, "INVALID_FIELD", "ids"),
+        *[({"ids": [77, id]}, "INVALID_FIELD", "ids[1]") for id in (0, -1, MAX_ID + 1, INT64_MIN, INT64_MAX)],
+        ({"ids": range(1, 1002)}, "TOO_LARGE", "ids"),
+        *bad_views(ids=[77]),
+    ]
+
+
+def bad_streams(rows: str, row: dict[str, Any], **needed: Any) -> list[Bad]:
+    """Return what ends a bulk stream; `needed` are the options without which it would not begin."""
+    first = {"options": needed, rows: [row]}
+    return [
+        ([], "INVALID_OPTIONS", ""),
+        ([first, b"\xff"], "MALFORMED_MESSAGE", ""),
+        ([first, first], "INVALID_OPTIONS", "options"),
+        ([first, {"options": {}}], "INVALID_OPTIONS", "options"),
+        *[
+            ({"options": {**needed, name: value}}, "INVALID_FIELD", f"options.{name}")
+            for name in ("on_conflict", "atomicity")
+            for value in (UNKNOWN_VALUE, -1)
+        ],
+        *[
+            ({"options": {**needed, "max_failures": number}}, "INVALID_OPTIONS", "options.max_failures")
+            for number in (-1, INT64_MIN)
+        ],
+        ({"options": {**needed, "load_id": SECRET}}, "UNSUPPORTED", ""),
+        ({"options": {**needed, "restore": True}}, "UNSUPPORTED", ""),
+    ]
+
+
+def bad_options(reason: str, field: str, *several: dict[str, Any]) -> list[Bad]:
+    return [({"options": options}, reason, f"options.{field}") for options in several]
+
+
+TITLE = {"paths": ["title"]}
+EMAIL = {"paths": ["email"]}
+
+BAD_EMAILS = [
+    "",
+    " ",
+    SECRET,
+    f"{SECRET}@",
+    f"@{SECRET}",
+    f"{SECRET}@example@org",
+    f"{SECRET} two@example.org",
+    f"{SECRET}\u00a0@example.org",
+    f"{SECRET}\0@example.org",
+    f"{SECRET}@{'x' * 250}",
+    # Minutes of work for whoever brings it to NFC.
+    SECRET + "\u0301\u0316" * 500_000 + "@example.org",
+]
+BAD_NAMES = [SECRET + "x" * 251, f"{SECRET}\0"]
+BAD_TITLES = ["", SECRET + "x" * 251, f"{SECRET}\0"]
+BAD_CONTENTS = [f"{SECRET}\0", SECRET + "x" * (1 << 20), SECRET + "é" * (1 << 19)]
+BAD_PASSWORDS = [SECRET + "x" * 1020, f"{SECRET}\0"]
+BAD_HASHES = [
+    SECRET,
+    f"$2b$12${SECRET}",
+    f"{HASH}{SECRET}" * 9,
+    f"{HASH}\n",
+    HASH.replace("m=65536", "m=9999999"),
+    HASH.replace("p=4", "p=0"),
+]
+
+TABLE: dict[str, list[Bad]] = {
+    "CreateUser": [
+        ({}, "INVALID_FIELD", "user.email"),
+        *bad_values("user.email", BAD_EMAILS),
+        *bad_values("user.full_name", BAD_NAMES, user={"email": "ada@example.org"}),
+        *bad_values("user.password", BAD_PASSWORDS, user={"email": "ada@example.org"}),
+        *bad_values("user.password", [SECRET], user={"email": "ada@example.org", "hashed_password": HASH}),
+        *bad_values("user.hashed_password", BAD_HASHES, user={"email": "ada@example.org"}),
+        *bad_request_ids(user={"email": "ada@example.org"}),
+    ],
+    "GetUser": [
+        ({}, "INVALID_FIELD", "id"),
+        *bad_ids("id"),
+        *bad_values("email", BAD_EMAILS),
+        *bad_views(id=77),
+    ],
+    "BatchGetUsers": bad_batches(),
+    "ListUsers": bad_lists("full_name", "title"),
+    "UpdateUser": [
+        *bad_ids("user.id"),
+        *bad_versions("user.version", user={"id": 77}),
+        *bad_masks(["posts", "posts.title", "fullName"], user={"id": 77}),
+        ({"user": {"id": 77}}, "INVALID_FIELD", "user"),
+        *[
+            ({"user": {"id": 77}, "update_mask": {"paths": [name]}}, "INVALID_FIELD", f"user.{name}")
+            for name in ("email", "is_active", "password", "hashed_password")
+        ],
+        *bad_values("user.email", BAD_EMAILS[1:], user={"id": 77}),
+        *bad_values("user.full_name", BAD_NAMES, user={"id": 77}),
+        *bad_values("user.password", BAD_PASSWORDS, user={"id": 77}),
+        *bad_values("user.password", [SECRET], user={"id": 77, "hashed_password": HASH}),
+        *bad_values("user.hashed_password", BAD_HASHES, user={"id": 77}),
+        *bad_request_ids(user={"id": 77, "full_name": "Ada"}),
+    ],
+    "DeleteUser": [*bad_ids("id"), *bad_versions("version", id=77), *bad_request_ids(id=77)],
+    "VerifyPassword": [
+        ({}, "INVALID_FIELD", "id"),
+        *bad_ids("id", password=SECRET),
+        *bad_values("email", BAD_EMAILS, password=SECRET),
+        *bad_values("password", ["", *BAD_PASSWORDS], id=77),
+    ],
+    "BulkCreateUsers": [
+        *bad_streams("users", {"email": "ada@example.org"}),
+        *bad_options("INVALID_OPTIONS", "update_mask", {"on_conflict": 2}, {"update_mask": EMAIL}),
+        *bad_options("INVALID_OPTIONS", "update_mask", {"on_conflict": 1, "update_mask": EMAIL}),
+        *bad_masks(["email", "password"], path="options.update_mask", options={"on_conflict": 2}),
+    ],
+    "BulkUpdateUsers": [
+        *bad_streams("users", {"id": 77}, update_mask=EMAIL),
+        *bad_options("INVALID_OPTIONS", "update_mask", {}),
+        *bad_options("INVALID_OPTIONS", "on_conflict", {"on_conflict": 1, "update_mask": EMAIL}),
+        *bad_options("INVALID_OPTIONS", "on_conflict", {"on_conflict": 2, "update_mask": EMAIL}),
+        *bad_masks(["password", "posts"], path="options.update_mask"),
+    ],
+    "ExportUsers": bad_exports(),
+    "CreatePost": [
+        ({}, "INVALID_FIELD", "post.author_id"),
+        *bad_ids("post.author_id", post={"title": "Notes"}),
+        *bad_values("post.author_email", [f"{SECRET}@example.org"], post={"author_id": 77, "title": "Notes"}),
+        *bad_values("post.title", BAD_TITLES, post={"author_id": 77}),
+        *bad_values("post.content", BAD_CONTENTS, post={"author_id": 77, "title": "Notes"}),
+        *bad_request_ids(post={"author_id": 77, "title": "Notes"}),
+    ],
+    "GetPost": [*bad_ids("id"), *bad_views(id=77)],
+    "BatchGetPosts": bad_batches(),
+    "ListPosts": [
+        *bad_lists("title", "author_id", "email"),
+        *bad_values("author_id", [-1, MAX_ID + 1, INT64_MIN, INT64_MAX]),
+    ],
+    "UpdatePost": [
+        *bad_ids("post.id"),
+        *bad_versions("post.version", post={"id": 77}),
+        *bad_masks(["author_id", "author", "author.email", "author_email"], post={"id": 77}),
+        ({"post": {"id": 77}}, "INVALID_FIELD", "post"),
+        ({"post": {"id": 77}, "update_mask": TITLE}, "INVALID_FIELD", "post.title"),
+        ({"post": {"id": 77}, "update_mask": {"paths": ["*"]}}, "INVALID_FIELD", "post.title"),
+        *bad_values("post.title", BAD_TITLES[1:], post={"id": 77}),
+        *bad_values("post.content", BAD_CONTENTS, post={"id": 77}),
+        *bad_request_ids(post={"id": 77, "title": "Notes"}),
+    ],
+    "DeletePost": [*bad_ids("id"), *bad_versions("version", id=77), *bad_request_ids(id=77)],
+    "BulkCreatePosts": [
+        *bad_streams("posts", {"author_id": 77, "title": "Notes"}),
+        *bad_options("INVALID_OPTIONS", "on_conflict", {"on_conflict": 1}, {"on_conflict": 2}),
+        *bad_options("INVALID_OPTIONS", "update_mask", {"update_mask": TITLE}),
+    ],
+    "BulkUpdatePosts": [
+        *bad_streams("posts", {"id": 77, "title": "Notes"}, update_mask=TITLE),
+        *bad_options("INVALID_OPTIONS", "update_mask", {}),
+        *bad_options("INVALID_OPTIONS", "on_conflict", {"on_conflict": 1, "update_mask": TITLE}),
+        *bad_masks(["author_id", "author_email", "author"], path="options.update_mask"),
+    ],
+    "ExportPosts": bad_exports(),
+}

@@ -1,0 +1,330 @@
+"""A model of the bulk streams in plain Python: rows applied one after the other; and random loads for it."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from google.rpc.code_pb2 import Code
+from hypothesis import strategies as st
+
+from roster.v1.bulk_pb2 import BulkAck, BulkOptions, RowFailure
+from roster.v1.posts_pb2 import BulkCreatePostsRequest, BulkUpdatePostsRequest
+from roster.v1.resources_pb2 import Post, User
+from roster.v1.users_pb2 import BulkCreateUsersRequest, BulkUpdateUsersRequest
+from service.bulk.operation import Operation
+from service.posts.servicer import CREATE_POSTS, UPDATE_POSTS
+from service.users.servicer import CREATE_USERS, UPDATE_USERS
+
+Values = dict[str, Any]
+Tables = dict[str, dict[int, Values]]
+Write = Callable[[Tables, Any, BulkOptions], tuple[str, int]]
+
+ADA, BOB, CYD = 1_000_001, 1_000_002, 1_000_003
+HASHES = [f"$argon2id$v=19$m=8,t=1,p=1$c29tZXNhbHQ${letter * 22}" for letter in "AB"]
+
+# As it is sent -> as it is stored.
+EMAILS = {
+    "ada@example.org": "ada@example.org",
+    " ADA@Example.org\n": "ada@example.org",
+    "bob@example.org": "bob@example.org",
+    "cyd@example.org": "cyd@example.org",
+    "dan@example.org": "dan@example.org",
+    "e\u0301@example.org": "\u00e9@example.org",
+    "\u00c9@example.org": "\u00e9@example.org",
+}
+# What COPY, JSON and UTF-16 each have their own opinion of.
+TEXTS = ["Ada", "", "\\N", "\\.\n", "a\tb\r\nc\\", "\"'{},", "\U0001d49cda", "\u2028"]
+BAD: Mapping[str, Sequence[Any]] = {
+    "id": [0, -1, 2**53 + 1],
+    "version": [-1],
+    "email": ["", "nobody", "a b@example.org", "a@b@c", "nul\0@example.org", f"{'x' * 250}@example.org"],
+    "full_name": ["x" * 256, "nul\0"],
+    "hashed_password": ["open sesame", "$2b$12$abcdefghijklmnopqrstuv"],
+    "password": ["open sesame"],
+    "title": ["", "x" * 256, "nul\0"],
+    "content": ["nul\0"],
+    "author_id": [-1, 2**53 + 1],
+    "author_email": ["nobody"],
+}
+CODES = {
+    "INVALID_FIELD": Code.INVALID_ARGUMENT,
+    "EMAIL_TAKEN": Code.ALREADY_EXISTS,
+    "USER_NOT_FOUND": Code.NOT_FOUND,
+    "POST_NOT_FOUND": Code.NOT_FOUND,
+    "AUTHOR_NOT_FOUND": Code.FAILED_PRECONDITION,
+    "VERSION_MISMATCH": Code.ABORTED,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of the bulk RPCs, and what it does to one row."""
+
+    operation: Operation
+    request: type[Any]
+    write: Write
+
+
+@dataclass(frozen=True)
+class Load:
+    """A load of one of KINDS, cut into messages."""
+
+    kind: str
+    options: BulkOptions
+    batches: list[list[Any]]
+
+    @property
+    def operation(self) -> Operation:
+        """What the stream does."""
+        return KINDS[self.kind].operation
+
+    def requests(self) -> Iterable[Any]:
+        """Return the messages of the stream."""
+        for number, rows in enumerate(self.batches):
+            options = self.options if number == 0 else None
+            yield KINDS[self.kind].request(options=options, **{self.operation.rows: rows})
+
+
+def stored() -> Tables:
+    """Return what is in the database before a load."""
+    users = {
+        ADA: _user("ada@example.org", "Ada", HASHES[0], version=1),
+        BOB: _user("bob@example.org", None, None, version=2),
+        CYD: _user("cyd@example.org", "", None, version=1),
+    }
+    posts = {
+        ADA: {"author_id": ADA, "title": "Notes", "content": "", "version": 1},
+        BOB: {"author_id": ADA, "title": "More", "content": "\U0001d49c", "version": 2},
+    }
+    return {"users": users, "posts": posts}
+
+
+def applied(tables: Tables, load: Load) -> tuple[list[BulkAck], Tables]:
+    """Return the acks of a load and what is stored after it; new rows have the ids -1, -2, …"""
+    acks: list[BulkAck] = []
+    offset = 0
+    for rows in load.batches:
+        ack, tables = _applied_batch(tables, load, offset, rows)
+        acks.append(ack)
+        offset += len(rows)
+    return acks, tables
+
+
+def _applied_batch(tables: Tables, load: Load, offset: int, rows: list[Any]) -> tuple[BulkAck, Tables]:
+    after = deepcopy(tables)
+    ack = BulkAck(offset=offset, next_offset=offset + len(rows))
+    for position, row in enumerate(rows, offset):
+        try:
+            what, id = KINDS[load.kind].write(after, row, load.options)
+        except Refused as refused:
+            what, id = "failed", 0
+            ack.failures.append(refused.to_message(position))
+        setattr(ack, what, getattr(ack, what) + 1)
+        ack.ids.append(id)
+    known = {0, *tables[load.operation.rows]}
+    if load.options.atomicity == BulkOptions.BATCH and ack.failures:
+        failed = BulkAck(offset=offset, next_offset=ack.next_offset, failed=len(rows), ids=[0] * len(rows))
+        failed.failures.extend(ack.failures)
+        return _with_ids(known, failed), tables
+    if load.options.validate_only:
+        return _with_ids(known, ack), tables
+    return ack, after
+
+
+def _with_ids(known: Collection[int], ack: BulkAck) -> BulkAck:
+    """Take from an ack the ids of rows that its batch did not create after all."""
+    ack.ids[:] = [id if id in known else 0 for id in ack.ids]
+    for failure in ack.failures:
+        failure.existing_id = failure.existing_id if failure.existing_id in known else 0
+    return ack
+
+
+class Refused(Exception):
+    """Why a row fails."""
+
+    def __init__(self, reason: str, field: str = "", existing_id: int = 0) -> None:
+        super().__init__(reason)
+        self.reason, self.field, self.existing_id = reason, field, existing_id
+
+    def to_message(self, offset: int) -> RowFailure:
+        """Return the failure of the row at an offset, without its sentence."""
+        return RowFailure(
+            offset=offset,
+            code=CODES[self.reason],
+            reason=self.reason,
+            field=self.field,
+            existing_id=self.existing_id,
+        )
+
+
+def _create_user(tables: Tables, row: User, options: BulkOptions) -> tuple[str, int]:
+    mask = options.update_mask.paths
+    _check(row, ["email", "full_name", "is_active", "hashed_password", "password"], required=mask)
+    users, email = tables["users"], EMAILS[row.email]
+    owner = _owner(users, email)
+    if owner is None:
+        id = min(0, *users) - 1
+        is_active = row.is_active if row.HasField("is_active") else True
+        users[id] = {**_user(email, _name(row), row.hashed_password or None), "is_active": is_active}
+        return "created", id
+    if options.on_conflict == BulkOptions.FAIL:
+        raise Refused("EMAIL_TAKEN", "email", owner)
+    if options.on_conflict == BulkOptions.SKIP:
+        return "skipped", owner
+    _change(users[owner], row, mask)
+    return "updated", owner
+
+
+def _update_user(tables: Tables, row: User, options: BulkOptions) -> tuple[str, int]:
+    mask = options.update_mask.paths
+    fields = [name for name in ("email", "full_name", "is_active", "hashed_password") if name in mask]
+    _check(row, ["id", "version", *fields, "password"], required=mask)
+    user = _current(tables["users"], row, "USER_NOT_FOUND")
+    owner = _owner(tables["users"], EMAILS[row.email]) if "email" in mask else None
+    if owner not in (None, row.id):
+        raise Refused("EMAIL_TAKEN", "email", owner or 0)
+    _change(user, row, mask)
+    return "updated", row.id
+
+
+def _create_post(tables: Tables, row: Post, options: BulkOptions) -> tuple[str, int]:
+    _check(row, ["author_id", "author_email"])
+    if bool(row.author_id) == bool(row.author_email):
+        raise Refused("INVALID_FIELD", "author_email" if row.author_id else "author_id")
+    _check(row, ["title", "content"])
+    author = row.author_id or _owner(tables["users"], EMAILS[row.author_email])
+    if author not in tables["users"]:
+        raise Refused("AUTHOR_NOT_FOUND", "author_id" if row.author_id else "author_email")
+    id = min(0, *tables["posts"]) - 1
+    tables["posts"][id] = {
+        "author_id": author,
+        "title": row.title,
+        "content": row.content,
+        "version": 1,
+    }
+    return "created", id
+
+
+def _update_post(tables: Tables, row: Post, options: BulkOptions) -> tuple[str, int]:
+    mask = options.update_mask.paths
+    _check(row, ["id", "version", *(name for name in ("title", "content") if name in mask)])
+    _change(_current(tables["posts"], row, "POST_NOT_FOUND"), row, mask)
+    return "updated", row.id
+
+
+def _check(row: Any, fields: Sequence[str], required: Sequence[str] = ()) -> None:
+    for field in fields:
+        value = getattr(row, field)
+        is_given = bool(value) or (field == "is_active" and row.HasField(field))
+        is_missing = field in required and field != "full_name" and not is_given
+        must_be_given = field in ("id", "email", "title")
+        if is_missing or (value in BAD.get(field, ()) and (is_given or must_be_given)):
+            raise Refused("INVALID_FIELD", field)
+
+
+def _current(table: dict[int, Values], row: Any, missing: str) -> Values:
+    if row.id not in table:
+        raise Refused(missing)
+    if row.version not in (0, table[row.id]["version"]):
+        raise Refused("VERSION_MISMATCH", "version")
+    return table[row.id]
+
+
+def _change(values: Values, row: Any, mask: Iterable[str]) -> None:
+    for name in mask:
+        values[name] = _name(row) if name == "full_name" else getattr(row, name)
+        if name == "email":
+            values[name] = EMAILS[row.email]
+    values["version"] += 1
+
+
+def _owner(users: dict[int, Values], email: str) -> int | None:
+    return next((id for id, user in users.items() if user["email"] == email), None)
+
+
+def _name(row: User) -> str | None:
+    return row.full_name if row.HasField("full_name") else None
+
+
+def _user(email: str, full_name: str | None, hashed_password: str | None, version: int = 1) -> Values:
+    return {
+        "email": email,
+        "full_name": full_name,
+        "is_active": True,
+        "hashed_password": hashed_password,
+        "version": version,
+    }
+
+
+KINDS = {
+    "create users": Kind(CREATE_USERS, BulkCreateUsersRequest, _create_user),
+    "update users": Kind(UPDATE_USERS, BulkUpdateUsersRequest, _update_user),
+    "create posts": Kind(CREATE_POSTS, BulkCreatePostsRequest, _create_post),
+    "update posts": Kind(UPDATE_POSTS, BulkUpdatePostsRequest, _update_post),
+}
+USER_VALUES = {
+    "email": st.sampled_from(list(EMAILS)),
+    "full_name": st.none() | st.sampled_from(TEXTS),
+    "is_active": st.none() | st.booleans(),
+    "hashed_password": st.none() | st.sampled_from(HASHES),
+}
+POST_VALUES = {"title": st.sampled_from([text for text in TEXTS if text]), "content": st.sampled_from(TEXTS)}
+KEY_VALUES = {"id": st.sampled_from([ADA, BOB, CYD, 7]), "version": st.sampled_from([0, 0, 0, 0, 1, 2])}
+AUTHORS = st.one_of(
+    st.fixed_dictionaries({"author_id": st.sampled_from([ADA, BOB, 7])}),
+    st.fixed_dictionaries({"author_email": st.sampled_from(list(EMAILS))}),
+    st.just({}),
+    st.just({"author_id": ADA, "author_email": "ada@example.org"}),
+)
+
+
+@st.composite
+def loads(draw: st.DrawFn, kind: str, **options: st.SearchStrategy[Any]) -> Load:
+    """Draw a load of a kind over few keys, cut into messages anyhow; some rows are bad."""
+    chosen = BulkOptions(
+        return_ids=True,
+        atomicity=draw(st.sampled_from([BulkOptions.ROW, BulkOptions.BATCH])),
+        validate_only=draw(st.integers(0, 5)) == 0,
+        **{name: draw(strategy) for name, strategy in options.items()},
+    )
+    rows = draw(st.lists(ROWS[kind], min_size=1, max_size=10))
+    cuts = sorted(draw(st.sets(st.integers(1, len(rows)), max_size=3)) | {0, len(rows)})
+    return Load(kind, chosen, [rows[begin:end] for begin, end in pairwise(cuts)])
+
+
+def masks(*paths: str) -> st.SearchStrategy[Any]:
+    """Return update masks that name some of the paths."""
+    return st.lists(st.sampled_from(paths), min_size=1, unique=True).map(lambda some: {"paths": some})
+
+
+def _rows(message: type[Any], values: dict[str, st.SearchStrategy[Any]], bad: str) -> st.SearchStrategy[Any]:
+    good = st.fixed_dictionaries(values)
+    spoilt = [st.fixed_dictionaries({name: st.sampled_from(BAD[name])}) for name in bad.split()]
+    change = st.one_of(*[st.just({})] * 4 * len(spoilt), *spoilt)
+    return st.builds(lambda row, changed: message(**row | changed), good, change)
+
+
+def _with_authors(rows: st.SearchStrategy[Post]) -> st.SearchStrategy[Post]:
+    def written(row: Post, author: dict[str, Any]) -> Post:
+        row.MergeFrom(Post(**author))
+        return row
+
+    return st.builds(written, rows, AUTHORS)
+
+
+ROWS: dict[str, st.SearchStrategy[Any]] = {
+    "create users": _rows(User, USER_VALUES, "email full_name hashed_password password"),
+    "update users": _rows(User, KEY_VALUES | USER_VALUES, "id version email full_name password"),
+    "create posts": _with_authors(_rows(Post, POST_VALUES, "title content author_id author_email")),
+    "update posts": _rows(Post, KEY_VALUES | POST_VALUES, "id version title content"),
+}
+NAMED = ("full_name", "is_active", "hashed_password")
+LOADS = {
+    "create users": loads("create users", on_conflict=st.sampled_from([BulkOptions.FAIL, BulkOptions.SKIP]))
+    | loads("create users", on_conflict=st.just(BulkOptions.UPDATE), update_mask=masks(*NAMED)),
+    "update users": loads("update users", update_mask=masks("email", *NAMED)),
+    "create posts": loads("create posts"),
+    "update posts": loads("update posts", update_mask=masks("title", "content")),
+}

@@ -1,0 +1,97 @@
+"""What a bulk load leaves on either database is what the model says, row by row."""
+
+from contextlib import aclosing
+from typing import Any, cast
+
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+from sqlalchemy import Table, delete, insert, select
+
+from roster.v1.bulk_pb2 import BulkAck
+from service.bulk.streams import BulkStreams
+from service.db.engine import Database
+from service.posts.model import Post
+from service.users.model import User
+from tests.bulk_model import ADA, LOADS, Load, Tables, applied, stored
+
+TABLES = {"users": cast("Table", User.__table__), "posts": cast("Table", Post.__table__)}
+import os
+EXAMPLES = int(os.environ.get("EX","60"))
+FAILURE_CHARACTERS = 200
+
+
+async def refill(database: Database) -> None:
+    """Put back what the model begins with."""
+    async with database.begin() as session:
+        await session.execute(delete(User))
+        for name, rows in stored().items():
+            await session.execute(insert(TABLES[name]), [{"id": id, **values} for id, values in rows.items()])
+
+
+async def contents(database: Database) -> Tables:
+    """Return what is stored, in the columns that the model has."""
+    found: Tables = {}
+    async with database.read() as session:
+        for name, rows in stored().items():
+            columns = [TABLES[name].c[column] for column in ("id", *rows[ADA])]
+            found[name] = {}
+            for id, *values in await session.execute(select(*columns)):
+                found[name][id] = dict(zip(rows[ADA], values, strict=True))
+    return found
+
+
+async def loaded(database: Database, load: Load) -> list[BulkAck]:
+    """Run a load as a stream does, and return its acks."""
+
+    async def requests() -> Any:
+        for request in load.requests():
+            yield request
+
+    events = BulkStreams(database).run(requests(), load.operation)
+    async with aclosing(events):
+        return [event.ack async for event in events if event.HasField("ack")]
+
+
+def new_ids(acks: list[BulkAck], expected: list[BulkAck]) -> dict[int, int]:
+    """Return the model's id of each row that is new; their ids rise in file order."""
+    pairs = [
+        (id, name)
+        for ack, model in zip(acks, expected, strict=True)
+        for id, name in zip(ack.ids, model.ids, strict=True)
+        if name < 0
+    ]
+    names = dict(pairs)
+    assert sorted(names, key=lambda id: -names[id]) == sorted(names)
+    return names
+
+
+def told_by_model(acks: list[BulkAck], names: dict[int, int]) -> list[BulkAck]:
+    """Return acks with the model's ids, without sentences."""
+    for ack in acks:
+        ack.ids[:] = [names.get(id, id) for id in ack.ids]
+        for failure in ack.failures:
+            assert 0 < len(failure.message) <= FAILURE_CHARACTERS
+            failure.existing_id = names.get(failure.existing_id, failure.existing_id)
+            failure.ClearField("message")
+    return acks
+
+
+@pytest.mark.parametrize("kind", LOADS)
+@settings(deadline=None, max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+async def test_a_load_does_what_its_rows_do_one_after_the_other(
+    database: Database, kind: str, data: st.DataObject
+) -> None:
+    """Acks and tables after a random load, cut anyhow, are those of the model."""
+    load = data.draw(LOADS[kind])
+    await refill(database)
+
+    acks = await loaded(database, load)
+
+    expected, tables = applied(stored(), load)
+    names = new_ids(acks, expected)
+    found = await contents(database)
+    rows = found[load.operation.rows]
+    found[load.operation.rows] = {names.get(id, id): values for id, values in rows.items()}
+    assert told_by_model(acks, names) == expected
+    assert found == tables

@@ -1,0 +1,292 @@
+"""The engines and their pools, the unit of work, and the door for reads."""
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import event, func, insert, make_url, select, text
+from sqlalchemy.exc import IntegrityError
+
+from service.db.engine import Database
+from service.errors import DatabaseUnavailable, PoolExhausted
+from service.settings import Settings
+from service.users.model import User
+from tests.rows import add_posts, add_users
+
+# A commit with a new user waits until the advisory lock 1 is free.
+SLOW_COMMIT = (
+    """
+    CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
+    'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NULL; END'
+    """,
+    """
+    CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON users
+    DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait()
+    """,
+)
+
+
+@pytest.fixture
+async def small(database_url: str) -> AsyncIterator[Database]:
+    """A database with one connection for calls, for which nobody waits long."""
+    database = Database(Settings(database_url=database_url, pool_size=1, max_overflow=0, pool_timeout=0.1))
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+async def embedded(sqlite_url: str) -> AsyncIterator[Database]:
+    """A database on SQLite."""
+    database = Database(Settings(database_url=sqlite_url))
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+async def big(postgresql_url: str) -> AsyncIterator[Database]:
+    """A database on PostgreSQL."""
+    database = Database(Settings(database_url=postgresql_url, pool_timeout=0.1, bulk_connections=4))
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+def file(sqlite_url: str) -> Path:
+    """The file of the embedded database."""
+    return Path(str(make_url(sqlite_url).database))
+
+
+async def emails(database: Database) -> list[str]:
+    async with database.read() as session:
+        return list(await session.scalars(select(User.email).order_by(User.id)))
+
+
+def write_from_elsewhere(file: Path) -> None:
+    """Write as another process would; raises OperationalError at once where somebody else is writing."""
+    with closing(sqlite3.connect(file, timeout=0)) as connection, connection:
+        connection.execute("INSERT INTO users (email) VALUES ('elsewhere@example.org')")
+
+
+async def test_a_clean_exit_commits(database: Database) -> None:
+    """What a unit of work wrote is there for others after its end."""
+    async with database.begin() as session:
+        await session.execute(insert(User).values(email="ada@example.org"))
+
+    assert await emails(database) == ["ada@example.org"]
+
+
+async def test_an_exception_rolls_back(database: Database) -> None:
+    """A unit of work that raises leaves nothing, and the exception comes out as it was."""
+
+    async def call() -> None:
+        async with database.begin() as session:
+            await session.execute(insert(User).values(email="ada@example.org"))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await call()
+    assert await emails(database) == []
+
+
+async def test_a_cancel_in_the_body_rolls_back(database: Database) -> None:
+    """A call that is cancelled before its commit leaves nothing, and the next one can write."""
+    written = asyncio.Event()
+
+    async def call() -> None:
+        async with database.begin() as session:
+            await session.execute(insert(User).values(email="ada@example.org"))
+            written.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(call())
+    await written.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    await add_users(database)
+    assert await emails(database) == ["user0@example.org"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_a_commit_goes_on_to_its_end_when_its_caller_is_cancelled(
+    database: Database, times: int
+) -> None:
+    """The outcome of a write is known: cancelled during the commit, even twice, the rows are in."""
+    loop = asyncio.get_running_loop()
+
+    async def call() -> None:
+        async with database.begin() as session:
+            await session.execute(insert(User).values(email="ada@example.org"))
+
+    def cancel(left: int) -> None:
+        task.cancel()
+        if left > 1:
+            loop.call_soon(cancel, left - 1)
+
+    task = asyncio.create_task(call())
+    event.listen(database.engine.sync_engine, "commit", lambda _: cancel(times), once=True)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert await emails(database) == ["ada@example.org"]
+
+
+async def test_a_commit_is_not_cut_off(big: Database) -> None:
+    """A commit that waits in the database goes on waiting when its caller is cancelled, and then is in."""
+    async with big.begin() as session:
+        for statement in SLOW_COMMIT:
+            await session.execute(text(statement))
+    async with big.bulk() as blocker:
+        await blocker.execute(text("SELECT pg_advisory_lock(1)"))
+        task = asyncio.create_task(add_users(big))
+        waiting = (
+            select(func.count())
+            .select_from(text("pg_locks"))
+            .where(text("locktype = 'advisory' AND NOT granted"))
+        )
+        while not await blocker.scalar(waiting):
+            pass
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=0.2)
+        assert not done
+        await blocker.execute(text("SELECT pg_advisory_unlock(1)"))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert await emails(big) == ["user0@example.org"]
+
+
+async def test_a_read_holds_no_transaction(database: Database) -> None:
+    """Each statement of a read sees what was committed before it, and nothing stays open behind it."""
+    async with database.read() as session:
+        count = select(func.count()).select_from(User)
+        before = await session.scalar(count)
+        await add_users(database)
+        after = await session.scalar(count)
+        connection: Any = (await (await session.connection()).get_raw_connection()).driver_connection
+
+        assert (before, after) == (0, 1)
+        is_open = connection.in_transaction if database.is_sqlite else connection.is_in_transaction()
+        assert is_open is False
+
+
+async def test_an_exhausted_pool_refuses_within_its_timeout(small: Database) -> None:
+    """A call that gets no connection within `pool_timeout` is told so; it works once one is free."""
+    async with small.begin() as session:
+        await session.execute(select(1))
+        with pytest.raises(PoolExhausted):
+            await add_users(small)
+
+    await add_users(small)
+    assert await emails(small) == ["user0@example.org"]
+
+
+async def test_an_exhausted_pool_refuses_reads_too(small: Database) -> None:
+    """A read that gets no connection within `pool_timeout` is told so; it works once one is free."""
+    async with small.read() as session:
+        await session.execute(select(1))
+        with pytest.raises(PoolExhausted):
+            await small.ping()
+
+    await small.ping()
+
+
+async def test_calls_don_t_wait_for_loads(big: Database) -> None:
+    """Loads that hold all their connections leave those of the calls alone."""
+    async with AsyncExitStack() as loads:
+        for _ in range(4):
+            session = await loads.enter_async_context(big.bulk())
+            await session.execute(select(1))
+        await add_users(big)
+
+    assert await emails(big) == ["user0@example.org"]
+
+
+async def test_a_database_that_is_away_is_unavailable(database_url: str) -> None:
+    """Nothing that answers, or no file to open: the caller may try again."""
+    url = make_url(database_url).set(
+        **({"database": "/dev/null/roster.db"} if "sqlite" in database_url else {"port": 1})
+    )
+    database = Database(Settings(database_url=url.render_as_string(hide_password=False)))
+    with pytest.raises(DatabaseUnavailable):
+        await database.ping()
+    await database.close()
+
+
+async def test_foreign_keys_are_enforced(database: Database) -> None:
+    """A post by nobody is refused, on SQLite too."""
+    with pytest.raises(IntegrityError):
+        await add_posts(database, [4711])
+
+
+async def test_the_id_of_a_deleted_row_is_never_used_again(database: Database) -> None:
+    """Not even where it was the largest."""
+    (deleted,) = await add_users(database)
+    async with database.begin() as session:
+        await session.delete(await session.get_one(User, deleted))
+
+    (next_id,) = await add_users(database)
+    assert next_id > deleted
+
+
+async def test_writers_come_first_come_first_served(embedded: Database) -> None:
+    """SQLite has one writer; those who wait for it are served in the order in which they came."""
+    order = []
+
+    async def write(number: int) -> None:
+        async with embedded.begin() as session:
+            order.append(number)
+            await session.execute(insert(User).values(email=f"{number}@example.org"))
+
+    async with embedded.begin():
+        waiting = [asyncio.create_task(write(number)) for number in range(10)]
+        await asyncio.sleep(0)
+    await asyncio.gather(*waiting)
+
+    assert order == list(range(10))
+    assert await emails(embedded) == [f"{number}@example.org" for number in range(10)]
+
+
+async def test_a_unit_of_work_takes_the_writer_s_lock_before_it_writes(
+    embedded: Database, file: Path
+) -> None:
+    """BEGIN IMMEDIATE: whoever reads first and then writes can't be overtaken in between."""
+    async with embedded.begin() as session:
+        await session.execute(select(1))
+        with pytest.raises(sqlite3.OperationalError, match="database is locked"):
+            write_from_elsewhere(file)
+
+    write_from_elsewhere(file)
+
+
+async def test_a_read_does_not_lock_writers_out(embedded: Database, file: Path) -> None:
+    """Other processes write while a read is under way."""
+    async with embedded.read() as session:
+        await session.execute(select(User.id))
+        write_from_elsewhere(file)
+
+    assert await emails(embedded) == ["elsewhere@example.org"]
+
+
+async def test_readers_see_the_last_commit_while_one_writes(embedded: Database) -> None:
+    """WAL: a write under way does not hold up reads."""
+    async with embedded.begin() as session:
+        await session.execute(insert(User).values(email="ada@example.org"))
+        assert await emails(embedded) == []
+
+    async with embedded.read() as session:
+        assert await session.scalar(text("PRAGMA journal_mode")) == "wal"
+
+
+async def test_a_reader_can_t_write(embedded: Database) -> None:
+    """SQLite refuses a write that came in through the door for reads."""
+    with pytest.raises(DatabaseUnavailable):
+        async with embedded.read() as session:
+            await session.execute(insert(User).values(email="ada@example.org"))
+
+    assert await emails(embedded) == []

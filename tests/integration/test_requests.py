@@ -1,0 +1,111 @@
+"""Repeatable writes: what is kept of a request, for whom, and for how long."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+import pytest
+from sqlalchemy import select
+
+from service.db.engine import Database
+from service.db.requests import Request, RequestRepository, forget_requests
+from service.errors import RequestIdReused
+from service.users.repository import UserRepository
+
+ID = UUID("7d0f7c0e-1c43-4b5b-8d5c-2a4b4c1f6a10")
+BODY = b"body"
+
+
+@pytest.fixture
+async def kept(database: Database) -> Database:
+    """A database that has the answer of one request."""
+    async with database.begin() as session:
+        requests = RequestRepository(session, "ops", "CreateUser")
+        assert await requests.claim(ID, BODY) is None
+        await requests.keep(ID, b"answer")
+    return database
+
+
+async def claim(database: Database, *, caller: str = "ops", method: str = "CreateUser") -> bytes | None:
+    async with database.begin() as session:
+        return await RequestRepository(session, caller, method).claim(ID, BODY)
+
+
+async def test_the_first_answer_is_given_again(kept: Database) -> None:
+    """As often as the request comes."""
+    assert [await claim(kept), await claim(kept)] == [b"answer", b"answer"]
+
+
+async def test_an_empty_answer_is_one_too(database: Database) -> None:
+    """That of a delete has no bytes, and is still the answer."""
+    async with database.begin() as session:
+        requests = RequestRepository(session, "ops", "CreateUser")
+        await requests.claim(ID, BODY)
+        await requests.keep(ID, b"")
+
+    assert await claim(database) == b""
+
+
+async def test_another_body_is_refused(kept: Database) -> None:
+    """The id stands for the request that it first came with."""
+    with pytest.raises(RequestIdReused):
+        async with kept.begin() as session:
+            await RequestRepository(session, "ops", "CreateUser").claim(ID, b"another body")
+
+
+async def test_callers_and_methods_have_ids_of_their_own(kept: Database) -> None:
+    """One id of another caller, or to another method, is another request."""
+    assert await claim(kept, caller="someone else") is None
+    assert await claim(kept, method="UpdateUser") is None
+
+
+async def test_what_failed_is_not_kept(database: Database) -> None:
+    """The claim goes with the unit of work that made it."""
+
+    async def fail() -> None:
+        async with database.begin() as session:
+            await RequestRepository(session, "ops", "CreateUser").claim(ID, BODY)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await fail()
+    assert await claim(database) is None
+
+
+@pytest.mark.parametrize("first_fails", [False, True])
+async def test_of_two_at_once_the_second_waits_for_the_first(database: Database, first_fails: bool) -> None:
+    """It gets the first one's answer; where that failed, it is the first one itself."""
+    claimed = asyncio.Event()
+
+    async def first() -> None:
+        async with database.begin() as session:
+            requests = RequestRepository(session, "ops", "CreateUser")
+            await requests.claim(ID, BODY)
+            claimed.set()
+            await requests.keep(ID, b"answer")
+            await UserRepository(session).create({"email": "ada@example.org"})
+            if first_fails:
+                raise ZeroDivisionError
+
+    async def second() -> bytes | None:
+        await claimed.wait()
+        return await claim(database)
+
+    failed, answer = await asyncio.gather(first(), second(), return_exceptions=True)
+    assert isinstance(failed, ZeroDivisionError) == first_fails
+    assert answer == (None if first_fails else b"answer")
+
+
+async def test_answers_are_forgotten_after_24_hours(kept: Database) -> None:
+    """Not before; afterwards the same request is a new one."""
+    async with kept.read() as session:
+        created_at = await session.scalar(select(Request.created_at))
+    assert created_at
+    assert abs(datetime.now(UTC) - created_at) < timedelta(minutes=1)
+
+    async with kept.begin() as session:
+        await forget_requests(session, created_at + timedelta(hours=24))
+    assert await claim(kept) == b"answer"
+    async with kept.begin() as session:
+        await forget_requests(session, created_at + timedelta(hours=24, microseconds=1))
+    assert await claim(kept) is None
