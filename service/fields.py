@@ -6,7 +6,7 @@ name; it never echoes the value.
 
 import re
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -33,6 +33,9 @@ PASSWORD_HASH = re.compile(
     r"\$argon2(id|i|d)\$v=19\$m=[1-9]\d{0,5},t=[1-9]\d?,p=[1-9]\d?\$[A-Za-z0-9+/]{11,128}\$[A-Za-z0-9+/]{16,128}"
 )
 EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
+# Visible ASCII but for capitals, one a line.
+PLAIN = r"[!-?\[-~]+@[!-?\[-~]+"
+PLAIN_EMAILS = re.compile(rf"{PLAIN}(?:\n{PLAIN})*")
 
 
 def normalise_email(email: str) -> str:
@@ -54,6 +57,18 @@ def wrong_email(email: str) -> str | None:
     if "\0" in email or not EMAIL.fullmatch(email):
         return "must be one name, one @ and one domain, without spaces"
     return None
+
+
+def are_plain_emails(emails: Sequence[str]) -> bool:
+    """Tell whether all are valid and normalised already, as nearly all are; one look instead of thousands."""
+    joined = "\n".join(emails)
+    return PLAIN_EMAILS.fullmatch(joined) is not None and len(max(emails, key=len)) <= MAX_EMAIL
+
+
+def are_texts(values: Iterable[str | None], longest: int = MAX_NAME) -> bool:
+    """Tell whether all keep to the rules of a text with so many characters."""
+    given = [value for value in values if value]
+    return not given or (len(max(given, key=len)) <= longest and "\0" not in "".join(given))
 
 
 def wrong_full_name(name: str) -> str | None:

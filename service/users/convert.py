@@ -11,6 +11,8 @@ from service.db.bulk.batch import Batch
 from service.errors import InvalidField
 from service.fields import (
     Violations,
+    are_plain_emails,
+    are_texts,
     checking,
     is_set,
     masked_fields,
@@ -77,19 +79,41 @@ def user_batch_from_messages(
         batch.add("id", [message.id for message in messages], wrong_id)
         batch.add("version", [message.version for message in messages], wrong_version)
     if "email" in fields:
-        batch.add("email", [normalise_email(message.email) for message in messages], wrong_email)
+        emails = [message.email for message in messages]
+        is_plain = are_plain_emails(emails)
+        batch.add(
+            "email",
+            emails if is_plain else list(map(normalise_email, emails)),
+            wrong_email,
+            is_sound=is_plain,
+        )
     if "full_name" in fields:
-        names = [message.full_name if message.HasField("full_name") else None for message in messages]
-        batch.add("full_name", names, wrong_full_name)
+        # Only where a field reads as its default it has to be asked whether it was set.
+        names = [
+            name if (name := message.full_name) or message.HasField("full_name") else None
+            for message in messages
+        ]
+        batch.add("full_name", names, wrong_full_name, is_sound=are_texts(names))
     if "is_active" in fields:
         default = None if "is_active" in masked else True
-        active = [message.is_active if message.HasField("is_active") else default for message in messages]
+        active = [
+            is_active if (is_active := message.is_active) or message.HasField("is_active") else default
+            for message in messages
+        ]
         batch.add("is_active", active, is_required=True)
     if "hashed_password" in fields:
         hashes = [message.hashed_password or None for message in messages]
-        batch.add("hashed_password", hashes, wrong_password_hash, is_required="hashed_password" in masked)
-    batch.add("password", [message.password or None for message in messages], _wrong_in_bulk)
-    del batch.columns["password"]
+        is_required = "hashed_password" in masked
+        batch.add(
+            "hashed_password",
+            hashes,
+            wrong_password_hash,
+            is_required=is_required,
+            is_sound=not any(hashes),
+        )
+    if any(message.password for message in messages):
+        batch.add("password", [message.password or None for message in messages], _wrong_in_bulk)
+        del batch.columns["password"]
     return batch
 
 

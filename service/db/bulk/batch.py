@@ -59,9 +59,15 @@ class Batch:
         rule: Callable[[Any], str | None] | None = None,
         *,
         is_required: bool = False,
+        is_sound: bool = False,
     ) -> None:
-        """Add a column and fail the rows that break its rule; None is a value not given."""
+        """Add a column and fail the rows that break its rule; None is a value not given.
+
+        A column that was found sound as a whole is not looked at row by row.
+        """
         self.columns[name] = values
+        if (is_sound or not rule) and not (is_required and None in values):
+            return
         for row, value in enumerate(values):
             if value is None:
                 wrong = "is required where update_mask names it" if is_required else None

@@ -1,10 +1,11 @@
 """The portable writer: SQLAlchemy's executemany. SQLite's, whose writer is alone while it writes."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import Integer, String, bindparam, column, insert, select, table, update
+from sqlalchemy import Dialect, Integer, String, Table, bindparam, column, insert, select, table, update
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.types import TypeEngine
 
 from service.db.base import Entity, now
 
@@ -12,33 +13,29 @@ from service.db.base import Entity, now
 SEQUENCES = table("sqlite_sequence", column("name", String), column("seq", Integer))
 
 
-async def next_ids(session: AsyncSession, model: type[Entity], count: int) -> list[int]:
+async def next_ids(session: AsyncSession, model: type[Entity], count: int) -> Sequence[int]:
     """Return the ids after the largest ever used; nobody else can take them before the commit."""
     last = await session.scalar(select(SEQUENCES.c.seq).where(SEQUENCES.c.name == model.__tablename__)) or 0
-    return list(range(last + 1, last + 1 + count))
+    return range(last + 1, last + 1 + count)
 
 
 async def insert_rows(
-    session: AsyncSession, model: type[Entity], names: Sequence[str], rows: Iterable[tuple[Any, ...]]
+    session: AsyncSession, model: type[Entity], columns: Mapping[str, Sequence[Any]]
 ) -> None:
     """Insert rows; raises IntegrityError.
 
     The driver gets tuples: SQLAlchemy would make a dict of each row, and another of its parameters.
     """
     connection = await session.connection()
-    compiled = (
-        insert(model).values({name: bindparam(name) for name in names}).compile(dialect=connection.dialect)
+    table = cast("Table", model.__table__)
+    statement = (
+        insert(table).values({name: bindparam(name) for name in columns}).compile(dialect=connection.dialect)
     )
-    order = [names.index(name) for name in compiled.positiontup or ()]
-    bound = [
-        model.__table__.c[name].type.bind_processor(connection.dialect) for name in compiled.positiontup or ()
-    ]
-    columns = list(zip(*rows, strict=True))
-    values = [
-        list(map(process, columns[at])) if process else columns[at]
-        for at, process in zip(order, bound, strict=True)
-    ]
-    await connection.exec_driver_sql(str(compiled), list(zip(*values, strict=True)))
+    names = statement.positiontup or []
+    rows = zip(
+        *(_bound(columns[name], table.c[name].type, connection.dialect) for name in names), strict=True
+    )
+    await connection.exec_driver_sql(str(statement), list(rows))
 
 
 async def update_rows(
@@ -59,3 +56,8 @@ async def update_rows(
 
 def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _bound(values: Sequence[Any], kind: TypeEngine[Any], dialect: Dialect) -> Iterable[Any]:
+    process = kind.bind_processor(dialect)
+    return map(process, values) if process else values

@@ -71,13 +71,18 @@ class BulkWriter:
             rows = {"id": list(values), "times": [0] * len(values), column: list(values.values())}
             await self._way.update_rows(self.session, self.model, rows)
 
-    async def _insert(self, columns: Mapping[str, list[Any]], size: int, sort_key: str | None) -> list[int]:
+    async def _insert(
+        self, columns: Mapping[str, list[Any]], size: int, sort_key: str | None
+    ) -> Sequence[int]:
         if not size:
             return []
-        ids: list[int] = await self._way.next_ids(self.session, self.model, size)
-        names = sorted(["id", *columns], key=lambda name: name != sort_key)  # the key first
-        rows = zip(*(ids if name == "id" else columns[name] for name in names), strict=True)
-        await self._way.insert_rows(self.session, self.model, names, sorted(rows) if sort_key else rows)
+        ids: Sequence[int] = await self._way.next_ids(self.session, self.model, size)
+        rows = {"id": ids, **columns}
+        if sort_key:
+            # Keys that are plain strings sort three times as fast as tuples that begin with them.
+            order = sorted(range(size), key=columns[sort_key].__getitem__)
+            rows = {name: [column[row] for row in order] for name, column in rows.items()}
+        await self._way.insert_rows(self.session, self.model, rows)
         return ids
 
     async def _update(self, batch: Batch, updates: Mapping[int, list[int]], fields: Sequence[str]) -> None:
