@@ -8,17 +8,20 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from service.db.base import MAX_ID
 from service.errors import InvalidField, InvalidMask, TooLarge, Violation
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MIN_SECONDS, MAX_SECONDS = -62_135_596_800, 253_402_300_799  # years 1 to 9999
+MAX_NANOS = 999_999_999
 MAX_IDS = 1000
 MAX_BATCH = 1000
 MAX_EMAIL = 255
@@ -202,6 +205,16 @@ def mask_paths(mask: FieldMask, writable: Collection[str], field: str = "update_
                 f"{field} has a path that can't be written; it may name {', '.join(writable)}", field=field
             )
     return list(dict.fromkeys(mask.paths))
+
+
+def wrong_timestamp(moment: Timestamp) -> str | None:
+    is_valid = MIN_SECONDS <= moment.seconds <= MAX_SECONDS and 0 <= moment.nanos <= MAX_NANOS
+    return None if is_valid else "must be in the years 1 to 9999, with nanos from 0 to 999,999,999"
+
+
+def datetime_from(moment: Timestamp) -> datetime:
+    """Return a valid Timestamp as a time; what is finer than a microsecond is cut off."""
+    return EPOCH + timedelta(seconds=moment.seconds, microseconds=moment.nanos // 1000)
 
 
 def timestamp(moment: datetime) -> Any:

@@ -1,7 +1,8 @@
 """Bulk streams and loads: outcome -> message. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 from roster.v1.bulk_pb2 import (
     BulkAck,
@@ -12,13 +13,30 @@ from roster.v1.bulk_pb2 import (
     BulkWriteResponse,
     RowFailure,
 )
-from service.db.bulk.batch import Outcome
+from service.db.bulk.batch import Batch, Outcome
 from service.db.bulk.loads import Load
 from service.errors import RosterError
-from service.fields import timestamp
+from service.fields import datetime_from, timestamp, wrong_id, wrong_timestamp, wrong_version
 from service.interceptors.errors import status_code, status_from_error
 
 MAX_FAILURE_MESSAGE = 200
+
+
+def add_identity(batch: Batch, messages: Sequence[Any], fields: Collection[str]) -> None:
+    """Add what every entity has: the ids and versions of an update, or what a restored row brings."""
+    if "created_at" in fields:
+        batch.add("id", [message.id or None for message in messages], wrong_id)
+        batch.add("version", [message.version or 1 for message in messages], wrong_version)
+        for name in ("created_at", "updated_at"):
+            given = [getattr(message, name) if message.HasField(name) else None for message in messages]
+            batch.add(name, given, wrong_timestamp)
+            batch.columns[name] = [
+                None if moment is None or row in batch.failures else datetime_from(moment)
+                for row, moment in enumerate(given)
+            ]
+    elif "id" in fields:
+        batch.add("id", [message.id for message in messages], wrong_id)
+        batch.add("version", [message.version for message in messages], wrong_version)
 
 
 def opened_to_message(load_id: str, next_offset: int, max_rows: int, max_bytes: int) -> BulkWriteResponse:

@@ -7,9 +7,12 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from roster.v1.bulk_pb2 import BulkOptions
+from service.db.base import Entity
 from service.db.bulk.batch import Batch, OnConflict, Outcome, WriteOptions
-from service.errors import InvalidOptions, Unsupported
+from service.errors import InvalidOptions
 from service.fields import check_choice, mask_paths
+
+RESTORED = ("id", "version", "created_at", "updated_at")
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Operation:
     fields: Sequence[str]  # what is read of each row, for an update beside what its mask names
     writable: Sequence[str]  # what an update mask may name
     read: Callable[[Sequence[Any], Collection[str], Collection[str]], Batch]
+    model: type[Entity]
     write: Callable[[AsyncSession, Batch, WriteOptions], Awaitable[Outcome]]
     is_update: bool = False
     has_key: bool = False  # so that on_conflict makes sense
@@ -29,12 +33,17 @@ class Operation:
         """Tell whether batches with different keys can be written at the same time.
 
         Not where e-mails are updated: one that a batch takes may be one that the batch before gives up.
+        Nor where ids are restored: to reserve them a batch waits for all that have drawn some.
         """
-        return not (self.is_update and "email" in options.update_fields)
+        return not (options.restores or (self.is_update and "email" in options.update_fields))
 
     def batch(self, messages: Sequence[Any], options: WriteOptions) -> Batch:
         """Return the messages of a request as columns."""
-        fields = (*self.fields, *options.update_fields) if self.is_update else self.fields
+        fields = self.fields
+        if self.is_update:
+            fields = (*fields, *options.update_fields)
+        elif options.restores:
+            fields = (*fields, *RESTORED)
         return self.read(messages, fields, options.update_fields)
 
 
@@ -48,20 +57,24 @@ class StreamOptions:
 
     @classmethod
     def from_message(cls, message: BulkOptions, operation: Operation) -> "StreamOptions":
-        """Return the options of a stream's first message; raises InvalidOptions, InvalidMask, Unsupported."""
-        _refuse_unsupported(message)
+        """Return the options of a stream's first message; raises InvalidOptions, InvalidMask."""
         check_choice(message.on_conflict, BulkOptions.OnConflict, "options.on_conflict")
         check_choice(message.atomicity, BulkOptions.Atomicity, "options.atomicity")
         if message.max_failures < 0:
             raise _invalid("max_failures", "must not be negative; 0 means any number")
         on_conflict = OnConflict(message.on_conflict)
-        if on_conflict is not OnConflict.FAIL and not operation.has_key:
+        if message.restore and operation.is_update:
+            raise _invalid("restore", "makes no sense for an update")
+        if on_conflict is not OnConflict.FAIL and not (operation.has_key or message.restore):
             raise _invalid("on_conflict", "makes no sense here: there is no key that could be taken")
+        if on_conflict is OnConflict.UPDATE and message.restore:
+            raise _invalid("on_conflict", "must be FAIL or SKIP where rows are restored")
         return cls(
             write=WriteOptions(
                 on_conflict=on_conflict,
                 is_atomic=message.atomicity == BulkOptions.BATCH,
                 validate_only=message.validate_only,
+                restores=message.restore,
                 update_fields=_update_fields(message, operation, on_conflict),
             ),
             return_ids=message.return_ids,
@@ -78,11 +91,6 @@ def _update_fields(message: BulkOptions, operation: Operation, on_conflict: OnCo
             "update_mask", "makes no sense where nothing is updated; set on_conflict to UPDATE, or drop it"
         )
     return mask_paths(message.update_mask, operation.writable, "options.update_mask")
-
-
-def _refuse_unsupported(message: BulkOptions) -> None:
-    if message.restore:
-        raise Unsupported("options.restore is not available in this release; leave it out", field="restore")
 
 
 def _invalid(field: str, wrong: str) -> InvalidOptions:

@@ -17,6 +17,7 @@ from service.bulk.operation import Operation, StreamOptions
 from service.db.base import MAX_ID
 from service.db.bulk.batch import Batch, Outcome
 from service.db.bulk.loads import COUNTED, Load, LoadRepository, LoadState
+from service.db.bulk.writer import BulkWriter
 from service.db.engine import Database
 from service.errors import (
     AlreadyExists,
@@ -326,6 +327,9 @@ class Stream:
         if not slot.batch.size:
             await self._require(previous)
             return Outcome()
+        if self.options.write.restores and self.options.write.writes(slot.batch):
+            async with self._database.bulk() as session:
+                await BulkWriter(session, self._operation.model).reserve(slot.batch)
         async with self._database.bulk() as session:
             outcome = await self._operation.write(session, slot.batch, self.options.write)
             await _committed(previous)
@@ -356,7 +360,7 @@ class Stream:
 
 
 async def _committed(previous: Slot | None) -> None:
-    """Wait for the commit of the slot before, so that commits come in order; raises _Superseded if it failed."""
+    """Wait for the commit of the slot before, so that commits come in order; or raise _Superseded."""
     if previous is None:
         return
     if previous.is_settled():

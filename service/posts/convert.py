@@ -6,6 +6,7 @@ from typing import Any
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from roster.v1.resources_pb2 import Post as PostMessage
+from service.bulk.convert import add_identity
 from service.db.bulk.batch import Batch
 from service.errors import InvalidField
 from service.fields import (
@@ -17,7 +18,6 @@ from service.fields import (
     wrong_email,
     wrong_id,
     wrong_title,
-    wrong_version,
 )
 from service.posts.model import Post
 from service.users.convert import user_to_message
@@ -67,9 +67,7 @@ def post_batch_from_messages(
     A new row has its author's id or e-mail, and 0 or "" for the other.
     """
     batch = Batch(len(messages))
-    if "id" in fields:
-        batch.add("id", [message.id for message in messages], wrong_id)
-        batch.add("version", [message.version for message in messages], wrong_version)
+    add_identity(batch, messages, fields)
     if "author_id" in fields:
         _add_authors(batch, messages)
     if "title" in fields:

@@ -9,8 +9,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import joinedload
 
 from service.db.bulk.batch import Batch, Outcome, WriteOptions
-from service.db.bulk.resolve import Creates, resolve_updates
-from service.db.bulk.writer import FOR_REFERENCE, FOR_UPDATE, BulkWriter, stored
+from service.db.bulk.resolve import Key, resolve_creates, resolve_updates
+from service.db.bulk.writer import FOR_REFERENCE, FOR_UPDATE, BulkWriter, id_taken, stored
 from service.db.dialect import octets
 from service.db.repository import Repository
 from service.errors import AuthorNotFound, PostNotFound
@@ -55,8 +55,12 @@ class PostRepository(Repository[Post]):
             columns = dict(batch.columns)
             emails = columns.pop("author_email")
             columns["author_id"] = await self._author_ids(batch, columns["author_id"], emails)
-            found = replace(batch, columns=columns)
-            return await writer.create(found, Creates(inserted=batch.good_rows()), options)
+            batch = replace(batch, columns=columns)
+            keys = []
+            if options.restores:
+                asks = options.asks_first(batch)
+                keys = [Key("id", await writer.ids_by(Post.id, batch) if asks else {}, id_taken)]
+            return await writer.create(batch, resolve_creates(batch, keys, options.on_conflict), options)
 
         return await writer.settled(batch, attempt)
 

@@ -32,6 +32,7 @@ CREATE_POSTS = Operation(
     fields=(*WRITABLE, "author_id"),
     writable=WRITABLE,
     read=post_batch_from_messages,
+    model=Post,
     write=lambda session, batch, options: PostRepository(session).create_many(batch, options),
 )
 UPDATE_POSTS = Operation(
@@ -40,6 +41,7 @@ UPDATE_POSTS = Operation(
     fields=("id", "version"),
     writable=WRITABLE,
     read=post_batch_from_messages,
+    model=Post,
     write=lambda session, batch, options: PostRepository(session).update_many(batch, options),
     is_update=True,
 )

@@ -7,6 +7,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 
 from roster.v1.resources_pb2 import Post as PostMessage, User as UserMessage
 from roster.v1.users_pb2 import GetUserRequest, VerifyPasswordRequest
+from service.bulk.convert import add_identity
 from service.db.bulk.batch import Batch
 from service.errors import InvalidField
 from service.fields import (
@@ -23,7 +24,6 @@ from service.fields import (
     wrong_id,
     wrong_password,
     wrong_password_hash,
-    wrong_version,
 )
 from service.posts.model import Post
 from service.users.model import User
@@ -75,9 +75,7 @@ def user_batch_from_messages(
     A row needs every field that the update mask names, but full_name, which is null where it is unset.
     """
     batch = Batch(len(messages))
-    if "id" in fields:
-        batch.add("id", [message.id for message in messages], wrong_id)
-        batch.add("version", [message.version for message in messages], wrong_version)
+    add_identity(batch, messages, fields)
     if "email" in fields:
         emails = [message.email for message in messages]
         is_plain = are_plain_emails(emails)

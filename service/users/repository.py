@@ -11,8 +11,8 @@ from sqlalchemy.orm.attributes import set_committed_value
 
 from service.db.base import BigInt
 from service.db.bulk.batch import Batch, OnConflict, Outcome, WriteOptions
-from service.db.bulk.resolve import resolve_creates, resolve_updates
-from service.db.bulk.writer import FOR_UPDATE, BulkWriter, stored
+from service.db.bulk.resolve import Key, resolve_creates, resolve_updates
+from service.db.bulk.writer import FOR_UPDATE, BulkWriter, id_taken, stored
 from service.db.dialect import insert, listed, octets
 from service.db.paging import Page
 from service.db.repository import Repository
@@ -97,9 +97,14 @@ class UserRepository(Repository[User]):
         writer = BulkWriter(self.session, User)
 
         async def attempt(batch: Batch) -> Outcome:
-            taken = await self._taken(batch, options) if options.asks_first(batch) else {}
-            creates = resolve_creates(batch, "email", taken, options.on_conflict, email_taken)
-            return await writer.create(batch, creates, options, sort_key="email")
+            asks = options.asks_first(batch)
+            lock = FOR_UPDATE if options.on_conflict is OnConflict.UPDATE else None
+            keys = [Key("email", await writer.ids_by(User.email, batch, lock) if asks else {}, email_taken)]
+            if options.restores:
+                keys.insert(0, Key("id", await writer.ids_by(User.id, batch) if asks else {}, id_taken))
+            return await writer.create(
+                batch, resolve_creates(batch, keys, options.on_conflict), options, sort_key="email"
+            )
 
         return await writer.settled(batch, attempt)
 
@@ -119,12 +124,6 @@ class UserRepository(Repository[User]):
             return await writer.update(batch, updates, options)
 
         return await writer.settled(batch, attempt)
-
-    async def _taken(self, batch: Batch, options: WriteOptions) -> dict[str, int]:
-        emails = batch.take("email", batch.good_rows())
-        lock = FOR_UPDATE if options.on_conflict is OnConflict.UPDATE else None
-        rows = await stored(self.session, User.email, emails, User.id, lock=lock)
-        return {row.email: row.id for row in rows}
 
     async def _owners(self, batch: Batch, emails: dict[int, str], options: WriteOptions) -> "_Owners":
         wanted = batch.take("email", batch.good_rows()) if "email" in options.update_fields else []

@@ -38,6 +38,7 @@ CREATE_USERS = Operation(
     fields=BULK_WRITABLE,
     writable=BULK_WRITABLE[1:],  # the e-mail is the key
     read=user_batch_from_messages,
+    model=User,
     write=lambda session, batch, options: UserRepository(session).create_many(batch, options),
     has_key=True,
 )
@@ -47,6 +48,7 @@ UPDATE_USERS = Operation(
     fields=("id", "version"),
     writable=BULK_WRITABLE,
     read=user_batch_from_messages,
+    model=User,
     write=lambda session, batch, options: UserRepository(session).update_many(batch, options),
     is_update=True,
 )

@@ -23,6 +23,7 @@ class WriteOptions:
     on_conflict: OnConflict = OnConflict.FAIL
     is_atomic: bool = False  # one failed row fails the batch
     validate_only: bool = False
+    restores: bool = False  # rows may bring their ids, times and versions
     update_fields: Sequence[str] = ()  # what the update mask names
 
     def asks_first(self, batch: "Batch") -> bool:
@@ -50,7 +51,7 @@ class Batch:
 
     def keys(self) -> set[Any]:
         """Return what no other batch may write at the same time: ids and e-mails."""
-        return {value for name in ("id", "email") for value in self.columns.get(name, ())}
+        return {value for name in ("id", "email") for value in self.columns.get(name, ())} - {None}
 
     def add(
         self,

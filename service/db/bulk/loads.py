@@ -150,7 +150,7 @@ class LoadRepository:
             raise _fenced()
 
     async def abort(self, load_id: str) -> Load:
-        """End a load that is open, and fence its stream off; any other stays as it is. Raises LoadNotFound."""
+        """End a load that is open, and fence its stream off; others stay as they are. Raises LoadNotFound."""
         await self.session.execute(
             update(Load)
             .where(Load.load_id == load_id, Load.state == LoadState.OPEN, *self._mine())

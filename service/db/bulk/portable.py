@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-from sqlalchemy import Dialect, Integer, String, Table, bindparam, column, insert, select, table, update
+from sqlalchemy import Dialect, Integer, String, Table, bindparam, column, func, insert, select, table, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.types import TypeEngine
 
@@ -17,6 +17,14 @@ async def next_ids(session: AsyncSession, model: type[Entity], count: int) -> Se
     """Return the ids after the largest ever used; nobody else can take them before the commit."""
     last = await session.scalar(select(SEQUENCES.c.seq).where(SEQUENCES.c.name == model.__tablename__)) or 0
     return range(last + 1, last + 1 + count)
+
+
+async def reserve_ids(session: AsyncSession, model: type[Entity], largest: int) -> None:
+    """Move the sequence past an id; SQLite would do so with the first row, but ids are drawn before."""
+    name = model.__tablename__
+    moved = update(SEQUENCES).where(SEQUENCES.c.name == name).values(seq=func.max(SEQUENCES.c.seq, largest))
+    if not (await session.execute(moved.returning(SEQUENCES.c.seq))).all():
+        await session.execute(insert(SEQUENCES).values(name=name, seq=largest))
 
 
 async def insert_rows(

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import asyncpg
-from sqlalchemy import ARRAY, Table, bindparam, case, column, func, select, update
+from sqlalchemy import ARRAY, Table, bindparam, case, cast as cast_to, column, func, literal, select, text, update
+from sqlalchemy.dialects.postgresql import REGCLASS
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -12,7 +13,13 @@ from service.db.base import BigInt, Entity, now
 
 
 async def next_ids(session: AsyncSession, model: type[Entity], count: int) -> Sequence[int]:
-    """Draw ids from the table's sequence; a rollback leaves a gap."""
+    """Draw ids from the table's sequence; a rollback leaves a gap.
+
+    The lock is the one that the rows' own insertion takes: `reserve_ids` waits for all that have drawn.
+    """
+    if not count:
+        return []
+    await session.execute(text(f"LOCK TABLE {model.__tablename__} IN ROW EXCLUSIVE MODE"))
     sequence = func.pg_get_serial_sequence(model.__tablename__, "id")
     drawn = select(func.nextval(sequence).label("id")).select_from(func.generate_series(1, count)).subquery()
     first, last = func.min(drawn.c.id), func.max(drawn.c.id)
@@ -20,6 +27,15 @@ async def next_ids(session: AsyncSession, model: type[Entity], count: int) -> Se
     others = case((last - first >= count, func.array_agg(drawn.c.id)), else_=None)
     row = (await session.execute(select(first, last, others))).one()
     return row[2] or range(row[0], row[1] + 1)
+
+
+async def reserve_ids(session: AsyncSession, model: type[Entity], largest: int) -> None:
+    """Move the sequence past an id, behind every transaction that has drawn ids and may yet use them."""
+    await session.execute(text(f"LOCK TABLE {model.__tablename__} IN SHARE ROW EXCLUSIVE MODE"))
+    sequence = cast_to(func.pg_get_serial_sequence(model.__tablename__, "id"), REGCLASS)
+    last = func.coalesce(func.pg_sequence_last_value(sequence), 0)
+    beyond = literal(largest, BigInt)
+    await session.execute(select(func.setval(sequence, beyond)).where(last < beyond))
 
 
 async def insert_rows(

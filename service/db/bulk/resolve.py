@@ -53,49 +53,60 @@ class Creates:
         return Outcome(bytes(results), ids, batch.failures)
 
 
-def resolve_creates(
-    batch: Batch,
-    key: str,
-    stored: Mapping[str, int],
-    on_conflict: OnConflict,
-    taken: Callable[[int | None], RosterError],
-) -> Creates:
-    """Sort out the good rows of a batch by their keys; `stored` has the ids of the keys that are taken."""
-    creates = Creates()
-    first: dict[str, int] = {}
-    keys = batch.columns[key]
-    if not (stored or batch.failures) and len(set(keys)) == batch.size:
+@dataclass(frozen=True)
+class Key:
+    """A unique column: who has which of the batch's values, and the error for one that is taken."""
+
+    column: str
+    stored: Mapping[Any, int]
+    taken: Callable[[int | None], RosterError]
+
+
+def resolve_creates(batch: Batch, keys: Sequence[Key], on_conflict: OnConflict) -> Creates:
+    """Sort out the good rows of a batch by their unique keys; a row without a value for one meets nothing."""
+    if _all_differ(batch, keys):
         return Creates(inserted=range(batch.size))
+    creates, inserted = Creates(), []
+    first: dict[tuple[str, Any], int] = {}
     for row in batch.good_rows():
-        value = keys[row]
-        if value in stored:
-            _on_stored(creates, batch, row, stored[value], on_conflict, taken)
-        elif value in first:
-            creates.repeated[row] = first[value]
-            if on_conflict is OnConflict.FAIL:
-                batch.fail(row, taken(None))
-            elif on_conflict is OnConflict.UPDATE:
-                creates.amended.setdefault(first[value], []).append(row)
+        values = [(key, value) for key in keys if (value := batch.columns[key.column][row]) is not None]
+        for key, value in values:
+            if value in key.stored:
+                _on_stored(creates, batch, row, key, key.stored[value], on_conflict)
+                break
+            if (key.column, value) in first:
+                _on_repeated(creates, batch, row, key, first[key.column, value], on_conflict)
+                break
         else:
-            first[value] = row
-    creates.inserted = list(first.values())
+            inserted.append(row)
+            first.update(((key.column, value), row) for key, value in values)
+    creates.inserted = inserted
     return creates
 
 
-def _on_stored(
-    creates: Creates,
-    batch: Batch,
-    row: int,
-    id: int,
-    on_conflict: OnConflict,
-    taken: Callable[[int | None], RosterError],
-) -> None:
+def _all_differ(batch: Batch, keys: Sequence[Key]) -> bool:
+    if batch.failures or any(key.stored for key in keys):
+        return False
+    return all(len(set(batch.columns[key.column])) == batch.size for key in keys)
+
+
+def _on_stored(creates: Creates, batch: Batch, row: int, key: Key, id: int, on_conflict: OnConflict) -> None:
     if on_conflict is OnConflict.FAIL:
-        batch.fail(row, taken(id))
+        batch.fail(row, key.taken(id))
     elif on_conflict is OnConflict.SKIP:
         creates.skipped[row] = id
     else:
         creates.updated.setdefault(id, []).append(row)
+
+
+def _on_repeated(
+    creates: Creates, batch: Batch, row: int, key: Key, first: int, on_conflict: OnConflict
+) -> None:
+    creates.repeated[row] = first
+    if on_conflict is OnConflict.FAIL:
+        batch.fail(row, key.taken(None))
+    elif on_conflict is OnConflict.UPDATE:
+        creates.amended.setdefault(first, []).append(row)
 
 
 def resolve_updates(

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Row, Text, select
@@ -9,12 +10,12 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
-from service.db.base import BigInt, Entity
+from service.db.base import BigInt, Entity, now
 from service.db.bulk import portable, postgresql
 from service.db.bulk.batch import Batch, Outcome, Result, WriteOptions
 from service.db.bulk.resolve import Creates
 from service.db.dialect import is_sqlite, listed
-from service.errors import DatabaseUnavailable
+from service.errors import DatabaseUnavailable, IdTaken
 
 RACES = 3
 FOR_UPDATE: Mapping[str, Any] = {}
@@ -71,19 +72,47 @@ class BulkWriter:
             rows = {"id": list(values), "times": [0] * len(values), column: list(values.values())}
             await self._way.update_rows(self.session, self.model, rows)
 
+    async def reserve(self, batch: Batch) -> None:
+        """Let no other writer draw a batch's ids, from the commit on; for a short transaction of its own."""
+        if largest := max((id for id in batch.take("id", batch.good_rows()) if id), default=0):
+            await self._way.reserve_ids(self.session, self.model, largest)
+
+    async def ids_by(
+        self, key: InstrumentedAttribute[Any], batch: Batch, lock: Mapping[str, Any] | None = None
+    ) -> dict[Any, int]:
+        """Return, by the unique key, the ids of the rows that have one of the batch's values."""
+        values = [value for value in batch.take(key.key, batch.good_rows()) if value is not None]
+        rows = await stored(self.session, key, values, self.model.id.label("stored_id"), lock=lock)
+        return {row[0]: row.stored_id for row in rows}
+
     async def _insert(
         self, columns: Mapping[str, list[Any]], size: int, sort_key: str | None
     ) -> Sequence[int]:
         if not size:
             return []
-        ids: Sequence[int] = await self._way.next_ids(self.session, self.model, size)
-        rows = {"id": ids, **columns}
+        ids = await self._ids(columns.get("id"), size)
+        rows = {**columns, "id": ids, **await self._times(columns)}
         if sort_key:
             # Keys that are plain strings sort three times as fast as tuples that begin with them.
             order = sorted(range(size), key=columns[sort_key].__getitem__)
             rows = {name: [column[row] for row in order] for name, column in rows.items()}
         await self._way.insert_rows(self.session, self.model, rows)
         return ids
+
+    async def _ids(self, given: Sequence[int | None] | None, size: int) -> Sequence[int]:
+        drawn: Sequence[int] = await self._way.next_ids(
+            self.session, self.model, size if given is None else given.count(None)
+        )
+        rest = iter(drawn)
+        return drawn if given is None else [id or next(rest) for id in given]
+
+    async def _times(self, columns: Mapping[str, list[Any]]) -> dict[str, list[datetime]]:
+        """Return the times of restored rows, with the transaction's own for those that bring none."""
+        restored = {name: columns[name] for name in ("created_at", "updated_at") if name in columns}
+        if not any(None in column for column in restored.values()):
+            return restored
+        at = (await self.session.execute(select(now()))).scalar_one()
+        return {name: [moment or at for moment in column] for name, column in restored.items()}
 
     async def _update(self, batch: Batch, updates: Mapping[int, list[int]], fields: Sequence[str]) -> None:
         if not updates:
@@ -95,11 +124,17 @@ class BulkWriter:
         await self._way.update_rows(self.session, self.model, {"id": ids, "times": times, **columns})
 
 
+def id_taken(existing_id: int | None) -> IdTaken:
+    """Return the error for an id that another row has."""
+    facts = {"existing_id": existing_id} if existing_id else {}
+    return IdTaken("id belongs to another row", field="id", **facts)
+
+
 async def stored(
     session: AsyncSession,
     key: InstrumentedAttribute[Any],
     values: Sequence[Any],
-    *columns: InstrumentedAttribute[Any],
+    *columns: Any,
     lock: Mapping[str, Any] | None = None,
 ) -> Sequence[Row[Any]]:
     """Return the key and the columns of the rows that have one of the values.
