@@ -7,15 +7,15 @@ are tried again one at a time.
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Set as AbstractSet
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
 from typing import Any, Self
 
 from roster.v1.bulk_pb2 import BulkLoad, BulkOptions, BulkWriteResponse
 from service.bulk.convert import summary_to_message
 from service.bulk.operation import Operation, StreamOptions
+from service.bulk.slot import Slot, Superseded, committed
 from service.db.base import MAX_ID
-from service.db.bulk.batch import Batch, Outcome
+from service.db.bulk.batch import Outcome
 from service.db.bulk.loads import COUNTED, Load, LoadRepository, LoadState
 from service.db.bulk.writer import BulkWriter
 from service.db.engine import Database
@@ -30,7 +30,6 @@ from service.errors import (
     OffsetGap,
     OptionsChanged,
     OutcomeUnknown,
-    RosterError,
     StatementTimeout,
     TooLarge,
     Unavailable,
@@ -48,52 +47,6 @@ FIRST_PAUSE_SECONDS = 0.1
 FAULTS = (Unavailable, StatementTimeout)
 # What a message is answered with when nothing of it is recorded; the stream stays open.
 REFUSALS = (InvalidField, TooLarge, OffsetGap, *FAULTS)
-
-
-class _Superseded(Exception):
-    """The batch before this one did not commit at its first attempt."""
-
-
-@dataclass(eq=False)
-class Slot:
-    """A message in hand. Its rows from `replayed` on are new."""
-
-    offset: int
-    size: int
-    previous: "Slot | None" = None
-    batch: Batch = field(default_factory=lambda: Batch(0))
-    keys: AbstractSet[Any] = frozenset()  # what other batches must not touch at the same time
-    replayed: int = 0
-    is_last: bool = False  # the message had `finish`
-    refusal: RosterError | None = None  # why it was never tried
-    is_committed: asyncio.Future[bool] = field(default_factory=asyncio.Future)  # by its first attempt
-    task: "asyncio.Task[Outcome] | None" = None
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.size
-
-    async def outcome(self) -> Outcome:
-        """Wait for what becomes of the message; raises one of REFUSALS, or what ends the stream."""
-        if self.task is None:
-            raise self.refusal or RuntimeError("a message is refused or tried")
-        return await self.task
-
-    async def settled(self) -> None:
-        """Wait until the message is recorded, or will not be."""
-        if self.task:
-            await asyncio.wait([self.task])
-
-    def is_settled(self) -> bool:
-        return self.task is None or self.task.done()
-
-    def has_failed(self) -> bool:
-        """Tell whether a settled message was not recorded."""
-        return self.task is None or self.task.cancelled() or self.task.exception() is not None
-
-    def is_in_trouble(self) -> bool:
-        """Tell whether the message is being tried again."""
-        return not self.is_settled() and self.is_committed.done() and not self.is_committed.result()
 
 
 class Stream:
@@ -128,9 +81,8 @@ class Stream:
         async with database.begin() as session:
             kept = message.SerializeToString(deterministic=True)
             load = await LoadRepository(session, caller).open(message.load_id, operation.method, kept)
-            if load.method != operation.method or _effect(BulkOptions.FromString(load.options)) != _effect(
-                message
-            ):
+            first = BulkOptions.FromString(load.options)
+            if load.method != operation.method or _effect(first) != _effect(message):
                 raise OptionsChanged(
                     "the load began with another operation or options; keep those, or use another load_id",
                     field="options",
@@ -161,7 +113,7 @@ class Stream:
         self._room.release()
         if outcome is None:
             return
-        new = outcome.part(slot.replayed, slot.size)
+        new = outcome.part(slot.replayed, slot.size) if slot.replayed else outcome
         self._new_failures += new.failed
         for name in COUNTED:
             self.counts[name] += getattr(new, name)
@@ -191,11 +143,11 @@ class Stream:
     async def close(self) -> None:
         """Give up what is in hand; a commit that has begun is finished."""
         tasks = []
-        while self._last:
-            tasks += [self._last.task] if self._last.task else []
-            self._last = self._last.previous
-        for task in tasks:
-            task.cancel()
+        while not self.slots.empty():
+            slot = self.slots.get_nowait()
+            if slot and slot.task:
+                slot.task.cancel()
+                tasks.append(slot.task)
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _take(self, request: Any) -> None:
@@ -239,6 +191,8 @@ class Stream:
         slot.replayed = min(slot.size, self._expected - slot.offset)
         if slot.replayed < slot.size and self._load and self._load.state == LoadState.FINISHED:
             raise LoadFinished("the load is finished; begin another for new rows, with another load_id")
+        # Not in the slot's task: batches have to ask for their connections in order.
+        slot.first_outcome = await self._recorded(slot.offset, slot.offset + slot.replayed)
 
     async def _settle_all(self) -> None:
         if self._last:
@@ -279,14 +233,16 @@ class Stream:
             slot.previous = None
         if not slot.replayed:
             return outcome
-        first = await self._recorded(slot.offset, slot.offset + slot.replayed)
-        first.extend(outcome)
-        return first
+        slot.first_outcome.extend(outcome)
+        return slot.first_outcome
 
     async def _first_attempt(self, slot: Slot) -> Outcome | None:
+        """Write a slot behind the one before it; return None where it is to be tried again on its own."""
         try:
+            if self._is_uncertain:
+                raise Superseded
             outcome = await self._write(slot, slot.previous)
-        except (_Superseded, *FAULTS):
+        except (Superseded, *FAULTS):
             slot.is_committed.set_result(False)
             return None
         except OutcomeUnknown:
@@ -332,7 +288,7 @@ class Stream:
                 await BulkWriter(session, self._operation.model).reserve(slot.batch)
         async with self._database.bulk() as session:
             outcome = await self._operation.write(session, slot.batch, self.options.write)
-            await _committed(previous)
+            await committed(previous)
             if self._load:
                 await LoadRepository(session, self._caller).record(
                     self._load, slot.offset + slot.replayed, outcome
@@ -353,22 +309,10 @@ class Stream:
         return load.next_offset >= slot.end
 
     async def _recorded(self, start: int, end: int) -> Outcome:
-        if self._load is None:
-            raise RuntimeError("only a named load keeps outcomes")
+        if self._load is None or start == end:
+            return Outcome()
         async with self._database.read() as session:
             return await LoadRepository(session, self._caller).outcome(self._load, start, end)
-
-
-async def _committed(previous: Slot | None) -> None:
-    """Wait for the commit of the slot before, so that commits come in order; or raise _Superseded."""
-    if previous is None:
-        return
-    if previous.is_settled():
-        has_committed = not previous.has_failed()
-    else:
-        has_committed = await asyncio.shield(previous.is_committed)
-    if not has_committed:
-        raise _Superseded
 
 
 def _effect(options: BulkOptions) -> BulkOptions:

@@ -11,7 +11,8 @@ from typing import Any
 from roster.v1.bulk_pb2 import BulkWriteResponse
 from service.bulk.convert import error_to_message, opened_to_message, outcome_to_message
 from service.bulk.operation import Operation
-from service.bulk.stream import MAX_BYTES, MAX_ROWS, REFUSALS, Slot, Stream
+from service.bulk.slot import Slot
+from service.bulk.stream import MAX_BYTES, MAX_ROWS, REFUSALS, Stream
 from service.db.bulk.batch import Outcome
 from service.db.engine import Database
 from service.errors import InvalidOptions, TooManyFailures
