@@ -223,10 +223,11 @@ class Stream:
         """Record a message; raises one of REFUSALS where it can't be, and anything else to end the stream."""
         try:
             outcome = await self._first_attempt(slot)
+            slot.is_committed.set_result(outcome is not None)
             if outcome is None:
                 await self._require(slot.previous)
                 outcome = await self._again(slot)
-            self.watermark = max(self.watermark, slot.end)
+                self.watermark = max(self.watermark, slot.end)
         finally:
             if not slot.is_committed.done():
                 slot.is_committed.set_result(False)
@@ -238,21 +239,18 @@ class Stream:
 
     async def _first_attempt(self, slot: Slot) -> Outcome | None:
         """Write a slot behind the one before it; return None where it is to be tried again on its own."""
+        if self._is_uncertain:
+            return None
         try:
-            if self._is_uncertain:
-                raise Superseded
             outcome = await self._write(slot, slot.previous)
         except (Superseded, *FAULTS):
-            slot.is_committed.set_result(False)
             return None
         except OutcomeUnknown:
-            slot.is_committed.set_result(False)
             if self._load is None:
                 raise
             self._is_uncertain = True
             return None
         self.watermark = max(self.watermark, slot.end)
-        slot.is_committed.set_result(True)
         return outcome
 
     async def _require(self, previous: Slot | None) -> None:
