@@ -10,7 +10,7 @@ from sqlalchemy.orm import joinedload
 
 from service.db.bulk.batch import Batch, Outcome, WriteOptions
 from service.db.bulk.resolve import Key, resolve_creates, resolve_updates
-from service.db.bulk.writer import FOR_REFERENCE, FOR_UPDATE, BulkWriter, id_taken, stored
+from service.db.bulk.writer import FOR_UPDATE, BulkWriter, id_taken, stored
 from service.db.dialect import octets
 from service.db.repository import Repository
 from service.errors import AuthorNotFound, PostNotFound
@@ -79,14 +79,18 @@ class PostRepository(Repository[Post]):
     async def _author_ids(
         self, batch: Batch, ids: list[int | None], emails: list[str | None]
     ) -> list[int | None]:
-        """Return the ids of the authors, locked until the commit; fails the rows that have none."""
+        """Return the ids of the authors; fails the rows that have none.
+
+        They are not locked, which the foreign key does in any case: one that is deleted in between
+        is an IntegrityError.
+        """
         good = batch.good_rows()
         by_id = [id for row in good if (id := ids[row])]
         by_email = [email for row in good if (email := emails[row])]
         known: dict[int | str | None, int] = {
-            row.id: row.id for row in await stored(self.session, User.id, by_id, lock=FOR_REFERENCE)
+            row.id: row.id for row in await stored(self.session, User.id, by_id)
         }
-        for row in await stored(self.session, User.email, by_email, User.id, lock=FOR_REFERENCE):
+        for row in await stored(self.session, User.email, by_email, User.id):
             known[row.email] = row.id
         authors = [known.get(id or email) for id, email in zip(ids, emails, strict=True)]
         for position in good:

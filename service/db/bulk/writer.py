@@ -19,7 +19,6 @@ from service.errors import DatabaseUnavailable, IdTaken
 
 RACES = 3
 FOR_UPDATE: Mapping[str, Any] = {}
-FOR_REFERENCE: Mapping[str, Any] = {"read": True, "key_share": True}
 
 
 class BulkWriter:
@@ -147,4 +146,5 @@ async def stored(
     rows = select(key, *columns).join(wanted, wanted.c.value == key)
     if lock is not None:
         rows = rows.order_by(key.class_.id).with_for_update(of=key.class_, **lock)
-    return (await session.execute(rows)).all()
+    # On the connection, not the session, which would look at each row as a part of an object.
+    return (await (await session.connection()).execute(rows)).all()

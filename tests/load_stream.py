@@ -1,0 +1,83 @@
+"""A named load of users, as a client holds it: one stream, message by message."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Self
+
+from roster.v1.bulk_pb2 import BulkAck, BulkOpened, BulkOptions, BulkSummary, BulkWriteResponse
+from roster.v1.resources_pb2 import User
+from roster.v1.users_pb2 import BulkCreateUsersRequest
+from roster.v1.users_pb2_grpc import UserServiceStub
+from tests.errors import Refusal, refusal
+
+LOAD_ID = "staff"
+
+
+def named(*names: str, **fields: Any) -> list[User]:
+    """Return rows with the e-mails name@example.org; a name with a space is one that no user can have."""
+    return [User(email=f"{name}@example.org", **fields) for name in names]
+
+
+class LoadStream:
+    """An open stream of a load; `opened` is what it was told first."""
+
+    opened: BulkOpened
+
+    def __init__(self, users: UserServiceStub) -> None:
+        self.call = users.BulkCreateUsers()
+
+    @classmethod
+    async def open(cls, users: UserServiceStub, load_id: str = LOAD_ID, **options: Any) -> Self:
+        """Open a stream; raises AioRpcError."""
+        stream = cls(users)
+        await stream.write(options=BulkOptions(**{"load_id": load_id, "return_ids": True, **options}))
+        stream.opened = (await stream.answer()).opened
+        return stream
+
+    async def write(self, **fields: Any) -> None:
+        """Send a message."""
+        await self.call.write(BulkCreateUsersRequest(**fields))
+
+    async def answer(self) -> BulkWriteResponse:
+        """Return the next event; raises AioRpcError."""
+        event = await self.call.read()
+        assert isinstance(event, BulkWriteResponse), "the stream has ended"
+        return event
+
+    async def acknowledged(self, *names: str, **fields: Any) -> BulkAck:
+        """Send rows and return their ack."""
+        await self.write(users=named(*names), **fields)
+        event = await self.answer()
+        assert event.HasField("ack")
+        return event.ack
+
+    async def finished(self, **fields: Any) -> BulkSummary:
+        """Complete the load and return its summary."""
+        await self.write(finish=True, **fields)
+        return await self.summary()
+
+    async def summary(self) -> BulkSummary:
+        """Return the summary, which comes next."""
+        event = await self.answer()
+        assert event.HasField("summary")
+        return event.summary
+
+    async def half_closed(self) -> BulkSummary:
+        """End the stream without completing the load, and return its summary."""
+        await self.call.done_writing()
+        return await self.summary()
+
+    async def refused(self, *names: str, **fields: Any) -> Refusal:
+        """Send rows that end the stream, and return why."""
+        await self.write(users=named(*names), **fields)
+        return await refusal(self.answer())
+
+
+async def refused_to_open(users: UserServiceStub, **options: Any) -> Refusal:
+    """Return why a stream could not be opened."""
+    return await refusal(LoadStream.open(users, **options))
+
+
+async def reached(ask: Callable[[], Awaitable[bool]]) -> None:
+    """Wait until the database or the server is where the test wants it, asking again and again."""
+    while not await ask():
+        pass
