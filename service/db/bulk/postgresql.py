@@ -4,7 +4,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import asyncpg
-from sqlalchemy import ARRAY, ScalarSelect, Table, bindparam, column, func, literal, select, text, update
+from sqlalchemy import (
+    ARRAY,
+    ScalarSelect,
+    Table,
+    bindparam,
+    cast as cast_to,
+    column,
+    func,
+    literal,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects.postgresql import REGCLASS
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
