@@ -35,6 +35,7 @@ FIRST_PAUSE_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 10.0
 ROW_FRAMING_BYTES = 6  # a tag, and a length below 4 GiB
 MESSAGE_FRAMING_BYTES = 64
+INTERNAL = grpc.StatusCode.INTERNAL.value[0]
 
 Request = TypeVar("Request", bound=Message)
 Event = BulkOpened | BulkAck | BulkSummary
@@ -104,6 +105,8 @@ class BulkLoader(Generic[Request]):
         where the stream dies or the server refuses it, and whatever `rows` raises.
         """
         call = self._method()
+        first_told: list[Status] = []
+        call.add_done_callback(lambda ended: first_told.append(_status_now(ended)))
         tasks = [asyncio.create_task(self._fill(rows)), asyncio.create_task(self._send(call))]
         for task in tasks:
             task.add_done_callback(lambda done: call.cancel() if not _is_success(done) else None)
@@ -113,8 +116,10 @@ class BulkLoader(Generic[Request]):
                     yield event
             if not self._is_summarised:
                 raise self._interrupted(_unknown("the server ended the stream without a summary"))
-        except grpc.aio.AioRpcError as error:
-            raise self._interrupted(_status(error)) from None
+        except grpc.aio.AioRpcError:
+            # A write that fails as the call ends puts INTERNAL in the place of its status (grpc#36066).
+            status = next((told for told in first_told if told.code != INTERNAL), _status_now(call))
+            raise self._interrupted(status) from None
         except asyncio.CancelledError:
             # An error in one of the tasks has cancelled the call; it is the one to raise.
             for failure in filter(None, map(_error_of, tasks)):
@@ -127,7 +132,6 @@ class BulkLoader(Generic[Request]):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _fill(self, rows: AsyncIterable[Message] | Iterable[Message]) -> None:
-        await self._until(lambda: self._is_open)
         async for row in _each(rows):
             self._outbox.add(row)
             if self._outbox.is_full():
@@ -318,11 +322,20 @@ def _is_success(task: "asyncio.Task[None]") -> bool:
     return not task.cancelled() and task.exception() is None
 
 
-def _status(error: grpc.aio.AioRpcError) -> Status:
-    details = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin")
-    if details:
+def _status_now(call: grpc.aio.Call) -> Status:
+    """Return the status of a call that has ended, as it is at this moment: grpc.aio may replace it."""
+    try:
+        _status(call).send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("a call that has ended waits for nothing")
+
+
+async def _status(call: grpc.aio.Call) -> Status:
+    details = dict(await call.trailing_metadata()).get("grpc-status-details-bin")
+    if isinstance(details, bytes):
         return Status.FromString(details)
-    return Status(code=error.code().value[0], message=error.details())
+    return Status(code=(await call.code()).value[0], message=await call.details())
 
 
 def _unknown(message: str) -> Status:

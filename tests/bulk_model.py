@@ -21,7 +21,7 @@ Values = dict[str, Any]
 Tables = dict[str, dict[int, Values]]
 Write = Callable[[Tables, Any, BulkOptions], tuple[str, int]]
 
-ADA, BOB, CYD = 1_000_001, 1_000_002, 1_000_003
+ADA, BOB, CYD, UNKNOWN = 1_000_001, 1_000_002, 1_000_003, 7
 HASHES = [f"$argon2id$v=19$m=8,t=1,p=1$c29tZXNhbHQ${letter * 22}" for letter in "AB"]
 
 # As it is sent -> as it is stored.
@@ -271,9 +271,12 @@ USER_VALUES = {
     "hashed_password": st.none() | st.sampled_from(HASHES),
 }
 POST_VALUES = {"title": st.sampled_from([text for text in TEXTS if text]), "content": st.sampled_from(TEXTS)}
-KEY_VALUES = {"id": st.sampled_from([ADA, BOB, CYD, 7]), "version": st.sampled_from([0, 0, 0, 0, 1, 2])}
+KEY_VALUES = {
+    "id": st.sampled_from([ADA, BOB, CYD, ADA, BOB, CYD, UNKNOWN]),
+    "version": st.one_of(*[st.just(0)] * 5, st.integers(1, 3)),
+}
 AUTHORS = st.one_of(
-    st.fixed_dictionaries({"author_id": st.sampled_from([ADA, BOB, 7])}),
+    st.fixed_dictionaries({"author_id": st.sampled_from([ADA, BOB, UNKNOWN])}),
     st.fixed_dictionaries({"author_email": st.sampled_from(list(EMAILS))}),
     st.just({}),
     st.just({"author_id": ADA, "author_email": "ada@example.org"}),
@@ -281,7 +284,7 @@ AUTHORS = st.one_of(
 
 
 @st.composite
-def loads(draw: st.DrawFn, kind: str, **options: st.SearchStrategy[Any]) -> Load:
+def loads(draw: st.DrawFn, kind: str, row: st.SearchStrategy[Any], **options: st.SearchStrategy[Any]) -> Load:
     """Draw a load of a kind over few keys, cut into messages anyhow; some rows are bad."""
     chosen = BulkOptions(
         return_ids=True,
@@ -289,8 +292,8 @@ def loads(draw: st.DrawFn, kind: str, **options: st.SearchStrategy[Any]) -> Load
         validate_only=draw(st.integers(0, 5)) == 0,
         **{name: draw(strategy) for name, strategy in options.items()},
     )
-    rows = draw(st.lists(ROWS[kind], min_size=1, max_size=10))
-    cuts = sorted(draw(st.sets(st.integers(1, len(rows)), max_size=3)) | {0, len(rows)})
+    rows = draw(st.lists(row, min_size=1, max_size=10))
+    cuts = sorted(draw(st.sets(st.integers(1, len(rows)), max_size=2)) | {0, len(rows)})
     return Load(kind, chosen, [rows[begin:end] for begin, end in pairwise(cuts)])
 
 
@@ -314,17 +317,22 @@ def _with_authors(rows: st.SearchStrategy[Post]) -> st.SearchStrategy[Post]:
     return st.builds(written, rows, AUTHORS)
 
 
-ROWS: dict[str, st.SearchStrategy[Any]] = {
-    "create users": _rows(User, USER_VALUES, "email full_name hashed_password password"),
-    "update users": _rows(User, KEY_VALUES | USER_VALUES, "id version email full_name password"),
-    "create posts": _with_authors(_rows(Post, POST_VALUES, "title content author_id author_email")),
-    "update posts": _rows(Post, KEY_VALUES | POST_VALUES, "id version title content"),
-}
 NAMED = ("full_name", "is_active", "hashed_password")
+NEW_USERS = _rows(User, USER_VALUES, "email full_name hashed_password password")
+CHANGED_USERS = _rows(User, KEY_VALUES | USER_VALUES, "id version email full_name password")
+# Few users and few e-mails, so that one gets what another has just left.
+MOVES = st.builds(User, id=st.sampled_from([ADA, BOB, CYD]), email=st.sampled_from(list(EMAILS)[1:5]))
+NEW_POSTS = _with_authors(_rows(Post, POST_VALUES, "title content author_id author_email"))
+CHANGED_POSTS = _rows(Post, KEY_VALUES | POST_VALUES, "id version title content")
 LOADS = {
-    "create users": loads("create users", on_conflict=st.sampled_from([BulkOptions.FAIL, BulkOptions.SKIP]))
-    | loads("create users", on_conflict=st.just(BulkOptions.UPDATE), update_mask=masks(*NAMED)),
-    "update users": loads("update users", update_mask=masks("email", *NAMED)),
-    "create posts": loads("create posts"),
-    "update posts": loads("update posts", update_mask=masks("title", "content")),
+    "create users": loads(
+        "create users", NEW_USERS, on_conflict=st.sampled_from([BulkOptions.FAIL, BulkOptions.SKIP])
+    ),
+    "create or update users": loads(
+        "create users", NEW_USERS, on_conflict=st.just(BulkOptions.UPDATE), update_mask=masks(*NAMED)
+    ),
+    "update users": loads("update users", CHANGED_USERS, update_mask=masks("email", *NAMED)),
+    "swap e-mails": loads("update users", MOVES, update_mask=masks("email")),
+    "create posts": loads("create posts", NEW_POSTS),
+    "update posts": loads("update posts", CHANGED_POSTS, update_mask=masks("title", "content")),
 }

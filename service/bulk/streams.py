@@ -58,12 +58,12 @@ class BulkStreams:
                 yield opened_to_message("", 0, MAX_ROWS, MAX_BYTES)
             elif request.HasField("options"):
                 raise InvalidOptions("options come in the first message of a stream only", field="options")
-            if getattr(request, operation.rows):
-                yield await stream.acknowledge(request)
+            if ack := await stream.acknowledge(request):
+                yield ack
             if stream.has_failed_too_often():
                 yield stream.summary(BulkLoad.STATE_UNSPECIFIED)
                 raise TooManyFailures("more rows failed than max_failures allows; what is acknowledged is in")
-            if request.finish:
+            if request.finish and stream.is_whole():
                 yield stream.summary(BulkLoad.FINISHED)
                 return
         if stream is None:
@@ -80,10 +80,16 @@ class _Stream:
         self._end = 0  # behind the last message, recorded or not
         self._totals = Outcome([], {})
 
-    async def acknowledge(self, request: Any) -> BulkWriteResponse:
-        """Write the rows of a message and return its ack, or the ack that says why none is recorded."""
+    async def acknowledge(self, request: Any) -> BulkWriteResponse | None:
+        """Write the rows of a message and return its ack, or the ack that says why none is recorded.
+
+        Without rows there is none, unless the message finishes a load of which rows are missing.
+        """
         rows = getattr(request, self._operation.rows)
         offset = request.offset if request.HasField("offset") else self._end
+        if not rows and (offset == self._next_offset or not request.finish):
+            self._end = offset
+            return None
         try:
             self._check(offset, request.ByteSize(), len(rows))
             # Once, and of a message that is not too large: to make 8 million wrappers takes 1.5 GiB.
@@ -99,6 +105,10 @@ class _Stream:
     def summary(self, state: BulkLoad.State.ValueType) -> BulkWriteResponse:
         """Return the last event."""
         return summary_to_message(self._next_offset, self._totals, state)
+
+    def is_whole(self) -> bool:
+        """Tell whether every row that was sent is recorded."""
+        return self._end == self._next_offset
 
     def has_failed_too_often(self) -> bool:
         """Tell whether more rows failed than the caller wants to see."""

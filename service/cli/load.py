@@ -139,7 +139,8 @@ class Load:
         """Return how many rows are in, for a load that did not get to its end."""
         ledger = self.ledger
         done = "were validated" if self.options.validate_only else "are in and durable"
-        return f"{ledger.rows - ledger.failed:,} rows {done}, {ledger.failed:,} failed"
+        where = f" (see {self.rejects.path})" if self.rejects else ""
+        return f"{ledger.rows - ledger.failed:,} rows {done}, {ledger.failed:,} failed{where}"
 
     def summary(self) -> str:
         """Return the end of the story for people."""
@@ -149,7 +150,7 @@ class Load:
             f"{self.source.name}: {rows:,} rows in {seconds:.1f} s ({rows / seconds:,.0f} rows/s): {counts}"
         ]
         for key, count in self.ledger.reasons.most_common(TOP_REASONS):
-            lines.append(f"  {count:,} x {' '.join(filter(None, key))}: {self.ledger.sentences[key]}")
+            lines.append(f"  {count:,} x {' '.join(filter(None, key))}, first: {self.ledger.sentences[key]}")
         if self.options.validate_only:
             lines.append("  only validated: nothing was written")
         if self.rejects:

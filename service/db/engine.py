@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+import asyncpg
 from sqlalchemy import event, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
@@ -101,6 +102,7 @@ class _PostgreSQL:
             pool_pre_ping=settings.pool_pre_ping,
             hide_parameters=True,
             connect_args={
+                "async_creator_fn": _connect,
                 "timeout": settings.connect_timeout,
                 # The server's own timeout comes first; this one is for a server that is gone.
                 "command_timeout": settings.statement_timeout + 5,
@@ -150,6 +152,13 @@ class _Sqlite:
             yield
         finally:
             self._writing.release()
+
+
+async def _connect(*args: Any, **options: Any) -> "asyncpg.Connection[Any]":
+    try:
+        return await asyncpg.connect(*args, **options)
+    except TimeoutError as error:  # not that of a statement: nothing was sent
+        raise ConnectionError("the database did not answer in time") from error
 
 
 def _prepare_writer(connection: Any, record: Any) -> None:  # noqa: ARG001

@@ -1,7 +1,7 @@
 """What every repository does, shown with that of users."""
 
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from service.users.model import User
 from service.users.repository import SORTABLE, UserRepository
 from tests.rows import add_users
 
+THEN = datetime(2024, 1, 31, 12, 30, 0, 123456, tzinfo=UTC)
 BY_ID = Keyset(SORTABLE["id"])
 
 
@@ -88,13 +89,14 @@ async def test_gets_none_of_no_ids(users: UserRepository) -> None:
 
 
 async def test_an_update_changes_what_it_names_and_counts_the_version(database: Database) -> None:
-    """The row comes back as it is now; later than it was created, and one version further."""
-    (id,) = await add_users(database, full_name="Ada")
+    """The row comes back as it is now: one version further, its time that of the change."""
+    (id,) = await add_users(database, full_name="Ada", created_at=THEN, updated_at=THEN)
 
     async with database.begin() as session:
         updated = await UserRepository(session).update(id, {"is_active": False})
     assert (updated.is_active, updated.full_name, updated.version) == (False, "Ada", 2)
-    assert updated.updated_at >= updated.created_at
+    assert updated.created_at == THEN
+    assert abs(updated.updated_at - datetime.now(UTC)) < timedelta(minutes=1)
 
 
 async def test_an_update_tells_of_a_row_that_was_read_before_what_it_is_now(users: UserRepository) -> None:
