@@ -154,7 +154,7 @@ class _Sqlite:
             self._writing.release()
 
 
-async def _connect(*args: Any, **options: Any) -> "asyncpg.Connection[Any]":
+async def _connect(*args: Any, **options: Any) -> Any:
     try:
         return await asyncpg.connect(*args, **options)
     except TimeoutError as error:  # not that of a statement: nothing was sent

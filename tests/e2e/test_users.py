@@ -27,12 +27,13 @@ from tests.rows import add_posts, add_users
 
 MAX_ANSWER_BYTES = 3 << 20
 HASH = "$argon2id$v=19$m=65536,t=3,p=4$c29tZXNhbHQxMjM0NTY$dGhpcyBpcyBub3QgYSBoYXNoIGF0IGFsbA"
-MAPPED = {
-    "composed": "\u00e9va@example.org",
-    "decomposed": "e\u0301va@example.org",
-    "trimmed": " \u00e9va@example.org\n",
-    "lower-case": "\u00c9VA@Example.ORG",
-}
+# Composed, decomposed, with space around it, in capitals.
+SPELLINGS = (
+    "\u00e9va@example.org",
+    "e\u0301va@example.org",
+    " \u00e9va@example.org\n",
+    "\u00c9VA@Example.ORG",
+)
 
 
 @pytest.fixture
@@ -74,18 +75,18 @@ async def test_a_new_user_keeps_what_it_was_created_with(users: UserServiceStub)
     assert await users.GetUser(GetUserRequest(id=1)) == created
 
 
-@pytest.mark.parametrize("email", MAPPED.values(), ids=MAPPED)
-async def test_an_email_is_one_whatever_its_spelling(users: UserServiceStub, email: str) -> None:
+async def test_an_email_is_one_whatever_its_spelling(users: UserServiceStub) -> None:
     """Where it is stored, looked up, filtered by, and compared with others."""
-    created = await users.CreateUser(CreateUserRequest(user=User(email=email)))
-    assert created.email == "\u00e9va@example.org"
-
-    for spelling in MAPPED.values():
-        assert await users.GetUser(GetUserRequest(email=spelling)) == created
-        found = await users.ListUsers(ListUsersRequest(filter=f'email = "{spelling}"'))
-        assert list(found.users) == [created]
-        taken = await refusal(users.CreateUser(CreateUserRequest(user=User(email=spelling))))
-        assert taken.reason == "EMAIL_TAKEN"
+    for email in SPELLINGS:
+        created = await users.CreateUser(CreateUserRequest(user=User(email=email)))
+        assert created.email == "\u00e9va@example.org"
+        for spelling in SPELLINGS:
+            assert await users.GetUser(GetUserRequest(email=spelling)) == created
+            found = await users.ListUsers(ListUsersRequest(filter=f'email = "{spelling}"'))
+            assert list(found.users) == [created]
+            taken = await refusal(users.CreateUser(CreateUserRequest(user=User(email=spelling))))
+            assert taken.reason == "EMAIL_TAKEN"
+        await users.DeleteUser(DeleteUserRequest(id=created.id))
 
 
 async def test_a_taken_email_is_refused_and_says_by_whom(users: UserServiceStub, ada: User) -> None:
