@@ -54,6 +54,6 @@ async def rival(url: str) -> AsyncIterator[Rival]:
 async def until(condition: Callable[[], Awaitable[T]]) -> T:
     """Ask again and again until the answer is true, and return it; raises TimeoutError in the end."""
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while not (answer := await condition()):
+        while not (answer := await condition()):  # noqa: ASYNC110  (another process changes it)
             await asyncio.sleep(0.01)
     return answer

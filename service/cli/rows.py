@@ -178,7 +178,9 @@ class Csv:
         if not record.is_utf8:
             raise MalformedMessage("the row is not UTF-8")
         if len(cells) != len(self._header):
-            raise MalformedMessage(f"the row has {len(cells):,} cells, the header line {len(self._header):,}")
+            raise MalformedMessage(
+                f"the number of cells is {len(cells)}, in the header line {len(self._header)}"
+            )
         return {name: cell or None for name, cell in zip(self._header, cells, strict=True)}
 
     def head(self) -> bytes:

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 from argon2 import PasswordHasher
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.rpc.code_pb2 import ALREADY_EXISTS
 
 from roster.v1.bulk_pb2 import BulkAck, BulkOptions, RowFailure
-from roster.v1.posts_pb2 import BulkCreatePostsRequest, GetPostRequest, ListPostsRequest
+from roster.v1.posts_pb2 import BatchGetPostsRequest, BulkCreatePostsRequest, GetPostRequest, ListPostsRequest
 from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import (
@@ -20,6 +21,7 @@ from roster.v1.users_pb2 import (
 from roster.v1.users_pb2_grpc import UserServiceStub
 
 MAX_CONTENT_BYTES = 1 << 20
+TEXTS = ["\U0001d49c\U0001f600", "a\r\nb\rc\n", "\\N", "\\.", "a\tb\\", "\"{},'", "\ufeff\u2028\x7f", "NULL"]
 HASHER = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 
 
@@ -127,7 +129,7 @@ async def test_a_taken_email_updates_its_user(users: UserServiceStub, ada: User)
         User(email="bob@example.org"),
     ]
 
-    ack = await created(users, rows, on_conflict="UPDATE", update_mask={"paths": ["full_name"]})
+    ack = await created(users, rows, on_conflict="UPDATE", update_mask=FieldMask(paths=["full_name"]))
 
     stored, bob = await everybody(users)
     assert ack == BulkAck(next_offset=4, created=1, updated=3, ids=[ada.id, bob.id, ada.id, bob.id])
@@ -163,24 +165,27 @@ async def test_a_hashed_password_can_be_used(users: UserServiceStub) -> None:
         assert (await users.VerifyPassword(request)).valid == valid
 
 
-@pytest.mark.parametrize(
-    "text", ["\U0001d49c\U0001f600", "a\r\nb\rc\n", "\\N", "\\.", "a\tb\\", '"{},\'', "\ufeff\u2028\x7f"]
-)
 async def test_texts_are_stored_as_they_are(
-    users: UserServiceStub, posts: PostServiceStub, ada: User, text: str
+    users: UserServiceStub, posts: PostServiceStub, ada: User
 ) -> None:
     """Whatever they mean to the ways in which many rows reach a database."""
-    await created(users, named("bob", full_name=text))
-    ack = await written(posts, [Post(author_id=ada.id, title=text, content=text)])
+    people = await created(
+        users, [User(email=f"{i}@example.org", full_name=text) for i, text in enumerate(TEXTS)]
+    )
+    ack = await written(posts, [Post(author_id=ada.id, title=text, content=text) for text in TEXTS])
 
-    post = await posts.GetPost(GetPostRequest(id=ack.ids[0]))
-    assert [(await everybody(users))[1].full_name, post.title, post.content] == [text] * 3
+    found = await users.BatchGetUsers(BatchGetUsersRequest(ids=people.ids))
+    stored = await posts.BatchGetPosts(BatchGetPostsRequest(ids=ack.ids))
+    assert [user.full_name for user in found.users] == TEXTS
+    assert [(post.title, post.content) for post in stored.posts] == [(text, text) for text in TEXTS]
 
 
 async def test_a_content_may_have_a_mebibyte(posts: PostServiceStub, ada: User) -> None:
     """Counted in bytes of UTF-8; one byte more fails the row alone."""
     largest = "\U0001d49c" * (MAX_CONTENT_BYTES // 4)
-    rows = [Post(author_id=ada.id, title="Notes", content=content) for content in ("", largest, largest + "x")]
+    rows = [
+        Post(author_id=ada.id, title="Notes", content=content) for content in ("", largest, largest + "x")
+    ]
 
     ack = await written(posts, rows)
 
@@ -219,5 +224,5 @@ async def test_an_atomic_batch_of_posts_needs_all_authors(posts: PostServiceStub
 
     ack = await written(posts, rows, atomicity="BATCH")
 
-    assert (ack.created, ack.failed, ack.ids, len(ack.failures)) == (0, 2, [0, 0], 1)
+    assert (ack.created, ack.failed, list(ack.ids), len(ack.failures)) == (0, 2, [0, 0], 1)
     assert not (await posts.ListPosts(ListPostsRequest())).posts

@@ -1,9 +1,12 @@
 """Users and posts updated in bulk, through the API."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.rpc.code_pb2 import ABORTED, ALREADY_EXISTS
+from sqlalchemy import update
 
 from roster.v1.bulk_pb2 import BulkAck, BulkOptions, RowFailure
 from roster.v1.posts_pb2 import BulkUpdatePostsRequest, CreatePostRequest, GetPostRequest
@@ -11,7 +14,10 @@ from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import BulkUpdateUsersRequest, CreateUserRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
+from service.server import Server
+from service.users.model import User as UserRow
 
+LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 NOBODY = 1 << 40
 HASH = "$argon2id$v=19$m=8,t=1,p=1$c29tZXNhbHQ$AAAAAAAAAAAAAAAAAAAAAA"
 
@@ -25,7 +31,7 @@ async def people(users: UserServiceStub) -> list[User]:
 
 async def updated(users: UserServiceStub, *messages: list[User], mask: str, **options: Any) -> list[BulkAck]:
     """Update users, and return the acks of the messages."""
-    chosen = BulkOptions(return_ids=True, update_mask={"paths": mask.split()}, **options)
+    chosen = BulkOptions(return_ids=True, update_mask=FieldMask(paths=mask.split()), **options)
     first, *others = [BulkUpdateUsersRequest(users=rows) for rows in messages]
     first.options.CopyFrom(chosen)
     events = [event async for event in users.BulkUpdateUsers(iter([first, *others]))]
@@ -56,9 +62,11 @@ def taken(offset: int, owner: User) -> RowFailure:
     )
 
 
-async def test_writes_what_the_mask_names(users: UserServiceStub, people: list[User]) -> None:
+async def test_writes_what_the_mask_names(server: Server, users: UserServiceStub, people: list[User]) -> None:
     """The other fields of the rows are ignored, also bad ones; an unset name becomes null."""
     ada, bob, cyd = people
+    async with server.database.begin() as session:
+        await session.execute(update(UserRow).where(UserRow.id != cyd.id).values(updated_at=LONG_AGO))
     rows = [
         User(id=bob.id, email="no e-mail", full_name="Robert", is_active=False),
         User(id=ada.id, is_active=False),
@@ -71,7 +79,7 @@ async def test_writes_what_the_mask_names(users: UserServiceStub, people: list[U
     assert (new_bob.email, new_bob.full_name, new_bob.is_active) == (bob.email, "Robert", False)
     assert (new_ada.HasField("full_name"), new_ada.is_active, new_cyd) == (False, False, cyd)
     assert (new_ada.version, new_bob.version, new_bob.created_at) == (2, 2, bob.created_at)
-    assert new_bob.updated_at.ToNanoseconds() > bob.updated_at.ToNanoseconds()
+    assert new_bob.updated_at.ToDatetime(UTC) > LONG_AGO
 
 
 async def test_the_star_is_every_writable_field(users: UserServiceStub, people: list[User]) -> None:
@@ -100,7 +108,10 @@ async def test_the_last_row_of_a_user_wins(users: UserServiceStub, people: list[
 async def test_a_version_is_that_of_the_rows_before(users: UserServiceStub, people: list[User]) -> None:
     """A row that names one meets what the rows before it left, in its message and in those before."""
     ada = people[0]
-    rows = [User(id=ada.id, full_name=name, version=version) for name, version in zip("ABCD", (1, 1, 2, 3))]
+    rows = [
+        User(id=ada.id, full_name=name, version=version)
+        for name, version in zip("ABCD", (1, 1, 2, 3), strict=True)
+    ]
 
     first, second = await updated(users, rows[:3], rows[3:], mask="full_name")
 
@@ -170,12 +181,12 @@ async def test_posts_are_updated(users: UserServiceStub, posts: PostServiceStub,
         Post(id=more.id, title="", content="new"),
         Post(id=NOBODY, title="New"),
     ]
-    options = BulkOptions(update_mask={"paths": ["title", "content"]}, return_ids=True)
+    options = BulkOptions(update_mask=FieldMask(paths=["title", "content"]), return_ids=True)
 
     request = BulkUpdatePostsRequest(options=options, posts=rows, finish=True)
     _, settled, _ = [event async for event in posts.BulkUpdatePosts(iter([request]))]
 
-    assert (settled.ack.updated, settled.ack.ids) == (1, [notes.id, 0, 0])
+    assert (settled.ack.updated, list(settled.ack.ids)) == (1, [notes.id, 0, 0])
     assert [(failure.reason, failure.field) for failure in settled.ack.failures] == [
         ("INVALID_FIELD", "title"),
         ("POST_NOT_FOUND", ""),

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import asyncpg
 import grpc
 import pytest
+from google.rpc.error_details_pb2 import RetryInfo
 from grpc import StatusCode
 from sqlalchemy import func, insert, make_url, select
 
@@ -137,12 +138,12 @@ async def test_a_callers_deadline_ends_the_statement(postgresql_url: str) -> Non
     """Nothing of the call is left: no statement in the database, no connection out of the pool."""
     async with narrow(postgresql_url) as (_, users):
         id = await create(users)
-        async with row_locked(postgresql_url, id) as connection:
+        async with row_locked(postgresql_url, id), connected(postgresql_url) as observer:
             refused = await refusal(users.UpdateUser(renamed(id), timeout=0.3))
             assert refused.code == StatusCode.DEADLINE_EXCEEDED
 
             async with asyncio.timeout(TIMEOUT_SECONDS):
-                while await connection.fetchval(BLOCKED_UPDATES):
+                while await observer.fetchval(BLOCKED_UPDATES):
                     pass
 
         # The one connection is free again, and the lock did not let the update through.
@@ -174,8 +175,10 @@ async def test_a_database_that_is_gone_is_told_and_comes_back(
     async with serving(own_database_url) as (_, users):
         id = await create(users)
         await asyncio.to_thread(own_postgres.stop, mode)
-        calls = [users.GetUser(GetUserRequest(id=id)), users.UpdateUser(renamed(id))]
-        refused = [await refusal(call) for call in calls]
+        refused = [
+            await refusal(users.GetUser(GetUserRequest(id=id))),
+            await refusal(users.UpdateUser(renamed(id))),
+        ]
         await asyncio.to_thread(own_postgres.start)
 
         for told in refused:
@@ -203,10 +206,7 @@ async def test_a_bulk_stream_outlives_a_database_that_is_gone(
         written, end = await read(stream), await read(stream)
 
     assert refused.code == StatusCode.UNAVAILABLE.value[0]
-    assert [detail.TypeName() for detail in refused.details] == [
-        "google.rpc.ErrorInfo",
-        "google.rpc.RetryInfo",
-    ]
+    assert any(detail.Is(RetryInfo.DESCRIPTOR) for detail in refused.details)
     assert written.ack.created == 1
     assert end.summary.state == BulkLoad.FINISHED
 
@@ -253,12 +253,16 @@ async def test_a_statement_prepared_before_a_migration_may_be_tried_again(postgr
 async def test_a_commit_whose_answer_is_lost_has_an_unknown_outcome(postgresql_url: str) -> None:
     """The connection breaks between the last statement and the commit's answer: to try again may double."""
     database = Database(Settings(database_url=postgresql_url))
-    with pytest.raises(OutcomeUnknown, match="send a request_id"):
+
+    async def write_and_lose_the_connection() -> None:
         async with database.begin() as session:
             await session.execute(insert(UserRow).values(email="ada@example.org"))
             backend = await session.scalar(select(func.pg_backend_pid()))
             async with database.read() as other:
                 await other.execute(select(func.pg_terminate_backend(backend, TIMEOUT_SECONDS * 1000)))
+
+    with pytest.raises(OutcomeUnknown, match="send a request_id"):
+        await write_and_lose_the_connection()
 
     async with database.begin() as session:
         assert await session.scalar(select(func.count()).select_from(UserRow)) == 0

@@ -1,5 +1,6 @@
 """Lists and exports: filters, orders, pages, tokens, and how large an answer gets."""
 
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -19,6 +20,7 @@ from roster.v1.users_pb2 import (
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
+from service.settings import Settings
 from service.users import model
 from tests.errors import refusal
 from tests.rows import add_posts, add_users
@@ -75,6 +77,17 @@ async def people(server: Server) -> None:
     """Four users, with the ids 1 to 4."""
     async with server.database.begin() as session:
         await session.execute(insert(model.User), PEOPLE)
+
+
+@pytest.fixture
+async def narrow(server: Server) -> AsyncIterator[PostServiceStub]:
+    """The client of a second server on the same database, with one connection for its calls."""
+    url = server.settings.database_url
+    narrow = Server(Settings(database_url=url, listen="127.0.0.1:0", pool_size=1, max_overflow=0))
+    await narrow.start()
+    async with grpc.aio.insecure_channel(narrow.address) as channel:
+        yield PostServiceStub(channel)
+    await narrow.stop(grace=0)
 
 
 async def user_pages(users: UserServiceStub, **asked: Any) -> list[ListUsersResponse]:
@@ -283,6 +296,19 @@ async def test_an_export_has_every_post_once(server: Server, posts: PostServiceS
     assert resumed == messages[1:]
     filtered = await exported_posts(posts, ExportPostsRequest(filter='title = "Post 4"', batch_size=1))
     assert [[post.id for post in message.posts] for message in filtered] == [[ids[4]], [ids[9]]]
+
+
+async def test_an_export_holds_no_connection_while_it_waits_for_its_reader(
+    server: Server, narrow: PostServiceStub
+) -> None:
+    """On a server with one connection others are served meanwhile, and the export goes on after that."""
+    ids = await add_posts(server.database, await add_users(server.database) * 60, content="x" * MIB)
+
+    export = aiter(narrow.ExportPosts(ExportPostsRequest()))
+    first = await anext(export)
+    assert len((await narrow.ListPosts(ListPostsRequest())).posts) == 2
+    rest = [message async for message in export]
+    assert [post.id for message in [first, *rest] for post in message.posts] == ids
 
 
 async def test_an_export_can_be_left(server: Server, users: UserServiceStub) -> None:

@@ -5,8 +5,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.rpc.code_pb2 import UNAVAILABLE
-from sqlalchemy import select
+from sqlalchemy import insert, select
 from sqlalchemy.exc import IntegrityError
 
 from roster.v1.bulk_pb2 import BulkAck, BulkOptions
@@ -27,7 +28,7 @@ from service.users.servicer import CREATE_USERS, UPDATE_USERS
 from tests.rival import Rival, rival
 from tests.rows import add_users
 
-COLUMNS = {"id": [7], "email": ["ada@example.org"]}
+COLUMNS: dict[str, list[Any]] = {"id": [7], "email": ["ada@example.org"]}
 LOADS = 5
 ROWS = 200
 
@@ -69,7 +70,7 @@ def reasons(ack: BulkAck) -> list[tuple[int, str, int]]:
 
 async def test_copied_rows_go_with_their_transaction(served: Database) -> None:
     """COPY is the driver's, past SQLAlchemy; what it wrote is rolled back all the same."""
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012  (what is raised inside is the point)
         async with served.bulk() as session:
             await session.execute(select(1))
             await postgresql.insert_rows(session, UserRow, COLUMNS)
@@ -95,7 +96,7 @@ async def test_an_attempt_that_met_another_write_leaves_nothing(database: Databa
     async def attempt(batch: Batch) -> Outcome:
         attempts.append(batch)
         assert batch.failures == {}
-        await writer.session.execute(UserRow.__table__.insert().values(email=f"{len(attempts)}@example.org"))
+        await session.execute(insert(UserRow).values(email=f"{len(attempts)}@example.org"))
         batch.fail(0, DatabaseUnavailable("as it was then"))
         if len(attempts) == 1:
             raise IntegrityError(None, None, Exception())
@@ -124,7 +125,7 @@ RACES = [
     (BulkOptions(), {"created": 1, "failed": 1}, None),
     (BulkOptions(on_conflict=BulkOptions.SKIP), {"created": 1, "skipped": 1}, None),
     (
-        BulkOptions(on_conflict=BulkOptions.UPDATE, update_mask={"paths": ["full_name"]}),
+        BulkOptions(on_conflict=BulkOptions.UPDATE, update_mask=FieldMask(paths=["full_name"])),
         {"created": 1, "updated": 1},
         "Ours",
     ),
@@ -137,10 +138,10 @@ async def test_a_key_taken_meanwhile_is_met(
     served: Database, other: Rival, options: BulkOptions, counts: dict[str, int], full_name: str | None
 ) -> None:
     """Whoever inserts a row's e-mail after it was looked up has it: the row fails, is skipped, or updates."""
-    options.return_ids = True
     await other.execute("INSERT INTO users (email) VALUES ('bob@example.org')")
     rows = [User(email=f"{name}@example.org", full_name="Ours") for name in ("ada", "bob")]
     request = BulkCreateUsersRequest(options=options, users=rows)
+    request.options.return_ids = True
     load = asyncio.create_task(acknowledged(served, CREATE_USERS, request))
     await other.waiting()
     await other.commit()
@@ -174,7 +175,7 @@ async def test_an_email_moved_to_meanwhile_is_met(served: Database, other: Rival
     first, second = await add_users(served, 2)
     await other.execute("INSERT INTO users (id, email) VALUES (77, 'ada@example.org')")
     rows = [User(id=first, email="ada@example.org"), User(id=second, email="bob@example.org")]
-    request = BulkUpdateUsersRequest(options=BulkOptions(update_mask={"paths": ["email"]}), users=rows)
+    request = BulkUpdateUsersRequest(options=BulkOptions(update_mask=FieldMask(paths=["email"])), users=rows)
     load = asyncio.create_task(acknowledged(served, UPDATE_USERS, request))
     await other.waiting()
     await other.commit()
@@ -189,7 +190,7 @@ async def test_a_version_passed_meanwhile_is_met(served: Database, other: Rival)
     """A row that names a version waits for who changes the user now, and then fails."""
     (id,) = await add_users(served)
     await other.execute("UPDATE users SET version = version + 1")
-    options = BulkOptions(update_mask={"paths": ["is_active"]})
+    options = BulkOptions(update_mask=FieldMask(paths=["is_active"]))
     rows = [User(id=id, is_active=False, version=1), User(id=id, is_active=False, version=2)]
     request = BulkUpdateUsersRequest(options=options, users=rows)
     load = asyncio.create_task(acknowledged(served, UPDATE_USERS, request))
@@ -205,8 +206,10 @@ async def test_an_author_deleted_meanwhile_is_missed(served: Database, other: Ri
     """The posts of the others are written."""
     first, second, third = await add_users(served, 3)
     await other.execute(f"DELETE FROM users WHERE id IN ({second}, {third})")
-    authors = [{"author_id": first}, {"author_id": second}, {"author_email": "user2@example.org"}]
-    request = BulkCreatePostsRequest(posts=[Post(title="Notes", **author) for author in authors])
+    authors = [Post(author_id=first), Post(author_id=second), Post(author_email="user2@example.org")]
+    request = BulkCreatePostsRequest(posts=authors)
+    for post in request.posts:
+        post.title = "Notes"
     load = asyncio.create_task(acknowledged(served, CREATE_POSTS, request))
     await other.waiting()
     await other.commit()
@@ -228,7 +231,7 @@ async def test_loads_with_crossing_keys_do_not_die_of_each_other(
 
     async with served.read() as session:
         rows = [User(id=id, is_active=False) for id in await session.scalars(select(UserRow.id))]
-    mask = BulkOptions(update_mask={"paths": ["is_active"]})
+    mask = BulkOptions(update_mask=FieldMask(paths=["is_active"]))
     updated = await both_ways(served, UPDATE_USERS, BulkUpdateUsersRequest, mask, rows)
     assert sum(ack.updated for ack in updated) == 2 * len(rows)
 
