@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install run migrate lint format test tools lock contract clean
+.PHONY: help install run migrate lint format test tools lock contract clean bench-bulk
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -82,3 +82,6 @@ $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json
 	@if command -v npm >/dev/null; then \
 		npm ci --prefix $(NODE) --ignore-scripts --no-audit --no-fund --loglevel=error; \
 	else echo 'WARNING: no npm on PATH: the tests with a Node client can not run' >&2; fi
+
+bench-bulk: $(VENV)/development ## Measure the bulk streams; OPTIONS='--only create --rounds 5' narrows it
+	$(BIN)/python -m bench.bulk $(OPTIONS)

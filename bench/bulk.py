@@ -22,19 +22,24 @@ Store = PostgreSQL | Sqlite
 async def measured(cases: list[Case], stores: dict[str, Store], rounds: int) -> list[Result]:
     """Run all ways and references in turn, so many rounds; which of a pair goes first changes."""
     results = [Result(case, [], []) for case in cases]
-    async with AsyncExitStack() as templates:
-        made = {
-            case.name: await templates.enter_async_context(stores[case.database].template(case.users))
+    async with AsyncExitStack() as open_templates:
+        templates = [
+            await open_templates.enter_async_context(stores[case.database].template(case.users))
             for case in cases
-        }
+        ]
         for number in range(rounds):
-            for result in results:
-                case = result.case
-                pair = [(case.reference, result.references), (case.way, result.runs)]
-                for way, runs in pair if number % 2 == 0 else reversed(pair):
-                    print(f"round {number + 1} of {rounds}: {case.name}, {way.name}", file=sys.stderr)
-                    runs.append(await _checked(case, way, stores[case.database], made[case.name]))
+            for result, template in zip(results, templates, strict=True):
+                print(f"round {number + 1} of {rounds}: {result.case.title}", file=sys.stderr)
+                store = stores[result.case.database]
+                await _add_round(result, store, template, reference_first=number % 2 == 0)
     return results
+
+
+async def _add_round(result: Result, store: Store, template: str, *, reference_first: bool) -> None:
+    case = result.case
+    pair = [(case.reference, result.references), (case.way, result.runs)]
+    for way, runs in pair if reference_first else reversed(pair):
+        runs.append(await _checked(case, way, store, template))
 
 
 async def _checked(case: Case, way: Way, store: Store, template: str) -> Run:

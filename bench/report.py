@@ -66,7 +66,7 @@ def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
 def _numbers(runs: Sequence[Run]) -> list[str]:
     rate = median(run.rate for run in runs)
     cpu = [median(run.cpu(part) for run in runs) for part in PARTS]
-    return [f"{rate:,.0f}", *(f"{each:.1f}" if each else "" for each in cpu)]
+    return [f"{rate:,.0f}", *(f"{each:.1f}" for each in cpu)]
 
 
 def _runs(way: Way, runs: Sequence[Run]) -> dict[str, Any]:

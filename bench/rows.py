@@ -33,7 +33,7 @@ WORDS = "rows that were acknowledged stay; what was not is wholly in or wholly o
 def made_up_users(count: int) -> list[UserRow]:
     """Return users with distinct e-mails of some 30 characters in no order; one in ten has no name."""
     random = Random(1)
-    return [_user(random, number) for number in range(count)]
+    return [_user(random, number) for number in random.sample(range(count), count)]
 
 
 def with_duplicates(users: Sequence[UserRow]) -> list[UserRow]:

@@ -14,6 +14,7 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from roster.v1.bulk_pb2 import BulkAck, BulkOpened, BulkOptions, BulkSummary, BulkWriteResponse
+from service.outbox import Outbox
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +34,7 @@ WINDOW = 4
 TRIES = 8
 FIRST_PAUSE_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 10.0
-ROW_FRAMING_BYTES = 6  # a tag, and a length below 4 GiB
-MESSAGE_FRAMING_BYTES = 64
+INTERNAL = grpc.StatusCode.INTERNAL.value[0]
 
 Request = TypeVar("Request", bound=Message)
 Event = BulkOpened | BulkAck | BulkSummary
@@ -89,7 +89,7 @@ class BulkLoader(Generic[Request]):
         self._tries = tries
         self._first_pause_seconds = first_pause_seconds
 
-        self._outbox = _Outbox(batch_rows, BATCH_BYTES)
+        self._outbox = Outbox(batch_rows, BATCH_BYTES)
         self._in_flight: deque[int] = deque()  # offsets of the messages that wait for their acks
         self._stale: list[int] = []  # of those that were sent behind one that was not written
         self._failed_tries = 0
@@ -104,17 +104,21 @@ class BulkLoader(Generic[Request]):
         where the stream dies or the server refuses it, and whatever `rows` raises.
         """
         call = self._method()
+        first_told: list[Status] = []
+        call.add_done_callback(lambda ended: first_told.append(_status_now(ended)))
         tasks = [asyncio.create_task(self._fill(rows)), asyncio.create_task(self._send(call))]
         for task in tasks:
-            task.add_done_callback(lambda done: call.cancel() if not _is_success(done) else None)
+            task.add_done_callback(lambda done: (done.cancelled() or done.exception()) and call.cancel())
         try:
             async for response in call:
                 if event := self._event(response):
                     yield event
             if not self._is_summarised:
                 raise self._interrupted(_unknown("the server ended the stream without a summary"))
-        except grpc.aio.AioRpcError as error:
-            raise self._interrupted(_status(error)) from None
+        except grpc.aio.AioRpcError:
+            # A write that fails as the call ends puts INTERNAL in the place of its status (grpc#36066).
+            status = next((told for told in first_told if told.code != INTERNAL), _status_now(call))
+            raise self._interrupted(status) from None
         except asyncio.CancelledError:
             # An error in one of the tasks has cancelled the call; it is the one to raise.
             for failure in filter(None, map(_error_of, tasks)):
@@ -194,7 +198,7 @@ class BulkLoader(Generic[Request]):
             self._in_flight.popleft()
 
     def _refused(self, ack: BulkAck) -> None:
-        """Go back to the watermark; what was sent behind the refused message is refused too, and ignored."""
+        """Go back to the watermark; the refusals of what was sent behind that message are ignored."""
         if ack.offset in self._stale:
             self._stale.remove(ack.offset)
             return
@@ -238,69 +242,6 @@ class BulkLoader(Generic[Request]):
         return LoadInterrupted(status, self._outbox.first)
 
 
-class _Outbox:
-    """The rows that are not acknowledged: those sent, and behind them those of the next message.
-
-    Like the send buffer of TCP: `first` is the watermark, `position` is where sending goes on.
-    """
-
-    def __init__(self, max_rows: int, max_bytes: int) -> None:
-        self.first = 0
-        self._rows: list[Message] = []
-        self._sizes: list[int] = []
-        self._sent = 0
-        self._unsent_bytes = 0
-        self.max_rows = max_rows
-        self._max_bytes = max_bytes - MESSAGE_FRAMING_BYTES
-
-    @property
-    def position(self) -> int:
-        return self.first + self._sent
-
-    def limit(self, max_rows: int, max_bytes: int) -> None:
-        self.max_rows = min(self.max_rows, max_rows)
-        self._max_bytes = max_bytes - MESSAGE_FRAMING_BYTES
-
-    def add(self, row: Message) -> None:
-        size = row.ByteSize() + ROW_FRAMING_BYTES
-        self._rows.append(row)
-        self._sizes.append(size)
-        self._unsent_bytes += size
-
-    def is_empty(self) -> bool:
-        return not self._rows
-
-    def has_unsent(self) -> bool:
-        return self._sent < len(self._rows)
-
-    def is_full(self) -> bool:
-        """Tell whether a message can be cut that no further row would fit into."""
-        return len(self._rows) - self._sent >= self.max_rows or self._unsent_bytes >= self._max_bytes
-
-    def take(self) -> list[Message]:
-        """Return the rows of the next message."""
-        size, end = 0, self._sent
-        last = min(len(self._rows), self._sent + self.max_rows)
-        while end < last and (size := size + self._sizes[end]) <= self._max_bytes:
-            end += 1
-        # A row that is too large goes alone: the server says so.
-        end = max(end, min(self._sent + 1, last))
-        rows = self._rows[self._sent : end]
-        self._unsent_bytes -= sum(self._sizes[self._sent : end])
-        self._sent = end
-        return rows
-
-    def forget_below(self, offset: int) -> None:
-        count = offset - self.first
-        self.first = offset
-        self._sent -= count
-        del self._rows[:count], self._sizes[:count]
-
-    def go_back(self) -> None:
-        self._sent = 0
-        self._unsent_bytes = sum(self._sizes)
-
-
 async def _each(rows: AsyncIterable[Message] | Iterable[Message]) -> AsyncIterator[Message]:
     if isinstance(rows, AsyncIterable):
         async for row in rows:
@@ -314,15 +255,20 @@ def _error_of(task: "asyncio.Task[None]") -> BaseException | None:
     return task.exception() if task.done() and not task.cancelled() else None
 
 
-def _is_success(task: "asyncio.Task[None]") -> bool:
-    return not task.cancelled() and task.exception() is None
+def _status_now(call: grpc.aio.Call) -> Status:
+    """Return the status of a call that has ended, as it is at this moment: grpc.aio may replace it."""
+    try:
+        _status(call).send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("a call that has ended waits for nothing")
 
 
-def _status(error: grpc.aio.AioRpcError) -> Status:
-    details = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin")
-    if details:
+async def _status(call: grpc.aio.Call) -> Status:
+    details = dict(await call.trailing_metadata()).get("grpc-status-details-bin")
+    if isinstance(details, bytes):
         return Status.FromString(details)
-    return Status(code=error.code().value[0], message=error.details())
+    return Status(code=(await call.code()).value[0], message=await call.details())
 
 
 def _unknown(message: str) -> Status:

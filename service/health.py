@@ -18,6 +18,8 @@ LIVENESS = "live"
 INTERVAL_SECONDS = 2
 # One failed query may be a failover's blink; two in a row are an outage.
 FAILURES_TO_TELL = 2
+# Watches have no end of their own, and would hold up a stop for all its grace. NOT_SERVING goes out first.
+WATCHES_END_SECONDS = 0.1
 
 
 class Health(aio.HealthServicer):  # type: ignore[misc]
@@ -32,6 +34,7 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
         self._services = ["", *services]
         self._failures = 0
         self._task: asyncio.Task[None] | None = None
+        self._watches: set[asyncio.Timeout] = set()
 
     async def start(self) -> None:
         """Look at the database once, then every two seconds."""
@@ -40,12 +43,15 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
         self._task = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
-        """Answer NOT_SERVING from now on."""
+        """Answer NOT_SERVING from now on, and end all watches."""
         if self._task:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
         await self.enter_graceful_shutdown()
+        end = asyncio.get_running_loop().time() + WATCHES_END_SECONDS
+        for watch in self._watches:
+            watch.reschedule(end)
 
     async def look(self) -> None:
         """Ask the database once, and tell what it means."""
@@ -62,6 +68,15 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
     async def List(self, request: Any, context: Any) -> HealthListResponse:  # noqa: ARG002
         statuses = {name: HealthCheckResponse(status=status) for name, status in self._server_status.items()}
         return HealthListResponse(statuses=statuses)
+
+    async def Watch(self, request: Any, context: Any) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None) as watch:
+                self._watches.add(watch)
+                try:
+                    await super().Watch(request, context)
+                finally:
+                    self._watches.discard(watch)
 
     async def _watch(self) -> None:
         while True:

@@ -38,6 +38,7 @@ async def once(
 def _fingerprint(request: Any) -> bytes:
     body = type(request)()
     body.CopyFrom(request)
+    body.ClearField("request_id")  # one UUID has several spellings
     if "user" in body.DESCRIPTOR.fields_by_name:
         body.user.ClearField("password")
     return sha256(body.SerializeToString(deterministic=True)).digest()

@@ -5,7 +5,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, field_validator, model_validator
+from pydantic import AliasChoices, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from sqlalchemy import make_url
@@ -28,27 +28,32 @@ Count = Annotated[int, Field(ge=1)]
 class SecretFiles(PydanticBaseSettingsSource):
     """`ROSTER_X_FILE` names a file whose content is `ROSTER_X`, as container platforms hand out secrets."""
 
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
-        path = os.environ.get(f"{PREFIX}{field_name.upper()}_FILE")
-        return (Path(path).read_text().strip() if path else None), field_name, False
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        variable = f"{PREFIX}{field_name.upper()}"
+        path = os.environ.get(f"{variable}_FILE")
+        # A field that has aliases goes by the first of them in every source: otherwise none beats the other.
+        key = variable if field.validation_alias else field_name
+        return (Path(path).read_text().strip() if path else None), key, False
 
     def __call__(self) -> dict[str, Any]:
-        values = {name: self.get_field_value(field, name)[0] for name, field in self.config_fields()}
-        return {name: value for name, value in values.items() if value is not None}
-
-    def config_fields(self) -> list[tuple[str, FieldInfo]]:
-        return list(self.settings_cls.model_fields.items())
+        fields = self.settings_cls.model_fields.items()
+        values = [self.get_field_value(field, name) for name, field in fields]
+        return {key: value for value, key, _ in values if value is not None}
 
 
 class Settings(BaseSettings):
     """Every setting of the service; `ROSTER_` and the name in capitals is its environment variable."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_file=".env", extra="ignore", populate_by_name=True
+        env_prefix=PREFIX,
+        env_file=".env",
+        extra="ignore",
+        populate_by_name=True,
+        hide_input_in_errors=True,  # it can be a password
     )
 
-    listen: str = Field("127.0.0.1:50051", description="host:port, or unix:/path; port 0 takes a free one")
     insecure: bool = Field(default=False, description="listen beyond this machine without TLS")
+    listen: str = Field("127.0.0.1:50051", description="host:port, or unix:/path; port 0 takes a free one")
     reflection: bool = Field(default=True, description="let grpcurl and others ask for the contract")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="least severe line logged"
@@ -95,7 +100,7 @@ class Settings(BaseSettings):
     def _with_driver(cls, value: str) -> str:
         try:
             url = make_url(value)
-        except ArgumentError:
+        except (ArgumentError, ValueError):
             raise ValueError("is no URL; write postgresql://user@host/name or sqlite:///file") from None
         if url.drivername not in DRIVERS:
             raise ValueError(f"has the scheme {url.drivername}; postgresql and sqlite are supported")
@@ -103,14 +108,15 @@ class Settings(BaseSettings):
             raise ValueError("names no file: SQLite in memory can't be shared by readers and the writer")
         return url.set(drivername=DRIVERS[url.drivername]).render_as_string(hide_password=False)
 
-    @model_validator(mode="after")
-    def _loopback_unless_insecure(self) -> "Settings":
-        if not self.insecure and not self.listen.startswith(LOOPBACK):
+    @field_validator("listen")
+    @classmethod
+    def _loopback_unless_insecure(cls, value: str, info: ValidationInfo) -> str:
+        if not info.data.get("insecure") and not value.startswith(LOOPBACK):
             raise ValueError(
-                "listen: without TLS the server listens on this machine only; use 127.0.0.1, [::1] or "
+                "without TLS the server listens on this machine only; use 127.0.0.1, [::1] or "
                 "unix:/path, or set ROSTER_INSECURE=true if the network keeps strangers out"
             )
-        return self
+        return value
 
     @property
     def is_embedded(self) -> bool:

@@ -14,6 +14,9 @@ from service.db.engine import Database
 from service.settings import Settings
 from tests.postgres import Postgres, PostgresServer
 
+# Read when grpc is imported, after this file. Its fork handlers can kill the child that starts PostgreSQL.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:

@@ -3,8 +3,7 @@
 import click
 
 from service import __version__
-
-# from service.cli.load import load
+from service.cli.load import load
 from service.cli.migrate import migrate
 from service.cli.serve import serve
 
@@ -17,4 +16,4 @@ def main() -> None:
 
 main.add_command(serve)
 main.add_command(migrate)
-# main.add_command(load)
+main.add_command(load)

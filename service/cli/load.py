@@ -1,6 +1,7 @@
 """`roster load`: a file of users or posts into the service."""
 
 import asyncio
+import os
 import sys
 import time
 from collections import Counter
@@ -139,7 +140,8 @@ class Load:
         """Return how many rows are in, for a load that did not get to its end."""
         ledger = self.ledger
         done = "were validated" if self.options.validate_only else "are in and durable"
-        return f"{ledger.rows - ledger.failed:,} rows {done}, {ledger.failed:,} failed"
+        where = f" (see {self.rejects.path})" if self.rejects else ""
+        return f"{ledger.rows - ledger.failed:,} rows {done}, {ledger.failed:,} failed{where}"
 
     def summary(self) -> str:
         """Return the end of the story for people."""
@@ -149,7 +151,7 @@ class Load:
             f"{self.source.name}: {rows:,} rows in {seconds:.1f} s ({rows / seconds:,.0f} rows/s): {counts}"
         ]
         for key, count in self.ledger.reasons.most_common(TOP_REASONS):
-            lines.append(f"  {count:,} x {' '.join(filter(None, key))}: {self.ledger.sentences[key]}")
+            lines.append(f"  {count:,} x {' '.join(filter(None, key))}, first: {self.ledger.sentences[key]}")
         if self.options.validate_only:
             lines.append("  only validated: nothing was written")
         if self.rejects:
@@ -210,6 +212,8 @@ def load(
 
     The status is 0 if all rows are in, 1 if some failed, 2 if the load could not run or came to no end.
     """
+    # gRPC's own log lines are not for the person at the terminal.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     kind = ENTITIES[entity]
     columns = Columns(kind.message, kind.columns)
     file_format = FORMATS[format_name or _format_name(file)](columns)

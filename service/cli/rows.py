@@ -101,19 +101,17 @@ class Ndjson:
 
     def rejected(self, row: Row, failure: RowFailure) -> bytes:
         """Return a row with why it failed."""
-        try:
-            fields = _object(row.original)
-        except RosterError:
-            line = row.original if len(row.original) <= MAX_LINE_BYTES else row.original[:SHOWN_BYTES]
-            fields = {LINE: line.rstrip(b"\r\n").decode(errors="backslashreplace")}
-        fields.pop(ERROR, None)
-        fields[ERROR] = {
+        why = {
             "reason": failure.reason,
             "field": failure.field,
             "message": failure.message,
             "row": row.number,
         }
-        return orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
+        try:
+            return _json_line({**_object(row.original), ERROR: why})
+        except (RosterError, orjson.JSONEncodeError):  # orjson reads deeper nesting than it writes
+            line = row.original if len(row.original) <= MAX_LINE_BYTES else row.original[:SHOWN_BYTES]
+            return _json_line({LINE: line.rstrip(b"\r\n").decode(errors="backslashreplace"), ERROR: why})
 
 
 class Csv:
@@ -180,7 +178,9 @@ class Csv:
         if not record.is_utf8:
             raise MalformedMessage("the row is not UTF-8")
         if len(cells) != len(self._header):
-            raise MalformedMessage(f"the row has {len(cells):,} cells, the header line {len(self._header):,}")
+            raise MalformedMessage(
+                f"the number of cells is {len(cells)}, in the header line {len(self._header)}"
+            )
         return {name: cell or None for name, cell in zip(self._header, cells, strict=True)}
 
     def head(self) -> bytes:
@@ -189,9 +189,8 @@ class Csv:
 
     def rejected(self, row: Row, failure: RowFailure) -> bytes:
         """Return a row with why it failed."""
-        return _csv_line(
-            [f"{' '.join(filter(None, (failure.reason, failure.field)))}: {failure.message}", *row.original]
-        )
+        where = f"{failure.reason} {failure.field}".rstrip()
+        return _csv_line([f"{where}: {failure.message}", *row.original])
 
 
 FileFormat = Ndjson | Csv
@@ -258,6 +257,10 @@ def _too_long() -> TooLarge:
     return TooLarge(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
 
 
+def _json_line(fields: dict[str, Any]) -> bytes:
+    return orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
+
+
 def _csv_line(cells: list[str]) -> bytes:
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(cells)
@@ -286,8 +289,7 @@ def _boolean(name: str, value: Any) -> bool:
 
 
 def _boolean_cell(name: str, value: str) -> bool:
-    lower = value.lower()
-    return _boolean(name, {"true": True, "1": True, "false": False, "0": False}.get(lower, value))
+    return _boolean(name, {"true": True, "1": True, "false": False, "0": False}.get(value.lower(), value))
 
 
 JSON_PARSERS: Parsers = {

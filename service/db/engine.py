@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from typing import Any
 
+import asyncpg
 from sqlalchemy import event, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
@@ -102,6 +103,7 @@ class _PostgreSQL:
             pool_pre_ping=settings.pool_pre_ping,
             hide_parameters=True,
             connect_args={
+                "async_creator_fn": _connect,
                 "timeout": settings.connect_timeout,
                 # The server's own timeout comes first; this one is for a server that is gone.
                 "command_timeout": settings.statement_timeout + 5,
@@ -162,6 +164,13 @@ async def _turn(line: asyncio.Lock | asyncio.Semaphore, timeout: float) -> Async
         yield
     finally:
         line.release()
+
+
+async def _connect(*args: Any, **options: Any) -> Any:
+    try:
+        return await asyncpg.connect(*args, **options)
+    except TimeoutError as error:  # not that of a statement: nothing was sent
+        raise ConnectionError("the database did not answer in time") from error
 
 
 def _prepare_writer(connection: Any, record: Any) -> None:  # noqa: ARG001

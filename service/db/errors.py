@@ -16,11 +16,14 @@ log = logging.getLogger(__name__)
 
 BUSY = "the database is busy with other writes; nothing was done, try again"
 AWAY = "the database can't be reached; nothing was done, try again"
+MIGRATED = "the database was just migrated; nothing was done, try again"
 SLOW = "the database took too long over this call; ask for less, or try later"
 
 # The longest prefix wins. https://www.postgresql.org/docs/current/errcodes-appendix.html
 BY_CODE: dict[str, tuple[type[RosterError], str]] = {
     "08": (DatabaseUnavailable, AWAY),  # connection exceptions
+    "0A000": (DatabaseUnavailable, MIGRATED),  # a cached plan is invalid
+    "25006": (DatabaseUnavailable, AWAY),  # read-only: a standby, until the failover is through
     "25P03": (DatabaseUnavailable, AWAY),  # idle in transaction for too long
     "28": (DatabaseUnavailable, AWAY),  # a role or a password that the server refuses
     "40": (DatabaseUnavailable, BUSY),  # deadlock or serialization failure: rolled back whole
@@ -54,7 +57,7 @@ def domain_error(error: BaseException) -> RosterError | None:
     for length in range(len(code), 1, -1):
         if kind := BY_CODE.get(code[:length]):
             return kind[0](kind[1])
-    if isinstance(error, TimeoutError):  # command_timeout, or a connect that took too long
+    if isinstance(error, TimeoutError):  # command_timeout
         return StatementTimeout(SLOW)
     is_connection = isinstance(error, OSError) or (
         isinstance(error, DBAPIError) and error.connection_invalidated

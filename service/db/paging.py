@@ -10,13 +10,13 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any, Generic, TypeVar
 
 from sqlalchemy import ColumnElement, FromClause, tuple_
 
-from service.db.base import UtcDateTime
+from service.db.base import MAX_ID, UtcDateTime
 from service.errors import InvalidField, InvalidPageToken
 
 VERSION = b"\x01"
@@ -97,7 +97,7 @@ def decode_token(listing: bytes, token: str, columns: Sequence[ColumnElement[Any
     try:
         values = json.loads(body[FINGERPRINT_BYTES:])
         return [_typed(value, column) for value, column in zip(values, columns, strict=True)]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         raise _damaged() from None
 
 
@@ -106,10 +106,13 @@ def _written(raw: bytes) -> str:
 
 
 def _typed(value: Any, column: ColumnElement[Any]) -> Any:
+    # Anybody can make a token with the right checksum: no value may get to the driver that it can't send.
     if isinstance(column.type, UtcDateTime):
-        return datetime.fromisoformat(value)
-    if not isinstance(value, column.type.python_type):
+        return datetime.fromisoformat(value).astimezone(UTC)
+    if type(value) is not column.type.python_type:
         raise TypeError
+    if not (0 <= value <= MAX_ID if isinstance(value, int) else b"\0" not in value.encode()):
+        raise ValueError
     return value
 
 

@@ -1,6 +1,6 @@
 """Posts: message <-> values. Pure; the rules of a post's fields are applied here."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -10,6 +10,7 @@ from service.bulk.convert import add_identity
 from service.db.bulk.batch import Batch
 from service.errors import InvalidField
 from service.fields import (
+    Violations,
     checking,
     masked_fields,
     normalise_email,
@@ -23,7 +24,11 @@ from service.posts.model import Post
 from service.users.convert import user_to_message
 
 WRITABLE = ("title", "content")
-RULES = {"title": wrong_title, "content": wrong_content}
+RULES: dict[str, Callable[[Any], str | None]] = {
+    "author_id": wrong_id,
+    "title": wrong_title,
+    "content": wrong_content,
+}
 
 
 def post_to_message(post: Post, *, with_author: bool = False) -> PostMessage:
@@ -43,10 +48,9 @@ def post_to_message(post: Post, *, with_author: bool = False) -> PostMessage:
 def post_from_message(message: PostMessage) -> dict[str, Any]:
     """Return the values of a new post; raises InvalidField."""
     with checking() as violations:
-        violations.add("post.author_id", wrong_id(message.author_id))
         if message.author_email:
             violations.add("post.author_email", "is for bulk creation; send author_id")
-    return {"author_id": message.author_id, **_values(message, WRITABLE)}
+        return _values(message, ("author_id", *WRITABLE), violations)
 
 
 def post_changes_from_message(message: PostMessage, mask: FieldMask) -> dict[str, Any]:
@@ -54,7 +58,8 @@ def post_changes_from_message(message: PostMessage, mask: FieldMask) -> dict[str
     fields = masked_fields(message, mask, WRITABLE)
     if not fields:
         raise InvalidField("post has nothing to change; set title or content", field="post")
-    return _values(message, fields)
+    with checking() as violations:
+        return _values(message, fields, violations)
 
 
 def post_batch_from_messages(
@@ -91,9 +96,8 @@ def _add_authors(batch: Batch, messages: Sequence[PostMessage]) -> None:
             )
 
 
-def _values(message: PostMessage, fields: Sequence[str]) -> dict[str, Any]:
+def _values(message: PostMessage, fields: Sequence[str], violations: Violations) -> dict[str, Any]:
     values = {field: getattr(message, field) for field in fields}
-    with checking() as violations:
-        for field, value in values.items():
-            violations.add(f"post.{field}", RULES[field](value))
+    for field, value in values.items():
+        violations.add(f"post.{field}", RULES[field](value))
     return values

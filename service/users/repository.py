@@ -119,9 +119,7 @@ class UserRepository(Repository[User]):
             updates = resolve_updates(
                 batch, {row.id: row.version for row in rows}, self._missing, owners.refusal
             )
-            if owners.moved and options.writes(batch):
-                await writer.set_aside("email", {id: f"moving {id}" for id in updates})
-            return await writer.update(batch, updates, options)
+            return await writer.update(batch, updates, options, moved="email" if owners.moved else None)
 
         return await writer.settled(batch, attempt)
 

@@ -61,4 +61,4 @@ async def wire(
         server = Server(Settings(database_url=url, listen="127.0.0.1:0"))
         await server.start()
         stack.push_async_callback(server.stop, grace=0)
-        yield Wire(await stack.enter_async_context(grpc.aio.insecure_channel(server.address)))
+        yield Wire(stack.enter_context(grpc.insecure_channel(server.address)))

@@ -1,12 +1,14 @@
 """Page tokens that are damaged, belong elsewhere, or were made up: INVALID_PAGE_TOKEN."""
 
+from base64 import urlsafe_b64encode
 from typing import Any
 from uuid import uuid4
+from zlib import crc32
 
 import pytest
 from grpc import StatusCode
 
-from service.db.paging import encode_token, fingerprint
+from service.db.paging import VERSION, encode_token, fingerprint
 from tests.errors import refusal
 from tests.wire import Wire
 
@@ -96,7 +98,6 @@ async def test_takes_a_token_with_another_page_size_and_view(wire: Wire, tokens:
         ("email", ["a\0@example.org"]),
         ("email", ["\ud800"]),
         ("created_at", ["yesterday", 1]),
-        ("created_at", ["2024-01-01T00:00:00", 1]),
         ("created_at", ["0001-01-01T00:00:00+23:59", 1]),
         ("created_at", [1, 1]),
         ("created_at", ["2024-01-01T00:00:00+00:00"]),
@@ -104,16 +105,14 @@ async def test_takes_a_token_with_another_page_size_and_view(wire: Wire, tokens:
 )
 async def test_refuses_a_token_that_was_made_up(wire: Wire, order_by: str, key: Any) -> None:
     """A token is no secret: anybody can make one with the right checksum and a key that is none."""
-    token = encode_token(fingerprint("users", "", order_by, False, 0), key)  # noqa: FBT003
+    token = encode_token(fingerprint("users", "", order_by, False, 0), key)
 
     await assert_refuses(wire, "ListUsers", {"order_by": order_by, "page_token": token})
 
 
 async def test_refuses_a_token_that_is_nested_too_deep(wire: Wire) -> None:
     """It is JSON inside, which Python reads recursively."""
-    key: list[Any] = []
-    for _ in range(900):
-        key = [key]
+    body = fingerprint("users", "", "id", False, 0) + b"[" * 100_000
+    raw = VERSION + crc32(body).to_bytes(4, "big") + body
 
-    token = encode_token(fingerprint("users", "", "id", False, 0), [key])  # noqa: FBT003
-    await assert_refuses(wire, "ListUsers", {"page_token": token})
+    await assert_refuses(wire, "ListUsers", {"page_token": urlsafe_b64encode(raw).decode().rstrip("=")})

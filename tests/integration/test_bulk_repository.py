@@ -15,8 +15,7 @@ from service.users.model import User
 from tests.bulk_model import ADA, LOADS, Load, Tables, applied, stored
 
 TABLES = {"users": cast("Table", User.__table__), "posts": cast("Table", Post.__table__)}
-import os
-EXAMPLES = int(os.environ.get("EX","60"))
+EXAMPLES = 25
 FAILURE_CHARACTERS = 200
 
 

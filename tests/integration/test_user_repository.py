@@ -185,8 +185,8 @@ async def test_a_stronger_hash_replaces_only_the_one_that_was_checked(users: Use
     assert (ada.version, ada.updated_at) == (1, ada.created_at)
 
 
-async def test_a_reader_is_given_a_session(database: Database) -> None:
-    """A repository never commits: what it wrote goes with the unit of work that it was given."""
+async def test_a_repository_never_commits(database: Database) -> None:
+    """What it wrote goes with the unit of work that it was given."""
 
     async def write(session: AsyncSession) -> None:
         users = UserRepository(session)

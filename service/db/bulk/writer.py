@@ -54,22 +54,23 @@ class BulkWriter:
         await self._update(batch, creates.updated, options.update_fields)
         return creates.outcome(batch, options, ids)
 
-    async def update(self, batch: Batch, updates: Mapping[int, list[int]], options: WriteOptions) -> Outcome:
-        """Write updates that were resolved, in id order, each the last of its rows in the batch."""
+    async def update(
+        self, batch: Batch, updates: Mapping[int, list[int]], options: WriteOptions, moved: str | None = None
+    ) -> Outcome:
+        """Write updates that were resolved, in id order, each the last of its rows in the batch.
+
+        `moved` is a unique column whose values go from one of the rows to another.
+        """
         if options.is_atomic and batch.failures:
             return Outcome.of_failed_batch(batch)
         if not options.validate_only:
+            if moved:
+                await self._set_aside(moved, list(updates))
             await self._update(batch, updates, options.update_fields)
         results, ids = bytearray([Result.UPDATED]) * batch.size, list(batch.columns["id"])
         for row in batch.failures:
             results[row], ids[row] = Result.FAILED, 0
         return Outcome(bytes(results), ids, batch.failures)
-
-    async def set_aside(self, column: str, values: Mapping[int, Any]) -> None:
-        """Give rows, by id, other values until the batch's own update, which may want their old ones."""
-        if values:
-            rows = {"id": list(values), "times": [0] * len(values), column: list(values.values())}
-            await self._way.update_rows(self.session, self.model, rows)
 
     async def reserve(self, batch: Batch) -> None:
         """Let no other writer draw a batch's ids, from the commit on; for a short transaction of its own."""
@@ -121,6 +122,11 @@ class BulkWriter:
         columns = {field: batch.take(field, last) for field in fields}
         times = [len(updates[id]) for id in ids]
         await self._way.update_rows(self.session, self.model, {"id": ids, "times": times, **columns})
+
+    async def _set_aside(self, column: str, ids: list[int]) -> None:
+        """Give rows values that nobody has, until the batch's own update, which may want their old ones."""
+        rows = {"id": ids, "times": [0] * len(ids), column: [f"moving {id}" for id in ids]}
+        await self._way.update_rows(self.session, self.model, rows)
 
 
 def id_taken(existing_id: int | None) -> IdTaken:

@@ -1,0 +1,196 @@
+"""Users and posts updated in bulk, through the API."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.rpc.code_pb2 import ABORTED, ALREADY_EXISTS
+from sqlalchemy import update
+
+from roster.v1.bulk_pb2 import BulkAck, BulkOptions, RowFailure
+from roster.v1.posts_pb2 import BulkUpdatePostsRequest, CreatePostRequest, GetPostRequest
+from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.resources_pb2 import Post, User
+from roster.v1.users_pb2 import BulkUpdateUsersRequest, CreateUserRequest, ListUsersRequest
+from roster.v1.users_pb2_grpc import UserServiceStub
+from service.server import Server
+from service.users.model import User as UserRow
+
+LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
+NOBODY = 1 << 40
+HASH = "$argon2id$v=19$m=8,t=1,p=1$c29tZXNhbHQ$AAAAAAAAAAAAAAAAAAAAAA"
+
+
+@pytest.fixture
+async def people(users: UserServiceStub) -> list[User]:
+    """Ada, Bob and Cyd."""
+    rows = [User(email=f"{name}@example.org", full_name=name) for name in ("ada", "bob", "cyd")]
+    return [await users.CreateUser(CreateUserRequest(user=row)) for row in rows]
+
+
+async def updated(users: UserServiceStub, *messages: list[User], mask: str, **options: Any) -> list[BulkAck]:
+    """Update users, and return the acks of the messages."""
+    chosen = BulkOptions(return_ids=True, update_mask=FieldMask(paths=mask.split()), **options)
+    first, *others = [BulkUpdateUsersRequest(users=rows) for rows in messages]
+    first.options.CopyFrom(chosen)
+    events = [event async for event in users.BulkUpdateUsers(iter([first, *others]))]
+    return [event.ack for event in events if event.HasField("ack")]
+
+
+async def everybody(users: UserServiceStub) -> list[User]:
+    return list((await users.ListUsers(ListUsersRequest())).users)
+
+
+async def emails(users: UserServiceStub) -> list[str]:
+    return [user.email.partition("@")[0] for user in await everybody(users)]
+
+
+def moves(people: list[User], *names: str) -> list[User]:
+    """Return rows that give each user in turn the e-mail of a name."""
+    return [User(id=user.id, email=f"{name}@example.org") for user, name in zip(people, names, strict=False)]
+
+
+def taken(offset: int, owner: User) -> RowFailure:
+    return RowFailure(
+        offset=offset,
+        code=ALREADY_EXISTS,
+        reason="EMAIL_TAKEN",
+        field="email",
+        message="email belongs to another user",
+        existing_id=owner.id,
+    )
+
+
+async def test_writes_what_the_mask_names(server: Server, users: UserServiceStub, people: list[User]) -> None:
+    """The other fields of the rows are ignored, also bad ones; an unset name becomes null."""
+    ada, bob, cyd = people
+    async with server.database.begin() as session:
+        await session.execute(update(UserRow).where(UserRow.id != cyd.id).values(updated_at=LONG_AGO))
+    rows = [
+        User(id=bob.id, email="no e-mail", full_name="Robert", is_active=False),
+        User(id=ada.id, is_active=False),
+    ]
+
+    (ack,) = await updated(users, rows, mask="full_name is_active")
+
+    new_ada, new_bob, new_cyd = await everybody(users)
+    assert ack == BulkAck(next_offset=2, updated=2, ids=[bob.id, ada.id])
+    assert (new_bob.email, new_bob.full_name, new_bob.is_active) == (bob.email, "Robert", False)
+    assert (new_ada.HasField("full_name"), new_ada.is_active, new_cyd) == (False, False, cyd)
+    assert (new_ada.version, new_bob.version, new_bob.created_at) == (2, 2, bob.created_at)
+    assert new_bob.updated_at.ToDatetime(UTC) > LONG_AGO
+
+
+async def test_the_star_is_every_writable_field(users: UserServiceStub, people: list[User]) -> None:
+    """All of them, so a row needs all but the name; the password too."""
+    bob = people[1]
+    complete = User(id=bob.id, email="rob@example.org", is_active=False, hashed_password=HASH)
+
+    (ack,) = await updated(users, [complete, User(id=bob.id, email="x@example.org")], mask="*")
+
+    (failure,) = ack.failures
+    assert (failure.offset, failure.reason, failure.field) == (1, "INVALID_FIELD", "is_active")
+    assert (await emails(users))[1] == "rob"
+
+
+async def test_the_last_row_of_a_user_wins(users: UserServiceStub, people: list[User]) -> None:
+    """Each row is counted and grows the version, also where the next one overwrites it."""
+    ada = people[0]
+    rows = [User(id=ada.id, full_name=name) for name in ("A", "B", "C")]
+
+    first, second = await updated(users, rows[:2], rows[2:], mask="full_name")
+
+    new = (await everybody(users))[0]
+    assert (first.updated, second.updated, new.full_name, new.version) == (2, 1, "C", 4)
+
+
+async def test_a_version_is_that_of_the_rows_before(users: UserServiceStub, people: list[User]) -> None:
+    """A row that names one meets what the rows before it left, in its message and in those before."""
+    ada = people[0]
+    rows = [
+        User(id=ada.id, full_name=name, version=version)
+        for name, version in zip("ABCD", (1, 1, 2, 3), strict=True)
+    ]
+
+    first, second = await updated(users, rows[:3], rows[3:], mask="full_name")
+
+    (failure,) = first.failures
+    assert (failure.offset, failure.code, failure.reason) == (1, ABORTED, "VERSION_MISMATCH")
+    assert (first.updated, second.updated) == (2, 1)
+    new = (await everybody(users))[0]
+    assert (new.full_name, new.version) == ("D", 4)
+
+
+async def test_emails_can_be_swapped(users: UserServiceStub, people: list[User]) -> None:
+    """By way of a third one, as one after the other would have to; all in one message."""
+    ada, bob, _ = people
+
+    (ack,) = await updated(users, moves([ada, bob, ada], "temporary", "ada", "bob"), mask="email")
+
+    assert ack == BulkAck(next_offset=3, updated=3, ids=[ada.id, bob.id, ada.id])
+    assert await emails(users) == ["bob", "ada", "cyd"]
+    assert [user.version for user in await everybody(users)] == [3, 2, 1]
+
+
+async def test_emails_can_move_along_a_chain(users: UserServiceStub, people: list[User]) -> None:
+    """Each takes what the one before has left; against the order they fail, and name the owner."""
+    ada, bob, cyd = people
+
+    (ack,) = await updated(users, moves([ada, bob, cyd], "dan", "ada", "bob"), mask="email")
+    (against,) = await updated(users, moves([cyd, bob, ada], "ada", "dan", "eve"), mask="email")
+
+    assert (ack.updated, against.updated) == (3, 1)
+    assert list(against.failures) == [taken(0, bob), taken(1, ada)]
+    assert await emails(users) == ["eve", "ada", "bob"]
+
+
+@pytest.mark.parametrize("options", [{"atomicity": "BATCH"}, {"validate_only": True}])
+async def test_emails_stay_where_a_batch_is_not_written(
+    users: UserServiceStub, people: list[User], options: dict[str, Any]
+) -> None:
+    """A move that would have worked leaves no trace when its message fails, or is only checked."""
+    ada, bob, cyd = people
+
+    (ack,) = await updated(
+        users, moves([ada, bob, cyd, ada], "dan", "ada", "bob", "ada"), mask="email", **options
+    )
+
+    assert list(ack.failures) == [taken(3, bob)]
+    assert await everybody(users) == people
+
+
+async def test_an_unknown_user_fails_the_row(users: UserServiceStub, people: list[User]) -> None:
+    """The row has used up its offset; its neighbours are written."""
+    rows = [User(id=id, is_active=False) for id in (people[0].id, NOBODY, people[2].id)]
+
+    (ack,) = await updated(users, rows, mask="is_active")
+
+    (failure,) = ack.failures
+    assert (failure.offset, failure.reason) == (1, "USER_NOT_FOUND")
+    assert ack.ids == [people[0].id, 0, people[2].id]
+    assert [user.is_active for user in await everybody(users)] == [False, True, False]
+
+
+async def test_posts_are_updated(users: UserServiceStub, posts: PostServiceStub, people: list[User]) -> None:
+    """Title and content, by id; the author stays, and an unset content becomes empty."""
+    row = Post(author_id=people[0].id, title="Notes", content="...")
+    notes, more = [await posts.CreatePost(CreatePostRequest(post=row)) for _ in range(2)]
+    rows = [
+        Post(id=notes.id, title="New", author_id=people[1].id, version=1),
+        Post(id=more.id, title="", content="new"),
+        Post(id=NOBODY, title="New"),
+    ]
+    options = BulkOptions(update_mask=FieldMask(paths=["title", "content"]), return_ids=True)
+
+    request = BulkUpdatePostsRequest(options=options, posts=rows, finish=True)
+    _, settled, _ = [event async for event in posts.BulkUpdatePosts(iter([request]))]
+
+    assert (settled.ack.updated, list(settled.ack.ids)) == (1, [notes.id, 0, 0])
+    assert [(failure.reason, failure.field) for failure in settled.ack.failures] == [
+        ("INVALID_FIELD", "title"),
+        ("POST_NOT_FOUND", ""),
+    ]
+    new, same = [await posts.GetPost(GetPostRequest(id=post.id)) for post in (notes, more)]
+    assert (new.title, new.content, new.author_id, new.version) == ("New", "", people[0].id, 2)
+    assert same == more

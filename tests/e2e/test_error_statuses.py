@@ -1,0 +1,269 @@
+"""What a caller is told when the database is busy, slow or gone, and that the next call is served."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Literal
+
+import asyncpg
+import grpc
+import pytest
+from google.rpc.error_details_pb2 import RetryInfo
+from grpc import StatusCode
+from sqlalchemy import func, insert, make_url, select
+
+from roster.v1.bulk_pb2 import BulkLoad
+from roster.v1.resources_pb2 import User
+from roster.v1.users_pb2 import (
+    BulkCreateUsersRequest,
+    CreateUserRequest,
+    GetUserRequest,
+    ListUsersRequest,
+    UpdateUserRequest,
+)
+from roster.v1.users_pb2_grpc import UserServiceStub
+from service.db import engine, migrations
+from service.db.engine import Database
+from service.errors import OutcomeUnknown
+from service.server import Server
+from service.settings import Settings
+from service.users.model import User as UserRow
+from tests.errors import refusal
+from tests.postgres import PostgresServer
+
+# Far beyond every time-out of the server's: who waits so long got no status.
+TIMEOUT_SECONDS = 20
+BLOCKED_UPDATES = """
+    SELECT count(*) FROM pg_stat_activity
+    WHERE datname = current_database() AND state <> 'idle' AND query LIKE 'UPDATE users%'
+"""
+CREATE = CreateUserRequest(user=User(email="ada@example.org"))
+
+
+@asynccontextmanager
+async def serving(database_url: str, **options: Any) -> AsyncIterator[tuple[Server, UserServiceStub]]:
+    """Serve a database with settings of the test's own; yield the server and a client."""
+    server = Server(Settings(database_url=database_url, listen="127.0.0.1:0", **options))
+    await server.start()
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        yield server, UserServiceStub(channel)
+    await server.stop(grace=0)
+
+
+def narrow(database_url: str) -> AbstractAsyncContextManager[tuple[Server, UserServiceStub]]:
+    """Serve with one connection, for which nobody waits long."""
+    return serving(database_url, pool_size=1, max_overflow=0, pool_timeout=0.2)
+
+
+@asynccontextmanager
+async def connected(database_url: str) -> AsyncIterator["asyncpg.Connection[Any]"]:
+    """Connect to PostgreSQL from elsewhere."""
+    url = make_url(database_url).set(drivername="postgresql").render_as_string(hide_password=False)
+    connection = await asyncpg.connect(url)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+@asynccontextmanager
+async def row_locked(database_url: str, id: int) -> AsyncIterator["asyncpg.Connection[Any]"]:
+    """Hold a user's row, as a transaction elsewhere would."""
+    async with connected(database_url) as connection, connection.transaction():
+        await connection.execute("SELECT FROM users WHERE id = $1 FOR UPDATE", id)
+        yield connection
+
+
+@pytest.fixture(scope="module")
+def own_postgres() -> Iterator[PostgresServer]:
+    """A server that may be stopped."""
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture
+async def own_database_url(own_postgres: PostgresServer) -> AsyncIterator[str]:
+    """A migrated database on it."""
+    async with own_postgres.database() as url:
+        await asyncio.to_thread(migrations.upgrade, url)
+        yield url
+
+
+async def create(users: UserServiceStub) -> int:
+    return (await users.CreateUser(CREATE)).id
+
+
+def renamed(id: int) -> UpdateUserRequest:
+    return UpdateUserRequest(user=User(id=id, full_name="Ada"))
+
+
+async def test_an_exhausted_pool_is_told_within_its_timeout(database_url: str) -> None:
+    """A write that gets no connection, or on SQLite no turn, may be tried again; then it works."""
+    async with narrow(database_url) as (server, users):
+        async with server.database.begin() as session:
+            await session.execute(select(1))
+            refused = await refusal(users.CreateUser(CREATE, timeout=TIMEOUT_SECONDS))
+
+        assert (refused.code, refused.reason) == (StatusCode.UNAVAILABLE, "POOL_EXHAUSTED")
+        assert refused.retry_seconds == 1
+        assert await create(users)
+
+
+async def test_an_exhausted_pool_is_told_to_readers(database_url: str) -> None:
+    """A read that gets no connection may be tried again; then it works."""
+    async with narrow(database_url) as (server, users):
+        async with server.database.read() as session:
+            await session.execute(select(1))
+            refused = await refusal(users.ListUsers(ListUsersRequest(), timeout=TIMEOUT_SECONDS))
+
+        assert (refused.code, refused.reason) == (StatusCode.UNAVAILABLE, "POOL_EXHAUSTED")
+        assert refused.retry_seconds == 1
+        assert not (await users.ListUsers(ListUsersRequest())).users
+
+
+async def test_a_statement_that_takes_too_long_is_told(postgresql_url: str) -> None:
+    """A row that is locked elsewhere: the statement is given up after `statement_timeout`."""
+    async with serving(postgresql_url, statement_timeout=0.3) as (_, users):
+        id = await create(users)
+        async with row_locked(postgresql_url, id):
+            refused = await refusal(users.UpdateUser(renamed(id), timeout=TIMEOUT_SECONDS))
+
+        assert (refused.code, refused.reason) == (StatusCode.DEADLINE_EXCEEDED, "STATEMENT_TIMEOUT")
+        assert refused.retry_seconds is None
+        assert (await users.UpdateUser(renamed(id))).full_name == "Ada"
+
+
+async def test_a_callers_deadline_ends_the_statement(postgresql_url: str) -> None:
+    """Nothing of the call is left: no statement in the database, no connection out of the pool."""
+    async with narrow(postgresql_url) as (_, users):
+        id = await create(users)
+        async with row_locked(postgresql_url, id), connected(postgresql_url) as observer:
+            refused = await refusal(users.UpdateUser(renamed(id), timeout=0.3))
+            assert refused.code == StatusCode.DEADLINE_EXCEEDED
+
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                while await observer.fetchval(BLOCKED_UPDATES):
+                    pass
+
+        # The one connection is free again, and the lock did not let the update through.
+        assert not (await users.GetUser(GetUserRequest(id=id))).full_name
+
+
+async def test_sqlite_that_another_process_writes_is_unavailable(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock that is held for longer than the busy time-out: nothing was done, try again."""
+    monkeypatch.setattr(engine, "SQLITE_BUSY_TIMEOUT_SECONDS", 0.1)
+    other = Database(Settings(database_url=sqlite_url))
+    async with serving(sqlite_url) as (_, users):
+        async with other.begin() as session:
+            await session.execute(select(1))
+            refused = await refusal(users.CreateUser(CREATE, timeout=TIMEOUT_SECONDS))
+
+        assert (refused.code, refused.reason) == (StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")
+        assert refused.retry_seconds == 1
+        assert await create(users)
+    await other.close()
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+async def test_a_database_that_is_gone_is_told_and_comes_back(
+    own_postgres: PostgresServer, own_database_url: str, mode: Literal["fast", "immediate"]
+) -> None:
+    """Stopped or crashed: calls are told at once to try again, and served as soon as it is back."""
+    async with serving(own_database_url) as (_, users):
+        id = await create(users)
+        await asyncio.to_thread(own_postgres.stop, mode)
+        refused = [
+            await refusal(users.GetUser(GetUserRequest(id=id))),
+            await refusal(users.UpdateUser(renamed(id))),
+        ]
+        await asyncio.to_thread(own_postgres.start)
+
+        for told in refused:
+            assert (told.code, told.reason) == (StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")
+            assert told.retry_seconds == 1
+            assert str(make_url(own_database_url).port) not in told.message
+        assert (await users.UpdateUser(renamed(id))).version == 2
+
+
+async def test_a_bulk_stream_outlives_a_database_that_is_gone(
+    own_postgres: PostgresServer, own_database_url: str
+) -> None:
+    """The message is not written, its ack says that it can be sent again, and then it is written."""
+    batch = BulkCreateUsersRequest(users=[User(email="ada@example.org")], offset=0, finish=True)
+    async with serving(own_database_url) as (_, users):
+        stream = users.BulkCreateUsers(timeout=TIMEOUT_SECONDS)
+        await stream.write(BulkCreateUsersRequest())
+        assert (await read(stream)).HasField("opened")
+
+        await asyncio.to_thread(own_postgres.stop)
+        await stream.write(BulkCreateUsersRequest(users=batch.users))
+        refused = (await read(stream)).ack.error
+        await asyncio.to_thread(own_postgres.start)
+        await stream.write(batch)
+        written, end = await read(stream), await read(stream)
+
+    assert refused.code == StatusCode.UNAVAILABLE.value[0]
+    assert any(detail.Is(RetryInfo.DESCRIPTOR) for detail in refused.details)
+    assert written.ack.created == 1
+    assert end.summary.state == BulkLoad.FINISHED
+
+
+async def read(stream: Any) -> Any:
+    return await stream.read()
+
+
+async def test_a_database_that_never_answers_is_unavailable() -> None:
+    """A black hole takes the connection and is silent: nothing was sent, so the call may be tried again."""
+    with socket.create_server(("127.0.0.1", 0)) as hole:
+        url = f"postgresql://roster@127.0.0.1:{hole.getsockname()[1]}/roster"
+        async with serving(url, connect_timeout=0.2) as (_, users):
+            refused = await refusal(users.GetUser(GetUserRequest(id=1), timeout=TIMEOUT_SECONDS))
+
+    assert (refused.code, refused.reason) == (StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")
+
+
+async def test_a_standby_is_unavailable_to_writers(postgresql_url: str) -> None:
+    """After a failover a connection may lead to a server that can only read: try again."""
+    name = make_url(postgresql_url).database
+    async with connected(postgresql_url) as connection:
+        await connection.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    async with serving(postgresql_url) as (_, users):
+        refused = await refusal(users.CreateUser(CREATE))
+
+    assert (refused.code, refused.reason) == (StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")
+
+
+async def test_a_statement_prepared_before_a_migration_may_be_tried_again(postgresql_url: str) -> None:
+    """A column that changes its type spoils what a connection has prepared, once a statement."""
+    async with narrow(postgresql_url) as (_, users):
+        id = await create(users)
+        await users.UpdateUser(renamed(id))
+        async with connected(postgresql_url) as connection:
+            await connection.execute("ALTER TABLE users ALTER full_name TYPE varchar(300)")
+        refused = await refusal(users.UpdateUser(renamed(id)))
+
+        assert (refused.code, refused.reason) == (StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")
+        assert refused.retry_seconds == 1
+        assert (await users.UpdateUser(renamed(id))).version == 3
+
+
+async def test_a_commit_whose_answer_is_lost_has_an_unknown_outcome(postgresql_url: str) -> None:
+    """The connection breaks between the last statement and the commit's answer: to try again may double."""
+    database = Database(Settings(database_url=postgresql_url))
+
+    async def write_and_lose_the_connection() -> None:
+        async with database.begin() as session:
+            await session.execute(insert(UserRow).values(email="ada@example.org"))
+            backend = await session.scalar(select(func.pg_backend_pid()))
+            async with database.read() as other:
+                await other.execute(select(func.pg_terminate_backend(backend, TIMEOUT_SECONDS * 1000)))
+
+    with pytest.raises(OutcomeUnknown, match="send a request_id"):
+        await write_and_lose_the_connection()
+
+    async with database.begin() as session:
+        assert await session.scalar(select(func.count()).select_from(UserRow)) == 0
+    await database.close()

@@ -1,0 +1,253 @@
+"""What callers are told where a handler misbehaves, and what of it the log has."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.empty_pb2 import Empty
+from grpc import StatusCode
+
+from service import errors
+from service.errors import InvalidField, RosterError, Violation
+from service.interceptors.around import Context
+from service.interceptors.errors import Errors, status_code
+from tests.errors import Refusal, refusal
+
+SECRET = "postgresql://roster:hunter2@db/roster"
+OPAQUE = "internal error; the server's log has the details"
+# A call that gets no status would wait so long.
+TIMEOUT_SECONDS = 10
+
+
+async def fails(request: Any, context: Context) -> Empty:
+    raise ValueError(SECRET)
+
+
+async def cancels(request: Any, context: Context) -> Empty:
+    raise asyncio.CancelledError(SECRET)
+
+
+async def fails_in_a_group(request: Any, context: Context) -> Empty:
+    async with asyncio.TaskGroup() as tasks:
+        await asyncio.wait({tasks.create_task(fails(request, context))})
+    return Empty()
+
+
+async def fails_before_it_answers(request: Any, context: Context) -> AsyncIterator[Empty]:
+    yield await fails(request, context)
+
+
+async def fails_between_answers(request: Any, context: Context) -> AsyncIterator[Empty]:
+    yield Empty()
+    raise ValueError(SECRET)
+
+
+async def cancels_between_answers(request: Any, context: Context) -> AsyncIterator[Empty]:
+    yield Empty()
+    raise asyncio.CancelledError(SECRET)
+
+
+async def refuses(request: Any, context: Context) -> Empty:
+    raise errors.Overloaded("too much at once", field="user", seconds=7)
+
+
+async def refuses_between_answers(request: Any, context: Context) -> AsyncIterator[Empty]:
+    yield Empty()
+    raise errors.Overloaded("too much at once", field="user", seconds=7)
+
+
+async def has_much_to_say(request: Any, context: Context) -> Empty:
+    raise InvalidField.of([Violation(f"ids[{number}]", "é" * 100) for number in range(400)])
+
+
+FAILING_UNARY = [fails, fails_in_a_group]
+FAILING_STREAM = [fails_before_it_answers, fails_between_answers]
+KINDS = {
+    "unary_unary": grpc.unary_unary_rpc_method_handler,
+    "unary_stream": grpc.unary_stream_rpc_method_handler,
+    "stream_unary": grpc.stream_unary_rpc_method_handler,
+    "stream_stream": grpc.stream_stream_rpc_method_handler,
+}
+
+
+@asynccontextmanager
+async def serving(kind: str, behaviour: Any) -> AsyncIterator[Callable[..., Any]]:
+    """Serve one method, with the interceptor around it, and yield the way to call it."""
+    handler = KINDS[kind](behaviour, Empty.FromString, Empty.SerializeToString)
+    server = grpc.aio.server(interceptors=[Errors()])
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("test.Service", {"Call": handler}),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub: Any = getattr(channel, kind)("/test.Service/Call")
+        yield stub
+    await server.stop(grace=None)
+
+
+async def refused_after_all(kind: str, behaviour: Any) -> Refusal:
+    """Return how the method refuses a call, all answers to it read."""
+    request = iter([b""]) if kind.startswith("stream") else b""
+    async with serving(kind, behaviour) as stub:
+        call = stub(request, timeout=TIMEOUT_SECONDS)
+        if kind.endswith("unary"):
+            return await refusal(call)
+        return await refusal(read_all(call))
+
+
+async def read_all(call: Any) -> list[bytes]:
+    return [answer async for answer in call]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_an_unexpected_exception_is_opaque_to_callers_and_whole_in_the_log(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No class name, no text and no address gets out, whether before the first answer or behind it."""
+    for behaviour in FAILING_UNARY if kind.endswith("unary") else FAILING_STREAM:
+        caplog.clear()
+        refused = await refused_after_all(kind, behaviour)
+
+        assert (refused.code, refused.message, refused.reason) == (StatusCode.INTERNAL, OPAQUE, "INTERNAL")
+        assert refused.status.message == OPAQUE
+        assert b"hunter2" not in refused.status.SerializeToString()
+        (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+        assert record.getMessage() == "/test.Service/Call failed"
+        assert f"ValueError: {SECRET}" in caplog.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_cancellation_that_nobody_asked_for_gets_a_status(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """grpc.aio by itself would send none, and the caller would wait for its deadline."""
+    refused = await refused_after_all(kind, cancels if kind.endswith("unary") else cancels_between_answers)
+
+    assert (refused.code, refused.message) == (StatusCode.INTERNAL, OPAQUE)
+    assert "was cut off by a cancellation inside" in caplog.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_domain_error_gets_its_status_and_details(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With reason, facts and when to try again; nothing of it is an error of the server's."""
+    refused = await refused_after_all(kind, refuses if kind.endswith("unary") else refuses_between_answers)
+
+    assert (refused.code, refused.message) == (StatusCode.UNAVAILABLE, "too much at once")
+    assert (refused.reason, refused.facts, refused.retry_seconds) == ("OVERLOADED", {"seconds": "7"}, 1)
+    assert refused.fields == []
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_cancelled_call_runs_its_finally_at_once(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A caller who goes away leaves no session open behind it, and nothing in the log."""
+    started, ended = asyncio.Event(), asyncio.Event()
+
+    async def wait(request: Any, context: Context) -> Empty:
+        try:
+            started.set()
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+        return Empty()
+
+    async def wait_between_answers(request: Any, context: Context) -> AsyncIterator[Empty]:
+        yield Empty()
+        yield await wait(request, context)
+
+    async with serving(kind, wait if kind.endswith("unary") else wait_between_answers) as stub:
+        call = stub() if kind.startswith("stream") else stub(b"")
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            await started.wait()
+            call.cancel()
+            await ended.wait()
+
+    assert not caplog.records
+
+
+async def test_a_caller_who_stops_reading_and_goes_away_ends_the_handler() -> None:
+    """The `finally` around a `yield` runs too where the answer could not be sent."""
+    ended = asyncio.Event()
+
+    async def pour(requests: Any, context: Context) -> AsyncIterator[Empty]:
+        try:
+            while True:
+                yield Empty()
+        finally:
+            ended.set()
+
+    async with serving("stream_stream", pour) as stub:
+        call = stub()
+        assert await call.read() == b""
+        call.cancel()
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            await ended.wait()
+
+
+async def test_violations_are_cut_to_what_a_trailer_holds() -> None:
+    """400 of 200 bytes would end the call with RESOURCE_EXHAUSTED and nothing said."""
+    refused = await refused_after_all("unary_unary", has_much_to_say)
+
+    assert (refused.code, refused.reason) == (StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
+    assert refused.fields == [f"ids[{number}]" for number in range(len(refused.fields))]
+    assert 20 < len(refused.fields) <= 50
+
+
+STATUSES: Mapping[type[RosterError], StatusCode] = {
+    errors.InvalidField: StatusCode.INVALID_ARGUMENT,
+    errors.InvalidMask: StatusCode.INVALID_ARGUMENT,
+    errors.InvalidFilter: StatusCode.INVALID_ARGUMENT,
+    errors.InvalidOrder: StatusCode.INVALID_ARGUMENT,
+    errors.InvalidPageToken: StatusCode.INVALID_ARGUMENT,
+    errors.InvalidOptions: StatusCode.INVALID_ARGUMENT,
+    errors.MalformedMessage: StatusCode.INVALID_ARGUMENT,
+    errors.TooLarge: StatusCode.INVALID_ARGUMENT,
+    errors.UserNotFound: StatusCode.NOT_FOUND,
+    errors.PostNotFound: StatusCode.NOT_FOUND,
+    errors.LoadNotFound: StatusCode.NOT_FOUND,
+    errors.AuthorNotFound: StatusCode.FAILED_PRECONDITION,
+    errors.EmailTaken: StatusCode.ALREADY_EXISTS,
+    errors.IdTaken: StatusCode.ALREADY_EXISTS,
+    errors.RequestIdReused: StatusCode.ALREADY_EXISTS,
+    errors.VersionMismatch: StatusCode.ABORTED,
+    errors.LoadFenced: StatusCode.ABORTED,
+    errors.OffsetGap: StatusCode.OUT_OF_RANGE,
+    errors.OptionsChanged: StatusCode.FAILED_PRECONDITION,
+    errors.LoadFinished: StatusCode.FAILED_PRECONDITION,
+    errors.LoadAborted: StatusCode.FAILED_PRECONDITION,
+    errors.LoadExpired: StatusCode.FAILED_PRECONDITION,
+    errors.TooManyFailures: StatusCode.FAILED_PRECONDITION,
+    errors.PoolExhausted: StatusCode.UNAVAILABLE,
+    errors.Overloaded: StatusCode.UNAVAILABLE,
+    errors.DatabaseUnavailable: StatusCode.UNAVAILABLE,
+    errors.Draining: StatusCode.UNAVAILABLE,
+    errors.StatementTimeout: StatusCode.DEADLINE_EXCEEDED,
+    errors.Unsupported: StatusCode.UNIMPLEMENTED,
+    # Not UNAVAILABLE, which clients are told to try again by themselves: the write may be in.
+    errors.OutcomeUnknown: StatusCode.INTERNAL,
+}
+
+
+def with_reasons(kind: type[RosterError]) -> set[type[RosterError]]:
+    """Return the error types below one that have a reason of their own."""
+    found = {each for each in kind.__subclasses__() if "reason" in vars(each)}
+    return found.union(*(with_reasons(each) for each in kind.__subclasses__()))
+
+
+def test_the_table_has_every_reason() -> None:
+    """A new one gets its code here."""
+    assert set(STATUSES) == with_reasons(RosterError)
+
+
+@pytest.mark.parametrize(("kind", "code"), STATUSES.items())
+def test_every_reason_has_its_code(kind: type[RosterError], code: StatusCode) -> None:
+    """The table of the contract; what can be tried again, and only that, says when."""
+    assert status_code(kind("no")) == code
+    assert (kind.retry_after_seconds is not None) == (code == StatusCode.UNAVAILABLE)

@@ -1,0 +1,321 @@
+"""Lists and exports: filters, orders, pages, tokens, and how large an answer gets."""
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import grpc
+import pytest
+from sqlalchemy import insert
+
+from roster.v1.posts_pb2 import ExportPostsRequest, ExportPostsResponse, ListPostsRequest, ListPostsResponse
+from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.resources_pb2 import Post, User
+from roster.v1.users_pb2 import (
+    CreateUserRequest,
+    DeleteUserRequest,
+    ExportUsersRequest,
+    ListUsersRequest,
+    ListUsersResponse,
+)
+from roster.v1.users_pb2_grpc import UserServiceStub
+from service.server import Server
+from service.settings import Settings
+from service.users import model
+from tests.errors import refusal
+from tests.rows import add_posts, add_users
+
+MIB = 1 << 20
+MAX_ANSWER_BYTES = 3 * MIB
+NOON = datetime(2024, 1, 31, 12, tzinfo=UTC)
+# The third is as old as the first; the e-mails go their own way.
+PEOPLE: list[dict[str, Any]] = [
+    {"email": "grace@example.org", "full_name": "Grace Hopper", "is_active": True, "created_at": NOON},
+    {
+        "email": "alan@example.net",
+        "full_name": None,
+        "is_active": False,
+        "created_at": NOON + timedelta(days=1),
+    },
+    {"email": "barbara@example.org", "full_name": "Barbara", "is_active": True, "created_at": NOON},
+    {
+        "email": "ada@example.org",
+        "full_name": "Ada",
+        "is_active": True,
+        "created_at": NOON - timedelta(days=1),
+    },
+]
+
+ORDERS = {
+    "": [1, 2, 3, 4],
+    "id desc": [4, 3, 2, 1],
+    "email": [4, 2, 3, 1],
+    "email desc": [1, 3, 2, 4],
+    "created_at asc": [4, 1, 3, 2],
+    "created_at desc": [2, 3, 1, 4],
+}
+FILTERS = {
+    "is_active = true": [1, 3, 4],
+    "is_active = true AND id > 1": [3, 4],
+    "id = 1 OR id = 4": [1, 4],
+    "NOT (id = 1 OR id = 4)": [2, 3],
+    'email : "example.org"': [1, 3, 4],
+    'email = " ADA@Example.org"': [4],
+    'email >= "b"': [1, 3],
+    'full_name : "a"': [1, 3, 4],
+    'full_name : "B"': [3],
+    "full_name = null": [2],
+    "full_name != null": [1, 3, 4],
+    'created_at = "2024-01-31T12:00:00Z"': [1, 3],
+    'created_at > "2024-01-31T13:00:00+01:00"': [2],
+    "id > 4": [],
+}
+
+
+@pytest.fixture
+async def people(server: Server) -> None:
+    """Four users, with the ids 1 to 4."""
+    async with server.database.begin() as session:
+        await session.execute(insert(model.User), PEOPLE)
+
+
+@pytest.fixture
+async def narrow(server: Server) -> AsyncIterator[PostServiceStub]:
+    """The client of a second server on the same database, with one connection for its calls."""
+    url = server.settings.database_url
+    narrow = Server(Settings(database_url=url, listen="127.0.0.1:0", pool_size=1, max_overflow=0))
+    await narrow.start()
+    async with grpc.aio.insecure_channel(narrow.address) as channel:
+        yield PostServiceStub(channel)
+    await narrow.stop(grace=0)
+
+
+async def user_pages(users: UserServiceStub, **asked: Any) -> list[ListUsersResponse]:
+    """Return all pages of a listing."""
+    pages = [await users.ListUsers(ListUsersRequest(**asked))]
+    while pages[-1].next_page_token:
+        request = ListUsersRequest(**asked, page_token=pages[-1].next_page_token)
+        pages.append(await users.ListUsers(request))
+    return pages
+
+
+async def post_pages(posts: PostServiceStub, **asked: Any) -> list[ListPostsResponse]:
+    """Return all pages of a listing."""
+    pages = [await posts.ListPosts(ListPostsRequest(**asked))]
+    while pages[-1].next_page_token:
+        request = ListPostsRequest(**asked, page_token=pages[-1].next_page_token)
+        pages.append(await posts.ListPosts(request))
+    return pages
+
+
+async def exported_posts(posts: PostServiceStub, request: ExportPostsRequest) -> list[ExportPostsResponse]:
+    return [message async for message in posts.ExportPosts(request)]
+
+
+async def test_a_page_has_50_rows_unless_told_otherwise(server: Server, users: UserServiceStub) -> None:
+    """At most 1000; more is taken as that."""
+    ids = await add_users(server.database, 1001)
+
+    assert [len(page.users) for page in await user_pages(users)] == [50] * 20 + [1]
+    for page_size in (1000, 5000):
+        pages = await user_pages(users, page_size=page_size)
+        assert [len(page.users) for page in pages] == [1000, 1]
+        assert [user.id for page in pages for user in page.users] == ids
+
+
+async def test_a_listing_of_nothing_is_an_empty_page(users: UserServiceStub, posts: PostServiceStub) -> None:
+    """Without a token."""
+    assert await users.ListUsers(ListUsersRequest()) == ListUsersResponse()
+    assert await posts.ListPosts(ListPostsRequest()) == ListPostsResponse()
+
+
+@pytest.mark.usefixtures("people")
+async def test_pages_follow_the_order(users: UserServiceStub) -> None:
+    """Of any size; the id breaks ties, in the same direction."""
+    for page_size, count in {1: 4, 2: 2, 3: 2, 4: 1, 50: 1}.items():
+        found = {}
+        for order_by in ORDERS:
+            pages = await user_pages(users, order_by=order_by, page_size=page_size)
+            assert len(pages) == count
+            found[order_by] = [user.id for page in pages for user in page.users]
+        assert found == ORDERS
+
+
+@pytest.mark.usefixtures("people")
+async def test_a_filter_says_which(users: UserServiceStub) -> None:
+    """The same in a list, page by page, and in an export."""
+    listed, exported = {}, {}
+    for text in FILTERS:
+        pages = await user_pages(users, filter=text, page_size=1)
+        listed[text] = [user.id for page in pages for user in page.users]
+        messages = [message async for message in users.ExportUsers(ExportUsersRequest(filter=text))]
+        exported[text] = [user.id for message in messages for user in message.users]
+    assert listed == FILTERS
+    assert exported == FILTERS
+
+
+@pytest.mark.usefixtures("people")
+async def test_posts_are_filtered_and_ordered_too(server: Server, posts: PostServiceStub) -> None:
+    """By their own fields; those of one author by `author_id`, beside the filter."""
+    await add_posts(server.database, [1, 2, 1, 3, 1])
+
+    async def ids(**asked: Any) -> list[int]:
+        return [post.id for page in await post_pages(posts, page_size=2, **asked) for post in page.posts]
+
+    assert await ids(author_id=1) == [1, 3, 5]
+    assert await ids(author_id=1, order_by="id desc") == [5, 3, 1]
+    assert await ids(author_id=1, filter='title = "Post 2" OR title = "Post 3"') == [3]
+    assert await ids(filter="author_id = 2 OR author_id = 3", order_by="created_at desc") == [4, 2]
+    assert await ids(author_id=4) == []
+    assert await ids(order_by="created_at") == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.usefixtures("people")
+async def test_a_token_belongs_to_its_filter_and_order(users: UserServiceStub) -> None:
+    """With others it is refused; the size of the page and the view may change."""
+    asked: dict[str, Any] = {"filter": "id > 0", "order_by": "email desc"}
+    first = await users.ListUsers(ListUsersRequest(**asked, page_size=1))
+    token = first.next_page_token
+
+    for other in ({"filter": "id > 1"}, {"order_by": "email"}, {"order_by": "id desc"}, {"filter": ""}):
+        request = ListUsersRequest(**{**asked, **other}, page_token=token)
+        refused = await refusal(users.ListUsers(request))
+        assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PAGE_TOKEN")
+    rest = await users.ListUsers(ListUsersRequest(**asked, page_token=token, view=User.WITH_POSTS))
+    assert [user.id for user in rest.users] == [3, 2, 4]
+
+
+@pytest.mark.usefixtures("people")
+async def test_a_token_of_posts_belongs_to_their_author(server: Server, posts: PostServiceStub) -> None:
+    """With another `author_id`, or with none, it is refused."""
+    await add_posts(server.database, [1, 1, 2, 2])
+    first = await posts.ListPosts(ListPostsRequest(author_id=1, page_size=1))
+
+    for author_id in (0, 2):
+        request = ListPostsRequest(author_id=author_id, page_token=first.next_page_token)
+        assert (await refusal(posts.ListPosts(request))).reason == "INVALID_PAGE_TOKEN"
+    rest = await posts.ListPosts(ListPostsRequest(author_id=1, page_token=first.next_page_token))
+    assert [post.id for post in rest.posts] == [2]
+
+
+async def test_a_token_of_users_is_none_of_posts(
+    server: Server, users: UserServiceStub, posts: PostServiceStub
+) -> None:
+    """Even where filter and order are the same."""
+    await add_users(server.database, 2)
+    token = (await users.ListUsers(ListUsersRequest(page_size=1))).next_page_token
+
+    refused = await refusal(posts.ListPosts(ListPostsRequest(page_token=token)))
+    assert (refused.reason, refused.fields) == ("INVALID_PAGE_TOKEN", ["page_token"])
+
+
+@pytest.mark.usefixtures("people")
+async def test_pages_are_stable_while_users_come_and_go(users: UserServiceStub) -> None:
+    """Whoever stays is met once; even the user that the token points at may be gone."""
+    asked: dict[str, Any] = {"order_by": "email", "page_size": 2}
+    first = await users.ListUsers(ListUsersRequest(**asked))
+    assert [user.email for user in first.users] == ["ada@example.org", "alan@example.net"]
+
+    for user in first.users:
+        await users.DeleteUser(DeleteUserRequest(id=user.id))
+    for email in ("aaron@example.org", "zoe@example.org"):
+        await users.CreateUser(CreateUserRequest(user=User(email=email)))
+    rest = []
+    token = first.next_page_token
+    while token:
+        page = await users.ListUsers(ListUsersRequest(**asked, page_token=token))
+        rest += [user.email for user in page.users]
+        token = page.next_page_token
+    assert rest == ["barbara@example.org", "grace@example.org", "zoe@example.org"]
+
+
+@pytest.mark.parametrize("order_by", ["id", "created_at desc"])
+async def test_pages_of_large_posts_end_early(server: Server, posts: PostServiceStub, order_by: str) -> None:
+    """None is larger than 3 MiB, and their tokens lead through all rows, each met once."""
+    author_ids = await add_users(server.database, full_name="😀" * 255)
+    ids = await add_posts(server.database, author_ids * 5, title="😀" * 255, content="é" * (MIB // 2))
+    ids += await add_posts(server.database, author_ids * 5)
+
+    pages = await post_pages(posts, order_by=order_by, page_size=8, view=Post.WITH_AUTHOR)
+    assert all(page.ByteSize() <= MAX_ANSWER_BYTES for page in pages)
+    found = [post.id for page in pages for post in page.posts]
+    assert found == (ids if order_by == "id" else ids[::-1])
+    sizes = [len(page.posts) for page in pages]
+    assert sizes == ([2, 2, 6] if order_by == "id" else [7, 2, 1])
+
+
+async def test_pages_of_users_with_many_posts_end_early(server: Server, users: UserServiceStub) -> None:
+    """None is larger than 3 MiB, and their tokens lead through all users, each met once."""
+    ids = await add_users(server.database, 80)
+    await add_posts(server.database, ids * 50, title="😀" * 255)
+
+    pages = await user_pages(users, view=User.WITH_POSTS, page_size=1000)
+    assert len(pages) == 2
+    assert all(page.ByteSize() <= MAX_ANSWER_BYTES for page in pages)
+    found = [(user.id, len(user.posts)) for page in pages for user in page.users]
+    assert found == [(id, 50) for id in ids]
+
+
+async def test_an_export_has_every_user_once(server: Server, users: UserServiceStub) -> None:
+    """In id order, as many a message as asked for; `last_id` tells where a broken one goes on."""
+    ids = await add_users(server.database, 1001)
+
+    async def sent(**asked: Any) -> list[list[int]]:
+        messages = [message async for message in users.ExportUsers(ExportUsersRequest(**asked))]
+        assert [message.last_id for message in messages] == [message.users[-1].id for message in messages]
+        return [[user.id for user in message.users] for message in messages]
+
+    assert await sent() == [ids[:1000], ids[1000:]]
+    assert await sent(batch_size=400) == [ids[:400], ids[400:800], ids[800:]]
+    assert await sent(after_id=ids[899], batch_size=100) == [ids[900:1000], ids[1000:]]
+    assert await sent(after_id=ids[899], filter=f"id < {ids[901]}") == [[ids[900]]]
+    assert await sent(after_id=ids[-1]) == []
+
+
+@pytest.mark.usefixtures("people")
+async def test_an_exported_user_is_the_one_that_is_listed(users: UserServiceStub) -> None:
+    """With every field but the posts."""
+    (message,) = [message async for message in users.ExportUsers(ExportUsersRequest())]
+
+    assert list(message.users) == list((await users.ListUsers(ListUsersRequest())).users)
+
+
+async def test_an_export_has_every_post_once(server: Server, posts: PostServiceStub) -> None:
+    """Large ones come a few at a time: no message is larger than 3 MiB."""
+    author_ids = await add_users(server.database)
+    ids = await add_posts(server.database, author_ids * 5, content="é" * (MIB // 2))
+    ids += await add_posts(server.database, author_ids * 5)
+
+    messages = await exported_posts(posts, ExportPostsRequest())
+    assert [len(message.posts) for message in messages] == [2, 2, 6]
+    assert all(message.ByteSize() <= MAX_ANSWER_BYTES for message in messages)
+    assert [post.id for message in messages for post in message.posts] == ids
+    assert [message.last_id for message in messages] == [ids[1], ids[3], ids[9]]
+
+    resumed = await exported_posts(posts, ExportPostsRequest(after_id=messages[0].last_id))
+    assert resumed == messages[1:]
+    filtered = await exported_posts(posts, ExportPostsRequest(filter='title = "Post 4"', batch_size=1))
+    assert [[post.id for post in message.posts] for message in filtered] == [[ids[4]], [ids[9]]]
+
+
+async def test_an_export_holds_no_connection_while_it_waits_for_its_reader(
+    server: Server, narrow: PostServiceStub
+) -> None:
+    """On a server with one connection others are served meanwhile, and the export goes on after that."""
+    ids = await add_posts(server.database, await add_users(server.database) * 60, content="x" * MIB)
+
+    export = aiter(narrow.ExportPosts(ExportPostsRequest()))
+    first = await anext(export)
+    assert len((await narrow.ListPosts(ListPostsRequest())).posts) == 2
+    rest = [message async for message in export]
+    assert [post.id for message in [first, *rest] for post in message.posts] == ids
+
+
+async def test_an_export_can_be_left(server: Server, users: UserServiceStub) -> None:
+    """A reader who has seen enough goes, and the server serves on."""
+    await add_users(server.database, 1000)
+    call = users.ExportUsers(ExportUsersRequest(batch_size=1))
+    await call.read()
+    call.cancel()
+
+    assert len((await users.ListUsers(ListUsersRequest())).users) == 50

@@ -1,0 +1,257 @@
+"""What the server says of itself: its contract to those who ask, and whether it can serve."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from google.protobuf.descriptor_pool import DescriptorPool
+from grpc import StatusCode
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListRequest
+from grpc_health.v1.health_pb2_grpc import HealthStub, add_HealthServicer_to_server
+from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest, ServerReflectionResponse
+
+from service import health
+from service.db import migrations
+from service.db.engine import Database
+from service.errors import DatabaseUnavailable
+from service.health import Health
+from service.server import Server
+from service.settings import Settings
+from tests.errors import refusal
+from tests.postgres import PostgresServer
+
+SERVING = HealthCheckResponse.SERVING
+NOT_SERVING = HealthCheckResponse.NOT_SERVING
+TIMEOUT_SECONDS = 20
+
+SERVICES = ["roster.v1.UserService", "roster.v1.PostService"]
+VERSIONS = ["grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"]
+
+on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+Ask = Callable[..., Any]
+
+
+@pytest.fixture(params=VERSIONS)
+def ask(request: pytest.FixtureRequest, channel: grpc.aio.Channel) -> Ask:
+    """The reflection of the server: one question, one answer."""
+    return asking(channel, request.param)
+
+
+def asking(channel: grpc.aio.Channel, version: str) -> Ask:
+    stub: Any = channel.stream_stream(
+        f"/{version}/ServerReflectionInfo",
+        request_serializer=ServerReflectionRequest.SerializeToString,
+        response_deserializer=ServerReflectionResponse.FromString,
+    )
+
+    async def ask(**question: Any) -> ServerReflectionResponse:
+        call = stub(iter([ServerReflectionRequest(**question)]), timeout=TIMEOUT_SECONDS)
+        (answer,) = [answer async for answer in call]
+        return answer
+
+    return ask
+
+
+def files(answer: ServerReflectionResponse) -> list[FileDescriptorProto]:
+    found = answer.file_descriptor_response.file_descriptor_proto
+    return [FileDescriptorProto.FromString(file) for file in found]
+
+
+@on_sqlite
+async def test_reflection_lists_every_service(ask: Ask) -> None:
+    """Those of the contract, health, and reflection itself in both versions."""
+    answer = await ask(list_services="")
+
+    listed = [service.name for service in answer.list_services_response.service]
+    assert sorted(listed) == sorted([*SERVICES, *VERSIONS, "grpc.health.v1.Health"])
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("symbol", "file"),
+    [
+        ("roster.v1.UserService", "roster/v1/users.proto"),
+        ("roster.v1.UserService.GetUser", "roster/v1/users.proto"),
+        ("roster.v1.PostService.BulkCreatePosts", "roster/v1/posts.proto"),
+        ("roster.v1.User", "roster/v1/resources.proto"),
+        ("roster.v1.User.View", "roster/v1/resources.proto"),
+        ("roster.v1.BulkAck", "roster/v1/bulk.proto"),
+        ("google.rpc.ErrorInfo", "google/rpc/error_details.proto"),
+        ("google.rpc.BadRequest.FieldViolation", "google/rpc/error_details.proto"),
+        ("grpc.health.v1.Health.Check", "grpc/health/v1/health.proto"),
+    ],
+)
+async def test_reflection_finds_the_file_of_a_symbol(ask: Ask, symbol: str, file: str) -> None:
+    """A service, a method, a message, an enum, and what errors carry, so that grpcurl can print it."""
+    assert file in [found.name for found in files(await ask(file_containing_symbol=symbol))]
+
+
+@on_sqlite
+async def test_reflection_teaches_the_whole_contract(ask: Ask) -> None:
+    """From the files and what they import a client can build every request."""
+    known: dict[str, FileDescriptorProto] = {}
+    wanted = ["roster/v1/users.proto", "roster/v1/posts.proto"]
+    while wanted:
+        for file in files(await ask(file_by_filename=wanted.pop())):
+            known[file.name] = file
+            wanted += [name for name in file.dependency if name not in known]
+
+    pool = DescriptorPool()  # type: ignore[no-untyped-call]
+    added: list[str] = []
+    while len(added) < len(known):
+        for file in known.values():
+            if file.name not in added and set(file.dependency) <= set(added):
+                pool.AddSerializedFile(file.SerializeToString())  # type: ignore[no-untyped-call]
+                added.append(file.name)
+
+    methods = pool.FindServiceByName("roster.v1.UserService").methods_by_name  # type: ignore[no-untyped-call]
+    assert methods["CreateUser"].input_type.fields_by_name["user"].message_type.full_name == "roster.v1.User"
+    assert "roster.v1.PostService" in [f"roster.v1.{s.name}" for s in known["roster/v1/posts.proto"].service]
+
+
+@on_sqlite
+@pytest.mark.parametrize(
+    ("question", "code"),
+    [
+        ({"file_containing_symbol": "roster.v1.Nobody"}, StatusCode.NOT_FOUND),
+        ({"file_containing_symbol": ""}, StatusCode.NOT_FOUND),
+        ({"file_containing_symbol": "\0.é"}, StatusCode.NOT_FOUND),
+        ({"file_by_filename": "../../etc/passwd"}, StatusCode.NOT_FOUND),
+        ({"all_extension_numbers_of_type": "roster.v1.Nobody"}, StatusCode.NOT_FOUND),
+        ({}, StatusCode.INVALID_ARGUMENT),
+    ],
+)
+async def test_reflection_says_what_it_does_not_know(
+    ask: Ask, question: dict[str, Any], code: StatusCode
+) -> None:
+    """The stream goes on: the error is an answer."""
+    answer = await ask(**question)
+
+    assert answer.error_response.error_code == code.value[0]
+
+
+async def test_reflection_can_be_switched_off(sqlite_url: str) -> None:
+    """Neither version is there then, and all else is."""
+    async with serving(sqlite_url, reflection=False) as (_, channel):
+        for version in VERSIONS:
+            refused = await refusal(asking(channel, version)(list_services=""))
+            assert refused.code == StatusCode.UNIMPLEMENTED
+
+        assert await check(channel, "") == SERVING
+
+
+@asynccontextmanager
+async def serving(database_url: str, **options: Any) -> AsyncIterator[tuple[Server, grpc.aio.Channel]]:
+    """Serve a database with settings of the test's own."""
+    server = Server(Settings(database_url=database_url, listen="127.0.0.1:0", **options))
+    await server.start()
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        yield server, channel
+    await server.stop(grace=0)
+
+
+async def check(channel: grpc.aio.Channel, service: str) -> int:
+    return (await HealthStub(channel).Check(HealthCheckRequest(service=service))).status
+
+
+async def statuses(channel: grpc.aio.Channel) -> dict[str, int]:
+    listed = (await HealthStub(channel).List(HealthListRequest())).statuses
+    return {name: answer.status for name, answer in listed.items()}
+
+
+@pytest.mark.parametrize("service", ["", *SERVICES, "live"])
+async def test_healthy_services_serve(channel: grpc.aio.Channel, service: str) -> None:
+    """The server as a whole, each service, and the process."""
+    assert await check(channel, service) == SERVING
+
+
+@on_sqlite
+async def test_health_lists_all_services(channel: grpc.aio.Channel) -> None:
+    """Those that can be checked."""
+    assert await statuses(channel) == dict.fromkeys(["", *SERVICES, "live"], SERVING)
+
+
+@on_sqlite
+async def test_health_of_an_unknown_service_is_not_found(channel: grpc.aio.Channel) -> None:
+    """As the health protocol has it; to watch one is no error, since it may come."""
+    refused = await refusal(HealthStub(channel).Check(HealthCheckRequest(service="roster.v1.Nobody")))
+    assert refused.code == StatusCode.NOT_FOUND
+
+    watch = HealthStub(channel).Watch(HealthCheckRequest(service="roster.v1.Nobody"))
+    assert (await watch.read()).status == HealthCheckResponse.SERVICE_UNKNOWN
+
+
+@on_sqlite
+async def test_a_stop_is_told_to_watchers_and_does_not_wait_for_them(server: Server) -> None:
+    """They have no end of their own: a stop would wait for all of its grace."""
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        watch = HealthStub(channel).Watch(HealthCheckRequest())
+        assert (await watch.read()).status == SERVING
+
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            await server.stop(grace=10 * TIMEOUT_SECONDS)
+
+        assert [answer.status async for answer in watch] == [NOT_SERVING]
+
+
+class Away(Database):
+    """A database that answers or not, as the test has it."""
+
+    is_away = True
+
+    async def ping(self) -> None:
+        if self.is_away:
+            raise DatabaseUnavailable("the database can't be reached")
+        await super().ping()
+
+
+async def test_one_failed_look_is_not_told(sqlite_url: str) -> None:
+    """A failover's blink must not take a server out of rotation; two failed looks in a row do."""
+    database = Away(Settings(database_url=sqlite_url))
+    health = Health(database, SERVICES)
+    async with AsyncExitStack() as stack:
+        server = grpc.aio.server()
+        add_HealthServicer_to_server(health, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        stack.push_async_callback(server.stop, grace=None)
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
+
+        await health.look()
+        assert await statuses(channel) == dict.fromkeys(["", *SERVICES], SERVING)
+
+        await health.look()
+        assert await statuses(channel) == dict.fromkeys(["", *SERVICES], NOT_SERVING)
+
+        database.is_away = False
+        await health.look()
+        assert await statuses(channel) == dict.fromkeys(["", *SERVICES], SERVING)
+
+        database.is_away = True
+        await health.look()
+        assert await statuses(channel) == dict.fromkeys(["", *SERVICES], SERVING)
+    await database.close()
+
+
+async def test_health_follows_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gone, it is not serving, but alive; back again, it is serving."""
+    monkeypatch.setattr(health, "INTERVAL_SECONDS", 0.05)
+    with PostgresServer() as postgres:
+        async with postgres.database() as url, serving(url) as (_, channel):
+            watch = HealthStub(channel).Watch(
+                HealthCheckRequest(service=SERVICES[0]), timeout=TIMEOUT_SECONDS
+            )
+            assert (await watch.read()).status == SERVING
+
+            await asyncio.to_thread(postgres.stop)
+            assert (await watch.read()).status == NOT_SERVING
+            assert await check(channel, "") == NOT_SERVING
+            assert await check(channel, "live") == SERVING
+
+            await asyncio.to_thread(postgres.start)
+            assert (await watch.read()).status == SERVING
+            watch.cancel()

@@ -1,0 +1,376 @@
+"""Users, one at a time and by their ids, through the API."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from uuid import uuid4
+
+import grpc
+import pytest
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.field_mask_pb2 import FieldMask
+
+from roster.v1.resources_pb2 import Post, User
+from roster.v1.users_pb2 import (
+    BatchGetUsersRequest,
+    BatchGetUsersResponse,
+    CreateUserRequest,
+    DeleteUserRequest,
+    GetUserRequest,
+    ListUsersRequest,
+    UpdateUserRequest,
+)
+from roster.v1.users_pb2_grpc import UserServiceStub
+from service.server import Server, utc_now
+from service.settings import Settings
+from tests.errors import refusal
+from tests.rows import add_posts, add_users
+
+MAX_ANSWER_BYTES = 3 << 20
+HASH = "$argon2id$v=19$m=65536,t=3,p=4$c29tZXNhbHQxMjM0NTY$dGhpcyBpcyBub3QgYSBoYXNoIGF0IGFsbA"
+# Composed, decomposed, with space around it, in capitals.
+SPELLINGS = (
+    "\u00e9va@example.org",
+    "e\u0301va@example.org",
+    " \u00e9va@example.org\n",
+    "\u00c9VA@Example.ORG",
+)
+
+
+@pytest.fixture
+async def ada(users: UserServiceStub) -> User:
+    """A user with every field set."""
+    user = User(email="ada@example.org", full_name="Ada", is_active=True)
+    return await users.CreateUser(CreateUserRequest(user=user))
+
+
+async def everybody(users: UserServiceStub) -> list[User]:
+    return list((await users.ListUsers(ListUsersRequest())).users)
+
+
+async def test_a_new_user_has_an_id_a_version_and_two_times(users: UserServiceStub) -> None:
+    """Who says nothing else is active and has no name."""
+    before = datetime.now(UTC)
+    created = await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org")))
+
+    assert created == User(
+        id=1,
+        email="ada@example.org",
+        is_active=True,
+        version=1,
+        created_at=created.created_at,
+        updated_at=created.created_at,
+    )
+    assert abs(created.created_at.ToDatetime(UTC) - before) < timedelta(minutes=1)
+
+
+async def test_a_new_user_keeps_what_it_was_created_with(users: UserServiceStub) -> None:
+    """An empty name is not the same as none; what is output only is ignored."""
+    sent = User(
+        id=4711, email="ada@example.org", full_name="", is_active=False, version=9, posts=[Post(id=1)]
+    )
+    created = await users.CreateUser(CreateUserRequest(user=sent))
+
+    assert (created.id, created.version, list(created.posts)) == (1, 1, [])
+    assert (created.HasField("full_name"), created.full_name, created.is_active) == (True, "", False)
+    assert await users.GetUser(GetUserRequest(id=1)) == created
+
+
+async def test_an_email_is_one_whatever_its_spelling(users: UserServiceStub) -> None:
+    """Where it is stored, looked up, filtered by, and compared with others."""
+    for email in SPELLINGS:
+        created = await users.CreateUser(CreateUserRequest(user=User(email=email)))
+        assert created.email == "\u00e9va@example.org"
+        for spelling in SPELLINGS:
+            assert await users.GetUser(GetUserRequest(email=spelling)) == created
+            found = await users.ListUsers(ListUsersRequest(filter=f'email = "{spelling}"'))
+            assert list(found.users) == [created]
+            taken = await refusal(users.CreateUser(CreateUserRequest(user=User(email=spelling))))
+            assert taken.reason == "EMAIL_TAKEN"
+        await users.DeleteUser(DeleteUserRequest(id=created.id))
+
+
+async def test_a_taken_email_is_refused_and_says_by_whom(users: UserServiceStub, ada: User) -> None:
+    """To a new user as well as to a changed one."""
+    alan = await users.CreateUser(CreateUserRequest(user=User(email="alan@example.org")))
+    refusals = [
+        await refusal(users.CreateUser(CreateUserRequest(user=User(email=ada.email)))),
+        await refusal(users.UpdateUser(UpdateUserRequest(user=User(id=alan.id, email=ada.email)))),
+    ]
+
+    for taken in refusals:
+        assert (taken.code, taken.reason) == (grpc.StatusCode.ALREADY_EXISTS, "EMAIL_TAKEN")
+        assert taken.facts == {"existing_id": str(ada.id)}
+    assert await everybody(users) == [ada, alan]
+
+
+async def test_nobody_is_not_found(users: UserServiceStub) -> None:
+    """By id, by e-mail, for a change and for a delete."""
+    for call in (
+        users.GetUser(GetUserRequest(id=4711)),
+        users.GetUser(GetUserRequest(email="nobody@example.org")),
+        users.UpdateUser(UpdateUserRequest(user=User(id=4711, full_name="Nobody"))),
+        users.UpdateUser(UpdateUserRequest(user=User(id=4711, full_name="Nobody", version=1))),
+        users.DeleteUser(DeleteUserRequest(id=4711)),
+        users.DeleteUser(DeleteUserRequest(id=4711, version=1)),
+    ):
+        refused = await refusal(call)
+        assert (refused.code, refused.reason) == (grpc.StatusCode.NOT_FOUND, "USER_NOT_FOUND")
+
+
+async def test_a_user_comes_with_the_newest_50_posts(server: Server, users: UserServiceStub) -> None:
+    """Newest first, without contents, and only if asked for."""
+    (id,) = await add_users(server.database)
+    ids = await add_posts(server.database, [id] * 51, content="long")
+
+    user = await users.GetUser(GetUserRequest(id=id, view=User.WITH_POSTS))
+    assert [post.id for post in user.posts] == ids[:0:-1]
+    assert not any(post.HasField("content") for post in user.posts)
+    newest = user.posts[0]
+    assert (newest.title, newest.author_id, newest.version) == ("Post 50", id, 1)
+    assert newest.created_at == newest.updated_at
+
+    assert not (await users.GetUser(GetUserRequest(id=id))).posts
+
+
+async def test_many_users_come_in_the_order_asked(server: Server, users: UserServiceStub) -> None:
+    """Each once, at its first place; ids without a user are listed apart."""
+    first, second, third = await add_users(server.database, 3)
+
+    request = BatchGetUsersRequest(ids=[third, 4711, first, third, 4712, second, 4711])
+    answer = await users.BatchGetUsers(request)
+    assert [user.id for user in answer.users] == [third, first, second]
+    assert list(answer.missing_ids) == [4711, 4712]
+    assert list(answer.remaining_ids) == []
+    assert answer.users[1] == await users.GetUser(GetUserRequest(id=first))
+
+
+async def test_a_thousand_of_the_largest_users_fit_in_one_answer(
+    server: Server, users: UserServiceStub
+) -> None:
+    """None remains to be asked for."""
+    ids = await add_users(server.database, 1000, full_name="😀" * 255)
+
+    answer = await users.BatchGetUsers(BatchGetUsersRequest(ids=ids))
+    assert [user.id for user in answer.users] == ids
+    assert answer.ByteSize() <= MAX_ANSWER_BYTES
+
+
+async def test_users_with_many_posts_are_answered_as_far_as_they_fit(
+    server: Server, users: UserServiceStub
+) -> None:
+    """Asking for the remaining ids until there are none gets them all, each in an answer below 3 MiB."""
+    ids = await add_users(server.database, 80)
+    await add_posts(server.database, ids * 50, title="😀" * 255)
+
+    answers: list[BatchGetUsersResponse] = []
+    remaining = [*ids[:40], 4711, *ids[40:], 4712]
+    while remaining:
+        request = BatchGetUsersRequest(ids=remaining, view=User.WITH_POSTS)
+        answers.append(await users.BatchGetUsers(request))
+        remaining = list(answers[-1].remaining_ids)
+    assert len(answers) == 2
+    assert all(answer.ByteSize() <= MAX_ANSWER_BYTES for answer in answers)
+    found = [user for answer in answers for user in answer.users]
+    assert [(user.id, len(user.posts)) for user in found] == [(id, 50) for id in ids]
+    assert [id for answer in answers for id in answer.missing_ids] == [4711, 4712]
+
+
+async def test_an_update_without_a_mask_writes_what_is_set(users: UserServiceStub, ada: User) -> None:
+    """The answer is the user as it is now, one version further."""
+    updated = await users.UpdateUser(UpdateUserRequest(user=User(id=ada.id, is_active=False)))
+
+    expected = User(updated_at=updated.updated_at)
+    expected.MergeFrom(User(id=ada.id, email=ada.email, full_name="Ada", is_active=False, version=2))
+    expected.created_at.CopyFrom(ada.created_at)
+    assert updated == expected
+    assert await users.GetUser(GetUserRequest(id=ada.id)) == updated
+
+
+@pytest.mark.parametrize(
+    ("sent", "mask", "expected"),
+    [
+        (User(full_name="Countess", is_active=False), ["full_name"], ("ada@example.org", "Countess", True)),
+        (User(is_active=False), ["full_name"], ("ada@example.org", None, True)),
+        (User(email="A@B.org", is_active=False), ["*"], ("a@b.org", None, False)),
+    ],
+    ids=["named", "named but unset", "every field"],
+)
+async def test_an_update_with_a_mask_writes_what_it_names(
+    users: UserServiceStub, ada: User, sent: User, mask: list[str], expected: tuple[str, str | None, bool]
+) -> None:
+    """Exactly that; a name that is named and not set becomes null."""
+    request = UpdateUserRequest(user=sent, update_mask=FieldMask(paths=mask))
+    request.user.id = ada.id
+    await users.UpdateUser(request)
+
+    user = await users.GetUser(GetUserRequest(id=ada.id))
+    name = user.full_name if user.HasField("full_name") else None
+    assert (user.email, name, user.is_active) == expected
+
+
+@pytest.mark.parametrize("path", ["email", "is_active", "hashed_password"])
+async def test_a_field_that_can_t_be_null_is_refused_unset(
+    users: UserServiceStub, ada: User, path: str
+) -> None:
+    """Nothing is written."""
+    mask = FieldMask(paths=["full_name", path])
+    refused = await refusal(users.UpdateUser(UpdateUserRequest(user=User(id=ada.id), update_mask=mask)))
+
+    assert (refused.reason, refused.fields) == ("INVALID_FIELD", [f"user.{path}"])
+    assert await users.GetUser(GetUserRequest(id=ada.id)) == ada
+
+
+async def test_a_version_must_be_the_current_one(users: UserServiceStub, ada: User) -> None:
+    """For a change and for a delete; 0 is no check. The error says the current version."""
+    await users.UpdateUser(UpdateUserRequest(user=User(id=ada.id, full_name="Countess", version=1)))
+    for call in (
+        users.UpdateUser(UpdateUserRequest(user=User(id=ada.id, full_name="Ada", version=1))),
+        users.DeleteUser(DeleteUserRequest(id=ada.id, version=1)),
+        users.DeleteUser(DeleteUserRequest(id=ada.id, version=3)),
+    ):
+        refused = await refusal(call)
+        assert (refused.code, refused.reason) == (grpc.StatusCode.ABORTED, "VERSION_MISMATCH")
+        assert refused.facts == {"version": "2"}
+
+    await users.UpdateUser(UpdateUserRequest(user=User(id=ada.id, full_name="Lovelace")))
+    assert await users.DeleteUser(DeleteUserRequest(id=ada.id, version=3)) == Empty()
+
+
+async def test_of_two_changes_of_one_version_one_is_accepted(users: UserServiceStub, ada: User) -> None:
+    """The other is told that somebody was first."""
+    requests = [
+        UpdateUserRequest(user=User(id=ada.id, full_name=name, version=1)) for name in ("Augusta", "Byron")
+    ]
+    answers = await asyncio.gather(
+        *(users.UpdateUser(request) for request in requests), return_exceptions=True
+    )
+
+    (accepted,) = [answer for answer in answers if isinstance(answer, User)]
+    (refused,) = [answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
+    assert refused.code() is grpc.StatusCode.ABORTED
+    assert await users.GetUser(GetUserRequest(id=ada.id)) == accepted
+
+
+async def test_changes_at_once_without_a_version_are_all_counted(users: UserServiceStub, ada: User) -> None:
+    """No change is lost, and each has a version of its own."""
+    updated = await asyncio.gather(
+        *(
+            users.UpdateUser(UpdateUserRequest(user=User(id=ada.id, full_name=str(number))))
+            for number in range(10)
+        )
+    )
+
+    assert sorted(user.version for user in updated) == list(range(2, 12))
+
+
+async def test_a_delete_takes_the_posts_along(server: Server, users: UserServiceStub, ada: User) -> None:
+    """The user is gone, and the id is never another's."""
+    await add_posts(server.database, [ada.id] * 3)
+    assert await users.DeleteUser(DeleteUserRequest(id=ada.id)) == Empty()
+
+    gone = await refusal(users.GetUser(GetUserRequest(id=ada.id)))
+    assert gone.reason == "USER_NOT_FOUND"
+    again = await users.CreateUser(CreateUserRequest(user=User(email=ada.email)))
+    assert again.id > ada.id
+    assert not (await users.GetUser(GetUserRequest(id=again.id, view=User.WITH_POSTS))).posts
+
+
+async def test_a_repeated_create_is_answered_and_not_done_again(users: UserServiceStub) -> None:
+    """With the first answer, even after a change of what was created."""
+    request = CreateUserRequest(user=User(email="ada@example.org"), request_id=str(uuid4()))
+    created = await users.CreateUser(request)
+    await users.UpdateUser(UpdateUserRequest(user=User(id=created.id, full_name="Ada")))
+
+    assert await users.CreateUser(request) == created
+    request.request_id = request.request_id.upper()
+    assert await users.CreateUser(request) == created
+    assert [user.id for user in await everybody(users)] == [created.id]
+
+
+async def test_a_repeated_update_is_answered_and_not_done_again(users: UserServiceStub, ada: User) -> None:
+    """The version that it expects has passed, and it is answered all the same."""
+    request = UpdateUserRequest(
+        user=User(id=ada.id, full_name="Countess", version=1), request_id=str(uuid4())
+    )
+    updated = await users.UpdateUser(request)
+
+    assert await users.UpdateUser(request) == updated
+    assert (await users.GetUser(GetUserRequest(id=ada.id))).version == 2
+
+
+async def test_a_repeated_delete_is_answered(users: UserServiceStub, ada: User) -> None:
+    """Without a `request_id` there is nobody to delete any more."""
+    request = DeleteUserRequest(id=ada.id, request_id=str(uuid4()))
+
+    assert [await users.DeleteUser(request), await users.DeleteUser(request)] == [Empty(), Empty()]
+    request.ClearField("request_id")
+    assert (await refusal(users.DeleteUser(request))).reason == "USER_NOT_FOUND"
+
+
+async def test_a_request_id_stands_for_one_body(users: UserServiceStub) -> None:
+    """Another one is refused, and not done."""
+    request_id = str(uuid4())
+    await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org"), request_id=request_id))
+    another = CreateUserRequest(user=User(email="alan@example.org"), request_id=request_id)
+
+    refused = await refusal(users.CreateUser(another))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED")
+    assert [user.email for user in await everybody(users)] == ["ada@example.org"]
+
+
+async def test_a_request_id_belongs_to_its_method(users: UserServiceStub) -> None:
+    """The same one may come with a create, an update and a delete."""
+    request_id = str(uuid4())
+    user = User(email="ada@example.org")
+    user.id = (await users.CreateUser(CreateUserRequest(user=user, request_id=request_id))).id
+
+    assert (await users.UpdateUser(UpdateUserRequest(user=user, request_id=request_id))).version == 2
+    assert await users.DeleteUser(DeleteUserRequest(id=user.id, request_id=request_id)) == Empty()
+
+
+async def test_calls_at_once_with_one_request_id_write_one_row(users: UserServiceStub) -> None:
+    """All get the answer of the one that wrote it."""
+    request = CreateUserRequest(user=User(email="ada@example.org"), request_id=str(uuid4()))
+    answers = await asyncio.gather(*(users.CreateUser(request) for _ in range(5)))
+
+    assert answers == [answers[0]] * 5
+    assert await everybody(users) == [answers[0]]
+
+
+async def test_a_call_that_failed_is_not_kept(users: UserServiceStub, ada: User) -> None:
+    """The same request succeeds once its reason to fail is gone."""
+    request = CreateUserRequest(user=User(email=ada.email), request_id=str(uuid4()))
+    assert (await refusal(users.CreateUser(request))).reason == "EMAIL_TAKEN"
+    await users.DeleteUser(DeleteUserRequest(id=ada.id))
+
+    assert (await users.CreateUser(request)).email == ada.email
+
+
+async def test_a_password_is_not_part_of_what_is_compared(users: UserServiceStub) -> None:
+    """A body is the same with another password; any other field counts, a hash too."""
+    request = CreateUserRequest(user=User(email="ada@example.org", password="one"), request_id=str(uuid4()))
+    created = await users.CreateUser(request)
+
+    request.user.password = "two"
+    assert await users.CreateUser(request) == created
+    request.user.ClearField("password")
+    request.user.hashed_password = HASH
+    assert (await refusal(users.CreateUser(request))).reason == "REQUEST_ID_REUSED"
+
+
+async def test_a_day_later_a_request_id_is_new(server: Server, users: UserServiceStub) -> None:
+    """A server whose clock is a day ahead forgets the answer as it starts: the same call is done again."""
+    request = CreateUserRequest(user=User(email="ada@example.org"), request_id=str(uuid4()))
+    created = await users.CreateUser(request)
+
+    settings = Settings(database_url=server.settings.database_url, listen="127.0.0.1:0")
+    tomorrow = Server(settings, clock=lambda: utc_now() + timedelta(hours=24))
+    await tomorrow.start()
+
+    async def repeat() -> None:
+        while True:
+            assert await users.CreateUser(request) == created
+
+    refused = await refusal(repeat())
+    assert refused.reason == "EMAIL_TAKEN"
+    await tomorrow.stop(grace=0)

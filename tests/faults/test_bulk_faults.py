@@ -1,0 +1,204 @@
+"""Bulk streams when the database or the client goes away in the middle of a batch."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.rpc.code_pb2 import UNAVAILABLE
+from google.rpc.error_details_pb2 import RetryInfo
+from sqlalchemy import select
+
+from roster.v1.bulk_pb2 import BulkLoad, BulkOptions, BulkWriteResponse
+from roster.v1.resources_pb2 import User
+from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest
+from roster.v1.users_pb2_grpc import UserServiceStub
+from service.db import migrations
+from service.server import Server
+from service.settings import Settings
+from service.users.model import User as UserRow
+from tests.postgres import PostgresServer
+from tests.rival import Rival, rival, until
+
+# A client in a process of its own: one message acknowledged, another under way.
+CLIENT = """
+import asyncio, sys, grpc
+from roster.v1.resources_pb2 import User
+from roster.v1.users_pb2 import BulkCreateUsersRequest
+from roster.v1.users_pb2_grpc import UserServiceStub
+
+async def load():
+    async with grpc.aio.insecure_channel(sys.argv[1]) as channel:
+        call = UserServiceStub(channel).BulkCreateUsers()
+        await call.write(BulkCreateUsersRequest(users=[User(email="ada@example.org")]))
+        await call.read()
+        await call.read()
+        await call.write(BulkCreateUsersRequest(users=[User(email="bob@example.org")]))
+        await call.read()
+
+asyncio.run(load())
+"""
+
+
+@pytest.fixture
+async def server(postgresql_url: str) -> AsyncIterator[Server]:
+    """A server on PostgreSQL."""
+    async with serving(postgresql_url) as server:
+        yield server
+
+
+@pytest.fixture
+async def users(server: Server) -> AsyncIterator[UserServiceStub]:
+    """A client of the server."""
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        yield UserServiceStub(channel)
+
+
+@pytest.fixture
+async def other(postgresql_url: str) -> AsyncIterator[Rival]:
+    """A session that holds up every batch with Bob in it."""
+    async with rival(postgresql_url) as other:
+        await other.execute("INSERT INTO users (email) VALUES ('bob@example.org')")
+        yield other
+
+
+@asynccontextmanager
+async def serving(url: str) -> AsyncIterator[Server]:
+    server = Server(Settings(database_url=url, listen="127.0.0.1:0"))
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop(grace=0)
+
+
+@asynccontextmanager
+async def database_of_its_own() -> AsyncIterator[tuple[PostgresServer, str]]:
+    """A migrated database on a server that can be stopped."""
+    with PostgresServer() as postgres:
+        async with postgres.database() as url:
+            await asyncio.to_thread(migrations.upgrade, url)
+            yield postgres, url
+
+
+def batch(*names: str, **fields: Any) -> BulkCreateUsersRequest:
+    return BulkCreateUsersRequest(users=[User(email=f"{name}@example.org") for name in names], **fields)
+
+
+async def answer(call: Any) -> BulkWriteResponse:
+    event = await call.read()
+    assert isinstance(event, BulkWriteResponse)
+    return event
+
+
+async def emails(server: Server) -> list[str]:
+    async with server.database.read() as session:
+        return list(await session.scalars(select(UserRow.email).order_by(UserRow.email)))
+
+
+async def holds_no_connection(server: Server) -> bool:
+    return bool(server.database._engines.bulk.pool.checkedout() == 0)  # type: ignore[attr-defined]
+
+
+async def test_a_batch_whose_connection_breaks_lands_once(
+    server: Server, users: UserServiceStub, other: Rival
+) -> None:
+    """The client sees one ack, as if nothing had happened."""
+    call = users.BulkCreateUsers()
+    await call.write(batch("ada", "bob", "cyd"))
+    await answer(call)
+    await other.execute(f"SELECT pg_terminate_backend({await other.waiting()})")
+    await other.rollback()
+
+    ack = (await answer(call)).ack
+
+    assert (ack.created, ack.next_offset, ack.HasField("error")) == (3, 3, False)
+    assert await emails(server) == ["ada@example.org", "bob@example.org", "cyd@example.org"]
+    await until(lambda: holds_no_connection(server))
+
+
+async def test_a_connection_that_breaks_while_rows_are_looked_up_is_no_different(
+    server: Server, users: UserServiceStub, postgresql_url: str
+) -> None:
+    """Also where the batch waits for a row that it is going to update."""
+    await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org")))
+    options = BulkOptions(on_conflict=BulkOptions.UPDATE, update_mask=FieldMask(paths=["full_name"]))
+    async with rival(postgresql_url) as other:
+        await other.execute("UPDATE users SET version = version")
+        call = users.BulkCreateUsers()
+        await call.write(batch("ada", "bob", options=options))
+        await answer(call)
+        await other.execute(f"SELECT pg_terminate_backend({await other.waiting()})")
+        await other.rollback()
+
+        ack = (await answer(call)).ack
+
+    assert (ack.created, ack.updated, ack.next_offset) == (1, 1, 2)
+
+
+async def test_a_stream_survives_its_database(caplog: pytest.LogCaptureFixture) -> None:
+    """After three tries the ack says try again; when the database is back the same stream goes on."""
+    async with database_of_its_own() as (postgres, url), serving(url) as server:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            call = UserServiceStub(channel).BulkCreateUsers()
+            await call.write(batch("ada", "bob"))
+            _, written = await answer(call), await answer(call)
+
+            await asyncio.to_thread(postgres.stop, "immediate")
+            await call.write(batch("cyd"))
+            refused = (await answer(call)).ack
+            tries = [message.partition(":")[0] for message in caplog.messages]
+            await asyncio.to_thread(postgres.start)
+            await call.write(batch("cyd", offset=refused.next_offset, finish=True))
+            again, summary = await answer(call), await answer(call)
+
+        assert (written.ack.next_offset, refused.offset, refused.next_offset) == (2, 2, 2)
+        assert refused.error.code == UNAVAILABLE
+        assert any(detail.Is(RetryInfo.DESCRIPTOR) for detail in refused.error.details)
+        assert tries == ["DATABASE_UNAVAILABLE"] * 3
+        assert (again.ack.created, again.ack.next_offset) == (1, 3)
+        assert (summary.summary.created, summary.summary.state) == (3, BulkLoad.FINISHED)
+        async with rival(url) as other:
+            assert await other.connection.fetchval("SELECT count(*) FROM users") == 3
+
+
+async def test_a_cancelled_load_leaves_what_was_acknowledged(
+    server: Server, users: UserServiceStub, other: Rival
+) -> None:
+    """And nothing of the batch in hand; its connection is free at once, for the next load."""
+    call = users.BulkCreateUsers()
+    await call.write(batch("ada"))
+    _, acknowledged = await answer(call), await answer(call)
+    await call.write(batch("bob"))
+    await other.waiting()
+
+    call.cancel()
+
+    assert acknowledged.ack.created == 1
+    await only_ada_is_left(server, users, other)
+
+
+async def test_a_killed_client_leaves_what_was_acknowledged(
+    server: Server, users: UserServiceStub, other: Rival
+) -> None:
+    """Its end looks to the server like that of any stream."""
+    client = await asyncio.create_subprocess_exec(sys.executable, "-c", CLIENT, server.address)
+    await other.waiting()
+
+    client.kill()
+
+    await client.wait()
+    await only_ada_is_left(server, users, other)
+
+
+async def only_ada_is_left(server: Server, users: UserServiceStub, other: Rival) -> None:
+    # Free while the other session still holds up the batch: it was given up, not finished.
+    await until(lambda: holds_no_connection(server))
+    await other.rollback()
+    assert await emails(server) == ["ada@example.org"]
+    events = [event async for event in users.BulkCreateUsers(iter([batch("bob", finish=True)]))]
+    assert events[-1].summary.created == 1

@@ -1,0 +1,273 @@
+"""Batches that meet other writers, and a COPY that belongs to its transaction."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.rpc.code_pb2 import UNAVAILABLE
+from sqlalchemy import insert, select
+from sqlalchemy.exc import IntegrityError
+
+from roster.v1.bulk_pb2 import BulkAck, BulkOptions
+from roster.v1.posts_pb2 import BulkCreatePostsRequest
+from roster.v1.resources_pb2 import Post, User
+from roster.v1.users_pb2 import BulkCreateUsersRequest, BulkUpdateUsersRequest
+from service.bulk.operation import Operation
+from service.bulk.streams import BulkStreams
+from service.db.bulk import postgresql
+from service.db.bulk.batch import Batch, Outcome
+from service.db.bulk.writer import BulkWriter
+from service.db.engine import Database
+from service.errors import DatabaseUnavailable
+from service.posts.servicer import CREATE_POSTS
+from service.settings import Settings
+from service.users.model import User as UserRow
+from service.users.servicer import CREATE_USERS, UPDATE_USERS
+from tests.rival import Rival, rival
+from tests.rows import add_users
+
+COLUMNS: dict[str, list[Any]] = {"id": [7], "email": ["ada@example.org"]}
+LOADS = 5
+ROWS = 200
+
+
+@pytest.fixture
+async def served(postgresql_url: str) -> AsyncIterator[Database]:
+    """A database on PostgreSQL."""
+    database = Database(Settings(database_url=postgresql_url))
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+async def other(postgresql_url: str) -> AsyncIterator[Rival]:
+    """A session that gets in the way."""
+    async with rival(postgresql_url) as other:
+        yield other
+
+
+async def acknowledged(database: Database, operation: Operation, *messages: Any) -> list[BulkAck]:
+    """Run a stream and return its acks."""
+
+    async def requests() -> AsyncIterator[Any]:
+        for message in messages:
+            yield message
+
+    events = BulkStreams(database).run(requests(), operation)
+    return [event.ack async for event in events if event.HasField("ack")]
+
+
+async def emails(database: Database) -> list[str]:
+    async with database.read() as session:
+        return list(await session.scalars(select(UserRow.email).order_by(UserRow.id)))
+
+
+def reasons(ack: BulkAck) -> list[tuple[int, str, int]]:
+    return [(failure.offset, failure.reason, failure.existing_id) for failure in ack.failures]
+
+
+async def test_copied_rows_go_with_their_transaction(served: Database) -> None:
+    """COPY is the driver's, past SQLAlchemy; what it wrote is rolled back all the same."""
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012  (what is raised inside is the point)
+        async with served.bulk() as session:
+            await session.execute(select(1))
+            await postgresql.insert_rows(session, UserRow, COLUMNS)
+            raise ZeroDivisionError
+
+    assert await emails(served) == []
+
+
+async def test_a_copy_that_would_commit_by_itself_is_refused(served: Database) -> None:
+    """Before its first statement the session has sent no BEGIN."""
+    with pytest.raises(RuntimeError, match="would commit by itself"):
+        async with served.bulk() as session:
+            await postgresql.insert_rows(session, UserRow, COLUMNS)
+
+    assert await emails(served) == []
+
+
+async def test_an_attempt_that_met_another_write_leaves_nothing(database: Database) -> None:
+    """What it wrote before is undone, its failures are forgotten, and the next attempt begins anew."""
+    batch = Batch(1)
+    attempts: list[Batch] = []
+
+    async def attempt(batch: Batch) -> Outcome:
+        attempts.append(batch)
+        assert batch.failures == {}
+        await session.execute(insert(UserRow).values(email=f"{len(attempts)}@example.org"))
+        batch.fail(0, DatabaseUnavailable("as it was then"))
+        if len(attempts) == 1:
+            raise IntegrityError(None, None, Exception())
+        return Outcome.of_failed_batch(batch)
+
+    async with database.bulk() as session:
+        writer = BulkWriter(session, UserRow)
+        outcome = await writer.settled(batch, attempt)
+
+    assert await emails(database) == ["2@example.org"]
+    assert (len(attempts), outcome.failures) == (2, attempts[1].failures)
+
+
+async def test_attempts_are_bounded(database: Database) -> None:
+    """Where another writer is always faster, the batch gives up and can be sent again."""
+
+    async def attempt(batch: Batch) -> Outcome:
+        raise IntegrityError(None, None, Exception())
+
+    with pytest.raises(DatabaseUnavailable):
+        async with database.bulk() as session:
+            await BulkWriter(session, UserRow).settled(Batch(1), attempt)
+
+
+RACES = [
+    (BulkOptions(), {"created": 1, "failed": 1}, None),
+    (BulkOptions(on_conflict=BulkOptions.SKIP), {"created": 1, "skipped": 1}, None),
+    (
+        BulkOptions(on_conflict=BulkOptions.UPDATE, update_mask=FieldMask(paths=["full_name"])),
+        {"created": 1, "updated": 1},
+        "Ours",
+    ),
+    (BulkOptions(atomicity=BulkOptions.BATCH), {"failed": 2}, None),
+]
+
+
+@pytest.mark.parametrize(("options", "counts", "full_name"), RACES)
+async def test_a_key_taken_meanwhile_is_met(
+    served: Database, other: Rival, options: BulkOptions, counts: dict[str, int], full_name: str | None
+) -> None:
+    """Whoever inserts a row's e-mail after it was looked up has it: the row fails, is skipped, or updates."""
+    await other.execute("INSERT INTO users (email) VALUES ('bob@example.org')")
+    rows = [User(email=f"{name}@example.org", full_name="Ours") for name in ("ada", "bob")]
+    request = BulkCreateUsersRequest(options=options, users=rows)
+    request.options.return_ids = True
+    load = asyncio.create_task(acknowledged(served, CREATE_USERS, request))
+    await other.waiting()
+    await other.commit()
+
+    (ack,) = await load
+
+    async with served.read() as session:
+        bob = (await session.scalars(select(UserRow).where(UserRow.email == "bob@example.org"))).one()
+    assert {name: getattr(ack, name) for name in counts} == counts
+    assert reasons(ack) == ([(1, "EMAIL_TAKEN", bob.id)] if ack.failed else [])
+    assert ack.ids[1] == (0 if ack.failed else bob.id)
+    assert bob.full_name == full_name
+    assert ("ada@example.org" in await emails(served)) == (ack.created == 1)
+
+
+async def test_a_key_given_up_meanwhile_is_free(served: Database, other: Rival) -> None:
+    """The row waits for the other transaction, and is created when that one rolls back."""
+    await other.execute("INSERT INTO users (email) VALUES ('ada@example.org')")
+    request = BulkCreateUsersRequest(users=[User(email="ada@example.org")])
+    load = asyncio.create_task(acknowledged(served, CREATE_USERS, request))
+    await other.waiting()
+    await other.rollback()
+
+    (ack,) = await load
+
+    assert (ack.created, await emails(served)) == (1, ["ada@example.org"])
+
+
+async def test_an_email_moved_to_meanwhile_is_met(served: Database, other: Rival) -> None:
+    """An update that wants an e-mail which somebody has just taken fails alone, and names them."""
+    first, second = await add_users(served, 2)
+    await other.execute("INSERT INTO users (id, email) VALUES (77, 'ada@example.org')")
+    rows = [User(id=first, email="ada@example.org"), User(id=second, email="bob@example.org")]
+    request = BulkUpdateUsersRequest(options=BulkOptions(update_mask=FieldMask(paths=["email"])), users=rows)
+    load = asyncio.create_task(acknowledged(served, UPDATE_USERS, request))
+    await other.waiting()
+    await other.commit()
+
+    (ack,) = await load
+
+    assert (ack.updated, reasons(ack)) == (1, [(0, "EMAIL_TAKEN", 77)])
+    assert await emails(served) == ["user0@example.org", "bob@example.org", "ada@example.org"]
+
+
+async def test_a_version_passed_meanwhile_is_met(served: Database, other: Rival) -> None:
+    """A row that names a version waits for who changes the user now, and then fails."""
+    (id,) = await add_users(served)
+    await other.execute("UPDATE users SET version = version + 1")
+    options = BulkOptions(update_mask=FieldMask(paths=["is_active"]))
+    rows = [User(id=id, is_active=False, version=1), User(id=id, is_active=False, version=2)]
+    request = BulkUpdateUsersRequest(options=options, users=rows)
+    load = asyncio.create_task(acknowledged(served, UPDATE_USERS, request))
+    await other.waiting()
+    await other.commit()
+
+    (ack,) = await load
+
+    assert (ack.updated, reasons(ack)) == (1, [(0, "VERSION_MISMATCH", 0)])
+
+
+async def test_an_author_deleted_meanwhile_is_missed(served: Database, other: Rival) -> None:
+    """The posts of the others are written."""
+    first, second, third = await add_users(served, 3)
+    await other.execute(f"DELETE FROM users WHERE id IN ({second}, {third})")
+    authors = [Post(author_id=first), Post(author_id=second), Post(author_email="user2@example.org")]
+    request = BulkCreatePostsRequest(posts=authors)
+    for post in request.posts:
+        post.title = "Notes"
+    load = asyncio.create_task(acknowledged(served, CREATE_POSTS, request))
+    await other.waiting()
+    await other.commit()
+
+    (ack,) = await load
+
+    assert (ack.created, ack.failed) == (1, 2)
+    assert {failure.reason for failure in ack.failures} == {"AUTHOR_NOT_FOUND"}
+
+
+async def test_loads_with_crossing_keys_do_not_die_of_each_other(
+    served: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two that create and two that update the same users in opposite orders: none meets a deadlock."""
+    rows = [User(email=f"user{number}@example.org") for number in range(LOADS * ROWS)]
+    skip = BulkOptions(on_conflict=BulkOptions.SKIP)
+    created = await both_ways(served, CREATE_USERS, BulkCreateUsersRequest, skip, rows)
+    assert sum(ack.created for ack in created) == len(rows)
+
+    async with served.read() as session:
+        rows = [User(id=id, is_active=False) for id in await session.scalars(select(UserRow.id))]
+    mask = BulkOptions(update_mask=FieldMask(paths=["is_active"]))
+    updated = await both_ways(served, UPDATE_USERS, BulkUpdateUsersRequest, mask, rows)
+    assert sum(ack.updated for ack in updated) == 2 * len(rows)
+
+    assert caplog.messages == []
+
+
+async def both_ways(
+    database: Database, operation: Operation, request: Any, options: BulkOptions, rows: list[User]
+) -> list[BulkAck]:
+    """Run two loads at once, one of them from the end, and return the acks of both."""
+    cuts = [rows[begin : begin + ROWS] for begin in range(0, len(rows), ROWS)]
+    forth = [request(users=cut) for cut in cuts]
+    back = [request(users=cut[::-1]) for cut in cuts]
+    for messages in (forth, back):
+        messages[0].options.CopyFrom(options)
+    acks = await asyncio.gather(*(acknowledged(database, operation, *load) for load in (forth, back)))
+    return [ack for load in acks for ack in load]
+
+
+async def test_a_key_that_stays_locked_fails_the_batch_and_not_the_load(
+    postgresql_url: str, other: Rival, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After three tries the ack says try again: the watermark hasn't moved, and the stream goes on there."""
+    monkeypatch.setattr("service.db.engine.LOCK_TIMEOUT_SECONDS", 0.1)
+    hasty = Database(Settings(database_url=postgresql_url))
+    await other.execute("INSERT INTO users (email) VALUES ('bob@example.org')")
+
+    async def requests() -> AsyncIterator[BulkCreateUsersRequest]:
+        yield BulkCreateUsersRequest(users=[User(email="ada@example.org")])
+        yield BulkCreateUsersRequest(users=[User(email="bob@example.org"), User(email="cyd@example.org")])
+        await other.rollback()
+        yield BulkCreateUsersRequest(users=[User(email="bob@example.org")], offset=1)
+
+    events = [event async for event in BulkStreams(hasty).run(requests(), CREATE_USERS)]
+    await hasty.close()
+
+    _, first, refused, last, _ = [event.ack for event in events]
+    assert (refused.error.code, refused.offset, refused.next_offset) == (UNAVAILABLE, 1, 1)
+    assert (first.created, last.created, last.next_offset) == (1, 1, 2)

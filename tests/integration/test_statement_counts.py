@@ -1,0 +1,244 @@
+"""How many statements a call takes: as many for a thousand rows as for one."""
+
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+from uuid import uuid4
+
+import grpc
+import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message import Message
+from sqlalchemy import Engine, event
+
+from roster.v1.bulk_pb2 import BulkOptions, BulkWriteResponse
+from roster.v1.posts_pb2 import (
+    BatchGetPostsRequest,
+    BulkCreatePostsRequest,
+    BulkUpdatePostsRequest,
+    CreatePostRequest,
+    DeletePostRequest,
+    ExportPostsRequest,
+    GetPostRequest,
+    ListPostsRequest,
+    UpdatePostRequest,
+)
+from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.resources_pb2 import Post, User
+from roster.v1.users_pb2 import (
+    BatchGetUsersRequest,
+    BulkCreateUsersRequest,
+    BulkUpdateUsersRequest,
+    CreateUserRequest,
+    DeleteUserRequest,
+    ExportUsersRequest,
+    GetUserRequest,
+    ListUsersRequest,
+    UpdateUserRequest,
+    VerifyPasswordRequest,
+)
+from roster.v1.users_pb2_grpc import UserServiceStub
+from service.server import Server
+from service.settings import Settings
+from tests.rows import add_posts, add_users
+
+# Beside calls a server asks whether the database is there, and forgets old requests.
+NOT_COUNTED = ("BEGIN", "SAVEPOINT", "RELEASE", "SELECT 1", "DELETE FROM requests")
+
+
+@dataclass
+class Api:
+    """A server with so many users, each with a post, and the first user with as many posts more."""
+
+    users: UserServiceStub
+    posts: PostServiceStub
+    user_ids: list[int]
+    post_ids: list[int]
+    rows: int
+
+
+@pytest.fixture
+async def server(database_url: str) -> AsyncIterator[Server]:
+    """A server of the test's own."""
+    server = Server(Settings(database_url=database_url, listen="127.0.0.1:0"))
+    await server.start()
+    yield server
+    await server.stop(grace=0)
+
+
+@pytest.fixture(params=[1, 1000])
+async def api(request: pytest.FixtureRequest, server: Server) -> AsyncIterator[Api]:
+    """A server with one row of each kind, or with a thousand."""
+    user_ids = await add_users(server.database, request.param)
+    post_ids = await add_posts(server.database, user_ids + user_ids[:1] * request.param)
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        yield Api(UserServiceStub(channel), PostServiceStub(channel), user_ids, post_ids, request.param)
+
+
+@pytest.fixture
+def statements() -> Iterator[list[str]]:
+    """The statements that are executed."""
+    executed: list[str] = []
+
+    def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if not statement.startswith(NOT_COUNTED):
+            executed.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", note)
+    yield executed
+    event.remove(Engine, "before_cursor_execute", note)
+
+
+unique = count()
+
+
+def new_user() -> User:
+    return User(email=f"new{next(unique)}@example.org")
+
+
+async def repeated(api: Api) -> None:
+    request = CreateUserRequest(user=new_user(), request_id=str(uuid4()))
+    for _ in range(2):
+        await api.users.CreateUser(request)
+
+
+async def read(stream: AsyncIterable[Message]) -> None:
+    """Read a stream to its end; no row of a bulk stream may fail."""
+    async for message in stream:
+        if isinstance(message, BulkWriteResponse):
+            assert (message.ack.failed, message.ack.error.code) == (0, 0)
+
+
+def create_users(api: Api) -> Awaitable[None]:
+    rows = [new_user() for _ in range(api.rows)]
+    return read(api.users.BulkCreateUsers(iter([BulkCreateUsersRequest(users=rows, finish=True)])))
+
+
+def amend_users(api: Api) -> Awaitable[None]:
+    rows = [User(email=f"user{number}@example.org", full_name="Ada") for number in range(api.rows)]
+    options = BulkOptions(on_conflict=BulkOptions.UPDATE, update_mask=FieldMask(paths=["full_name"]))
+    request = BulkCreateUsersRequest(users=rows, options=options, finish=True)
+    return read(api.users.BulkCreateUsers(iter([request])))
+
+
+def update_users(api: Api, field: str, value: str) -> Awaitable[None]:
+    rows = [User(id=id, **{field: value.format(id)}) for id in api.user_ids]  # type: ignore[arg-type]
+    options = BulkOptions(update_mask=FieldMask(paths=[field]))
+    request = BulkUpdateUsersRequest(users=rows, options=options, finish=True)
+    return read(api.users.BulkUpdateUsers(iter([request])))
+
+
+def create_posts(api: Api, *authors: Post) -> Awaitable[None]:
+    rows = [Post(title="New", author_id=post.author_id, author_email=post.author_email) for post in authors]
+    return read(api.posts.BulkCreatePosts(iter([BulkCreatePostsRequest(posts=rows, finish=True)])))
+
+
+def update_posts(api: Api) -> Awaitable[None]:
+    rows = [Post(id=id, title="Changed") for id in api.post_ids]
+    options = BulkOptions(update_mask=FieldMask(paths=["title"]))
+    request = BulkUpdatePostsRequest(posts=rows, options=options, finish=True)
+    return read(api.posts.BulkUpdatePosts(iter([request])))
+
+
+# PostgreSQL's new rows go by COPY, past SQLAlchemy: one statement fewer is seen.
+COPIED = ("BulkCreateUsers", "BulkCreatePosts", "BulkCreatePosts, by e-mail")
+# How many statements each takes, whatever the number of rows; run in this order.
+CALLS: dict[str, tuple[int, Callable[[Api], Awaitable[Any]]]] = {
+    "GetUser": (1, lambda api: api.users.GetUser(GetUserRequest(id=api.user_ids[0]))),
+    "GetUser WITH_POSTS": (
+        2,
+        lambda api: api.users.GetUser(GetUserRequest(id=api.user_ids[0], view=User.WITH_POSTS)),
+    ),
+    "BatchGetUsers": (1, lambda api: api.users.BatchGetUsers(BatchGetUsersRequest(ids=api.user_ids))),
+    "BatchGetUsers WITH_POSTS": (
+        2,
+        lambda api: api.users.BatchGetUsers(BatchGetUsersRequest(ids=api.user_ids, view=User.WITH_POSTS)),
+    ),
+    "ListUsers": (1, lambda api: api.users.ListUsers(ListUsersRequest(page_size=1000))),
+    "ListUsers WITH_POSTS": (
+        2,
+        lambda api: api.users.ListUsers(ListUsersRequest(page_size=1000, view=User.WITH_POSTS)),
+    ),
+    "ExportUsers": (1, lambda api: read(api.users.ExportUsers(ExportUsersRequest()))),
+    "VerifyPassword": (
+        1,
+        lambda api: api.users.VerifyPassword(VerifyPasswordRequest(id=api.user_ids[0], password="x")),
+    ),
+    "GetPost": (1, lambda api: api.posts.GetPost(GetPostRequest(id=api.post_ids[0]))),
+    "GetPost WITH_AUTHOR": (
+        1,
+        lambda api: api.posts.GetPost(GetPostRequest(id=api.post_ids[0], view=Post.WITH_AUTHOR)),
+    ),
+    "BatchGetPosts": (
+        1,
+        lambda api: api.posts.BatchGetPosts(BatchGetPostsRequest(ids=api.post_ids[:1000])),
+    ),
+    "BatchGetPosts WITH_AUTHOR": (
+        1,
+        lambda api: api.posts.BatchGetPosts(
+            BatchGetPostsRequest(ids=api.post_ids[:1000], view=Post.WITH_AUTHOR)
+        ),
+    ),
+    "ListPosts": (1, lambda api: api.posts.ListPosts(ListPostsRequest(page_size=1000))),
+    "ListPosts WITH_AUTHOR": (
+        1,
+        lambda api: api.posts.ListPosts(ListPostsRequest(page_size=1000, view=Post.WITH_AUTHOR)),
+    ),
+    "ListPosts of one author": (
+        1,
+        lambda api: api.posts.ListPosts(ListPostsRequest(page_size=1000, author_id=api.user_ids[0])),
+    ),
+    "ExportPosts": (
+        1,
+        lambda api: read(api.posts.ExportPosts(ExportPostsRequest(filter=f"id <= {api.rows}"))),
+    ),
+    "CreateUser": (1, lambda api: api.users.CreateUser(CreateUserRequest(user=new_user()))),
+    # Claim, insert, keep; claim, read.
+    "CreateUser, repeated": (5, repeated),
+    "UpdateUser": (
+        1,
+        lambda api: api.users.UpdateUser(UpdateUserRequest(user=User(id=api.user_ids[0], full_name="Ada"))),
+    ),
+    "UpdateUser, the e-mail": (
+        2,
+        lambda api: api.users.UpdateUser(
+            UpdateUserRequest(user=User(id=api.user_ids[0], email="user0@example.org"))
+        ),
+    ),
+    "CreatePost": (
+        1,
+        lambda api: api.posts.CreatePost(
+            CreatePostRequest(post=Post(author_id=api.user_ids[0], title="New"))
+        ),
+    ),
+    "UpdatePost": (
+        1,
+        lambda api: api.posts.UpdatePost(UpdatePostRequest(post=Post(id=api.post_ids[0], title="New"))),
+    ),
+    "BulkCreateUsers": (3, create_users),
+    "BulkCreateUsers UPDATE": (2, amend_users),
+    "BulkUpdateUsers": (2, lambda api: update_users(api, "full_name", "Ada")),
+    "BulkUpdateUsers, the e-mail": (3, lambda api: update_users(api, "email", "moved{}@example.org")),
+    "BulkCreatePosts": (3, lambda api: create_posts(api, *(Post(author_id=id) for id in api.user_ids))),
+    "BulkCreatePosts, by e-mail": (
+        3,
+        lambda api: create_posts(api, *(Post(author_email=f"moved{id}@example.org") for id in api.user_ids)),
+    ),
+    "BulkUpdatePosts": (2, update_posts),
+    "DeletePost": (1, lambda api: api.posts.DeletePost(DeletePostRequest(id=api.post_ids[0]))),
+    "DeleteUser": (1, lambda api: api.users.DeleteUser(DeleteUserRequest(id=api.user_ids[0]))),
+}
+
+
+async def test_a_call_takes_as_many_statements_for_a_thousand_rows_as_for_one(
+    server: Server, api: Api, statements: list[str]
+) -> None:
+    """The numbers of the table, transaction control not counted; a bulk message is one call."""
+    counted, expected = {}, {}
+    for name, (number, call) in CALLS.items():
+        statements.clear()
+        await call(api)
+        counted[name] = len(statements)
+        expected[name] = number - (name in COPIED and not server.database.is_sqlite)
+    assert counted == expected

@@ -1,0 +1,295 @@
+"""Message -> values and stored row -> message: mirrored, and the same for one row as for many."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.timestamp_pb2 import Timestamp
+from hypothesis import given, settings, strategies as st
+
+from roster.v1.resources_pb2 import Post as PostMessage, User as UserMessage
+from roster.v1.users_pb2 import GetUserRequest
+from service.errors import InvalidField, InvalidMask
+from service.fields import normalise_email
+from service.posts.convert import (
+    post_batch_from_messages,
+    post_changes_from_message,
+    post_from_message,
+    post_to_message,
+)
+from service.posts.model import Post
+from service.users.convert import (
+    BULK_WRITABLE,
+    key_from_message,
+    user_batch_from_messages,
+    user_changes_from_message,
+    user_from_message,
+    user_to_message,
+)
+from service.users.model import User
+
+NOON = datetime(2024, 1, 31, 12, 0, 0, 123456, tzinfo=UTC)
+# What the database gives a row.
+GIVEN: dict[str, Any] = {"id": 7, "version": 3, "created_at": NOON, "updated_at": NOON.replace(hour=13)}
+HASH = "$argon2id$v=19$m=65536,t=3,p=4$c29tZXNhbHQxMjM0NTY$dGhpcyBpcyBub3QgYSBoYXNoIGF0IGFsbA"
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=300)
+emails = st.builds("{}@{}".format, *[st.text("aÀé\u0301Z0.", min_size=1, max_size=9)] * 2)
+user_messages = st.builds(
+    UserMessage,
+    email=st.one_of(emails, emails.map(" {}\n".format), texts),
+    full_name=st.none() | texts,
+    is_active=st.none() | st.booleans(),
+    hashed_password=st.sampled_from(["", HASH, "clear"]),
+)
+post_messages = st.builds(PostMessage, author_id=st.integers(-1, 3), title=texts, content=st.none() | texts)
+
+
+def user_values(message: UserMessage) -> dict[str, Any] | None:
+    try:
+        return user_from_message(message)
+    except InvalidField:
+        return None
+
+
+def post_values(message: PostMessage) -> dict[str, Any] | None:
+    try:
+        return post_from_message(message)
+    except InvalidField:
+        return None
+
+
+@settings(deadline=None)
+@given(message=user_messages)
+def test_a_user_keeps_every_writable_field(message: UserMessage) -> None:
+    """What is sent and accepted is what comes back, but for the hash, and the e-mail in its one form."""
+    values = user_values(message)
+    if values is None:
+        return
+    stored = User(**{"is_active": True, **GIVEN, **values})
+    answer = user_to_message(stored)
+
+    assert answer == UserMessage(
+        id=7,
+        version=3,
+        created_at=Timestamp(seconds=1706702400, nanos=123456000),
+        updated_at=Timestamp(seconds=1706706000, nanos=123456000),
+        email=normalise_email(message.email),
+        full_name=message.full_name if message.HasField("full_name") else None,
+        is_active=message.is_active if message.HasField("is_active") else True,
+    )
+    assert (values.get("hashed_password") or "") == message.hashed_password
+
+
+@settings(deadline=None)
+@given(message=post_messages)
+def test_a_post_keeps_every_writable_field(message: PostMessage) -> None:
+    """What is sent and accepted is what comes back."""
+    values = post_values(message)
+    if values is None:
+        return
+
+    assert post_to_message(Post(**GIVEN, **values)) == PostMessage(
+        id=7,
+        version=3,
+        created_at=Timestamp(seconds=1706702400, nanos=123456000),
+        updated_at=Timestamp(seconds=1706706000, nanos=123456000),
+        author_id=message.author_id,
+        title=message.title,
+        content=message.content,
+    )
+
+
+@settings(deadline=None)
+@given(messages=st.lists(user_messages, max_size=5))
+def test_users_in_bulk_are_judged_as_one_by_one(messages: list[UserMessage]) -> None:
+    """The same rows are accepted, with the same values; what one leaves out, many have as a default."""
+    batch = user_batch_from_messages(messages, BULK_WRITABLE, [])
+    defaults = {"full_name": None, "is_active": True, "hashed_password": None}
+
+    alone = [user_values(message) for message in messages]
+    assert [row not in batch.failures for row in range(batch.size)] == [
+        values is not None for values in alone
+    ]
+    for row in batch.good_rows():
+        values = {name: column[row] for name, column in batch.columns.items()}
+        assert values == {**defaults, **(alone[row] or {})}
+
+
+@settings(deadline=None)
+@given(messages=st.lists(post_messages, max_size=5))
+def test_posts_in_bulk_are_judged_as_one_by_one(messages: list[PostMessage]) -> None:
+    """The same rows are accepted, with the same values."""
+    batch = post_batch_from_messages(messages, ("author_id", "title", "content"), [])
+
+    alone = [post_values(message) for message in messages]
+    assert [row not in batch.failures for row in range(batch.size)] == [
+        values is not None for values in alone
+    ]
+    for row in batch.good_rows():
+        values = {name: column[row] for name, column in batch.columns.items()}
+        assert values == {"author_email": None, **(alone[row] or {})}
+
+
+def test_what_the_database_gives_is_not_taken_from_a_message() -> None:
+    """Output-only fields of a request are ignored."""
+    user = UserMessage(id=1, email="a@b", version=9, created_at=Timestamp(seconds=1), posts=[PostMessage()])
+    post = PostMessage(id=1, author_id=2, title="t", version=9, author=user, created_at=Timestamp(seconds=1))
+
+    assert user_from_message(user) == {"email": "a@b"}
+    assert post_from_message(post) == {"author_id": 2, "title": "t", "content": ""}
+
+
+def test_everything_wrong_with_a_user_is_told_at_once() -> None:
+    """Each field by its path."""
+    message = UserMessage(email="ada", full_name="x" * 256, password="x", hashed_password="x")
+
+    with pytest.raises(InvalidField) as caught:
+        user_from_message(message)
+    assert [violation.field for violation in caught.value.violations] == [
+        "user.email",
+        "user.full_name",
+        "user.hashed_password",
+        "user.password",
+    ]
+
+
+def test_everything_wrong_with_a_post_is_told_at_once() -> None:
+    """Each field by its path."""
+    with pytest.raises(InvalidField) as caught:
+        post_from_message(PostMessage(author_id=0, author_email="a@b", title="", content="\0"))
+
+    assert [violation.field for violation in caught.value.violations] == [
+        "post.author_email",
+        "post.author_id",
+        "post.title",
+        "post.content",
+    ]
+
+
+USER_CHANGES: list[tuple[UserMessage, list[str], dict[str, Any]]] = [
+    (UserMessage(is_active=False), [], {"is_active": False}),
+    (UserMessage(full_name=""), [], {"full_name": ""}),
+    (UserMessage(email=" A@B"), [], {"email": "a@b"}),
+    (UserMessage(password="secret"), [], {"password": "secret"}),
+    (UserMessage(email="a@b", full_name="Ada"), ["full_name"], {"full_name": "Ada"}),
+    (UserMessage(email="a@b"), ["full_name"], {"full_name": None}),
+    (UserMessage(full_name="Ada"), ["full_name", "full_name"], {"full_name": "Ada"}),
+    (UserMessage(hashed_password=HASH), ["hashed_password"], {"hashed_password": HASH}),
+    (
+        UserMessage(email="a@b", is_active=True),
+        ["*"],
+        {"email": "a@b", "full_name": None, "is_active": True},
+    ),
+    (
+        UserMessage(email="a@b", is_active=True, hashed_password=HASH),
+        ["*"],
+        {"email": "a@b", "full_name": None, "is_active": True, "hashed_password": HASH},
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "paths", "changes"), USER_CHANGES)
+def test_an_update_of_a_user_writes_what_is_set_or_named(
+    message: UserMessage, paths: list[str], changes: dict[str, Any]
+) -> None:
+    """`full_name` alone can be made null; `*` leaves the password as it is where none is set."""
+    assert user_changes_from_message(message, FieldMask(paths=paths)) == changes
+
+
+@pytest.mark.parametrize(
+    ("message", "paths", "field"),
+    [
+        (UserMessage(), [], "user"),
+        (UserMessage(), ["email"], "user.email"),
+        (UserMessage(), ["is_active"], "user.is_active"),
+        (UserMessage(), ["password"], "user.password"),
+        (UserMessage(), ["hashed_password"], "user.hashed_password"),
+        (UserMessage(email="a@b"), ["*"], "user.is_active"),
+        (UserMessage(is_active=True), ["*"], "user.email"),
+        (UserMessage(password="x", hashed_password=HASH), [], "user.password"),
+    ],
+)
+def test_an_update_of_a_user_needs_something_to_write(
+    message: UserMessage, paths: list[str], field: str
+) -> None:
+    """A field that can't be null is refused where it is named and unset; so are two passwords."""
+    with pytest.raises(InvalidField) as caught:
+        user_changes_from_message(message, FieldMask(paths=paths))
+    assert [violation.field for violation in caught.value.violations] == [field]
+
+
+POST_CHANGES: list[tuple[PostMessage, list[str], dict[str, Any]]] = [
+    (PostMessage(title="t"), [], {"title": "t"}),
+    (PostMessage(content=""), [], {"content": ""}),
+    (PostMessage(title="t", author_id=9), [], {"title": "t"}),
+    (PostMessage(title="t", content="c"), ["content"], {"content": "c"}),
+    (PostMessage(title="t"), ["content"], {"content": ""}),
+    (PostMessage(title="t"), ["*"], {"title": "t", "content": ""}),
+]
+
+
+@pytest.mark.parametrize(("message", "paths", "changes"), POST_CHANGES)
+def test_an_update_of_a_post_writes_what_is_set_or_named(
+    message: PostMessage, paths: list[str], changes: dict[str, Any]
+) -> None:
+    """`content` becomes empty where it is named and unset; the author is never written."""
+    assert post_changes_from_message(message, FieldMask(paths=paths)) == changes
+
+
+@pytest.mark.parametrize(
+    ("message", "paths", "field"),
+    [
+        (PostMessage(author_id=9), [], "post"),
+        (PostMessage(content="c"), ["title"], "post.title"),
+        (PostMessage(content="c"), ["*"], "post.title"),
+    ],
+)
+def test_an_update_of_a_post_needs_something_to_write(
+    message: PostMessage, paths: list[str], field: str
+) -> None:
+    """A title is refused where it is named and unset."""
+    with pytest.raises(InvalidField) as caught:
+        post_changes_from_message(message, FieldMask(paths=paths))
+    assert [violation.field for violation in caught.value.violations] == [field]
+
+
+def test_the_author_of_a_post_can_t_be_changed() -> None:
+    """A mask that names it is refused."""
+    with pytest.raises(InvalidMask):
+        post_changes_from_message(PostMessage(author_id=9), FieldMask(paths=["author_id"]))
+
+
+def test_a_user_is_looked_up_by_id_or_by_email() -> None:
+    """By the normalised e-mail; one of the two is required."""
+    assert key_from_message(GetUserRequest(id=7)) == 7
+    assert key_from_message(GetUserRequest(email=" ADA@example.org")) == "ada@example.org"
+    for request in (
+        GetUserRequest(),
+        GetUserRequest(id=0),
+        GetUserRequest(email=""),
+        GetUserRequest(email="a"),
+    ):
+        with pytest.raises(InvalidField):
+            key_from_message(request)
+
+
+def test_a_user_comes_with_the_posts_that_were_loaded() -> None:
+    """Without their contents, and only if asked for."""
+    user = User(email="a@b", full_name=None, is_active=True, **GIVEN)
+    user.posts = [Post(title="t", author_id=7, **GIVEN)]
+
+    (post,) = user_to_message(user, with_posts=True).posts
+    assert (post.id, post.title, post.author_id, post.version) == (7, "t", 7, 3)
+    assert not post.HasField("content")
+    assert not user_to_message(user).posts
+
+
+def test_a_post_comes_with_the_author_that_was_loaded() -> None:
+    """Without the author's posts, and only if asked for."""
+    user = User(email="a@b", full_name="Ada", is_active=True, **GIVEN)
+    post = Post(title="t", content="c", author_id=7, author=user, **GIVEN)
+
+    assert post_to_message(post, with_author=True).author == user_to_message(user)
+    assert not post_to_message(post).HasField("author")

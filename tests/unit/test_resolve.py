@@ -1,0 +1,86 @@
+"""Rows in file order become sets, and nothing is lost or doubled on the way."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, strategies as st
+
+from roster.v1.bulk_pb2 import BulkAck
+from service.bulk.convert import outcome_to_message
+from service.bulk.operation import StreamOptions
+from service.db.bulk.batch import Batch, Outcome, WriteOptions
+from service.db.bulk.resolve import resolve_creates, resolve_updates
+from service.errors import PostNotFound
+from service.users.repository import email_taken
+from tests.bulk_model import LOADS, Load, Tables, Values, applied, stored
+
+
+def written(tables: Tables, load: Load) -> list[BulkAck]:
+    """Write a load into the tables, each set of rows at once, and return its acks."""
+    options = StreamOptions.from_message(load.options, load.operation).write
+    write = write_updates if load.operation.is_update else write_creates
+    acks: list[BulkAck] = []
+    offset = 0
+    for rows in load.batches:
+        batch = load.operation.batch(rows, options)
+        outcome = write(tables[load.operation.rows], batch, options)
+        acks.append(outcome_to_message(offset, outcome, return_ids=True).ack)
+        offset += len(rows)
+    return acks
+
+
+def write_creates(users: dict[int, Values], batch: Batch, options: WriteOptions) -> Outcome:
+    ids = {user["email"]: id for id, user in users.items()}
+    creates = resolve_creates(batch, "email", ids, options.on_conflict, email_taken)
+    if options.is_atomic and batch.failures:
+        return Outcome.of_failed_batch(batch)
+    if options.validate_only:
+        return creates.outcome(batch, options, [])
+    columns = {"version": [1] * len(creates.inserted), **creates.columns(batch, options)}
+    first = min(0, *users) - 1
+    new_ids = [first - row for row in range(len(creates.inserted))]
+    for row, id in enumerate(new_ids):
+        assert id not in users
+        users[id] = {name: column[row] for name, column in columns.items()}
+    for id, rows in creates.updated.items():
+        change(users[id], batch, rows, options)
+    return creates.outcome(batch, options, new_ids)
+
+
+def write_updates(posts: dict[int, Values], batch: Batch, options: WriteOptions) -> Outcome:
+    versions = {id: post["version"] for id, post in posts.items()}
+    updates = resolve_updates(batch, versions, lambda: PostNotFound("there is no such post"))
+    if options.is_atomic and batch.failures:
+        return Outcome.of_failed_batch(batch)
+    ids = [0] * batch.size
+    for id, rows in updates.items():
+        for row in rows:
+            ids[row] = id
+        if not options.validate_only:
+            change(posts[id], batch, rows, options)
+    updated = sum(map(len, updates.values()))
+    return Outcome(ids=ids, failures=batch.failures, updated=updated, failed=len(batch.failures))
+
+
+def change(values: Values, batch: Batch, rows: list[int], options: WriteOptions) -> None:
+    values.update({name: batch.columns[name][rows[-1]] for name in options.update_fields})
+    values["version"] += len(rows)
+
+
+def without_sentences(acks: list[BulkAck]) -> list[BulkAck]:
+    for ack in acks:
+        for failure in ack.failures:
+            failure.ClearField("message")
+    return acks
+
+
+@pytest.mark.parametrize("kind", ["create users", "create or update users", "update posts"])
+@given(data=st.data())
+def test_sets_do_what_the_rows_do_one_after_the_other(kind: str, data: Any) -> None:
+    """Inserting and updating what was resolved, at once, is what the model does row by row."""
+    load = data.draw(LOADS[kind])
+    tables = stored()
+
+    acks = written(tables, load)
+
+    assert (without_sentences(acks), tables) == applied(stored(), load)

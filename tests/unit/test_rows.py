@@ -1,0 +1,347 @@
+"""Rows of files: what becomes a message, what does not, and how rejects come back."""
+
+import gzip
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf.message import Message
+
+from roster.v1.bulk_pb2 import BulkAck, RowFailure
+from roster.v1.resources_pb2 import Post, User
+from service.cli.ledger import MAX_HELD_BYTES, Ledger, Rejects
+from service.cli.rows import MAX_LINE_BYTES, Columns, Csv, FileFormat, Ndjson, Row, SourceError
+from service.cli.source import Source
+
+USER = ("email", "full_name", "is_active", "hashed_password", "password")
+POST = ("title", "content", "author_id", "author_email")
+ANY_FAILURE = RowFailure(reason="EMAIL_TAKEN", field="email", message="email belongs to another user")
+
+
+def columns(message: type[Message]) -> Columns:
+    """Return the columns of an entity."""
+    return Columns(message, USER if message is User else POST)
+
+
+def rows_of(file_format: FileFormat, data: bytes) -> list[Row]:
+    """Return the rows of a file's lines."""
+    return list(file_format.rows(iter(io.BytesIO(data))))
+
+
+async def rows_in(path: Path, file_format: FileFormat) -> list[Row]:
+    """Return the rows of a file."""
+    return [row async for row in Source(str(path), file_format).rows()]
+
+
+def emails(rows: Sequence[Row]) -> list[str]:
+    """Return the e-mails of rows that are users, "" for those that failed."""
+    return [getattr(row.message, "email", "") for row in rows]
+
+
+GOOD_JSON = [
+    (User, '{"email": "a@x"}', User(email="a@x")),
+    (User, '{"email": "a@x", "full_name": ""}', User(email="a@x", full_name="")),
+    (User, '{"email": "a@x", "full_name": null, "is_active": null}', User(email="a@x")),
+    (User, '{"email": "a@x", "is_active": false}', User(email="a@x", is_active=False)),
+    (User, '{"email": "a@x", "hashed_password": "h", "password": "p"}', None),
+    (User, '{"full_name": "\\ud83d\\ude00 é\\u0000"}', User(full_name="😀 é\0")),
+    (User, " \t{}\r", User()),
+    (Post, '{"title": "t", "author_id": 7}', Post(title="t", author_id=7)),
+    (Post, '{"author_id": "9223372036854775807"}', Post(author_id=(1 << 63) - 1)),
+    (Post, '{"author_id": -9223372036854775808}', Post(author_id=-(1 << 63))),
+    (Post, '{"content": "a\\r\\nb", "author_email": "a@x"}', Post(content="a\r\nb", author_email="a@x")),
+]
+
+
+@pytest.mark.parametrize(("message", "line", "expected"), GOOD_JSON)
+def test_json_becomes_a_message(message: type[Message], line: str, expected: Message | None) -> None:
+    """The fields that are known are taken as they are; null is unset."""
+    [row] = rows_of(Ndjson(columns(message)), line.encode())
+
+    assert row.failure is None
+    assert row.message == (expected or User(email="a@x", hashed_password="h", password="p"))
+
+
+BAD_JSON = [
+    (User, b'{"email": 7}', "INVALID_FIELD", "email", "email must be a text"),
+    (User, b'{"email": ["a@x"]}', "INVALID_FIELD", "email", "email must be a text"),
+    (User, b'{"is_active": "maybe"}', "INVALID_FIELD", "is_active", "is_active must be true or false"),
+    (User, b'{"is_active": 1}', "INVALID_FIELD", "is_active", "is_active must be true or false"),
+    (Post, b'{"author_id": "x"}', "INVALID_FIELD", "author_id", "author_id must be an integer"),
+    (Post, b'{"author_id": true}', "INVALID_FIELD", "author_id", "author_id must be an integer"),
+    (Post, b'{"author_id": 1.0}', "INVALID_FIELD", "author_id", "author_id must be an integer"),
+    (Post, b'{"author_id": 9223372036854775808}', "INVALID_FIELD", "author_id", "at most 64 bits"),
+    (Post, b'{"author_id": "' + b"9" * 5000 + b'"}', "INVALID_FIELD", "author_id", "at most 64 bits"),
+    (User, b'{"email": "a@x"', "MALFORMED_MESSAGE", "", "the line is not JSON: "),
+    (User, b"nothing", "MALFORMED_MESSAGE", "", "the line is not JSON: "),
+    (User, b'["a@x"]', "MALFORMED_MESSAGE", "", "the line is JSON, but not an object"),
+    (User, b'{"email": "\\ud800"}', "MALFORMED_MESSAGE", "", "surrogate"),
+    (User, b'{"email": "\xff"}', "MALFORMED_MESSAGE", "", "UTF-8"),
+    (User, b'{"full_name": "' + b"x" * (2 << 20) + b'"}', "TOO_LARGE", "", "the row is larger than 2 MiB"),
+]
+
+
+@pytest.mark.parametrize(
+    ("message", "line", "reason", "field", "told"), BAD_JSON, ids=[str(case[1][:30]) for case in BAD_JSON]
+)
+def test_json_that_can_not_be_read_fails_its_row(
+    message: type[Message], line: bytes, reason: str, field: str, told: str
+) -> None:
+    """The row has a reason, the field at fault, and a sentence; the row behind it is read."""
+    bad, good = rows_of(Ndjson(columns(message)), line + b"\n{}\n")
+
+    assert bad.failure is not None
+    assert (bad.failure.reason, bad.failure.field) == (reason, field)
+    assert told in bad.failure.message
+    assert good.message == message()
+
+
+CSV_HEADER = b"email,full_name,is_active\r\n"
+GOOD_CSV = [
+    (b"a@x,,", User(email="a@x")),
+    (b"a@x,Ada,TRUE\r\n", User(email="a@x", full_name="Ada", is_active=True)),
+    (b"a@x,,0", User(email="a@x", is_active=False)),
+    (b"a@x,,1", User(email="a@x", is_active=True)),
+    (b"a@x,,False", User(email="a@x", is_active=False)),
+    (
+        b'a@x,"Ada, ""Countess""\r\nof Lovelace",',
+        User(email="a@x", full_name='Ada, "Countess"\r\nof Lovelace'),
+    ),
+    (b'"",\xc3\xa9,""', User(full_name="é")),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), GOOD_CSV)
+def test_csv_becomes_a_message(line: bytes, expected: User) -> None:
+    """An empty cell is unset, and quotes hold commas and lines together."""
+    [row] = rows_of(Csv(columns(User)), CSV_HEADER + line)
+
+    assert (row.message, row.failure) == (expected, None)
+
+
+BAD_CSV = [
+    (b"a@x,,maybe\n", "INVALID_FIELD", "is_active", "is_active must be true or false"),
+    (b"a@x\n", "MALFORMED_MESSAGE", "", "the number of cells is 1, in the header line 3"),
+    (b"a@x,,,\n", "MALFORMED_MESSAGE", "", "the number of cells is 4, in the header line 3"),
+    (b"\xff@x,,\n", "MALFORMED_MESSAGE", "", "the row is not UTF-8"),
+    (b'"a"x,,\n', "MALFORMED_MESSAGE", "", "the row is not CSV"),
+    (b"x" * (MAX_LINE_BYTES + 1) + b"\n", "TOO_LARGE", "", "the line is longer than 8 MiB"),
+    (b'"' + b"x" * (MAX_LINE_BYTES + 1) + b"\n", "TOO_LARGE", "", "the line is longer than 8 MiB"),
+]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "field", "told"), BAD_CSV, ids=[str(case[0][:30]) for case in BAD_CSV]
+)
+def test_csv_that_can_not_be_read_fails_its_row(line: bytes, reason: str, field: str, told: str) -> None:
+    """As JSON does: a reason, a field, a sentence, and the row behind it is read."""
+    bad, good = rows_of(Csv(columns(User)), CSV_HEADER + line + b"b@x,,\n")
+
+    assert bad.failure is not None
+    assert (bad.failure.reason, bad.failure.field) == (reason, field)
+    assert told in bad.failure.message
+    assert good.message == User(email="b@x")
+
+
+def test_a_quote_that_is_never_closed_fails_one_row() -> None:
+    """What is behind it belongs to the cell; nothing of it is lost."""
+    good, bad = rows_of(Csv(columns(User)), CSV_HEADER + b'a@x,,\nb@x,"Ada,\nc@x,,\n')
+
+    assert good.message == User(email="a@x")
+    assert (bad.number, bad.original) == (3, ['b@x,"Ada,\nc@x,,'])
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"", "no header line"),
+        (b"a@x,Ada\n", "names none of email, full_name"),
+        (b"email,email\n", "a name twice"),
+        (b"email,\xff\n", "not UTF-8"),
+    ],
+)
+def test_refuses_csv_whose_header_says_nothing(data: bytes, told: str) -> None:
+    """A file without a proper header line can't be loaded at all."""
+    with pytest.raises(SourceError, match=told):
+        rows_of(Csv(columns(User)), data)
+
+
+def test_gathers_the_names_of_ignored_columns() -> None:
+    """Each once, in the order met; `_error` of an earlier load is not among them."""
+    known = columns(User)
+    rows_of(Ndjson(known), b'{"id": 1, "email": "a@x", "_error": {}}\n{"foo": 1, "id": 2}\n')
+
+    assert list(known.ignored) == ["id", "foo"]
+
+
+def test_numbers_rows_by_their_first_line() -> None:
+    """Blank lines are no rows, but they are counted."""
+    json_rows = rows_of(Ndjson(columns(User)), b"\n{}\n \n{}\n")
+    csv_rows = rows_of(Csv(columns(User)), b'email,full_name\n\na@x,"1\n2"\n\nb@x,\n')
+
+    assert [row.number for row in json_rows] == [2, 4]
+    assert [row.number for row in csv_rows] == [3, 6]
+
+
+@pytest.mark.parametrize("packed", [bytes, gzip.compress])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+async def test_reads_plain_and_gzip_with_or_without_a_byte_order_mark(
+    tmp_path: Path, packed: Any, mark: bytes
+) -> None:
+    """What the file is packed in is seen from its first bytes, not from its name."""
+    path = tmp_path / "users"
+    path.write_bytes(packed(mark + b'{"email": "a@x"}\n{"email": "b@x"}'))
+    source = Source(str(path), Ndjson(columns(User)))
+
+    assert emails([row async for row in source.rows()]) == ["a@x", "b@x"]
+    assert source.bytes_read == source.bytes_total == path.stat().st_size
+
+
+async def test_says_that_gzip_is_damaged(tmp_path: Path) -> None:
+    """A file that was cut off gives the rows that are whole, then an error."""
+    path = tmp_path / "users.ndjson.gz"
+    path.write_bytes(gzip.compress(b'{"email": "a@x"}\n' * 9)[:-9])
+
+    with pytest.raises(SourceError, match="the gzip data is damaged"):
+        await rows_in(path, Ndjson(columns(User)))
+
+
+async def test_a_line_that_is_too_long_is_one_failed_row(tmp_path: Path) -> None:
+    """It is not kept, and the lines behind it are read."""
+    path = tmp_path / "users.ndjson"
+    path.write_bytes(b'{"email": "a@x"}\n' + b"x" * (3 * MAX_LINE_BYTES) + b'\n{"email": "b@x"}\n')
+
+    rows = await rows_in(path, Ndjson(columns(User)))
+
+    assert emails(rows) == ["a@x", "", "b@x"]
+    assert [row.number for row in rows] == [1, 2, 3]
+    assert rows[1].failure is not None
+    assert rows[1].failure.reason == "TOO_LARGE"
+
+
+def test_json_rejects_have_the_row_and_why() -> None:
+    """A row keeps its own fields; a line that is none becomes text."""
+    ndjson = Ndjson(columns(User))
+    rows = rows_of(ndjson, b'{"email": "a@x", "foo": [1.5], "_error": {"row": 3}}\nno \xff\xc3\xa9\n')
+
+    [taken, unread] = [json.loads(ndjson.rejected(row, ANY_FAILURE)) for row in rows]
+
+    why = {"reason": "EMAIL_TAKEN", "field": "email", "message": "email belongs to another user"}
+    assert taken == {"email": "a@x", "foo": [1.5], "_error": {**why, "row": 1}}
+    assert unread == {"_line": "no \\xffé", "_error": {**why, "row": 2}}
+
+
+def test_json_that_is_nested_too_deep_to_be_written_is_rejected_as_text() -> None:
+    """What orjson reads it can't always write."""
+    ndjson = Ndjson(columns(User))
+    line = b'{"foo": ' + b"[" * 500 + b"]" * 500 + b"}"
+    [row] = rows_of(ndjson, line)
+
+    assert json.loads(ndjson.rejected(row, ANY_FAILURE))["_line"] == line.decode()
+
+
+def test_csv_rejects_have_the_cells_as_they_were() -> None:
+    """The error comes first, so that too few or too many cells stay recognisable; bytes are kept."""
+    csv_format = Csv(columns(User))
+    rows = rows_of(csv_format, b'email,foo\na@x,"1,2"\nb@x\nc@x,1,2\n\xff@x,\n')
+
+    rejected = [csv_format.rejected(row, row.failure or ANY_FAILURE) for row in rows]
+
+    assert csv_format.head() == b"_error,email,foo\n"
+    assert rejected == [
+        b'EMAIL_TAKEN email: email belongs to another user,a@x,"1,2"\n',
+        b'"MALFORMED_MESSAGE: the number of cells is 1, in the header line 2",b@x\n',
+        b'"MALFORMED_MESSAGE: the number of cells is 3, in the header line 2",c@x,1,2\n',
+        b"MALFORMED_MESSAGE: the row is not UTF-8,\xff@x,\n",
+    ]
+
+
+FILES = {
+    Ndjson: b'{"email": "a@x", "is_active": "maybe"}\n{"email": "b@x", "is_active": "maybe", "foo": 1}\n',
+    Csv: b'email,is_active,foo\na@x,maybe,\n"b@x",maybe,"1\n2"\n',
+}
+
+
+@pytest.mark.parametrize("kind", [Ndjson, Csv])
+@pytest.mark.parametrize("is_mended", [True, False])
+async def test_rejects_can_be_loaded_again(tmp_path: Path, kind: type[FileFormat], is_mended: bool) -> None:
+    """Mended, they are rows; as they are, they fail again in the same way, their old `_error` ignored."""
+    path = tmp_path / "rejects"
+    file_format = kind(columns(User))
+    rejects = Rejects(path, file_format)
+    for row in rows_of(file_format, FILES[kind]):
+        assert row.failure is not None
+        rejects.add(row, row.failure)
+    rejects.close()
+    if is_mended:
+        path.write_bytes(path.read_bytes().replace(b"maybe", b"false").replace(b'"false"', b"false"))
+    known = columns(User)
+
+    rows = await rows_in(path, kind(known))
+
+    assert "_error" not in known.ignored
+    assert emails(rows) == (["a@x", "b@x"] if is_mended else ["", ""])
+
+
+def ledger_of(tmp_path: Path, data: bytes) -> tuple[Ledger, Rejects]:
+    """Return a ledger that has noted all rows of a file."""
+    ndjson = Ndjson(columns(User))
+    rejects = Rejects(tmp_path / "rejects.ndjson", ndjson)
+    ledger = Ledger(rejects)
+    for row in rows_of(ndjson, data):
+        ledger.note(row)
+    return ledger, rejects
+
+
+def rejected_lines(rejects: Rejects) -> list[int]:
+    """Return from which lines the rejects are."""
+    rejects.close()
+    return [json.loads(line)["_error"]["row"] for line in rejects.path.read_bytes().splitlines()]
+
+
+def test_rejects_keep_the_order_of_the_file(tmp_path: Path) -> None:
+    """A row that could not be read waits for the answers about the rows before it."""
+    ledger, rejects = ledger_of(tmp_path, b"1\n{}\n3\n{}\n{}\n6\n{}\n")
+
+    ledger.settle(BulkAck(offset=0, next_offset=2, created=1, failed=1, failures=[RowFailure(offset=1)]))
+    ledger.settle(BulkAck(offset=2, next_offset=4, skipped=1, failed=1, failures=[RowFailure(offset=3)]))
+
+    assert rejected_lines(rejects) == [1, 3, 4, 6, 7]
+    assert ledger.counts == {"created": 1, "updated": 0, "skipped": 1, "failed": 5}
+
+
+def test_a_batch_that_failed_as_a_whole_is_rejected_as_a_whole(tmp_path: Path) -> None:
+    """Its ack names the culprits only; the others are not in either, and can be loaded again."""
+    ledger, rejects = ledger_of(tmp_path, b"{}\n{}\n{}\n{}\n")
+
+    ledger.settle(BulkAck(offset=0, next_offset=3, failed=3, failures=[RowFailure(offset=1, reason="R")]))
+    ledger.settle(BulkAck(offset=3, next_offset=4, created=1))
+
+    assert rejected_lines(rejects) == [1, 2, 3]
+    assert ledger.reasons == {("BATCH_FAILED", ""): 2, ("R", ""): 1}
+
+
+def test_what_waits_to_be_rejected_is_bounded(tmp_path: Path) -> None:
+    """Many rows that can't be read, behind one that is not answered, are rejected before it."""
+    bad = b"x" * (1 << 20) + b"\n"
+    ledger, rejects = ledger_of(tmp_path, b"{}\n" + bad * (MAX_HELD_BYTES // len(bad) + 1))
+
+    ledger.settle(BulkAck(offset=0, next_offset=1, failed=1, failures=[RowFailure(offset=0)]))
+
+    assert rejected_lines(rejects) == [*range(2, 10), 1]
+
+
+def test_makes_no_file_without_rejects(tmp_path: Path) -> None:
+    """A file of an earlier load is left alone; the first reject replaces it."""
+    path = tmp_path / "rejects.ndjson"
+    path.write_text("earlier\n")
+    ledger, rejects = ledger_of(tmp_path, b"{}\n")
+
+    assert (bool(rejects), path.read_text()) == (False, "earlier\n")
+
+    ledger.settle(BulkAck(offset=0, next_offset=1, failed=1, failures=[RowFailure(offset=0)]))
+
+    assert rejected_lines(rejects) == [1]

@@ -1,0 +1,161 @@
+"""Settings: from where they come, and what is said of wrong ones."""
+
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from pydantic import ValidationError
+
+from service.cli import main
+from service.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """An environment without settings, in a folder without `.env`."""
+    for name in os.environ:
+        if name.startswith("ROSTER_") or name == "DATABASE_URL":
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return monkeypatch
+
+
+def refused(**values: object) -> ValidationError:
+    with pytest.raises(ValidationError) as caught:
+        Settings(**values)  # type: ignore[arg-type]
+    return caught.value
+
+
+def test_the_defaults_are_safe() -> None:
+    """Nobody else can call, and a database that needs no server."""
+    settings = Settings()
+
+    assert settings.listen == "127.0.0.1:50051"
+    assert settings.database_url == "sqlite+aiosqlite:///roster.db"
+    assert settings.is_embedded
+
+
+def test_a_setting_is_an_environment_variable(environment: pytest.MonkeyPatch) -> None:
+    """Its name in capitals, with the prefix."""
+    for name, value in {"LISTEN": "[::1]:7000", "POOL_TIMEOUT": "0.5", "REFLECTION": "false"}.items():
+        environment.setenv(f"ROSTER_{name}", value)
+    settings = Settings()
+
+    assert (settings.listen, settings.pool_timeout, settings.reflection) == ("[::1]:7000", 0.5, False)
+
+
+def test_the_database_s_url_has_two_names(environment: pytest.MonkeyPatch) -> None:
+    """DATABASE_URL is what platforms set; our own name goes before it."""
+    environment.setenv("DATABASE_URL", "sqlite:///platform.db")
+    assert Settings().database_url == "sqlite+aiosqlite:///platform.db"
+    environment.setenv("ROSTER_DATABASE_URL", "sqlite:///own.db")
+    assert Settings().database_url == "sqlite+aiosqlite:///own.db"
+
+
+def test_the_nearest_source_wins(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An argument before the environment, that before a secret's file, that before `.env`."""
+    (tmp_path / ".env").write_text("ROSTER_DATABASE_URL=sqlite:///dotenv.db\nROSTER_POOL_SIZE=1\n")
+    assert (Settings().database_url, Settings().pool_size) == ("sqlite+aiosqlite:///dotenv.db", 1)
+
+    (tmp_path / "secret").write_text("sqlite:///secret.db\n")
+    environment.setenv("ROSTER_DATABASE_URL_FILE", str(tmp_path / "secret"))
+    assert (Settings().database_url, Settings().pool_size) == ("sqlite+aiosqlite:///secret.db", 1)
+
+    environment.setenv("ROSTER_DATABASE_URL", "sqlite:///environment.db")
+    assert Settings().database_url == "sqlite+aiosqlite:///environment.db"
+    assert Settings(database_url="sqlite:///argument.db").database_url == "sqlite+aiosqlite:///argument.db"
+
+
+def test_any_setting_can_be_a_file(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With white space around its value, as editors leave it."""
+    (tmp_path / "size").write_text("  7\n\n")
+    environment.setenv("ROSTER_POOL_SIZE_FILE", str(tmp_path / "size"))
+
+    assert Settings().pool_size == 7
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("postgres://ada:p%40ss@db:5433/roster", "postgresql+asyncpg://ada:p%40ss@db:5433/roster"),
+        ("postgresql://ada@db/roster", "postgresql+asyncpg://ada@db/roster"),
+        ("postgresql+asyncpg://db/roster?ssl=require", "postgresql+asyncpg://db/roster?ssl=require"),
+        ("sqlite:////var/lib/roster.db", "sqlite+aiosqlite:////var/lib/roster.db"),
+    ],
+)
+def test_a_url_gets_the_driver_that_we_use(url: str, expected: str) -> None:
+    """Everything else in it stays, the password too."""
+    assert Settings(database_url=url).database_url == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("ada:secret@db/roster", "is no URL"),
+        ("postgresql://ada:secret/roster", "is no URL"),
+        ("postgresql://ada:secret@db:port/roster", "is no URL"),
+        ("mysql://ada:secret@db/roster", "has the scheme mysql; postgresql and sqlite are supported"),
+        ("postgresql+psycopg://ada:secret@db/roster", "has the scheme postgresql+psycopg"),
+        ("sqlite://", "names no file"),
+        ("sqlite:///:memory:", "names no file"),
+    ],
+)
+def test_a_wrong_url_is_explained_without_its_password(url: str, sentence: str) -> None:
+    """Neither in the sentence nor in what pydantic adds to it."""
+    error = refused(database_url=url)
+
+    assert sentence in str(error)
+    assert "secret" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "listen", ["0.0.0.0:50051", "[::]:50051", "roster.example.org:50051", ":50051", "10.0.0.1:1"]
+)
+def test_strangers_are_kept_out_unless_told_otherwise(listen: str) -> None:
+    """Beyond this machine the server listens only if `insecure` says so."""
+    assert "ROSTER_INSECURE=true" in str(refused(listen=listen))
+    assert Settings(listen=listen, insecure=True).listen == listen
+
+
+@pytest.mark.parametrize(
+    "listen", ["127.0.0.1:0", "127.0.0.53:1", "localhost:1", "[::1]:1", "unix:/run/roster"]
+)
+def test_this_machine_may_always_call(listen: str) -> None:
+    """By a loopback address or a Unix socket."""
+    assert Settings(listen=listen).listen == listen
+
+
+def test_everything_wrong_is_told_at_once() -> None:
+    """Whatever rule it is that a setting breaks."""
+    error = refused(listen="0.0.0.0:1", database_url="roster", pool_size=0, pool_timeout=0, log_level="LOUD")
+
+    assert [problem["loc"][0] for problem in error.errors()] == [
+        "listen",
+        "log_level",
+        "database_url",
+        "pool_size",
+        "pool_timeout",
+    ]
+
+
+def test_a_command_names_the_variables_that_are_wrong(environment: pytest.MonkeyPatch) -> None:
+    """One line each, and status 2; no value is repeated."""
+    environment.setenv("DATABASE_URL", "mysql://ada:secret@db/roster")
+    environment.setenv("ROSTER_LISTEN", "0.0.0.0:1")
+    result = CliRunner().invoke(main, ["migrate"])
+
+    assert result.exit_code == 2
+    first, second = result.output.splitlines()
+    assert "ROSTER_LISTEN: without TLS" in first
+    assert "ROSTER_DATABASE_URL: has the scheme mysql" in second
+    assert "secret" not in result.output
+
+
+def test_a_command_says_which_file_can_t_be_read(environment: pytest.MonkeyPatch) -> None:
+    """Status 2, and no traceback."""
+    environment.setenv("ROSTER_DATABASE_URL_FILE", "missing")
+    result = CliRunner().invoke(main, ["migrate"])
+
+    assert result.exit_code == 2
+    assert "missing" in result.output
