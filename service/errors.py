@@ -204,6 +204,7 @@ class StatementTimeout(RosterError):
     """The database gave up on a statement that took too long."""
 
     reason = "STATEMENT_TIMEOUT"
+    retry_after_seconds = 1.0
 
 
 class OutcomeUnknown(RosterError):

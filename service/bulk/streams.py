@@ -16,6 +16,7 @@ from service.bulk.stream import MAX_BYTES, MAX_ROWS, REFUSALS, Stream
 from service.db.bulk.batch import Outcome
 from service.db.engine import Database
 from service.errors import InvalidOptions, TooManyFailures
+from service.once import CALLER
 
 
 class BulkStreams:
@@ -25,7 +26,7 @@ class BulkStreams:
         self._database = database
 
     async def run(
-        self, requests: AsyncIterator[Any], operation: Operation, caller: str
+        self, requests: AsyncIterator[Any], operation: Operation
     ) -> AsyncGenerator[BulkWriteResponse]:
         """Yield the events of one stream.
 
@@ -34,7 +35,7 @@ class BulkStreams:
         first = await anext(requests, None)
         if first is None:
             raise InvalidOptions("the stream ended before its first message, which has options or rows")
-        stream = await Stream.open(self._database, operation, first.options, caller)
+        stream = await Stream.open(self._database, operation, first.options, CALLER)
         yield opened_to_message(first.options.load_id, stream.watermark, MAX_ROWS, MAX_BYTES)
         receiver = asyncio.create_task(stream.receive(first, requests))
         try:

@@ -61,11 +61,12 @@ async def _require_schema(database: Database) -> None:
 
 
 def _announce(address: str) -> None:
+    user = '{"user": {"email": "ada@example.org"}}'
     click.echo(
         f"listening on {address}\n"
         "try, in another terminal:\n"
         f"  grpcurl -plaintext {address} list\n"
-        f"""  grpcurl -plaintext -d '{{"user": {{"email": "ada@example.org"}}}}' {address} {USERS}/CreateUser\n"""
+        f"  grpcurl -plaintext -d '{user}' {address} {USERS}/CreateUser\n"
         f"  grpcurl -plaintext {address} {USERS}/ListUsers",
         err=True,
     )

@@ -15,7 +15,7 @@ from service.db.engine import Database
 from service.db.listing import Listing, batches
 from service.fields import check_choice, check_export, check_id, check_ids, check_version
 from service.interceptors.around import Context
-from service.once import CALLER, once
+from service.once import once
 from service.posts.convert import (
     WRITABLE,
     post_batch_from_messages,
@@ -119,14 +119,14 @@ class PostServicer(PostServiceServicer):
     async def BulkCreatePosts(
         self, requests: AsyncIterator[pb.BulkCreatePostsRequest], context: Context
     ) -> AsyncIterator[BulkWriteResponse]:
-        async with aclosing(self.bulk.run(requests, CREATE_POSTS, CALLER)) as events:
+        async with aclosing(self.bulk.run(requests, CREATE_POSTS)) as events:
             async for event in events:
                 yield event
 
     async def BulkUpdatePosts(
         self, requests: AsyncIterator[pb.BulkUpdatePostsRequest], context: Context
     ) -> AsyncIterator[BulkWriteResponse]:
-        async with aclosing(self.bulk.run(requests, UPDATE_POSTS, CALLER)) as events:
+        async with aclosing(self.bulk.run(requests, UPDATE_POSTS)) as events:
             async for event in events:
                 yield event
 

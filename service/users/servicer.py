@@ -18,7 +18,7 @@ from service.db.listing import Listing, batches
 from service.errors import UserNotFound
 from service.fields import check_choice, check_export, check_id, check_ids, check_version, normalise_email
 from service.interceptors.around import Context
-from service.once import CALLER, once
+from service.once import once
 from service.users.convert import (
     BULK_WRITABLE,
     check_password,
@@ -141,14 +141,14 @@ class UserServicer(UserServiceServicer):
     async def BulkCreateUsers(
         self, requests: AsyncIterator[pb.BulkCreateUsersRequest], context: Context
     ) -> AsyncIterator[BulkWriteResponse]:
-        async with aclosing(self.bulk.run(requests, CREATE_USERS, CALLER)) as events:
+        async with aclosing(self.bulk.run(requests, CREATE_USERS)) as events:
             async for event in events:
                 yield event
 
     async def BulkUpdateUsers(
         self, requests: AsyncIterator[pb.BulkUpdateUsersRequest], context: Context
     ) -> AsyncIterator[BulkWriteResponse]:
-        async with aclosing(self.bulk.run(requests, UPDATE_USERS, CALLER)) as events:
+        async with aclosing(self.bulk.run(requests, UPDATE_USERS)) as events:
             async for event in events:
                 yield event
 

@@ -191,8 +191,8 @@ async def test_a_stream_can_be_fenced_off_with_batches_in_hand(
     users: UserServiceStub, stream: LoadStream
 ) -> None:
     """Each of them is wholly in or wholly out, and the newer stream is told which."""
-    names = [f"user{number}" for number in range(600)]
-    for offset in range(0, 600, 200):
+    names = [f"user{number}" for number in range(601)]
+    for offset in (0, 200, 400):
         await stream.write(users=named(*names[offset : offset + 200]))
 
     newer = await LoadStream.open(users)
@@ -200,7 +200,7 @@ async def test_a_stream_can_be_fenced_off_with_batches_in_hand(
     await newer.acknowledged(*names[begin:], offset=begin)
 
     assert begin % 200 == 0
-    assert (await newer.finished()).created == 600
+    assert (await newer.finished()).created == 601
     assert sorted(await emails(users)) == sorted(names)
 
 
@@ -257,7 +257,8 @@ async def test_finishing_again_returns_the_first_summary(users: UserServiceStub,
 
 async def test_a_finished_load_takes_no_new_rows(users: UserServiceStub, stream: LoadStream) -> None:
     """Neither behind its rows nor in a message that has some of them."""
-    await stream.acknowledged("a", finish=True)
+    await stream.acknowledged("a")
+    await stream.finished()
 
     for offset, names in [(1, ["b"]), (0, ["a", "b"])]:
         refused = await (await LoadStream.open(users)).refused(*names, offset=offset)

@@ -17,7 +17,6 @@ from sqlalchemy import (
     SmallInteger,
     Update,
     delete,
-    insert as insert_into,
     select,
     update,
 )
@@ -123,8 +122,10 @@ class LoadRepository:
         Raises LoadFenced where a newer stream has the load, or it is open no more.
         """
         end = offset + len(outcome.ids)
+        # A stream that is fenced off meets what the newer one has recorded here; the watermark tells it so.
         await self.session.execute(
-            insert_into(LoadBatch).values(
+            insert(self.session, LoadBatch)
+            .values(
                 load=load.id,
                 first_offset=offset,
                 next_offset=end,
@@ -132,6 +133,7 @@ class LoadRepository:
                 ids=_pack(outcome.ids),
                 failures=_packed_failures(outcome),
             )
+            .on_conflict_do_nothing()
         )
         counted = {name: getattr(Load, name) + getattr(outcome, name) for name in COUNTED}
         moved = await self.session.scalar(

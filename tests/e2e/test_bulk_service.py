@@ -1,0 +1,228 @@
+"""BulkService: loads looked at and stopped, while they run and after."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc.code_pb2 import ALREADY_EXISTS, INVALID_ARGUMENT
+
+from roster.v1.bulk_pb2 import (
+    AbortBulkLoadRequest,
+    BulkLoad,
+    BulkOptions,
+    GetBulkLoadRequest,
+    ListBulkLoadFailuresRequest,
+    ListBulkLoadsRequest,
+    RowFailure,
+)
+from roster.v1.bulk_pb2_grpc import BulkServiceStub
+from roster.v1.users_pb2_grpc import UserServiceStub
+from tests.errors import refusal
+from tests.load_stream import LOAD_ID, LoadStream
+
+SEVEN_DAYS = 7 * 24 * 3600
+
+
+@pytest.fixture
+def loads(channel: grpc.aio.Channel) -> BulkServiceStub:
+    """The client of BulkService."""
+    return BulkServiceStub(channel)
+
+
+async def got(loads: BulkServiceStub, load_id: str = LOAD_ID) -> BulkLoad:
+    return await loads.GetBulkLoad(GetBulkLoadRequest(load_id=load_id))
+
+
+async def pages(list_page: Any, request: Any, field: str) -> list[Sequence[Any]]:
+    """Return the pages of a list, to its end."""
+    found = []
+    while True:
+        page = await list_page(request)
+        found.append(getattr(page, field))
+        if not page.next_page_token:
+            return found
+        request.page_token = page.next_page_token
+
+
+async def failures(loads: BulkServiceStub, page_size: int = 1000) -> list[Sequence[RowFailure]]:
+    request = ListBulkLoadFailuresRequest(load_id=LOAD_ID, page_size=page_size)
+    return await pages(loads.ListBulkLoadFailures, request, "failures")
+
+
+async def test_a_load_can_be_looked_at_while_it_runs(users: UserServiceStub, loads: BulkServiceStub) -> None:
+    """It is there once its stream is open, and has the numbers of what is acknowledged."""
+    stream = await LoadStream.open(users, on_conflict="SKIP")
+    begun = await got(loads)
+    await stream.acknowledged("a", "b", "a", "no one")
+    running = await got(loads)
+    await stream.finished()
+    finished = await got(loads)
+
+    assert (begun.load_id, begun.method) == (LOAD_ID, "roster.v1.UserService.BulkCreateUsers")
+    assert begun.options == BulkOptions(load_id=LOAD_ID, on_conflict=BulkOptions.SKIP, return_ids=True)
+    assert (begun.state, begun.next_offset) == (BulkLoad.OPEN, 0)
+    assert (running.state, running.next_offset) == (BulkLoad.OPEN, 4)
+    assert (running.created, running.updated, running.skipped, running.failed) == (2, 0, 1, 1)
+    assert finished.state == BulkLoad.FINISHED
+    assert begun.created_at == finished.created_at
+    times = [load.updated_at.ToNanoseconds() for load in (begun, running, finished)]
+    assert times == sorted(times)
+    assert finished.expires_at.seconds - finished.updated_at.seconds == SEVEN_DAYS
+
+
+async def test_updates_are_counted(users: UserServiceStub, loads: BulkServiceStub) -> None:
+    """A row that was written to one that existed is neither created nor skipped."""
+    stream = await LoadStream.open(users, on_conflict="UPDATE", update_mask={"paths": ["full_name"]})
+    await stream.acknowledged("a", "a")
+
+    load = await got(loads)
+    assert (load.created, load.updated, load.skipped, load.failed) == (1, 1, 0, 0)
+
+
+async def test_lists_the_newest_loads_first(users: UserServiceStub, loads: BulkServiceStub) -> None:
+    """Page by page; to open a load again makes it no newer."""
+    for load_id in "abcdea":
+        await LoadStream.open(users, load_id=load_id)
+
+    found = await pages(loads.ListBulkLoads, ListBulkLoadsRequest(page_size=2), "loads")
+
+    assert [[load.load_id for load in page] for page in found] == [["e", "d"], ["c", "b"], ["a"]]
+    assert found[2][0] == await got(loads, "a")
+
+
+async def test_there_may_be_no_load(loads: BulkServiceStub) -> None:
+    """An empty list has one page."""
+    assert await pages(loads.ListBulkLoads, ListBulkLoadsRequest(), "loads") == [[]]
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 7, 1000])
+async def test_lists_failures_in_the_order_of_their_offsets(
+    users: UserServiceStub, loads: BulkServiceStub, page_size: int
+) -> None:
+    """Page by page over many batches, of which most had none; exactly those that the acks told."""
+    stream = await LoadStream.open(users)
+    told = []
+    for batch in range(30):
+        names = [f"user{batch}", "no one", f"user{batch}"] if batch % 2 else [f"user{batch}"]
+        told.extend((await stream.acknowledged(*names)).failures)
+
+    found = await failures(loads, page_size)
+
+    assert len(told) == 30
+    assert [failure for page in found for failure in page] == told
+    assert {len(page) for page in found[:-1]} <= {page_size}
+
+
+async def test_a_failure_is_told_as_in_its_ack(users: UserServiceStub, loads: BulkServiceStub) -> None:
+    """With code, reason, field, a sentence, and whose the key is."""
+    stream = await LoadStream.open(users)
+    (created,) = (await stream.acknowledged("a")).ids
+    await stream.acknowledged("b", "a", "no one")
+
+    ((taken, bad),) = await failures(loads)
+
+    assert taken == RowFailure(
+        offset=2,
+        code=ALREADY_EXISTS,
+        reason="EMAIL_TAKEN",
+        field="email",
+        message="email belongs to another user",
+        existing_id=created,
+    )
+    assert (bad.offset, bad.code, bad.reason, bad.field) == (3, INVALID_ARGUMENT, "INVALID_FIELD", "email")
+
+
+async def test_of_a_batch_that_failed_the_culprits_are_told(
+    users: UserServiceStub, loads: BulkServiceStub
+) -> None:
+    """The rows that failed with them are in the count alone."""
+    stream = await LoadStream.open(users, atomicity="BATCH")
+    await stream.acknowledged("a", "no one", "b")
+
+    assert [[failure.offset for failure in page] for page in await failures(loads)] == [[1]]
+    assert (await got(loads)).failed == 3
+
+
+async def test_a_load_without_failures_has_an_empty_page(
+    users: UserServiceStub, loads: BulkServiceStub
+) -> None:
+    """There is nothing to go on with behind it."""
+    await (await LoadStream.open(users)).acknowledged("a")
+
+    assert await failures(loads) == [[]]
+
+
+async def test_an_abort_answers_with_the_load(users: UserServiceStub, loads: BulkServiceStub) -> None:
+    """Its numbers are final, and to abort it again changes nothing."""
+    await (await LoadStream.open(users)).acknowledged("a", "no one")
+
+    aborted = await loads.AbortBulkLoad(AbortBulkLoadRequest(load_id=LOAD_ID))
+
+    assert (aborted.state, aborted.next_offset, aborted.failed) == (BulkLoad.ABORTED, 2, 1)
+    assert aborted == await loads.AbortBulkLoad(AbortBulkLoadRequest(load_id=LOAD_ID)) == await got(loads)
+    assert len((await failures(loads))[0]) == 1
+
+
+async def test_a_finished_load_is_not_aborted(users: UserServiceStub, loads: BulkServiceStub) -> None:
+    """There is nothing to stop: it is answered as it is."""
+    await (await LoadStream.open(users)).finished()
+
+    aborted = await loads.AbortBulkLoad(AbortBulkLoadRequest(load_id=LOAD_ID))
+
+    assert aborted.state == BulkLoad.FINISHED
+    assert await got(loads) == aborted
+
+
+async def test_a_load_that_is_not_there_is_told(loads: BulkServiceStub) -> None:
+    """The same of every RPC that names one."""
+    for call in (
+        loads.GetBulkLoad(GetBulkLoadRequest(load_id=LOAD_ID)),
+        loads.ListBulkLoadFailures(ListBulkLoadFailuresRequest(load_id=LOAD_ID)),
+        loads.AbortBulkLoad(AbortBulkLoadRequest(load_id=LOAD_ID)),
+    ):
+        refused = await refusal(call)
+        assert (refused.code, refused.reason) == (grpc.StatusCode.NOT_FOUND, "LOAD_NOT_FOUND")
+
+
+@pytest.mark.parametrize("load_id", ["", "x" * 256, "nul\0"])
+async def test_a_name_that_no_load_can_have_is_bad_input(loads: BulkServiceStub, load_id: str) -> None:
+    """It is told before anything is looked up."""
+    for call in (
+        loads.GetBulkLoad(GetBulkLoadRequest(load_id=load_id)),
+        loads.ListBulkLoadFailures(ListBulkLoadFailuresRequest(load_id=load_id)),
+        loads.AbortBulkLoad(AbortBulkLoadRequest(load_id=load_id)),
+    ):
+        refused = await refusal(call)
+        assert (refused.code, refused.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["load_id"])
+
+
+async def test_a_token_belongs_to_its_list(users: UserServiceStub, loads: BulkServiceStub) -> None:
+    """A damaged one, or that of another list or another load, gets no page."""
+    for load_id in (LOAD_ID, "other"):
+        await (await LoadStream.open(users, load_id=load_id)).acknowledged("no one", "no one")
+    of_loads = (await loads.ListBulkLoads(ListBulkLoadsRequest(page_size=1))).next_page_token
+    of_failures = (
+        await loads.ListBulkLoadFailures(ListBulkLoadFailuresRequest(load_id=LOAD_ID, page_size=1))
+    ).next_page_token
+
+    for call in (
+        loads.ListBulkLoads(ListBulkLoadsRequest(page_token=of_failures)),
+        loads.ListBulkLoads(ListBulkLoadsRequest(page_token=of_loads[:-1])),
+        loads.ListBulkLoadFailures(ListBulkLoadFailuresRequest(load_id=LOAD_ID, page_token=of_loads)),
+        loads.ListBulkLoadFailures(ListBulkLoadFailuresRequest(load_id="other", page_token=of_failures)),
+        loads.ListBulkLoadFailures(ListBulkLoadFailuresRequest(load_id=LOAD_ID, page_token="x")),
+    ):
+        refused = await refusal(call)
+        assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PAGE_TOKEN")
+
+
+async def test_a_page_size_is_not_negative(users: UserServiceStub, loads: BulkServiceStub) -> None:
+    """The field at fault is told."""
+    await LoadStream.open(users)
+    for call in (
+        loads.ListBulkLoads(ListBulkLoadsRequest(page_size=-1)),
+        loads.ListBulkLoadFailures(ListBulkLoadFailuresRequest(load_id=LOAD_ID, page_size=-1)),
+    ):
+        refused = await refusal(call)
+        assert (refused.code, refused.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["page_size"])
