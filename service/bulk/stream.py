@@ -75,9 +75,10 @@ class Stream:
     async def open(cls, database: Database, operation: Operation, message: BulkOptions, caller: str) -> Self:
         """Begin a stream; one of a named load goes on with it, and fences older streams off."""
         options = StreamOptions.from_message(message, operation)
+        if message.load_id:
+            check_load_id(message.load_id, "options.load_id")
         if not message.load_id or message.validate_only:
             return cls(database, operation, options, caller, None)
-        check_load_id(message.load_id, "options.load_id")
         async with database.begin() as session:
             kept = message.SerializeToString(deterministic=True)
             load = await LoadRepository(session, caller).open(message.load_id, operation.method, kept)
@@ -205,6 +206,7 @@ class Stream:
         slot.batch.expects_conflicts = self._meets_conflicts
         await self._clear(slot)
         slot.previous, self._last = self._last, slot
+        slot.batch.draws_after = slot.previous.batch.has_drawn if slot.previous else None
         self._expected = max(self._expected, slot.end)
         slot.task = asyncio.create_task(self._settled(slot))
 
@@ -223,6 +225,7 @@ class Stream:
         """Record a message; raises one of REFUSALS where it can't be, and anything else to end the stream."""
         try:
             outcome = await self._first_attempt(slot)
+            slot.batch.has_drawn.set()
             slot.is_committed.set_result(outcome is not None)
             if outcome is None:
                 await self._require(slot.previous)
@@ -231,6 +234,7 @@ class Stream:
         finally:
             if not slot.is_committed.done():
                 slot.is_committed.set_result(False)
+            slot.batch.has_drawn.set()
             slot.previous = None
         if not slot.replayed:
             return outcome

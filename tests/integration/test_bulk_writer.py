@@ -257,15 +257,21 @@ async def test_a_key_that_stays_locked_fails_the_batch_and_not_the_load(
     """After three tries the ack says try again: the watermark hasn't moved, and the stream goes on there."""
     monkeypatch.setattr("service.db.engine.LOCK_TIMEOUT_SECONDS", 0.1)
     hasty = Database(Settings(database_url=postgresql_url))
+    told = asyncio.Event()
     await other.execute("INSERT INTO users (email) VALUES ('bob@example.org')")
 
     async def requests() -> AsyncIterator[BulkCreateUsersRequest]:
         yield BulkCreateUsersRequest(users=[User(email="ada@example.org")])
         yield BulkCreateUsersRequest(users=[User(email="bob@example.org"), User(email="cyd@example.org")])
+        await told.wait()
         await other.rollback()
         yield BulkCreateUsersRequest(users=[User(email="bob@example.org")], offset=1)
 
-    events = [event async for event in BulkStreams(hasty).run(requests(), CREATE_USERS)]
+    events = []
+    async for event in BulkStreams(hasty).run(requests(), CREATE_USERS):
+        events.append(event)
+        if event.ack.HasField("error"):
+            told.set()
     await hasty.close()
 
     _, first, refused, last, _ = [event.ack for event in events]

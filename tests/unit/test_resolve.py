@@ -8,8 +8,8 @@ from hypothesis import given, strategies as st
 from roster.v1.bulk_pb2 import BulkAck
 from service.bulk.convert import outcome_to_message
 from service.bulk.operation import StreamOptions
-from service.db.bulk.batch import Batch, Outcome, WriteOptions
-from service.db.bulk.resolve import resolve_creates, resolve_updates
+from service.db.bulk.batch import Batch, Outcome, Result, WriteOptions
+from service.db.bulk.resolve import Key, resolve_creates, resolve_updates
 from service.errors import PostNotFound
 from service.users.repository import email_taken
 from tests.bulk_model import LOADS, Load, Tables, Values, applied, stored
@@ -24,14 +24,15 @@ def written(tables: Tables, load: Load) -> list[BulkAck]:
     for rows in load.batches:
         batch = load.operation.batch(rows, options)
         outcome = write(tables[load.operation.rows], batch, options)
-        acks.append(outcome_to_message(offset, outcome, return_ids=True).ack)
-        offset += len(rows)
+        end = offset + len(rows)
+        acks.append(outcome_to_message(offset, end, outcome, return_ids=True, is_replayed=False).ack)
+        offset = end
     return acks
 
 
 def write_creates(users: dict[int, Values], batch: Batch, options: WriteOptions) -> Outcome:
     ids = {user["email"]: id for id, user in users.items()}
-    creates = resolve_creates(batch, "email", ids, options.on_conflict, email_taken)
+    creates = resolve_creates(batch, [Key("email", ids, email_taken)], options.on_conflict)
     if options.is_atomic and batch.failures:
         return Outcome.of_failed_batch(batch)
     if options.validate_only:
@@ -52,14 +53,13 @@ def write_updates(posts: dict[int, Values], batch: Batch, options: WriteOptions)
     updates = resolve_updates(batch, versions, lambda: PostNotFound("there is no such post"))
     if options.is_atomic and batch.failures:
         return Outcome.of_failed_batch(batch)
-    ids = [0] * batch.size
+    results, ids = bytearray(batch.size), [0] * batch.size
     for id, rows in updates.items():
         for row in rows:
-            ids[row] = id
+            results[row], ids[row] = Result.UPDATED, id
         if not options.validate_only:
             change(posts[id], batch, rows, options)
-    updated = sum(map(len, updates.values()))
-    return Outcome(ids=ids, failures=batch.failures, updated=updated, failed=len(batch.failures))
+    return Outcome(bytes(results), ids, batch.failures)
 
 
 def change(values: Values, batch: Batch, rows: list[int], options: WriteOptions) -> None:

@@ -1,5 +1,6 @@
 """The rows of one message as columns, how they are to be written, and what became of them."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
@@ -48,6 +49,9 @@ class Batch:
     columns: dict[str, list[Any]] = field(default_factory=dict)
     failures: dict[int, RosterError] = field(default_factory=dict)
     expects_conflicts: bool = False  # the load met a key that is taken
+    # Batches are written at the same time and draw their ids one after the other: ids rise in file order.
+    draws_after: asyncio.Event | None = None
+    has_drawn: asyncio.Event = field(default_factory=asyncio.Event)
 
     def keys(self) -> set[Any]:
         """Return what no other batch may write at the same time: ids and e-mails."""
@@ -81,14 +85,16 @@ class Batch:
         """Fail a row; its first failure is the one told."""
         self.failures.setdefault(row, error)
 
-    def good_rows(self) -> list[int]:
+    def good_rows(self) -> Sequence[int]:
         """Return the rows that have not failed, in file order."""
+        if not self.failures:
+            return range(self.size)
         return [row for row in range(self.size) if row not in self.failures]
 
     def take(self, name: str, rows: Sequence[int]) -> list[Any]:
         """Return some rows of a column."""
         column = self.columns[name]
-        return column if len(rows) == self.size else [column[row] for row in rows]
+        return column if rows == range(self.size) else [column[row] for row in rows]
 
 
 class Result(IntEnum):

@@ -28,6 +28,7 @@ class BulkWriter:
         self.session = session
         self.model = model
         self._way = portable if is_sqlite(session) else postgresql
+        self._drawn: Sequence[int] = ()
 
     async def settled(self, batch: Batch, attempt: Callable[[Batch], Awaitable[Outcome]]) -> Outcome:
         """Return the outcome of an attempt, made again where another writer's commit got in its way."""
@@ -50,7 +51,7 @@ class BulkWriter:
             return Outcome.of_failed_batch(batch)
         if options.validate_only:
             return creates.outcome(batch, options, [])
-        ids = await self._insert(creates.columns(batch, options), len(creates.inserted), sort_key)
+        ids = await self._insert(batch, creates.columns(batch, options), len(creates.inserted), sort_key)
         await self._update(batch, creates.updated, options.update_fields)
         return creates.outcome(batch, options, ids)
 
@@ -86,11 +87,11 @@ class BulkWriter:
         return {row[0]: row.stored_id for row in rows}
 
     async def _insert(
-        self, columns: Mapping[str, list[Any]], size: int, sort_key: str | None
+        self, batch: Batch, columns: Mapping[str, list[Any]], size: int, sort_key: str | None
     ) -> Sequence[int]:
         if not size:
             return []
-        ids = await self._ids(columns.get("id"), size)
+        ids = await self._ids(batch, columns.get("id"), size)
         rows = {**columns, "id": ids, **await self._times(columns)}
         if sort_key:
             # Keys that are plain strings sort three times as fast as tuples that begin with them.
@@ -99,12 +100,15 @@ class BulkWriter:
         await self._way.insert_rows(self.session, self.model, rows)
         return ids
 
-    async def _ids(self, given: Sequence[int | None] | None, size: int) -> Sequence[int]:
-        drawn: Sequence[int] = await self._way.next_ids(
-            self.session, self.model, size if given is None else given.count(None)
-        )
-        rest = iter(drawn)
-        return drawn if given is None else [id or next(rest) for id in given]
+    async def _ids(self, batch: Batch, given: Sequence[int | None] | None, size: int) -> Sequence[int]:
+        missing = size if given is None else given.count(None)
+        if len(self._drawn) < missing:  # otherwise an attempt that failed has drawn them
+            if batch.draws_after:
+                await batch.draws_after.wait()
+            self._drawn = await self._way.next_ids(self.session, self.model, missing)
+            batch.has_drawn.set()
+        rest = iter(self._drawn)
+        return self._drawn[:size] if given is None else [id or next(rest) for id in given]
 
     async def _times(self, columns: Mapping[str, list[Any]]) -> dict[str, list[datetime]]:
         """Return the times of restored rows, with the transaction's own for those that bring none."""

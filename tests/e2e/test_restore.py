@@ -1,0 +1,309 @@
+"""Restoring: rows that bring their ids, times and versions, beside those who draw new ids."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc.code_pb2 import ALREADY_EXISTS
+from sqlalchemy import insert, text
+
+from roster.v1.bulk_pb2 import BulkAck, BulkOptions
+from roster.v1.posts_pb2 import BulkCreatePostsRequest, CreatePostRequest, GetPostRequest
+from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.resources_pb2 import Post, User
+from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUserRequest, ListUsersRequest
+from roster.v1.users_pb2_grpc import UserServiceStub
+from service.db.bulk import postgresql
+from service.server import Server
+from service.users.model import User as UserRow
+from tests.load_stream import reached
+
+BATCHES, BATCH = 15, 10
+WAITS_FOR_THE_TABLE = text(
+    "SELECT count(*) FROM pg_locks WHERE relation = 'users'::regclass AND NOT granted "
+    "AND mode = 'ShareRowExclusiveLock'"
+)
+
+
+async def loaded(users: UserServiceStub, *rows: User, **options: Any) -> BulkAck:
+    """Create users in one message and return its ack."""
+    chosen = BulkOptions(return_ids=True, **options)
+    request = BulkCreateUsersRequest(options=chosen, users=rows, finish=True)
+    _, settled, _ = [event async for event in users.BulkCreateUsers(iter([request]))]
+    return settled.ack
+
+
+async def restored(users: UserServiceStub, *rows: User, **options: Any) -> BulkAck:
+    """Restore users in one message and return its ack."""
+    return await loaded(users, *rows, restore=True, **options)
+
+
+async def restored_posts(posts: PostServiceStub, *rows: Post, **options: Any) -> BulkAck:
+    """Restore posts in one message and return its ack."""
+    chosen = BulkOptions(restore=True, return_ids=True, **options)
+    request = BulkCreatePostsRequest(options=chosen, posts=rows, finish=True)
+    _, settled, _ = [event async for event in posts.BulkCreatePosts(iter([request]))]
+    return settled.ack
+
+
+async def created(users: UserServiceStub, name: str) -> User:
+    return await users.CreateUser(CreateUserRequest(user=User(email=f"{name}@example.org")))
+
+
+async def everybody(users: UserServiceStub) -> dict[int, str]:
+    """Return all users' names by id."""
+    page = await users.ListUsers(ListUsersRequest(page_size=1000))
+    assert not page.next_page_token
+    return {user.id: user.email.removesuffix("@example.org") for user in page.users}
+
+
+def named(*names: str, **fields: Any) -> list[User]:
+    return [User(email=f"{name}@example.org", **fields) for name in names]
+
+
+def moment(text: str) -> Timestamp:
+    """Return a time written as in RFC 3339."""
+    time = Timestamp()
+    time.FromJsonString(text)
+    return time
+
+
+async def test_a_restored_user_is_as_it_was(users: UserServiceStub) -> None:
+    """With its id, version and times, to the microsecond; what is finer is cut off."""
+    row = User(
+        id=4711,
+        email="ada@example.org",
+        full_name="Ada",
+        is_active=False,
+        version=7,
+        created_at=moment("1815-12-10T00:00:00.000001Z"),
+        updated_at=moment("2024-02-29T23:59:59.123456789Z"),
+    )
+
+    ack = await restored(users, row)
+
+    row.updated_at.nanos = 123456000
+    assert (ack.created, ack.ids) == (1, [4711])
+    assert await users.GetUser(GetUserRequest(id=4711)) == row
+
+
+async def test_what_a_row_does_not_bring_it_is_given(users: UserServiceStub) -> None:
+    """Each of id, version and times by itself, as a new user is given it."""
+    old, zero = moment("2001-01-01T00:00:00Z"), Timestamp()
+    new = await created(users, "new")
+
+    ack = await restored(
+        users, *named("a", id=100), *named("b", created_at=old), *named("c", updated_at=zero, version=3)
+    )
+
+    a, b, c = [await users.GetUser(GetUserRequest(id=id)) for id in ack.ids]
+    assert (a.id, b.id, c.id) == (100, 101, 102)
+    assert (a.version, b.version, c.version) == (1, 1, 3)
+    assert (b.created_at, c.updated_at) == (old, zero)
+    for given in (a.created_at, a.updated_at, b.updated_at, c.created_at):
+        assert given.ToNanoseconds() >= new.created_at.ToNanoseconds()
+
+
+async def test_a_restored_post_is_as_it_was(users: UserServiceStub, posts: PostServiceStub) -> None:
+    """Its author is named by id or by e-mail, and those without an id draw one past the restored."""
+    ada = await created(users, "ada")
+    row = Post(
+        id=4711,
+        title="Notes",
+        content="On the engine",
+        author_id=ada.id,
+        version=2,
+        created_at=moment("1843-07-01T12:00:00.5Z"),
+        updated_at=moment("1843-10-01T12:00:00.000001Z"),
+    )
+
+    ack = await restored_posts(posts, row, Post(title="More", author_email="ada@example.org"))
+
+    assert (ack.created, ack.ids) == (2, [4711, 4712])
+    assert await posts.GetPost(GetPostRequest(id=4711)) == row
+    assert (await posts.CreatePost(CreatePostRequest(post=Post(title="New", author_id=ada.id)))).id == 4713
+
+
+async def test_a_taken_id_or_email_fails_its_row(users: UserServiceStub) -> None:
+    """Taken by a stored user or by a row before; the failure says by whom, and takes no other with it."""
+    ada = await created(users, "ada")
+
+    ack = await restored(
+        users,
+        *named("bob", id=ada.id),
+        *named("ada", id=50),
+        *named("cyd", id=51),
+        *named("dan", id=51),
+        *named("cyd", id=52),
+        *named("ada", id=ada.id),
+        *named("eve"),
+    )
+
+    assert [
+        (failure.offset, failure.code, failure.reason, failure.field, failure.existing_id)
+        for failure in ack.failures
+    ] == [
+        (0, ALREADY_EXISTS, "ID_TAKEN", "id", ada.id),
+        (1, ALREADY_EXISTS, "EMAIL_TAKEN", "email", ada.id),
+        (3, ALREADY_EXISTS, "ID_TAKEN", "id", 51),
+        (4, ALREADY_EXISTS, "EMAIL_TAKEN", "email", 51),
+        (5, ALREADY_EXISTS, "ID_TAKEN", "id", ada.id),
+    ]
+    assert (ack.created, ack.failed) == (2, 5)
+    assert await everybody(users) == {ada.id: "ada", 51: "cyd", ack.ids[6]: "eve"}
+
+
+async def test_a_taken_id_or_email_is_skipped(users: UserServiceStub) -> None:
+    """The stored user stays as it is, and its id is told."""
+    ada = await created(users, "ada")
+
+    rows = [*named("bob", id=ada.id), *named("ada", id=50), *named("cyd", id=51), *named("dan", id=51)]
+    ack = await restored(users, *rows, on_conflict="SKIP")
+
+    assert (ack.created, ack.skipped, ack.ids) == (1, 3, [ada.id, ada.id, 51, 51])
+    assert await users.GetUser(GetUserRequest(id=ada.id)) == ada
+    assert await everybody(users) == {ada.id: "ada", 51: "cyd"}
+
+
+async def test_a_taken_post_fails_or_is_skipped(users: UserServiceStub, posts: PostServiceStub) -> None:
+    """A post has no key but its id."""
+    ada = await created(users, "ada")
+    rows = [Post(id=5, title=title, author_id=ada.id) for title in ("First", "Second")]
+
+    failing = await restored_posts(posts, *rows)
+    skipping = await restored_posts(posts, *rows, on_conflict="SKIP")
+
+    assert (failing.created, failing.ids, failing.failures[0].reason) == (1, [5, 0], "ID_TAKEN")
+    assert (skipping.skipped, skipping.ids) == (2, [5, 5])
+    assert (await posts.GetPost(GetPostRequest(id=5))).title == "First"
+
+
+async def test_a_bad_value_fails_its_row(users: UserServiceStub) -> None:
+    """An id, a version or a time that no row can have."""
+    ack = await restored(
+        users,
+        *named("a", id=-1),
+        *named("b", id=2**53 + 1),
+        *named("c", version=-1),
+        *named("d", created_at=Timestamp(seconds=253_402_300_800)),
+        *named("e", updated_at=Timestamp(nanos=1_000_000_000)),
+        *named("f", id=7),
+    )
+
+    assert [(failure.offset, failure.field) for failure in ack.failures] == [
+        (0, "id"),
+        (1, "id"),
+        (2, "version"),
+        (3, "created_at"),
+        (4, "updated_at"),
+    ]
+    assert await everybody(users) == {7: "f"}
+
+
+async def test_large_ids_are_restored(users: UserServiceStub) -> None:
+    """Beyond 32 bits, and new ids follow behind them."""
+    large = [2**31, 2**32 + 1, 2**53 - 2]
+    rows = [User(id=id, email=f"user{id}@example.org") for id in large]
+
+    ack = await restored(users, *rows, *named("next"))
+    behind = await created(users, "last")
+
+    assert (list(ack.ids), behind.id) == ([*large, 2**53 - 1], 2**53)
+
+
+async def test_an_atomic_batch_is_restored_whole_or_not(users: UserServiceStub) -> None:
+    """One taken id, and none of the message's rows is there."""
+    ada = await created(users, "ada")
+
+    ack = await restored(users, *named("bob", id=50), *named("cyd", id=ada.id), atomicity="BATCH")
+
+    assert (ack.created, ack.failed, [failure.offset for failure in ack.failures]) == (0, 2, [1])
+    assert await everybody(users) == {ada.id: "ada"}
+
+
+async def test_validation_restores_nothing(users: UserServiceStub) -> None:
+    """Nor does it move the ids that are drawn next."""
+    ack = await restored(users, *named("a", id=1_000_000), validate_only=True)
+
+    assert (ack.created, ack.ids) == (1, [0])
+    assert (await created(users, "b")).id < 1_000_000
+
+
+async def test_an_id_of_a_deleted_row_can_be_restored(users: UserServiceStub) -> None:
+    """It lies behind the last one drawn, which stays where it is."""
+    await restored(users, *named("a", id=100))
+
+    ack = await restored(users, *named("b", id=50))
+
+    assert ack.ids == [50]
+    assert (await created(users, "c")).id == 101
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+async def test_a_restore_waits_for_those_who_have_drawn_ids(server: Server, users: UserServiceStub) -> None:
+    """An id that a create has drawn but not written yet is the create's, and the restored row's no more."""
+    async with server.database.begin() as create:
+        (drawn,) = await postgresql.next_ids(create, UserRow, 1)
+        restore = asyncio.create_task(
+            restored(users, *named("late", id=drawn), *named("later", id=drawn + 1))
+        )
+        async with server.database.read() as session:
+            await reached(lambda: _waits(session))
+        await create.execute(insert(UserRow).values(id=drawn, email="early@example.org"))
+
+    ack = await restore
+    assert (ack.created, ack.failed, ack.ids) == (1, 1, [0, drawn + 1])
+    assert await everybody(users) == {drawn: "early", drawn + 1: "later"}
+
+
+async def _waits(session: Any) -> bool:
+    return bool(await session.scalar(WAITS_FOR_THE_TABLE))
+
+
+class Crowd:
+    """Clients that create and restore users; `told` is who was said to be in, by id."""
+
+    def __init__(self, users: UserServiceStub) -> None:
+        self.users = users
+        self.told: dict[int, str] = {}
+
+    async def create(self, number: int) -> None:
+        """Create users one by one."""
+        for name in (f"single{number}-{step}" for step in range(BATCHES)):
+            self._tell((await created(self.users, name)).id, name)
+
+    async def create_in_bulk(self, number: int) -> None:
+        """Create users batch by batch."""
+        for step in range(BATCHES):
+            names = [f"bulk{number}-{step}-{row}" for row in range(BATCH)]
+            ack = await loaded(self.users, *named(*names))
+            assert ack.created == BATCH
+            for id, name in zip(ack.ids, names, strict=True):
+                self._tell(id, name)
+
+    async def restore(self, number: int) -> None:
+        """Restore users with ids that are about to be drawn."""
+        for first in range(1 + 7 * number, BATCHES * 3 * BATCH, 3 * BATCH):
+            names = {id: f"old{number}-{id}" for id in range(first, first + BATCH)}
+            ack = await loaded(
+                self.users, *(named(name, id=id)[0] for id, name in names.items()), restore=True
+            )
+            assert {failure.reason for failure in ack.failures} <= {"ID_TAKEN"}
+            for id in filter(None, ack.ids):
+                self._tell(id, names[id])
+
+    def _tell(self, id: int, name: str) -> None:
+        assert self.told.setdefault(id, name) == name
+
+
+async def test_creates_and_restores_of_neighbouring_ids_go_together(users: UserServiceStub) -> None:
+    """No create meets an id that is taken; who is told to be in is in, under the id that was told."""
+    crowd = Crowd(users)
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(2):
+            for work in (crowd.create, crowd.create_in_bulk, crowd.restore):
+                tasks.create_task(work(number))
+
+    assert await everybody(users) == crowd.told
+    assert len(crowd.told) > 2 * BATCHES * (1 + BATCH)  # some were restored, beside all who were created
