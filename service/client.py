@@ -19,8 +19,8 @@ from service.outbox import Outbox
 log = logging.getLogger(__name__)
 
 OPTIONS = [
-    ("grpc.max_send_message_length", 16 << 20),
-    ("grpc.max_receive_message_length", 16 << 20),
+    ("grpc.max_send_message_length", 8 << 20),
+    ("grpc.max_receive_message_length", 8 << 20),
     # The server allows a ping every 20 s, also between calls.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -41,7 +41,7 @@ Event = BulkOpened | BulkAck | BulkSummary
 
 
 def channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
-    """Return a channel to `host:port` or `unix:/path`; messages up to 16 MiB, keepalive every 30 s."""
+    """Return a channel to `host:port` or `unix:/path`; messages up to 8 MiB, keepalive every 30 s."""
     if credentials:
         return grpc.aio.secure_channel(address, credentials, OPTIONS)
     return grpc.aio.insecure_channel(address, OPTIONS)

@@ -33,8 +33,10 @@ MAX_PASSWORD = 1024
 
 # What VerifyPassword can check, at a cost that is bounded: memory up to 7 digits of KiB, time up to 2.
 PASSWORD_HASH = re.compile(
-    r"\$argon2(id|i|d)\$v=19\$m=[1-9]\d{0,5},t=[1-9]\d?,p=[1-9]\d?\$[A-Za-z0-9+/]{11,128}\$[A-Za-z0-9+/]{16,128}"
+    r"\$argon2(?:id|i|d)\$v=19\$m=(\d{1,7}),t=(\d{1,3}),p=(\d{1,3})\$[A-Za-z0-9+/]{11,128}\$[A-Za-z0-9+/]{16,128}"
 )
+# What one VerifyPassword may cost with a hash from elsewhere: KiB of memory, passes, lanes.
+MAX_HASH_COST = (1 << 18, 16, 16)
 EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
 # Visible ASCII but for capitals, one a line.
 PLAIN = r"[!-?\[-~]+@[!-?\[-~]+"
@@ -96,9 +98,13 @@ def wrong_password(password: str) -> str | None:
 
 
 def wrong_password_hash(value: str) -> str | None:
-    return (
-        None if PASSWORD_HASH.fullmatch(value) else "must be an argon2 hash in PHC form, $argon2id$v=19$m=…"
-    )
+    match = PASSWORD_HASH.fullmatch(value)
+    if not match:
+        return "must be an argon2 hash in PHC form, $argon2id$v=19$m=…"
+    costs = zip(map(int, match.groups()), MAX_HASH_COST, strict=True)
+    if not all(1 <= cost <= most for cost, most in costs):
+        return "costs more to verify than 256 MiB of memory, 16 passes and 16 lanes"
+    return None
 
 
 def wrong_id(number: int) -> str | None:

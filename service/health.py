@@ -10,7 +10,7 @@ from grpc_health.v1.health import aio
 from grpc_health.v1.health_pb2 import HealthCheckResponse, HealthListResponse
 
 from service.db.engine import Database
-from service.errors import RosterError
+from service.errors import PoolExhausted, RosterError
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,8 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
         try:
             await self._database.ping()
             self._failures = 0
+        except PoolExhausted:
+            pass  # busy is not away; taking a busy server out makes the others busier
         except RosterError:
             self._failures += 1
         serving = self._failures < FAILURES_TO_TELL

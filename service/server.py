@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 
 Clock = Callable[[], datetime]
 
-# A bulk message has 4 MiB at most; a larger one should reach the servicer, which says what is right.
-MAX_RECEIVED_BYTES = 16 << 20
+# A bulk message has 4 MiB at most; one that is a little larger should reach the servicer, which says
+# what is right. Parsing can take 70 times the bytes in memory.
+MAX_RECEIVED_BYTES = 8 << 20
 FORGET_EVERY_SECONDS = 600
 HANDLERS_END_SECONDS = 5
 

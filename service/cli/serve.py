@@ -22,6 +22,7 @@ def serve() -> None:
     """Run the server until it gets SIGTERM or SIGINT; calls in flight are finished first."""
     chosen = settings()
     logging.basicConfig(level=chosen.log_level, format=LOG_FORMAT)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     if chosen.is_embedded:
         migrations.upgrade(chosen.database_url)
     try:
