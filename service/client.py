@@ -4,70 +4,129 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterable
+from contextlib import aclosing, suppress
 from typing import Any, Generic, TypeVar
 
 import grpc
 from google.protobuf.message import Message
+from google.rpc.code_pb2 import FAILED_PRECONDITION, INTERNAL, UNKNOWN
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from roster.v1.bulk_pb2 import BulkAck, BulkOpened, BulkOptions, BulkSummary, BulkWriteResponse
-from service.outbox import Outbox
 
 log = logging.getLogger(__name__)
 
 OPTIONS = [
-    ("grpc.max_send_message_length", 8 << 20),
-    ("grpc.max_receive_message_length", 8 << 20),
+    ("grpc.max_send_message_length", 16 << 20),
+    ("grpc.max_receive_message_length", 16 << 20),
     # The server allows a ping every 20 s, also between calls.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # By default a channel waits up to 2 minutes before it looks for a server that was away.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
     # Otherwise the environment's http_proxy gets even the calls to this machine.
     ("grpc.enable_http_proxy", 0),
 ]
 BATCH_ROWS = 5000
 BATCH_BYTES = 4 << 20
+ROW_FRAMING_BYTES = 6  # a tag, and a length below 4 GiB
+MESSAGE_FRAMING_BYTES = 64
 WINDOW = 4
-TRIES = 8
+TRIES = 20  # about two minutes
 FIRST_PAUSE_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 10.0
-INTERNAL = grpc.StatusCode.INTERNAL.value[0]
+# What ends a call on its way, before the server or a proxy could give a reason.
+BROKEN = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+)
 
 Request = TypeVar("Request", bound=Message)
+Rows = AsyncIterable[Message] | Iterable[Message]
 Event = BulkOpened | BulkAck | BulkSummary
 
 
 def channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
-    """Return a channel to `host:port` or `unix:/path`; messages up to 8 MiB, keepalive every 30 s."""
+    """Return a channel to `host:port` or `unix:/path`; messages up to 16 MiB, keepalive every 30 s."""
     if credentials:
         return grpc.aio.secure_channel(address, credentials, OPTIONS)
     return grpc.aio.insecure_channel(address, OPTIONS)
 
 
-class LoadInterrupted(Exception):
-    """A bulk stream ended before all rows were in; the first `acknowledged` of them are settled for good.
+class CallFailed(Exception):
+    """A call that failed: its `code`, its `message`, the server's `reason`, "" where it gave none.
 
-    `reason` is the server's, "" where the server gave none.
+    `may_pass` tells whether to try again makes sense, `retry_seconds` after how long the server wants that.
     """
 
-    def __init__(self, status: Status, acknowledged: int) -> None:
-        super().__init__(f"{status.message} ({acknowledged:,} rows were acknowledged)")
+    def __init__(self, status: Status) -> None:
+        super().__init__(status.message)
+        info, retry = _detail(status, ErrorInfo), _detail(status, RetryInfo)
         self.message: str = status.message
         self.code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
-        self.reason = _reason(status)
+        self.reason: str = info.reason if info else ""
+        self.retry_seconds: float = retry.retry_delay.ToMilliseconds() / 1000 if retry else 0
+        is_broken = not self.reason and self.code in BROKEN
+        self.may_pass = is_broken or retry is not None or self.reason == "OUTCOME_UNKNOWN"
+
+    @classmethod
+    def of(cls, error: grpc.aio.AioRpcError) -> "CallFailed":
+        """Return an error of grpc.aio as what it means."""
+        return CallFailed(_status(error.code(), error.details(), error.trailing_metadata()))
+
+
+class LoadInterrupted(CallFailed):
+    """A load that can't go on; the first `acknowledged` of its rows are settled for good."""
+
+    def __init__(self, status: Status, acknowledged: int) -> None:
+        super().__init__(status)
         self.acknowledged = acknowledged
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.acknowledged:,} rows were acknowledged)"
+
+
+class Patience:
+    """How long to wait before the next try: longer each time, with jitter, and not for ever."""
+
+    def __init__(self, tries: int = TRIES, first_pause_seconds: float = FIRST_PAUSE_SECONDS) -> None:
+        self._tries = tries
+        self._first_pause_seconds = first_pause_seconds
+        self._failed_tries = 0
+
+    def renew(self) -> None:
+        """Begin anew: a try got somewhere."""
+        self._failed_tries = 0
+
+    async def endure(self, failure: CallFailed) -> None:
+        """Wait before the next try; raises the failure where that makes no sense, or no more."""
+        if not failure.may_pass or self._failed_tries >= self._tries:
+            raise failure
+        longest = min(self._first_pause_seconds * 2**self._failed_tries, LONGEST_PAUSE_SECONDS)
+        self._failed_tries += 1
+        seconds = failure.retry_seconds + random.uniform(longest / 2, longest)  # noqa: S311
+        log.warning("%s; trying again in %.1f s", failure, seconds)
+        await asyncio.sleep(seconds)
 
 
 class BulkLoader(Generic[Request]):
-    """Sends rows through one stream of a bulk RPC and hands on what the server answers.
+    """Sends rows through a bulk RPC and hands on what the server answers. A loader makes one load.
 
     `request` is the message type of `method`. A message has at most `batch_rows` rows, and no more rows and
-    bytes than the server allows; at most `window` of them wait for their acks. Only the rows of these and of
-    the next one are kept. Rows that were not written for a fault that passes are sent again, `tries` times
-    with growing pauses. A loader makes one load.
+    bytes than the server allows; at most `window` of them wait for their acks, and only the rows of these
+    and of the next one are kept.
+
+    What was not written for a fault that passes is sent again, `tries` times in a row with growing pauses.
+    With `load_id` in the options that holds for a stream that breaks too, and a load that an earlier loader
+    began is gone on with: its rows have to come again, in the same order, and those that are settled are
+    skipped; ListBulkLoadFailures has their failures. With `return_ids` they are not skipped but sent again,
+    so that each row has its ack, with its first outcome.
     """
 
     def __init__(
@@ -85,164 +144,174 @@ class BulkLoader(Generic[Request]):
         self._request = request
         self._rows_field = next(field.name for field in request.DESCRIPTOR.fields if field.is_repeated)
         self._options = options
+        self._batch_rows = batch_rows
         self._window = window
-        self._tries = tries
-        self._first_pause_seconds = first_pause_seconds
+        self._patience = Patience(tries, first_pause_seconds)
 
-        self._outbox = Outbox(batch_rows, BATCH_BYTES)
-        self._in_flight: deque[int] = deque()  # offsets of the messages that wait for their acks
-        self._stale: list[int] = []  # of those that were sent behind one that was not written
-        self._failed_tries = 0
-        self._pause_seconds = 0.0
-        self._is_open = self._is_complete = self._is_finish_sent = self._is_summarised = False
+        self._unsettled: deque[Any] = deque()  # messages without an ack, the oldest first
+        self._sent = 0  # how many of them the stream was sent
+        self._stale = 0  # answers to come for messages that were sent behind one that was refused
+        self._acknowledged = 0
+        self._call: grpc.aio.StreamStreamCall[Request, BulkWriteResponse] | None = None
+        self._filling: asyncio.Task[None] | None = None
+        self._is_summarised = False
         self._changed = asyncio.Event()
 
-    async def run(self, rows: AsyncIterable[Message] | Iterable[Message]) -> AsyncGenerator[Event, None]:
-        """Yield `opened`, an ack for each message that was written, in order, and the summary.
+    async def run(self, rows: Rows) -> AsyncGenerator[Event, None]:
+        """Yield `opened` for each stream, an ack for each message, in order, and the summary.
 
-        Close it (`contextlib.aclosing`) where it is left early: that cancels the call. Raises LoadInterrupted
-        where the stream dies or the server refuses it, and whatever `rows` raises.
+        The first row is asked for when the load is open. Close it (`contextlib.aclosing`) where it is left
+        early: that cancels the call. Raises LoadInterrupted where the load can't go on, and whatever `rows`
+        raises.
         """
-        call = self._method()
+        try:
+            while not self._is_summarised:
+                try:
+                    async with aclosing(self._stream()) as events:
+                        async for event in events:
+                            yield event
+                            if isinstance(event, BulkOpened) and not self._filling:
+                                self._filling = self._task(self._fill(rows, event))
+                except LoadInterrupted as failure:
+                    await self._reopen_after(failure)
+        finally:
+            if self._filling:
+                self._filling.cancel()
+                await asyncio.gather(self._filling, return_exceptions=True)
+
+    async def _reopen_after(self, failure: LoadInterrupted) -> None:
+        if self._is_summarised and failure.may_pass:
+            return
+        is_named = self._options.load_id and not self._options.validate_only
+        # An address where nobody ever answered is rather a wrong one.
+        if not is_named or not (self._filling or failure.reason):
+            raise failure
+        await self._patience.endure(failure)
+
+    async def _stream(self) -> AsyncGenerator[Event, None]:
+        """Yield the events of one stream, until the summary; raises LoadInterrupted where it breaks."""
+        if self._filling and self._filling.done():
+            self._filling.result()  # it may have failed while there was no call to end
+        self._sent = self._stale = 0
+        call = self._call = self._method()
         first_told: list[Status] = []
         call.add_done_callback(lambda ended: first_told.append(_status_now(ended)))
-        tasks = [asyncio.create_task(self._fill(rows)), asyncio.create_task(self._send(call))]
-        for task in tasks:
-            task.add_done_callback(lambda done: (done.cancelled() or done.exception()) and call.cancel())
+        sending = self._task(self._send(call))
         try:
             async for response in call:
-                if event := self._event(response):
+                event = await self._event(response)
+                self._changed.set()
+                if event:
                     yield event
             if not self._is_summarised:
-                raise self._interrupted(_unknown("the server ended the stream without a summary"))
+                raise self._interrupted(UNKNOWN, "the server ended the stream without a summary")
         except grpc.aio.AioRpcError:
             # A write that fails as the call ends puts INTERNAL in the place of its status (grpc#36066).
             status = next((told for told in first_told if told.code != INTERNAL), _status_now(call))
-            raise self._interrupted(status) from None
+            raise LoadInterrupted(status, self._acknowledged) from None
         except asyncio.CancelledError:
             # An error in one of the tasks has cancelled the call; it is the one to raise.
-            for failure in filter(None, map(_error_of, tasks)):
-                raise failure from None
+            for task in filter(None, (self._filling, sending)):
+                if task.done() and not task.cancelled() and (error := task.exception()):
+                    raise error from None
             raise
         finally:
             call.cancel()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
 
-    async def _fill(self, rows: AsyncIterable[Message] | Iterable[Message]) -> None:
-        await self._until(lambda: self._is_open)
-        async for row in _each(rows):
-            self._outbox.add(row)
-            if self._outbox.is_full():
-                self._changed.set()
-                await self._until(lambda: not self._outbox.is_full())
-        self._is_complete = True
-        self._changed.set()
+    def _task(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Do some work beside the call; where it fails the call ends."""
+
+        def check(done: "asyncio.Task[None]") -> None:
+            if self._call and (done.cancelled() or done.exception()):
+                self._call.cancel()
+
+        task = asyncio.create_task(work)
+        task.add_done_callback(check)
+        return task
 
     async def _send(self, call: "grpc.aio.StreamStreamCall[Request, BulkWriteResponse]") -> None:
         # A call that has ended refuses to write; the side that reads knows why.
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             await call.write(self._request(options=self._options))
             while True:
-                await self._until(self._has_next)
-                if self._is_summarised:
-                    await call.done_writing()
-                    return
-                if self._pause_seconds:
-                    await self._pause()
-                else:
-                    await call.write(self._next())
+                await self._until(lambda: not self._stale and self._sent < len(self._unsettled))
+                self._sent += 1
+                await call.write(self._unsettled[self._sent - 1])
 
-    def _has_next(self) -> bool:
-        if self._is_summarised:
-            return True
-        if not self._is_open or len(self._in_flight) + len(self._stale) >= self._window:
+    async def _event(self, response: BulkWriteResponse) -> Event | None:
+        if response.HasField("opened"):
+            return response.opened
+        if response.HasField("summary"):
+            self._is_summarised = True
+            return response.summary
+        return response.ack if await self._is_settled(response.ack) else None
+
+    async def _is_settled(self, ack: BulkAck) -> bool:
+        """Take in the answer to a message; one that was refused is sent again, and those behind it."""
+        if self._stale:
+            self._stale -= 1
             return False
-        if not self._is_complete:
-            return self._outbox.is_full()
-        return self._outbox.has_unsent() or (self._outbox.is_empty() and not self._is_finish_sent)
+        if not self._sent or ack.offset != self._unsettled[0].offset:
+            raise self._interrupted(UNKNOWN, f"the server answered for row {ack.offset} out of turn")
+        if ack.HasField("error"):
+            await self._patience.endure(LoadInterrupted(ack.error, self._acknowledged))
+            self._stale, self._sent = self._sent - 1, 0
+            return False
+        self._acknowledged += len(getattr(self._unsettled.popleft(), self._rows_field))
+        self._sent -= 1
+        self._patience.renew()
+        return True
 
-    def _next(self) -> Request:
-        offset = self._outbox.position
-        rows = self._outbox.take()
-        self._changed.set()
-        if not rows:
-            self._is_finish_sent = True
-            return self._request(offset=offset, finish=True)
-        self._in_flight.append(offset)
-        return self._request(offset=offset, **{self._rows_field: rows})
+    async def _fill(self, rows: Rows, opened: BulkOpened) -> None:
+        async with aclosing(self._cut(rows, opened)) as messages:
+            async for message in messages:
+                await self._until(lambda: len(self._unsettled) < self._window)
+                self._unsettled.append(message)
+                self._changed.set()
 
-    def _event(self, response: BulkWriteResponse) -> Event | None:
-        self._changed.set()
-        match response.WhichOneof("event"):
-            case "opened":
-                self._is_open = True
-                self._outbox.limit(response.opened.max_rows, response.opened.max_bytes)
-                return response.opened
-            case "summary":
-                self._is_summarised = True
-                return response.summary
-            case "ack" if not response.ack.HasField("error"):
-                self._settle(response.ack.next_offset)
-                return response.ack
-            case "ack":
-                self._refused(response.ack)
-        return None
+    async def _cut(self, rows: Rows, opened: BulkOpened) -> AsyncGenerator[Request, None]:
+        """Yield messages as large as they may be, and at last the one that completes the load."""
+        start = self._acknowledged = 0 if self._options.return_ids else opened.next_offset
+        max_rows = min(self._batch_rows, opened.max_rows)
+        max_bytes = min(BATCH_BYTES, opened.max_bytes) - MESSAGE_FRAMING_BYTES
+        batch: list[Message] = []
+        end = size = 0
+        async with aclosing(_each(rows)) as each:
+            async for row in each:
+                end += 1
+                if end <= start:
+                    continue
+                row_size = row.ByteSize() + ROW_FRAMING_BYTES
+                if batch and size + row_size > max_bytes:
+                    yield self._message(end - 1, batch)
+                    batch, size = [], 0
+                batch.append(row)
+                size += row_size
+                if len(batch) == max_rows:
+                    yield self._message(end, batch)
+                    batch, size = [], 0
+        if end < start:
+            told = f"the load has {start:,} rows already, and here are only {end:,}"
+            raise self._interrupted(FAILED_PRECONDITION, told)
+        if batch:
+            yield self._message(end, batch)
+        yield self._request(offset=end, finish=True)
 
-    def _settle(self, next_offset: int) -> None:
-        self._move_watermark(next_offset)
-        self._failed_tries = 0
-        self._stale.clear()
-        while self._in_flight and self._in_flight[0] < next_offset:
-            self._in_flight.popleft()
-
-    def _refused(self, ack: BulkAck) -> None:
-        """Go back to the watermark; the refusals of what was sent behind that message are ignored."""
-        if ack.offset in self._stale:
-            self._stale.remove(ack.offset)
-            return
-        self._make_way(ack)
-        self._stale.extend(offset for offset in self._in_flight if offset != ack.offset)
-        self._in_flight.clear()
-        self._move_watermark(ack.next_offset)
-        self._outbox.go_back()
-        self._is_finish_sent = False
-
-    def _make_way(self, ack: BulkAck) -> None:
-        """Change what would make the next try fail as well; raises LoadInterrupted where nothing can."""
-        reason, retry = _reason(ack.error), _detail(ack.error, RetryInfo)
-        if reason == "TOO_LARGE" and self._outbox.max_rows > 1:
-            self._outbox.max_rows //= 2
-        elif (reason == "OFFSET_GAP" or retry) and self._failed_tries < self._tries:
-            longest = min(self._first_pause_seconds * 2**self._failed_tries, LONGEST_PAUSE_SECONDS)
-            told = retry.retry_delay.ToMilliseconds() / 1000 if retry else 0.0
-            self._pause_seconds = told + random.uniform(0, longest)  # noqa: S311
-            self._failed_tries += 1
-        else:
-            raise self._interrupted(ack.error)
-        log.warning("%s; going on from row %d in %.1f s", reason, ack.next_offset, self._pause_seconds)
-
-    def _move_watermark(self, next_offset: int) -> None:
-        if not self._outbox.first <= next_offset <= self._outbox.position:
-            told = f"the server is at row {next_offset}, which is not among those that it was sent last"
-            raise self._interrupted(_unknown(told))
-        self._outbox.forget_below(next_offset)
-
-    async def _pause(self) -> None:
-        seconds, self._pause_seconds = self._pause_seconds, 0.0
-        await asyncio.sleep(seconds)
+    def _message(self, end: int, rows: list[Message]) -> Request:
+        return self._request(offset=end - len(rows), **{self._rows_field: rows})
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
             self._changed.clear()
             await self._changed.wait()
 
-    def _interrupted(self, status: Status) -> LoadInterrupted:
-        return LoadInterrupted(status, self._outbox.first)
+    def _interrupted(self, code: int, message: str) -> LoadInterrupted:
+        return LoadInterrupted(Status(code=code, message=message), self._acknowledged)
 
 
-async def _each(rows: AsyncIterable[Message] | Iterable[Message]) -> AsyncIterator[Message]:
+async def _each(rows: Rows) -> AsyncGenerator[Message, None]:
     if isinstance(rows, AsyncIterable):
         async for row in rows:
             yield row
@@ -251,33 +320,24 @@ async def _each(rows: AsyncIterable[Message] | Iterable[Message]) -> AsyncIterat
             yield row
 
 
-def _error_of(task: "asyncio.Task[None]") -> BaseException | None:
-    return task.exception() if task.done() and not task.cancelled() else None
-
-
 def _status_now(call: grpc.aio.Call) -> Status:
     """Return the status of a call that has ended, as it is at this moment: grpc.aio may replace it."""
     try:
-        _status(call).send(None)
+        _status_of(call).send(None)
     except StopIteration as done:
         return done.value
     raise AssertionError("a call that has ended waits for nothing")
 
 
-async def _status(call: grpc.aio.Call) -> Status:
-    details = dict(await call.trailing_metadata()).get("grpc-status-details-bin")
+async def _status_of(call: grpc.aio.Call) -> Status:
+    return _status(await call.code(), await call.details(), await call.trailing_metadata())
+
+
+def _status(code: grpc.StatusCode, message: str | None, metadata: Any) -> Status:
+    details = dict(metadata or ()).get("grpc-status-details-bin")
     if isinstance(details, bytes):
         return Status.FromString(details)
-    return Status(code=(await call.code()).value[0], message=await call.details())
-
-
-def _unknown(message: str) -> Status:
-    return Status(code=grpc.StatusCode.UNKNOWN.value[0], message=message)
-
-
-def _reason(status: Status) -> str:
-    info = _detail(status, ErrorInfo)
-    return info.reason if info else ""
+    return Status(code=code.value[0], message=message)
 
 
 def _detail(status: Status, kind: type[Any]) -> Any:

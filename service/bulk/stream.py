@@ -20,12 +20,11 @@ from service.db.bulk.loads import COUNTED, Load, LoadRepository, LoadState
 from service.db.bulk.writer import BulkWriter
 from service.db.engine import Database
 from service.errors import (
-    AlreadyExists,
+    InvalidArgument,
     InvalidField,
     InvalidOptions,
     LoadAborted,
     LoadExpired,
-    LoadFenced,
     LoadFinished,
     OffsetGap,
     OptionsChanged,
@@ -118,7 +117,8 @@ class Stream:
         self._new_failures += new.failed
         for name in COUNTED:
             self.counts[name] += getattr(new, name)
-        if new.skipped or any(isinstance(error, AlreadyExists) for error in new.failures.values()):
+        # Rows that break a rule are found without asking; all others met something that is stored.
+        if new.skipped or not all(isinstance(error, InvalidArgument) for error in new.failures.values()):
             self._meets_conflicts = True
 
     def has_failed_too_often(self) -> bool:
@@ -198,6 +198,8 @@ class Stream:
     async def _settle_all(self) -> None:
         if self._last:
             await self._last.settled()
+        if self._is_uncertain:
+            await self._look_again()
         self._last = None
         self._expected = self.watermark
 
@@ -268,7 +270,9 @@ class Stream:
         for attempt in range(1, ATTEMPTS):
             await asyncio.sleep(FIRST_PAUSE_SECONDS * attempt * random.uniform(0.5, 1.5))  # noqa: S311
             try:
-                if self._is_uncertain and await self._has_landed(slot):
+                if self._is_uncertain:
+                    await self._look_again()
+                if slot.end <= self.watermark:
                     return await self._recorded(slot.offset + slot.replayed, slot.end)
                 return await self._write(slot, None)
             except FAULTS:
@@ -297,18 +301,13 @@ class Stream:
                 )
         return outcome
 
-    async def _has_landed(self, slot: Slot) -> bool:
-        """Open the load again, behind a commit of ours that may still be under way, and see where it is."""
+    async def _look_again(self) -> None:
+        """Find out whether a commit whose answer was lost is in."""
         if self._load is None:
-            raise RuntimeError("only a named load can be opened again")
-        ours = self._load
-        async with self._database.bulk() as session:
-            load = await LoadRepository(session, self._caller).open(ours.load_id, ours.method, ours.options)
-            if load.epoch != ours.epoch + 1:
-                raise LoadFenced("a newer stream has opened this load; this stream can't go on")
-        self._load, self._is_uncertain = load, False
-        self.watermark = load.next_offset
-        return load.next_offset >= slot.end
+            raise RuntimeError("only a named load can be looked at again")
+        async with self._database.read() as session:
+            self.watermark = await LoadRepository(session, self._caller).watermark(self._load)
+        self._is_uncertain = False
 
     async def _recorded(self, start: int, end: int) -> Outcome:
         if self._load is None or start == end:

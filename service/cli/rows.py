@@ -1,10 +1,11 @@
-"""Rows as NDJSON and as CSV: line <-> message, and the rejects that a load writes."""
+"""Rows as NDJSON, CSV and Parquet: row <-> message, and the rejects that a load writes."""
 
 import csv
-import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from io import BufferedIOBase
 from typing import Any
 
 import orjson
@@ -12,15 +13,21 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from roster.v1.bulk_pb2 import RowFailure
+from service.cli.environment import UsageError
 from service.errors import InvalidField, MalformedMessage, RosterError, TooLarge
+from service.fields import timestamp
 
 MAX_LINE_BYTES = 8 << 20
 # A row that the server could take has little more than 1 MiB of content.
 MAX_ROW_BYTES = 2 << 20
 SHOWN_BYTES = 1000  # of a line that is too long
 MAX_IGNORED_NAMES = 100
+PARQUET_ROWS = 256
 
+BOM = b"\xef\xbb\xbf"
 INTEGER = re.compile(r"-?[0-9]{1,19}")
+CELL = re.compile(r'(?:^|,)("[^"]*(?:""[^"]*)*"|[^,]*)')
+SPECIAL = re.compile(r'[",\r\n]')
 ERROR = "_error"
 LINE = "_line"
 
@@ -33,7 +40,8 @@ class SourceError(Exception):
 class Row:
     """A row of a file: its message, or why it has none.
 
-    `number` is that of its first line, from 1, `size` is in bytes. `original` is a line, or cells.
+    `number` is that of its first line, from 1, `size` is in bytes. `original` is what a reject shows of it:
+    a line of JSON, the cells of CSV as they stand in the file, or the values of Parquet.
     """
 
     number: int
@@ -74,23 +82,23 @@ class Columns:
 
 
 class Ndjson:
-    """One JSON object a line."""
+    """One JSON object a line; a field that is null or missing is not set."""
 
     suffix = "ndjson"
 
     def __init__(self, columns: Columns) -> None:
         self._columns = columns
 
-    def rows(self, lines: Iterator[bytes]) -> Iterator[Row]:
-        """Yield the rows of lines that are cut behind MAX_LINE_BYTES."""
-        for number, line in enumerate(lines, start=1):
+    def rows(self, file: BufferedIOBase) -> Iterator[Row]:
+        """Yield the rows of a file."""
+        for number, line in enumerate(_lines(file), start=1):
             if line.strip():
-                yield self._row(number, line)
+                yield self._row(number, len(line), line)
 
-    def _row(self, number: int, line: bytes) -> Row:
-        row = Row(number, len(line), line)
+    def _row(self, number: int, size: int, original: Any) -> Row:
+        row = Row(number, size, original)
         try:
-            row.message = self._columns.message(_object(line), JSON_PARSERS)
+            row.message = self._columns.message(_object(original), JSON_PARSERS)
         except RosterError as error:
             row.failure = _failure(error)
         return row
@@ -108,16 +116,36 @@ class Ndjson:
             "row": row.number,
         }
         try:
-            return _json_line({**_object(row.original), ERROR: why})
+            return json_line({**_object(row.original), ERROR: why})
         except (RosterError, orjson.JSONEncodeError):  # orjson reads deeper nesting than it writes
             line = row.original if len(row.original) <= MAX_LINE_BYTES else row.original[:SHOWN_BYTES]
-            return _json_line({LINE: line.rstrip(b"\r\n").decode(errors="backslashreplace"), ERROR: why})
+            return json_line({LINE: line.rstrip(b"\r\n").decode(errors="backslashreplace"), ERROR: why})
+
+
+class Parquet(Ndjson):
+    """Parquet, with pyarrow; a field that is null or missing is not set. Its rejects are NDJSON."""
+
+    def __init__(self, columns: Columns) -> None:
+        super().__init__(columns)
+        self._pyarrow = pyarrow()
+
+    def rows(self, file: BufferedIOBase) -> Iterator[Row]:
+        """Yield the rows of a file; raises SourceError."""
+        number = 0
+        try:
+            for batch in self._pyarrow.parquet.ParquetFile(file).iter_batches(PARQUET_ROWS):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield self._row(number, batch.nbytes // len(batch), fields)
+        except (self._pyarrow.ArrowException, OSError) as error:
+            raise SourceError(f"the file can't be read as Parquet: {error}") from None
 
 
 class Csv:
-    """RFC 4180 with a header line, UTF-8; an empty cell is a field that is not set.
+    """RFC 4180 with a header line, UTF-8; an empty cell is a field that is not set, `""` an empty text.
 
-    In rejects `_error` is the first column, so that a row with too few or too many cells stays as it was.
+    So it is in PostgreSQL's COPY. In rejects `_error` is the first column, so that a row with too few or too
+    many cells stays as it was.
     """
 
     suffix = "csv"
@@ -127,11 +155,11 @@ class Csv:
         self._header: list[str] = []
         self._error_index: int | None = None
 
-    def rows(self, lines: Iterator[bytes]) -> Iterator[Row]:
-        """Yield the rows of lines that are cut behind MAX_LINE_BYTES; raises SourceError for the header."""
+    def rows(self, file: BufferedIOBase) -> Iterator[Row]:
+        """Yield the rows of a file; raises SourceError for the header."""
         # A process has one limit; the default of 128 KiB is less than a post may have.
         csv.field_size_limit(MAX_LINE_BYTES)
-        record = _Record(lines)
+        record = _Record(_lines(file))
         reader = csv.reader(record, strict=True)
         self._read_header(reader)
         if not record.is_utf8:
@@ -144,7 +172,7 @@ class Csv:
                 return
             except csv.Error as error:
                 told = MalformedMessage(f"the row is not CSV: {error}")
-                yield Row(record.number, record.size, [record.text()], failure=_failure(told))
+                yield Row(record.number, record.size, [_quoted(record.text())], failure=_failure(told))
             else:
                 if cells or record.is_cut:
                     yield self._row(record, cells)
@@ -163,34 +191,40 @@ class Csv:
             self._header.remove(ERROR)
 
     def _row(self, record: "_Record", cells: list[str]) -> Row:
+        if record.is_cut:
+            shown = [_quoted(record.text()[:SHOWN_BYTES])]
+            return Row(record.number, record.size, shown, failure=_failure(_too_long()))
+        # A reader of Python 3.11 does not tell whether an empty cell had quotes.
+        original = CELL.findall(record.text())
         if self._error_index is not None:
-            del cells[self._error_index : self._error_index + 1]
-        row = Row(record.number, record.size, [record.text()[:SHOWN_BYTES]] if record.is_cut else cells)
+            for row in (cells, original):
+                del row[self._error_index : self._error_index + 1]
+        row = Row(record.number, record.size, original)
         try:
-            row.message = self._columns.message(self._fields(record, cells), CSV_PARSERS)
+            row.message = self._columns.message(self._fields(record, cells, original), CSV_PARSERS)
         except RosterError as error:
             row.failure = _failure(error)
         return row
 
-    def _fields(self, record: "_Record", cells: list[str]) -> dict[str, str | None]:
-        if record.is_cut:
-            raise _too_long()
+    def _fields(self, record: "_Record", cells: list[str], original: list[str]) -> dict[str, str | None]:
         if not record.is_utf8:
             raise MalformedMessage("the row is not UTF-8")
         if len(cells) != len(self._header):
             raise MalformedMessage(
                 f"the number of cells is {len(cells)}, in the header line {len(self._header)}"
             )
-        return {name: cell or None for name, cell in zip(self._header, cells, strict=True)}
+        named = zip(self._header, cells, original, strict=True)
+        return {name: cell if as_it_stands else None for name, cell, as_it_stands in named}
 
     def head(self) -> bytes:
         """Return what a file of rejects begins with."""
-        return _csv_line([ERROR, *self._header])
+        return csv_line([ERROR, *self._header])
 
     def rejected(self, row: Row, failure: RowFailure) -> bytes:
         """Return a row with why it failed."""
-        where = f"{failure.reason} {failure.field}".rstrip()
-        return _csv_line([f"{where}: {failure.message}", *row.original])
+        why = f"{failure.reason} {failure.field}".rstrip()
+        line = ",".join([_cell(f"{why}: {failure.message}"), *row.original])
+        return f"{line}\n".encode(errors="surrogateescape")
 
 
 FileFormat = Ndjson | Csv
@@ -237,11 +271,43 @@ class _Record:
             return line.decode(errors="surrogateescape")
 
 
-def _object(line: bytes) -> dict[str, Any]:
-    if len(line) > MAX_LINE_BYTES:
+def json_line(fields: Mapping[str, Any]) -> bytes:
+    """Return a row as a line of JSON; raises JSONEncodeError."""
+    option = orjson.OPT_APPEND_NEWLINE | orjson.OPT_PASSTHROUGH_DATETIME
+    return orjson.dumps(fields, default=_text_of, option=option)
+
+
+def csv_line(values: Iterable[Any]) -> bytes:
+    """Return a row as a line of CSV: nothing for None, `""` for an empty text."""
+    return f"{','.join(map(_cell, values))}\n".encode()
+
+
+def pyarrow() -> Any:
+    """Return the library that reads and writes Parquet."""
+    try:
+        import pyarrow.parquet  # noqa: PLC0415
+    except ImportError:
+        raise UsageError("Parquet needs pyarrow: pip install 'roster[parquet]'") from None
+    return pyarrow
+
+
+def _lines(file: BufferedIOBase) -> Iterator[bytes]:
+    """Yield the lines of a file, each cut behind MAX_LINE_BYTES."""
+    line = file.readline(MAX_LINE_BYTES + 1).removeprefix(BOM)
+    while line:
+        yield line
+        while line and not line.endswith(b"\n"):  # the rest of one that is too long
+            line = file.readline(MAX_LINE_BYTES)
+        line = file.readline(MAX_LINE_BYTES + 1)
+
+
+def _object(original: Any) -> dict[str, Any]:
+    if isinstance(original, dict):
+        return original
+    if len(original) > MAX_LINE_BYTES:
         raise _too_long()
     try:
-        value = orjson.loads(line)
+        value = orjson.loads(original)
     except orjson.JSONDecodeError as error:
         raise MalformedMessage(f"the line is not JSON: {error.msg}, at column {error.colno:,}") from None
     if not isinstance(value, dict):
@@ -257,14 +323,21 @@ def _too_long() -> TooLarge:
     return TooLarge(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
 
 
-def _json_line(fields: dict[str, Any]) -> bytes:
-    return orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    text = value if isinstance(value, str) else _text_of(value)
+    return _quoted(text) if not text or SPECIAL.search(text) else text
 
 
-def _csv_line(cells: list[str]) -> bytes:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(cells)
-    return line.getvalue().encode(errors="surrogateescape")
+def _quoted(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"'
+
+
+def _text_of(value: Any) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _text(name: str, value: Any) -> str:
@@ -292,9 +365,26 @@ def _boolean_cell(name: str, value: str) -> bool:
     return _boolean(name, {"true": True, "1": True, "false": False, "0": False}.get(value.lower(), value))
 
 
+def _moment(name: str, value: Any) -> Any:
+    try:
+        return timestamp(value if isinstance(value, datetime) else datetime.fromisoformat(value))
+    except (TypeError, ValueError):
+        raise InvalidField(f"{name} must be a time as in RFC 3339, with its zone", field=name) from None
+
+
+def _set(parser: Callable[[str, str], Any]) -> Callable[[str, str], Any]:
+    return lambda name, value: parser(name, value) if value else None
+
+
 JSON_PARSERS: Parsers = {
     FieldDescriptor.TYPE_STRING: _text,
     FieldDescriptor.TYPE_INT64: _integer,
     FieldDescriptor.TYPE_BOOL: _boolean,
+    FieldDescriptor.TYPE_MESSAGE: _moment,
 }
-CSV_PARSERS: Parsers = {**JSON_PARSERS, FieldDescriptor.TYPE_BOOL: _boolean_cell}
+CSV_PARSERS: Parsers = {
+    FieldDescriptor.TYPE_STRING: _text,
+    FieldDescriptor.TYPE_INT64: _set(_integer),
+    FieldDescriptor.TYPE_BOOL: _set(_boolean_cell),
+    FieldDescriptor.TYPE_MESSAGE: _set(_moment),
+}

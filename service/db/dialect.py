@@ -2,14 +2,18 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 from sqlalchemy import ARRAY, Integer, Subquery, bindparam, column, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import InstrumentedAttribute
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
+
+from service.db.base import BigInt
 
 
 def is_sqlite(session: AsyncSession) -> bool:
@@ -33,6 +37,28 @@ def listed(session: AsyncSession, values: Sequence[int] | Sequence[str], kind: T
     array = bindparam(None, values, type_=ARRAY(kind), unique=True)
     rows = func.unnest(array).table_valued(column("value", kind), with_ordinality="position").render_derived()
     return select(rows.c.value, rows.c.position).subquery()
+
+
+async def matched(
+    session: AsyncSession, key: InstrumentedAttribute[Any], values: Sequence[Any], kind: TypeEngine[Any]
+) -> list[int | None]:
+    """Return, for each value of a unique column, the id of the row that has it.
+
+    A look-up in the index for each, never a scan of the table; one array comes back, not thousands of rows.
+    """
+    if not values:
+        return []
+    if is_sqlite(session):
+        each = func.json_each(json.dumps(values)).table_valued(column("value", kind))
+        gather: Any = func.json_group_array
+    else:
+        array = bindparam(None, values, type_=ARRAY(kind), unique=True)
+        each = func.unnest(array).table_valued(column("value", kind)).render_derived()
+        gather = partial(func.array_agg, type_=ARRAY(BigInt))
+    found = select(key.class_.id).where(key == each.c.value).scalar_subquery()
+    connection = await session.connection()
+    ids = await connection.scalar(select(gather(found)).select_from(each))
+    return json.loads(ids) if isinstance(ids, str) else cast("list[int | None]", ids)
 
 
 class octets(FunctionElement[int]):  # noqa: N801  (reads as SQL)

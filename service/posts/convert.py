@@ -10,7 +10,11 @@ from service.bulk.convert import add_identity
 from service.db.bulk.batch import Batch
 from service.errors import InvalidField
 from service.fields import (
+    MAX_CONTENT_BYTES,
+    MAX_TITLE,
     Violations,
+    are_plain_emails,
+    are_texts,
     checking,
     masked_fields,
     normalise_email,
@@ -76,17 +80,24 @@ def post_batch_from_messages(
     if "author_id" in fields:
         _add_authors(batch, messages)
     if "title" in fields:
-        batch.add("title", [message.title for message in messages], wrong_title)
+        titles = [message.title for message in messages]
+        batch.add("title", titles, wrong_title, is_sound="" not in titles and are_texts(titles, MAX_TITLE))
     if "content" in fields:
-        batch.add("content", [message.content for message in messages], wrong_content)
+        contents = [message.content for message in messages]
+        # A character has at most 4 bytes.
+        batch.add("content", contents, wrong_content, is_sound=are_texts(contents, MAX_CONTENT_BYTES // 4))
     return batch
 
 
 def _add_authors(batch: Batch, messages: Sequence[PostMessage]) -> None:
-    emails = [normalise_email(message.author_email) or None for message in messages]
-    ids = [message.author_id or None for message in messages]
-    batch.add("author_id", ids, wrong_id)
-    batch.add("author_email", emails, wrong_email)
+    ids: list[int | None] = [message.author_id or None for message in messages]
+    given = [message.author_email for message in messages]
+    is_plain = are_plain_emails(given)
+    emails = given if is_plain else [normalise_email(email) or None for email in given]
+    batch.add("author_id", ids, wrong_id, is_sound=not any(ids))
+    batch.add("author_email", emails, wrong_email, is_sound=is_plain)
+    if is_plain and not any(ids):
+        return
     for row, (id, email) in enumerate(zip(ids, emails, strict=True)):
         if id is None and email is None:
             batch.fail(row, InvalidField("author_id or author_email is required", field="author_id"))

@@ -4,14 +4,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from sqlalchemy import Text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import joinedload
 
+from service.db.base import BigInt
 from service.db.bulk.batch import Batch, Outcome, WriteOptions
 from service.db.bulk.resolve import Key, resolve_creates, resolve_updates
 from service.db.bulk.writer import FOR_UPDATE, BulkWriter, id_taken, stored
-from service.db.dialect import octets
+from service.db.dialect import matched, octets
 from service.db.repository import Repository
 from service.errors import AuthorNotFound, PostNotFound
 from service.posts.model import Post
@@ -69,6 +71,8 @@ class PostRepository(Repository[Post]):
         writer = BulkWriter(self.session, Post)
 
         async def attempt(batch: Batch) -> Outcome:
+            if updated := await writer.update_unseen(batch, options):
+                return updated
             ids = batch.take("id", batch.good_rows())
             rows = await stored(self.session, Post.id, ids, Post.version, lock=FOR_UPDATE)
             updates = resolve_updates(batch, {row.id: row.version for row in rows}, self._missing)
@@ -87,11 +91,9 @@ class PostRepository(Repository[Post]):
         good = batch.good_rows()
         by_id = [id for row in good if (id := ids[row])]
         by_email = [email for row in good if (email := emails[row])]
-        known: dict[int | str | None, int] = {
-            row.id: row.id for row in await stored(self.session, User.id, by_id)
-        }
-        for row in await stored(self.session, User.email, by_email, User.id):
-            known[row.email] = row.id
+        known: dict[int | str | None, int | None] = {}
+        known.update(zip(by_id, await matched(self.session, User.id, by_id, BigInt), strict=True))
+        known.update(zip(by_email, await matched(self.session, User.email, by_email, Text()), strict=True))
         authors = [known.get(id or email) for id, email in zip(ids, emails, strict=True)]
         for position in good:
             if authors[position] is None:

@@ -113,6 +113,8 @@ class UserRepository(Repository[User]):
         writer = BulkWriter(self.session, User)
 
         async def attempt(batch: Batch) -> Outcome:
+            if updated := await writer.update_unseen(batch, options):
+                return updated
             ids = batch.take("id", batch.good_rows())
             rows = await stored(self.session, User.id, ids, User.version, User.email, lock=FOR_UPDATE)
             owners = await self._owners(batch, {row.id: row.email for row in rows}, options)

@@ -283,9 +283,10 @@ class Crowd:
                 self._tell(id, name)
 
     async def restore(self, number: int) -> None:
-        """Restore users with ids that are about to be drawn."""
-        for first in range(1 + 7 * number, BATCHES * 3 * BATCH, 3 * BATCH):
-            names = {id: f"old{number}-{id}" for id in range(first, first + BATCH)}
+        """Restore users with ids that are drawn just now, or will be soon."""
+        for step in range(BATCHES):
+            first = max(self.told, default=0) + 1 + step % 5 * BATCH
+            names = {id: f"old{number}-{step}-{id}" for id in range(first, first + BATCH)}
             ack = await loaded(
                 self.users, *(named(name, id=id)[0] for id, name in names.items()), restore=True
             )

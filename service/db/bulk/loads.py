@@ -145,6 +145,14 @@ class LoadRepository:
         if moved is None:
             raise _fenced()
 
+    async def watermark(self, load: Load) -> int:
+        """Return where a load is, behind a commit that may still be under way; raises LoadFenced."""
+        found = select(Load.next_offset).where(*self._ours(load)).with_for_update()
+        offset = await self.session.scalar(found)
+        if offset is None:
+            raise _fenced()
+        return offset
+
     async def finish(self, load: Load) -> None:
         """Complete a load; raises LoadFenced."""
         finished = self._fenced(load).values(state=LoadState.FINISHED, updated_at=now()).returning(Load.id)
@@ -198,22 +206,25 @@ class LoadRepository:
         return [] if self.caller is None else [Load.caller == self.caller]
 
     @staticmethod
-    def _fenced(load: Load) -> Update:
-        is_ours = (Load.id == load.id) & (Load.epoch == load.epoch) & (Load.state == LoadState.OPEN)
-        return update(Load).where(is_ours).execution_options(synchronize_session=False)
+    def _ours(load: Load) -> list[ColumnElement[bool]]:
+        return [Load.id == load.id, Load.epoch == load.epoch, Load.state == LoadState.OPEN]
+
+    def _fenced(self, load: Load) -> Update:
+        return update(Load).where(*self._ours(load)).execution_options(synchronize_session=False)
 
 
 async def expire_loads(session: AsyncSession, before: datetime) -> None:
     """Drop the outcomes of loads whose last batch came before; the loads stay, so that none begins twice."""
+    # First the loads, which a batch that comes just now then waits for; or they wait for it, and stay.
     expired = (
-        select(Load.id).where(Load.updated_at < before, Load.state != LoadState.EXPIRED).scalar_subquery()
-    )
-    await session.execute(delete(LoadBatch).where(LoadBatch.load.in_(expired)))
-    await session.execute(
         update(Load)
         .where(Load.updated_at < before, Load.state != LoadState.EXPIRED)
         .values(state=LoadState.EXPIRED)
+        .returning(Load.id)
+        .execution_options(synchronize_session=False)
     )
+    ids = (await session.scalars(expired)).all()
+    await session.execute(delete(LoadBatch).where(LoadBatch.load.in_(ids)))
 
 
 def _pack(ids: list[int]) -> bytes:

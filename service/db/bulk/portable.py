@@ -48,18 +48,22 @@ async def insert_rows(
 
 async def update_rows(
     session: AsyncSession, model: type[Entity], columns: Mapping[str, Sequence[Any]]
-) -> None:
-    """Set columns of the rows with the ids in `id`; versions grow by `times`. Raises IntegrityError."""
+) -> int:
+    """Set columns of the rows with the ids in `id`, whose versions grow by `times`; return how many.
+
+    Those with another version than `expected`, where that is given and not 0, stay. Raises IntegrityError.
+    """
     values: dict[str, Any] = {
-        name: bindparam(f"new_{name}") for name in columns if name not in ("id", "times")
+        name: bindparam(f"new_{name}") for name in columns if name not in ("id", "times", "expected")
     }
-    statement = (
-        update(model)
-        .where(model.id == bindparam("new_id"))
-        .values(**values, version=model.version + bindparam("new_times"), updated_at=now())
-    )
+    values |= {"version": model.version + bindparam("new_times"), "updated_at": now()}
+    statement = update(model).where(model.id == bindparam("new_id")).values(values)
+    if "expected" in columns:
+        expected: Any = bindparam("new_expected")
+        statement = statement.where((expected == 0) | (expected == model.version))
     connection = await session.connection()
-    await connection.execute(statement, _rows({f"new_{name}": column for name, column in columns.items()}))
+    rows = _rows({f"new_{name}": column for name, column in columns.items()})
+    return (await connection.execute(statement, rows)).rowcount
 
 
 def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

@@ -23,6 +23,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.db.base import BigInt, Entity, now
 
+COUNTERS = ("times", "expected")
+
 
 async def next_ids(session: AsyncSession, model: type[Entity], count: int) -> Sequence[int]:
     """Draw ids from the table's sequence; a rollback leaves a gap.
@@ -71,16 +73,21 @@ async def insert_rows(
 
 async def update_rows(
     session: AsyncSession, model: type[Entity], columns: Mapping[str, Sequence[Any]]
-) -> None:
-    """Set columns of the rows with the ids in `id`; versions grow by `times`. Raises IntegrityError."""
+) -> int:
+    """Set columns of the rows with the ids in `id`, whose versions grow by `times`; return how many.
+
+    Those with another version than `expected`, where that is given and not 0, stay. Raises IntegrityError.
+    """
     table = cast("Table", model.__table__)
-    types = {name: BigInt if name == "times" else table.c[name].type for name in columns}
+    types = {name: BigInt if name in COUNTERS else table.c[name].type for name in columns}
     arrays = [bindparam(f"new_{name}", columns[name], type_=ARRAY(types[name])) for name in columns]
     new = func.unnest(*arrays).table_valued(*(column(name, types[name]) for name in columns)).render_derived()
-    values = {name: new.c[name] for name in columns if name not in ("id", "times")}
+    values = {name: new.c[name] for name in columns if name not in ("id", *COUNTERS)}
+    statement = update(table).where(table.c.id == new.c.id)
+    if "expected" in columns:
+        statement = statement.where((new.c.expected == 0) | (new.c.expected == table.c.version))
     connection = await session.connection()
-    await connection.execute(
-        update(table)
-        .where(table.c.id == new.c.id)
-        .values(**values, version=table.c.version + new.c.times, updated_at=now())
+    result = await connection.execute(
+        statement.values(**values, version=table.c.version + new.c.times, updated_at=now())
     )
+    return result.rowcount

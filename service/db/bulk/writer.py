@@ -9,16 +9,21 @@ from sqlalchemy import Row, Text, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
+from sqlalchemy.types import TypeEngine
 
 from service.db.base import BigInt, Entity, now
 from service.db.bulk import portable, postgresql
 from service.db.bulk.batch import Batch, Outcome, Result, WriteOptions
 from service.db.bulk.resolve import Creates
-from service.db.dialect import is_sqlite, listed
+from service.db.dialect import is_sqlite, listed, matched
 from service.errors import DatabaseUnavailable, IdTaken
 
 RACES = 3
-FOR_UPDATE: Mapping[str, Any] = {}
+FOR_UPDATE: Mapping[str, Any] = {"key_share": True}  # posts may refer to the user meanwhile
+
+
+class Contested(Exception):
+    """Some row was not as an attempt took it to be, without having looked."""
 
 
 class BulkWriter:
@@ -36,7 +41,7 @@ class BulkWriter:
             try:
                 async with self.session.begin_nested():
                     return await attempt(replace(batch, failures=dict(batch.failures)))
-            except IntegrityError:
+            except (IntegrityError, Contested):
                 batch.expects_conflicts = True
         raise DatabaseUnavailable("other writes keep taking the same keys; nothing was done, try again")
 
@@ -68,10 +73,23 @@ class BulkWriter:
             if moved:
                 await self._set_aside(moved, list(updates))
             await self._update(batch, updates, options.update_fields)
-        results, ids = bytearray([Result.UPDATED]) * batch.size, list(batch.columns["id"])
-        for row in batch.failures:
-            results[row], ids[row] = Result.FAILED, 0
-        return Outcome(bytes(results), ids, batch.failures)
+        return _updated(batch)
+
+    async def update_unseen(self, batch: Batch, options: WriteOptions) -> Outcome | None:
+        """Update all good rows of a batch without a look at them first; None where their order may matter.
+
+        Raises Contested where one of them is not there, or has another version.
+        """
+        rows = sorted(batch.good_rows(), key=batch.columns["id"].__getitem__)
+        ids, expected = batch.take("id", rows), batch.take("version", rows)
+        is_simple = len(set(ids)) == len(ids) and "email" not in options.update_fields
+        if options.asks_first(batch) or not is_simple:
+            return None
+        columns = {field: batch.take(field, rows) for field in options.update_fields}
+        columns |= {"id": ids, "times": [1] * len(ids)} | ({"expected": expected} if any(expected) else {})
+        if ids and await self._way.update_rows(self.session, self.model, columns) < len(ids):
+            raise Contested
+        return _updated(batch)
 
     async def reserve(self, batch: Batch) -> None:
         """Let no other writer draw a batch's ids, from the commit on; for a short transaction of its own."""
@@ -83,8 +101,11 @@ class BulkWriter:
     ) -> dict[Any, int]:
         """Return, by the unique key, the ids of the rows that have one of the batch's values."""
         values = [value for value in batch.take(key.key, batch.good_rows()) if value is not None]
-        rows = await stored(self.session, key, values, self.model.id.label("stored_id"), lock=lock)
-        return {row[0]: row.stored_id for row in rows}
+        if lock is not None:
+            rows = await stored(self.session, key, values, self.model.id.label("stored_id"), lock=lock)
+            return {row[0]: row.stored_id for row in rows}
+        ids = await matched(self.session, key, values, _kind(values))
+        return {value: id for value, id in zip(values, ids, strict=True) if id is not None}
 
     async def _insert(
         self, batch: Batch, columns: Mapping[str, list[Any]], size: int, sort_key: str | None
@@ -133,6 +154,17 @@ class BulkWriter:
         await self._way.update_rows(self.session, self.model, rows)
 
 
+def _updated(batch: Batch) -> Outcome:
+    results, ids = bytearray([Result.UPDATED]) * batch.size, list(batch.columns["id"])
+    for row in batch.failures:
+        results[row], ids[row] = Result.FAILED, 0
+    return Outcome(bytes(results), ids, batch.failures)
+
+
+def _kind(values: Sequence[Any]) -> TypeEngine[Any]:
+    return BigInt if values and isinstance(values[0], int) else Text()
+
+
 def id_taken(existing_id: int | None) -> IdTaken:
     """Return the error for an id that another row has."""
     facts = {"existing_id": existing_id} if existing_id else {}
@@ -152,7 +184,7 @@ async def stored(
     """
     if not values:
         return []
-    wanted = listed(session, sorted(set(values)), BigInt if isinstance(values[0], int) else Text())
+    wanted = listed(session, sorted(set(values)), _kind(values))
     rows = select(key, *columns).join(wanted, wanted.c.value == key)
     if lock is not None:
         rows = rows.order_by(key.class_.id).with_for_update(of=key.class_, **lock)
