@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from roster.v1.bulk_pb2 import BulkOptions
 from service.db.base import Entity
 from service.db.bulk.batch import Batch, OnConflict, Outcome, WriteOptions
-from service.errors import InvalidOptions
+from service.errors import InvalidOptions, RosterError
 from service.fields import check_choice, mask_paths
 
 RESTORED = ("id", "version", "created_at", "updated_at")
@@ -27,7 +27,7 @@ class Operation:
     model: type[Entity]
     write: Callable[[AsyncSession, Batch, WriteOptions], Awaitable[Outcome]]
     is_update: bool = False
-    has_key: bool = False  # so that on_conflict makes sense
+    taken: Callable[[int | None], RosterError] | None = None  # where rows have a key: that it is taken
 
     def is_parallel(self, options: WriteOptions) -> bool:
         """Tell whether batches with different keys can be written at the same time.
@@ -36,6 +36,11 @@ class Operation:
         Nor where ids are restored: to reserve them a batch waits for all that have drawn some.
         """
         return not (options.restores or (self.is_update and "email" in options.update_fields))
+
+    def can_defer(self, options: WriteOptions) -> bool:
+        """Tell whether rows whose keys an earlier batch has can be left until that is written."""
+        is_insert = bool(self.taken) and options.on_conflict is not OnConflict.UPDATE
+        return is_insert and not (options.is_atomic or options.validate_only or options.restores)
 
     def batch(self, messages: Sequence[Any], options: WriteOptions) -> Batch:
         """Return the messages of a request as columns."""
@@ -65,7 +70,7 @@ class StreamOptions:
         on_conflict = OnConflict(message.on_conflict)
         if message.restore and operation.is_update:
             raise _invalid("restore", "makes no sense for an update")
-        if on_conflict is not OnConflict.FAIL and not (operation.has_key or message.restore):
+        if on_conflict is not OnConflict.FAIL and not (operation.taken or message.restore):
             raise _invalid("on_conflict", "makes no sense here: there is no key that could be taken")
         if on_conflict is OnConflict.UPDATE and message.restore:
             raise _invalid("on_conflict", "must be FAIL or SKIP where rows are restored")

@@ -1,11 +1,11 @@
 """A message that a stream has in hand."""
 
 import asyncio
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.db.bulk.batch import Batch, Outcome
+from service.db.bulk.batch import Batch, OnConflict, Outcome, Result, WriteOptions
 from service.errors import RosterError
 
 
@@ -21,7 +21,11 @@ class Slot:
     size: int
     previous: "Slot | None" = None
     batch: Batch = field(default_factory=lambda: Batch(0))
-    keys: AbstractSet[Any] = frozenset()  # what other batches must not touch at the same time
+    keys: Mapping[Any, int] = field(default_factory=dict)  # id or e-mail -> its first good row
+    awaited: "dict[int, tuple[Slot, int]]" = field(
+        default_factory=dict
+    )  # row -> the earlier one with its key
+    written: Outcome = field(default_factory=Outcome)  # of the new rows, not yet committed
     replayed: int = 0
     first_outcome: Outcome = field(default_factory=Outcome)  # of the rows that were recorded before
     is_last: bool = False  # the message had `finish`
@@ -32,6 +36,30 @@ class Slot:
     @property
     def end(self) -> int:
         return self.offset + self.size
+
+    def meets(self, other: "Slot") -> bool:
+        """Tell whether the two have a key in common."""
+        return not self.keys.keys().isdisjoint(other.keys)
+
+    def wait_for(self, other: "Slot") -> None:
+        """Leave the rows whose keys an earlier slot has to `complete`; the others need not wait."""
+        for row in self.batch.good_rows():
+            there = other.keys.get(self.batch.columns["email"][row])
+            if there is not None:
+                self.awaited[row] = other, there
+        self.batch.awaited = self.awaited.keys()
+
+    def complete(self, outcome: Outcome, options: WriteOptions, taken: Callable[[int], RosterError]) -> None:
+        """Add what became of the rows whose keys are an earlier slot's, by now written."""
+        results = bytearray(outcome.results)
+        for row, (other, there) in self.awaited.items():
+            id = other.written.id_of(there)
+            if options.on_conflict is OnConflict.SKIP:
+                results[row], outcome.ids[row] = Result.SKIPPED, id
+            else:
+                outcome.failures[row] = taken(id)
+        outcome.results = bytes(results)
+        self.written = outcome
 
     async def outcome(self) -> Outcome:
         """Wait for what becomes of the message; raises one of REFUSALS, or what ends the stream."""

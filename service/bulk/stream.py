@@ -213,14 +213,18 @@ class Stream:
         slot.task = asyncio.create_task(self._settled(slot))
 
     async def _clear(self, slot: Slot) -> None:
-        """Wait for the batches in hand whose keys the new one meets, and for those that are in trouble."""
-        keys = slot.batch.keys() if self._operation.is_parallel(self.options.write) else None
-        slot.keys = keys or frozenset()
+        """Wait for the batches in hand that the new one can't be written beside."""
+        slot.keys = slot.batch.keys()
+        is_parallel = self._operation.is_parallel(self.options.write)
+        can_defer = self._operation.can_defer(self.options.write)
         other = self._last
         while other and not other.is_settled():
-            if keys is None or other.is_in_trouble() or not keys.isdisjoint(other.keys):
+            meets = slot.meets(other)
+            if not is_parallel or other.is_in_trouble() or (meets and not can_defer):
                 await other.settled()
                 return
+            if meets:
+                slot.wait_for(other)
             other = other.previous
 
     async def _settled(self, slot: Slot) -> Outcome:
@@ -238,6 +242,7 @@ class Stream:
                 slot.is_committed.set_result(False)
             slot.batch.has_drawn.set()
             slot.previous = None
+            slot.awaited = {}
         if not slot.replayed:
             return outcome
         slot.first_outcome.extend(outcome)
@@ -295,6 +300,8 @@ class Stream:
         async with self._database.bulk() as session:
             outcome = await self._operation.write(session, slot.batch, self.options.write)
             await committed(previous)
+            if self._operation.taken:
+                slot.complete(outcome, self.options.write, self._operation.taken)
             if self._load:
                 await LoadRepository(session, self._caller).record(
                     self._load, slot.offset + slot.replayed, outcome

@@ -9,16 +9,16 @@ import zlib
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
+from hashlib import file_digest
 from pathlib import Path
 from typing import TypeVar
 
-from service.cli.rows import MAX_LINE_BYTES, FileFormat, Row, SourceError
+from service.cli.formats import STDIN, FileFormat, SourceError
+from service.cli.rows import Row
 
 T = TypeVar("T")
 
-STDIN = "-"
 GZIP_MAGIC = b"\x1f\x8b"
-BOM = b"\xef\xbb\xbf"
 CHUNK_ROWS = 1000
 CHUNK_BYTES = 1 << 20
 
@@ -37,6 +37,13 @@ class Source:
         self.bytes_total = status.st_size if status and stat.S_ISREG(status.st_mode) else 0
         self.bytes_read = 0
 
+    def digest(self) -> bytes:
+        """Return what tells the content from any other, b"" where it can be read only once."""
+        if not self.bytes_total:
+            return b""
+        with Path(self._path).open("rb") as file:
+            return file_digest(file, "sha256").digest()
+
     async def rows(self) -> AsyncGenerator[Row, None]:
         """Yield the rows; raises SourceError, OSError."""
         rows = self._read()
@@ -51,26 +58,14 @@ class Source:
     def _read(self) -> Generator[Row, None, None]:
         is_stdin = self._path == STDIN
         with open(0 if is_stdin else self._path, "rb", closefd=not is_stdin) as file:
+            is_gzip = file.peek(2).startswith(GZIP_MAGIC)
             try:
-                for row in self._format.rows(_lines(_plain(file))):
+                for row in self._format.rows(gzip.GzipFile(fileobj=file) if is_gzip else file):
                     if self.bytes_total:
                         self.bytes_read = file.raw.tell()
                     yield row
             except (EOFError, zlib.error) as error:
                 raise SourceError(f"the gzip data is damaged: {error}") from None
-
-
-def _plain(file: io.BufferedReader) -> io.BufferedIOBase:
-    return gzip.GzipFile(fileobj=file) if file.peek(2).startswith(GZIP_MAGIC) else file
-
-
-def _lines(stream: io.BufferedIOBase) -> Iterator[bytes]:
-    line = stream.readline(MAX_LINE_BYTES + 1).removeprefix(BOM)
-    while line:
-        yield line
-        while line and not line.endswith(b"\n"):  # the rest of one that is too long
-            line = stream.readline(MAX_LINE_BYTES)
-        line = stream.readline(MAX_LINE_BYTES + 1)
 
 
 def _chunk(rows: Iterator[Row]) -> list[Row]:

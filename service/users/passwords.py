@@ -1,8 +1,10 @@
 """Passwords: argon2id in a few threads, so that hashing never holds up the event loop."""
 
 import asyncio
+from base64 import b64encode
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from secrets import token_bytes
 from typing import TypeVar
 
 from argon2 import PasswordHasher
@@ -21,7 +23,7 @@ class Passwords:
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="password")
         self._free = queue
         # Checked where there is no hash, so that an unknown user costs what a known one does.
-        self._nobody = self._hasher.hash("nobody's password")
+        self._nobody = _hash_of_nothing(self._hasher)
 
     async def hash(self, password: str) -> str:
         """Return the hash of a new password in PHC form."""
@@ -54,3 +56,12 @@ class Passwords:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         finally:
             self._free += 1
+
+
+def _hash_of_nothing(hasher: PasswordHasher) -> str:
+    """Return a hash that no password has, with the hasher's costs; a real one would delay the start."""
+    costs = f"m={hasher.memory_cost},t={hasher.time_cost},p={hasher.parallelism}"
+    salt, digest = (
+        b64encode(token_bytes(size)).decode().rstrip("=") for size in (hasher.salt_len, hasher.hash_len)
+    )
+    return f"$argon2id$v=19${costs}${salt}${digest}"

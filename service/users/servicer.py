@@ -30,7 +30,7 @@ from service.users.convert import (
 )
 from service.users.model import User
 from service.users.passwords import Passwords
-from service.users.repository import FILTERABLE, SORTABLE, UserRepository
+from service.users.repository import FILTERABLE, SORTABLE, UserRepository, email_taken
 
 CREATE_USERS = Operation(
     method="roster.v1.UserService.BulkCreateUsers",
@@ -40,7 +40,7 @@ CREATE_USERS = Operation(
     read=user_batch_from_messages,
     model=User,
     write=lambda session, batch, options: UserRepository(session).create_many(batch, options),
-    has_key=True,
+    taken=email_taken,
 )
 UPDATE_USERS = Operation(
     method="roster.v1.UserService.BulkUpdateUsers",

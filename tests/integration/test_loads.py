@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
-from sqlalchemy import func, select, text
+from sqlalchemy import text
 
 from service.db.base import MAX_ID
 from service.db.bulk.batch import Outcome, Result
-from service.db.bulk.loads import Load, LoadBatch, LoadRepository, LoadState, expire_loads
+from service.db.bulk.loads import Load, LoadRepository, LoadState, expire_loads
 from service.db.engine import Database
 from service.errors import EmailTaken, InvalidField, LoadFenced, LoadNotFound, RosterError
 from service.settings import Settings
@@ -271,15 +271,3 @@ async def expired(database: Database, before: datetime) -> None:
 
 async def _waits(session: Any) -> bool:
     return bool(await session.scalar(WAITS_FOR_A_LOAD))
-
-
-async def test_outcomes_go_with_their_batch(database: Database, load: Load) -> None:
-    """A transaction that rolls back leaves neither the outcome nor the watermark."""
-    with pytest.raises(ZeroDivisionError):
-        async with database.begin() as session:
-            await LoadRepository(session, "ada").record(load, 0, of(CREATED))
-            raise ZeroDivisionError
-
-    async with database.read() as session:
-        assert await session.scalar(select(func.count()).select_from(LoadBatch)) == 0
-    assert (await got(database)).next_offset == 0

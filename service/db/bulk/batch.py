@@ -1,7 +1,7 @@
 """The rows of one message as columns, how they are to be written, and what became of them."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Any
@@ -53,9 +53,17 @@ class Batch:
     draws_after: asyncio.Event | None = None
     has_drawn: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def keys(self) -> set[Any]:
-        """Return what no other batch may write at the same time: ids and e-mails."""
-        return {value for name in ("id", "email") for value in self.columns.get(name, ())} - {None}
+    awaited: Collection[int] = ()  # rows that are left out: an earlier batch has their keys
+
+    def keys(self) -> dict[Any, int]:
+        """Return the ids and e-mails of the good rows, each with the first row that has it."""
+        rows = self.good_rows()[::-1]  # so that the first of several comes last, and stays
+        found: dict[Any, int] = {}
+        for name in ("id", "email"):
+            if name in self.columns:
+                found.update(zip(self.take(name, rows), rows, strict=True))
+        found.pop(None, None)
+        return found
 
     def add(
         self,
@@ -87,9 +95,9 @@ class Batch:
 
     def good_rows(self) -> Sequence[int]:
         """Return the rows that have not failed, in file order."""
-        if not self.failures:
+        if not (self.failures or self.awaited):
             return range(self.size)
-        return [row for row in range(self.size) if row not in self.failures]
+        return [row for row in range(self.size) if row not in self.failures and row not in self.awaited]
 
     def take(self, name: str, rows: Sequence[int]) -> list[Any]:
         """Return some rows of a column."""
@@ -123,6 +131,10 @@ class Outcome:
     updated = property(lambda self: self.results.count(Result.UPDATED))
     skipped = property(lambda self: self.results.count(Result.SKIPPED))
     failed = property(lambda self: self.results.count(Result.FAILED))
+
+    def id_of(self, row: int) -> int:
+        """Return the id of the stored row that has this row's key, put there by this row or not."""
+        return self.ids[row] or int(self.failures[row].facts["existing_id"])
 
     def part(self, start: int, end: int) -> "Outcome":
         """Return the outcome of some of the rows."""

@@ -85,7 +85,7 @@ def resolve_creates(batch: Batch, keys: Sequence[Key], on_conflict: OnConflict) 
 
 
 def _all_differ(batch: Batch, keys: Sequence[Key]) -> bool:
-    if batch.failures or any(key.stored for key in keys):
+    if batch.failures or batch.awaited or any(key.stored for key in keys):
         return False
     return all(len(set(batch.columns[key.column])) == batch.size for key in keys)
 

@@ -1,0 +1,202 @@
+"""Whatever is sent where and when, each stream of a load is told what the model says."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import suppress
+from itertools import count
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc.status_pb2 import Status
+from hypothesis import HealthCheck, given, seed, settings
+
+from roster.v1.bulk_pb2 import (
+    AbortBulkLoadRequest,
+    BulkAck,
+    BulkLoad,
+    GetBulkLoadRequest,
+    ListBulkLoadFailuresRequest,
+)
+from roster.v1.bulk_pb2_grpc import BulkServiceStub
+from roster.v1.resources_pb2 import User
+from roster.v1.users_pb2 import ListUsersRequest
+from roster.v1.users_pb2_grpc import UserServiceStub
+from service.server import Server
+from service.settings import Settings
+from tests.errors import refusal
+from tests.faults.histories import SEED, keeping, kept
+from tests.load_model import BAD_ROW, HISTORIES, Ended, LoadModel, Message, Stream, placed
+from tests.load_stream import LoadStream
+
+EXAMPLES = int(__import__("os").environ.get("EX", 30))
+numbers = count()
+
+
+@pytest.fixture
+async def channel(database_url: str) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to a server of the test's own."""
+    server = Server(Settings(database_url=database_url, listen="127.0.0.1:0"))
+    await server.start()
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        yield channel
+    await server.stop(grace=0)
+
+
+class Play:
+    """A history as it happens, on the server and in the model."""
+
+    def __init__(self, channel: grpc.aio.Channel, options: dict[str, Any]) -> None:
+        self.users, self.loads = UserServiceStub(channel), BulkServiceStub(channel)
+        self.number = next(numbers)  # a load of its own, with users of its own
+        self.load_id = f"load{self.number}"
+        self.options = options
+        self.model = LoadModel(options)
+        self.streams: list[tuple[LoadStream, Stream]] = []  # the newest first
+        self.ids: dict[int, int] = {}  # what the model calls them
+
+    async def step(self, kind: str, number: int = 0, messages: Sequence[Message] = ()) -> None:
+        """Take one step of a history."""
+        if kind == "open":
+            await self._open()
+        elif kind == "abort":
+            await self.loads.AbortBulkLoad(AbortBulkLoadRequest(load_id=self.load_id))
+            self.model.abort()
+        elif self.streams:
+            number = min(number, len(self.streams) - 1)
+            stream, known = self.streams[number]
+            if kind == "half-close":
+                assert await stream.half_closed() == self.model.summary()
+                del self.streams[number]
+                return
+            sent = placed(known, messages)
+            await self._write(stream, sent)
+            if kind == "lose":
+                del self.streams[number]
+                await self._lose(stream, known, sent)
+            elif not await self._answered(stream, known, sent):
+                del self.streams[number]
+
+    async def end(self) -> None:
+        """Compare all that is known of the load in the end, the outcome of each row included."""
+        if self.model.state != BulkLoad.ABORTED:
+            await self._open()
+            size = len(self.model.rows)  # where rows are sent again matters, and not what they are
+            cut = size // 2
+            await self.step("send", 0, [(-size, BAD_ROW * cut, False), (None, BAD_ROW * (size - cut), False)])
+        request = ListBulkLoadFailuresRequest(load_id=self.load_id, page_size=1000)
+        told = BulkAck(failures=(await self.loads.ListBulkLoadFailures(request)).failures)
+        expected = BulkAck(failures=self.model.failures())
+        assert self._in_model(told, expected) == expected
+        assert await self._stored() == sorted(self.model.users)
+
+    async def _open(self) -> None:
+        opening = LoadStream.open(self.users, self.load_id, **self.options)
+        try:
+            known = self.model.open()
+        except Ended as ended:
+            assert (await refusal(opening)).reason == str(ended)
+            return
+        stream = await opening
+        assert stream.opened.next_offset == known.watermark
+        self.streams.insert(0, (stream, known))
+
+    async def _answered(self, stream: LoadStream, known: Stream, sent: Sequence[Message]) -> bool:
+        """Compare the answers to what was sent, and tell whether the stream is still open."""
+        try:
+            for offset, names, finish in sent:
+                expected = self.model.send(known, offset, names)
+                if expected:
+                    ack = (await stream.answer()).ack
+                    assert self._in_model(ack, expected) == expected
+                if finish and not (expected and expected.HasField("error")):
+                    summary = self.model.finish(known)
+                    assert await stream.summary() == summary
+                    return False
+        except Ended as ended:
+            assert (await refusal(stream.answer())).reason == str(ended)
+            return False
+        return True
+
+    async def _lose(self, stream: LoadStream, known: Stream, sent: Sequence[Message]) -> None:
+        """Go away without an answer, and see with the next stream what became of the messages."""
+        stream.call.cancel()
+        opening = LoadStream.open(self.users, self.load_id, **self.options)
+        if self.model.state == BulkLoad.ABORTED:
+            assert (await refusal(opening)).reason == "LOAD_ABORTED"
+            return
+        newer = await opening
+        load = await self.loads.GetBulkLoad(GetBulkLoadRequest(load_id=self.load_id))
+        found = (newer.opened.next_offset, load.state)
+        possible = {(len(model.rows), model.state): model for model in self.model.landed(known, sent)}
+        self.model = possible[found]
+        self.streams.insert(0, (newer, self.model.open()))
+
+    async def _write(self, stream: LoadStream, sent: Sequence[Message]) -> None:
+        with suppress(grpc.RpcError, asyncio.InvalidStateError):  # it ended under them
+            for offset, names, finish in sent:
+                await stream.write(offset=offset, users=[self._row(name) for name in names], finish=finish)
+
+    def _row(self, name: str) -> User:
+        return User(
+            email=f"{name}-{self.number}@example.org" if name != BAD_ROW else "nobody", full_name=name
+        )
+
+    def _in_model(self, ack: BulkAck, expected: BulkAck) -> BulkAck:
+        """Return an ack as the model tells it: with its ids, and without codes and sentences."""
+        self._learn(zip(ack.ids, expected.ids, strict=True))
+        pairs = zip(ack.failures, expected.failures, strict=True)
+        self._learn((failure.existing_id, model.existing_id) for failure, model in pairs)
+        told = BulkAck()
+        told.CopyFrom(ack)
+        told.ids[:] = [self.ids.get(id, 0) for id in ack.ids]
+        del told.failures[:]
+        for failure in ack.failures:
+            existing_id = self.ids.get(failure.existing_id, 0)
+            told.failures.add(offset=failure.offset, reason=failure.reason, existing_id=existing_id)
+        if ack.HasField("error"):
+            told.error.CopyFrom(Status(code=ack.error.code))
+        return told
+
+    def _learn(self, pairs: Iterable[tuple[int, int]]) -> None:
+        for real, id in pairs:
+            if real and id:
+                self.ids.setdefault(real, id)
+        assert len(set(self.ids.values())) == len(self.ids)
+
+    async def _stored(self) -> list[str]:
+        request = ListUsersRequest(filter=f'email : "-{self.number}@"', page_size=1000)
+        return sorted(user.email.partition("-")[0] for user in (await self.users.ListUsers(request)).users)
+
+
+async def play(channel: grpc.aio.Channel, history: dict[str, Any]) -> None:
+    with keeping("offsets", history):
+        run = Play(channel, history["options"])
+        await run.step("open")
+        for step in history["steps"]:
+            await run.step(*step)
+        await run.end()
+
+
+@pytest.mark.parametrize("history", kept("offsets"))
+async def test_a_history_that_failed_once_goes_well(
+    channel: grpc.aio.Channel, history: dict[str, Any]
+) -> None:
+    """Each one that the test below has ever found is kept."""
+    await play(channel, history)
+
+
+@seed(SEED)
+@settings(
+    deadline=None,
+    max_examples=EXAMPLES,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(history=HISTORIES)
+async def test_every_stream_is_told_what_the_model_says(
+    channel: grpc.aio.Channel, history: dict[str, Any]
+) -> None:
+    """And in the end each row has its outcome, and each user is there once."""
+    print("seed", SEED)
+    await play(channel, history)
