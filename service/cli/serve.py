@@ -8,6 +8,7 @@ import click
 from sqlalchemy.exc import DBAPIError
 
 from service.cli.environment import UsageError, settings, settings_help
+from service.cli.migrate import reported
 from service.db import migrations
 from service.db.engine import Database
 from service.server import Server
@@ -23,7 +24,8 @@ def serve() -> None:
     chosen = settings()
     logging.basicConfig(level=chosen.log_level, format=LOG_FORMAT)
     if chosen.is_embedded:
-        migrations.upgrade(chosen.database_url)
+        with reported():
+            migrations.upgrade(chosen.database_url)
     try:
         asyncio.run(_serve(chosen))
     except OSError as error:
@@ -49,9 +51,8 @@ async def _require_schema(database: Database) -> None:
     try:
         current = await migrations.current(database.engine)
     except (DBAPIError, OSError) as error:
-        raise UsageError(
-            f"the database can't be reached: {getattr(error, 'orig', None) or error}; check ROSTER_DATABASE_URL"
-        ) from None
+        cause = getattr(error, "orig", None) or error
+        raise UsageError(f"the database can't be reached: {cause}; check ROSTER_DATABASE_URL") from None
     if current != migrations.head():
         raise UsageError(
             f"the schema is at revision {current or 'none'}, this release needs {migrations.head()}; "
@@ -60,11 +61,12 @@ async def _require_schema(database: Database) -> None:
 
 
 def _announce(address: str) -> None:
+    ada = '{"user": {"email": "ada@example.org"}}'
     click.echo(
         f"listening on {address}\n"
         "try, in another terminal:\n"
         f"  grpcurl -plaintext {address} list\n"
-        f"""  grpcurl -plaintext -d '{{"user": {{"email": "ada@example.org"}}}}' {address} {USERS}/CreateUser\n"""
+        f"  grpcurl -plaintext -d '{ada}' {address} {USERS}/CreateUser\n"
         f"  grpcurl -plaintext {address} {USERS}/ListUsers",
         err=True,
     )
