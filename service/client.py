@@ -93,26 +93,41 @@ class LoadInterrupted(CallFailed):
 
 
 class Patience:
-    """How long to wait before the next try: longer each time, with jitter, and not for ever."""
+    """Tries again what may pass: after longer and longer pauses, with jitter, and not for ever."""
 
     def __init__(self, tries: int = TRIES, first_pause_seconds: float = FIRST_PAUSE_SECONDS) -> None:
         self._tries = tries
         self._first_pause_seconds = first_pause_seconds
         self._failed_tries = 0
+        self._has_met_server = False
 
     def renew(self) -> None:
         """Begin anew: a try got somewhere."""
         self._failed_tries = 0
+        self._has_met_server = True
 
     async def endure(self, failure: CallFailed) -> None:
-        """Wait before the next try; raises the failure where that makes no sense, or no more."""
-        if not failure.may_pass or self._failed_tries >= self._tries:
+        """Wait before the next try; raises the failure where there should be none."""
+        # An address where nobody ever answered is rather a wrong one.
+        may_pass = failure.may_pass and (self._has_met_server or failure.reason)
+        if not may_pass or self._failed_tries >= self._tries:
             raise failure
         longest = min(self._first_pause_seconds * 2**self._failed_tries, LONGEST_PAUSE_SECONDS)
         self._failed_tries += 1
         seconds = failure.retry_seconds + random.uniform(longest / 2, longest)  # noqa: S311
         log.warning("%s; trying again in %.1f s", failure, seconds)
         await asyncio.sleep(seconds)
+
+    async def call(self, method: Any, request: Message) -> Any:
+        """Return the answer of a unary RPC that can be repeated; raises CallFailed."""
+        while True:
+            try:
+                answer = await method(request)
+            except grpc.aio.AioRpcError as error:
+                await self.endure(CallFailed.of(error))
+            else:
+                self.renew()
+                return answer
 
 
 class BulkLoader(Generic[Request]):
@@ -171,6 +186,7 @@ class BulkLoader(Generic[Request]):
                         async for event in events:
                             yield event
                             if isinstance(event, BulkOpened) and not self._filling:
+                                self._patience.renew()
                                 self._filling = self._task(self._fill(rows, event))
                 except LoadInterrupted as failure:
                     await self._reopen_after(failure)
@@ -182,9 +198,7 @@ class BulkLoader(Generic[Request]):
     async def _reopen_after(self, failure: LoadInterrupted) -> None:
         if self._is_summarised and failure.may_pass:
             return
-        is_named = self._options.load_id and not self._options.validate_only
-        # An address where nobody ever answered is rather a wrong one.
-        if not is_named or not (self._filling or failure.reason):
+        if not self._options.load_id or self._options.validate_only:
             raise failure
         await self._patience.endure(failure)
 

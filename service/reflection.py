@@ -3,7 +3,8 @@
 from typing import Any
 
 import grpc
-from google.protobuf import descriptor_pool
+from google.protobuf import descriptor_pool, text_format
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.rpc import error_details_pb2  # noqa: F401  (in the pool, so that grpcurl can print error details)
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.reflection import aio
@@ -20,10 +21,19 @@ class Reflection(aio.ReflectionServicer):  # type: ignore[misc]
         return super()._file_containing_symbol(request, service if is_method else fully_qualified_name)
 
 
+def describe_v1(pool: descriptor_pool.DescriptorPool) -> None:
+    """Add the file of v1, which the library lacks: clients that describe every service want it."""
+    alpha = FileDescriptorProto.FromString(reflection_pb2.DESCRIPTOR.serialized_pb)
+    renamed = text_format.MessageToString(alpha).replace("v1alpha", "v1")
+    pool.AddSerializedFile(text_format.Parse(renamed, FileDescriptorProto()).SerializeToString())
+
+
 def add_reflection(server: grpc.aio.Server, services: list[str]) -> None:
     """Add the reflection service in both versions, whose messages are the same (grpc#38576)."""
     versions = ["grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"]
-    servicer = Reflection([*services, *versions], pool=descriptor_pool.Default())
+    pool = descriptor_pool.Default()
+    describe_v1(pool)
+    servicer = Reflection([*services, *versions], pool=pool)
     handler = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable
 from datetime import UTC, datetime
 
@@ -85,6 +86,7 @@ class Server:
     async def start(self) -> None:
         """Listen; raises OSError where the address can't be had."""
         listen = self.settings.listen
+        _require_unused(listen)
         try:
             port = self.server.add_insecure_port(listen)
         except RuntimeError as error:
@@ -98,6 +100,7 @@ class Server:
         """Refuse new calls, give those in flight `grace` seconds, then close the database."""
         if self._forgetting:
             self._forgetting.cancel()
+            await asyncio.wait([self._forgetting])  # it may be amid a commit
         await self.health.stop()
         await self.server.stop(self.settings.grace if grace is None else grace)
         await self.drain.wait(HANDLERS_END_SECONDS)
@@ -114,3 +117,11 @@ class Server:
             except RosterError as error:
                 log.warning("what has expired was not deleted: %s", error.message)
             await asyncio.sleep(FORGET_EVERY_SECONDS)
+
+
+def _require_unused(listen: str) -> None:
+    """Raise OSError for a Unix socket that is in use: gRPC would take it from the server there."""
+    if listen.startswith("unix:"):
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(listen.removeprefix("unix:")) == 0:
+                raise OSError(f"can't listen on {listen}; another server is there already")

@@ -1,6 +1,7 @@
 """Settings: the only reader of the environment."""
 
 import os
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +20,8 @@ DRIVERS = {
     "sqlite": "sqlite+aiosqlite",
     "sqlite+aiosqlite": "sqlite+aiosqlite",
 }
+ADDRESS = re.compile(r"unix:.+|.*:([0-9]{1,5})")
+MAX_PORT = 65535
 LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -107,6 +110,15 @@ class Settings(BaseSettings):
         if url.drivername.startswith("sqlite") and url.database in (None, "", ":memory:"):
             raise ValueError("names no file: SQLite in memory can't be shared by readers and the writer")
         return url.set(drivername=DRIVERS[url.drivername]).render_as_string(hide_password=False)
+
+    @field_validator("listen")
+    @classmethod
+    def _is_address(cls, value: str) -> str:
+        address = ADDRESS.fullmatch(value)
+        # gRPC would take a larger port modulo 65536.
+        if not address or int(address[1] or 0) > MAX_PORT:
+            raise ValueError(f"must be host:port, with a port up to {MAX_PORT}, or unix:/path")
+        return value
 
     @field_validator("listen")
     @classmethod

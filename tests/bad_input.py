@@ -74,6 +74,7 @@ def bad_filters() -> list[Bad]:
         "created_at > '0001-01-01T00:00:00+23:59'",
         "created_at > '2024-02-30T00:00:00Z'",
         "hashed_password = 'x'",
+        "\U0001f600" * 100 + " = 1",
         "NOT " * 21 + "id = 1",
         "(" * 1000,
         "\0",

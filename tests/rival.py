@@ -11,7 +11,10 @@ from sqlalchemy import make_url
 T = TypeVar("T")
 
 DEADLINE_SECONDS = 20
-WAITING = "SELECT pid FROM pg_locks WHERE NOT granted AND pg_backend_pid() = ANY(pg_blocking_pids(pid))"
+WAITING = """
+SELECT pid FROM pg_locks
+WHERE NOT granted AND pid <> $1 AND pg_blocking_pids(pid) && ARRAY[$1, pg_backend_pid()]
+"""
 
 
 class Rival:
@@ -25,9 +28,9 @@ class Rival:
         """Execute a statement in the transaction."""
         await self.connection.execute(statement)
 
-    async def waiting(self) -> int:
-        """Return the process id of the first session that waits for this one."""
-        return int(await until(lambda: self.connection.fetchval(WAITING)))
+    async def waiting(self, other: int = 0) -> int:
+        """Wait until a session waits for this one, or for another that does, and return its process id."""
+        return int(await until(lambda: self.connection.fetchval(WAITING, other)))
 
     async def commit(self) -> None:
         """Let the others see what this one wrote."""

@@ -1,7 +1,6 @@
 """`roster load`: a file of users or posts into the service."""
 
 import asyncio
-import os
 import sys
 import time
 from collections import Counter
@@ -212,8 +211,6 @@ def load(
 
     The status is 0 if all rows are in, 1 if some failed, 2 if the load could not run or came to no end.
     """
-    # gRPC's own log lines are not for the person at the terminal.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     kind = ENTITIES[entity]
     columns = Columns(kind.message, kind.columns)
     file_format = FORMATS[format_name or _format_name(file)](columns)

@@ -1,11 +1,23 @@
 """`roster migrate`: bring the database's schema to what this release needs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import click
 from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError
 
 from service.cli.environment import UsageError, settings
 from service.db import migrations
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Tell in one line what kept a migration from being done."""
+    try:
+        yield
+    except (CommandError, DBAPIError, OSError) as error:
+        raise UsageError(f"the schema was left as it was: {getattr(error, 'orig', None) or error}") from None
 
 
 @click.command()
@@ -17,14 +29,12 @@ def migrate(down: str | None, *, sql: bool) -> None:
     ROSTER_DATABASE_URL names the database. Of two runs at once the second waits for the first.
     """
     url = settings().database_url
-    try:
+    with reported():
         if sql:
             migrations.sql(url)
         elif down:
             migrations.downgrade(url, down)
         else:
             migrations.upgrade(url)
-    except (CommandError, DBAPIError, OSError) as error:
-        raise UsageError(f"the schema was left as it was: {getattr(error, 'orig', None) or error}") from None
     if not sql:
         click.echo(f"the schema is at revision {down or migrations.head()}")

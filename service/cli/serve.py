@@ -8,6 +8,7 @@ import click
 from sqlalchemy.exc import DBAPIError
 
 from service.cli.environment import UsageError, settings, settings_help
+from service.cli.migrate import reported
 from service.db import migrations
 from service.db.engine import Database
 from service.server import Server
@@ -24,7 +25,8 @@ def serve() -> None:
     logging.basicConfig(level=chosen.log_level, format=LOG_FORMAT)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     if chosen.is_embedded:
-        migrations.upgrade(chosen.database_url)
+        with reported():
+            migrations.upgrade(chosen.database_url)
     try:
         asyncio.run(_serve(chosen))
     except OSError as error:
@@ -50,10 +52,8 @@ async def _require_schema(database: Database) -> None:
     try:
         current = await migrations.current(database.engine)
     except (DBAPIError, OSError) as error:
-        raise UsageError(
-            f"the database can't be reached: {getattr(error, 'orig', None) or error}; "
-            "check ROSTER_DATABASE_URL"
-        ) from None
+        cause = getattr(error, "orig", None) or error
+        raise UsageError(f"the database can't be reached: {cause}; check ROSTER_DATABASE_URL") from None
     if current != migrations.head():
         raise UsageError(
             f"the schema is at revision {current or 'none'}, this release needs {migrations.head()}; "
@@ -62,12 +62,12 @@ async def _require_schema(database: Database) -> None:
 
 
 def _announce(address: str) -> None:
-    user = '{"user": {"email": "ada@example.org"}}'
+    ada = '{"user": {"email": "ada@example.org"}}'
     click.echo(
         f"listening on {address}\n"
         "try, in another terminal:\n"
         f"  grpcurl -plaintext {address} list\n"
-        f"  grpcurl -plaintext -d '{user}' {address} {USERS}/CreateUser\n"
+        f"  grpcurl -plaintext -d '{ada}' {address} {USERS}/CreateUser\n"
         f"  grpcurl -plaintext {address} {USERS}/ListUsers",
         err=True,
     )

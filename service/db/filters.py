@@ -197,7 +197,7 @@ def _comparison(
     value: Token,
 ) -> ColumnElement[bool]:
     if field not in columns:
-        message = f"unknown field {json.dumps(field[:40])}; the fields are {', '.join(columns)}"
+        message = f"unknown field {json.dumps(field[:40])[:42]}; the fields are {', '.join(columns)}"
         raise _error(field.start_pos, message)
     column = columns[field]
     kind = next(kind for type_, kind in _KINDS.items() if isinstance(column.type, type_))

@@ -2,7 +2,6 @@
 
 import asyncio
 from datetime import UTC, datetime, timedelta
-from uuid import uuid4
 
 import grpc
 import pytest
@@ -20,8 +19,7 @@ from roster.v1.users_pb2 import (
     UpdateUserRequest,
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.server import Server, utc_now
-from service.settings import Settings
+from service.server import Server
 from tests.errors import refusal
 from tests.rows import add_posts, add_users
 
@@ -273,104 +271,3 @@ async def test_a_delete_takes_the_posts_along(server: Server, users: UserService
     again = await users.CreateUser(CreateUserRequest(user=User(email=ada.email)))
     assert again.id > ada.id
     assert not (await users.GetUser(GetUserRequest(id=again.id, view=User.WITH_POSTS))).posts
-
-
-async def test_a_repeated_create_is_answered_and_not_done_again(users: UserServiceStub) -> None:
-    """With the first answer, even after a change of what was created."""
-    request = CreateUserRequest(user=User(email="ada@example.org"), request_id=str(uuid4()))
-    created = await users.CreateUser(request)
-    await users.UpdateUser(UpdateUserRequest(user=User(id=created.id, full_name="Ada")))
-
-    assert await users.CreateUser(request) == created
-    request.request_id = request.request_id.upper()
-    assert await users.CreateUser(request) == created
-    assert [user.id for user in await everybody(users)] == [created.id]
-
-
-async def test_a_repeated_update_is_answered_and_not_done_again(users: UserServiceStub, ada: User) -> None:
-    """The version that it expects has passed, and it is answered all the same."""
-    request = UpdateUserRequest(
-        user=User(id=ada.id, full_name="Countess", version=1), request_id=str(uuid4())
-    )
-    updated = await users.UpdateUser(request)
-
-    assert await users.UpdateUser(request) == updated
-    assert (await users.GetUser(GetUserRequest(id=ada.id))).version == 2
-
-
-async def test_a_repeated_delete_is_answered(users: UserServiceStub, ada: User) -> None:
-    """Without a `request_id` there is nobody to delete any more."""
-    request = DeleteUserRequest(id=ada.id, request_id=str(uuid4()))
-
-    assert [await users.DeleteUser(request), await users.DeleteUser(request)] == [Empty(), Empty()]
-    request.ClearField("request_id")
-    assert (await refusal(users.DeleteUser(request))).reason == "USER_NOT_FOUND"
-
-
-async def test_a_request_id_stands_for_one_body(users: UserServiceStub) -> None:
-    """Another one is refused, and not done."""
-    request_id = str(uuid4())
-    await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org"), request_id=request_id))
-    another = CreateUserRequest(user=User(email="alan@example.org"), request_id=request_id)
-
-    refused = await refusal(users.CreateUser(another))
-    assert (refused.code, refused.reason) == (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED")
-    assert [user.email for user in await everybody(users)] == ["ada@example.org"]
-
-
-async def test_a_request_id_belongs_to_its_method(users: UserServiceStub) -> None:
-    """The same one may come with a create, an update and a delete."""
-    request_id = str(uuid4())
-    user = User(email="ada@example.org")
-    user.id = (await users.CreateUser(CreateUserRequest(user=user, request_id=request_id))).id
-
-    assert (await users.UpdateUser(UpdateUserRequest(user=user, request_id=request_id))).version == 2
-    assert await users.DeleteUser(DeleteUserRequest(id=user.id, request_id=request_id)) == Empty()
-
-
-async def test_calls_at_once_with_one_request_id_write_one_row(users: UserServiceStub) -> None:
-    """All get the answer of the one that wrote it."""
-    request = CreateUserRequest(user=User(email="ada@example.org"), request_id=str(uuid4()))
-    answers = await asyncio.gather(*(users.CreateUser(request) for _ in range(5)))
-
-    assert answers == [answers[0]] * 5
-    assert await everybody(users) == [answers[0]]
-
-
-async def test_a_call_that_failed_is_not_kept(users: UserServiceStub, ada: User) -> None:
-    """The same request succeeds once its reason to fail is gone."""
-    request = CreateUserRequest(user=User(email=ada.email), request_id=str(uuid4()))
-    assert (await refusal(users.CreateUser(request))).reason == "EMAIL_TAKEN"
-    await users.DeleteUser(DeleteUserRequest(id=ada.id))
-
-    assert (await users.CreateUser(request)).email == ada.email
-
-
-async def test_a_password_is_not_part_of_what_is_compared(users: UserServiceStub) -> None:
-    """A body is the same with another password; any other field counts, a hash too."""
-    request = CreateUserRequest(user=User(email="ada@example.org", password="one"), request_id=str(uuid4()))
-    created = await users.CreateUser(request)
-
-    request.user.password = "two"
-    assert await users.CreateUser(request) == created
-    request.user.ClearField("password")
-    request.user.hashed_password = HASH
-    assert (await refusal(users.CreateUser(request))).reason == "REQUEST_ID_REUSED"
-
-
-async def test_a_day_later_a_request_id_is_new(server: Server, users: UserServiceStub) -> None:
-    """A server whose clock is a day ahead forgets the answer as it starts: the same call is done again."""
-    request = CreateUserRequest(user=User(email="ada@example.org"), request_id=str(uuid4()))
-    created = await users.CreateUser(request)
-
-    settings = Settings(database_url=server.settings.database_url, listen="127.0.0.1:0")
-    tomorrow = Server(settings, clock=lambda: utc_now() + timedelta(hours=24))
-    await tomorrow.start()
-
-    async def repeat() -> None:
-        while True:
-            assert await users.CreateUser(request) == created
-
-    refused = await refusal(repeat())
-    assert refused.reason == "EMAIL_TAKEN"
-    await tomorrow.stop(grace=0)

@@ -12,10 +12,11 @@ from service.bulk.streams import BulkStreams
 from service.db.engine import Database
 from service.posts.model import Post
 from service.users.model import User
-from tests.bulk_model import ADA, LOADS, Load, Tables, applied, stored
+from tests.bulk_loads import LOADS
+from tests.bulk_model import ADA, Load, Tables, applied, stored
 
 TABLES = {"users": cast("Table", User.__table__), "posts": cast("Table", Post.__table__)}
-EXAMPLES = 25
+EXAMPLES = 30
 FAILURE_CHARACTERS = 200
 
 
@@ -76,7 +77,12 @@ def told_by_model(acks: list[BulkAck], names: dict[int, int]) -> list[BulkAck]:
 
 
 @pytest.mark.parametrize("kind", LOADS)
-@settings(deadline=None, max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    max_examples=EXAMPLES,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # each example refills the database
+)
 @given(data=st.data())
 async def test_a_load_does_what_its_rows_do_one_after_the_other(
     database: Database, kind: str, data: st.DataObject

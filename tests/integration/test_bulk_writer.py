@@ -1,7 +1,7 @@
 """Batches that meet other writers, and a COPY that belongs to its transaction."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -29,8 +29,6 @@ from tests.rival import Rival, rival
 from tests.rows import add_users
 
 COLUMNS: dict[str, list[Any]] = {"id": [7], "email": ["ada@example.org"]}
-LOADS = 5
-ROWS = 200
 
 
 @pytest.fixture
@@ -220,35 +218,47 @@ async def test_an_author_deleted_meanwhile_is_missed(served: Database, other: Ri
     assert {failure.reason for failure in ack.failures} == {"AUTHOR_NOT_FOUND"}
 
 
-async def test_loads_with_crossing_keys_do_not_die_of_each_other(
-    served: Database, caplog: pytest.LogCaptureFixture
+async def test_new_rows_with_crossing_keys_wait_for_each_other(
+    served: Database, other: Rival, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two that create and two that update the same users in opposite orders: none meets a deadlock."""
-    rows = [User(email=f"user{number}@example.org") for number in range(LOADS * ROWS)]
-    skip = BulkOptions(on_conflict=BulkOptions.SKIP)
-    created = await both_ways(served, CREATE_USERS, BulkCreateUsersRequest, skip, rows)
-    assert sum(ack.created for ack in created) == len(rows)
+    """Whatever the order in the file, the second load waits at its first key: there is no deadlock."""
+    await other.execute("INSERT INTO users (email) VALUES ('bob@example.org')")
+    rows = [User(email=f"{name}@example.org") for name in ("ada", "bob", "cyd")]
+    options = BulkOptions(on_conflict=BulkOptions.SKIP)
+    messages = [BulkCreateUsersRequest(options=options, users=users) for users in (rows[::-1], rows)]
 
-    async with served.read() as session:
-        rows = [User(id=id, is_active=False) for id in await session.scalars(select(UserRow.id))]
-    mask = BulkOptions(update_mask=FieldMask(paths=["is_active"]))
-    updated = await both_ways(served, UPDATE_USERS, BulkUpdateUsersRequest, mask, rows)
-    assert sum(ack.updated for ack in updated) == 2 * len(rows)
+    acks = await crossing(served, other, CREATE_USERS, messages)
 
+    assert sorted((ack.created, ack.skipped) for ack in acks) == [(0, 3), (3, 0)]
     assert caplog.messages == []
 
 
-async def both_ways(
-    database: Database, operation: Operation, request: Any, options: BulkOptions, rows: list[User]
+async def test_updates_of_crossing_rows_wait_for_each_other(
+    served: Database, other: Rival, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows are locked in the order of their ids."""
+    ids = await add_users(served, 3)
+    await other.execute(f"UPDATE users SET version = version WHERE id = {ids[1]}")
+    rows = [User(id=id, is_active=False) for id in ids]
+    options = BulkOptions(update_mask=FieldMask(paths=["is_active"]))
+    messages = [BulkUpdateUsersRequest(options=options, users=users) for users in (rows[::-1], rows)]
+
+    acks = await crossing(served, other, UPDATE_USERS, messages)
+
+    assert [ack.updated for ack in acks] == [3, 3]
+    assert caplog.messages == []
+
+
+async def crossing(
+    database: Database, other: Rival, operation: Operation, messages: Sequence[Any]
 ) -> list[BulkAck]:
-    """Run two loads at once, one of them from the end, and return the acks of both."""
-    cuts = [rows[begin : begin + ROWS] for begin in range(0, len(rows), ROWS)]
-    forth = [request(users=cut) for cut in cuts]
-    back = [request(users=cut[::-1]) for cut in cuts]
-    for messages in (forth, back):
-        messages[0].options.CopyFrom(options)
-    acks = await asyncio.gather(*(acknowledged(database, operation, *load) for load in (forth, back)))
-    return [ack for load in acks for ack in load]
+    """Run two loads into a lock of the other session, which then goes away, and return their acks."""
+    first = asyncio.create_task(acknowledged(database, operation, messages[0]))
+    waiting = await other.waiting()
+    second = asyncio.create_task(acknowledged(database, operation, messages[1]))
+    await other.waiting(waiting)
+    await other.rollback()
+    return [*await first, *await second]
 
 
 async def test_a_key_that_stays_locked_fails_the_batch_and_not_the_load(

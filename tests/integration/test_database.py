@@ -179,8 +179,9 @@ async def test_an_exhausted_pool_refuses_within_its_timeout(small: Database) -> 
     """A call that gets no connection within `pool_timeout` is told so; it works once one is free."""
     async with small.begin() as session:
         await session.execute(select(1))
-        with pytest.raises(PoolExhausted):
-            await add_users(small)
+        async with asyncio.timeout(5):
+            with pytest.raises(PoolExhausted):
+                await add_users(small)
 
     await add_users(small)
     assert await emails(small) == ["user0@example.org"]
@@ -190,8 +191,9 @@ async def test_an_exhausted_pool_refuses_reads_too(small: Database) -> None:
     """A read that gets no connection within `pool_timeout` is told so; it works once one is free."""
     async with small.read() as session:
         await session.execute(select(1))
-        with pytest.raises(PoolExhausted):
-            await small.ping()
+        async with asyncio.timeout(5):
+            with pytest.raises(PoolExhausted):
+                await small.ping()
 
     await small.ping()
 

@@ -12,7 +12,8 @@ from service.db.bulk.batch import Batch, Outcome, Result, WriteOptions
 from service.db.bulk.resolve import Key, resolve_creates, resolve_updates
 from service.errors import PostNotFound
 from service.users.repository import email_taken
-from tests.bulk_model import LOADS, Load, Tables, Values, applied, stored
+from tests.bulk_loads import LOADS
+from tests.bulk_model import Load, Tables, Values, applied, stored
 
 
 def written(tables: Tables, load: Load) -> list[BulkAck]:

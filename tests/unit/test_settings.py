@@ -126,6 +126,14 @@ def test_this_machine_may_always_call(listen: str) -> None:
     assert Settings(listen=listen).listen == listen
 
 
+@pytest.mark.parametrize(
+    "listen", ["", "localhost", "50051", "127.0.0.1:", "127.0.0.1:http", "127.0.0.1:65536", "unix:"]
+)
+def test_an_address_to_listen_on_has_a_port_or_a_path(listen: str) -> None:
+    """Of a port that is too large gRPC would take what is left modulo 65536."""
+    assert "must be host:port, with a port up to 65535, or unix:/path" in str(refused(listen=listen))
+
+
 def test_everything_wrong_is_told_at_once() -> None:
     """Whatever rule it is that a setting breaks."""
     error = refused(listen="0.0.0.0:1", database_url="roster", pool_size=0, pool_timeout=0, log_level="LOUD")

@@ -1,0 +1,72 @@
+"""What the commands share that are clients of a server: its address, its errors, how far they are."""
+
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+import grpc
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from service.cli.environment import UsageError
+from service.client import CallFailed, Patience
+
+REPORT_EVERY_SECONDS = 5
+PAGE_SIZE = 1000
+
+address_option = click.option(
+    "--address", envvar="ROSTER_ADDRESS", default="127.0.0.1:50051", help="host:port or unix:/path."
+)
+
+
+@contextmanager
+def client_of(address: str) -> Iterator[None]:
+    """End the command with status 2 and a sentence where a call fails."""
+    try:
+        yield
+    except CallFailed as failure:
+        raise UsageError(explained(failure, address)) from None
+
+
+def explained(failure: CallFailed, address: str) -> str:
+    """Return a sentence about a call that failed before anything was done."""
+    if failure.code is grpc.StatusCode.UNAVAILABLE and not failure.reason:
+        return f"no server answers at {address}; start one with `roster serve`, or name it with --address"
+    return failure.message
+
+
+async def listed(method: Any, request: Any, field: str, patience: Patience) -> AsyncGenerator[Any]:
+    """Yield what is in all pages of a list; raises CallFailed."""
+    while True:
+        page = await patience.call(method, request)
+        for item in getattr(page, field):
+            yield item
+        if not page.next_page_token:
+            return
+        request.page_token = page.next_page_token
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[int, str], None]]:
+    """Hand out what shows how far a command is, on standard error: a bar on a terminal, otherwise some lines.
+
+    It takes how much of `total` is done, and a text. A total of 0 is one that nobody knows.
+    """
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("", total=total or None)
+            yield lambda done, text: bar.update(task, completed=done, description=text)
+        return
+    told_at = time.monotonic()
+
+    def report(_done: int, text: str) -> None:
+        nonlocal told_at
+        if time.monotonic() - told_at >= REPORT_EVERY_SECONDS:
+            told_at = time.monotonic()
+            click.echo(text, err=True)
+
+    yield report

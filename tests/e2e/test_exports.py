@@ -1,0 +1,99 @@
+"""Exports: every row once, in id order, in messages that are never too large."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+
+from roster.v1.posts_pb2 import ExportPostsRequest, ExportPostsResponse, ListPostsRequest
+from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.users_pb2 import ExportUsersRequest, ListUsersRequest
+from roster.v1.users_pb2_grpc import UserServiceStub
+from service.server import Server
+from service.settings import Settings
+from tests.rows import add_posts, add_users
+
+MIB = 1 << 20
+MAX_ANSWER_BYTES = 3 * MIB
+
+
+@pytest.fixture
+async def narrow(server: Server) -> AsyncIterator[PostServiceStub]:
+    """The client of a second server on the same database, with one connection for its calls."""
+    url = server.settings.database_url
+    narrow = Server(Settings(database_url=url, listen="127.0.0.1:0", pool_size=1, max_overflow=0))
+    await narrow.start()
+    async with grpc.aio.insecure_channel(narrow.address) as channel:
+        yield PostServiceStub(channel)
+    await narrow.stop(grace=0)
+
+
+async def exported_posts(posts: PostServiceStub, request: ExportPostsRequest) -> list[ExportPostsResponse]:
+    return [message async for message in posts.ExportPosts(request)]
+
+
+async def test_an_export_has_every_user_once(server: Server, users: UserServiceStub) -> None:
+    """In id order, as many a message as asked for; `last_id` tells where a broken one goes on."""
+    ids = await add_users(server.database, 1001)
+
+    async def sent(**asked: Any) -> list[list[int]]:
+        messages = [message async for message in users.ExportUsers(ExportUsersRequest(**asked))]
+        assert [message.last_id for message in messages] == [message.users[-1].id for message in messages]
+        return [[user.id for user in message.users] for message in messages]
+
+    assert await sent() == [ids[:1000], ids[1000:]]
+    assert await sent(batch_size=400) == [ids[:400], ids[400:800], ids[800:]]
+    assert await sent(after_id=ids[899], batch_size=100) == [ids[900:1000], ids[1000:]]
+    assert await sent(after_id=ids[899], filter=f"id < {ids[901]}") == [[ids[900]]]
+    assert await sent(after_id=ids[-1]) == []
+
+
+async def test_an_exported_user_is_the_one_that_is_listed(server: Server, users: UserServiceStub) -> None:
+    """With every field but the posts."""
+    await add_users(server.database, 3, full_name="Ada")
+    (message,) = [message async for message in users.ExportUsers(ExportUsersRequest())]
+
+    assert list(message.users) == list((await users.ListUsers(ListUsersRequest())).users)
+
+
+async def test_an_export_has_every_post_once(server: Server, posts: PostServiceStub) -> None:
+    """Large ones come a few at a time: no message is larger than 3 MiB."""
+    author_ids = await add_users(server.database)
+    ids = await add_posts(server.database, author_ids * 5, content="é" * (MIB // 2))
+    ids += await add_posts(server.database, author_ids * 5)
+
+    messages = await exported_posts(posts, ExportPostsRequest())
+    assert [len(message.posts) for message in messages] == [2, 2, 6]
+    assert all(message.ByteSize() <= MAX_ANSWER_BYTES for message in messages)
+    assert [post.id for message in messages for post in message.posts] == ids
+    assert [message.last_id for message in messages] == [ids[1], ids[3], ids[9]]
+
+    resumed = await exported_posts(posts, ExportPostsRequest(after_id=messages[0].last_id))
+    assert resumed == messages[1:]
+    filtered = await exported_posts(posts, ExportPostsRequest(filter='title = "Post 4"', batch_size=1))
+    assert [[post.id for post in message.posts] for message in filtered] == [[ids[4]], [ids[9]]]
+
+
+async def test_an_export_holds_no_connection_while_it_waits_for_its_reader(
+    server: Server, narrow: PostServiceStub
+) -> None:
+    """On a server with one connection others are served meanwhile, and the export goes on after that."""
+    ids = await add_posts(server.database, await add_users(server.database) * 20, content="x" * MIB)
+
+    export = aiter(narrow.ExportPosts(ExportPostsRequest()))
+    first = await anext(export)
+    for _ in range(10):  # meanwhile the export has sent what a reader's window takes, and waits
+        assert (await narrow.ListPosts(ListPostsRequest(page_size=1))).posts
+    rest = [message async for message in export]
+    assert [post.id for message in [first, *rest] for post in message.posts] == ids
+
+
+async def test_an_export_can_be_left(server: Server, users: UserServiceStub) -> None:
+    """A reader who has seen enough goes, and the server serves on."""
+    await add_users(server.database, 1000)
+    call = users.ExportUsers(ExportUsersRequest(batch_size=1))
+    await call.read()
+    call.cancel()
+
+    assert len((await users.ListUsers(ListUsersRequest())).users) == 50
