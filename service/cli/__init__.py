@@ -1,9 +1,16 @@
 """The command `roster`."""
 
+import os
+
+# gRPC writes lines of its own, such as "Got goaway", to standard error. It reads this when it is imported.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
 import click
 
 from service import __version__
+from service.cli.export import export
 from service.cli.load import load
+from service.cli.loads import loads
 from service.cli.migrate import migrate
 from service.cli.serve import serve
 
@@ -14,6 +21,5 @@ def main() -> None:
     """Roster: the system of record for users and their posts."""
 
 
-main.add_command(serve)
-main.add_command(migrate)
-main.add_command(load)
+for command in (serve, migrate, load, loads, export):
+    main.add_command(command)

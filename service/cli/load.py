@@ -1,275 +1,281 @@
-"""`roster load`: a file of users or posts into the service."""
+"""`roster load`: a file of users or posts into the service, going on where an earlier run of it stopped."""
 
 import asyncio
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import click
-import grpc
 import orjson
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from roster.v1.bulk_pb2 import BulkAck, BulkOpened, BulkOptions
-from roster.v1.posts_pb2 import BulkCreatePostsRequest
-from roster.v1.posts_pb2_grpc import PostServiceStub
-from roster.v1.resources_pb2 import Post, User
-from roster.v1.users_pb2 import BulkCreateUsersRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.bulk_pb2 import (
+    BulkAck,
+    BulkLoad,
+    BulkOpened,
+    BulkOptions,
+    BulkSummary,
+    GetBulkLoadRequest,
+    ListBulkLoadFailuresRequest,
+    RowFailure,
+)
+from roster.v1.bulk_pb2_grpc import BulkServiceStub
 from service.cli.environment import UsageError
-from service.cli.ledger import Ledger, Rejects
-from service.cli.rows import Columns, Csv, FileFormat, Ndjson, SourceError
-from service.cli.source import STDIN, Source
-from service.client import BATCH_ROWS, BulkLoader, LoadInterrupted, channel
+from service.cli.formats import FORMATS, STDIN, SourceError, format_name
+from service.cli.ledger import Ledger
+from service.cli.rows import ENTITIES, Columns, Entity
+from service.cli.source import Source
+from service.cli.terminal import INTERRUPTED, PAGE_SIZE, address_option, explained, listed, progress
+from service.client import BATCH_ROWS, BulkLoader, CallFailed, Patience, channel
 from service.errors import TooManyFailures
 
-INTERRUPTED = 130
-REPORT_EVERY_SECONDS = 5
 TOP_REASONS = 5
-ON_CONFLICT = "What to do with a user whose e-mail is taken."
+LOAD_ID = (
+    "Name of the load; the same one goes on with it.  [default: by what is in the file, and the options]"
+)
+ON_CONFLICT = "What to do with a row whose key is taken."
+UPDATE_MASK = "What --update and --on-conflict update write, such as full_name,is_active."
 ATOMICITY = "What a failed row takes with it: itself, or its batch."
-REJECTS_PATH = click.Path(dir_okay=False, path_type=Path)
-FORMATS: dict[str, type[FileFormat]] = {"ndjson": Ndjson, "csv": Csv}
-ENDINGS = {".ndjson": "ndjson", ".jsonl": "ndjson", ".json": "ndjson", ".csv": "csv"}
-
-
-@dataclass(frozen=True)
-class Entity:
-    """What can be loaded: the RPC that takes it, and the columns that are read."""
-
-    method: Callable[[grpc.aio.Channel], Any]
-    request: type[Message]
-    message: type[Message]
-    columns: tuple[str, ...]
-
-
-ENTITIES = {
-    "users": Entity(
-        lambda connection: UserServiceStub(connection).BulkCreateUsers,
-        BulkCreateUsersRequest,
-        User,
-        ("email", "full_name", "is_active", "hashed_password", "password"),
-    ),
-    "posts": Entity(
-        lambda connection: PostServiceStub(connection).BulkCreatePosts,
-        BulkCreatePostsRequest,
-        Post,
-        ("title", "content", "author_id", "author_email"),
-    ),
-}
+RESTORE = "Create rows with the id, created_at, updated_at and version that the file has, as exported."
+PATH = click.Path(dir_okay=False, path_type=Path)
 
 
 class Load:
     """One load of one file, and what is told about it."""
 
-    def __init__(self, entity: Entity, source: Source, options: BulkOptions, rejects: Rejects) -> None:
+    def __init__(self, entity: Entity, source: Source, options: BulkOptions, ledger: Ledger) -> None:
         self.entity = entity
         self.source = source
         self.options = options
-        self.rejects = rejects
-        self.ledger = Ledger(rejects)
+        self.ledger = ledger
+        self.summary = BulkSummary()
+        self.found = BulkLoad()  # what an earlier run has left
         self.is_open = False
+        self._skipped = 0  # rows that it has sent, and that are not sent again
+        self._patience = Patience()
         self._started = time.monotonic()
 
-    async def run(self, address: str, batch_rows: int) -> None:
+    async def run(self, address: str, verb: str, batch_rows: int) -> None:
         """Send the rows; raises what BulkLoader and Source do, and TooManyFailures."""
-        async with channel(address) as connection:
-            method = self.entity.method(connection)
-            loader = BulkLoader(method, self.entity.request, self.options, batch_rows=batch_rows)
-            rows = self._messages()
-            with self._progress() as report:
-                async with aclosing(rows), aclosing(loader.run(rows)) as events:
-                    async for event in events:
-                        self.is_open |= isinstance(event, BulkOpened)
-                        if isinstance(event, BulkAck):
-                            self.ledger.settle(event)
-                            report()
+        async with channel(address) as connection, progress(self.source.bytes_total, self._state):
+            method, request = self.entity.rpc(connection, verb)
+            loader = BulkLoader(method, request, self.options, batch_rows=batch_rows)
+            loads = BulkServiceStub(connection)
+            rows = self._messages(loads)
+            async with aclosing(rows), aclosing(loader.run(rows)) as events:
+                async for event in events:
+                    if isinstance(event, BulkSummary):
+                        self.summary = event
+                    elif isinstance(event, BulkAck):
+                        self.ledger.settle(event)
+                    elif not self.is_open:
+                        await self._opened(event, loads)
 
-    async def _messages(self) -> AsyncGenerator[Message, None]:
-        async with aclosing(self.source.rows()) as rows:
+    async def _opened(self, opened: BulkOpened, loads: BulkServiceStub) -> None:
+        self.is_open = True
+        self._patience.renew()
+        if opened.load_id:
+            request = GetBulkLoadRequest(load_id=opened.load_id)
+            self.found = await self._patience.call(loads.GetBulkLoad, request)
+        if self.found.next_offset and not self.was_finished:
+            click.echo(f"going on at row {self.found.next_offset + 1:,}", err=True)
+        if not self.options.return_ids:
+            self._skipped = self.ledger.rows = self.found.next_offset
+            self.ledger.failed = self.found.failed
+
+    async def _messages(self, loads: BulkServiceStub) -> AsyncGenerator[Message, None]:
+        offset = 0
+        async with aclosing(self._failures(loads)) as failures, aclosing(self.source.rows()) as rows:
+            failure = await anext(failures, None)
             async for row in rows:
-                self.ledger.note(row)
+                if row.message is None or offset >= self._skipped:
+                    self.ledger.note(row)
+                elif failure and failure.offset == offset:
+                    self.ledger.reject(row, failure)
+                    failure = await anext(failures, None)
                 if 0 < self.options.max_failures < self.ledger.failed:
                     raise TooManyFailures(f"more than {self.options.max_failures:,} rows failed")
                 if row.message is not None:
+                    offset += 1
                     yield row.message
 
-    @contextmanager
-    def _progress(self) -> Iterator[Callable[[], None]]:
-        """Hand out what shows how far it is, on standard error: a bar on a terminal, otherwise some lines."""
-        console = Console(stderr=True)
-        if console.is_terminal:
-            columns = (
-                BarColumn(),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )
-            with Progress(*columns, console=console, transient=True) as bar:
-                task = bar.add_task(self._told(), total=self.source.bytes_total or None)
-                yield lambda: bar.update(task, description=self._told(), completed=self.source.bytes_read)
-            return
-        told_at = self._started
+    async def _failures(self, loads: BulkServiceStub) -> AsyncGenerator[RowFailure, None]:
+        """Yield why rows failed that are skipped."""
+        if self._skipped and self.found.failed:
+            request = ListBulkLoadFailuresRequest(load_id=self.found.load_id, page_size=PAGE_SIZE)
+            async with aclosing(
+                listed(loads.ListBulkLoadFailures, request, "failures", self._patience)
+            ) as failures:
+                async for failure in failures:
+                    yield failure
 
-        def report() -> None:
-            nonlocal told_at
-            if time.monotonic() - told_at >= REPORT_EVERY_SECONDS:
-                told_at = time.monotonic()
-                click.echo(self._told(), err=True)
+    @property
+    def was_finished(self) -> bool:
+        """Tell whether there was nothing left to do."""
+        return self.found.state == BulkLoad.FINISHED
 
-        yield report
-        click.echo(self._told(), err=True)
-
-    def _told(self) -> str:
-        seconds, ledger = self._seconds(), self.ledger
-        return f"{ledger.rows:,} rows, {ledger.rows / seconds:,.0f} rows/s, {ledger.failed:,} failed"
+    def _state(self) -> tuple[int, str]:
+        rows, failed = self.ledger.rows, self.ledger.failed
+        return self.source.bytes_read, f"{rows:,} rows, {self._rate():,.0f} rows/s, {failed:,} failed"
 
     def _seconds(self) -> float:
         return max(time.monotonic() - self._started, 0.001)
+
+    def _rate(self) -> float:
+        return (self.ledger.rows - self._skipped) / self._seconds()
 
     def settled(self) -> str:
         """Return how many rows are in, for a load that did not get to its end."""
         ledger = self.ledger
         done = "were validated" if self.options.validate_only else "are in and durable"
-        where = f" (see {self.rejects.path})" if self.rejects else ""
-        return f"{ledger.rows - ledger.failed:,} rows {done}, {ledger.failed:,} failed{where}"
+        where = f" (see {ledger.path})" if ledger.has_rejects else ""
+        again = "; the same command goes on from there" if self.options.load_id else ""
+        return f"{ledger.rows - ledger.failed:,} rows {done}, {ledger.failed:,} failed{where}{again}"
 
-    def summary(self) -> str:
-        """Return the end of the story for people."""
-        rows, seconds = self.ledger.rows, self._seconds()
-        counts = ", ".join(f"{count:,} {name}" for name, count in self.ledger.counts.items())
-        lines = [
-            f"{self.source.name}: {rows:,} rows in {seconds:.1f} s ({rows / seconds:,.0f} rows/s): {counts}"
-        ]
-        for key, count in self.ledger.reasons.most_common(TOP_REASONS):
-            lines.append(f"  {count:,} x {' '.join(filter(None, key))}, first: {self.ledger.sentences[key]}")
-        if self.options.validate_only:
-            lines.append("  only validated: nothing was written")
-        if self.rejects:
-            lines.append(f"  the failed rows are in {self.rejects.path}")
-        return "\n".join(lines)
-
-    def json(self) -> str:
-        """Return the same for programs."""
+    def told(self) -> dict[str, Any]:
+        """Return the summary for programs."""
         reasons: Counter[str] = Counter()
         for (reason, _), count in self.ledger.reasons.items():
             reasons[reason] += count
-        told = {
+        return {
             "file": self.source.name,
+            "load_id": self.options.load_id or None,
+            "was_finished": self.was_finished,
             "rows": self.ledger.rows,
-            **self.ledger.counts,
+            **{name: getattr(self.summary, name) for name in ("created", "updated", "skipped")},
+            "failed": self.ledger.failed,
             "seconds": round(self._seconds(), 3),
             "reasons": reasons,
-            "rejects": str(self.rejects.path) if self.rejects else None,
+            "rejects": str(self.ledger.path) if self.ledger.has_rejects else None,
         }
-        return orjson.dumps(told).decode()
+
+    def __str__(self) -> str:
+        """Return the summary for people."""
+        told = self.told()
+        counts = ", ".join(f"{told[name]:,} {name}" for name in ("created", "updated", "skipped", "failed"))
+        took = f"{told['rows']:,} rows in {self._seconds():.1f} s ({self._rate():,.0f} rows/s)"
+        lines = [f"{told['file']}: {took}: {counts}"]
+        for key, count in self.ledger.reasons.most_common(TOP_REASONS):
+            lines.append(f"  {count:,} x {' '.join(filter(None, key))}, first: {self.ledger.sentences[key]}")
+        if self.was_finished:
+            lines.append("  it was finished before, and nothing was sent; another --load-id loads it again")
+        if self.options.validate_only:
+            lines.append("  only validated: nothing was written")
+        if told["rejects"]:
+            lines.append(f"  the failed rows are in {told['rejects']}")
+        return "\n".join(lines)
 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("entity", type=click.Choice(list(ENTITIES)))
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
-@click.option(
-    "--address", envvar="ROSTER_ADDRESS", default="127.0.0.1:50051", help="host:port or unix:/path."
-)
+@address_option
+@click.option("--load-id", help=LOAD_ID)
+@click.option("--update", "operation", flag_value="update", help="Update rows, by id.")
+@click.option("--restore", "operation", flag_value="restore", help=RESTORE)
+@click.option("--update-mask", default="", help=UPDATE_MASK)
 @click.option(
     "--on-conflict", type=click.Choice(["fail", "skip", "update"]), default="fail", help=ON_CONFLICT
 )
-@click.option("--update-mask", help="What --on-conflict update writes, such as full_name,is_active.")
 @click.option("--batch-rows", type=click.IntRange(1), default=BATCH_ROWS, help="Rows a transaction, at most.")
 @click.option("--atomicity", type=click.Choice(["row", "batch"]), default="row", help=ATOMICITY)
 @click.option("--validate-only", is_flag=True, help="Run every check and write nothing.")
+@click.option("--max-failures", type=click.IntRange(0), default=0, help="Stop when more failed; 0: never.")
 @click.option(
-    "--max-failures", type=click.IntRange(0), default=0, help="Stop when more rows failed; 0: never."
+    "--format", "file_format", type=click.Choice(list(FORMATS)), help="Default: by the file's name."
 )
-@click.option(
-    "--format", "format_name", type=click.Choice(list(FORMATS)), help="Default: by the file's name."
-)
-@click.option("--rejects", "rejects_path", type=REJECTS_PATH, help="Default: NAME.rejects.FORMAT, here.")
+@click.option("--rejects", type=PATH, help="Default: NAME.rejects.FORMAT, here.")
 @click.option("--json", "is_json", is_flag=True, help="Print the summary as one JSON object.")
 def load(
     entity: str,
     file: str,
-    format_name: str | None,
-    rejects_path: Path | None,
     address: str,
+    operation: str | None,
     batch_rows: int,
+    file_format: str | None,
+    rejects: Path | None,
+    *,
     is_json: bool,
     **options: Any,
 ) -> None:
-    """Load a FILE of users or posts: NDJSON or CSV, plain or gzip; - is standard input.
+    """Load a FILE of users or posts: NDJSON, CSV or Parquet, plain or gzip; - is standard input.
 
     A row that fails does not stop the others. It goes to a file of rejects with the reason as `_error`;
     mend it there, and load that file.
 
+    A load that was stopped goes on when the same command is typed again. With standard input it needs a
+    --load-id for that, and the same rows.
+
     The status is 0 if all rows are in, 1 if some failed, 2 if the load could not run or came to no end.
     """
-    kind = ENTITIES[entity]
-    columns = Columns(kind.message, kind.columns)
-    file_format = FORMATS[format_name or _format_name(file)](columns)
-    rejects = Rejects(rejects_path or _rejects_path(file, file_format), file_format)
-    _check_rejects_path(rejects.path, file)
-    job = Load(kind, Source(file, file_format), _bulk_options(**options), rejects)
+    kind, operation = ENTITIES[entity], operation or "create"
+    columns = Columns(kind.message, kind.columns(operation, options["update_mask"].split(",")))
+    source = Source(file, FORMATS[file_format or format_name(file)](columns))
+    ledger = Ledger(_rejects_path(rejects, file, source.format.suffix), source.format)
+    job = Load(kind, source, _bulk_options(source, f"{entity}-{operation}", **options), ledger)
     try:
-        asyncio.run(job.run(address, batch_rows))
+        asyncio.run(job.run(address, "BulkUpdate" if operation == "update" else "BulkCreate", batch_rows))
     except KeyboardInterrupt:
         click.echo(f"interrupted: {job.settled()}", err=True)
         sys.exit(INTERRUPTED)
-    except LoadInterrupted as error:
-        raise UsageError(_explained(error, job, address)) from None
+    except CallFailed as failure:
+        if not job.is_open:
+            raise UsageError(f"nothing was loaded: {explained(failure, address)}") from None
+        raise UsageError(f"{source.name}: the load stopped: {failure.message}; {job.settled()}") from None
     except (SourceError, TooManyFailures, OSError) as error:
-        raise UsageError(f"{job.source.name}: {error}; {job.settled()}") from None
+        raise UsageError(f"{source.name}: {error}; {job.settled()}") from None
     finally:
-        rejects.close()
+        ledger.close()
         if columns.ignored:
             click.echo(f"ignored columns: {', '.join(columns.ignored)}", err=True)
-    click.echo(job.json() if is_json else job.summary())
-    sys.exit(1 if job.ledger.failed else 0)
+    click.echo(orjson.dumps(job.told()) if is_json else str(job))
+    sys.exit(1 if ledger.failed else 0)
 
 
-def _bulk_options(on_conflict: str, update_mask: str | None, atomicity: str, **others: Any) -> BulkOptions:
-    if (on_conflict == "update") != bool(update_mask):
-        raise click.UsageError("--update-mask is needed with --on-conflict update, and with nothing else")
-    return BulkOptions(
+def _bulk_options(
+    source: Source,
+    kind: str,
+    load_id: str | None,
+    on_conflict: str,
+    update_mask: str,
+    atomicity: str,
+    max_failures: int,
+    *,
+    validate_only: bool,
+) -> BulkOptions:
+    options = BulkOptions(
         on_conflict=BulkOptions.OnConflict.Value(on_conflict.upper()),
-        update_mask=FieldMask(paths=[path.strip() for path in update_mask.split(",")])
-        if update_mask
-        else None,
+        update_mask=FieldMask(paths=update_mask.split(",")) if update_mask else None,
         atomicity=BulkOptions.Atomicity.Value(atomicity.upper()),
-        **others,
+        validate_only=validate_only,
+        restore=kind.endswith("restore"),
     )
+    if not validate_only:
+        options.load_id = load_id or _load_id(source, kind, options)
+    options.max_failures = max_failures
+    # Of a batch that failed as a whole only they tell, when it is sent again, which rows it had.
+    options.return_ids = options.atomicity == BulkOptions.BATCH
+    return options
 
 
-def _format_name(file: str) -> str:
-    ending = Path(file.lower().removesuffix(".gz")).suffix
-    if file != STDIN and ending not in ENDINGS:
-        raise click.UsageError(f"the name {file} does not say what is in it; add --format ndjson or csv")
-    return ENDINGS.get(ending, "ndjson")
+def _load_id(source: Source, kind: str, options: BulkOptions) -> str:
+    """Return a name that stays the same as long as the command line would write the same."""
+    content = source.digest()
+    parts = (content, type(source.format).__name__.encode(), options.SerializeToString(deterministic=True))
+    return f"{kind}-{sha256(b'/'.join(parts)).hexdigest()[:32]}" if content else ""
 
 
-def _rejects_path(file: str, file_format: FileFormat) -> Path:
-    name = Path(file).name
-    stem = "stdin" if file == STDIN else Path(name.removesuffix(".gz")).stem
-    return Path(f"{stem}.rejects.{file_format.suffix}")
-
-
-def _check_rejects_path(rejects: Path, file: str) -> None:
-    if rejects.exists() and file != STDIN and rejects.samefile(file):
-        raise click.UsageError(f"{rejects} is the file to load; name another one with --rejects")
-    if not rejects.parent.is_dir():
-        raise click.UsageError(f"there is no folder {rejects.parent} for the rejects")
-
-
-def _explained(error: LoadInterrupted, job: Load, address: str) -> str:
-    if job.is_open:
-        return f"{job.source.name}: the load stopped: {error.message}; {job.settled()}"
-    if error.code is grpc.StatusCode.UNAVAILABLE and not error.reason:
-        return f"no server answers at {address}; start one with `roster serve`, or name it with --address"
-    return f"the server refused the load: {error.message}"
+def _rejects_path(rejects: Path | None, file: str, suffix: str) -> Path:
+    name = "stdin" if file == STDIN else Path(Path(file).name.removesuffix(".gz")).stem
+    path = rejects or Path(f"{name}.rejects.{suffix}")
+    if path.exists() and file != STDIN and path.samefile(file):
+        raise click.UsageError(f"{path} is the file to load; name another one with --rejects")
+    if not path.parent.is_dir():
+        raise click.UsageError(f"there is no folder {path.parent} for the rejects")
+    return path

@@ -1,4 +1,4 @@
-"""Rows of files: values <-> message."""
+"""Rows of files: what they can be, and values <-> message."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,11 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
+from roster.v1 import posts_pb2, users_pb2
 from roster.v1.bulk_pb2 import RowFailure
+from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.resources_pb2 import Post, User
+from roster.v1.users_pb2_grpc import UserServiceStub
 from service.errors import InvalidField, RosterError, TooLarge
 from service.fields import timestamp
 
@@ -21,6 +25,49 @@ INTEGER = re.compile(r"-?[0-9]{1,19}")
 ERROR = "_error"
 
 Parser = Callable[[str, Any], Any]
+
+
+@dataclass(frozen=True)
+class Entity:
+    """A kind of rows: its message, its RPCs, and the fields that files have."""
+
+    name: str
+    message: type[Message]
+    requests: Any
+    stub: Callable[..., Any]
+    loaded: Sequence[str]
+    exported: Sequence[str]
+
+    def columns(self, operation: str, masked: Sequence[str]) -> Sequence[str]:
+        """Return what is read of a row to `create`, `update` or `restore`."""
+        if operation == "update":
+            return ("id", "version", *(name for name in self.loaded if name in masked or "*" in masked))
+        return self.loaded if operation == "create" else (*RESTORED, *self.loaded)
+
+    def rpc(self, connection: Any, verb: str) -> tuple[Any, Any]:
+        """Return an RPC, such as that to `Export`, and what it takes."""
+        name = f"{verb}{self.name.title()}"
+        return getattr(self.stub(connection), name), getattr(self.requests, f"{name}Request")
+
+
+RESTORED = ("id", "created_at", "updated_at", "version")
+USERS = Entity(
+    "users",
+    User,
+    users_pb2,
+    UserServiceStub,
+    loaded=("email", "full_name", "is_active", "hashed_password", "password"),
+    exported=("id", "email", "full_name", "is_active", *RESTORED[1:]),
+)
+POSTS = Entity(
+    "posts",
+    Post,
+    posts_pb2,
+    PostServiceStub,
+    loaded=("title", "content", "author_id", "author_email"),
+    exported=("id", "title", "content", "author_id", *RESTORED[1:]),
+)
+ENTITIES = {"users": USERS, "posts": POSTS}
 
 
 @dataclass(slots=True)

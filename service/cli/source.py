@@ -32,7 +32,7 @@ class Source:
     def __init__(self, path: str, file_format: FileFormat) -> None:
         self.name = "stdin" if path == STDIN else path
         self._path = path
-        self._format = file_format
+        self.format = file_format
         status = None if path == STDIN else Path(path).stat()
         self.bytes_total = status.st_size if status and stat.S_ISREG(status.st_mode) else 0
         self.bytes_read = 0
@@ -60,7 +60,7 @@ class Source:
         with open(0 if is_stdin else self._path, "rb", closefd=not is_stdin) as file:
             is_gzip = file.peek(2).startswith(GZIP_MAGIC)
             try:
-                for row in self._format.rows(gzip.GzipFile(fileobj=file) if is_gzip else file):
+                for row in self.format.rows(gzip.GzipFile(fileobj=file) if is_gzip else file):
                     if self.bytes_total:
                         self.bytes_read = file.raw.tell()
                     yield row

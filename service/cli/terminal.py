@@ -1,8 +1,8 @@
 """What the commands share that are clients of a server: its address, its errors, how far they are."""
 
-import time
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import click
@@ -13,8 +13,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from service.cli.environment import UsageError
 from service.client import CallFailed, Patience
 
+DRAW_EVERY_SECONDS = 0.2
 REPORT_EVERY_SECONDS = 5
 PAGE_SIZE = 1000
+INTERRUPTED = 130  # the status of a command that got SIGINT
 
 address_option = click.option(
     "--address", envvar="ROSTER_ADDRESS", default="127.0.0.1:50051", help="host:port or unix:/path."
@@ -48,25 +50,32 @@ async def listed(method: Any, request: Any, field: str, patience: Patience) -> A
         request.page_token = page.next_page_token
 
 
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[int, str], None]]:
-    """Hand out what shows how far a command is, on standard error: a bar on a terminal, otherwise some lines.
+@asynccontextmanager
+async def progress(total: int, state: Callable[[], tuple[int, str]]) -> AsyncGenerator[None]:
+    """Show meanwhile how far a command is, on standard error: a bar on a terminal, otherwise some lines.
 
-    It takes how much of `total` is done, and a text. A total of 0 is one that nobody knows.
+    `state` returns how much of `total` is done, and a text. A total of 0 is one that nobody knows.
     """
     console = Console(stderr=True)
-    if console.is_terminal:
-        columns = BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("", total=total or None)
-            yield lambda done, text: bar.update(task, completed=done, description=text)
-        return
-    told_at = time.monotonic()
+    task = asyncio.create_task(_bar(console, total, state) if console.is_terminal else _lines(state))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
-    def report(_done: int, text: str) -> None:
-        nonlocal told_at
-        if time.monotonic() - told_at >= REPORT_EVERY_SECONDS:
-            told_at = time.monotonic()
-            click.echo(text, err=True)
 
-    yield report
+async def _bar(console: Console, total: int, state: Callable[[], tuple[int, str]]) -> None:
+    columns = BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=total or None)
+        while True:
+            done, text = state()
+            bar.update(task, completed=done, description=text)
+            await asyncio.sleep(DRAW_EVERY_SECONDS)
+
+
+async def _lines(state: Callable[[], tuple[int, str]]) -> None:
+    while True:
+        await asyncio.sleep(REPORT_EVERY_SECONDS)
+        click.echo(state()[1], err=True)

@@ -1,0 +1,179 @@
+"""`roster export`: all users or posts, or those that match a filter, into a file."""
+
+import asyncio
+import gzip
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import grpc
+from google.protobuf.descriptor import FieldDescriptor
+
+from service.cli.environment import UsageError
+from service.cli.formats import csv_line, format_name, json_line, pyarrow
+from service.cli.rows import ENTITIES, Entity, values_of
+from service.cli.terminal import INTERRUPTED, address_option, explained, progress
+from service.client import CallFailed, Patience, channel
+
+STDOUT = "-"
+GROUP_ROWS, GROUP_BYTES = 100_000, 64 << 20  # of a row group of Parquet
+
+
+class Lines:
+    """Writes NDJSON: times with microseconds, null for what is not set."""
+
+    def __init__(self, file: entity: Entity) -> None:
+        self.file = file
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write some rows; raises OSError."""
+        self.file.writelines(map(json_line, rows))
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class Cells(Lines):
+    """Writes CSV with a header line: nothing for what is not set, `""` for an empty text."""
+
+    def __init__(self, file: entity: Entity) -> None:
+        super().__init__(file, entity)
+        file.write(csv_line(entity.exported))
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write some rows; raises OSError."""
+        self.file.writelines(csv_line(row.values()) for row in rows)
+
+
+class Groups(Lines):
+    """Writes Parquet: times are microseconds of UTC."""
+
+    def __init__(self, file: entity: Entity) -> None:
+        super().__init__(file, entity)
+        self._arrow = arrow = pyarrow()
+        types = {
+            FieldDescriptor.TYPE_INT64: arrow.int64(),
+            FieldDescriptor.TYPE_STRING: arrow.string(),
+            FieldDescriptor.TYPE_BOOL: arrow.bool_(),
+            FieldDescriptor.TYPE_MESSAGE: arrow.timestamp("us", "UTC"),
+        }
+        fields = entity.message.DESCRIPTOR.fields_by_name
+        self._schema = arrow.schema([(name, types[fields[name].type]) for name in entity.exported])
+        self._writer = arrow.parquet.ParquetWriter(file, self._schema, compression="zstd")
+        self._batches: list[Any] = []
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write some rows, or keep them until they are worth a row group; raises OSError."""
+        self._batches.append(self._arrow.RecordBatch.from_pylist(rows, self._schema))
+        if sum(map(len, self._batches)) >= GROUP_ROWS or sum(b.nbytes for b in self._batches) >= GROUP_BYTES:
+            self._write_group()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._write_group()
+        self._writer.close()
+
+    def _write_group(self) -> None:
+        if self._batches:
+            self._writer.write_table(self._arrow.Table.from_batches(self._batches))
+            self._batches.clear()
+
+
+WRITERS: dict[str, type[Lines]] = {"ndjson": Lines, "csv": Cells, "parquet": Groups}
+
+
+class Export:
+    """One export, and how far it is."""
+
+    def __init__(self, entity: Entity, filter_: str, after_id: int) -> None:
+        self.entity = entity
+        self.last_id = after_id
+        self.rows = 0
+        self._filter = filter_
+        self._first_id = after_id
+        self._patience = Patience()
+        self._started = time.monotonic()
+
+    async def run(self, address: str, writer: Lines) -> None:
+        """Write all rows, going on behind the last one where the stream breaks; raises CallFailed, OSError."""
+        async with channel(address) as connection:
+            largest_id = await self._largest_id(connection)
+            async with progress(largest_id - self._first_id, self._state):
+                while True:
+                    try:
+                        await self._stream(connection, writer)
+                    except grpc.aio.AioRpcError as error:
+                        await self._patience.endure(CallFailed.of(error))
+                    else:
+                        return
+
+    async def _largest_id(self, connection: grpc.aio.Channel) -> int:
+        lists, request = self.entity.rpc(connection, "List")
+        page = await self._patience.call(lists, request(order_by="id desc", page_size=1))
+        return max((row.id for row in getattr(page, self.entity.name)), default=0)
+
+    async def _stream(self, connection: grpc.aio.Channel, writer: Lines) -> None:
+        exports, request = self.entity.rpc(connection, "Export")
+        async for answer in exports(request(filter=self._filter, after_id=self.last_id)):
+            messages = getattr(answer, self.entity.name)
+            writer.write([values_of(message, self.entity.exported) for message in messages])
+            self.rows += len(messages)
+            self.last_id = answer.last_id
+            self._patience.renew()
+
+    def _state(self) -> tuple[int, str]:
+        return self.last_id - self._first_id, self.told()
+
+    def told(self) -> str:
+        """Return how far it is."""
+        rate = self.rows / max(time.monotonic() - self._started, 0.001)
+        return f"{self.rows:,} {self.entity.name}, {rate:,.0f} rows/s"
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("entity", type=click.Choice(list(ENTITIES)))
+@address_option
+@click.option("--output", "-o", default=STDOUT, help="File to write, gzip if its name ends in .gz; - is stdout.")
+@click.option("--format", "file_format", type=click.Choice(list(WRITERS)), help="Default: by the file's name.")
+@click.option("--filter", "filter_", default="", help="Which rows, such as 'is_active = true'; default: all.")
+@click.option("--after-id", type=click.IntRange(0), default=0, help="Only rows with greater ids.")
+def export(
+    entity: str, address: str, output: str, file_format: str | None, filter_: str, after_id: int
+) -> None:
+    """Export users or posts, in the order of their ids; `roster load --restore` takes them back.
+
+    The file has its name only when it is complete; before, `.part` is added. Times are RFC 3339 in UTC with
+    microseconds. What is not set is null in NDJSON and Parquet; in CSV it is nothing, and an empty text is "".
+    """
+    job = Export(ENTITIES[entity], filter_, after_id)
+    kind = WRITERS[file_format or format_name(output)]
+    try:
+        with _file(output) as file:
+            writer = kind(file, job.entity)
+            asyncio.run(job.run(address, writer))
+            writer.close()
+    except KeyboardInterrupt:
+        click.echo(f"interrupted behind id {job.last_id}: {job.told()}", err=True)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # whoever reads has enough
+        raise
+    except (CallFailed, OSError) as error:
+        told = explained(error, address) if isinstance(error, CallFailed) else str(error)
+        raise UsageError(f"{told}; stopped behind id {job.last_id}") from None
+    click.echo(job.told(), err=True)
+
+
+@contextmanager
+def _file(output: str) -> Iterator[Any]:
+    if output == STDOUT:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    part = Path(f"{output}.part")
+    with gzip.open(part, "wb", compresslevel=6) if output.endswith(".gz") else part.open("wb") as file:
+        yield file
+    part.replace(output)
