@@ -5,11 +5,13 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from roster.v1.bulk_pb2 import BulkOptions
 from roster.v1.resources_pb2 import User
@@ -17,12 +19,11 @@ from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUs
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db import migrations
 from service.settings import Settings
-from tests.e2e.command import ROSTER, Ended, run, serving
+from tests.e2e.command import ROSTER, Ended, Serving, run, serving
 from tests.errors import refusal
 from tests.postgres import Postgres
 
 ADA = User(email="ada@example.org")
-SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
 
 @pytest.fixture
@@ -50,23 +51,14 @@ async def get(address: str, email: str) -> User:
         return await UserServiceStub(channel).GetUser(GetUserRequest(email=email))
 
 
-async def test_the_module_is_the_command(tmp_path: Path) -> None:
-    """Down to the name in its help."""
-    command = await run(ROSTER, "--help", folder=tmp_path)
-    module = await run(sys.executable, "-m", "service", "--help", folder=tmp_path)
+@pytest.mark.parametrize("command", [[ROSTER], [sys.executable, "-m", "service"]], ids=["roster", "module"])
+async def test_help_lists_every_setting_with_its_default(command: list[str | Path], tmp_path: Path) -> None:
+    """By the name that it has in the environment, however the command is started."""
+    told = await run(*command, "serve", "--help", folder=tmp_path)
 
-    assert command.out.startswith("Usage: roster ")
-    assert module == command
-
-
-async def test_help_lists_every_setting_with_its_default(tmp_path: Path) -> None:
-    """As the environment has it."""
-    told = await run(ROSTER, "serve", "--help", folder=tmp_path)
-
-    listed = re.findall(r"^ +ROSTER_(\w+) .* \[(.*)\]$", told.out, re.MULTILINE)
-    assert dict(listed) == {
-        name.upper(): str(field.default) for name, field in Settings.model_fields.items()
-    }
+    assert told.out.startswith("Usage: roster serve ")
+    listed = dict(re.findall(r"^ +ROSTER_(\w+) .* \[(.*)\]$", told.out, re.MULTILINE))
+    assert listed == {name.upper(): str(field.default) for name, field in Settings.model_fields.items()}
 
 
 async def test_every_wrong_setting_is_told_at_once(tmp_path: Path) -> None:
@@ -114,20 +106,18 @@ async def test_printed_sql_is_nothing_but_sql_and_is_not_run(empty_url: str, tmp
     assert printed.out.rstrip().endswith("COMMIT;")
     assert "CREATE TABLE users (" in printed.out
 
-    refused = await run(ROSTER, "serve", folder=tmp_path, ROSTER_DATABASE_URL=empty_url)
-    assert "the schema is at revision none" in refused.err
+    engine = create_async_engine(empty_url)
+    assert await migrations.current(engine) is None
+    await engine.dispose()
 
 
-@pytest.mark.parametrize("command", ["serve", "migrate"])
-async def test_a_database_that_is_away_is_told_in_one_line(
-    command: str, nowhere: str, tmp_path: Path
-) -> None:
-    """Without its password, and without a traceback."""
+async def test_a_database_that_is_away_is_told_in_one_line(nowhere: str, tmp_path: Path) -> None:
+    """With what to check, and without the password."""
     url = f"postgresql://ada:secret@{nowhere}/roster"
-    ended = await run(ROSTER, command, folder=tmp_path, ROSTER_DATABASE_URL=url)
+    ended = await run(ROSTER, "serve", folder=tmp_path, ROSTER_DATABASE_URL=url)
 
-    assert ended.status == 2
-    assert re.fullmatch(r"Error: the .*Connect call failed.*\n", ended.err)
+    assert (ended.status, ended.out) == (2, "")
+    assert re.fullmatch(r"Error: the database can't be reached: .*; check ROSTER_DATABASE_URL\n", ended.err)
     assert "secret" not in ended.err
 
 
@@ -140,23 +130,15 @@ async def test_a_file_that_is_no_database_is_told_in_one_line(tmp_path: Path) ->
     assert (tmp_path / "roster.db").read_text() == "Dear diary"
 
 
-@pytest.mark.parametrize("listen", ["127.0.0.1:0", "unix:roster.sock"])
-async def test_an_address_in_use_is_refused(listen: str, tmp_path: Path) -> None:
+async def test_a_port_in_use_is_refused(tmp_path: Path) -> None:
     """And the server that has it goes on."""
-    async with serving(tmp_path, ROSTER_LISTEN=listen) as server:
+    async with serving(tmp_path) as server:
         second = await run(ROSTER, "serve", folder=tmp_path, ROSTER_LISTEN=server.address)
+
         assert second.status == 2
-        assert f"can't listen on {server.address}" in second.err
-
-        again = await run(ROSTER, "load", "users", "-", "--address", server.address, folder=tmp_path)
-        assert again.status == 0
-
-
-async def test_settings_are_read_from_a_file(tmp_path: Path) -> None:
-    """`.env` in the folder in which the command is started."""
-    (tmp_path / ".env").write_text(f"ROSTER_DATABASE_URL=sqlite:///ada.db\nROSTER_POOL_SIZE=1\n")
-    async with serving(tmp_path):
-        assert (tmp_path / "ada.db").exists()
+        told = f"Error: can't listen on {server.address}; is another server there already?"
+        assert second.err.splitlines()[-1] == told
+        assert (await create(server.address, ADA)).email == ADA.email
 
 
 async def test_what_was_stored_is_there_at_the_next_start(tmp_path: Path) -> None:
@@ -172,16 +154,20 @@ async def test_what_was_stored_is_there_at_the_next_start(tmp_path: Path) -> Non
         assert await get(server.address, ADA.email) == created
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-async def test_a_signal_lets_calls_in_flight_be_finished(number: signal.Signals, tmp_path: Path) -> None:
-    """A load that goes on after it gets its acks and its summary; then the command ends with status 0."""
-    async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(serving(tmp_path))
-        channel = await stack.enter_async_context(grpc.aio.insecure_channel(server.address))
-        load = UserServiceStub(channel).BulkCreateUsers()
+@asynccontextmanager
+async def open_load(server: Serving) -> AsyncIterator[Any]:
+    """A bulk stream that the server has opened, and that waits for rows."""
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        load: Any = UserServiceStub(channel).BulkCreateUsers()
         await load.write(BulkCreateUsersRequest(options=BulkOptions()))
         assert (await load.read()).HasField("opened")
+        yield load
 
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_lets_calls_in_flight_be_finished(number: signal.Signals, tmp_path: Path) -> None:
+    """A load that goes on after it gets its ack and its summary; then the command ends with status 0."""
+    async with serving(tmp_path) as server, open_load(server) as load:
         server.signal(number)
         await server.said("stopping")
         await load.write(BulkCreateUsersRequest(users=[ADA], finish=True))
@@ -189,21 +175,13 @@ async def test_a_signal_lets_calls_in_flight_be_finished(number: signal.Signals,
 
         assert (await load.read()).ack.created == 1
         assert (await load.read()).summary.created == 1
-        assert await load.read() is grpc.aio.EOF
         assert (await server.ended()).status == 0
 
 
 async def test_a_call_that_outlasts_the_grace_is_ended(tmp_path: Path) -> None:
-    """It does not keep the command from ending well."""
-    async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(serving(tmp_path, ROSTER_GRACE="0.1"))
-        channel = await stack.enter_async_context(grpc.aio.insecure_channel(server.address))
-        load = UserServiceStub(channel).BulkCreateUsers()
-        await load.write(BulkCreateUsersRequest(options=BulkOptions()))
-        assert (await load.read()).HasField("opened")
-
+    """It is told that it can try again, and does not keep the command from ending well."""
+    async with serving(tmp_path, ROSTER_GRACE="0.1") as server, open_load(server) as load:
         server.signal(signal.SIGTERM)
-        refused = await refusal(load.read())
-        print(refused.code, refused.message, refused.status)
+
+        assert (await refusal(load.read())).code is grpc.StatusCode.UNAVAILABLE
         assert (await server.ended()).status == 0
-        assert 0

@@ -1,5 +1,8 @@
 """The server as a whole: start, stop, and what it says of itself."""
 
+import socket
+from pathlib import Path
+
 import pytest
 
 from roster.v1.resources_pb2 import User
@@ -23,3 +26,27 @@ async def test_refuses_a_port_that_is_taken(server: Server) -> None:
     with pytest.raises(OSError, match="is another server there already"):
         await second.start()
     await second.database.close()
+
+
+async def test_refuses_a_unix_socket_that_is_taken(sqlite_url: str, tmp_path: Path) -> None:
+    """A second server would be given the socket's path, and the first be cut off from its clients."""
+    settings = Settings(database_url=sqlite_url, listen=f"unix:{tmp_path}/roster.sock")
+    first, second = Server(settings), Server(settings)
+    await first.start()
+
+    with pytest.raises(OSError, match="another server is there already"):
+        await second.start()
+    await second.database.close()
+    await first.stop()
+
+
+async def test_takes_over_a_unix_socket_that_a_crash_left_behind(sqlite_url: str, tmp_path: Path) -> None:
+    """Nobody listens there: the file is in no one's way."""
+    path = str(tmp_path / "roster.sock")
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(path)
+
+    server = Server(Settings(database_url=sqlite_url, listen=f"unix:{path}"))
+    await server.start()
+    assert server.address == f"unix:{path}"
+    await server.stop()

@@ -1,0 +1,162 @@
+"""Two real sites, loaded with `roster load` as a person would, and read back through the API."""
+
+import gzip
+import hashlib
+import json
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from roster.v1.posts_pb2 import ExportPostsRequest
+from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.users_pb2 import ExportUsersRequest
+from roster.v1.users_pb2_grpc import UserServiceStub
+from tests.e2e.command import ROSTER, run, serving
+from tests.postgres import Postgres
+
+DATA = Path(__file__).parents[1] / "data/stackexchange"
+SITES = ("quantum", "french")
+USERS = {"quantum": 3461, "french": 1703}
+POSTS = {"quantum": 1986, "french": 781}
+WITHOUT_AUTHOR = {"quantum": 2, "french": 33}
+# Whose the posts without an author become, once their rows are mended.
+ADOPTER = "-1@french.stackexchange.example"
+
+Row = dict[str, Any]
+
+
+class Sites:
+    """A server into which both sites are loaded, one file after the other.
+
+    `loaded` has status and counts of each load, by what was loaded.
+    """
+
+    def __init__(self, address: str, folder: Path) -> None:
+        self.address = address
+        self.folder = folder
+        self.loaded: dict[str, Row] = {}
+
+    async def load(self, entity: str, file: Path, *options: str) -> Row:
+        """Load a file and return what the summary says, beside the exit status."""
+        command = (ROSTER, "load", entity, str(file), "--address", self.address, "--json", *options)
+        ended = await run(*command, folder=self.folder)
+        assert ended.out, ended.err
+        return {"status": ended.status, **json.loads(ended.out)}
+
+    async def load_all(self) -> None:
+        """Load users and posts of each site, then the mended rejects."""
+        for site in SITES:
+            rejects = str(self.rejects(site))
+            self.loaded[f"{site} users"] = await self.load("users", source(site, "users"))
+            self.loaded[f"{site} posts"] = await self.load(
+                "posts", source(site, "posts"), "--rejects", rejects
+            )
+        self.loaded["mended"] = await self.load("posts", self.mended())
+
+    def rejects(self, site: str) -> Path:
+        """Return the path of the file of a site's posts that failed."""
+        return self.folder / f"{site}.rejects.ndjson"
+
+    def mended(self) -> Path:
+        """Write the rejects of both sites to one file, with an author, and return its path."""
+        path = self.folder / "mended.ndjson"
+        lost = [row for site in SITES for row in rows(self.rejects(site))]
+        path.write_text("".join(json.dumps({**row, "author_email": ADOPTER}) + "\n" for row in lost))
+        return path
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+async def sites(
+    request: pytest.FixtureRequest,
+    postgres: Postgres,
+    postgresql_template: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Sites]:
+    """Both sites on one database and on the other, loaded once for all tests."""
+    folder = tmp_path_factory.mktemp("stackexchange")
+    async with AsyncExitStack() as stack:
+        url = "sqlite:///roster.db"
+        if request.param == "postgresql":
+            url = await stack.enter_async_context(postgres.database(postgresql_template))
+        server = await stack.enter_async_context(serving(folder, ROSTER_DATABASE_URL=url))
+        sites = Sites(server.address, folder)
+        await sites.load_all()
+        yield sites
+
+
+def source(site: str, entity: str) -> Path:
+    return DATA / site / f"{entity}.ndjson.gz"
+
+
+def rows(path: Path) -> list[Row]:
+    content = path.read_bytes()
+    text = gzip.decompress(content) if path.suffix == ".gz" else content
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def of_both(entity: str) -> list[Row]:
+    return [row for site in SITES for row in rows(source(site, entity))]
+
+
+def digest(rows: Iterable[tuple[str, ...]]) -> str:
+    """Return one digest of all rows, in whatever order they come."""
+    return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
+
+
+def counts(load: Row) -> tuple[int, int, int]:
+    return load["status"], load["created"], load["failed"]
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_every_user_is_created(sites: Sites, site: str) -> None:
+    """A load without a failed row ends with status 0."""
+    assert counts(sites.loaded[f"{site} users"]) == (0, USERS[site], 0)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_posts_without_an_author_are_rejected(sites: Sites, site: str) -> None:
+    """They take no other with them, and stand in the rejects with the reason; the status is 1."""
+    lost = WITHOUT_AUTHOR[site]
+    assert counts(sites.loaded[f"{site} posts"]) == (1, POSTS[site] - lost, lost)
+
+    rejects = rows(sites.rejects(site))
+    errors = [row.pop("_error") for row in rejects]
+    assert rejects == [row for row in rows(source(site, "posts")) if "author_email" not in row]
+    assert {(error["reason"], error["field"]) for error in errors} == {("INVALID_FIELD", "author_id")}
+
+
+def test_mended_rejects_load(sites: Sites) -> None:
+    """With an author, and the reason still beside each row."""
+    assert counts(sites.loaded["mended"]) == (0, sum(WITHOUT_AUTHOR.values()), 0)
+
+
+async def test_loading_again_creates_nobody(sites: Sites) -> None:
+    """Both files at once, through a pipe, as gzip can be put one behind the other."""
+    both = b"".join(source(site, "users").read_bytes() for site in SITES)
+    command = (ROSTER, "load", "users", "-", "--on-conflict", "skip", "--address", sites.address, "--json")
+    ended = await run(*command, folder=sites.folder, stdin=both)
+
+    told = json.loads(ended.out)
+    assert (ended.status, told["created"], told["skipped"]) == (0, 0, sum(USERS.values()))
+
+
+async def test_everything_comes_back_as_it_was_written(sites: Sites) -> None:
+    """All users and all posts, to the byte."""
+    async with grpc.aio.insecure_channel(sites.address) as channel:
+        exported = UserServiceStub(channel).ExportUsers(ExportUsersRequest())
+        users = [user async for message in exported for user in message.users]
+        exported_posts = PostServiceStub(channel).ExportPosts(ExportPostsRequest())
+        posts = [post async for message in exported_posts for post in message.posts]
+
+    assert (len(users), len(posts)) == (5164, 2767)
+    assert digest((user.email, user.full_name) for user in users) == digest(
+        (row["email"], row["full_name"]) for row in of_both("users")
+    )
+    email = {user.id: user.email for user in users}
+    assert digest((post.title, post.content, email[post.author_id]) for post in posts) == digest(
+        (row["title"], row["content"], row.get("author_email", ADOPTER)) for row in of_both("posts")
+    )
