@@ -10,8 +10,7 @@ RosterError
 ├── OutOfRange           OffsetGap
 ├── Unavailable          PoolExhausted Overloaded DatabaseUnavailable Draining
 ├── StatementTimeout
-├── OutcomeUnknown
-└── Unsupported
+└── OutcomeUnknown
 """
 
 from dataclasses import dataclass
@@ -204,19 +203,12 @@ class StatementTimeout(RosterError):
     """The database gave up on a statement that took too long."""
 
     reason = "STATEMENT_TIMEOUT"
-    retry_after_seconds = 1.0
 
 
 class OutcomeUnknown(RosterError):
     """The connection broke during a commit: the write is in, or it is not."""
 
     reason = "OUTCOME_UNKNOWN"
-
-
-class Unsupported(RosterError):
-    """What the contract names and the server does not have."""
-
-    reason = "UNSUPPORTED"
 
 
 def error_of(reason: str, message: str, field: str, facts: dict[str, int | str]) -> RosterError:

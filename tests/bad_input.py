@@ -10,6 +10,7 @@ HASH = "$argon2id$v=19$m=65536,t=3,p=4$c29tZXNhbHRzb21lc2FsdA$RdescudvJCsgt3ub+b
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 UNKNOWN_VALUE = 99
+BAD_LOAD_IDS = [SECRET + "x" * 251, f"{SECRET}\0"]
 
 # What is sent, the reason it is refused for, and the field at fault.
 Bad = tuple[Any, str, str]
@@ -129,9 +130,12 @@ def bad_streams(rows: str, row: dict[str, Any], **needed: Any) -> list[Bad]:
             ({"options": {**needed, "max_failures": number}}, "INVALID_OPTIONS", "options.max_failures")
             for number in (-1, INT64_MIN)
         ],
-        ({"options": {**needed, "load_id": SECRET}}, "UNSUPPORTED", ""),
-        ({"options": {**needed, "restore": True}}, "UNSUPPORTED", ""),
+        *bad_values("options.load_id", BAD_LOAD_IDS, options=needed),
     ]
+
+
+def bad_load_ids() -> list[Bad]:
+    return bad_values("load_id", ["", *BAD_LOAD_IDS])
 
 
 def bad_options(reason: str, field: str, *several: dict[str, Any]) -> list[Bad]:
@@ -220,9 +224,21 @@ TABLE: dict[str, list[Bad]] = {
         *bad_options("INVALID_OPTIONS", "update_mask", {}),
         *bad_options("INVALID_OPTIONS", "on_conflict", {"on_conflict": 1, "update_mask": EMAIL}),
         *bad_options("INVALID_OPTIONS", "on_conflict", {"on_conflict": 2, "update_mask": EMAIL}),
+        *bad_options("INVALID_OPTIONS", "restore", {"restore": True, "update_mask": EMAIL}),
         *bad_masks(["password", "posts"], path="options.update_mask"),
     ],
     "ExportUsers": bad_exports(),
+    "GetBulkLoad": bad_load_ids(),
+    "ListBulkLoads": [
+        *bad_values("page_size", [-1, INT32_MIN]),
+        ({"page_token": SECRET}, "INVALID_PAGE_TOKEN", "page_token"),
+    ],
+    "ListBulkLoadFailures": [
+        *bad_load_ids(),
+        *bad_values("page_size", [-1, INT32_MIN], load_id="some load"),
+        ({"load_id": "some load", "page_token": SECRET}, "INVALID_PAGE_TOKEN", "page_token"),
+    ],
+    "AbortBulkLoad": bad_load_ids(),
     "CreatePost": [
         *bad_ids("post.author_id", post={"title": "Notes"}),
         *bad_values("post.author_email", [f"{SECRET}@example.org"], post={"author_id": 77, "title": "Notes"}),
@@ -251,6 +267,7 @@ TABLE: dict[str, list[Bad]] = {
     "BulkCreatePosts": [
         *bad_streams("posts", {"author_id": 77, "title": "Notes"}),
         *bad_options("INVALID_OPTIONS", "on_conflict", {"on_conflict": 1}, {"on_conflict": 2}),
+        *bad_options("INVALID_OPTIONS", "on_conflict", {"on_conflict": 2, "restore": True}),
         *bad_options("INVALID_OPTIONS", "update_mask", {"update_mask": TITLE}),
     ],
     "BulkUpdatePosts": [

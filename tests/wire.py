@@ -9,11 +9,11 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from roster.v1 import posts_pb2, users_pb2
+from roster.v1 import bulk_pb2, posts_pb2, users_pb2
 
 RPCS: dict[str, MethodDescriptor] = {
     method.name: method
-    for contract in (users_pb2, posts_pb2)
+    for contract in (users_pb2, posts_pb2, bulk_pb2)
     for service in contract.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 }
@@ -30,7 +30,7 @@ def message_bytes(rpc: str, message: Mapping[str, Any] | Message | bytes) -> byt
 
 
 class Wire:
-    """A client of both services; on the wire all kinds of calls are streams.
+    """A client of all services; on the wire all kinds of calls are streams.
 
     It is the blocking one in a thread: where the server ends a call while grpc.aio's client still writes,
     that says INTERNAL in place of the server's status.

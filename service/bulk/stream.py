@@ -20,6 +20,7 @@ from service.db.bulk.loads import COUNTED, Load, LoadRepository, LoadState
 from service.db.bulk.writer import BulkWriter
 from service.db.engine import Database
 from service.errors import (
+    DatabaseUnavailable,
     InvalidArgument,
     InvalidField,
     InvalidOptions,
@@ -280,9 +281,9 @@ class Stream:
                 if slot.end <= self.watermark:
                     return await self._recorded(slot.offset + slot.replayed, slot.end)
                 return await self._write(slot, None)
-            except FAULTS:
-                if attempt == ATTEMPTS - 1:
-                    raise
+            except FAULTS as error:
+                if attempt == ATTEMPTS - 1:  # a timeout too is worth another try later
+                    raise DatabaseUnavailable(error.message) from error
             except OutcomeUnknown:
                 if self._load is None:
                     raise

@@ -4,7 +4,7 @@ import asyncio
 import gzip
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,37 +23,26 @@ STDOUT = "-"
 GROUP_ROWS, GROUP_BYTES = 100_000, 64 << 20  # of a row group of Parquet
 
 
-class Lines:
-    """Writes NDJSON: times with microseconds, null for what is not set."""
+class LineWriter:
+    """Writes NDJSON or CSV."""
 
-    def __init__(self, file: entity: Entity) -> None:
-        self.file = file
+    def __init__(self, file: Any, line: Callable[[Mapping[str, Any]], bytes], head: bytes = b"") -> None:
+        self._file = file
+        self._line = line
+        file.write(head)
 
-    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def write(self, rows: list[dict[str, Any]]) -> None:
         """Write some rows; raises OSError."""
-        self.file.writelines(map(json_line, rows))
+        self._file.writelines(map(self._line, rows))
 
     def close(self) -> None:
         """Write what is left."""
 
 
-class Cells(Lines):
-    """Writes CSV with a header line: nothing for what is not set, `""` for an empty text."""
-
-    def __init__(self, file: entity: Entity) -> None:
-        super().__init__(file, entity)
-        file.write(csv_line(entity.exported))
-
-    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write some rows; raises OSError."""
-        self.file.writelines(csv_line(row.values()) for row in rows)
-
-
-class Groups(Lines):
+class ParquetWriter:
     """Writes Parquet: times are microseconds of UTC."""
 
-    def __init__(self, file: entity: Entity) -> None:
-        super().__init__(file, entity)
+    def __init__(self, file: Any, entity: Entity) -> None:
         self._arrow = arrow = pyarrow()
         types = {
             FieldDescriptor.TYPE_INT64: arrow.int64(),
@@ -66,7 +55,7 @@ class Groups(Lines):
         self._writer = arrow.parquet.ParquetWriter(file, self._schema, compression="zstd")
         self._batches: list[Any] = []
 
-    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def write(self, rows: list[dict[str, Any]]) -> None:
         """Write some rows, or keep them until they are worth a row group; raises OSError."""
         self._batches.append(self._arrow.RecordBatch.from_pylist(rows, self._schema))
         if sum(map(len, self._batches)) >= GROUP_ROWS or sum(b.nbytes for b in self._batches) >= GROUP_BYTES:
@@ -83,7 +72,14 @@ class Groups(Lines):
             self._batches.clear()
 
 
-WRITERS: dict[str, type[Lines]] = {"ndjson": Lines, "csv": Cells, "parquet": Groups}
+Writer = LineWriter | ParquetWriter
+WRITERS: dict[str, Callable[[Any, Entity], Writer]] = {
+    "ndjson": lambda file, _: LineWriter(file, json_line),
+    "csv": lambda file, entity: LineWriter(
+        file, lambda row: csv_line(row.values()), csv_line(entity.exported)
+    ),
+    "parquet": ParquetWriter,
+}
 
 
 class Export:
@@ -98,8 +94,8 @@ class Export:
         self._patience = Patience()
         self._started = time.monotonic()
 
-    async def run(self, address: str, writer: Lines) -> None:
-        """Write all rows, going on behind the last one where the stream breaks; raises CallFailed, OSError."""
+    async def run(self, address: str, writer: Writer) -> None:
+        """Write all rows, and go on behind the last one after a break; raises CallFailed, OSError."""
         async with channel(address) as connection:
             largest_id = await self._largest_id(connection)
             async with progress(largest_id - self._first_id, self._state):
@@ -116,7 +112,7 @@ class Export:
         page = await self._patience.call(lists, request(order_by="id desc", page_size=1))
         return max((row.id for row in getattr(page, self.entity.name)), default=0)
 
-    async def _stream(self, connection: grpc.aio.Channel, writer: Lines) -> None:
+    async def _stream(self, connection: grpc.aio.Channel, writer: Writer) -> None:
         exports, request = self.entity.rpc(connection, "Export")
         async for answer in exports(request(filter=self._filter, after_id=self.last_id)):
             messages = getattr(answer, self.entity.name)
@@ -137,20 +133,18 @@ class Export:
 @click.command(context_settings={"show_default": True})
 @click.argument("entity", type=click.Choice(list(ENTITIES)))
 @address_option
-@click.option("--output", "-o", default=STDOUT, help="File to write, gzip if its name ends in .gz; - is stdout.")
-@click.option("--format", "file_format", type=click.Choice(list(WRITERS)), help="Default: by the file's name.")
+@click.option("--output", "-o", default=STDOUT, help="A file, gzip if its name ends in .gz; - is stdout.")
+@click.option("--format", "format_", type=click.Choice(list(WRITERS)), help="Default: by the file's name.")
 @click.option("--filter", "filter_", default="", help="Which rows, such as 'is_active = true'; default: all.")
 @click.option("--after-id", type=click.IntRange(0), default=0, help="Only rows with greater ids.")
-def export(
-    entity: str, address: str, output: str, file_format: str | None, filter_: str, after_id: int
-) -> None:
+def export(entity: str, address: str, output: str, format_: str | None, filter_: str, after_id: int) -> None:
     """Export users or posts, in the order of their ids; `roster load --restore` takes them back.
 
-    The file has its name only when it is complete; before, `.part` is added. Times are RFC 3339 in UTC with
-    microseconds. What is not set is null in NDJSON and Parquet; in CSV it is nothing, and an empty text is "".
+    The file has its name only when it is complete; before, `.part` is added. Times are in UTC, with
+    microseconds. What is not set is null in NDJSON and Parquet; in CSV it is nothing, an empty text "".
     """
     job = Export(ENTITIES[entity], filter_, after_id)
-    kind = WRITERS[file_format or format_name(output)]
+    kind = WRITERS[format_ or format_name(output)]
     try:
         with _file(output) as file:
             writer = kind(file, job.entity)

@@ -1,7 +1,8 @@
 """NDJSON, CSV and Parquet: files of rows, read and written, and the rejects of a load."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from io import BufferedIOBase
 from itertools import zip_longest
 from pathlib import Path
@@ -12,8 +13,9 @@ import orjson
 from google.protobuf.message import Message
 
 from roster.v1.bulk_pb2 import RowFailure
+from service.cli.environment import UsageError
 from service.cli.rows import CELL_PARSERS, ERROR, PARSERS, Columns, Row
-from service.errors import MalformedMessage, RosterError
+from service.errors import MalformedMessage, RosterError, TooLarge
 
 STDIN = "-"
 MAX_LINE_BYTES = 8 << 20
@@ -167,7 +169,7 @@ def csv_line(values: Iterable[Any]) -> bytes:
 
 
 def pyarrow() -> Any:
-    """Return the library that reads and writes Parquet; ends the command with status 2 where it is missing."""
+    """Return the library that reads and writes Parquet; ends the command where it is missing."""
     try:
         import pyarrow.parquet  # noqa: PLC0415
     except ImportError:

@@ -15,16 +15,7 @@ import orjson
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 
-from roster.v1.bulk_pb2 import (
-    BulkAck,
-    BulkLoad,
-    BulkOpened,
-    BulkOptions,
-    BulkSummary,
-    GetBulkLoadRequest,
-    ListBulkLoadFailuresRequest,
-    RowFailure,
-)
+from roster.v1 import bulk_pb2 as pb
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
 from service.cli.environment import UsageError
 from service.cli.formats import FORMATS, STDIN, SourceError, format_name
@@ -49,13 +40,13 @@ PATH = click.Path(dir_okay=False, path_type=Path)
 class Load:
     """One load of one file, and what is told about it."""
 
-    def __init__(self, entity: Entity, source: Source, options: BulkOptions, ledger: Ledger) -> None:
+    def __init__(self, entity: Entity, source: Source, options: pb.BulkOptions, ledger: Ledger) -> None:
         self.entity = entity
         self.source = source
         self.options = options
         self.ledger = ledger
-        self.summary = BulkSummary()
-        self.found = BulkLoad()  # what an earlier run has left
+        self.summary = pb.BulkSummary()
+        self.found = pb.BulkLoad()  # what an earlier run has left
         self.is_open = False
         self._skipped = 0  # rows that it has sent, and that are not sent again
         self._patience = Patience()
@@ -70,18 +61,18 @@ class Load:
             rows = self._messages(loads)
             async with aclosing(rows), aclosing(loader.run(rows)) as events:
                 async for event in events:
-                    if isinstance(event, BulkSummary):
+                    if isinstance(event, pb.BulkSummary):
                         self.summary = event
-                    elif isinstance(event, BulkAck):
+                    elif isinstance(event, pb.BulkAck):
                         self.ledger.settle(event)
                     elif not self.is_open:
                         await self._opened(event, loads)
 
-    async def _opened(self, opened: BulkOpened, loads: BulkServiceStub) -> None:
+    async def _opened(self, opened: pb.BulkOpened, loads: BulkServiceStub) -> None:
         self.is_open = True
         self._patience.renew()
         if opened.load_id:
-            request = GetBulkLoadRequest(load_id=opened.load_id)
+            request = pb.GetBulkLoadRequest(load_id=opened.load_id)
             self.found = await self._patience.call(loads.GetBulkLoad, request)
         if self.found.next_offset and not self.was_finished:
             click.echo(f"going on at row {self.found.next_offset + 1:,}", err=True)
@@ -90,9 +81,12 @@ class Load:
             self.ledger.failed = self.found.failed
 
     async def _messages(self, loads: BulkServiceStub) -> AsyncGenerator[Message, None]:
-        offset = 0
-        async with aclosing(self._failures(loads)) as failures, aclosing(self.source.rows()) as rows:
-            failure = await anext(failures, None)
+        """Yield the rows that can be read; the loader leaves out those that are skipped."""
+        request = pb.ListBulkLoadFailuresRequest(load_id=self.options.load_id, page_size=PAGE_SIZE)
+        failures = listed(loads.ListBulkLoadFailures, request, "failures", self._patience)
+        async with aclosing(failures), aclosing(self.source.rows()) as rows:
+            failure = await anext(failures, None) if self._skipped else None
+            offset = 0
             async for row in rows:
                 if row.message is None or offset >= self._skipped:
                     self.ledger.note(row)
@@ -105,20 +99,10 @@ class Load:
                     offset += 1
                     yield row.message
 
-    async def _failures(self, loads: BulkServiceStub) -> AsyncGenerator[RowFailure, None]:
-        """Yield why rows failed that are skipped."""
-        if self._skipped and self.found.failed:
-            request = ListBulkLoadFailuresRequest(load_id=self.found.load_id, page_size=PAGE_SIZE)
-            async with aclosing(
-                listed(loads.ListBulkLoadFailures, request, "failures", self._patience)
-            ) as failures:
-                async for failure in failures:
-                    yield failure
-
     @property
     def was_finished(self) -> bool:
         """Tell whether there was nothing left to do."""
-        return self.found.state == BulkLoad.FINISHED
+        return self.found.state == pb.BulkLoad.FINISHED
 
     def _state(self) -> tuple[int, str]:
         rows, failed = self.ledger.rows, self.ledger.failed
@@ -135,8 +119,7 @@ class Load:
         ledger = self.ledger
         done = "were validated" if self.options.validate_only else "are in and durable"
         where = f" (see {ledger.path})" if ledger.has_rejects else ""
-        again = "; the same command goes on from there" if self.options.load_id else ""
-        return f"{ledger.rows - ledger.failed:,} rows {done}, {ledger.failed:,} failed{where}{again}"
+        return f"{ledger.rows - ledger.failed:,} rows {done}, {ledger.failed:,} failed{where}"
 
     def told(self) -> dict[str, Any]:
         """Return the summary for programs."""
@@ -177,6 +160,7 @@ class Load:
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @address_option
 @click.option("--load-id", help=LOAD_ID)
+@click.option("--create", "operation", flag_value="create", default=True, help="Create rows; the default.")
 @click.option("--update", "operation", flag_value="update", help="Update rows, by id.")
 @click.option("--restore", "operation", flag_value="restore", help=RESTORE)
 @click.option("--update-mask", default="", help=UPDATE_MASK)
@@ -196,7 +180,8 @@ def load(
     entity: str,
     file: str,
     address: str,
-    operation: str | None,
+    operation: str,
+    update_mask: str,
     batch_rows: int,
     file_format: str | None,
     rejects: Path | None,
@@ -214,11 +199,12 @@ def load(
 
     The status is 0 if all rows are in, 1 if some failed, 2 if the load could not run or came to no end.
     """
-    kind, operation = ENTITIES[entity], operation or "create"
-    columns = Columns(kind.message, kind.columns(operation, options["update_mask"].split(",")))
+    kind = ENTITIES[entity]
+    masked = update_mask.replace(" ", "").split(",") if update_mask else []
+    columns = Columns(kind.message, kind.columns(operation, masked))
     source = Source(file, FORMATS[file_format or format_name(file)](columns))
     ledger = Ledger(_rejects_path(rejects, file, source.format.suffix), source.format)
-    job = Load(kind, source, _bulk_options(source, f"{entity}-{operation}", **options), ledger)
+    job = Load(kind, source, _bulk_options(source, entity, operation, masked, **options), ledger)
     try:
         asyncio.run(job.run(address, "BulkUpdate" if operation == "update" else "BulkCreate", batch_rows))
     except KeyboardInterrupt:
@@ -227,7 +213,9 @@ def load(
     except CallFailed as failure:
         if not job.is_open:
             raise UsageError(f"nothing was loaded: {explained(failure, address)}") from None
-        raise UsageError(f"{source.name}: the load stopped: {failure.message}; {job.settled()}") from None
+        again = "; the same command goes on from there" if failure.may_pass and job.options.load_id else ""
+        told = f"{source.name}: the load stopped: {failure.message}; {job.settled()}{again}"
+        raise UsageError(told) from None
     except (SourceError, TooManyFailures, OSError) as error:
         raise UsageError(f"{source.name}: {error}; {job.settled()}") from None
     finally:
@@ -240,31 +228,32 @@ def load(
 
 def _bulk_options(
     source: Source,
-    kind: str,
+    entity: str,
+    operation: str,
+    masked: list[str],
     load_id: str | None,
     on_conflict: str,
-    update_mask: str,
     atomicity: str,
     max_failures: int,
     *,
     validate_only: bool,
-) -> BulkOptions:
-    options = BulkOptions(
-        on_conflict=BulkOptions.OnConflict.Value(on_conflict.upper()),
-        update_mask=FieldMask(paths=update_mask.split(",")) if update_mask else None,
-        atomicity=BulkOptions.Atomicity.Value(atomicity.upper()),
+) -> pb.BulkOptions:
+    options = pb.BulkOptions(
+        on_conflict=pb.BulkOptions.OnConflict.Value(on_conflict.upper()),
+        update_mask=FieldMask(paths=masked) if masked else None,
+        atomicity=pb.BulkOptions.Atomicity.Value(atomicity.upper()),
         validate_only=validate_only,
-        restore=kind.endswith("restore"),
+        restore=operation == "restore",
     )
     if not validate_only:
-        options.load_id = load_id or _load_id(source, kind, options)
+        options.load_id = load_id or _load_id(source, f"{entity}-{operation}", options)
     options.max_failures = max_failures
     # Of a batch that failed as a whole only they tell, when it is sent again, which rows it had.
-    options.return_ids = options.atomicity == BulkOptions.BATCH
+    options.return_ids = options.atomicity == pb.BulkOptions.BATCH
     return options
 
 
-def _load_id(source: Source, kind: str, options: BulkOptions) -> str:
+def _load_id(source: Source, kind: str, options: pb.BulkOptions) -> str:
     """Return a name that stays the same as long as the command line would write the same."""
     content = source.digest()
     parts = (content, type(source.format).__name__.encode(), options.SerializeToString(deterministic=True))

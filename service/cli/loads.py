@@ -9,17 +9,11 @@ import click
 from google.protobuf.json_format import MessageToJson
 from google.protobuf.message import Message
 
-from roster.v1.bulk_pb2 import (
-    AbortBulkLoadRequest,
-    BulkLoad,
-    GetBulkLoadRequest,
-    ListBulkLoadFailuresRequest,
-    ListBulkLoadsRequest,
-    RowFailure,
-)
+from roster.v1 import bulk_pb2 as pb
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
-from service.cli.terminal import PAGE_SIZE, address_option, client_of, listed
-from service.client import Patience, channel
+from service.cli.environment import UsageError
+from service.cli.terminal import PAGE_SIZE, address_option, explained, listed
+from service.client import CallFailed, Patience, channel
 
 LINE = "{:8}  {:>13}  {:>11}  {:19}  {:15}  {}"
 HEAD = LINE.format("state", "rows", "failed", "changed", "method", "load")
@@ -27,11 +21,11 @@ HEAD = LINE.format("state", "rows", "failed", "changed", "method", "load")
 
 @click.command()
 @click.argument("action", type=click.Choice(["list", "show", "abort"]), default="list")
-@click.argument("load_id", required=False)
+@click.argument("load_id", default="")
 @address_option
 @click.option("--yes", is_flag=True, help="Abort without a question.")
 @click.option("--json", "is_json", is_flag=True, help="Print JSON as grpcurl does, an object a line.")
-def loads(action: str, load_id: str | None, address: str, *, yes: bool, is_json: bool) -> None:
+def loads(action: str, load_id: str, address: str, *, yes: bool, is_json: bool) -> None:
     """List the bulk loads that have a name, the newest first; show one with its failures; abort one.
 
     An aborted load takes no more rows; those that are in stay.
@@ -40,28 +34,30 @@ def loads(action: str, load_id: str | None, address: str, *, yes: bool, is_json:
         raise click.UsageError("write `roster loads`, `roster loads show LOAD_ID` or `… abort LOAD_ID`")
     if action == "abort" and not yes:
         click.confirm(f"Abort the load {load_id} for good?", abort=True, err=True)
-    with client_of(address):
+    try:
         asyncio.run(_run(address, action, load_id, is_json=is_json))
+    except CallFailed as failure:
+        raise UsageError(explained(failure, address)) from None
 
 
-async def _run(address: str, action: str, load_id: str | None, *, is_json: bool) -> None:
+async def _run(address: str, action: str, load_id: str, *, is_json: bool) -> None:
     async with channel(address) as connection:
         stub, patience = BulkServiceStub(connection), Patience()
         if action == "list":
             if not is_json:
                 click.echo(HEAD)
-            request = ListBulkLoadsRequest(page_size=PAGE_SIZE)
+            request = pb.ListBulkLoadsRequest(page_size=PAGE_SIZE)
             await _print_all(
                 listed(stub.ListBulkLoads, request, "loads", patience), _json if is_json else _line
             )
             return
         if action == "abort":
-            load = await patience.call(stub.AbortBulkLoad, AbortBulkLoadRequest(load_id=load_id))
+            load = await patience.call(stub.AbortBulkLoad, pb.AbortBulkLoadRequest(load_id=load_id))
         else:
-            load = await patience.call(stub.GetBulkLoad, GetBulkLoadRequest(load_id=load_id))
+            load = await patience.call(stub.GetBulkLoad, pb.GetBulkLoadRequest(load_id=load_id))
         click.echo(_json(load) if is_json else _story(load))
         if action == "show":
-            failures = ListBulkLoadFailuresRequest(load_id=load_id, page_size=PAGE_SIZE)
+            failures = pb.ListBulkLoadFailuresRequest(load_id=load_id, page_size=PAGE_SIZE)
             rows = listed(stub.ListBulkLoadFailures, failures, "failures", patience)
             await _print_all(rows, _json if is_json else _why)
 
@@ -76,17 +72,17 @@ def _json(message: Message) -> str:
     return MessageToJson(message, indent=None, always_print_fields_with_no_presence=True)
 
 
-def _line(load: BulkLoad) -> str:
+def _line(load: pb.BulkLoad) -> str:
     changed = f"{load.updated_at.ToDatetime():%Y-%m-%d %H:%M:%S}"
-    state, method = BulkLoad.State.Name(load.state), load.method.rpartition(".")[2]
+    state, method = pb.BulkLoad.State.Name(load.state), load.method.rpartition(".")[2]
     return LINE.format(state, f"{load.next_offset:,}", f"{load.failed:,}", changed, method, load.load_id)
 
 
-def _story(load: BulkLoad) -> str:
+def _story(load: pb.BulkLoad) -> str:
     told = {
         "load": load.load_id,
         "method": load.method,
-        "state": BulkLoad.State.Name(load.state),
+        "state": pb.BulkLoad.State.Name(load.state),
         "rows": f"{load.next_offset:,}",
         **{name: f"{getattr(load, name):,}" for name in ("created", "updated", "skipped", "failed")},
         "options": MessageToJson(load.options, indent=None),
@@ -97,5 +93,5 @@ def _story(load: BulkLoad) -> str:
     return "\n".join(f"{name:8}  {value}" for name, value in told.items())
 
 
-def _why(failure: RowFailure) -> str:
-    return f"row {failure.offset + 1:,}: {failure.reason} {failure.field}: {failure.message}"
+def _why(failure: pb.RowFailure) -> str:
+    return f"offset {failure.offset:,}: {failure.reason} {failure.field}: {failure.message}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from roster.v1 import posts_pb2, users_pb2
 from roster.v1.bulk_pb2 import RowFailure
@@ -128,7 +129,7 @@ def values_of(message: Any, names: Sequence[str]) -> dict[str, Any]:
         value = getattr(message, name)
         if not value and message.DESCRIPTOR.fields_by_name[name].has_presence and not message.HasField(name):
             value = None
-        values[name] = value.ToDatetime(UTC) if isinstance(value, Message) else value
+        values[name] = value.ToDatetime(UTC) if isinstance(value, Timestamp) else value
     return values
 
 

@@ -15,6 +15,7 @@ from service.server import Server
 from service.settings import Settings
 
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 USERS = "roster.v1.UserService"
 
 
@@ -35,7 +36,7 @@ def serve() -> None:
 
 async def _serve(chosen: Settings) -> None:
     stopping = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     server = Server(chosen)
     try:
@@ -43,6 +44,8 @@ async def _serve(chosen: Settings) -> None:
         await server.start()
         _announce(server.address)
         await stopping.wait()
+        for number in SIGNALS:  # a second one ends it at once
+            asyncio.get_running_loop().remove_signal_handler(number)
         click.echo("stopping: no new calls, those in flight are finished", err=True)
     finally:
         await server.stop()

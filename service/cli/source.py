@@ -2,7 +2,6 @@
 
 import asyncio
 import gzip
-import io
 import stat
 import threading
 import zlib

@@ -1,8 +1,8 @@
 """What the commands share that are clients of a server: its address, its errors, how far they are."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import click
@@ -10,7 +10,6 @@ import grpc
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from service.cli.environment import UsageError
 from service.client import CallFailed, Patience
 
 DRAW_EVERY_SECONDS = 0.2
@@ -21,15 +20,6 @@ INTERRUPTED = 130  # the status of a command that got SIGINT
 address_option = click.option(
     "--address", envvar="ROSTER_ADDRESS", default="127.0.0.1:50051", help="host:port or unix:/path."
 )
-
-
-@contextmanager
-def client_of(address: str) -> Iterator[None]:
-    """End the command with status 2 and a sentence where a call fails."""
-    try:
-        yield
-    except CallFailed as failure:
-        raise UsageError(explained(failure, address)) from None
 
 
 def explained(failure: CallFailed, address: str) -> str:

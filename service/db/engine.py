@@ -1,6 +1,7 @@
 """Database: the engines and their pools, the unit of work, and the door for reads."""
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from typing import Any
@@ -129,7 +130,7 @@ class _Sqlite:
     def __init__(self, settings: Settings) -> None:
         options: dict[str, Any] = {
             "hide_parameters": True,
-            "connect_args": {"timeout": SQLITE_BUSY_TIMEOUT_SECONDS},
+            "connect_args": {"timeout": SQLITE_BUSY_TIMEOUT_SECONDS, "factory": _RollingBack},
         }
         self.writer = self.bulk = create_async_engine(settings.database_url, pool_size=1, **options)
         self.reader = create_async_engine(
@@ -171,6 +172,16 @@ async def _connect(*args: Any, **options: Any) -> Any:
         return await asyncpg.connect(*args, **options)
     except TimeoutError as error:  # not that of a statement: nothing was sent
         raise ConnectionError("the database did not answer in time") from error
+
+
+class _RollingBack(sqlite3.Connection):
+    def close(self) -> None:
+        # A statement that a cancelled call left half-read keeps a closed connection alive, and so would
+        # its transaction the writer's lock.
+        try:
+            self.rollback()
+        finally:
+            super().close()
 
 
 def _prepare_writer(connection: Any, record: Any) -> None:  # noqa: ARG001

@@ -56,7 +56,9 @@ class RequestRepository:
             return None
         first = (
             await self.session.execute(select(Request.fingerprint, Request.answer).filter_by(**key))
-        ).one()
+        ).one_or_none()
+        if first is None:  # forgotten in between
+            return await self.claim(request_id, fingerprint)
         if first.fingerprint != fingerprint:
             raise RequestIdReused(
                 "this request_id came before with another body; use a new one for a new request",

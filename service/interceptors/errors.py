@@ -32,7 +32,6 @@ STATUS: dict[type[RosterError], grpc.StatusCode] = {
     errors.OutOfRange: grpc.StatusCode.OUT_OF_RANGE,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.StatementTimeout: grpc.StatusCode.DEADLINE_EXCEEDED,
-    errors.Unsupported: grpc.StatusCode.UNIMPLEMENTED,
     RosterError: grpc.StatusCode.INTERNAL,
 }
 

@@ -229,7 +229,6 @@ STATUSES: Mapping[type[RosterError], StatusCode] = {
     errors.DatabaseUnavailable: StatusCode.UNAVAILABLE,
     errors.Draining: StatusCode.UNAVAILABLE,
     errors.StatementTimeout: StatusCode.DEADLINE_EXCEEDED,
-    errors.Unsupported: StatusCode.UNIMPLEMENTED,
     # Not UNAVAILABLE, which clients are told to try again by themselves: the write may be in.
     errors.OutcomeUnknown: StatusCode.INTERNAL,
 }

@@ -22,7 +22,7 @@ ADDRESS = "127.0.0.1:50051"  # as the pages have it
 BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^\$ (.*<<'END'\n(?:.*\n)*?END|.*)\n", re.MULTILINE)
 # What differs from run to run: times, durations, rates.
-VARIABLE = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z|\d[\d.,]* (?:s|rows/s)\b")
+VARIABLE = re.compile(r"\d{4}-\d\d-\d\d[T ][\d:.]+Z?|\d[\d.,]* (?:s|rows/s)\b")
 
 
 def steps(page: str) -> Iterator[tuple[str, str]]:

@@ -114,7 +114,9 @@ class Play:
                     assert await stream.summary() == summary
                     return False
         except Ended as ended:
-            assert (await refusal(stream.answer())).reason == str(ended)
+            r = await refusal(stream.answer())
+            assert r.code.name and r.status.details, (r.code, r.message, str(ended))
+            assert r.reason == str(ended)
             return False
         return True
 
