@@ -40,10 +40,10 @@ class Sites:
         self.folder = folder
         self.loaded: dict[str, Row] = {}
 
-    async def load(self, entity: str, file: Path, *options: str) -> Row:
+    async def load(self, entity: str, file: str | Path, *options: str, stdin: bytes = b"") -> Row:
         """Load a file and return what the summary says, beside the exit status."""
-        command = (ROSTER, "load", entity, str(file), "--address", self.address, "--json", *options)
-        ended = await run(*command, folder=self.folder)
+        options = ("--address", self.address, "--json", *options)
+        ended = await run(ROSTER, "load", entity, file, *options, folder=self.folder, stdin=stdin)
         assert ended.out, ended.err
         return {"status": ended.status, **json.loads(ended.out)}
 
@@ -94,8 +94,8 @@ def source(site: str, entity: str) -> Path:
 
 def rows(path: Path) -> list[Row]:
     content = path.read_bytes()
-    text = gzip.decompress(content) if path.suffix == ".gz" else content
-    return [json.loads(line) for line in text.splitlines()]
+    plain = gzip.decompress(content) if path.suffix == ".gz" else content
+    return [json.loads(line) for line in plain.splitlines()]
 
 
 def of_both(entity: str) -> list[Row]:
@@ -137,11 +137,9 @@ def test_mended_rejects_load(sites: Sites) -> None:
 async def test_loading_again_creates_nobody(sites: Sites) -> None:
     """Both files at once, through a pipe, as gzip can be put one behind the other."""
     both = b"".join(source(site, "users").read_bytes() for site in SITES)
-    command = (ROSTER, "load", "users", "-", "--on-conflict", "skip", "--address", sites.address, "--json")
-    ended = await run(*command, folder=sites.folder, stdin=both)
+    again = await sites.load("users", "-", "--on-conflict", "skip", stdin=both)
 
-    told = json.loads(ended.out)
-    assert (ended.status, told["created"], told["skipped"]) == (0, 0, sum(USERS.values()))
+    assert (again["status"], again["created"], again["skipped"]) == (0, 0, sum(USERS.values()))
 
 
 async def test_everything_comes_back_as_it_was_written(sites: Sites) -> None:
