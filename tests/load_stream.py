@@ -1,6 +1,5 @@
 """A named load of users, as a client holds it: one stream, message by message."""
 
-from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
 from roster.v1.bulk_pb2 import BulkAck, BulkOpened, BulkOptions, BulkSummary, BulkWriteResponse
@@ -75,9 +74,3 @@ class LoadStream:
 async def refused_to_open(users: UserServiceStub, **options: Any) -> Refusal:
     """Return why a stream could not be opened."""
     return await refusal(LoadStream.open(users, **options))
-
-
-async def reached(ask: Callable[[], Awaitable[bool]]) -> None:
-    """Wait until the database or the server is where the test wants it, asking again and again."""
-    while not await ask():
-        pass

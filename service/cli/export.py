@@ -85,7 +85,7 @@ WRITERS: dict[str, Callable[[Any, Entity], Writer]] = {
 class Export:
     """One export, and how far it is."""
 
-    def __init__(self, entity: Entity, filter_: str, after_id: int) -> None:
+    def __init__(self, entity: Entity, filter_: str | None, after_id: int) -> None:
         self.entity = entity
         self.last_id = after_id
         self.rows = 0
@@ -135,9 +135,11 @@ class Export:
 @address_option
 @click.option("--output", "-o", default=STDOUT, help="A file, gzip if its name ends in .gz; - is stdout.")
 @click.option("--format", "format_", type=click.Choice(list(WRITERS)), help="Default: by the file's name.")
-@click.option("--filter", "filter_", default="", help="Which rows, such as 'is_active = true'; default: all.")
+@click.option("--filter", "filter_", help="Which rows, such as 'is_active = true'.")
 @click.option("--after-id", type=click.IntRange(0), default=0, help="Only rows with greater ids.")
-def export(entity: str, address: str, output: str, format_: str | None, filter_: str, after_id: int) -> None:
+def export(
+    entity: str, address: str, output: str, format_: str | None, filter_: str | None, after_id: int
+) -> None:
     """Export users or posts, in the order of their ids; `roster load --restore` takes them back.
 
     The file has its name only when it is complete; before, `.part` is added. Times are in UTC, with

@@ -173,7 +173,7 @@ def pyarrow() -> Any:
     try:
         import pyarrow.parquet  # noqa: PLC0415
     except ImportError:
-        raise UsageError("Parquet needs pyarrow: pip install 'roster[parquet]'") from None
+        raise UsageError("Parquet needs pyarrow: pip install pyarrow") from None
     return pyarrow
 
 

@@ -160,10 +160,9 @@ class Load:
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @address_option
 @click.option("--load-id", help=LOAD_ID)
-@click.option("--create", "operation", flag_value="create", default=True, help="Create rows; the default.")
 @click.option("--update", "operation", flag_value="update", help="Update rows, by id.")
 @click.option("--restore", "operation", flag_value="restore", help=RESTORE)
-@click.option("--update-mask", default="", help=UPDATE_MASK)
+@click.option("--update-mask", help=UPDATE_MASK)
 @click.option(
     "--on-conflict", type=click.Choice(["fail", "skip", "update"]), default="fail", help=ON_CONFLICT
 )
@@ -180,8 +179,8 @@ def load(
     entity: str,
     file: str,
     address: str,
-    operation: str,
-    update_mask: str,
+    operation: str | None,
+    update_mask: str | None,
     batch_rows: int,
     file_format: str | None,
     rejects: Path | None,
@@ -199,7 +198,7 @@ def load(
 
     The status is 0 if all rows are in, 1 if some failed, 2 if the load could not run or came to no end.
     """
-    kind = ENTITIES[entity]
+    kind, operation = ENTITIES[entity], operation or "create"
     masked = update_mask.replace(" ", "").split(",") if update_mask else []
     columns = Columns(kind.message, kind.columns(operation, masked))
     source = Source(file, FORMATS[file_format or format_name(file)](columns))

@@ -69,7 +69,8 @@ async def _print_all(messages: AsyncGenerator[Any], text: Callable[[Any], str]) 
 
 
 def _json(message: Message) -> str:
-    return MessageToJson(message, indent=None, always_print_fields_with_no_presence=True)
+    names = {"preserving_proto_field_name": True, "always_print_fields_with_no_presence": True}
+    return MessageToJson(message, indent=None, **names)
 
 
 def _line(load: pb.BulkLoad) -> str:

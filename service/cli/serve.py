@@ -1,6 +1,7 @@
 """`roster serve`: run the server until it is told to stop."""
 
 import asyncio
+import gc
 import logging
 import signal
 
@@ -42,6 +43,9 @@ async def _serve(chosen: Settings) -> None:
     try:
         await _require_schema(server.database)
         await server.start()
+        # What is loaded by now stays. To look through it again with every few messages took 0.6 of the
+        # 6 µs that a row of a bulk stream costs here.
+        gc.freeze()
         _announce(server.address)
         await stopping.wait()
         for number in SIGNALS:  # a second one ends it at once

@@ -12,6 +12,7 @@ from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
 from service.settings import Settings
+from tests.command import Roster
 from tests.postgres import Postgres
 from tests.wire import Wire
 
@@ -42,6 +43,12 @@ def users(channel: grpc.aio.Channel) -> UserServiceStub:
 def posts(channel: grpc.aio.Channel) -> PostServiceStub:
     """The client of PostService."""
     return PostServiceStub(channel)
+
+
+@pytest.fixture
+def roster(server: Server, tmp_path: Path) -> Roster:
+    """The command `roster`, a client of the server."""
+    return Roster(tmp_path / "files", server.address)
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])

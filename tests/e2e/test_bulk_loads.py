@@ -34,7 +34,8 @@ from roster.v1.users_pb2 import (
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
 from tests.errors import refusal
-from tests.load_stream import LOAD_ID, LoadStream, named, reached, refused_to_open
+from tests.load_stream import LOAD_ID, LoadStream, named, refused_to_open
+from tests.rival import until
 
 # What a transaction that has written its rows, and waits for its turn to commit, looks like.
 WAITING_TO_COMMIT = text(
@@ -210,7 +211,7 @@ async def test_batches_are_committed_in_the_order_of_their_offsets(
         await stream.write(users=named("a"))
         await stream.write(users=named("b"))
         async with server.database.read() as session:
-            await reached(lambda: _waits(session))
+            await until(lambda: _waits(session))
         load = await loads.GetBulkLoad(GetBulkLoadRequest(load_id=LOAD_ID))
         assert (load.next_offset, await emails(users)) == (0, [])
 
@@ -363,7 +364,7 @@ async def test_a_load_expires(
     await stream.acknowledged("a", "a", finish=finish)
     later = Server(server.settings, lambda: datetime.now(UTC) + timedelta(days=8))
     await later.start()
-    await reached(lambda: is_expired(loads))
+    await until(lambda: is_expired(loads))
     await later.stop(grace=0)
 
     refused = await refused_to_open(users)

@@ -2,70 +2,24 @@
 
 import asyncio
 import json
-import os
 import re
 import signal
-import sys
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import pytest
 
+from roster.v1.bulk_pb2 import AbortBulkLoadRequest, BulkLoad, GetBulkLoadRequest
+from roster.v1.bulk_pb2_grpc import BulkServiceStub
 from roster.v1.users_pb2 import GetUserRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
+from service.client import channel
 from service.server import Server
-
-COMMAND = "from service.cli.load import load; load(prog_name='roster load')"
+from service.settings import Settings
+from tests.command import Roster, ended, ndjson
+from tests.rows import add_users
 
 # The rows are in before the command learns it.
-MOST_IN = "(250|500|750|1,000) rows are in and durable, 0 failed\n"
-
-
-@dataclass
-class Ended:
-    """How the command ended."""
-
-    status: int | None
-    out: str
-    err: str
-
-
-class Loader:
-    """Runs the command in a folder of the test's own."""
-
-    def __init__(self, folder: Path, address: str) -> None:
-        self.folder = folder
-        self.address = address
-
-    async def start(self, *arguments: str) -> asyncio.subprocess.Process:
-        """Start `roster load` with these arguments."""
-        return await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-c",
-            COMMAND,
-            *arguments,
-            cwd=self.folder,
-            env={**os.environ, "ROSTER_ADDRESS": self.address},
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-
-    async def run(self, *arguments: str, stdin: bytes = b"") -> Ended:
-        """Run it to its end."""
-        process = await self.start(*arguments)
-        out, err = await process.communicate(stdin)
-        return Ended(process.returncode, out.decode(), err.decode())
-
-    def write(self, name: str, *rows: object) -> str:
-        """Write a file of rows, and return its name."""
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        (self.folder / name).write_text("".join(f"{line}\n" for line in lines))
-        return name
-
-    def rejects(self, name: str) -> list[dict[str, object]]:
-        """Return the rows of a file of rejects."""
-        return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
+MOST_IN = "(250|500|750|1,000) rows are in and durable, 0 failed"
 
 
 @pytest.fixture
@@ -74,21 +28,13 @@ def database_url(sqlite_url: str) -> str:
     return sqlite_url
 
 
-@pytest.fixture
-def loader(server: Server, tmp_path: Path) -> Loader:
-    """The command, with a server to load into."""
-    folder = tmp_path / "files"
-    folder.mkdir()
-    return Loader(folder, server.address)
-
-
-async def test_loads_users_and_their_posts(loader: Loader, users: UserServiceStub) -> None:
+async def test_loads_users_and_their_posts(roster: Roster, users: UserServiceStub) -> None:
     """All rows in is status 0; the sentence at the end counts them."""
     names = [{"email": f"{number}@example.org", "created_at": "2024-01-01", "foo": 1} for number in range(12)]
     posts = [{"title": "t", "author_email": f"{number}@example.org"} for number in range(12)]
 
-    first = await loader.run("users", loader.write("users.ndjson", *names), "--batch-rows", "5")
-    second = await loader.run("posts", loader.write("posts.ndjson", *posts))
+    first = await roster.run("load", "users", roster.write("users.ndjson", *names), "--batch-rows", "5")
+    second = await roster.run("load", "posts", roster.write("posts.ndjson", *posts))
 
     assert (first.status, second.status) == (0, 0)
     assert first.out.startswith("users.ndjson: 12 rows in ")
@@ -99,16 +45,16 @@ async def test_loads_users_and_their_posts(loader: Loader, users: UserServiceStu
     ]
 
 
-async def test_rejects_can_be_mended_and_loaded(loader: Loader, users: UserServiceStub) -> None:
+async def test_rejects_can_be_mended_and_loaded(roster: Roster, users: UserServiceStub) -> None:
     """A load with failed rows is status 1; what failed, here and there, is in one file, in order."""
-    name = loader.write(
+    name = roster.write(
         "users.ndjson", {"email": "a@example.org"}, {"email": 7}, {"email": "no address"}, "what?"
     )
 
-    first = await loader.run("users", name)
-    rejects = loader.rejects("users.rejects.ndjson")
-    mended = loader.write("mended.ndjson", *({**row, "email": f"{i}@x.org"} for i, row in enumerate(rejects)))
-    second = await loader.run("users", mended)
+    first = await roster.run("load", "users", name)
+    rejects = roster.rejects("users.rejects.ndjson")
+    mended = roster.write("mended.ndjson", *({**row, "email": f"{i}@x.org"} for i, row in enumerate(rejects)))
+    second = await roster.run("load", "users", mended)
 
     assert first.status == 1
     assert "1 created, 0 updated, 0 skipped, 3 failed\n" in first.out
@@ -122,43 +68,47 @@ async def test_rejects_can_be_mended_and_loaded(loader: Loader, users: UserServi
     assert (await users.GetUser(GetUserRequest(email="2@x.org"))).version == 1
 
 
-async def test_takes_csv_from_standard_input(loader: Loader, users: UserServiceStub) -> None:
+async def test_takes_csv_from_standard_input(roster: Roster, users: UserServiceStub) -> None:
     """The dash is standard input, whose format has to be said."""
     rows = b"email,full_name,is_active\na@example.org,Ada,false\nb@example.org,,maybe\n"
 
-    ended = await loader.run("users", "-", "--format", "csv", stdin=rows)
+    done = await roster.run("load", "users", "-", "--format", "csv", stdin=rows)
 
-    assert ended.status == 1
-    assert ended.out.startswith("stdin: 2 rows in ")
-    assert (loader.folder / "stdin.rejects.csv").read_text() == (
+    assert done.status == 1
+    assert done.out.startswith("stdin: 2 rows in ")
+    assert (roster.folder / "stdin.rejects.csv").read_text() == (
         "_error,email,full_name,is_active\n"
         "INVALID_FIELD is_active: is_active must be true or false,b@example.org,,maybe\n"
     )
     assert (await users.GetUser(GetUserRequest(email="a@example.org"))).full_name == "Ada"
 
 
-async def test_on_conflict_update_writes_the_mask(loader: Loader, users: UserServiceStub) -> None:
+async def test_on_conflict_update_writes_the_mask(roster: Roster, users: UserServiceStub) -> None:
     """Users who exist get the fields that are named."""
-    name = loader.write("users.ndjson", {"email": "a@example.org", "full_name": "Ada", "is_active": False})
-    await loader.run("users", loader.write("first.ndjson", {"email": "a@example.org"}))
+    name = roster.write("users.ndjson", {"email": "a@example.org", "full_name": "Ada", "is_active": False})
+    await roster.run("load", "users", roster.write("first.ndjson", {"email": "a@example.org"}))
 
-    ended = await loader.run("users", name, "--on-conflict", "update", "--update-mask", "full_name", "--json")
+    done = await roster.run(
+        "load", "users", name, "--on-conflict", "update", "--update-mask", "full_name", "--json"
+    )
 
     user = await users.GetUser(GetUserRequest(email="a@example.org"))
-    assert json.loads(ended.out)["updated"] == 1
+    assert json.loads(done.out)["updated"] == 1
     assert (user.full_name, user.is_active) == ("Ada", True)
 
 
-async def test_the_summary_for_programs_is_one_object(loader: Loader) -> None:
+async def test_the_summary_for_programs_is_one_object(roster: Roster) -> None:
     """It has the counts, the reasons and where the rejects are."""
-    name = loader.write("users.ndjson", {"email": "a@example.org"}, {"email": "a@example.org"}, {})
+    name = roster.write("users.ndjson", {"email": "a@example.org"}, {"email": "a@example.org"}, {})
 
-    ended = await loader.run("users", name, "--json", "--rejects", "bad.ndjson")
+    done = await roster.run("load", "users", name, "--json", "--rejects", "bad.ndjson", "--load-id", "staff")
 
-    summary = json.loads(ended.out)
+    summary = json.loads(done.out)
     assert summary.pop("seconds") > 0
     assert summary == {
         "file": "users.ndjson",
+        "load_id": "staff",
+        "was_finished": False,
         "rows": 3,
         "created": 1,
         "updated": 0,
@@ -169,62 +119,157 @@ async def test_the_summary_for_programs_is_one_object(loader: Loader) -> None:
     }
 
 
-async def test_validate_only_writes_nothing(loader: Loader, users: UserServiceStub) -> None:
+async def test_validate_only_writes_nothing(roster: Roster, users: UserServiceStub) -> None:
     """It says so, too."""
-    ended = await loader.run(
-        "users", loader.write("users.ndjson", {"email": "a@example.org"}), "--validate-only"
+    done = await roster.run(
+        "load", "users", roster.write("users.ndjson", {"email": "a@example.org"}), "--validate-only"
     )
 
-    assert "nothing was written" in ended.out
+    assert "nothing was written" in done.out
     assert not (await users.ListUsers(ListUsersRequest())).users
 
 
 @pytest.mark.parametrize("rows", [["what?"] * 5, [{"email": "no address"}] * 5])
-async def test_stops_where_too_many_rows_failed(loader: Loader, rows: list[object]) -> None:
+async def test_stops_where_too_many_rows_failed(roster: Roster, rows: list[object]) -> None:
     """Rows that can't be read count like those that the server refuses."""
-    ended = await loader.run("users", loader.write("users.ndjson", *rows), "--max-failures", "4")
+    done = await roster.run("load", "users", roster.write("users.ndjson", *rows), "--max-failures", "4")
 
-    assert (ended.status, ended.out) == (2, "")
-    assert "rows failed" in ended.err
+    assert (done.status, done.out) == (2, "")
+    assert "rows failed" in done.err
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["users", "missing.ndjson"], "'missing.ndjson' does not exist"),
-        (["users", "users.txt"], "add --format ndjson or csv"),
-        (["users", "users.ndjson", "--on-conflict", "update"], "--update-mask is needed"),
+        (["users", "users.txt"], "add --format"),
+        (
+            ["users", "users.ndjson", "--on-conflict", "update"],
+            "nothing was loaded: options.update_mask is required",
+        ),
         (["users", "users.ndjson", "--rejects", "./users.ndjson"], "is the file to load"),
         (["users", "users.ndjson", "--rejects", "nowhere/rejects"], "there is no folder nowhere"),
         (["users", "users.ndjson", "--format", "csv"], "names none of email"),
         (["users", "users.ndjson", "--address", "127.0.0.1:1"], "127.0.0.1:1; start one with `roster serve`"),
         (
             ["posts", "users.ndjson", "--on-conflict", "skip"],
-            "the server refused the load: options.on_conflict",
+            "nothing was loaded: options.on_conflict",
         ),
     ],
 )
-async def test_says_why_it_can_not_run(loader: Loader, arguments: list[str], told: str) -> None:
+async def test_says_why_it_can_not_run(roster: Roster, arguments: list[str], told: str) -> None:
     """Status 2 and one sentence; nothing is written, and no traceback is shown."""
-    loader.write("users.ndjson", {"email": "a@example.org"})
-    loader.write("users.txt")
+    roster.write("users.ndjson", {"email": "a@example.org"})
+    roster.write("users.txt")
 
-    ended = await loader.run(*arguments)
+    done = await roster.run("load", *arguments)
 
-    assert (ended.status, ended.out) == (2, "")
-    assert told in " ".join(ended.err.split())
-    assert "Traceback" not in ended.err
+    assert (done.status, done.out) == (2, "")
+    assert told in " ".join(done.err.split())
+    assert "Traceback" not in done.err
+
+
+async def test_updates_by_id(roster: Roster, users: UserServiceStub, server: Server) -> None:
+    """Each row names its user, and the version where it minds; only what the mask names is written."""
+    first, second = await add_users(server.database, 2)
+    rows = f'id,version,full_name,email\n{first},1,Ada,x\n{second},7,Alan,y\n{second},,"",z\n'.encode()
+    (roster.folder / "names.csv").write_bytes(rows)
+
+    done = await roster.run("load", "users", "names.csv", "--update", "--update-mask", "full_name", "--json")
+
+    names = [(user.full_name, user.version) for user in (await users.ListUsers(ListUsersRequest())).users]
+    assert done.status == 1
+    assert json.loads(done.out)["updated"] == 2
+    assert json.loads(done.out)["reasons"] == {"VERSION_MISMATCH": 1}
+    assert names == [("Ada", 2), ("", 2)]
+
+
+# Four good rows in ten; every third that is none can be read, and its batch goes to the server.
+ROWS = [
+    {"email": f"{number}@example.org"} if number % 10 < 4 else "what?" if number % 3 else {"email": "no"}
+    for number in range(200)
+]
+
+
+@pytest.mark.parametrize("atomicity", ["row", "batch"])
+async def test_the_same_command_goes_on(roster: Roster, users: UserServiceStub, atomicity: str) -> None:
+    """Nothing is lost or doubled, and summary and rejects are those of a load that was never stopped."""
+    command = ["load", "users", roster.write("users.ndjson", *ROWS), "--batch-rows", "9", "--json"]
+    command += ["--on-conflict", "skip", "--atomicity", atomicity]
+
+    stopped = await roster.run(*command, "--max-failures", "60")
+    resumed = await roster.run(*command)
+    rejects = roster.read("users.rejects.ndjson")
+    finished = await roster.run(*command)
+    rejects_when_finished = roster.read("users.rejects.ndjson")
+    at_once = await roster.run(*command, "--load-id", "another")
+
+    told = [json.loads(done.out) for done in (resumed, finished, at_once)]
+    counts = [(of["rows"], of["created"] + of["skipped"], of["failed"], of["reasons"]) for of in told]
+    page = await users.ListUsers(ListUsersRequest(page_size=1000))
+    assert (stopped.status, resumed.status, finished.status, at_once.status) == (2, 1, 1, 1)
+    assert re.search(r"^going on at row [1-9]", resumed.err, re.MULTILINE)
+    assert counts[0] == counts[1] == counts[2]
+    assert counts[0][0] == 200
+    assert len(page.users) == told[0]["created"] == told[1]["created"]
+    assert [of["was_finished"] for of in told] == [False, True, False]
+    assert rejects == rejects_when_finished == roster.read("users.rejects.ndjson")
+    assert len(rejects.splitlines()) == told[0]["failed"]
+
+
+async def test_a_finished_load_says_so(roster: Roster) -> None:
+    """The same summary comes again, and nothing is sent."""
+    name = roster.write("users.ndjson", {"email": "a@example.org"}, {"email": "b@example.org"})
+
+    first = await roster.run("load", "users", name)
+    second = await roster.run("load", "users", name)
+
+    assert (first.status, second.status) == (0, 0)
+    counts, note, *_ = second.out.splitlines()
+    assert counts.rpartition(")")[2] == first.out.strip().rpartition(")")[2]
+    assert note == "  it was finished before, and nothing was sent; another --load-id loads it again"
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (["a", "b", "c"], "the load is finished; begin another"),
+        (["a"], "the load has 2 rows already, and here are only 1"),
+    ],
+)
+async def test_other_rows_are_no_part_of_a_load(roster: Roster, rows: list[str], told: str) -> None:
+    """A name that was given to a load is not used for another file by mistake."""
+    files = [ndjson(*({"email": f"{name}@example.org"} for name in names)) for names in (["a", "b"], rows)]
+
+    for rows_sent in files:
+        done = await roster.run("load", "users", "-", "--load-id", "staff", stdin=rows_sent)
+
+    assert done.status == 2
+    assert told in " ".join(done.err.split())
+    assert "the same command" not in done.err
+
+
+async def feed(process: asyncio.subprocess.Process, first: int, last: int) -> None:
+    """Write users to the standard input of a command."""
+    assert process.stdin
+    process.stdin.write(ndjson(*({"email": f"{number}@example.org"} for number in range(first, last))))
+    await process.stdin.drain()
+
+
+async def are_in(users: UserServiceStub, count: int, process: asyncio.subprocess.Process) -> None:
+    """Wait until so many users are there."""
+    while len((await users.ListUsers(ListUsersRequest(page_size=1000))).users) < count:
+        assert process.returncode is None
 
 
 @pytest.fixture
-async def waiting(loader: Loader, users: UserServiceStub) -> asyncio.subprocess.Process:
+async def waiting(roster: Roster, users: UserServiceStub) -> AsyncIterator[asyncio.subprocess.Process]:
     """The command with 1,000 rows in, and a standard input that says no more."""
-    process = await loader.start("users", "-", "--batch-rows", "250")
-    assert process.stdin
-    process.stdin.write(b"".join(b'{"email": "%d@example.org"}\n' % number for number in range(1000)))
-    while len((await users.ListUsers(ListUsersRequest(page_size=1000))).users) < 1000:
-        assert process.returncode is None
-    return process
+    process = await roster.start("load", "users", "-", "--batch-rows", "250")
+    await feed(process, 0, 1000)
+    await are_in(users, 1000, process)
+    yield process
+    assert process.returncode is not None
 
 
 async def test_an_interrupt_says_what_is_in(waiting: asyncio.subprocess.Process) -> None:
@@ -234,16 +279,70 @@ async def test_an_interrupt_says_what_is_in(waiting: asyncio.subprocess.Process)
     _, err = await waiting.communicate()
 
     assert waiting.returncode == 130
-    assert re.fullmatch(f"interrupted: {MOST_IN}", err.decode())
+    assert re.fullmatch(f"interrupted: {MOST_IN}\n", err.decode())
 
 
 async def test_a_server_that_goes_away_is_told_with_what_is_in(
     waiting: asyncio.subprocess.Process, server: Server
 ) -> None:
-    """Status 2, and no traceback."""
+    """A load without a name can't go on: status 2, and no traceback."""
     await server.stop(grace=0)
 
     _, err = await waiting.communicate()
 
     assert waiting.returncode == 2
-    assert re.search(f"Error: stdin: the load stopped: .*; {MOST_IN}", err.decode())
+    assert re.search(f"Error: stdin: the load stopped: .*; {MOST_IN}\n", err.decode())
+
+
+async def test_goes_on_through_a_restart_of_the_server(
+    roster: Roster, users: UserServiceStub, server: Server
+) -> None:
+    """Batches are on their way when the server stops; the command comes back to the next one by itself."""
+    rows = [{"email": f"{number % 900}@example.org"} for number in range(1000)]
+    process = await roster.start("load", "users", roster.write("users.ndjson", *rows), "--batch-rows", "3")
+    await are_in(users, 100, process)
+    await server.stop(grace=0)
+    another = Server(Settings(database_url=server.settings.database_url, listen=server.address))
+    await another.start()
+    try:
+        done = await ended(process)
+        async with channel(another.address) as connection:
+            page = await UserServiceStub(connection).ListUsers(ListUsersRequest(page_size=1000))
+    finally:
+        await another.stop(grace=0)
+
+    assert "trying again in " in done.err
+    assert done.out.splitlines()[0].endswith("): 900 created, 0 updated, 0 skipped, 100 failed")
+    assert len(page.users) == 900
+    assert [row["email"] for row in roster.rejects("users.rejects.ndjson")] == [
+        f"{number}@example.org" for number in range(100)
+    ]
+
+
+async def test_a_second_loader_of_a_load_ends_the_first(roster: Roster, users: UserServiceStub) -> None:
+    """The first does not come back, and nothing is doubled."""
+    first = await roster.start("load", "users", "-", "--load-id", "staff", "--batch-rows", "5")
+    await feed(first, 0, 5)
+    await are_in(users, 5, first)
+    rows = ndjson(*({"email": f"{number}@example.org"} for number in range(10)))
+
+    second = await roster.run("load", "users", "-", "--load-id", "staff", stdin=rows)
+    await feed(first, 5, 10)
+    fenced = await ended(first)
+
+    assert (second.status, fenced.status) == (0, 2)
+    assert "going on at row 6\n" in second.err
+    assert "a newer stream has opened this load" in fenced.err
+    assert second.out.endswith("): 10 created, 0 updated, 0 skipped, 0 failed\n")
+
+
+async def test_an_aborted_load_takes_no_more_rows(roster: Roster, server: Server) -> None:
+    """The command says so, and that another name is needed."""
+    name = roster.write("users.ndjson", {"email": "no"}, {"email": "a@example.org"})
+    await roster.run("load", "users", name, "--load-id", "staff", "--max-failures", "1", "--batch-rows", "1")
+    async with channel(server.address) as connection:
+        loads = BulkServiceStub(connection)
+        aborted = await loads.AbortBulkLoad(AbortBulkLoadRequest(load_id="staff"))
+    done = await roster.run("load", "users", name, "--load-id", "staff")
+
+    assert aborted.state == BulkLoad.FINISHED

@@ -17,7 +17,7 @@ from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db.bulk import postgresql
 from service.server import Server
 from service.users.model import User as UserRow
-from tests.load_stream import reached
+from tests.rival import until
 
 BATCHES, BATCH = 15, 10
 WAITS_FOR_THE_TABLE = text(
@@ -249,7 +249,7 @@ async def test_a_restore_waits_for_those_who_have_drawn_ids(server: Server, user
             restored(users, *named("late", id=drawn), *named("later", id=drawn + 1))
         )
         async with server.database.read() as session:
-            await reached(lambda: _waits(session))
+            await until(lambda: _waits(session))
         await create.execute(insert(UserRow).values(id=drawn, email="early@example.org"))
 
     ack = await restore

@@ -16,7 +16,7 @@ from service.db.bulk.loads import Load, LoadRepository, LoadState, expire_loads
 from service.db.engine import Database
 from service.errors import EmailTaken, InvalidField, LoadFenced, LoadNotFound, RosterError
 from service.settings import Settings
-from tests.load_stream import reached
+from tests.rival import until
 
 METHOD, OPTIONS = "roster.v1.UserService.BulkCreateUsers", b"options"
 CREATED, SKIPPED, FAILED = Result.CREATED, Result.SKIPPED, Result.FAILED
@@ -256,7 +256,7 @@ async def test_a_load_does_not_expire_under_a_batch(postgresql: Database) -> Non
         await LoadRepository(batch, "ada").record(load, 1, of(CREATED))
         expiry = asyncio.create_task(expired(postgresql, last + timedelta(microseconds=1)))
         async with postgresql.read() as session:
-            await reached(lambda: _waits(session))
+            await until(lambda: _waits(session))
     await expiry
 
     after = await got(postgresql)

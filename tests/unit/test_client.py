@@ -21,7 +21,6 @@ from service.client import BulkLoader, Event, LoadInterrupted, channel
 
 BATCH = 10
 WINDOW = 4
-LOST = Status()
 
 
 def status(reason: str, *, retry: bool = False) -> Status:
@@ -35,6 +34,11 @@ def status(reason: str, *, retry: bool = False) -> Status:
 
 BUSY = status("DATABASE_UNAVAILABLE", retry=True)
 FENCED = status("LOAD_FENCED")
+UNKNOWN = status("OUTCOME_UNKNOWN")
+# The stream ends, without a reason: before a message is taken, and when it is, but for its ack.
+CUT = Status(code=1)
+CUT_BEHIND = Status(code=2)
+NAMED = {"options": BulkOptions(load_id="staff")}
 
 
 class ScriptedServer:
@@ -48,8 +52,9 @@ class ScriptedServer:
         self.max_bytes = max_bytes
         self.sizes: list[int] = []
         self.emails: list[str] = []
+        self.opened = 0
         self.is_silent = False
-        self.dies_after: int | None = None
+        self.ends_with: Status | None = None
         self.finish_fault: Status | None = None
         self.ended = asyncio.Event()
         self.is_finished = False
@@ -59,40 +64,67 @@ class ScriptedServer:
         self, requests: AsyncIterator[BulkCreateUsersRequest], context: Any
     ) -> AsyncGenerator[BulkWriteResponse, None]:
         """Run one stream."""
+        is_named = False
         try:
             async for request in requests:
                 if request.HasField("options"):
+                    is_named = bool(request.options.load_id)
+                    self.opened += 1
                     opened = BulkOpened(max_rows=self.max_rows, max_bytes=self.max_bytes)
+                    opened.next_offset = len(self.emails)
                     yield BulkWriteResponse(opened=opened)
+                    continue
                 if request.finish and self.finish_fault:
-                    offset, fault, self.finish_fault = request.offset, self.finish_fault, None
-                    yield BulkWriteResponse(ack=BulkAck(offset=offset, next_offset=offset, error=fault))
-                elif request.finish:
+                    fault, self.finish_fault = self.finish_fault, None
+                    yield self.refused(request.offset, fault)
+                elif request.finish and request.offset == len(self.emails):
                     self.is_finished = True
                     yield BulkWriteResponse(summary=BulkSummary(next_offset=len(self.emails)))
-                    return
-                if request.users and (ack := self.take(request)):
-                    yield BulkWriteResponse(ack=ack)
-                if self.dies_after is not None and len(self.emails) >= self.dies_after:
-                    await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is gone")
+                    if not self.ends_with:
+                        return
+                    await aborted(context, self.ends_with)
+                elif response := await self.take(request, context, is_named=is_named):
+                    yield response
         finally:
             self.ended.set()
 
-    def take(self, request: BulkCreateUsersRequest) -> BulkAck | None:
-        """Return the ack of a message, None where it gets none."""
+    async def take(
+        self, request: BulkCreateUsersRequest, context: Any, *, is_named: bool
+    ) -> BulkWriteResponse | None:
+        """Return the answer to a message."""
         fault = self.faults.get(len(self.sizes))
         self.sizes.append(request.ByteSize())
         self.got_rows.set()
-        if self.is_silent or fault is LOST:
+        if self.is_silent:
             return None
-        if fault is None and len(request.users) > self.max_rows:
-            fault = status("TOO_LARGE")
-        if fault is None and request.offset != len(self.emails):
+        if fault in (CUT, UNKNOWN, FENCED):
+            await aborted(context, fault)
+        is_replay = is_named and request.offset < len(self.emails)
+        if fault in (None, CUT_BEHIND) and request.offset != len(self.emails) and not is_replay:
             fault = status("OFFSET_GAP")
-        if fault is not None:
-            return BulkAck(offset=request.offset, next_offset=len(self.emails), error=fault)
-        self.emails += [user.email for user in request.users]
-        return BulkAck(offset=request.offset, next_offset=len(self.emails), created=len(request.users))
+        if fault not in (None, CUT_BEHIND):
+            return self.refused(request.offset, fault)
+        emails = [user.email for user in request.users]
+        end = request.offset + len(emails)
+        if is_replay:
+            assert self.emails[request.offset : end] == emails
+        else:
+            self.emails += emails
+        if fault == CUT_BEHIND:
+            await aborted(context, fault)
+        ack = BulkAck(offset=request.offset, next_offset=len(self.emails), created=len(emails))
+        ack.replayed = is_replay
+        return BulkWriteResponse(ack=ack)
+
+    def refused(self, offset: int, fault: Status) -> BulkWriteResponse:
+        """Return the answer to a message of which nothing was written."""
+        return BulkWriteResponse(ack=BulkAck(offset=offset, next_offset=len(self.emails), error=fault))
+
+
+async def aborted(context: Any, fault: Status) -> None:
+    """End a stream, as a server does that has a reason or as one that goes away."""
+    trailer = (("grpc-status-details-bin", fault.SerializeToString()),) if fault.details else ()
+    await context.abort(grpc.StatusCode.UNAVAILABLE, fault.message or "the server is gone", trailer)
 
 
 @asynccontextmanager
@@ -111,12 +143,8 @@ async def loading(scripted: ScriptedServer, **options: Any) -> AsyncIterator[Bul
     await server.start()
     async with channel(f"127.0.0.1:{port}") as connection:
         method = UserServiceStub(connection).BulkCreateUsers
-        yield BulkLoader(
-            method,
-            BulkCreateUsersRequest,
-            BulkOptions(),
-            **{"batch_rows": BATCH, "window": WINDOW, "first_pause_seconds": 0, **options},
-        )
+        defaults = {"options": BulkOptions(), "batch_rows": BATCH, "window": WINDOW, "first_pause_seconds": 0}
+        yield BulkLoader(method, BulkCreateUsersRequest, **{**defaults, **options})
     await server.stop(None)
 
 
@@ -236,11 +264,7 @@ async def test_cuts_messages_by_what_the_server_allows() -> None:
         pytest.param({1: BUSY}, 95, id="one in the middle"),
         pytest.param({1: BUSY, 5: BUSY, 6: BUSY}, 95, id="the same again and again"),
         pytest.param({9: BUSY}, 95, id="the last"),
-        pytest.param({1: LOST}, 95, id="a message is lost, so that the next has a gap before it"),
-        pytest.param(
-            {1: BUSY, 2: LOST, 4: BUSY}, 25, id="the one behind it gets no ack, and can't be written later"
-        ),
-        pytest.param({1: status("TOO_LARGE")}, 95, id="a message is too large"),
+        pytest.param({2: BUSY, 3: BUSY}, 25, id="so that the last message is sent behind it"),
     ],
 )
 async def test_goes_back_to_what_was_not_written(faults: dict[int, Status], count: int) -> None:
@@ -264,35 +288,121 @@ async def test_finishes_again_what_could_not_be_finished() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.sets(st.integers(0, 40)), st.integers(1, 6))
-async def test_every_row_arrives_once_whatever_fails(failing: set[int], window: int) -> None:
-    """The order of faults, acks and stale messages does not matter."""
-    scripted = ScriptedServer(dict.fromkeys(failing, BUSY))
-    async with loading(scripted, window=window, tries=50) as loader:
-        await events_of(loader, users(95))
+@given(
+    st.dictionaries(st.integers(0, 40), st.sampled_from([BUSY, CUT, CUT_BEHIND, UNKNOWN])), st.integers(1, 6)
+)
+async def test_every_row_arrives_once_whatever_fails(faults: dict[int, Status], window: int) -> None:
+    """The order of faults, acks and stale messages does not matter; each row is acknowledged once."""
+    scripted = ScriptedServer(faults)
+    async with loading(scripted, window=window, tries=50, **NAMED) as loader:
+        events = await events_of(loader, users(95))
 
+    acks = [event for event in events if isinstance(event, BulkAck)]
+    assert scripted.emails == emails(95)
+    assert [ack.offset for ack in acks] == list(range(0, 95, BATCH))
+    assert sum(ack.created for ack in acks) == 95
+
+
+async def test_a_load_with_a_name_survives_its_stream() -> None:
+    """It is opened again, and the consumer sees that; the ack that was lost comes as a replay."""
+    scripted = ScriptedServer({3: CUT_BEHIND})
+    async with loading(scripted, **NAMED) as loader:
+        events = await events_of(loader, users(95))
+
+    opened = [event.next_offset for event in events if isinstance(event, BulkOpened)]
+    assert opened == [0, 40]
+    assert [event.offset for event in events if isinstance(event, BulkAck) and event.replayed] == [30]
     assert scripted.emails == emails(95)
 
 
-async def test_halves_messages_until_the_server_takes_them() -> None:
-    """A server that takes less than it said still gets every row."""
+async def test_goes_on_with_what_another_loader_began() -> None:
+    """Rows that are settled are skipped; the source has to bring them all the same."""
+    scripted = ScriptedServer({3: FENCED})
+    async with loading(scripted, **NAMED) as first:
+        with pytest.raises(LoadInterrupted, match="LOAD_FENCED"):
+            await events_of(first, users(95))
+    async with loading(scripted, **NAMED) as second:
+        opened, *acks, _ = await events_of(second, users(95))
+
+    assert isinstance(opened, BulkOpened)
+    assert opened.next_offset == 30
+    assert [ack.offset for ack in acks if isinstance(ack, BulkAck)] == [*range(30, 95, BATCH)]
+    assert scripted.emails == emails(95)
+
+
+async def test_sends_settled_rows_again_for_their_ids() -> None:
+    """With `return_ids` each row has its ack, also where another loader sent it."""
     scripted = ScriptedServer()
-    async with loading(scripted) as loader, aclosing(loader.run(users(95))) as events:
-        async for event in events:
-            if isinstance(event, BulkOpened):
-                scripted.max_rows = 3
+    scripted.emails = emails(30)
+    async with loading(scripted, options=BulkOptions(load_id="staff", return_ids=True)) as loader:
+        _, *acks, _ = await events_of(loader, users(95))
 
-    assert scripted.emails == emails(95)
+    assert [(ack.offset, ack.replayed) for ack in acks if isinstance(ack, BulkAck)] == [
+        (offset, offset < 30) for offset in range(0, 95, BATCH)
+    ]
 
 
-async def test_says_what_a_server_can_not_take_in_any_size() -> None:
-    """A single row that is too large ends the load, with the rows before it in."""
-    scripted = ScriptedServer(dict.fromkeys(range(1, 99), status("TOO_LARGE")))
-    async with loading(scripted) as loader:
-        with pytest.raises(LoadInterrupted, match=r"TOO_LARGE.*10 rows") as caught:
+async def test_refuses_to_finish_a_load_with_fewer_rows_than_it_has() -> None:
+    """They are not the rows that it began with."""
+    scripted = ScriptedServer()
+    scripted.emails = emails(30)
+    async with loading(scripted, **NAMED) as loader:
+        with pytest.raises(LoadInterrupted, match="has 30 rows already, and here are only 29"):
+            await events_of(loader, users(29))
+
+    assert not scripted.is_finished
+
+
+@pytest.mark.parametrize(
+    ("fault", "streams"), [(CUT, 4), (UNKNOWN, 4), (FENCED, 1), (status("LOAD_ABORTED"), 1)]
+)
+async def test_opens_a_load_again_only_where_that_helps(fault: Status, streams: int) -> None:
+    """A server that stays away is tried so many times, one that has a reason to refuse once."""
+    scripted = ScriptedServer(dict.fromkeys(range(2, 99), fault))
+    async with loading(scripted, tries=3, window=1, **NAMED) as loader:
+        with pytest.raises(LoadInterrupted) as caught:
             await events_of(loader, users(95))
 
-    assert caught.value.acknowledged == 10
+    assert caught.value.acknowledged == 20
+    assert scripted.opened == streams
+
+
+async def test_a_stream_that_breaks_behind_the_summary_is_no_matter() -> None:
+    """Everything is told by then."""
+    scripted = ScriptedServer()
+    scripted.ends_with = CUT
+    async with loading(scripted, **NAMED) as loader:
+        assert isinstance((await events_of(loader, users(25)))[-1], BulkSummary)
+
+    assert scripted.opened == 1
+
+
+async def test_a_reason_behind_the_summary_is_raised() -> None:
+    """The summary of a load with too many failures is not its end."""
+    scripted = ScriptedServer()
+    scripted.ends_with = status("TOO_MANY_FAILURES")
+    async with loading(scripted, **NAMED) as loader:
+        with pytest.raises(LoadInterrupted, match="TOO_MANY_FAILURES"):
+            await events_of(loader, users(25))
+
+
+async def test_an_error_of_the_source_is_raised_though_the_server_is_away() -> None:
+    """It may come while there is no stream that it could end."""
+    is_away = asyncio.Event()
+
+    async def source() -> AsyncIterator[User]:
+        for user in users(WINDOW * BATCH):
+            yield user
+        await is_away.wait()
+        raise ZeroDivisionError
+
+    scripted = ScriptedServer({0: CUT})
+    async with loading(scripted, **NAMED) as loader:
+        task = asyncio.create_task(events_of(loader, source()))
+        await scripted.ended.wait()
+        is_away.set()
+        with pytest.raises(ZeroDivisionError):
+            await task
 
 
 @pytest.mark.parametrize(("fault", "messages"), [(BUSY, 4), (FENCED, 1)])
@@ -310,8 +420,7 @@ async def test_gives_up_where_trying_does_not_help(fault: Status, messages: int)
 
 async def test_says_how_many_rows_were_acknowledged_when_the_stream_dies() -> None:
     """The caller knows where to go on."""
-    scripted = ScriptedServer()
-    scripted.dies_after = 30
+    scripted = ScriptedServer({3: CUT})
     async with loading(scripted) as loader:
         with pytest.raises(
             LoadInterrupted, match=r"the server is gone \(30 rows were acknowledged\)"
@@ -326,8 +435,7 @@ async def test_tells_the_status_of_the_server_though_a_write_fails_with_it() -> 
     rows = [User(email=email, full_name="x" * 2000) for email in emails(950)]
     codes = set()
     for _ in range(20):
-        scripted = ScriptedServer()
-        scripted.dies_after = 30
+        scripted = ScriptedServer({3: CUT})
         async with loading(scripted) as loader:
             with pytest.raises(LoadInterrupted) as caught:
                 await events_of(loader, rows)

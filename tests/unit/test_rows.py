@@ -3,32 +3,45 @@
 import gzip
 import io
 import json
+import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+from hypothesis import given, settings, strategies as st
 
 from roster.v1.bulk_pb2 import BulkAck, RowFailure
 from roster.v1.resources_pb2 import Post, User
-from service.cli.ledger import MAX_HELD_BYTES, Ledger, Rejects
-from service.cli.rows import MAX_LINE_BYTES, Columns, Csv, FileFormat, Ndjson, Row, SourceError
+from service.cli.environment import UsageError
+from service.cli.formats import (
+    MAX_LINE_BYTES,
+    Csv,
+    FileFormat,
+    Ndjson,
+    Parquet,
+    SourceError,
+    csv_line,
+    json_line,
+)
+from service.cli.ledger import MAX_HELD_BYTES, Ledger
+from service.cli.rows import POSTS, USERS, Columns, Row, values_of
 from service.cli.source import Source
 
-USER = ("email", "full_name", "is_active", "hashed_password", "password")
-POST = ("title", "content", "author_id", "author_email")
 ANY_FAILURE = RowFailure(reason="EMAIL_TAKEN", field="email", message="email belongs to another user")
 
 
-def columns(message: type[Message]) -> Columns:
+def columns(message: type[Message], operation: str = "create") -> Columns:
     """Return the columns of an entity."""
-    return Columns(message, USER if message is User else POST)
+    return Columns(message, (USERS if message is User else POSTS).columns(operation, ["full_name"]))
 
 
 def rows_of(file_format: FileFormat, data: bytes) -> list[Row]:
     """Return the rows of a file's lines."""
-    return list(file_format.rows(iter(io.BytesIO(data))))
+    return list(file_format.rows(io.BytesIO(data)))
 
 
 async def rows_in(path: Path, file_format: FileFormat) -> list[Row]:
@@ -111,12 +124,16 @@ GOOD_CSV = [
         User(email="a@x", full_name='Ada, "Countess"\r\nof Lovelace'),
     ),
     (b'"",\xc3\xa9,""', User(full_name="é")),
+    (b'a@x,"",', User(email="a@x", full_name="")),
+    (b'a@x," ",', User(email="a@x", full_name=" ")),
+    (b'"a@x","""",""', User(email="a@x", full_name='"')),
+    (b'a@x,"\r\n\n",true\r\n', User(email="a@x", full_name="\r\n\n", is_active=True)),
 ]
 
 
 @pytest.mark.parametrize(("line", "expected"), GOOD_CSV)
 def test_csv_becomes_a_message(line: bytes, expected: User) -> None:
-    """An empty cell is unset, and quotes hold commas and lines together."""
+    """An empty cell is unset, one that is quoted an empty text; quotes hold commas and lines together."""
     [row] = rows_of(Csv(columns(User)), CSV_HEADER + line)
 
     assert (row.message, row.failure) == (expected, None)
@@ -128,8 +145,10 @@ BAD_CSV = [
     (b"a@x,,,\n", "MALFORMED_MESSAGE", "", "the number of cells is 4, in the header line 3"),
     (b"\xff@x,,\n", "MALFORMED_MESSAGE", "", "the row is not UTF-8"),
     (b'"a"x,,\n', "MALFORMED_MESSAGE", "", "the row is not CSV"),
-    (b"x" * (MAX_LINE_BYTES + 1) + b"\n", "TOO_LARGE", "", "the line is longer than 8 MiB"),
-    (b'"' + b"x" * (MAX_LINE_BYTES + 1) + b"\n", "TOO_LARGE", "", "the line is longer than 8 MiB"),
+    (b'a@x,A"d"a,\n', "MALFORMED_MESSAGE", "", "the row is not CSV"),
+    (b"x" * (MAX_LINE_BYTES + 1) + b"\n", "TOO_LARGE", "", "the row is longer than 8 MiB"),
+    (b'"' + b"x" * (MAX_LINE_BYTES + 1) + b"\n", "TOO_LARGE", "", "the row is longer than 8 MiB"),
+    (b'"' + b"x\n" * (MAX_LINE_BYTES // 2), "TOO_LARGE", "", "the row is longer than 8 MiB"),
 ]
 
 
@@ -151,16 +170,17 @@ def test_a_quote_that_is_never_closed_fails_one_row() -> None:
     good, bad = rows_of(Csv(columns(User)), CSV_HEADER + b'a@x,,\nb@x,"Ada,\nc@x,,\n')
 
     assert good.message == User(email="a@x")
-    assert (bad.number, bad.original) == (3, ['b@x,"Ada,\nc@x,,'])
+    assert (bad.number, bad.original) == (3, b'b@x,"Ada,\nc@x,,\n')
 
 
 @pytest.mark.parametrize(
     ("data", "told"),
     [
-        (b"", "no header line"),
+        (b"", "names none of email"),
         (b"a@x,Ada\n", "names none of email, full_name"),
         (b"email,email\n", "a name twice"),
-        (b"email,\xff\n", "not UTF-8"),
+        (b"email,\xff\n", "no CSV in UTF-8"),
+        (b'email,"foo\n', "no CSV in UTF-8"),
     ],
 )
 def test_refuses_csv_whose_header_says_nothing(data: bytes, told: str) -> None:
@@ -271,11 +291,10 @@ async def test_rejects_can_be_loaded_again(tmp_path: Path, kind: type[FileFormat
     """Mended, they are rows; as they are, they fail again in the same way, their old `_error` ignored."""
     path = tmp_path / "rejects"
     file_format = kind(columns(User))
-    rejects = Rejects(path, file_format)
+    ledger = Ledger(path, file_format)
     for row in rows_of(file_format, FILES[kind]):
-        assert row.failure is not None
-        rejects.add(row, row.failure)
-    rejects.close()
+        ledger.note(row)
+    ledger.close()
     if is_mended:
         path.write_bytes(path.read_bytes().replace(b"maybe", b"false").replace(b'"false"', b"false"))
     known = columns(User)
@@ -286,62 +305,174 @@ async def test_rejects_can_be_loaded_again(tmp_path: Path, kind: type[FileFormat
     assert emails(rows) == (["a@x", "b@x"] if is_mended else ["", ""])
 
 
-def ledger_of(tmp_path: Path, data: bytes) -> tuple[Ledger, Rejects]:
+def ledger_of(tmp_path: Path, data: bytes) -> Ledger:
     """Return a ledger that has noted all rows of a file."""
     ndjson = Ndjson(columns(User))
-    rejects = Rejects(tmp_path / "rejects.ndjson", ndjson)
-    ledger = Ledger(rejects)
+    ledger = Ledger(tmp_path / "rejects.ndjson", ndjson)
     for row in rows_of(ndjson, data):
         ledger.note(row)
-    return ledger, rejects
+    return ledger
 
 
-def rejected_lines(rejects: Rejects) -> list[int]:
+def rejected_lines(ledger: Ledger) -> list[int]:
     """Return from which lines the rejects are."""
-    rejects.close()
-    return [json.loads(line)["_error"]["row"] for line in rejects.path.read_bytes().splitlines()]
+    ledger.close()
+    return [json.loads(line)["_error"]["row"] for line in ledger.path.read_bytes().splitlines()]
 
 
 def test_rejects_keep_the_order_of_the_file(tmp_path: Path) -> None:
     """A row that could not be read waits for the answers about the rows before it."""
-    ledger, rejects = ledger_of(tmp_path, b"1\n{}\n3\n{}\n{}\n6\n{}\n")
+    ledger = ledger_of(tmp_path, b"1\n{}\n3\n{}\n{}\n6\n{}\n")
 
     ledger.settle(BulkAck(offset=0, next_offset=2, created=1, failed=1, failures=[RowFailure(offset=1)]))
     ledger.settle(BulkAck(offset=2, next_offset=4, skipped=1, failed=1, failures=[RowFailure(offset=3)]))
 
-    assert rejected_lines(rejects) == [1, 3, 4, 6, 7]
-    assert ledger.counts == {"created": 1, "updated": 0, "skipped": 1, "failed": 5}
+    assert rejected_lines(ledger) == [1, 3, 4, 6, 7]
+    assert (ledger.rows, ledger.failed) == (7, 5)
 
 
-def test_a_batch_that_failed_as_a_whole_is_rejected_as_a_whole(tmp_path: Path) -> None:
-    """Its ack names the culprits only; the others are not in either, and can be loaded again."""
-    ledger, rejects = ledger_of(tmp_path, b"{}\n{}\n{}\n{}\n")
+def test_all_rows_of_a_batch_that_failed_are_rejected(tmp_path: Path) -> None:
+    """An ack names the culprits only; the others have no id, also where it has rows of another batch."""
+    ledger = ledger_of(tmp_path, b"{}\n{}\n{}\n{}\n{}\n")
 
-    ledger.settle(BulkAck(offset=0, next_offset=3, failed=3, failures=[RowFailure(offset=1, reason="R")]))
-    ledger.settle(BulkAck(offset=3, next_offset=4, created=1))
+    culprit = RowFailure(offset=1, reason="R")
+    ledger.settle(BulkAck(offset=0, created=1, failed=3, failures=[culprit], ids=[0, 0, 0, 7]))
+    ledger.settle(BulkAck(offset=4, created=1, ids=[8]))
 
-    assert rejected_lines(rejects) == [1, 2, 3]
+    assert rejected_lines(ledger) == [1, 2, 3]
     assert ledger.reasons == {("BATCH_FAILED", ""): 2, ("R", ""): 1}
 
 
 def test_what_waits_to_be_rejected_is_bounded(tmp_path: Path) -> None:
     """Many rows that can't be read, behind one that is not answered, are rejected before it."""
     bad = b"x" * (1 << 20) + b"\n"
-    ledger, rejects = ledger_of(tmp_path, b"{}\n" + bad * (MAX_HELD_BYTES // len(bad) + 1))
+    ledger = ledger_of(tmp_path, b"{}\n" + bad * (MAX_HELD_BYTES // len(bad) + 1))
 
     ledger.settle(BulkAck(offset=0, next_offset=1, failed=1, failures=[RowFailure(offset=0)]))
 
-    assert rejected_lines(rejects) == [*range(2, 10), 1]
+    assert rejected_lines(ledger) == [*range(2, 10), 1]
 
 
 def test_makes_no_file_without_rejects(tmp_path: Path) -> None:
     """A file of an earlier load is left alone; the first reject replaces it."""
     path = tmp_path / "rejects.ndjson"
     path.write_text("earlier\n")
-    ledger, rejects = ledger_of(tmp_path, b"{}\n")
+    ledger = ledger_of(tmp_path, b"{}\n")
 
-    assert (bool(rejects), path.read_text()) == (False, "earlier\n")
+    assert (ledger.has_rejects, path.read_text()) == (False, "earlier\n")
 
     ledger.settle(BulkAck(offset=0, next_offset=1, failed=1, failures=[RowFailure(offset=0)]))
 
-    assert rejected_lines(rejects) == [1]
+    assert rejected_lines(ledger) == [1]
+
+
+MOMENT = Timestamp(seconds=1_706_693_400, nanos=250_000)
+TIMES = [
+    ("2024-01-31T09:30:00.000250Z", MOMENT),
+    ("2024-01-31T11:30:00.00025+02:00", MOMENT),
+    ("2024-01-31T09:30:00.000250999Z", MOMENT),
+    ("0001-01-01T00:00:00Z", Timestamp(seconds=-62_135_596_800)),
+    ("9999-12-31T23:59:59.999999Z", Timestamp(seconds=253_402_300_799, nanos=999_999_000)),
+    ("2024-01-31T09:30:00", None),
+    ("2024-01-31", None),
+    ("yesterday", None),
+    (1_706_693_400, None),
+    ("0001-01-01T00:00:00+02:00", Timestamp(seconds=-62_135_604_000)),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), TIMES)
+@pytest.mark.parametrize("kind", [Ndjson, Csv])
+def test_times_are_read_as_rfc_3339(kind: type[FileFormat], text: Any, expected: Timestamp | None) -> None:
+    """To the microsecond; a time without a zone could be any, and fails its row. The server checks years."""
+    line = json_line({"created_at": text}) if kind is Ndjson else f"created_at\n{text}\n".encode()
+    [row] = rows_of(kind(columns(User, "restore")), line)
+
+    if expected is None:
+        assert row.failure is not None
+        assert row.failure.field == "created_at"
+    else:
+        assert row.message == User(created_at=expected)
+
+
+def test_reads_what_an_operation_needs() -> None:
+    """An update reads ids, versions and what the mask names; to restore, identity and times are read too."""
+    assert USERS.columns("update", ["full_name", "nonsense"]) == ("id", "version", "full_name")
+    assert USERS.columns("update", ["*"]) == ("id", "version", *USERS.loaded)
+    assert POSTS.columns("restore", []) == ("id", "created_at", "updated_at", "version", *POSTS.loaded)
+
+
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
+restored = st.builds(
+    User,
+    id=st.integers(1, 1 << 53),
+    email=texts.filter(bool),
+    full_name=st.one_of(st.none(), st.sampled_from(["", '"', '""', ",", "\r", "\n", "a\r\nb"]), texts),
+    is_active=st.booleans(),
+    created_at=st.builds(Timestamp, seconds=st.integers(-62_135_596_800, 253_402_300_799)),
+    updated_at=st.builds(
+        Timestamp, seconds=st.just(0), nanos=st.integers(0, 999_999).map(lambda n: n * 1000)
+    ),
+    version=st.integers(1, 1 << 31),
+)
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(st.lists(restored, min_size=1, max_size=5))
+def test_what_is_written_reads_the_same(rows: list[User]) -> None:
+    """Null, empty, quotes, line ends and times survive NDJSON and CSV."""
+    values = [values_of(row, USERS.exported) for row in rows]
+    ndjson = b"".join(map(json_line, values))
+    csv = csv_line(USERS.exported) + b"".join(csv_line(row.values()) for row in values)
+
+    assert [row.message for row in rows_of(Ndjson(columns(User, "restore")), ndjson)] == rows
+    assert [row.message for row in rows_of(Csv(columns(User, "restore")), csv)] == rows
+
+
+def parquet_of(**table: list[Any]) -> io.BytesIO:
+    """Return a table as Parquet."""
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.table(table), file)
+    return file
+
+
+def test_parquet_becomes_messages() -> None:
+    """Null is unset; a value of another type fails its row, whose reject is JSON."""
+    noon = datetime(2024, 1, 31, 12, tzinfo=UTC)
+    names = ["", None]
+    file = parquet_of(email=["a@x", "b@x"], full_name=names, created_at=[noon, noon], id=[7.5, None])
+    parquet = Parquet(columns(User, "restore"))
+
+    bad, good = parquet.rows(file)  # type: ignore[arg-type]
+
+    assert good.message == User(email="b@x", created_at=Timestamp(seconds=int(noon.timestamp())))
+    assert bad.failure is not None
+    assert bad.failure.field == "id"
+    assert json.loads(parquet.rejected(bad, bad.failure)) == {
+        "email": "a@x",
+        "full_name": "",
+        "created_at": "2024-01-31T12:00:00.000000Z",
+        "id": 7.5,
+        "_error": {
+            "reason": "INVALID_FIELD",
+            "field": "id",
+            "message": "id must be an integer of at most 64 bits",
+            "row": 1,
+        },
+    }
+
+
+def test_says_that_a_file_is_no_parquet() -> None:
+    """One sentence, as for a header that says nothing."""
+    pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+    with pytest.raises(SourceError, match="no Parquet that can be read"):
+        rows_of(Parquet(columns(User)), b"email\n")
+
+
+def test_says_how_to_get_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is an extra."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UsageError, match="pip install pyarrow"):
+        Parquet(columns(User))

@@ -1,0 +1,257 @@
+"""A load through crashes of everything around it, and an account of what became of each row.
+
+A history is plain data, so that one that failed can be kept as JSON: the database, how many rows a message
+has, and faults, each so many messages and then a pause behind the one before.
+"""
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from roster.v1.bulk_pb2 import (
+    BulkAck,
+    BulkLoad,
+    BulkOptions,
+    BulkSummary,
+    GetBulkLoadRequest,
+    ListBulkLoadFailuresRequest,
+    RowFailure,
+)
+from roster.v1.bulk_pb2_grpc import BulkServiceStub
+from roster.v1.resources_pb2 import User
+from roster.v1.users_pb2 import BulkCreateUsersRequest, ListUsersRequest
+from roster.v1.users_pb2_grpc import UserServiceStub
+from service.client import BulkLoader, LoadInterrupted, channel
+from tests.postgres import PostgresServer
+from tests.rival import rival
+
+ANY_DATABASE = (
+    "kill the server",
+    "die before commit",
+    "die after commit",
+    "lose the answer",
+    "begin again",
+    "load twice",
+)
+POSTGRESQL = (
+    "crash PostgreSQL",
+    "terminate any backend",
+    "terminate while it copies",
+    "terminate before commit",
+)
+LOAD_ID = "crashes"
+LONGEST_PAUSE_SECONDS = 0.1
+FIRST_RETRY_SECONDS = 0.05
+DEADLINE_SECONDS = 100
+TERMINATE_ANY = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE application_name = 'roster' AND datname = current_database() ORDER BY random() LIMIT 1
+"""
+
+
+def drawn(random: Random, database: str) -> dict[str, Any]:
+    """Return a history with all kinds of faults."""
+    kinds = [*ANY_DATABASE, *(POSTGRESQL if database == "postgresql" else ())]
+    random.shuffle(kinds)
+    faults = [[random.randint(1, 6), round(random.uniform(0, LONGEST_PAUSE_SECONDS), 3), kind] for kind in kinds]
+    return {"database": database, "batch_rows": random.choice([1, 30, 300]), "faults": faults}
+
+
+class File:
+    """Rows to load, of which some are bad, and some have the e-mail of one before; it ends when told so."""
+
+    def __init__(self) -> None:
+        self.size: int | None = None
+        self.read = 0  # by whoever read most
+
+    def rows(self) -> Iterator[User]:
+        """Return the rows from the first on."""
+        number = 0
+        while self.size is None or number < self.size:
+            self.read = max(self.read, number + 1)
+            yield self.row(number)
+            number += 1
+
+    def end(self) -> None:
+        """Have no more rows than somebody has read already."""
+        self.size = self.read
+
+    @staticmethod
+    def row(number: int) -> User:
+        """Return a row."""
+        name = {7: f"no user {number}", 17: f"user{number // 2}"}.get(number % 20, f"user{number}")
+        return User(email=f"{name}@example.org", full_name=f"Row {number}")
+
+
+class Ledger:
+    """What loaders were told of the rows: id, reason, id of the row that has the key."""
+
+    def __init__(self) -> None:
+        self.told: dict[int, tuple[int, str, int]] = {}
+        self.failures: dict[int, RowFailure] = {}
+        self.messages = 0  # those with rows that nobody was told of before
+        self.grown = asyncio.Condition()
+
+    async def note(self, ack: BulkAck) -> None:
+        """Take in an ack; what is told again is told alike."""
+        failures = {failure.offset: failure for failure in ack.failures}
+        is_new = ack.offset + len(ack.ids) - 1 not in self.told
+        for offset, id in enumerate(ack.ids, ack.offset):
+            failure = failures.get(offset, RowFailure())
+            told = (id, failure.reason, failure.existing_id)
+            assert self.told.setdefault(offset, told) == told
+        for offset, failure in failures.items():
+            assert self.failures.setdefault(offset, failure) == failure
+        async with self.grown:
+            self.messages += is_new
+            self.grown.notify_all()
+
+    async def grows(self, messages: int) -> None:
+        """Wait for so many more messages."""
+        end = self.messages + messages
+        async with self.grown:
+            await self.grown.wait_for(lambda: self.messages >= end)
+
+
+class MortalServer:
+    """A server in a process of its own, which is started again whenever it dies."""
+
+    def __init__(self, url: str, log: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.address = f"127.0.0.1:{listener.getsockname()[1]}"
+        self.log = log
+        self._environment = {**os.environ, "ROSTER_DATABASE_URL": url, "ROSTER_LISTEN": self.address}
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Keep it alive."""
+        await self._start()
+        keeping = asyncio.create_task(self._keep())
+        try:
+            yield
+        finally:
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
+            self._process.kill()
+            await self._process.wait()
+
+    async def killed(self) -> None:
+        """Kill it."""
+        process = self._process
+        process.kill()
+        await process.wait()
+
+    def order(self, accident: str) -> "asyncio.subprocess.Process":
+        """Let it have an accident at its next commit."""
+        assert self._process.stdin
+        self._process.stdin.write(f"{accident}\n".encode())
+        return self._process
+
+    async def _keep(self) -> None:
+        while True:
+            await self._process.wait()
+            await self._start()
+
+    async def _start(self) -> None:
+        with self.log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", "tests.faults.mortal"),
+                env=self._environment,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+            )
+
+
+class Trial:
+    """A history as it happens: loaders at work, and faults."""
+
+    def __init__(self, history: dict[str, Any], url: str, log: Path, postgres: PostgresServer | None) -> None:
+        self.history = history
+        self.url = url
+        self.postgres = postgres
+        self.server = MortalServer(url, log)
+        self.file = File()
+        self.ledger = Ledger()
+        self.loaders: list[asyncio.Task[None]] = []
+        self.fenced = asyncio.Semaphore(0)
+        self.summary: asyncio.Future[BulkSummary] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> None:
+        """Load through all faults, and account for each row; raises AssertionError."""
+        async with asyncio.timeout(DEADLINE_SECONDS), self.server.running():
+            async with asyncio.TaskGroup() as self.tasks:
+                self._begin(self.history["batch_rows"])
+                for messages, pause, kind in self.history["faults"]:
+                    await self.ledger.grows(messages)
+                    await asyncio.sleep(pause)
+                    await self._inject(kind)
+                self.file.end()
+            await self._load(batch_rows=1000)  # all rows once more, with their first outcome
+            await self._account()
+
+    def _begin(self, batch_rows: int) -> None:
+        self.loaders.append(self.tasks.create_task(self._load(batch_rows)))
+
+    async def _load(self, batch_rows: int) -> None:
+        async with channel(self.server.address) as connection:
+            loader = BulkLoader(
+                UserServiceStub(connection).BulkCreateUsers,
+                BulkCreateUsersRequest,
+                BulkOptions(load_id=LOAD_ID, return_ids=True),
+                batch_rows=batch_rows,
+                first_pause_seconds=FIRST_RETRY_SECONDS,
+            )
+            try:
+                async with aclosing(loader.run(self.file.rows())) as events:
+                    async for event in events:
+                        if isinstance(event, BulkAck):
+                            await self.ledger.note(event)
+            except LoadInterrupted as interrupted:
+                assert interrupted.reason == "LOAD_FENCED"
+                self.fenced.release()
+
+    async def _inject(self, kind: str) -> None:
+        if kind == "kill the server":
+            await self.server.killed()
+        elif kind.startswith("die"):
+            await self.server.order(kind).wait()
+        elif kind in ("lose the answer", "terminate before commit"):
+            self.server.order(kind)
+        elif kind in ("begin again", "load twice"):
+            await self._begin_another(kind)
+        elif kind == "crash PostgreSQL" and self.postgres:
+            await asyncio.to_thread(self.postgres.stop, "immediate")
+            await asyncio.to_thread(self.postgres.start)
+        else:
+            await self._terminate(kind)
+
+    async def _begin_another(self, kind: str) -> None:
+        first = self.loaders.pop()
+        self._begin(self.history["batch_rows"] * 2 + 1)
+        if kind == "begin again":
+            first.cancel()
+        else:
+            await self.fenced.acquire()
+
+    async def _terminate(self, kind: str) -> None:
+        async with rival(self.url) as other:
+            if kind == "terminate any backend":
+                await other.execute(TERMINATE_ANY)
+                return
+            ahead = self.file.read + 20 - self.file.read % 20  # neither bad nor like another
+            await other.execute(f"INSERT INTO users (email) VALUES ('{self.file.row(ahead).email}')")
+            await other.execute(f"SELECT pg_terminate_backend({await other.waiting()})")
+            await other.rollback()
+
+    async def _account(self) -> None:
+        async with channel(self.server.address) as connection:
+            users, loads = UserServiceStub(connection), BulkServiceStub(connection)
+            ...
