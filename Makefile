@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUILD_INPUTS := pyproject.toml hatch_build.py $(wildcard protos/*/*/*.proto)
 NODE := tests/e2e/node
 GRPCURL := v1.9.4
-LOCK := uv pip compile pyproject.toml --quiet $(if $(UPGRADE),--upgrade) --universal --all-extras \
+LOCK := uv pip compile pyproject.toml --quiet $(if $(UPGRADE),--upgrade) --universal \
 	--generate-hashes --no-header --no-emit-index-url --no-emit-find-links
 
 # The first Python that will do; `make PYTHON=/path/to/python3 …` names another.
@@ -19,7 +19,7 @@ PYTHON ?= $(firstword $(foreach python,python3 python3.14 python3.13 python3.12 
 	$(shell $(python) -c '$(SUITABLE)' 2>/dev/null && echo $(python))))
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(VENV)/installed ## Install the service into .venv
 
@@ -46,7 +46,7 @@ tools: .tools/grpcurl-$(GRPCURL) $(NODE)/node_modules/.package-lock.json ## Inst
 lock: ## Pin the dependencies anew, the newest with UPGRADE=1; needs uv
 	@command -v uv >/dev/null || { echo 'make: uv is not on PATH: pip install uv' >&2; exit 1; }
 	$(LOCK) --group build --output-file requirements.lock
-	$(LOCK) --group dev --constraint requirements.lock --output-file requirements-dev.lock
+	$(LOCK) --group dev --all-extras --constraint requirements.lock --output-file requirements-dev.lock
 
 contract: $(VENV)/development ## Take the protos as released: later ones are compared with them
 	$(BIN)/python -m tests.contract_image

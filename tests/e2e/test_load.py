@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from roster.v1.bulk_pb2 import AbortBulkLoadRequest, BulkLoad, GetBulkLoadRequest
+from roster.v1.bulk_pb2 import AbortBulkLoadRequest, BulkLoad
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
 from roster.v1.users_pb2 import GetUserRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
@@ -149,7 +149,7 @@ async def test_stops_where_too_many_rows_failed(roster: Roster, rows: list[objec
         ),
         (["users", "users.ndjson", "--rejects", "./users.ndjson"], "is the file to load"),
         (["users", "users.ndjson", "--rejects", "nowhere/rejects"], "there is no folder nowhere"),
-        (["users", "users.ndjson", "--format", "csv"], "names none of email"),
+        (["users", "users.ndjson", "--format", "csv"], "the header line is no CSV"),
         (["users", "users.ndjson", "--address", "127.0.0.1:1"], "127.0.0.1:1; start one with `roster serve`"),
         (
             ["posts", "users.ndjson", "--on-conflict", "skip"],
@@ -321,28 +321,32 @@ async def test_goes_on_through_a_restart_of_the_server(
 
 async def test_a_second_loader_of_a_load_ends_the_first(roster: Roster, users: UserServiceStub) -> None:
     """The first does not come back, and nothing is doubled."""
-    first = await roster.start("load", "users", "-", "--load-id", "staff", "--batch-rows", "5")
-    await feed(first, 0, 5)
-    await are_in(users, 5, first)
-    rows = ndjson(*({"email": f"{number}@example.org"} for number in range(10)))
+    command = ["load", "users", "-", "--load-id", "staff", "--batch-rows", "500"]
+    first = await roster.start(*command)
+    await feed(first, 0, 1000)
+    await are_in(users, 1000, first)
+    rows = ndjson(*({"email": f"{number}@example.org"} for number in range(1100)))
 
-    second = await roster.run("load", "users", "-", "--load-id", "staff", stdin=rows)
-    await feed(first, 5, 10)
+    second = await roster.run(*command, stdin=rows)
+    await feed(first, 1000, 1100)
     fenced = await ended(first)
 
     assert (second.status, fenced.status) == (0, 2)
-    assert "going on at row 6\n" in second.err
+    assert "going on at row 1,001\n" in second.err
     assert "a newer stream has opened this load" in fenced.err
-    assert second.out.endswith("): 10 created, 0 updated, 0 skipped, 0 failed\n")
+    assert second.out.splitlines()[0].endswith("): 1,100 created, 0 updated, 0 skipped, 0 failed")
 
 
 async def test_an_aborted_load_takes_no_more_rows(roster: Roster, server: Server) -> None:
     """The command says so, and that another name is needed."""
-    name = roster.write("users.ndjson", {"email": "no"}, {"email": "a@example.org"})
-    await roster.run("load", "users", name, "--load-id", "staff", "--max-failures", "1", "--batch-rows", "1")
+    name = roster.write("users.ndjson", *[{"email": "no"}] * 9)
+    command = ["load", "users", name, "--load-id", "staff", "--batch-rows", "1"]
+    await roster.run(*command, "--max-failures", "1")
     async with channel(server.address) as connection:
         loads = BulkServiceStub(connection)
         aborted = await loads.AbortBulkLoad(AbortBulkLoadRequest(load_id="staff"))
-    done = await roster.run("load", "users", name, "--load-id", "staff")
+    done = await roster.run(*command)
 
-    assert aborted.state == BulkLoad.FINISHED
+    assert aborted.state == BulkLoad.ABORTED
+    assert done.status == 2
+    assert "the load was aborted; begin another, with another load_id" in done.err

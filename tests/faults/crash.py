@@ -18,7 +18,6 @@ from roster.v1.bulk_pb2 import (
     BulkAck,
     BulkLoad,
     BulkOptions,
-    BulkSummary,
     GetBulkLoadRequest,
     ListBulkLoadFailuresRequest,
     RowFailure,
@@ -48,7 +47,7 @@ POSTGRESQL = (
 LOAD_ID = "crashes"
 LONGEST_PAUSE_SECONDS = 0.1
 FIRST_RETRY_SECONDS = 0.05
-DEADLINE_SECONDS = 100
+DEADLINE_SECONDS = 110
 TERMINATE_ANY = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE application_name = 'roster' AND datname = current_database() ORDER BY random() LIMIT 1
@@ -59,7 +58,9 @@ def drawn(random: Random, database: str) -> dict[str, Any]:
     """Return a history with all kinds of faults."""
     kinds = [*ANY_DATABASE, *(POSTGRESQL if database == "postgresql" else ())]
     random.shuffle(kinds)
-    faults = [[random.randint(1, 6), round(random.uniform(0, LONGEST_PAUSE_SECONDS), 3), kind] for kind in kinds]
+    faults = [
+        [random.randint(1, 6), round(random.uniform(0, LONGEST_PAUSE_SECONDS), 3), kind] for kind in kinds
+    ]
     return {"database": database, "batch_rows": random.choice([1, 30, 300]), "faults": faults}
 
 
@@ -182,7 +183,6 @@ class Trial:
         self.ledger = Ledger()
         self.loaders: list[asyncio.Task[None]] = []
         self.fenced = asyncio.Semaphore(0)
-        self.summary: asyncio.Future[BulkSummary] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
         """Load through all faults, and account for each row; raises AssertionError."""
@@ -202,6 +202,7 @@ class Trial:
 
     async def _load(self, batch_rows: int) -> None:
         async with channel(self.server.address) as connection:
+            await connection.channel_ready()
             loader = BulkLoader(
                 UserServiceStub(connection).BulkCreateUsers,
                 BulkCreateUsersRequest,
@@ -215,7 +216,8 @@ class Trial:
                         if isinstance(event, BulkAck):
                             await self.ledger.note(event)
             except LoadInterrupted as interrupted:
-                assert interrupted.reason == "LOAD_FENCED"
+                if interrupted.reason != "LOAD_FENCED":
+                    raise
                 self.fenced.release()
 
     async def _inject(self, kind: str) -> None:
@@ -252,6 +254,56 @@ class Trial:
             await other.rollback()
 
     async def _account(self) -> None:
+        """Compare what loaders were told of each row with what is there."""
         async with channel(self.server.address) as connection:
-            users, loads = UserServiceStub(connection), BulkServiceStub(connection)
-            ...
+            users = await _users(UserServiceStub(connection))
+            loads = BulkServiceStub(connection)
+            load = await loads.GetBulkLoad(GetBulkLoadRequest(load_id=LOAD_ID))
+            failures = await _failures(loads)
+        first: dict[str, str] = {}
+        for number in range(self.file.read):
+            row = self.file.row(number)
+            assert self.ledger.told[number] == _expected(row, users, is_new=row.email not in first)
+            first.setdefault(row.email, row.full_name)
+        assert {email: user.full_name for email, user in users.items()} == {
+            email: name for email, name in first.items() if " " not in email
+        }
+        assert failures == [failure for _, failure in sorted(self.ledger.failures.items())]
+        counts = (load.next_offset, load.created, load.updated, load.skipped, load.failed)
+        assert (load.state, *counts) == (
+            BulkLoad.FINISHED,
+            self.file.read,
+            len(users),
+            0,
+            0,
+            len(failures),
+        )
+
+
+def _expected(row: User, users: dict[str, User], *, is_new: bool) -> tuple[int, str, int]:
+    if " " in row.email:
+        return 0, "INVALID_FIELD", 0
+    id = users[row.email].id
+    return (id, "", 0) if is_new else (0, "EMAIL_TAKEN", id)
+
+
+async def _users(users: UserServiceStub) -> dict[str, User]:
+    found: dict[str, User] = {}
+    request = ListUsersRequest(page_size=1000)
+    while True:
+        page = await users.ListUsers(request)
+        found.update((user.email, user) for user in page.users)
+        if not page.next_page_token:
+            return found
+        request.page_token = page.next_page_token
+
+
+async def _failures(loads: BulkServiceStub) -> list[RowFailure]:
+    found: list[RowFailure] = []
+    request = ListBulkLoadFailuresRequest(load_id=LOAD_ID, page_size=1000)
+    while True:
+        page = await loads.ListBulkLoadFailures(request)
+        found += page.failures
+        if not page.next_page_token:
+            return found
+        request.page_token = page.next_page_token

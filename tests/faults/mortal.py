@@ -15,15 +15,13 @@ from service.cli import main
 from service.db import engine
 from service.errors import OutcomeUnknown
 
-AT_COMMITS = ("die-before-commit", "die-after-commit", "lose-the-answer", "lose-the-connection")
-
 commit = engine._commit
 accident = ""
 
 
 def obey() -> None:
     """Take orders, to the end."""
-    global accident  # noqa: PLW0603  (the thread's only way to the other one)
+    global accident  # noqa: PLW0603  (the threads' only way to each other)
     for line in sys.stdin:
         accident = line.strip()
     die()
@@ -36,16 +34,16 @@ def die() -> None:
 
 async def accident_prone(session: Any) -> None:
     """Commit, in the way that was ordered."""
-    global accident  # noqa: PLW0603
+    global accident
     order, accident = accident, ""
-    if order == "die-before-commit":
+    if order == "die before commit":
         die()
-    if order == "lose-the-connection":
+    if order == "terminate before commit":
         await terminate(session)
     await commit(session)
-    if order == "die-after-commit":
+    if order == "die after commit":
         die()
-    if order == "lose-the-answer":
+    if order == "lose the answer":
         raise OutcomeUnknown("the answer to a commit was lost, for a test")
 
 
