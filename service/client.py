@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, Generic, TypeVar
 
@@ -48,7 +48,6 @@ BROKEN = (
 )
 
 Request = TypeVar("Request", bound=Message)
-Rows = AsyncIterable[Message] | Iterable[Message]
 Event = BulkOpened | BulkAck | BulkSummary
 
 
@@ -172,7 +171,7 @@ class BulkLoader(Generic[Request]):
         self._is_summarised = False
         self._changed = asyncio.Event()
 
-    async def run(self, rows: Rows) -> AsyncGenerator[Event, None]:
+    async def run(self, rows: AsyncIterable[Message]) -> AsyncGenerator[Event, None]:
         """Yield `opened` for each stream, an ack for each message, in order, and the summary.
 
         The first row is asked for when the load is open. Close it (`contextlib.aclosing`) where it is left
@@ -278,34 +277,33 @@ class BulkLoader(Generic[Request]):
         self._patience.renew()
         return True
 
-    async def _fill(self, rows: Rows, opened: BulkOpened) -> None:
+    async def _fill(self, rows: AsyncIterable[Message], opened: BulkOpened) -> None:
         async with aclosing(self._cut(rows, opened)) as messages:
             async for message in messages:
                 await self._until(lambda: len(self._unsettled) < self._window)
                 self._unsettled.append(message)
                 self._changed.set()
 
-    async def _cut(self, rows: Rows, opened: BulkOpened) -> AsyncGenerator[Request, None]:
+    async def _cut(self, rows: AsyncIterable[Message], opened: BulkOpened) -> AsyncGenerator[Request, None]:
         """Yield messages as large as they may be, and at last the one that completes the load."""
         start = self._acknowledged = 0 if self._options.return_ids else opened.next_offset
         max_rows = min(self._batch_rows, opened.max_rows)
         max_bytes = min(BATCH_BYTES, opened.max_bytes) - MESSAGE_FRAMING_BYTES
         batch: list[Message] = []
         end = size = 0
-        async with aclosing(_each(rows)) as each:
-            async for row in each:
-                end += 1
-                if end <= start:
-                    continue
-                row_size = row.ByteSize() + ROW_FRAMING_BYTES
-                if batch and size + row_size > max_bytes:
-                    yield self._message(end - 1, batch)
-                    batch, size = [], 0
-                batch.append(row)
-                size += row_size
-                if len(batch) == max_rows:
-                    yield self._message(end, batch)
-                    batch, size = [], 0
+        async for row in rows:
+            end += 1
+            if end <= start:
+                continue
+            row_size = row.ByteSize() + ROW_FRAMING_BYTES
+            if batch and size + row_size > max_bytes:
+                yield self._message(end - 1, batch)
+                batch, size = [], 0
+            batch.append(row)
+            size += row_size
+            if len(batch) == max_rows:
+                yield self._message(end, batch)
+                batch, size = [], 0
         if end < start:
             told = f"the load has {start:,} rows already, and here are only {end:,}"
             raise self._interrupted(FAILED_PRECONDITION, told)
@@ -323,15 +321,6 @@ class BulkLoader(Generic[Request]):
 
     def _interrupted(self, code: int, message: str) -> LoadInterrupted:
         return LoadInterrupted(Status(code=code, message=message), self._acknowledged)
-
-
-async def _each(rows: Rows) -> AsyncGenerator[Message, None]:
-    if isinstance(rows, AsyncIterable):
-        async for row in rows:
-            yield row
-    else:
-        for row in rows:
-            yield row
 
 
 def _status_now(call: grpc.aio.Call) -> Status:

@@ -103,7 +103,7 @@ def wrong_password_hash(value: str) -> str | None:
         return "must be an argon2 hash in PHC form, $argon2id$v=19$m=…"
     costs = zip(map(int, match.groups()), MAX_HASH_COST, strict=True)
     if not all(1 <= cost <= most for cost, most in costs):
-        return "costs more to verify than 256 MiB of memory, 16 passes and 16 lanes"
+        return "must be an argon2 hash that costs at most 256 MiB of memory, 16 passes and 16 lanes"
     return None
 
 

@@ -1,25 +1,33 @@
 """The command `roster`."""
 
 import os
-
-# gRPC writes lines of its own, such as "Got goaway", to standard error. It reads this when it is imported.
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+from importlib import import_module
 
 import click
 
 from service import __version__
-from service.cli.export import export
-from service.cli.load import load
-from service.cli.loads import loads
-from service.cli.migrate import migrate
-from service.cli.serve import serve
+
+# gRPC writes lines of its own, such as "Got goaway", to standard error. It reads this when it is imported.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+COMMANDS = ["serve", "migrate", "load", "loads", "export"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Commands(click.Group):
+    """Imports the command that is asked for: a client need not wait for the imports of the server."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return COMMANDS
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"service.cli.{cmd_name}"), cmd_name)
+        return command
+
+
+@click.command(
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="roster")
 def main() -> None:
     """Roster: the system of record for users and their posts."""
-
-
-for command in (serve, migrate, load, loads, export):
-    main.add_command(command)

@@ -1,8 +1,8 @@
 """Settings for a person at a terminal: every one explained, everything wrong told at once."""
 
-import click
 from pydantic import ValidationError
 
+from service.cli.terminal import UsageError
 from service.settings import PREFIX, Settings
 
 
@@ -15,12 +15,6 @@ def settings() -> Settings:
         raise UsageError("\n".join(lines)) from None
     except OSError as error:
         raise UsageError(f"a setting's file can't be read: {error}") from None
-
-
-class UsageError(click.ClickException):
-    """What keeps a command from running at all."""
-
-    exit_code = 2
 
 
 def settings_help() -> str:

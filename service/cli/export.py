@@ -13,10 +13,9 @@ import click
 import grpc
 from google.protobuf.descriptor import FieldDescriptor
 
-from service.cli.environment import UsageError
 from service.cli.formats import csv_line, format_name, json_line, pyarrow
 from service.cli.rows import ENTITIES, Entity, values_of
-from service.cli.terminal import INTERRUPTED, address_option, explained, progress
+from service.cli.terminal import INTERRUPTED, UsageError, address_option, explained, progress
 from service.client import CallFailed, Patience, channel
 
 STDOUT = "-"

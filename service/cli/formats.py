@@ -13,8 +13,8 @@ import orjson
 from google.protobuf.message import Message
 
 from roster.v1.bulk_pb2 import RowFailure
-from service.cli.environment import UsageError
-from service.cli.rows import CELL_PARSERS, ERROR, PARSERS, Columns, Row
+from service.cli.rows import ERROR, Columns, Row
+from service.cli.terminal import UsageError
 from service.errors import MalformedMessage, RosterError, TooLarge
 
 STDIN = "-"
@@ -47,7 +47,7 @@ class Ndjson:
                 yield Row.of(number, len(line), line, self._message)
 
     def _message(self, original: Any) -> Message:
-        return self.columns.message(_object(original), PARSERS)
+        return self.columns.message(_object(original))
 
     def head(self) -> bytes:
         """Return what a file of rejects begins with."""
@@ -125,7 +125,7 @@ class Csv:
             told = f"the number of cells is {len(cells)}, in the header line {len(self._header)}"
             raise MalformedMessage(told)
         values = zip(self._header, map(_value, cells), strict=True)
-        return self.columns.message(dict(values), CELL_PARSERS)
+        return self.columns.message(dict(values))
 
     def head(self) -> bytes:
         """Return what a file of rejects begins with."""

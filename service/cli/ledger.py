@@ -20,20 +20,16 @@ class Ledger:
     """
 
     def __init__(self, path: Path, file_format: FileFormat) -> None:
-        self.path = path
+        self.rejects: str | None = None  # where they are
         self.rows = 0
         self.failed = 0
-        self.reasons: Counter[tuple[str, str]] = Counter()
-        self.sentences: dict[tuple[str, str], str] = {}
+        self.reasons: Counter[str] = Counter()
+        self.sentences: dict[str, str] = {}  # the first for each reason
+        self._path = path
         self._format = file_format
         self._file: io.BufferedWriter | None = None
         self._waiting: deque[Row] = deque()
         self._held_bytes = 0
-
-    @property
-    def has_rejects(self) -> bool:
-        """Tell whether there is a file of rejects."""
-        return self._file is not None
 
     def note(self, row: Row) -> None:
         """Take in a row, in the order of the file and before it is sent."""
@@ -62,11 +58,12 @@ class Ledger:
 
     def reject(self, row: Row, failure: RowFailure) -> None:
         """Write a row to the rejects; raises OSError."""
-        key = failure.reason, failure.field
-        self.reasons[key] += 1
-        self.sentences.setdefault(key, failure.message)
+        reason = f"{failure.reason} {failure.field}".rstrip()
+        self.reasons[reason] += 1
+        self.sentences.setdefault(reason, failure.message)
         if self._file is None:
-            self._file = self.path.open("wb")
+            self.rejects = str(self._path)
+            self._file = self._path.open("wb")
             self._file.write(self._format.head())
         self._file.write(self._format.rejected(row, failure))
 

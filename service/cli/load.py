@@ -3,7 +3,6 @@
 import asyncio
 import sys
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from hashlib import sha256
@@ -17,12 +16,11 @@ from google.protobuf.message import Message
 
 from roster.v1 import bulk_pb2 as pb
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
-from service.cli.environment import UsageError
 from service.cli.formats import FORMATS, STDIN, SourceError, format_name
 from service.cli.ledger import Ledger
 from service.cli.rows import ENTITIES, Columns, Entity
 from service.cli.source import Source
-from service.cli.terminal import INTERRUPTED, PAGE_SIZE, address_option, explained, listed, progress
+from service.cli.terminal import INTERRUPTED, UsageError, address_option, explained, listed, progress
 from service.client import BATCH_ROWS, BulkLoader, CallFailed, Patience, channel
 from service.errors import TooManyFailures
 
@@ -46,9 +44,8 @@ class Load:
         self.options = options
         self.ledger = ledger
         self.summary = pb.BulkSummary()
-        self.found = pb.BulkLoad()  # what an earlier run has left
-        self.is_open = False
-        self._skipped = 0  # rows that it has sent, and that are not sent again
+        self.is_open = self.was_finished = False
+        self._skipped = 0  # rows that an earlier run has sent, and that are not sent again
         self._patience = Patience()
         self._started = time.monotonic()
 
@@ -71,18 +68,20 @@ class Load:
     async def _opened(self, opened: pb.BulkOpened, loads: BulkServiceStub) -> None:
         self.is_open = True
         self._patience.renew()
-        if opened.load_id:
-            request = pb.GetBulkLoadRequest(load_id=opened.load_id)
-            self.found = await self._patience.call(loads.GetBulkLoad, request)
-        if self.found.next_offset and not self.was_finished:
-            click.echo(f"going on at row {self.found.next_offset + 1:,}", err=True)
+        if not opened.next_offset:
+            return
+        request = pb.GetBulkLoadRequest(load_id=opened.load_id)
+        found = await self._patience.call(loads.GetBulkLoad, request)
+        self.was_finished = found.state == pb.BulkLoad.FINISHED
+        if not self.was_finished:
+            click.echo(f"going on at row {opened.next_offset + 1:,}", err=True)
         if not self.options.return_ids:
-            self._skipped = self.ledger.rows = self.found.next_offset
-            self.ledger.failed = self.found.failed
+            self._skipped = self.ledger.rows = opened.next_offset
+            self.ledger.failed = found.failed
 
     async def _messages(self, loads: BulkServiceStub) -> AsyncGenerator[Message, None]:
         """Yield the rows that can be read; the loader leaves out those that are skipped."""
-        request = pb.ListBulkLoadFailuresRequest(load_id=self.options.load_id, page_size=PAGE_SIZE)
+        request = pb.ListBulkLoadFailuresRequest(load_id=self.options.load_id)
         failures = listed(loads.ListBulkLoadFailures, request, "failures", self._patience)
         async with aclosing(failures), aclosing(self.source.rows()) as rows:
             failure = await anext(failures, None) if self._skipped else None
@@ -99,11 +98,6 @@ class Load:
                     offset += 1
                     yield row.message
 
-    @property
-    def was_finished(self) -> bool:
-        """Tell whether there was nothing left to do."""
-        return self.found.state == pb.BulkLoad.FINISHED
-
     def _state(self) -> tuple[int, str]:
         rows, failed = self.ledger.rows, self.ledger.failed
         return self.source.bytes_read, f"{rows:,} rows, {self._rate():,.0f} rows/s, {failed:,} failed"
@@ -114,18 +108,16 @@ class Load:
     def _rate(self) -> float:
         return (self.ledger.rows - self._skipped) / self._seconds()
 
-    def settled(self) -> str:
+    def settled(self, *, may_go_on: bool) -> str:
         """Return how many rows are in, for a load that did not get to its end."""
         ledger = self.ledger
         done = "were validated" if self.options.validate_only else "are in and durable"
-        where = f" (see {ledger.path})" if ledger.has_rejects else ""
-        return f"{ledger.rows - ledger.failed:,} rows {done}, {ledger.failed:,} failed{where}"
+        where = f" (see {ledger.rejects})" if ledger.rejects else ""
+        again = "; the same command goes on from there" if may_go_on and self.options.load_id else ""
+        return f"{ledger.rows - ledger.failed:,} rows {done}, {ledger.failed:,} failed{where}{again}"
 
     def told(self) -> dict[str, Any]:
         """Return the summary for programs."""
-        reasons: Counter[str] = Counter()
-        for (reason, _), count in self.ledger.reasons.items():
-            reasons[reason] += count
         return {
             "file": self.source.name,
             "load_id": self.options.load_id or None,
@@ -134,8 +126,8 @@ class Load:
             **{name: getattr(self.summary, name) for name in ("created", "updated", "skipped")},
             "failed": self.ledger.failed,
             "seconds": round(self._seconds(), 3),
-            "reasons": reasons,
-            "rejects": str(self.ledger.path) if self.ledger.has_rejects else None,
+            "reasons": self.ledger.reasons,
+            "rejects": self.ledger.rejects,
         }
 
     def __str__(self) -> str:
@@ -144,8 +136,8 @@ class Load:
         counts = ", ".join(f"{told[name]:,} {name}" for name in ("created", "updated", "skipped", "failed"))
         took = f"{told['rows']:,} rows in {self._seconds():.1f} s ({self._rate():,.0f} rows/s)"
         lines = [f"{told['file']}: {took}: {counts}"]
-        for key, count in self.ledger.reasons.most_common(TOP_REASONS):
-            lines.append(f"  {count:,} x {' '.join(filter(None, key))}, first: {self.ledger.sentences[key]}")
+        for reason, count in self.ledger.reasons.most_common(TOP_REASONS):
+            lines.append(f"  {count:,} x {reason}, first: {self.ledger.sentences[reason]}")
         if self.was_finished:
             lines.append("  it was finished before, and nothing was sent; another --load-id loads it again")
         if self.options.validate_only:
@@ -153,6 +145,10 @@ class Load:
         if told["rejects"]:
             lines.append(f"  the failed rows are in {told['rejects']}")
         return "\n".join(lines)
+
+
+def _choice(enum: Any) -> click.Choice[str]:
+    return click.Choice(enum.keys(), case_sensitive=False)
 
 
 @click.command(context_settings={"show_default": True})
@@ -163,11 +159,9 @@ class Load:
 @click.option("--update", "operation", flag_value="update", help="Update rows, by id.")
 @click.option("--restore", "operation", flag_value="restore", help=RESTORE)
 @click.option("--update-mask", help=UPDATE_MASK)
-@click.option(
-    "--on-conflict", type=click.Choice(["fail", "skip", "update"]), default="fail", help=ON_CONFLICT
-)
+@click.option("--on-conflict", type=_choice(pb.BulkOptions.OnConflict), default="FAIL", help=ON_CONFLICT)
 @click.option("--batch-rows", type=click.IntRange(1), default=BATCH_ROWS, help="Rows a transaction, at most.")
-@click.option("--atomicity", type=click.Choice(["row", "batch"]), default="row", help=ATOMICITY)
+@click.option("--atomicity", type=_choice(pb.BulkOptions.Atomicity), default="ROW", help=ATOMICITY)
 @click.option("--validate-only", is_flag=True, help="Run every check and write nothing.")
 @click.option("--max-failures", type=click.IntRange(0), default=0, help="Stop when more failed; 0: never.")
 @click.option(
@@ -203,20 +197,30 @@ def load(
     columns = Columns(kind.message, kind.columns(operation, masked))
     source = Source(file, FORMATS[file_format or format_name(file)](columns))
     ledger = Ledger(_rejects_path(rejects, file, source.format.suffix), source.format)
-    job = Load(kind, source, _bulk_options(source, entity, operation, masked, **options), ledger)
+    chosen = pb.BulkOptions(
+        restore=operation == "restore",
+        update_mask=FieldMask(paths=masked),
+        # Of a batch that failed as a whole only they tell, when it is sent again, which rows it had.
+        return_ids=options["atomicity"] == "BATCH",
+        **options,
+    )
+    if chosen.validate_only:
+        chosen.load_id = ""  # nothing is kept that could be gone on with
+    elif not chosen.load_id:
+        chosen.load_id = _load_id(source, f"{entity}-{operation}", chosen)
+    job = Load(kind, source, chosen, ledger)
     try:
         asyncio.run(job.run(address, "BulkUpdate" if operation == "update" else "BulkCreate", batch_rows))
     except KeyboardInterrupt:
-        click.echo(f"interrupted: {job.settled()}", err=True)
+        click.echo(f"interrupted: {job.settled(may_go_on=True)}", err=True)
         sys.exit(INTERRUPTED)
     except CallFailed as failure:
         if not job.is_open:
             raise UsageError(f"nothing was loaded: {explained(failure, address)}") from None
-        again = "; the same command goes on from there" if failure.may_pass and job.options.load_id else ""
-        told = f"{source.name}: the load stopped: {failure.message}; {job.settled()}{again}"
-        raise UsageError(told) from None
+        settled = job.settled(may_go_on=failure.may_pass)
+        raise UsageError(f"{source.name}: the load stopped: {failure.message}; {settled}") from None
     except (SourceError, TooManyFailures, OSError) as error:
-        raise UsageError(f"{source.name}: {error}; {job.settled()}") from None
+        raise UsageError(f"{source.name}: {error}; {job.settled(may_go_on=False)}") from None
     finally:
         ledger.close()
         if columns.ignored:
@@ -225,37 +229,13 @@ def load(
     sys.exit(1 if ledger.failed else 0)
 
 
-def _bulk_options(
-    source: Source,
-    entity: str,
-    operation: str,
-    masked: list[str],
-    load_id: str | None,
-    on_conflict: str,
-    atomicity: str,
-    max_failures: int,
-    *,
-    validate_only: bool,
-) -> pb.BulkOptions:
-    options = pb.BulkOptions(
-        on_conflict=pb.BulkOptions.OnConflict.Value(on_conflict.upper()),
-        update_mask=FieldMask(paths=masked) if masked else None,
-        atomicity=pb.BulkOptions.Atomicity.Value(atomicity.upper()),
-        validate_only=validate_only,
-        restore=operation == "restore",
-    )
-    if not validate_only:
-        options.load_id = load_id or _load_id(source, f"{entity}-{operation}", options)
-    options.max_failures = max_failures
-    # Of a batch that failed as a whole only they tell, when it is sent again, which rows it had.
-    options.return_ids = options.atomicity == pb.BulkOptions.BATCH
-    return options
-
-
 def _load_id(source: Source, kind: str, options: pb.BulkOptions) -> str:
-    """Return a name that stays the same as long as the command line would write the same."""
-    content = source.digest()
-    parts = (content, type(source.format).__name__.encode(), options.SerializeToString(deterministic=True))
+    """Return a name that stays the same as long as the same would be written."""
+    effect = pb.BulkOptions()
+    effect.CopyFrom(options)
+    effect.ClearField("max_failures")
+    content, form = source.digest(), type(source.format).__name__
+    parts = (content, form.encode(), effect.SerializeToString(deterministic=True))
     return f"{kind}-{sha256(b'/'.join(parts)).hexdigest()[:32]}" if content else ""
 
 

@@ -6,13 +6,13 @@ from contextlib import aclosing
 from typing import Any
 
 import click
+import orjson
 from google.protobuf.json_format import MessageToJson
 from google.protobuf.message import Message
 
 from roster.v1 import bulk_pb2 as pb
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
-from service.cli.environment import UsageError
-from service.cli.terminal import PAGE_SIZE, address_option, explained, listed
+from service.cli.terminal import UsageError, address_option, explained, listed
 from service.client import CallFailed, Patience, channel
 
 LINE = "{:8}  {:>13}  {:>11}  {:19}  {:15}  {}"
@@ -46,7 +46,7 @@ async def _run(address: str, action: str, load_id: str, *, is_json: bool) -> Non
         if action == "list":
             if not is_json:
                 click.echo(HEAD)
-            request = pb.ListBulkLoadsRequest(page_size=PAGE_SIZE)
+            request = pb.ListBulkLoadsRequest()
             await _print_all(
                 listed(stub.ListBulkLoads, request, "loads", patience), _json if is_json else _line
             )
@@ -57,7 +57,7 @@ async def _run(address: str, action: str, load_id: str, *, is_json: bool) -> Non
             load = await patience.call(stub.GetBulkLoad, pb.GetBulkLoadRequest(load_id=load_id))
         click.echo(_json(load) if is_json else _story(load))
         if action == "show":
-            failures = pb.ListBulkLoadFailuresRequest(load_id=load_id, page_size=PAGE_SIZE)
+            failures = pb.ListBulkLoadFailuresRequest(load_id=load_id)
             rows = listed(stub.ListBulkLoadFailures, failures, "failures", patience)
             await _print_all(rows, _json if is_json else _why)
 
@@ -69,8 +69,9 @@ async def _print_all(messages: AsyncGenerator[Any], text: Callable[[Any], str]) 
 
 
 def _json(message: Message) -> str:
-    names = {"preserving_proto_field_name": True, "always_print_fields_with_no_presence": True}
-    return MessageToJson(message, indent=None, **names)
+    return MessageToJson(
+        message, preserving_proto_field_name=True, indent=None, always_print_fields_with_no_presence=True
+    )
 
 
 def _line(load: pb.BulkLoad) -> str:
@@ -80,18 +81,9 @@ def _line(load: pb.BulkLoad) -> str:
 
 
 def _story(load: pb.BulkLoad) -> str:
-    told = {
-        "load": load.load_id,
-        "method": load.method,
-        "state": pb.BulkLoad.State.Name(load.state),
-        "rows": f"{load.next_offset:,}",
-        **{name: f"{getattr(load, name):,}" for name in ("created", "updated", "skipped", "failed")},
-        "options": MessageToJson(load.options, indent=None),
-        "begun": load.created_at.ToJsonString(),
-        "changed": load.updated_at.ToJsonString(),
-        "expires": load.expires_at.ToJsonString(),
-    }
-    return "\n".join(f"{name:8}  {value}" for name, value in told.items())
+    told = orjson.loads(_json(load))
+    names = [field.name for field in load.DESCRIPTOR.fields]
+    return "\n".join(f"{name:11}  {told[name]}" for name in names)
 
 
 def _why(failure: pb.RowFailure) -> str:

@@ -7,7 +7,8 @@ import click
 from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError
 
-from service.cli.environment import UsageError, settings
+from service.cli.environment import settings
+from service.cli.terminal import UsageError
 from service.db import migrations
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -16,16 +17,14 @@ from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.errors import InvalidField, RosterError, TooLarge
-from service.fields import timestamp
 
 # A row that the server could take has little more than 1 MiB of content.
 MAX_ROW_BYTES = 2 << 20
 MAX_IGNORED_NAMES = 100
 
 INTEGER = re.compile(r"-?[0-9]{1,19}")
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 ERROR = "_error"
-
-Parser = Callable[[str, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -104,14 +103,14 @@ class Columns:
         self._message = message
         self._types = {name: message.DESCRIPTOR.fields_by_name[name].type for name in names}
 
-    def message(self, fields: Mapping[str, Any], parsers: Mapping[int, Parser]) -> Message:
-        """Return a row's message; raises InvalidField, TooLarge."""
+    def message(self, fields: Mapping[str, Any]) -> Message:
+        """Return a row's message; only a text can be empty and set. Raises InvalidField, TooLarge."""
         values = {}
         for name, value in fields.items():
             if name not in self._types:
                 self._ignore(name)
-            elif value is not None:
-                values[name] = parsers[self._types[name]](name, value)
+            elif value is not None and (value != "" or self._types[name] == FieldDescriptor.TYPE_STRING):
+                values[name] = PARSERS[self._types[name]](name, value)
         message = self._message(**values)
         if message.ByteSize() > MAX_ROW_BYTES:
             raise TooLarge(f"the row is larger than {MAX_ROW_BYTES >> 20} MiB")
@@ -151,33 +150,22 @@ def _integer(name: str, value: Any) -> int:
 def _boolean(name: str, value: Any) -> bool:
     if isinstance(value, bool):
         return value
+    if isinstance(value, str) and value.lower() in BOOLEANS:
+        return BOOLEANS[value.lower()]
     raise InvalidField(f"{name} must be true or false", field=name)
 
 
-def _boolean_cell(name: str, value: str) -> bool:
-    return _boolean(name, {"true": True, "1": True, "false": False, "0": False}.get(value.lower(), value))
-
-
 def _moment(name: str, value: Any) -> Any:
-    try:
-        return timestamp(value if isinstance(value, datetime) else datetime.fromisoformat(value))
-    except (TypeError, ValueError):
-        raise InvalidField(f"{name} must be a time as in RFC 3339, with its zone", field=name) from None
+    with suppress(TypeError, ValueError, OverflowError):
+        moment = value if isinstance(value, datetime) else datetime.fromisoformat(value)
+        if moment.tzinfo:
+            return moment.astimezone(UTC)
+    raise InvalidField(f"{name} must be a time as in RFC 3339, with its zone", field=name)
 
 
-def _unless_empty(parser: Parser) -> Parser:
-    return lambda name, value: parser(name, value) if value else None
-
-
-PARSERS: Mapping[int, Parser] = {
+PARSERS: Mapping[int, Callable[[str, Any], Any]] = {
     FieldDescriptor.TYPE_STRING: _text,
     FieldDescriptor.TYPE_INT64: _integer,
     FieldDescriptor.TYPE_BOOL: _boolean,
     FieldDescriptor.TYPE_MESSAGE: _moment,
-}
-CELL_PARSERS: Mapping[int, Parser] = {
-    FieldDescriptor.TYPE_STRING: _text,
-    FieldDescriptor.TYPE_INT64: _unless_empty(_integer),
-    FieldDescriptor.TYPE_BOOL: _unless_empty(_boolean_cell),
-    FieldDescriptor.TYPE_MESSAGE: _unless_empty(_moment),
 }

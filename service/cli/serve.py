@@ -8,8 +8,9 @@ import signal
 import click
 from sqlalchemy.exc import DBAPIError
 
-from service.cli.environment import UsageError, settings, settings_help
+from service.cli.environment import settings, settings_help
 from service.cli.migrate import reported
+from service.cli.terminal import UsageError
 from service.db import migrations
 from service.db.engine import Database
 from service.server import Server

@@ -31,6 +31,7 @@ def explained(failure: CallFailed, address: str) -> str:
 
 async def listed(method: Any, request: Any, field: str, patience: Patience) -> AsyncGenerator[Any]:
     """Yield what is in all pages of a list; raises CallFailed."""
+    request.page_size = PAGE_SIZE
     while True:
         page = await patience.call(method, request)
         for item in getattr(page, field):
@@ -38,6 +39,12 @@ async def listed(method: Any, request: Any, field: str, patience: Patience) -> A
         if not page.next_page_token:
             return
         request.page_token = page.next_page_token
+
+
+class UsageError(click.ClickException):
+    """What keeps a command from running, or from coming to its end."""
+
+    exit_code = 2
 
 
 @asynccontextmanager

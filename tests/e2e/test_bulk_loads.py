@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.rpc.code_pb2 import OUT_OF_RANGE
 from google.rpc.error_details_pb2 import ErrorInfo
 from sqlalchemy import text
@@ -42,7 +43,7 @@ WAITING_TO_COMMIT = text(
     "SELECT count(*) FROM pg_stat_activity "
     "WHERE datname = current_database() AND state = 'idle in transaction' AND backend_xid IS NOT NULL"
 )
-MASK = {"paths": ["full_name"]}
+MASK = FieldMask(paths=["full_name"])
 
 
 @pytest.fixture
@@ -321,7 +322,7 @@ async def test_a_load_keeps_its_mask(users: UserServiceStub) -> None:
 async def test_a_load_keeps_its_operation(users: UserServiceStub, posts: PostServiceStub) -> None:
     """A name that one RPC has begun is no other's."""
     await LoadStream.open(users)
-    others = [
+    others: list[Any] = [
         users.BulkUpdateUsers(
             iter([BulkUpdateUsersRequest(options=BulkOptions(load_id=LOAD_ID, update_mask=MASK))])
         ),

@@ -101,7 +101,7 @@ async def test_lists_failures_in_the_order_of_their_offsets(
 ) -> None:
     """Page by page over many batches, of which most had none; exactly those that the acks told."""
     stream = await LoadStream.open(users)
-    told = []
+    told: list[RowFailure] = []
     for batch in range(30):
         names = [f"user{batch}", "no one", f"user{batch}"] if batch % 2 else [f"user{batch}"]
         told.extend((await stream.acknowledged(*names)).failures)

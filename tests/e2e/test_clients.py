@@ -14,6 +14,7 @@ SERVICES = [
     "grpc.health.v1.Health",
     "grpc.reflection.v1.ServerReflection",
     "grpc.reflection.v1alpha.ServerReflection",
+    "roster.v1.BulkService",
     "roster.v1.PostService",
     "roster.v1.UserService",
 ]

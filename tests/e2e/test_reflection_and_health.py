@@ -28,7 +28,7 @@ SERVING = HealthCheckResponse.SERVING
 NOT_SERVING = HealthCheckResponse.NOT_SERVING
 TIMEOUT_SECONDS = 20
 
-SERVICES = ["roster.v1.UserService", "roster.v1.PostService"]
+SERVICES = ["roster.v1.UserService", "roster.v1.PostService", "roster.v1.BulkService"]
 VERSIONS = ["grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"]
 
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

@@ -8,7 +8,7 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from random import Random
@@ -27,6 +27,8 @@ from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.client import BulkLoader, LoadInterrupted, channel
+from service.db import migrations
+from tests.faults.histories import keeping
 from tests.postgres import PostgresServer
 from tests.rival import rival
 
@@ -48,6 +50,7 @@ LOAD_ID = "crashes"
 LONGEST_PAUSE_SECONDS = 0.1
 FIRST_RETRY_SECONDS = 0.05
 DEADLINE_SECONDS = 110
+LOG_CHARACTERS = 20_000
 TERMINATE_ANY = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE application_name = 'roster' AND datname = current_database() ORDER BY random() LIMIT 1
@@ -64,6 +67,22 @@ def drawn(random: Random, database: str) -> dict[str, Any]:
     return {"database": database, "batch_rows": random.choice([1, 30, 300]), "faults": faults}
 
 
+async def replay(history: dict[str, Any], postgres: PostgresServer, folder: Path) -> None:
+    """Let a history happen in a new database; one that fails is kept."""
+    log = folder / "log"
+    with keeping("crash", history):
+        try:
+            if history["database"] == "sqlite":
+                await Trial(history, f"sqlite:///{folder}/roster.db", log, postgres).run()
+                return
+            async with postgres.database() as url:
+                await asyncio.to_thread(migrations.upgrade, url)
+                await Trial(history, url, log, postgres).run()
+        except Exception as error:
+            error.add_note(f"The server's log ends with:\n{log.read_text()[-LOG_CHARACTERS:]}")
+            raise
+
+
 class File:
     """Rows to load, of which some are bad, and some have the e-mail of one before; it ends when told so."""
 
@@ -71,7 +90,7 @@ class File:
         self.size: int | None = None
         self.read = 0  # by whoever read most
 
-    def rows(self) -> Iterator[User]:
+    async def rows(self) -> AsyncIterator[User]:
         """Return the rows from the first on."""
         number = 0
         while self.size is None or number < self.size:
@@ -174,7 +193,7 @@ class MortalServer:
 class Trial:
     """A history as it happens: loaders at work, and faults."""
 
-    def __init__(self, history: dict[str, Any], url: str, log: Path, postgres: PostgresServer | None) -> None:
+    def __init__(self, history: dict[str, Any], url: str, log: Path, postgres: PostgresServer) -> None:
         self.history = history
         self.url = url
         self.postgres = postgres
@@ -229,7 +248,7 @@ class Trial:
             self.server.order(kind)
         elif kind in ("begin again", "load twice"):
             await self._begin_another(kind)
-        elif kind == "crash PostgreSQL" and self.postgres:
+        elif kind == "crash PostgreSQL":
             await asyncio.to_thread(self.postgres.stop, "immediate")
             await asyncio.to_thread(self.postgres.start)
         else:

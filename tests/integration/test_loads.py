@@ -206,9 +206,10 @@ async def test_any_ids_are_kept(database: Database, ids: list[int]) -> None:
 
 async def test_failures_come_in_the_order_of_their_offsets(database: Database, load: Load) -> None:
     """From any place on, over batches with many, few and none of them."""
-    expected, offset = [], 0
+    expected: list[int] = []
+    offset = 0
     for batch in range(40):
-        rows = {f"row{row}": BAD for row in range(batch % 4)}
+        rows: dict[str, Any] = {f"row{row}": BAD for row in range(batch % 4)}
         await recorded(database, load, offset, of(*[FAILED] * 4, **rows))
         expected += range(offset, offset + len(rows))
         offset += 4

@@ -1,7 +1,7 @@
 """BulkLoader against a server whose faults are scripted."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -158,9 +158,16 @@ def emails(count: int) -> list[str]:
     return [user.email for user in users(count)]
 
 
-async def events_of(loader: BulkLoader[Any], rows: AsyncIterable[Message] | Iterable[Message]) -> list[Event]:
+async def each(rows: Iterable[Message]) -> AsyncIterator[Message]:
+    """Yield the rows."""
+    for row in rows:
+        yield row
+
+
+async def events_of(loader: BulkLoader[Any], rows: AsyncIterator[Message] | Iterable[Message]) -> list[Event]:
     """Return all events of a load."""
-    async with aclosing(loader.run(rows)) as events:
+    source = rows if isinstance(rows, AsyncIterator) else each(rows)
+    async with aclosing(loader.run(source)) as events:
         return [event async for event in events]
 
 
@@ -209,7 +216,7 @@ async def test_keeps_no_more_rows_than_the_window_and_one_message() -> None:
             yield user
 
     acknowledged = 0
-    async with loading(ScriptedServer()) as loader, aclosing(loader.run(source())) as events:
+    async with loading(ScriptedServer()) as loader, aclosing(loader.run(each(source()))) as events:
         async for event in events:
             assert pulled <= acknowledged + (WINDOW + 1) * BATCH
             if isinstance(event, BulkAck):
@@ -494,7 +501,7 @@ async def test_ends_the_call_when_the_caller_leaves(leave: str) -> None:
     scripted = ScriptedServer()
     scripted.is_silent = True
     async with loading(scripted) as loader:
-        events = loader.run(users(95))
+        events = loader.run(each(users(95)))
         await anext(events)
         if leave == "close":
             await events.aclose()

@@ -16,7 +16,6 @@ from hypothesis import given, settings, strategies as st
 
 from roster.v1.bulk_pb2 import BulkAck, RowFailure
 from roster.v1.resources_pb2 import Post, User
-from service.cli.environment import UsageError
 from service.cli.formats import (
     MAX_LINE_BYTES,
     Csv,
@@ -30,6 +29,7 @@ from service.cli.formats import (
 from service.cli.ledger import MAX_HELD_BYTES, Ledger
 from service.cli.rows import POSTS, USERS, Columns, Row, values_of
 from service.cli.source import Source
+from service.cli.terminal import UsageError
 
 ANY_FAILURE = RowFailure(reason="EMAIL_TAKEN", field="email", message="email belongs to another user")
 
@@ -59,6 +59,8 @@ GOOD_JSON = [
     (User, '{"email": "a@x", "full_name": ""}', User(email="a@x", full_name="")),
     (User, '{"email": "a@x", "full_name": null, "is_active": null}', User(email="a@x")),
     (User, '{"email": "a@x", "is_active": false}', User(email="a@x", is_active=False)),
+    (User, '{"email": "a@x", "is_active": "True"}', User(email="a@x", is_active=True)),
+    (Post, '{"title": "", "author_id": ""}', Post()),
     (User, '{"email": "a@x", "hashed_password": "h", "password": "p"}', None),
     (User, '{"full_name": "\\ud83d\\ude00 é\\u0000"}', User(full_name="😀 é\0")),
     (User, " \t{}\r", User()),
@@ -148,7 +150,12 @@ BAD_CSV = [
     (b'a@x,A"d"a,\n', "MALFORMED_MESSAGE", "", "the row is not CSV"),
     (b"x" * (MAX_LINE_BYTES + 1) + b"\n", "TOO_LARGE", "", "the row is longer than 8 MiB"),
     (b'"' + b"x" * (MAX_LINE_BYTES + 1) + b"\n", "TOO_LARGE", "", "the row is longer than 8 MiB"),
-    (b'"' + b"x\n" * (MAX_LINE_BYTES // 2), "TOO_LARGE", "", "the row is longer than 8 MiB"),
+    (
+        b'"' + (b"x" * 999 + b"\n") * (MAX_LINE_BYTES // 1000 + 1),
+        "TOO_LARGE",
+        "",
+        "the row is longer than 8 MiB",
+    ),
 ]
 
 
@@ -317,7 +324,8 @@ def ledger_of(tmp_path: Path, data: bytes) -> Ledger:
 def rejected_lines(ledger: Ledger) -> list[int]:
     """Return from which lines the rejects are."""
     ledger.close()
-    return [json.loads(line)["_error"]["row"] for line in ledger.path.read_bytes().splitlines()]
+    lines = Path(ledger.rejects or "").read_bytes().splitlines()
+    return [json.loads(line)["_error"]["row"] for line in lines]
 
 
 def test_rejects_keep_the_order_of_the_file(tmp_path: Path) -> None:
@@ -340,7 +348,7 @@ def test_all_rows_of_a_batch_that_failed_are_rejected(tmp_path: Path) -> None:
     ledger.settle(BulkAck(offset=4, created=1, ids=[8]))
 
     assert rejected_lines(ledger) == [1, 2, 3]
-    assert ledger.reasons == {("BATCH_FAILED", ""): 2, ("R", ""): 1}
+    assert ledger.reasons == {"BATCH_FAILED": 2, "R": 1}
 
 
 def test_what_waits_to_be_rejected_is_bounded(tmp_path: Path) -> None:
@@ -359,7 +367,7 @@ def test_makes_no_file_without_rejects(tmp_path: Path) -> None:
     path.write_text("earlier\n")
     ledger = ledger_of(tmp_path, b"{}\n")
 
-    assert (ledger.has_rejects, path.read_text()) == (False, "earlier\n")
+    assert (ledger.rejects, path.read_text()) == (None, "earlier\n")
 
     ledger.settle(BulkAck(offset=0, next_offset=1, failed=1, failures=[RowFailure(offset=0)]))
 
@@ -377,7 +385,7 @@ TIMES = [
     ("2024-01-31", None),
     ("yesterday", None),
     (1_706_693_400, None),
-    ("0001-01-01T00:00:00+02:00", Timestamp(seconds=-62_135_604_000)),
+    ("0001-01-01T00:00:00+02:00", None),
 ]
 
 
@@ -445,7 +453,7 @@ def test_parquet_becomes_messages() -> None:
     file = parquet_of(email=["a@x", "b@x"], full_name=names, created_at=[noon, noon], id=[7.5, None])
     parquet = Parquet(columns(User, "restore"))
 
-    bad, good = parquet.rows(file)  # type: ignore[arg-type]
+    bad, good = parquet.rows(file)
 
     assert good.message == User(email="b@x", created_at=Timestamp(seconds=int(noon.timestamp())))
     assert bad.failure is not None

@@ -1,0 +1,249 @@
+"""`roster export`, and `roster load --restore` of what it wrote, as a person runs them."""
+
+import asyncio
+import csv
+import gzip
+import io
+import json
+import shutil
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.db.engine import Database
+from service.server import Server
+from service.settings import Settings
+from tests.command import Roster, ended
+from tests.rows import add_posts, add_users
+
+NOON = datetime(2024, 1, 31, 12, tzinfo=UTC)
+AWKWARD = [
+    None,
+    "",
+    '"',
+    '""',
+    "\\N",
+    "null",
+    " a ",
+    "a,b",
+    "a\r\nb\rc\nd",
+    "😀 é\u0085\u2028",
+    "'; --",
+    "x" * 255,
+]
+CONTENTS = [*AWKWARD[1:], "\x01" * (1 << 20), "😀" * (1 << 18), "\n" * (1 << 16)]
+FIRST, LAST = datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
+
+
+async def fill(database: Database) -> None:
+    """Store users and posts that are hard to write down: ids have gaps, times microseconds."""
+    ids = [number * number * 7 for number in range(1, len(AWKWARD) + 1)]
+    for number, (id, name) in enumerate(zip(ids, AWKWARD, strict=True)):
+        user: dict[str, Any] = {"id": id, "email": f"é{number}@example.org", "full_name": name}
+        user |= {"is_active": number % 2 == 0, "version": 1 + number**5, "updated_at": LAST}
+        await add_users(database, **user, created_at=NOON + timedelta(microseconds=number))
+    for number, content in enumerate(CONTENTS):
+        post: dict[str, Any] = {"id": 1 + number * 1000, "title": AWKWARD[3 + number % 9], "content": content}
+        post |= {"version": 1 + number, "created_at": FIRST, "updated_at": NOON - timedelta(days=number)}
+        await add_posts(database, [ids[number % 5]], **post)
+
+
+@asynccontextmanager
+async def serving(url: str, folder: Path) -> AsyncIterator[Roster]:
+    """Yield the command, as a client of a server on a database."""
+    server = Server(Settings(database_url=url, listen="127.0.0.1:0"))
+    await server.start()
+    yield Roster(folder, server.address)
+    await server.stop(grace=0)
+
+
+async def moved(source: Roster, target: Roster, names: list[str]) -> None:
+    """Export everything from one server, and restore it in another."""
+    for entity, name in zip(("users", "posts"), names, strict=True):
+        exported = await source.run("export", entity, "--output", name)
+        assert (exported.status, exported.out) == (0, "")
+        restored = await target.run("load", entity, str(source.folder / name), "--restore")
+        assert (restored.status, restored.err) == (0, "")
+
+
+@pytest.mark.parametrize("ending", ["ndjson", "csv.gz", "parquet"])
+async def test_what_is_exported_is_restored_to_the_byte(
+    sqlite_url: str, postgresql_url: str, sqlite_template: Path, tmp_path: Path, ending: str
+) -> None:
+    """From SQLite to PostgreSQL and back: the third database exports the same bytes as the first."""
+    if ending == "parquet":
+        pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+    another_url = f"sqlite:///{shutil.copy(sqlite_template, tmp_path / 'another.db')}"
+    database = Database(Settings(database_url=sqlite_url))
+    await fill(database)
+    await database.close()
+    names = [f"users.{ending}", f"posts.{ending}"]
+    async with AsyncExitStack() as stack:
+        urls = [sqlite_url, postgresql_url, another_url]
+        folders = [tmp_path / str(number) for number in range(3)]
+        first, second, third = [
+            await stack.enter_async_context(serving(url, folder))
+            for url, folder in zip(urls, folders, strict=True)
+        ]
+        await moved(first, second, names)
+        await moved(second, third, names)
+        for entity in ("users", "posts"):
+            await third.run("export", entity, "--output", f"{entity}.{ending}")
+
+    for name in names:
+        contents = {unpacked(folder.joinpath(name).read_bytes()) for folder in folders}
+        assert len(contents) == 1
+        assert len(contents.pop()) > 1000
+
+
+def unpacked(content: bytes) -> bytes:
+    """Return what is in a file; the head of gzip has the time."""
+    return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
+
+
+@pytest.fixture
+def database_url(sqlite_url: str) -> str:
+    """One database is enough: the command does not know which it is."""
+    return sqlite_url
+
+
+async def test_exports_lines_of_json(roster: Roster, server: Server) -> None:
+    """Every field but the password's hash; null is not the empty text; times have microseconds and a Z."""
+    await fill(server.database)
+
+    users = await roster.run("export", "users")
+    posts = await roster.run("export", "posts")
+
+    rows = [json.loads(line) for line in users.out.split("\n")[:-1]]
+    assert users.err.startswith(f"{len(AWKWARD)} users, ")
+    assert [row["full_name"] for row in rows] == AWKWARD
+    assert rows[1] == {
+        "id": 28,
+        "email": "é1@example.org",
+        "full_name": "",
+        "is_active": False,
+        "created_at": "2024-01-31T12:00:00.000001Z",
+        "updated_at": "9999-12-31T23:59:59.999999Z",
+        "version": 2,
+    }
+    assert [json.loads(line)["content"] for line in posts.out.split("\n")[:-1]] == CONTENTS
+    assert json.loads(posts.out.splitlines()[0]) == {
+        "id": 1,
+        "title": '""',
+        "content": "",
+        "author_id": 7,
+        "created_at": "0001-01-01T00:00:00.000000Z",
+        "updated_at": "2024-01-31T12:00:00.000000Z",
+        "version": 1,
+    }
+
+
+async def test_exports_csv_that_others_read(roster: Roster, server: Server) -> None:
+    """Null is nothing and the empty text is quoted, as in PostgreSQL's COPY."""
+    await fill(server.database)
+
+    done = await roster.run("export", "users", "--format", "csv")
+
+    head, null, empty = done.out.splitlines()[:3]
+    assert head == "id,email,full_name,is_active,created_at,updated_at,version"
+    assert null.startswith("7,é0@example.org,,true,2024-01-31T12:00:00.000000Z,")
+    assert empty.startswith('28,é1@example.org,"",false,2024-01-31T12:00:00.000001Z,')
+    read = list(csv.DictReader(io.StringIO(done.out, newline="")))
+    assert [row["full_name"] for row in read] == [name or "" for name in AWKWARD]
+
+
+async def test_exports_what_was_asked_for(roster: Roster, server: Server) -> None:
+    """Rows that match a filter, behind an id."""
+    ids = await add_users(server.database, 9)
+    filter_ = 'email != "user4@example.org"'
+
+    done = await roster.run("export", "users", "--filter", filter_, "--after-id", str(ids[2]))
+
+    assert [json.loads(line)["id"] for line in done.out.splitlines()] == [ids[3], *ids[5:]]
+
+
+async def test_an_export_without_rows_is_a_file(roster: Roster) -> None:
+    """Complete, if empty; CSV has its header line."""
+    done = await roster.run("export", "posts", "--output", "posts.csv")
+
+    assert done.status == 0
+    assert roster.read("posts.csv") == b"id,title,content,author_id,created_at,updated_at,version\n"
+    assert [path.name for path in roster.folder.iterdir()] == ["posts.csv"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--output", "posts.txt"], "does not say what is in it; add --format"),
+        (["--output", "nowhere/posts.csv"], "No such file or directory: 'nowhere/posts.csv.part'"),
+        (["--output", "posts.csv", "--filter", "title"], "at character 6"),
+        (["--output", "posts.csv", "--address", "127.0.0.1:1"], "no server answers at 127.0.0.1:1"),
+    ],
+)
+async def test_says_why_it_can_not_run(roster: Roster, arguments: list[str], told: str) -> None:
+    """Status 2 and one sentence; a file of an earlier export is left as it was."""
+    (roster.folder / "posts.csv").write_text("earlier")
+
+    done = await roster.run("export", "posts", *arguments)
+
+    assert (done.status, done.out, roster.read("posts.csv")) == (2, "", b"earlier")
+    assert told in " ".join(done.err.split())
+    assert "Traceback" not in done.err
+
+
+async def exporting(roster: Roster, server: Server) -> asyncio.subprocess.Process:
+    """Return an export of 30 MiB that has begun, and waits for whoever reads it."""
+    authors = await add_users(server.database)
+    await add_posts(server.database, authors * 30, content="x" * (1 << 20))
+    process = await roster.start("export", "posts")
+    assert process.stdout
+    await process.stdout.read(1)
+    return process
+
+
+async def test_goes_on_through_a_restart_of_the_server(roster: Roster, server: Server) -> None:
+    """Each row comes once, in order."""
+    process = await exporting(roster, server)
+    await server.stop(grace=0)
+    another = Server(Settings(database_url=server.settings.database_url, listen=server.address))
+    await another.start()
+    done = await ended(process)
+    await another.stop(grace=0)
+
+    assert done.status == 0
+    assert "trying again in " in done.err
+    titles = [json.loads(line)["title"] for line in f"{{{done.out}".splitlines()]
+    assert titles == [f"Post {number}" for number in range(30)]
+
+
+async def test_a_reader_may_have_enough(roster: Roster, server: Server) -> None:
+    """As with `roster export posts | head -1`: no traceback, no complaint."""
+    process = await exporting(roster, server)
+    transport: Any = process
+    transport._transport.get_pipe_transport(1).close()
+
+    assert process.stderr
+    assert await process.stderr.read() == b""
+    assert await process.wait() == 1
+
+
+async def test_an_interrupt_says_where_it_stopped(roster: Roster, server: Server) -> None:
+    """`--after-id` goes on from there; here while the server is away."""
+    process = await exporting(roster, server)
+    await server.stop(grace=0)
+    assert process.stdout
+    assert process.stderr
+    rows = asyncio.create_task(process.stdout.read())
+    while b"trying again" not in await process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    err = (await process.stderr.read()).decode()
+
+    last_id = json.loads((b"{" + await rows).splitlines()[-1])["id"]
+    assert f"interrupted behind id {last_id}: {last_id} posts, " in err
+    assert await process.wait() == 130

@@ -1,0 +1,107 @@
+"""`roster loads` as a person runs it."""
+
+import json
+
+import grpc
+import pytest
+
+from roster.v1.bulk_pb2 import BulkLoad, GetBulkLoadRequest
+from roster.v1.bulk_pb2_grpc import BulkServiceStub
+from roster.v1.users_pb2_grpc import UserServiceStub
+from tests.command import Roster
+from tests.load_stream import LoadStream
+
+
+@pytest.fixture
+def database_url(sqlite_url: str) -> str:
+    """One database is enough: the command does not know which it is."""
+    return sqlite_url
+
+
+async def state(channel: grpc.aio.Channel, load_id: str) -> str:
+    """Return where a load is in its life."""
+    load = await BulkServiceStub(channel).GetBulkLoad(GetBulkLoadRequest(load_id=load_id))
+    return BulkLoad.State.Name(load.state)
+
+
+async def test_lists_loads_the_newest_first(roster: Roster, users: UserServiceStub) -> None:
+    """A line each: where it is, how far, what failed; or an object each for programs."""
+    for load_id in ("first", "second"):
+        stream = await LoadStream.open(users, load_id)
+        await stream.acknowledged("a", "no one", "b")
+    await stream.finished()
+
+    table = await roster.run("loads")
+    objects = await roster.run("loads", "--json")
+
+    head, second, first = table.out.splitlines()
+    assert (table.status, table.err) == (0, "")
+    assert head.split() == ["state", "rows", "failed", "changed", "method", "load"]
+    assert [line.split()[:3] for line in (second, first)] == [["FINISHED", "3", "3"], ["OPEN", "3", "1"]]
+    assert second.endswith("  BulkCreateUsers  second")
+    assert [json.loads(line)["load_id"] for line in objects.out.splitlines()] == ["second", "first"]
+
+
+async def test_shows_a_load_with_its_failures(roster: Roster, users: UserServiceStub) -> None:
+    """The numbers, the options, and why each row failed that did."""
+    stream = await LoadStream.open(users, on_conflict="SKIP")
+    await stream.acknowledged("a", "no one", "a")
+
+    story = await roster.run("loads", "show", "staff")
+    load, failure = (await roster.run("loads", "show", "staff", "--json")).out.splitlines()
+
+    lines = dict(line.split(maxsplit=1) for line in story.out.splitlines())
+    assert (lines["state"], lines["next_offset"], lines["created"], lines["failed"]) == (
+        "OPEN",
+        "3",
+        "1",
+        "1",
+    )
+    assert "'on_conflict': 'SKIP'" in lines["options"]
+    assert lines["offset"].startswith("1: INVALID_FIELD email: email must be")
+    assert json.loads(load)["options"]["on_conflict"] == "SKIP"
+    assert (json.loads(failure)["offset"], json.loads(failure)["reason"]) == ("1", "INVALID_FIELD")
+
+
+@pytest.mark.parametrize(("answer", "status", "then"), [("y", 0, "ABORTED"), ("n", 1, "OPEN")])
+async def test_asks_before_it_aborts(
+    roster: Roster, users: UserServiceStub, channel: grpc.aio.Channel, answer: str, status: int, then: str
+) -> None:
+    """Only yes aborts."""
+    await LoadStream.open(users)
+
+    done = await roster.run("loads", "abort", "staff", stdin=f"{answer}\n".encode())
+
+    assert "Abort the load staff for good?" in done.err
+    assert (done.status, await state(channel, "staff")) == (status, then)
+
+
+async def test_aborts_without_a_question(
+    roster: Roster, users: UserServiceStub, channel: grpc.aio.Channel
+) -> None:
+    """A script says yes beforehand, and reads the load as it is then."""
+    await LoadStream.open(users)
+
+    done = await roster.run("loads", "abort", "staff", "--yes", "--json")
+
+    assert (done.status, done.err) == (0, "")
+    assert json.loads(done.out)["state"] == await state(channel, "staff") == "ABORTED"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["show"], "write `roster loads`, `roster loads show LOAD_ID`"),
+        (["list", "staff"], "write `roster loads`, `roster loads show LOAD_ID`"),
+        (["show", "staff"], "there is no such load"),
+        (["abort", "staff", "--yes"], "there is no such load"),
+        (["--address", "127.0.0.1:1"], "no server answers at 127.0.0.1:1"),
+    ],
+)
+async def test_says_what_is_wrong(roster: Roster, arguments: list[str], told: str) -> None:
+    """Status 2 and one sentence."""
+    done = await roster.run("loads", *arguments)
+
+    assert done.status == 2
+    assert told in " ".join(done.err.split())
+    assert "Traceback" not in done.err
