@@ -82,6 +82,7 @@ def _line(load: pb.BulkLoad) -> str:
 
 def _story(load: pb.BulkLoad) -> str:
     told = orjson.loads(_json(load))
+    told["options"] = MessageToJson(load.options, preserving_proto_field_name=True, indent=None)
     names = [field.name for field in load.DESCRIPTOR.fields]
     return "\n".join(f"{name:11}  {told[name]}" for name in names)
 

@@ -19,7 +19,9 @@ ids = st.integers(1, 2**53)
 times = st.datetimes(timezones=st.just(UTC))
 keys = {
     "id": st.tuples(ids),
-    "email": st.tuples(st.text(st.characters(exclude_categories=["Cs"]), max_size=255)),
+    "email": st.tuples(
+        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=255)
+    ),
     "created_at": st.tuples(times, ids),
 }
 positions = st.sampled_from(sorted(keys)).flatmap(lambda field: st.tuples(st.just(field), keys[field]))
