@@ -57,7 +57,7 @@ async def test_shows_a_load_with_its_failures(roster: Roster, users: UserService
         "1",
         "1",
     )
-    assert "'on_conflict': 'SKIP'" in lines["options"]
+    assert '"on_conflict": "SKIP"' in lines["options"]
     assert lines["offset"].startswith("1: INVALID_FIELD email: email must be")
     assert json.loads(load)["options"]["on_conflict"] == "SKIP"
     assert (json.loads(failure)["offset"], json.loads(failure)["reason"]) == ("1", "INVALID_FIELD")
