@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install run migrate lint format test tools lock contract clean bench-bulk
+.PHONY: help install run migrate lint format test tools lock contract clean bench-bulk test-crash
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +19,7 @@ PYTHON ?= $(firstword $(foreach python,python3 python3.14 python3.13 python3.12 
 	$(shell $(python) -c '$(SUITABLE)' 2>/dev/null && echo $(python))))
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(VENV)/installed ## Install the service into .venv
 
@@ -40,6 +40,9 @@ format: $(VENV)/development ## Format the code, and mend what ruff can mend
 
 test: lint tools ## Check everything, on SQLite and on a PostgreSQL of its own
 	$(BIN)/python -m pytest
+
+test-crash: $(VENV)/development ## Load through crashes for 10 minutes; SECONDS=3600 for an hour
+	SECONDS=$(or $(SECONDS),600) $(BIN)/python -m tests.faults.soak
 
 tools: .tools/grpcurl-$(GRPCURL) $(NODE)/node_modules/.package-lock.json ## Install the clients in other languages that tests use
 

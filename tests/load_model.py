@@ -191,11 +191,11 @@ SHIFTS = st.none() | st.sampled_from([0, 0, 0, -1, -2, -5, 1, 3])
 ROWS = st.text(f"abcdef{BAD_ROW}", min_size=1, max_size=4)
 MESSAGES = st.lists(st.tuples(SHIFTS, ROWS, st.just(False)), min_size=1, max_size=4)
 LAST = st.tuples(SHIFTS, ROWS | st.just(""), st.just(True))
-STREAMS = st.sampled_from([0, 0, 0, 0, 1, 2])
+STREAMS = st.sampled_from([0, 0, 0, 1, 1, 2])
 STEPS = st.one_of(
     *[st.tuples(st.just("send"), STREAMS, MESSAGES)] * 4,
     *[st.tuples(st.just("lose"), STREAMS, MESSAGES)] * 2,
-    st.tuples(st.just("open")),
+    *[st.tuples(st.just("open"))] * 3,
     st.tuples(st.just("half-close"), STREAMS),
     st.tuples(st.sampled_from(["send", "lose"]), STREAMS, st.tuples(LAST)),
     st.tuples(st.just("abort")),
@@ -208,4 +208,4 @@ OPTIONS = st.sampled_from(
         {"on_conflict": BulkOptions.UPDATE, "update_mask": MASK},
     ]
 )
-HISTORIES = st.fixed_dictionaries({"options": OPTIONS, "steps": st.lists(STEPS, min_size=1, max_size=12)})
+HISTORIES = st.fixed_dictionaries({"options": OPTIONS, "steps": st.lists(STEPS, min_size=4, max_size=14)})
