@@ -66,6 +66,8 @@ def resolve_creates(batch: Batch, keys: Sequence[Key], on_conflict: OnConflict) 
     """Sort out the good rows of a batch by their unique keys; a row without a value for one meets nothing."""
     if _all_differ(batch, keys):
         return Creates(inserted=range(batch.size))
+    if len(keys) == 1:  # as nearly always; several keys take 1 µs a row more
+        return _resolve_by(keys[0], batch, on_conflict)
     creates, inserted = Creates(), []
     first: dict[tuple[str, Any], int] = {}
     for row in batch.good_rows():
@@ -81,6 +83,22 @@ def resolve_creates(batch: Batch, keys: Sequence[Key], on_conflict: OnConflict) 
             inserted.append(row)
             first.update(((key.column, value), row) for key, value in values)
     creates.inserted = inserted
+    return creates
+
+
+def _resolve_by(key: Key, batch: Batch, on_conflict: OnConflict) -> Creates:
+    creates = Creates()
+    first: dict[Any, int] = {}
+    values, is_stored = batch.columns[key.column], key.stored
+    for row in batch.good_rows():
+        value = values[row]
+        if value in is_stored:
+            _on_stored(creates, batch, row, key, is_stored[value], on_conflict)
+        elif value in first:
+            _on_repeated(creates, batch, row, key, first[value], on_conflict)
+        else:
+            first[(None, row) if value is None else value] = row  # a row that has none meets nothing
+    creates.inserted = list(first.values())
     return creates
 
 
