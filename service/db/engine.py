@@ -2,7 +2,7 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from typing import Any
 
@@ -90,12 +90,17 @@ class _PostgreSQL:
             pool_size=settings.bulk_connections,
             max_overflow=0,
             pool_timeout=BULK_POOL_TIMEOUT_SECONDS,
+            # A batch is looked up by index. Otherwise 5,000 updates of 200,000 rows are planned as a merge
+            # with all of them: 17 µs a row instead of 10.
+            planner={"enable_mergejoin": "off", "enable_hashjoin": "off"},
             lock_timeout=LOCK_TIMEOUT_SECONDS,
         )
         self._bulk_turns = asyncio.Semaphore(settings.bulk_connections)
 
     @staticmethod
-    def _engine(settings: Settings, *, lock_timeout: int = 0, **pool: Any) -> AsyncEngine:
+    def _engine(
+        settings: Settings, *, lock_timeout: int = 0, planner: Mapping[str, str] | None = None, **pool: Any
+    ) -> AsyncEngine:
         timeout = f"{settings.statement_timeout:g}s"
         return create_async_engine(
             settings.database_url,
@@ -113,6 +118,7 @@ class _PostgreSQL:
                     "statement_timeout": timeout,
                     "idle_in_transaction_session_timeout": timeout,
                     "lock_timeout": f"{lock_timeout}s",
+                    **(planner or {}),
                 },
             },
         )

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -71,7 +72,7 @@ async def test_copied_rows_go_with_their_transaction(served: Database) -> None:
     with pytest.raises(ZeroDivisionError):  # noqa: PT012  (what is raised inside is the point)
         async with served.bulk() as session:
             await session.execute(select(1))
-            await postgresql.insert_rows(session, UserRow, COLUMNS)
+            await postgresql.insert_rows(session, UserRow, COLUMNS, None)
             raise ZeroDivisionError
 
     assert await emails(served) == []
@@ -81,9 +82,45 @@ async def test_a_copy_that_would_commit_by_itself_is_refused(served: Database) -
     """Before its first statement the session has sent no BEGIN."""
     with pytest.raises(RuntimeError, match="would commit by itself"):
         async with served.bulk() as session:
-            await postgresql.insert_rows(session, UserRow, COLUMNS)
+            await postgresql.insert_rows(session, UserRow, COLUMNS, None)
 
     assert await emails(served) == []
+
+
+async def test_no_text_and_no_time_changes_on_its_way(database: Database) -> None:
+    """What separates or ends a field of COPY's text format is a text like any other, and so is its null."""
+    names = [
+        "tab\t",
+        "line\nline\r\n",
+        "\\",
+        r"\N",
+        r"\.",
+        r"\t",
+        "",
+        "'\"",
+        "\x01\x0b",
+        "Zoë \U0001f600",
+        None,
+    ]
+    first, last = datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
+    size = len(names)
+    columns = {
+        "id": list(range(size, 0, -1)),
+        "email": [f"{row}@example.org" for row in range(size)],
+        "full_name": names,
+        "is_active": [row % 2 == 0 for row in range(size)],
+        "created_at": [first] * size,
+        "updated_at": [last] * size,
+    }
+    stored = select(*(getattr(UserRow, name) for name in columns)).order_by(UserRow.id.desc())
+
+    async with database.bulk() as session:
+        await session.execute(select(1))
+        await BulkWriter(session, UserRow)._way.insert_rows(session, UserRow, columns, "email")
+
+    async with database.read() as session:
+        found = (await session.execute(stored)).all()
+    assert list(zip(*columns.values(), strict=True)) == [tuple(row) for row in found]
 
 
 async def test_an_attempt_that_met_another_write_leaves_nothing(database: Database) -> None:

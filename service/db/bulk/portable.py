@@ -1,6 +1,7 @@
 """The portable writer: SQLAlchemy's executemany. SQLite's, whose writer is alone while it writes."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, cast
 
 from sqlalchemy import Dialect, Integer, String, Table, bindparam, column, func, insert, select, table, update
@@ -28,7 +29,7 @@ async def reserve_ids(session: AsyncSession, model: type[Entity], largest: int) 
 
 
 async def insert_rows(
-    session: AsyncSession, model: type[Entity], columns: Mapping[str, Sequence[Any]]
+    session: AsyncSession, model: type[Entity], columns: Mapping[str, Sequence[Any]], sort_key: str | None
 ) -> None:
     """Insert rows; raises IntegrityError.
 
@@ -40,10 +41,12 @@ async def insert_rows(
         insert(table).values({name: bindparam(name) for name in columns}).compile(dialect=connection.dialect)
     )
     names = statement.positiontup or []
-    rows = zip(
-        *(_bound(columns[name], table.c[name].type, connection.dialect) for name in names), strict=True
+    rows = list(
+        zip(*(_bound(columns[name], table.c[name].type, connection.dialect) for name in names), strict=True)
     )
-    await connection.exec_driver_sql(str(statement), list(rows))
+    if sort_key:
+        rows.sort(key=itemgetter(names.index(sort_key)))
+    await connection.exec_driver_sql(str(statement), rows)
 
 
 async def update_rows(
