@@ -8,6 +8,14 @@ A history is plain data, so that one that failed can be kept as JSON. Its steps:
 ["half-close", stream]      end a stream without completing the load
 ["abort"]                   abort the load
 
+Its accidents are what happens to the commits of batches, one after the other; none comes twice in a row, as
+a message is tried again:
+
+"refuse"  the database refuses
+"forget"  nothing is committed, and the answer is lost
+"lose"    the answer is lost
+""        none
+
 A message is [shift, rows, finish]: its offset, counted from the watermark that the stream knows before
 the step, or null for none; a letter for each row, which names a user, or "!" for a row that is bad.
 """
@@ -208,4 +216,9 @@ OPTIONS = st.sampled_from(
         {"on_conflict": BulkOptions.UPDATE, "update_mask": MASK},
     ]
 )
-HISTORIES = st.fixed_dictionaries({"options": OPTIONS, "steps": st.lists(STEPS, min_size=4, max_size=14)})
+ACCIDENTS = st.lists(st.sampled_from(["", "", "refuse", "forget", "lose"]), max_size=12).map(
+    lambda some: [each for accident in some for each in (accident, "")]
+)
+HISTORIES = st.fixed_dictionaries(
+    {"options": OPTIONS, "steps": st.lists(STEPS, min_size=4, max_size=14), "accidents": ACCIDENTS}
+)

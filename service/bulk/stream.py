@@ -91,9 +91,7 @@ class Stream:
             if load.state == LoadState.ABORTED:
                 raise LoadAborted("the load was aborted; begin another, with another load_id")
             if load.state == LoadState.EXPIRED:
-                raise LoadExpired(
-                    "the load has expired, its outcomes are gone; use another load_id for new rows"
-                )
+                raise _expired()
         return cls(database, operation, options, caller, load)
 
     async def receive(self, first: Any, requests: AsyncIterator[Any]) -> None:
@@ -172,6 +170,10 @@ class Stream:
 
     async def _place(self, slot: Slot, size: int) -> None:
         """Find out which rows of a message are new; raises what it is refused with."""
+        if self._last and self._last.is_last:
+            await self._last.settled()
+            if not self._last.has_failed():  # the stream is about to complete the load
+                raise _finished()
         if slot.offset < 0:
             raise InvalidField("offset must not be negative", field="offset")
         if slot.size > MAX_ROWS or size > MAX_BYTES:
@@ -192,7 +194,7 @@ class Stream:
             )
         slot.replayed = min(slot.size, self._expected - slot.offset)
         if slot.replayed < slot.size and self._load and self._load.state == LoadState.FINISHED:
-            raise LoadFinished("the load is finished; begin another for new rows, with another load_id")
+            raise _finished()
         # Not in the slot's task: batches have to ask for their connections in order.
         slot.first_outcome = await self._recorded(slot.offset, slot.offset + slot.replayed)
 
@@ -243,7 +245,7 @@ class Stream:
                 slot.is_committed.set_result(False)
             slot.batch.has_drawn.set()
             slot.previous = None
-            slot.awaited = {}
+            slot.awaited.clear()  # its batch looks at it too
         if not slot.replayed:
             return outcome
         slot.first_outcome.extend(outcome)
@@ -288,7 +290,7 @@ class Stream:
                 if self._load is None:
                     raise
                 self._is_uncertain = True
-        raise Unavailable("the database can't be reached; nothing of this message was recorded, try again")
+        raise DatabaseUnavailable("a commit's answer was lost; send the message again to learn its outcome")
 
     async def _write(self, slot: Slot, previous: Slot | None) -> Outcome:
         """Write the new rows of a slot in a transaction that commits behind the previous one's."""
@@ -321,7 +323,10 @@ class Stream:
         if self._load is None or start == end:
             return Outcome()
         async with self._database.read() as session:
-            return await LoadRepository(session, self._caller).outcome(self._load, start, end)
+            outcome = await LoadRepository(session, self._caller).outcome(self._load, start, end)
+        if len(outcome.ids) < end - start:
+            raise _expired()
+        return outcome
 
 
 def _effect(options: BulkOptions) -> BulkOptions:
@@ -331,6 +336,14 @@ def _effect(options: BulkOptions) -> BulkOptions:
     for field_name in ("return_ids", "max_failures"):
         effect.ClearField(field_name)
     return effect
+
+
+def _expired() -> LoadExpired:
+    return LoadExpired("the load has expired, its outcomes are gone; use another load_id for new rows")
+
+
+def _finished() -> LoadFinished:
+    return LoadFinished("the load is finished; begin another for new rows, with another load_id")
 
 
 def _gap(expected: int) -> OffsetGap:

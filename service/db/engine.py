@@ -18,6 +18,8 @@ from service.settings import Settings
 LOCK_TIMEOUT_SECONDS = 5
 BULK_POOL_TIMEOUT_SECONDS = 60
 SQLITE_BUSY_TIMEOUT_SECONDS = 5
+# More than a batch has, so that a COPY never waits for room.
+WRITE_BUFFER_BYTES = 8 << 20
 
 
 class Database:
@@ -175,9 +177,12 @@ async def _turn(line: asyncio.Lock | asyncio.Semaphore, timeout: float) -> Async
 
 async def _connect(*args: Any, **options: Any) -> Any:
     try:
-        return await asyncpg.connect(*args, **options)
+        connection = await asyncpg.connect(*args, **options)
     except TimeoutError as error:  # not that of a statement: nothing was sent
         raise ConnectionError("the database did not answer in time") from error
+    # A COPY that waits for room isn't told that the connection is lost, or its time over: it would for ever.
+    connection._transport.set_write_buffer_limits(WRITE_BUFFER_BYTES)  # noqa: SLF001
+    return connection
 
 
 class _RollingBack(sqlite3.Connection):

@@ -33,6 +33,7 @@ from roster.v1.users_pb2 import (
     ListUsersRequest,
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
+from service.db.bulk.loads import expire_loads
 from service.server import Server
 from tests.errors import refusal
 from tests.load_stream import LOAD_ID, LoadStream, named, refused_to_open
@@ -265,6 +266,20 @@ async def test_a_finished_load_takes_no_new_rows(users: UserServiceStub, stream:
     assert await emails(users) == ["a"]
 
 
+async def test_nothing_is_written_behind_the_end(
+    users: UserServiceStub, loads: BulkServiceStub, stream: LoadStream
+) -> None:
+    """Rows that come behind `finish`, new ones or some of them, are no part of the load."""
+    await stream.write(users=named("a", "b"), finish=True)
+    await stream.write(users=named("c"))
+    await stream.write(users=named("b", "c"), offset=1)
+
+    ack, summary = (await stream.answer()).ack, await stream.summary()
+
+    assert (ack.created, summary) == (2, BulkSummary(next_offset=2, created=2, state=BulkLoad.FINISHED))
+    assert await emails(users) == ["a", "b"]
+
+
 async def test_a_half_close_leaves_a_load_open(
     users: UserServiceStub, loads: BulkServiceStub, stream: LoadStream
 ) -> None:
@@ -373,6 +388,19 @@ async def test_a_load_expires(
 
     assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "LOAD_EXPIRED")
     assert (load.next_offset, load.created, load.failed) == (2, 1, 1)
+
+
+async def test_a_load_that_expires_tells_no_outcomes(
+    server: Server, users: UserServiceStub, loads: BulkServiceStub, stream: LoadStream
+) -> None:
+    """Neither right ones nor wrong ones, also to a stream that was opened in time."""
+    await stream.acknowledged("a")
+    async with server.database.begin() as session:
+        await expire_loads(session, datetime.now(UTC) + timedelta(days=1))
+
+    refused = await stream.refused("a", offset=0)
+
+    assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "LOAD_EXPIRED")
 
 
 async def is_expired(loads: BulkServiceStub) -> bool:

@@ -1,5 +1,6 @@
 """The bulk-stream protocol: what is answered to which message, whatever the rows are."""
 
+import gc
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -14,6 +15,7 @@ from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkOptions, BulkSummary, Bulk
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, GetUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
+from service.bulk.slot import Slot
 from service.bulk.stream import MAX_BYTES, MAX_ROWS
 from service.bulk.streams import BulkStreams
 from service.db.engine import Database
@@ -289,3 +291,21 @@ async def test_takes_no_more_than_it_answers(database: Database) -> None:
         async for _ in events:
             assert taken <= answered + IN_HAND
             answered += 1
+
+
+async def test_keeps_nothing_of_what_it_has_answered(database: Database) -> None:
+    """Not even where each message has a key of the one before, and waits for what becomes of it."""
+    kept = 0
+
+    async def requests() -> AsyncIterator[BulkCreateUsersRequest]:
+        nonlocal kept
+        for number in range(10 * IN_HAND):
+            yield BulkCreateUsersRequest(users=named(f"user{number}", f"user{number + 1}"))
+        gc.collect()
+        kept = sum(isinstance(found, Slot) for found in gc.get_objects())
+
+    async with aclosing(BulkStreams(database).run(requests(), CREATE_USERS)) as events:
+        last = [event async for event in events][-1]
+
+    assert (last.summary.created, last.summary.failed) == (10 * IN_HAND + 1, 10 * IN_HAND - 1)
+    assert kept <= IN_HAND

@@ -1,28 +1,36 @@
 """Bulk streams when the database or the client goes away in the middle of a batch."""
 
 import asyncio
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import asyncpg
 import grpc
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.rpc.code_pb2 import UNAVAILABLE
 from google.rpc.error_details_pb2 import RetryInfo
-from sqlalchemy import select
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from roster.v1.bulk_pb2 import BulkLoad, BulkOptions, BulkWriteResponse
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db import migrations
+from service.db.bulk import postgresql
 from service.server import Server
 from service.settings import Settings
 from service.users.model import User as UserRow
 from tests.postgres import PostgresServer
 from tests.rival import Rival, rival, until
+
+# What a backend says before it dies.
+REASON = b"SFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0"
+LAST_WORD = b"E" + (4 + len(REASON)).to_bytes(4, "big") + REASON
 
 # A client in a process of its own: one message acknowledged, another under way.
 CLIENT = """
@@ -121,6 +129,29 @@ async def test_a_batch_whose_connection_breaks_lands_once(
     await until(lambda: holds_no_connection(server))
 
 
+async def test_a_connection_that_breaks_under_a_large_copy_is_no_different(
+    server: Server, users: UserServiceStub, other: Rival
+) -> None:
+    """Also where PostgreSQL has taken only a part of the rows yet."""
+    names = ["bob", *(f"user{number}" for number in range(3800))]
+    async with server.database.bulk() as session:
+        driver: Any = (await (await session.connection()).get_raw_connection()).driver_connection
+        wire = driver._transport.get_extra_info("socket")
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    call = users.BulkCreateUsers()
+    large = [User(email=f"{name}@example.org", full_name="\N{GRINNING FACE}" * 255) for name in names]
+    await call.write(BulkCreateUsersRequest(users=large))
+    await answer(call)
+    waiting = await other.waiting()
+    assert driver._transport.get_write_buffer_size() > 0
+    await other.execute(f"SELECT pg_terminate_backend({waiting})")
+    await other.rollback()
+
+    ack = (await answer(call)).ack
+
+    assert (ack.created, ack.next_offset) == (len(names), len(names))
+
+
 async def test_a_connection_that_breaks_while_rows_are_looked_up_is_no_different(
     server: Server, users: UserServiceStub, postgresql_url: str
 ) -> None:
@@ -138,6 +169,54 @@ async def test_a_connection_that_breaks_while_rows_are_looked_up_is_no_different
         ack = (await answer(call)).ack
 
     assert (ack.created, ack.updated, ack.next_offset) == (1, 1, 2)
+
+
+async def test_a_connection_that_breaks_before_rows_are_copied_is_no_different(
+    server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that is found out before a word of the rows was sent."""
+    copy = postgresql.insert_rows
+
+    async def cut_off(session: AsyncSession, *rows: Any) -> None:
+        monkeypatch.undo()
+        driver: Any = (await (await session.connection()).get_raw_connection()).driver_connection
+        async with server.database.read() as other:
+            await other.execute(select(func.pg_terminate_backend(driver.get_server_pid())))
+        await until(lambda: _is_closed(driver))
+        await copy(session, *rows)
+
+    monkeypatch.setattr(postgresql, "insert_rows", cut_off)
+    call = users.BulkCreateUsers()
+    await call.write(batch("ada", "bob"))
+    await answer(call)
+
+    ack = (await answer(call)).ack
+
+    assert (ack.created, ack.next_offset) == (2, 2)
+
+
+async def _is_closed(driver: Any) -> bool:
+    return bool(driver.is_closed())
+
+
+async def test_a_connection_that_is_about_to_break_is_no_different(
+    server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL's last word has come, the end of the connection has not."""
+    def told(driver: Any, where: str | None) -> str:
+        monkeypatch.undo()
+        driver._protocol.data_received(LAST_WORD)
+        return str(driver._format_copy_where(where))
+
+    monkeypatch.setattr(asyncpg.Connection, "_format_copy_where", told)  # what it does just before COPY
+    call = users.BulkCreateUsers()
+    await call.write(batch("ada", "bob"))
+    await answer(call)
+
+    ack = (await answer(call)).ack
+
+    assert (ack.created, ack.next_offset) == (2, 2)
+    await until(lambda: holds_no_connection(server))
 
 
 async def test_a_stream_survives_its_database(caplog: pytest.LogCaptureFixture) -> None:

@@ -265,6 +265,24 @@ async def test_a_load_does_not_expire_under_a_batch(postgresql: Database) -> Non
     assert (await outcome(postgresql, load, 0, 2)).created == 2
 
 
+async def test_the_watermark_waits_for_a_commit_that_is_under_way(postgresql: Database) -> None:
+    """The client of a commit whose answer is lost may be gone, and the commit may be at work."""
+    load = await opened(postgresql)
+
+    async with postgresql.begin() as batch:
+        await LoadRepository(batch, "ada").record(load, 0, of(CREATED))
+        watermark = asyncio.create_task(found_watermark(postgresql, load))
+        async with postgresql.read() as session:
+            await until(lambda: _waits(session))
+
+    assert await watermark == 1
+
+
+async def found_watermark(database: Database, load: Load) -> int:
+    async with database.read() as session:
+        return await LoadRepository(session, "ada").watermark(load)
+
+
 async def expired(database: Database, before: datetime) -> None:
     async with database.begin() as session:
         await expire_loads(session, before)

@@ -79,6 +79,10 @@ async def insert_rows(
         )
     except asyncpg.IntegrityConstraintViolationError as error:
         raise IntegrityError(None, None, error) from error
+    except asyncpg.InternalClientError as error:
+        # The connection is about to close, and a COPY that could not begin leaves it busy until then.
+        driver.terminate()
+        raise ConnectionError("the connection broke before the COPY") from error
 
 
 async def _text(columns: Sequence[Sequence[Any]], sort_key: str | None) -> AsyncIterator[bytes]:
