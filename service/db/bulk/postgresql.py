@@ -31,6 +31,7 @@ TEXT_OF: Mapping[type, Callable[[Any], str]] = {
     bool: "ft".__getitem__,
     datetime: datetime.isoformat,
 }
+CHUNK_BYTES = 512 << 10
 ESCAPES = {r"\\": "\\", r"\t": "\t", r"\n": "\n", r"\r": "\r"}
 ESCAPED = str.maketrans({character: escape for escape, character in ESCAPES.items()})
 
@@ -90,7 +91,9 @@ async def _text(columns: Sequence[Sequence[Any]], sort_key: str | None) -> Async
     lines = list(map("\t".join, zip(*map(_texts, columns), strict=True)))
     if sort_key:
         lines.sort()
-    yield "\n".join([*lines, ""]).encode()
+    rows = "\n".join([*lines, ""]).encode()
+    for start in range(0, len(rows), CHUNK_BYTES):  # PostgreSQL writes none before it has the whole of one
+        yield rows[start : start + CHUNK_BYTES]
 
 
 def _texts(values: Sequence[Any]) -> Iterable[str]:
