@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install run migrate lint format test tools lock contract clean bench-bulk test-crash
+.PHONY: help install run migrate lint format test tools lock contract clean bench-bulk test-crash test-timing audit sbom
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -43,6 +43,17 @@ test: lint tools ## Check everything, on SQLite and on a PostgreSQL of its own
 
 test-crash: $(VENV)/development ## Load through crashes for 10 minutes; SECONDS=3600 for an hour
 	SECONDS=$(or $(SECONDS),600) $(BIN)/python -m tests.faults.soak
+
+test-timing: $(VENV)/development ## Check that VerifyPassword's time does not tell who exists; takes minutes
+	$(BIN)/python -m pytest --capture=no tests/e2e/timing_of_passwords.py
+
+audit: $(VENV)/development ## Look the pinned dependencies up among known vulnerabilities; needs the network
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock
+
+sbom: $(VENV)/development ## List the pinned dependencies, with their hashes, as CycloneDX in dist/roster.cdx.json
+	@mkdir -p dist
+	$(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
+		--output-file dist/roster.cdx.json requirements.lock
 
 tools: .tools/grpcurl-$(GRPCURL) $(NODE)/node_modules/.package-lock.json ## Install the clients in other languages that tests use
 

@@ -11,6 +11,7 @@ import service.db.requests
 import service.posts.model
 import service.users.model  # noqa: F401  (a table is known once its module is imported)
 from service.db.base import Base, UtcDateTime
+from service.db.engine import connect
 from service.settings import Settings
 
 # A run waits for one under way (the number is arbitrary, and the same for all). From then on no statement
@@ -52,7 +53,8 @@ def run(connection: Connection) -> None:
 
 async def run_online(url: str) -> None:
     # Not the service's engine: on SQLite it enforces foreign keys, and replacing a table would cascade.
-    engine = create_async_engine(url, poolclass=NullPool)
+    options = {} if url.startswith("sqlite") else {"async_creator_fn": connect}
+    engine = create_async_engine(url, poolclass=NullPool, connect_args=options)
     async with engine.connect() as connection:
         await connection.run_sync(run)
 

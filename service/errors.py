@@ -8,7 +8,10 @@ RosterError
 ├── FailedPrecondition   AuthorNotFound OptionsChanged LoadFinished LoadAborted LoadExpired TooManyFailures
 ├── Aborted              VersionMismatch LoadFenced
 ├── OutOfRange           OffsetGap
+├── ResourceExhausted    RateLimited QuotaExceeded
 ├── Unavailable          PoolExhausted Overloaded DatabaseUnavailable Draining
+├── Unauthenticated
+├── PermissionDenied
 ├── StatementTimeout
 └── OutcomeUnknown
 """
@@ -177,6 +180,20 @@ class OffsetGap(OutOfRange):
     reason = "OFFSET_GAP"
 
 
+class ResourceExhausted(RosterError):
+    """The caller has taken all that one may; nothing was done, try again after `retry_after_seconds`."""
+
+    retry_after_seconds = 1.0
+
+
+class RateLimited(ResourceExhausted):
+    reason = "RATE_LIMITED"
+
+
+class QuotaExceeded(ResourceExhausted):
+    reason = "QUOTA_EXCEEDED"
+
+
 class Unavailable(RosterError):
     """Nothing was done; safe to try again after `retry_after_seconds`."""
 
@@ -197,6 +214,26 @@ class DatabaseUnavailable(Unavailable):
 
 class Draining(Unavailable):
     reason = "DRAINING"
+
+
+class Unauthenticated(RosterError):
+    """Nobody knows who calls; `cause` is for the log, as it would tell a stranger what to try next."""
+
+    reason = "UNAUTHENTICATED"
+
+    def __init__(self, cause: str) -> None:
+        super().__init__("a valid token or client certificate is required")
+        self.cause = cause
+
+
+class PermissionDenied(RosterError):
+    """The caller has no role that allows it; `cause` is for the log."""
+
+    reason = "PERMISSION_DENIED"
+
+    def __init__(self, cause: str) -> None:
+        super().__init__("the caller has no role that allows this")
+        self.cause = cause
 
 
 class StatementTimeout(RosterError):

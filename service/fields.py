@@ -31,12 +31,6 @@ MAX_TITLE = 255
 MAX_CONTENT_BYTES = 1 << 20
 MAX_PASSWORD = 1024
 
-# What VerifyPassword can check, at a cost that is bounded: memory up to 7 digits of KiB, time up to 2.
-PASSWORD_HASH = re.compile(
-    r"\$argon2(?:id|i|d)\$v=19\$m=(\d{1,7}),t=(\d{1,3}),p=(\d{1,3})\$[A-Za-z0-9+/]{11,128}\$[A-Za-z0-9+/]{16,128}"
-)
-# What one VerifyPassword may cost with a hash from elsewhere: KiB of memory, passes, lanes.
-MAX_HASH_COST = (1 << 18, 16, 16)
 EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
 # Visible ASCII but for capitals, one a line.
 PLAIN = r"[!-?\[-~]+@[!-?\[-~]+"
@@ -95,16 +89,6 @@ def wrong_content(content: str) -> str | None:
 
 def wrong_password(password: str) -> str | None:
     return _wrong_text(password, MAX_PASSWORD) if password else "is required: 1 to 1,024 characters"
-
-
-def wrong_password_hash(value: str) -> str | None:
-    match = PASSWORD_HASH.fullmatch(value)
-    if not match:
-        return "must be an argon2 hash in PHC form, $argon2id$v=19$m=…"
-    costs = zip(map(int, match.groups()), MAX_HASH_COST, strict=True)
-    if not all(1 <= cost <= most for cost, most in costs):
-        return "must be an argon2 hash that costs at most 256 MiB of memory, 16 passes and 16 lanes"
-    return None
 
 
 def wrong_id(number: int) -> str | None:

@@ -7,13 +7,11 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from service.caller import current_caller
 from service.db.requests import RequestRepository
 from service.fields import check_request_id
 
 AnswerT = TypeVar("AnswerT", bound=Message)
-
-# Until callers are told apart there is one.
-CALLER = "anonymous"
 
 
 async def once(
@@ -26,7 +24,7 @@ async def once(
     request_id = check_request_id(request.request_id)
     if request_id is None:
         return await write()
-    requests = RequestRepository(session, CALLER, request.DESCRIPTOR.full_name)
+    requests = RequestRepository(session, current_caller().identity, request.DESCRIPTOR.full_name)
     first = await requests.claim(request_id, _fingerprint(request))
     if first is not None:
         return answer.FromString(first)

@@ -17,13 +17,21 @@ from service.db.engine import Database
 from service.db.requests import forget_requests
 from service.errors import RosterError
 from service.health import Health
+from service.interceptors.audit import Audit
+from service.interceptors.auth import Auth
 from service.interceptors.drain import Drain
 from service.interceptors.errors import Errors
+from service.interceptors.limits import Limits
+from service.interceptors.messages import Messages
+from service.policy import Policy
 from service.posts.servicer import PostServicer
 from service.reflection import add_reflection
 from service.settings import Settings
+from service.tls import server_credentials
+from service.tokens import Tokens
 from service.users.passwords import Passwords
 from service.users.servicer import UserServicer
+from service.watched import Watched
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +61,22 @@ def utc_now() -> datetime:
 
 
 class Server:
-    """Roster's gRPC server; `address` is where it listens, once started."""
+    """Roster's gRPC server; `address` is where it listens, once started.
+
+    Raises OSError for a certificate, a key or a policy that can't be used.
+    """
 
     def __init__(self, settings: Settings, clock: Clock = utc_now) -> None:
         self.settings = settings
         self.clock = clock
+        auth = self._auth()
+        self.credentials = server_credentials(settings)
         self.database = Database(settings)
-        self.passwords = Passwords(settings.password_workers, settings.password_queue)
+        self.passwords = Passwords(settings)
         self.drain = Drain()
-        self.server = grpc.aio.server(interceptors=[Errors(), self.drain], options=OPTIONS)
+        self.server = grpc.aio.server(
+            interceptors=[Errors(), self.drain, auth, Limits(settings), Messages(), Audit()], options=OPTIONS
+        )
         services = [
             users_pb2.DESCRIPTOR.services_by_name["UserService"].full_name,
             posts_pb2.DESCRIPTOR.services_by_name["PostService"].full_name,
@@ -71,6 +86,13 @@ class Server:
         self._add_services([*services, "grpc.health.v1.Health"])
         self.address = ""
         self._forgetting: asyncio.Task[None] | None = None
+
+    def _auth(self) -> Auth:
+        chosen, tokens = self.settings, None
+        if chosen.jwt_issuer and chosen.jwt_audience and chosen.jwt_keys_file:
+            tokens = Tokens(chosen.jwt_issuer, chosen.jwt_audience, chosen.jwt_keys_file, self.clock)
+        policy = Watched(Policy.read, chosen.policy_file) if chosen.policy_file else None
+        return Auth(policy, tokens)
 
     def _add_services(self, names: list[str]) -> None:
         bulk = BulkStreams(self.database)
@@ -88,7 +110,10 @@ class Server:
         listen = self.settings.listen
         _require_unused(listen)
         try:
-            port = self.server.add_insecure_port(listen)
+            if self.credentials:
+                port = self.server.add_secure_port(listen, self.credentials)
+            else:
+                port = self.server.add_insecure_port(listen)
         except RuntimeError as error:
             raise OSError(f"can't listen on {listen}; is another server there already?") from error
         self.address = listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"

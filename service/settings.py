@@ -3,6 +3,7 @@
 import os
 import re
 from datetime import timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,9 +21,8 @@ DRIVERS = {
     "sqlite": "sqlite+aiosqlite",
     "sqlite+aiosqlite": "sqlite+aiosqlite",
 }
-ADDRESS = re.compile(r"unix:.+|.*:([0-9]{1,5})")
+ADDRESS = re.compile(r"unix:.+|(\[.+\]|[^:\[]*):([0-9]{1,5})")
 MAX_PORT = 65535
-LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
 
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -55,9 +55,26 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,  # it can be a password
     )
 
-    insecure: bool = Field(default=False, description="listen beyond this machine without TLS")
+    tls_cert_file: Path | None = Field(None, description="certificate chain of the server, in PEM")
+    tls_key_file: Path | None = Field(None, validate_default=True, description="its private key, in PEM")
+    tls_client_ca_file: Path | None = Field(
+        None, description="CA of the certificates that callers then must have, in PEM"
+    )
+    jwt_issuer: str | None = Field(None, description="`iss` of the bearer tokens that are accepted")
+    jwt_audience: str | None = Field(None, description="`aud` of the same")
+    jwt_keys_file: Path | None = Field(
+        None, validate_default=True, description="public keys of the issuer, as JWKS or PEM"
+    )
+    policy_file: Path | None = Field(
+        None, validate_default=True, description="TOML that says which caller has which roles"
+    )
+    insecure: bool = Field(default=False, description="listen beyond this machine without these")
     listen: str = Field("127.0.0.1:50051", description="host:port, or unix:/path; port 0 takes a free one")
-    reflection: bool = Field(default=True, description="let grpcurl and others ask for the contract")
+    reflection: bool | None = Field(
+        None,
+        validate_default=True,
+        description="let grpcurl and others ask for the contract; by default on this machine only",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="least severe line logged"
     )
@@ -84,8 +101,17 @@ class Settings(BaseSettings):
         description="how long outcomes are kept after a load's last batch, in seconds or ISO 8601",
     )
 
+    password_memory: int = Field(19_456, ge=1024, le=1 << 20, description="KiB that hashing one takes")
+    password_passes: int = Field(2, ge=1, le=16, description="how often hashing goes over its memory")
+    password_lanes: int = Field(1, ge=1, le=16, description="cores that hashing one may take")
     password_workers: Count = Field(2, description="threads that hash passwords")
     password_queue: Count = Field(64, description="hashings in hand; more are refused as overload")
+
+    max_calls: Count = Field(2000, description="calls in flight; more are refused as overload")
+    caller_calls: Count = Field(500, description="calls of one method that a caller may have in flight")
+    caller_streams: Count = Field(16, description="streams of one method that a caller may have open")
+    caller_rate: Count = Field(5000, description="calls of one method that a caller may begin in a second")
+    stream_idle_timeout: Seconds = Field(300, description="seconds a stream waits for its client")
 
     @classmethod
     def settings_customise_sources(
@@ -111,26 +137,86 @@ class Settings(BaseSettings):
             raise ValueError("names no file: SQLite in memory can't be shared by readers and the writer")
         return url.set(drivername=DRIVERS[url.drivername]).render_as_string(hide_password=False)
 
+    @field_validator("tls_key_file")
+    @classmethod
+    def _with_certificate(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        return _together(value, info, "tls_cert_file")
+
+    @field_validator("tls_client_ca_file")
+    @classmethod
+    def _with_tls(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value and not info.data.get("tls_cert_file"):
+            raise ValueError("works with ROSTER_TLS_CERT_FILE and ROSTER_TLS_KEY_FILE only; set these too")
+        return value
+
+    @field_validator("jwt_keys_file")
+    @classmethod
+    def _with_claims(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        return _together(value, info, "jwt_issuer", "jwt_audience")
+
+    @field_validator("policy_file")
+    @classmethod
+    def _with_identities(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        knows = _knows_callers(info)
+        # Where one of these is wrong, that is told already.
+        is_sure = knows or {"tls_client_ca_file", "jwt_keys_file"} <= info.data.keys()
+        if is_sure and bool(value) != knows:
+            raise ValueError(
+                "goes with ROSTER_TLS_CLIENT_CA_FILE or ROSTER_JWT_KEYS_FILE: those say who calls, it says "
+                "what they may do, and none of them is of use alone"
+            )
+        return value
+
     @field_validator("listen")
     @classmethod
     def _is_address(cls, value: str) -> str:
         address = ADDRESS.fullmatch(value)
         # gRPC would take a larger port modulo 65536.
-        if not address or int(address[1] or 0) > MAX_PORT:
+        if not address or int(address[2] or 0) > MAX_PORT:
             raise ValueError(f"must be host:port, with a port up to {MAX_PORT}, or unix:/path")
         return value
 
     @field_validator("listen")
     @classmethod
-    def _loopback_unless_insecure(cls, value: str, info: ValidationInfo) -> str:
-        if not info.data.get("insecure") and not value.startswith(LOOPBACK):
+    def _local_unless_safe(cls, value: str, info: ValidationInfo) -> str:
+        is_safe = info.data.get("tls_cert_file") and _knows_callers(info)
+        if not (is_safe or info.data.get("insecure") or is_local(value)):
             raise ValueError(
-                "without TLS the server listens on this machine only; use 127.0.0.1, [::1] or "
-                "unix:/path, or set ROSTER_INSECURE=true if the network keeps strangers out"
+                "without TLS and authentication the server listens on this machine only; set "
+                "ROSTER_TLS_CERT_FILE and ROSTER_TLS_CLIENT_CA_FILE or ROSTER_JWT_KEYS_FILE, or use "
+                "127.0.0.1, [::1] or unix:/path, or set ROSTER_INSECURE=true if the network keeps "
+                "strangers out"
             )
         return value
+
+    @field_validator("reflection")
+    @classmethod
+    def _on_this_machine(cls, value: bool | None, info: ValidationInfo) -> bool:
+        return is_local(info.data.get("listen", "")) if value is None else value
 
     @property
     def is_embedded(self) -> bool:
         """Tell whether the database is SQLite, the embedded default."""
         return self.database_url.startswith("sqlite")
+
+
+def is_local(listen: str) -> bool:
+    """Tell whether only this machine can reach an address."""
+    host = listen.rpartition(":")[0]
+    if listen.startswith("unix:") or host == "localhost":
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _knows_callers(info: ValidationInfo) -> bool:
+    return bool(info.data.get("tls_client_ca_file") or info.data.get("jwt_keys_file"))
+
+
+def _together(value: Path | None, info: ValidationInfo, *others: str) -> Path | None:
+    if len({bool(value), *(bool(info.data.get(name)) for name in others)}) > 1:
+        names = " and ".join(f"{PREFIX}{name.upper()}" for name in others)
+        raise ValueError(f"goes with {names}; set all of them, or none")
+    return value

@@ -89,6 +89,22 @@ class PostgresServer(Postgres):
         """Stop it, and wait until it is gone; "immediate" is a crash, which the next start recovers from."""
         self._run("pg_ctl", "stop", "--wait", f"--mode={mode}", f"--pgdata={self._folder}/data")
 
+    def require_tls(self, certificate: bytes, key: bytes) -> None:
+        """Let the next start take TLS connections alone."""
+        data = self._folder / "data"
+        (data / "server.crt").write_bytes(certificate)
+        (data / "server.key").write_bytes(key)
+        (data / "server.key").chmod(0o600)
+        if "user" in self._owner:
+            os.chown(data / "server.key", self._owner["user"], self._owner["group"])
+        (data / "pg_hba.conf").write_text("hostssl all all 127.0.0.1/32 trust\n")
+        with (data / "postgresql.conf").open("a") as configuration:
+            configuration.write("ssl = on\n")
+
+    def log(self) -> str:
+        """Return what it has logged."""
+        return (self._folder / "log").read_text()
+
     def _initialise(self, port: int, *, fsync: bool) -> None:
         options = [f"--pgdata={self._folder}/data", "--username=postgres", "--auth=trust", "--no-sync"]
         for locale in LOCALES:

@@ -5,12 +5,12 @@ from datetime import timedelta
 from roster.v1 import bulk_pb2 as pb
 from roster.v1.bulk_pb2_grpc import BulkServiceServicer
 from service.bulk.convert import failure_to_message, load_to_message
+from service.caller import current_caller
 from service.db.bulk.loads import Load, LoadRepository
 from service.db.engine import Database
 from service.db.paging import decode_token, encode_token, fingerprint, page_size
 from service.fields import check_load_id
 from service.interceptors.around import Context
-from service.once import CALLER
 
 LOADS = fingerprint("loads")
 
@@ -25,7 +25,7 @@ class BulkServicer(BulkServiceServicer):
     async def GetBulkLoad(self, request: pb.GetBulkLoadRequest, context: Context) -> pb.BulkLoad:
         load_id = check_load_id(request.load_id)
         async with self.database.read() as session:
-            load = await LoadRepository(session, CALLER).get(load_id)
+            load = await LoadRepository(session, current_caller().owner).get(load_id)
         return load_to_message(load, self.kept_for)
 
     async def ListBulkLoads(
@@ -34,7 +34,7 @@ class BulkServicer(BulkServiceServicer):
         limit = page_size(request.page_size)
         after = decode_token(LOADS, request.page_token, [Load.__table__.c.id])
         async with self.database.read() as session:
-            page = await LoadRepository(session, CALLER).page(after, limit)
+            page = await LoadRepository(session, current_caller().owner).page(after, limit)
         return pb.ListBulkLoadsResponse(
             loads=[load_to_message(load, self.kept_for) for load in page.rows],
             next_page_token=encode_token(LOADS, page.next_key),
@@ -47,7 +47,7 @@ class BulkServicer(BulkServiceServicer):
         tied_to = fingerprint("failures", load_id)
         [after] = decode_token(tied_to, request.page_token, [Load.__table__.c.next_offset]) or [-1]
         async with self.database.read() as session:
-            loads = LoadRepository(session, CALLER)
+            loads = LoadRepository(session, current_caller().owner)
             failures = await loads.failures(await loads.get(load_id), after, limit + 1)
         page = failures[:limit]
         return pb.ListBulkLoadFailuresResponse(
@@ -58,5 +58,5 @@ class BulkServicer(BulkServiceServicer):
     async def AbortBulkLoad(self, request: pb.AbortBulkLoadRequest, context: Context) -> pb.BulkLoad:
         load_id = check_load_id(request.load_id)
         async with self.database.begin() as session:
-            load = await LoadRepository(session, CALLER).abort(load_id)
+            load = await LoadRepository(session, current_caller().owner).abort(load_id)
         return load_to_message(load, self.kept_for)

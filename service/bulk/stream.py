@@ -14,6 +14,7 @@ from roster.v1.bulk_pb2 import BulkLoad, BulkOptions, BulkWriteResponse
 from service.bulk.convert import summary_to_message
 from service.bulk.operation import Operation, StreamOptions
 from service.bulk.slot import Slot, Superseded, committed
+from service.caller import Caller
 from service.db.base import MAX_ID
 from service.db.bulk.batch import Outcome
 from service.db.bulk.loads import COUNTED, Load, LoadRepository, LoadState
@@ -53,7 +54,12 @@ class Stream:
     """The batches of one stream, in the order of their offsets."""
 
     def __init__(
-        self, database: Database, operation: Operation, options: StreamOptions, caller: str, load: Load | None
+        self,
+        database: Database,
+        operation: Operation,
+        options: StreamOptions,
+        caller: Caller,
+        load: Load | None,
     ) -> None:
         self.options = options
         self.watermark = load.next_offset if load else 0  # behind the last row that is recorded
@@ -72,16 +78,22 @@ class Stream:
         self._new_failures = 0
 
     @classmethod
-    async def open(cls, database: Database, operation: Operation, message: BulkOptions, caller: str) -> Self:
+    async def open(
+        cls, database: Database, operation: Operation, message: BulkOptions, caller: Caller
+    ) -> Self:
         """Begin a stream; one of a named load goes on with it, and fences older streams off."""
         options = StreamOptions.from_message(message, operation)
+        if message.restore:
+            caller.require("admin", "restore")
         if message.load_id:
             check_load_id(message.load_id, "options.load_id")
         if not message.load_id or message.validate_only:
             return cls(database, operation, options, caller, None)
         async with database.begin() as session:
             kept = message.SerializeToString(deterministic=True)
-            load = await LoadRepository(session, caller).open(message.load_id, operation.method, kept)
+            load = await LoadRepository(session, caller.identity).open(
+                message.load_id, operation.method, kept
+            )
             first = BulkOptions.FromString(load.options)
             if load.method != operation.method or _effect(first) != _effect(message):
                 raise OptionsChanged(
@@ -128,7 +140,7 @@ class Stream:
         """Complete the load; raises LoadFenced where another stream has it."""
         if self._load and self._load.state == LoadState.OPEN:
             async with self._database.begin() as session:
-                await LoadRepository(session, self._caller).finish(self._load)
+                await LoadRepository(session, self._caller.identity).finish(self._load)
 
     async def summary(self, *, is_finished: bool) -> BulkWriteResponse:
         """Return the last event; of a named load it has the numbers of all its streams."""
@@ -136,7 +148,7 @@ class Stream:
             state = BulkLoad.FINISHED if is_finished else BulkLoad.STATE_UNSPECIFIED
             return summary_to_message(self.watermark, self.counts, state)
         async with self._database.read() as session:
-            load = await LoadRepository(session, self._caller).get(self._load.load_id)
+            load = await LoadRepository(session, self._caller.identity).get(self._load.load_id)
         counts = {name: getattr(load, name) for name in COUNTED}
         return summary_to_message(load.next_offset, counts, BulkLoad.State.ValueType(load.state))
 
@@ -208,6 +220,8 @@ class Stream:
 
     async def _start(self, slot: Slot, messages: list[Any]) -> None:
         slot.batch = self._operation.batch(messages[slot.replayed :], self.options.write)
+        if any(slot.batch.columns.get("hashed_password", ())):
+            self._caller.require("loader", "hashed_password")
         slot.batch.expects_conflicts = self._meets_conflicts
         await self._clear(slot)
         slot.previous, self._last = self._last, slot
@@ -306,7 +320,7 @@ class Stream:
             if self._operation.taken:
                 slot.complete(outcome, self.options.write, self._operation.taken)
             if self._load:
-                await LoadRepository(session, self._caller).record(
+                await LoadRepository(session, self._caller.identity).record(
                     self._load, slot.offset + slot.replayed, outcome
                 )
         return outcome
@@ -316,14 +330,14 @@ class Stream:
         if self._load is None:
             raise RuntimeError("only a named load can be looked at again")
         async with self._database.read() as session:
-            self.watermark = await LoadRepository(session, self._caller).watermark(self._load)
+            self.watermark = await LoadRepository(session, self._caller.identity).watermark(self._load)
         self._is_uncertain = False
 
     async def _recorded(self, start: int, end: int) -> Outcome:
         if self._load is None or start == end:
             return Outcome()
         async with self._database.read() as session:
-            outcome = await LoadRepository(session, self._caller).outcome(self._load, start, end)
+            outcome = await LoadRepository(session, self._caller.identity).outcome(self._load, start, end)
         if len(outcome.ids) < end - start:
             raise _expired()
         return outcome

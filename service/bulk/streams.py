@@ -13,10 +13,10 @@ from service.bulk.convert import error_to_message, opened_to_message, outcome_to
 from service.bulk.operation import Operation
 from service.bulk.slot import Slot
 from service.bulk.stream import MAX_BYTES, MAX_ROWS, REFUSALS, Stream
+from service.caller import current_caller
 from service.db.bulk.batch import Outcome
 from service.db.engine import Database
 from service.errors import InvalidOptions, TooManyFailures
-from service.once import CALLER
 
 
 class BulkStreams:
@@ -35,7 +35,7 @@ class BulkStreams:
         first = await anext(requests, None)
         if first is None:
             raise InvalidOptions("the stream ended before its first message, which has options or rows")
-        stream = await Stream.open(self._database, operation, first.options, CALLER)
+        stream = await Stream.open(self._database, operation, first.options, current_caller())
         yield opened_to_message(first.options.load_id, stream.watermark, MAX_ROWS, MAX_BYTES)
         receiver = asyncio.create_task(stream.receive(first, requests))
         try:

@@ -9,7 +9,7 @@ from service import __version__
 
 # gRPC writes lines of its own, such as "Got goaway", to standard error. It reads this when it is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-COMMANDS = ["serve", "migrate", "load", "loads", "export"]
+COMMANDS = ["serve", "migrate", "load", "loads", "export", "token"]
 
 
 class Commands(click.Group):

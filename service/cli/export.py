@@ -15,8 +15,8 @@ from google.protobuf.descriptor import FieldDescriptor
 
 from service.cli.formats import csv_line, format_name, json_line, pyarrow
 from service.cli.rows import ENTITIES, Entity, values_of
-from service.cli.terminal import INTERRUPTED, UsageError, address_option, explained, progress
-from service.client import CallFailed, Patience, channel
+from service.cli.terminal import INTERRUPTED, Target, UsageError, progress, server_options
+from service.client import CallFailed, Patience
 
 STDOUT = "-"
 GROUP_ROWS, GROUP_BYTES = 100_000, 64 << 20  # of a row group of Parquet
@@ -93,9 +93,9 @@ class Export:
         self._patience = Patience()
         self._started = time.monotonic()
 
-    async def run(self, address: str, writer: Writer) -> None:
+    async def run(self, target: Target, writer: Writer) -> None:
         """Write all rows, and go on behind the last one after a break; raises CallFailed, OSError."""
-        async with channel(address) as connection:
+        async with target.channel() as connection:
             largest_id = await self._largest_id(connection)
             async with progress(largest_id - self._first_id, self._state):
                 while True:
@@ -131,13 +131,13 @@ class Export:
 
 @click.command(context_settings={"show_default": True})
 @click.argument("entity", type=click.Choice(list(ENTITIES)))
-@address_option
+@server_options
 @click.option("--output", "-o", default=STDOUT, help="A file, gzip if its name ends in .gz; - is stdout.")
 @click.option("--format", "format_", type=click.Choice(list(WRITERS)), help="Default: by the file's name.")
 @click.option("--filter", "filter_", help="Which rows, such as 'is_active = true'.")
 @click.option("--after-id", type=click.IntRange(0), default=0, help="Only rows with greater ids.")
 def export(
-    entity: str, address: str, output: str, format_: str | None, filter_: str | None, after_id: int
+    entity: str, target: Target, output: str, format_: str | None, filter_: str | None, after_id: int
 ) -> None:
     """Export users or posts, in the order of their ids; `roster load --restore` takes them back.
 
@@ -149,7 +149,7 @@ def export(
     try:
         with _file(output) as file:
             writer = kind(file, job.entity)
-            asyncio.run(job.run(address, writer))
+            asyncio.run(job.run(target, writer))
             writer.close()
     except KeyboardInterrupt:
         click.echo(f"interrupted behind id {job.last_id}: {job.told()}", err=True)
@@ -157,7 +157,7 @@ def export(
     except BrokenPipeError:  # whoever reads has enough
         raise
     except (CallFailed, OSError) as error:
-        told = explained(error, address) if isinstance(error, CallFailed) else str(error)
+        told = target.explained(error) if isinstance(error, CallFailed) else str(error)
         raise UsageError(f"{told}; stopped behind id {job.last_id}") from None
     click.echo(job.told(), err=True)
 

@@ -20,8 +20,8 @@ from service.cli.formats import FORMATS, STDIN, SourceError, format_name
 from service.cli.ledger import Ledger
 from service.cli.rows import ENTITIES, Columns, Entity
 from service.cli.source import Source
-from service.cli.terminal import INTERRUPTED, UsageError, address_option, explained, listed, progress
-from service.client import BATCH_ROWS, BulkLoader, CallFailed, Patience, channel
+from service.cli.terminal import INTERRUPTED, Target, UsageError, listed, progress, server_options
+from service.client import BATCH_ROWS, BulkLoader, CallFailed, Patience
 from service.errors import TooManyFailures
 
 TOP_REASONS = 5
@@ -49,9 +49,9 @@ class Load:
         self._patience = Patience()
         self._started = time.monotonic()
 
-    async def run(self, address: str, verb: str, batch_rows: int) -> None:
+    async def run(self, target: Target, verb: str, batch_rows: int) -> None:
         """Send the rows; raises what BulkLoader and Source do, and TooManyFailures."""
-        async with channel(address) as connection, progress(self.source.bytes_total, self._state):
+        async with target.channel() as connection, progress(self.source.bytes_total, self._state):
             method, request = self.entity.rpc(connection, verb)
             loader = BulkLoader(method, request, self.options, batch_rows=batch_rows)
             loads = BulkServiceStub(connection)
@@ -154,7 +154,7 @@ def _choice(enum: Any) -> click.Choice[str]:
 @click.command(context_settings={"show_default": True})
 @click.argument("entity", type=click.Choice(list(ENTITIES)))
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
-@address_option
+@server_options
 @click.option("--load-id", help=LOAD_ID)
 @click.option("--update", "operation", flag_value="update", help="Update rows, by id.")
 @click.option("--restore", "operation", flag_value="restore", help=RESTORE)
@@ -172,7 +172,7 @@ def _choice(enum: Any) -> click.Choice[str]:
 def load(
     entity: str,
     file: str,
-    address: str,
+    target: Target,
     operation: str | None,
     update_mask: str | None,
     batch_rows: int,
@@ -210,13 +210,13 @@ def load(
         chosen.load_id = _load_id(source, f"{entity}-{operation}", chosen)
     job = Load(kind, source, chosen, ledger)
     try:
-        asyncio.run(job.run(address, "BulkUpdate" if operation == "update" else "BulkCreate", batch_rows))
+        asyncio.run(job.run(target, "BulkUpdate" if operation == "update" else "BulkCreate", batch_rows))
     except KeyboardInterrupt:
         click.echo(f"interrupted: {job.settled(may_go_on=True)}", err=True)
         sys.exit(INTERRUPTED)
     except CallFailed as failure:
         if not job.is_open:
-            raise UsageError(f"nothing was loaded: {explained(failure, address)}") from None
+            raise UsageError(f"nothing was loaded: {target.explained(failure)}") from None
         settled = job.settled(may_go_on=failure.may_pass)
         raise UsageError(f"{source.name}: the load stopped: {failure.message}; {settled}") from None
     except (SourceError, TooManyFailures, OSError) as error:

@@ -12,8 +12,8 @@ from google.protobuf.message import Message
 
 from roster.v1 import bulk_pb2 as pb
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
-from service.cli.terminal import UsageError, address_option, explained, listed
-from service.client import CallFailed, Patience, channel
+from service.cli.terminal import Target, UsageError, listed, server_options
+from service.client import CallFailed, Patience
 
 LINE = "{:8}  {:>13}  {:>11}  {:19}  {:15}  {}"
 HEAD = LINE.format("state", "rows", "failed", "changed", "method", "load")
@@ -22,10 +22,10 @@ HEAD = LINE.format("state", "rows", "failed", "changed", "method", "load")
 @click.command()
 @click.argument("action", type=click.Choice(["list", "show", "abort"]), default="list")
 @click.argument("load_id", default="")
-@address_option
+@server_options
 @click.option("--yes", is_flag=True, help="Abort without a question.")
 @click.option("--json", "is_json", is_flag=True, help="Print JSON as grpcurl does, an object a line.")
-def loads(action: str, load_id: str, address: str, *, yes: bool, is_json: bool) -> None:
+def loads(action: str, load_id: str, target: Target, *, yes: bool, is_json: bool) -> None:
     """List the bulk loads that have a name, the newest first; show one with its failures; abort one.
 
     An aborted load takes no more rows; those that are in stay.
@@ -35,13 +35,13 @@ def loads(action: str, load_id: str, address: str, *, yes: bool, is_json: bool) 
     if action == "abort" and not yes:
         click.confirm(f"Abort the load {load_id} for good?", abort=True, err=True)
     try:
-        asyncio.run(_run(address, action, load_id, is_json=is_json))
+        asyncio.run(_run(target, action, load_id, is_json=is_json))
     except CallFailed as failure:
-        raise UsageError(explained(failure, address)) from None
+        raise UsageError(target.explained(failure)) from None
 
 
-async def _run(address: str, action: str, load_id: str, *, is_json: bool) -> None:
-    async with channel(address) as connection:
+async def _run(target: Target, action: str, load_id: str, *, is_json: bool) -> None:
+    async with target.channel() as connection:
         stub, patience = BulkServiceStub(connection), Patience()
         if action == "list":
             if not is_json:

@@ -14,7 +14,9 @@ from service.cli.terminal import UsageError
 from service.db import migrations
 from service.db.engine import Database
 from service.server import Server
-from service.settings import Settings
+from service.settings import Settings, is_local
+
+log = logging.getLogger(__name__)
 
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -48,7 +50,7 @@ async def _serve(chosen: Settings) -> None:
         # 6 µs that a row of a bulk stream cost; to look through the 5,000 rows of each message, 0.3 more.
         gc.freeze()
         gc.set_threshold(20_000)
-        _announce(server.address)
+        _announce(chosen, server.address)
         await stopping.wait()
         for number in SIGNALS:  # a second one ends it at once
             asyncio.get_running_loop().remove_signal_handler(number)
@@ -70,10 +72,14 @@ async def _require_schema(database: Database) -> None:
         )
 
 
-def _announce(address: str) -> None:
+def _announce(chosen: Settings, address: str) -> None:
+    click.echo(f"listening on {address}", err=True)
+    if chosen.insecure and not is_local(chosen.listen):
+        log.warning("ROSTER_INSECURE: whoever reaches %s may read, change and delete everything", address)
+    if chosen.tls_cert_file or chosen.policy_file:
+        return
     ada = '{"user": {"email": "ada@example.org"}}'
     click.echo(
-        f"listening on {address}\n"
         "try, in another terminal:\n"
         f"  grpcurl -plaintext {address} list\n"
         f"  grpcurl -plaintext -d '{ada}' {address} {USERS}/CreateUser\n"

@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,23 +12,84 @@ import grpc
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from service.client import CallFailed, Patience
+from service.client import CallFailed, Patience, channel, tls_credentials
 
 DRAW_EVERY_SECONDS = 0.2
 REPORT_EVERY_SECONDS = 5
 PAGE_SIZE = 1000
 INTERRUPTED = 130  # the status of a command that got SIGINT
 
-address_option = click.option(
-    "--address", envvar="ROSTER_ADDRESS", default="127.0.0.1:50051", help="host:port or unix:/path."
+FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+SERVER = (
+    click.option(
+        "--address", envvar="ROSTER_ADDRESS", default="127.0.0.1:50051", help="host:port or unix:/path."
+    ),
+    click.option(
+        "--tls-ca", envvar="ROSTER_TLS_CA_FILE", type=FILE, help="CA of the server, in PEM; means TLS."
+    ),
+    click.option(
+        "--tls-cert", envvar="ROSTER_TLS_CLIENT_CERT_FILE", type=FILE, help="Own certificate, in PEM."
+    ),
+    click.option(
+        "--tls-key", envvar="ROSTER_TLS_CLIENT_KEY_FILE", type=FILE, help="Its private key, in PEM."
+    ),
+    click.option(
+        "--token-file", envvar="ROSTER_TOKEN_FILE", type=FILE, help="Bearer token, or ROSTER_TOKEN has it."
+    ),
+    # As an argument everybody on the machine could see it.
+    click.option("--token", envvar="ROSTER_TOKEN", hidden=True),
 )
 
 
-def explained(failure: CallFailed, address: str) -> str:
-    """Return a sentence about a call that failed before anything was done."""
-    if failure.code is grpc.StatusCode.UNAVAILABLE and not failure.reason:
-        return f"no server answers at {address}; start one with `roster serve`, or name it with --address"
-    return failure.message
+class Target:
+    """The server that a command is a client of, and how to get in there."""
+
+    def __init__(
+        self,
+        address: str,
+        tls_ca: Path | None,
+        tls_cert: Path | None,
+        tls_key: Path | None,
+        token_file: Path | None,
+        token: str | None,
+    ) -> None:
+        self.address = address
+        self._credentials = None
+        read_token: Callable[[], str] | None = None
+        if token_file:
+            read_token = lambda: token_file.read_text().strip()  # noqa: E731
+        elif token:
+            read_token = lambda: token  # noqa: E731
+        if tls_ca:
+            ca, key, cert = (path.read_bytes() if path else None for path in (tls_ca, tls_key, tls_cert))
+            self._credentials = tls_credentials(ca, key, cert, token=read_token)
+        elif tls_cert or tls_key or read_token:
+            raise UsageError("a token or certificate is sent over TLS only; --tls-ca names the server's CA")
+
+    def channel(self) -> grpc.aio.Channel:
+        return channel(self.address, self._credentials)
+
+    def explained(self, failure: CallFailed) -> str:
+        """Return a sentence about a call that failed before anything was done."""
+        if failure.code is not grpc.StatusCode.UNAVAILABLE or failure.reason:
+            return failure.message
+        told = f"no server answers at {self.address}"
+        if self._credentials:
+            return f"{told} with the TLS that was asked for: {failure.message}"
+        return f"{told}; start one with `roster serve`, or name it with --address, and its CA with --tls-ca"
+
+
+def server_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of a client; the command gets them as its `target`."""
+
+    @wraps(command)
+    def with_target(**options: Any) -> None:
+        names = "address", "tls_ca", "tls_cert", "tls_key", "token_file", "token"
+        command(target=Target(*map(options.pop, names)), **options)
+
+    for option in reversed(SERVER):
+        with_target = option(with_target)
+    return with_target
 
 
 async def listed(method: Any, request: Any, field: str, patience: Patience) -> AsyncGenerator[Any]:

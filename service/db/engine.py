@@ -1,10 +1,12 @@
 """Database: the engines and their pools, the unit of work, and the door for reads."""
 
 import asyncio
+import logging
 import sqlite3
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from typing import Any
+from urllib.parse import urlencode
 
 import asyncpg
 from sqlalchemy import event, select
@@ -20,6 +22,9 @@ BULK_POOL_TIMEOUT_SECONDS = 60
 SQLITE_BUSY_TIMEOUT_SECONDS = 5
 # More than a batch has, so that a COPY never waits for room.
 WRITE_BUFFER_BYTES = 8 << 20
+
+# On DEBUG it logs parameters: hashes of passwords, and contents.
+logging.getLogger("aiosqlite").setLevel(logging.WARNING)
 
 
 class Database:
@@ -111,7 +116,7 @@ class _PostgreSQL:
             pool_pre_ping=settings.pool_pre_ping,
             hide_parameters=True,
             connect_args={
-                "async_creator_fn": _connect,
+                "async_creator_fn": connect,
                 "timeout": settings.connect_timeout,
                 # The server's own timeout comes first; this one is for a server that is gone.
                 "command_timeout": settings.statement_timeout + 5,
@@ -175,9 +180,14 @@ async def _turn(line: asyncio.Lock | asyncio.Semaphore, timeout: float) -> Async
         line.release()
 
 
-async def _connect(*args: Any, **options: Any) -> Any:
+async def connect(**options: Any) -> Any:
+    """Open a connection to PostgreSQL; its URL may have libpq's parameters of TLS; `ssl` is `sslmode`."""
+    tls = {name: options.pop(name) for name in list(options) if name.startswith("ssl")}
+    if "ssl" in tls:
+        tls["sslmode"] = tls.pop("ssl")
     try:
-        connection = await asyncpg.connect(*args, **options)
+        # asyncpg knows most of them in a DSN only; what else is in one is overridden by the options.
+        connection = await asyncpg.connect(f"postgresql://?{urlencode(tls)}", **options)
     except TimeoutError as error:  # not that of a statement: nothing was sent
         raise ConnectionError("the database did not answer in time") from error
     # A COPY that waits for room isn't told that the connection is lost, or its time over: it would for ever.

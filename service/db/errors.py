@@ -4,6 +4,7 @@ What a violated constraint means only a repository knows; it catches IntegrityEr
 """
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,9 @@ BUSY = "the database is busy with other writes; nothing was done, try again"
 AWAY = "the database can't be reached; nothing was done, try again"
 MIGRATED = "the database was just migrated; nothing was done, try again"
 SLOW = "the database took too long over this call; ask for less, or try later"
+
+# In a DETAIL of PostgreSQL's, as `Key (email)=(ada@example.org) already exists`, and of asyncpg's own.
+VALUES = re.compile(r"\nDETAIL:.*|(?<=invalid input for query argument ).*", re.DOTALL)
 
 # The longest prefix wins. https://www.postgresql.org/docs/current/errcodes-appendix.html
 BY_CODE: dict[str, tuple[type[RosterError], str]] = {
@@ -79,11 +83,20 @@ def translated() -> Iterator[None]:
     except RosterError:
         raise
     except Exception as error:
+        _hide_values(error)
         known = domain_error(error)
         if known is None:
             raise
         log.warning("%s: %s", known.reason, error.__cause__ or error)
         raise known from error
+
+
+def _hide_values(error: BaseException) -> None:
+    """Take out what a driver's error repeats of rows and parameters, before anybody logs it."""
+    for cause in _chain(error):
+        if isinstance(getattr(cause, "detail", None), str):
+            cause.detail = None  # type: ignore[attr-defined]
+        cause.args = tuple(VALUES.sub("", part) if isinstance(part, str) else part for part in cause.args)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

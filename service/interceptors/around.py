@@ -46,18 +46,18 @@ class Around(grpc.aio.ServerInterceptor):
 
         async def surrounded(request: Any, context: Context) -> Any:
             async with self.around(method, context):
-                return await behaviour(received(request), context)
+                return await behaviour(received(method, request), context)
 
         return handler._replace(**{kind: surrounded})
 
-    def received(self, request: Any) -> Any:
+    def received(self, method: str, request: Any) -> Any:  # noqa: ARG002
         """Return a message as the servicer is to see it."""
         return request
 
-    async def received_stream(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async def received_stream(self, method: str, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         """Return a stream of messages as the servicer is to see it."""
         async for request in requests:
-            yield self.received(request)
+            yield self.received(method, request)
 
 
 def _kind(handler: Any) -> str:

@@ -2,18 +2,18 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from service import errors
-from service.errors import MalformedMessage, RosterError
+from service.errors import RosterError
 from service.interceptors.around import Around, Context
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,10 @@ STATUS: dict[type[RosterError], grpc.StatusCode] = {
     errors.FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
     errors.Aborted: grpc.StatusCode.ABORTED,
     errors.OutOfRange: grpc.StatusCode.OUT_OF_RANGE,
+    errors.ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.StatementTimeout: grpc.StatusCode.DEADLINE_EXCEEDED,
     RosterError: grpc.StatusCode.INTERNAL,
 }
@@ -78,15 +81,6 @@ class Errors(Around):
             log.exception("%s failed", method)
             await _abort(context, _opaque())
 
-    def wrap(self, method: str, handler: Any) -> Any:
-        wrapped = super().wrap(method, handler)
-        return wrapped._replace(request_deserializer=_tolerant(handler.request_deserializer, method))
-
-    def received(self, request: Any) -> Any:
-        if isinstance(request, MalformedMessage):
-            raise request
-        return request
-
 
 async def _abort(context: Context, status: Status) -> NoReturn:
     code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
@@ -113,17 +107,3 @@ def _packed(detail: Message) -> AnyMessage:
     packed = AnyMessage()
     packed.Pack(detail)
     return packed
-
-
-def _tolerant(parse: Callable[[bytes], Message], method: str) -> Callable[[bytes], Any]:
-    """Return a deserializer that hands an error on; raised in grpc.aio it would be UNKNOWN with its text."""
-    kind = getattr(getattr(parse, "__self__", None), "DESCRIPTOR", None)
-    name = kind.full_name if kind else method
-
-    def parsed(data: bytes) -> Any:
-        try:
-            return parse(data)
-        except DecodeError:
-            return MalformedMessage(f"the bytes sent are no {name}: truncated, not UTF-8, or nested too deep")
-
-    return parsed

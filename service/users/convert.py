@@ -23,9 +23,9 @@ from service.fields import (
     wrong_full_name,
     wrong_id,
     wrong_password,
-    wrong_password_hash,
 )
 from service.posts.model import Post
+from service.users.hashes import wrong_password_hash
 from service.users.model import User
 
 WRITABLE = ("email", "full_name", "is_active", "password", "hashed_password")

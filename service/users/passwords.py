@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from secrets import token_bytes
 from typing import TypeVar
 
-from argon2 import PasswordHasher
-from argon2.exceptions import InvalidHashError, VerificationError
+from argon2 import PasswordHasher, Type, extract_parameters
+from argon2.exceptions import InvalidHashError
 
 from service.errors import Overloaded
+from service.settings import Settings
+from service.users.hashes import matches
 
 T = TypeVar("T")
 
@@ -18,10 +20,12 @@ T = TypeVar("T")
 class Passwords:
     """Hashes and checks passwords; raises Overloaded where too many wait already."""
 
-    def __init__(self, workers: int, queue: int) -> None:
-        self._hasher = PasswordHasher()  # argon2id with the second recommendation of RFC 9106
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="password")
-        self._free = queue
+    def __init__(self, settings: Settings) -> None:
+        self._hasher = PasswordHasher(
+            settings.password_passes, settings.password_memory, settings.password_lanes
+        )
+        self._threads = ThreadPoolExecutor(settings.password_workers, thread_name_prefix="password")
+        self._free = settings.password_queue
         # Checked where there is no hash, so that an unknown user costs what a known one does.
         self._nobody = _hash_of_nothing(self._hasher)
 
@@ -29,24 +33,35 @@ class Passwords:
         """Return the hash of a new password in PHC form."""
         return await self._run(lambda: self._hasher.hash(password))
 
-    async def verify(self, stored: str, password: str) -> bool:
-        """Tell whether the password is the stored hash's; "" is nobody's, at the same cost."""
-        matches = await self._run(lambda: self._matches(stored or self._nobody, password))
-        return matches and bool(stored)
+    async def check(self, stored: str, password: str) -> tuple[bool, str | None]:
+        """Tell whether the password is the stored hash's; where that is weak, return a better one besides.
 
-    def is_weak(self, stored: str) -> bool:
-        """Tell whether a hash was made with other parameters than today's."""
-        return self._hasher.check_needs_rehash(stored)
+        "" is nobody's hash, at the same cost. A weak one costs a hash more, whether it matches or not.
+        """
+        return await self._run(lambda: self._checked(stored, password))
 
     def close(self) -> None:
         """Let the threads end."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _matches(self, stored: str, password: str) -> bool:
+    def _checked(self, stored: str, password: str) -> tuple[bool, str | None]:
+        if not self._is_weak(stored):
+            return matches(stored or self._nobody, password), None
+        if matches(stored, password):
+            return True, self._hasher.hash(password)
+        return matches(self._nobody, password), None
+
+    def _is_weak(self, stored: str) -> bool:
+        """Tell whether a hash costs an attacker less than today's: another kind, less memory or time."""
         try:
-            return self._hasher.verify(stored, password)
-        except (VerificationError, InvalidHashError):
-            return False
+            costs = extract_parameters(stored)
+        except InvalidHashError:
+            return bool(stored)
+        return (
+            costs.type is not Type.ID
+            or costs.memory_cost < self._hasher.memory_cost
+            or costs.time_cost < self._hasher.time_cost
+        )
 
     async def _run(self, work: Callable[[], T]) -> T:
         if not self._free:

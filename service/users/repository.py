@@ -74,14 +74,13 @@ class UserRepository(Repository[User]):
         except IntegrityError:  # somebody took it in between
             raise email_taken(None) from None
 
-    async def password_hash(self, condition: ColumnElement[bool]) -> tuple[int, str, bool]:
-        """Return id, hash ("" for none) and whether active; nobody's are (0, "", False)."""
-        row = (
-            await self.session.execute(
-                select(User.id, func.coalesce(User.hashed_password, ""), User.is_active).where(condition)
-            )
-        ).one_or_none()
-        return row or (0, "", False)
+    async def password_hash(self, condition: ColumnElement[bool]) -> tuple[int, str]:
+        """Return id and hash of an active user with a password, otherwise (0, "")."""
+        known = select(User.id, User.hashed_password).where(
+            condition, User.is_active, User.hashed_password.is_not(None)
+        )
+        row = (await self.session.execute(known)).one_or_none()
+        return (row.id, row.hashed_password) if row else (0, "")
 
     async def replace_hash(self, id: int, old: str, new: str) -> None:
         """Store a stronger hash of the same password, unless the password was changed meanwhile."""

@@ -1,7 +1,7 @@
 """UserService: users by id or e-mail, one at a time, in pages, and in bulk."""
 
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
@@ -13,9 +13,10 @@ from roster.v1.resources_pb2 import User as UserMessage
 from roster.v1.users_pb2_grpc import UserServiceServicer
 from service.bulk.operation import Operation
 from service.bulk.streams import BulkStreams
+from service.caller import current_caller
 from service.db.engine import Database
 from service.db.listing import Listing, batches
-from service.errors import UserNotFound
+from service.errors import Unavailable, UserNotFound
 from service.fields import check_choice, check_export, check_id, check_ids, check_version, normalise_email
 from service.interceptors.around import Context
 from service.once import once
@@ -128,15 +129,13 @@ class UserServicer(UserServiceServicer):
         condition = _by_key(request)
         check_password(request.password)
         async with self.database.read() as session:
-            id, stored, is_active = await UserRepository(session).password_hash(condition)
-        matches = await self.passwords.verify(stored, request.password)
-        if not (matches and is_active):
-            return pb.VerifyPasswordResponse()
-        if self.passwords.is_weak(stored):
-            stronger = await self.passwords.hash(request.password)
-            async with self.database.begin() as session:
-                await UserRepository(session).replace_hash(id, stored, stronger)
-        return await self._verified(id)
+            id, stored = await UserRepository(session).password_hash(condition)
+        is_valid, stronger = await self.passwords.check(stored, request.password)
+        if stronger:
+            with suppress(Unavailable):  # the next success will do
+                async with self.database.begin() as session:
+                    await UserRepository(session).replace_hash(id, stored, stronger)
+        return await self._verified(id) if is_valid else pb.VerifyPasswordResponse()
 
     async def BulkCreateUsers(
         self, requests: AsyncIterator[pb.BulkCreateUsersRequest], context: Context
@@ -163,6 +162,8 @@ class UserServicer(UserServiceServicer):
                 yield pb.ExportUsersResponse(users=map(user_to_message, users), last_id=users[-1].id)
 
     async def _hashed(self, values: dict[str, Any]) -> dict[str, Any]:
+        if "hashed_password" in values:
+            current_caller().require("loader", "hashed_password")
         password = values.pop("password", None)
         if password is None:
             return values

@@ -82,16 +82,17 @@ class Client(ABC):
 class Grpcurl(Client):
     """https://github.com/fullstorydev/grpcurl, which learns the contract from the server."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *options: str | Path) -> None:
         super().__init__(address)
         self._program = installed("grpcurl", CHECKOUT / ".tools/bin")
+        self._options = options or ("-plaintext",)
 
     async def run(self, method: str, stdin: str) -> Ended:
         return await self.ask("-format-error", "-d", "@", self.address, method, stdin=stdin)
 
     async def ask(self, *arguments: str, stdin: str = "") -> Ended:
         """Run it with arguments of the test's own."""
-        return await run(self._program, "-plaintext", *arguments, stdin=stdin.encode())
+        return await run(self._program, *self._options, *arguments, stdin=stdin.encode())
 
 
 class Buf(Client):

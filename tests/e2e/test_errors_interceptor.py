@@ -15,6 +15,7 @@ from service import errors
 from service.errors import InvalidField, RosterError, Violation
 from service.interceptors.around import Context
 from service.interceptors.errors import Errors, status_code
+from service.interceptors.messages import Messages
 from tests.errors import Refusal, refusal
 
 SECRET = "postgresql://roster:hunter2@db/roster"
@@ -78,7 +79,7 @@ KINDS = {
 async def serving(kind: str, behaviour: Any) -> AsyncIterator[Callable[..., Any]]:
     """Serve one method, with the interceptor around it, and yield the way to call it."""
     handler = KINDS[kind](behaviour, Empty.FromString, Empty.SerializeToString)
-    server = grpc.aio.server(interceptors=[Errors()])
+    server = grpc.aio.server(interceptors=[Errors(), Messages()])
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler("test.Service", {"Call": handler}),)
     )
@@ -224,10 +225,14 @@ STATUSES: Mapping[type[RosterError], StatusCode] = {
     errors.LoadAborted: StatusCode.FAILED_PRECONDITION,
     errors.LoadExpired: StatusCode.FAILED_PRECONDITION,
     errors.TooManyFailures: StatusCode.FAILED_PRECONDITION,
+    errors.RateLimited: StatusCode.RESOURCE_EXHAUSTED,
+    errors.QuotaExceeded: StatusCode.RESOURCE_EXHAUSTED,
     errors.PoolExhausted: StatusCode.UNAVAILABLE,
     errors.Overloaded: StatusCode.UNAVAILABLE,
     errors.DatabaseUnavailable: StatusCode.UNAVAILABLE,
     errors.Draining: StatusCode.UNAVAILABLE,
+    errors.Unauthenticated: StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: StatusCode.PERMISSION_DENIED,
     errors.StatementTimeout: StatusCode.DEADLINE_EXCEEDED,
     # Not UNAVAILABLE, which clients are told to try again by themselves: the write may be in.
     errors.OutcomeUnknown: StatusCode.INTERNAL,
@@ -249,4 +254,5 @@ def test_the_table_has_every_reason() -> None:
 def test_every_reason_has_its_code(kind: type[RosterError], code: StatusCode) -> None:
     """The table of the contract; what can be tried again, and only that, says when."""
     assert status_code(kind("no")) == code
-    assert (kind.retry_after_seconds is not None) == (code == StatusCode.UNAVAILABLE)
+    may_retry = code in (StatusCode.UNAVAILABLE, StatusCode.RESOURCE_EXHAUSTED)
+    assert (kind.retry_after_seconds is not None) == may_retry

@@ -5,9 +5,10 @@ import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
+import bcrypt
 import grpc
 import pytest
-from argon2 import Parameters, PasswordHasher, extract_parameters
+from argon2 import PasswordHasher
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from roster.v1.resources_pb2 import User
@@ -22,6 +23,7 @@ from roster.v1.users_pb2 import (
     VerifyPasswordResponse,
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
+from service.errors import DatabaseUnavailable
 from service.server import Server
 from service.settings import Settings
 from service.users import model
@@ -29,8 +31,14 @@ from service.users.repository import UserRepository
 from tests.errors import refusal
 
 PASSWORD = "correct horse battery staple"
-ONE_HASH = extract_parameters(PasswordHasher().hash(PASSWORD))
-WEAK = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
+# What the settings have by default.
+OURS = PasswordHasher(time_cost=2, memory_cost=19_456, parallelism=1)
+ONE_HASH = "argon2id m=19456,t=2,p=1"
+STRONG = PasswordHasher(time_cost=3, memory_cost=32_768, parallelism=1).hash(PASSWORD)
+WEAK = {
+    "argon2id m=8,t=1,p=1": PasswordHasher(time_cost=1, memory_cost=8, parallelism=1).hash(PASSWORD),
+    "bcrypt 04": bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(4)).decode(),
+}
 
 
 @pytest.fixture
@@ -44,16 +52,27 @@ async def server(database_url: str) -> AsyncIterator[Server]:
 
 
 @pytest.fixture
-def work(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[Parameters]:
-    """What each check of a password against a hash has cost."""
-    done: list[Parameters] = []
-    matches = server.passwords._matches
+def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The hashes that the libraries make and check, each by its kind and costs."""
+    done: list[str] = []
+    verify, make, checkpw = PasswordHasher.verify, PasswordHasher.hash, bcrypt.checkpw
 
-    def counting(stored: str, password: str) -> bool:
-        done.append(extract_parameters(stored))
-        return matches(stored, password)
+    def counting_verify(hasher: PasswordHasher, stored: str, password: bytes) -> bool:
+        done.append(" ".join(stored.split("$")[1:4:2]))
+        return verify(hasher, stored, password)
 
-    monkeypatch.setattr(server.passwords, "_matches", counting)
+    def counting_hash(hasher: PasswordHasher, password: str) -> str:
+        made = make(hasher, password)
+        done.append(" ".join(made.split("$")[1:4:2]))
+        return made
+
+    def counting_checkpw(password: bytes, stored: bytes) -> bool:
+        done.append(f"bcrypt {stored.decode().split('$')[2]}")
+        return checkpw(password, stored)
+
+    monkeypatch.setattr(PasswordHasher, "verify", counting_verify)
+    monkeypatch.setattr(PasswordHasher, "hash", counting_hash)
+    monkeypatch.setattr(bcrypt, "checkpw", counting_checkpw)
     return done
 
 
@@ -72,7 +91,7 @@ async def stored_hash(server: Server, id: int) -> str:
         return (await UserRepository(session).password_hash(model.User.id == id))[1]
 
 
-async def test_the_right_password_is_valid(users: UserServiceStub, ada: User, work: list[Parameters]) -> None:
+async def test_the_right_password_is_valid(users: UserServiceStub, ada: User, work: list[str]) -> None:
     """By id or by e-mail, in any spelling; the answer has the user."""
     answers = [await verified(users, id=ada.id), await verified(users, email=" ADA@example.org")]
 
@@ -81,12 +100,13 @@ async def test_the_right_password_is_valid(users: UserServiceStub, ada: User, wo
 
 
 async def test_whoever_is_not_let_in_can_t_tell_why(
-    users: UserServiceStub, ada: User, work: list[Parameters]
+    users: UserServiceStub, ada: User, work: list[str]
 ) -> None:
     """Wrong password, unknown, inactive, without a password: one answer, at the cost of one hash each."""
     away = User(email="away@example.org", password=PASSWORD, is_active=False)
     open_door = User(email="open@example.org")
-    for user in (away, open_door):
+    imported = User(email="imported@example.org", hashed_password=WEAK["bcrypt 04"], is_active=False)
+    for user in (away, open_door, imported):
         user.id = (await users.CreateUser(CreateUserRequest(user=user))).id
 
     for asked in (
@@ -94,6 +114,7 @@ async def test_whoever_is_not_let_in_can_t_tell_why(
         {"email": ada.email, "password": PASSWORD + " "},
         {"id": 4711},
         {"email": "nobody@example.org"},
+        {"id": imported.id},
         {"id": away.id},
         {"email": away.email},
         {"id": open_door.id},
@@ -126,23 +147,50 @@ async def test_a_change_of_every_field_leaves_the_password(users: UserServiceStu
     assert (await verified(users, id=ada.id, password="new")).valid is True
 
 
-async def test_a_weak_hash_is_replaced_after_success(server: Server, users: UserServiceStub) -> None:
-    """Not after a failure; neither version nor time change, and the password stays."""
-    weak = WEAK.hash(PASSWORD)
+@pytest.mark.parametrize("kind", WEAK)
+async def test_a_weak_hash_is_replaced_after_success(
+    server: Server, users: UserServiceStub, work: list[str], kind: str
+) -> None:
+    """Not after a failure, which takes as much work; neither version nor time change."""
+    weak = WEAK[kind]
     user = User(email="ada@example.org", hashed_password=weak)
     ada = await users.CreateUser(CreateUserRequest(user=user))
 
     await verified(users, id=ada.id, password="wrong")
     assert await stored_hash(server, ada.id) == weak
-
     assert (await verified(users, id=ada.id)).user == ada
     stronger = await stored_hash(server, ada.id)
-    assert stronger != weak
-    assert PasswordHasher().check_needs_rehash(stronger) is False
+    assert OURS.check_needs_rehash(stronger) is False
+    assert work == [kind, ONE_HASH] * 2
 
     assert (await verified(users, id=ada.id)).user == ada
     assert await stored_hash(server, ada.id) == stronger
     assert await users.GetUser(GetUserRequest(id=ada.id)) == ada
+
+
+async def test_a_hash_is_never_replaced_by_a_weaker_one(server: Server, users: UserServiceStub) -> None:
+    """One from elsewhere that is stronger than ours stays."""
+    ada = await users.CreateUser(
+        CreateUserRequest(user=User(email="ada@example.org", hashed_password=STRONG))
+    )
+
+    assert (await verified(users, id=ada.id)).valid is True
+    assert await stored_hash(server, ada.id) == STRONG
+
+
+async def test_a_hash_that_can_t_be_replaced_now_lets_in_all_the_same(
+    server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next success will do."""
+    weak = WEAK["bcrypt 04"]
+    ada = await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org", hashed_password=weak)))
+
+    async def busy(*_: object) -> None:
+        raise DatabaseUnavailable("the database is busy with other writes; nothing was done, try again")
+
+    monkeypatch.setattr(UserRepository, "replace_hash", busy)
+    assert (await verified(users, id=ada.id)).user == ada
+    assert await stored_hash(server, ada.id) == weak
 
 
 async def test_a_password_is_stored_as_an_argon2id_hash(server: Server, users: UserServiceStub) -> None:
@@ -153,13 +201,13 @@ async def test_a_password_is_stored_as_an_argon2id_hash(server: Server, users: U
     ]
 
     first, second = [await stored_hash(server, id) for id in ids]
-    assert first.startswith("$argon2id$v=19$")
-    assert first != second
+    assert first.startswith("$argon2id$v=19$m=19456,t=2,p=1$")
+    assert first.split("$")[4] != second.split("$")[4]
 
 
 async def test_neither_a_password_nor_its_hash_is_ever_shown(server: Server, users: UserServiceStub) -> None:
     """Whatever is called, and whatever came in."""
-    user = User(email="ada@example.org", hashed_password=WEAK.hash(PASSWORD))
+    user = User(email="ada@example.org", hashed_password=STRONG)
     user.id = (await users.CreateUser(CreateUserRequest(user=user))).id
     changed = UpdateUserRequest(user=User(id=user.id, password=PASSWORD), request_id="0" * 32)
     answers = [
@@ -183,11 +231,11 @@ async def test_too_many_passwords_at_once_are_refused(
     loop = asyncio.get_running_loop()
     begun, may_end = asyncio.Event(), threading.Event()
 
-    def slow(stored: str, password: str) -> bool:
+    def slow(stored: str, password: str) -> tuple[bool, None]:
         loop.call_soon_threadsafe(begun.set)
-        return may_end.wait(60)
+        return may_end.wait(60), None
 
-    monkeypatch.setattr(server.passwords, "_matches", slow)
+    monkeypatch.setattr(server.passwords, "_checked", slow)
     first = asyncio.ensure_future(verified(users, id=ada.id))
     await begun.wait()
     for call in (

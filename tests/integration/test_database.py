@@ -292,3 +292,11 @@ async def test_a_reader_can_t_write(embedded: Database) -> None:
             await session.execute(insert(User).values(email="ada@example.org"))
 
     assert await emails(embedded) == []
+
+
+@pytest.mark.parametrize("setting", ["statement_timeout", "idle_in_transaction_session_timeout"])
+async def test_no_statement_and_no_transaction_stays_for_ever(big: Database, setting: str) -> None:
+    """PostgreSQL itself ends them, for calls and for loads."""
+    for begin in (big.begin, big.bulk, big.read):
+        async with begin() as session:
+            assert await session.scalar(text(f"SHOW {setting}")) == "30s"

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -9,6 +10,15 @@ from pydantic import ValidationError
 
 from service.cli import main
 from service.settings import Settings
+
+TLS: dict[str, Any] = {"tls_cert_file": "cert.pem", "tls_key_file": "key.pem"}
+CERTIFICATES: dict[str, Any] = {"tls_client_ca_file": "ca.pem", "policy_file": "policy.toml"}
+TOKENS: dict[str, Any] = {
+    "jwt_issuer": "https://issuer.example.org",
+    "jwt_audience": "roster",
+    "jwt_keys_file": "keys.pem",
+    "policy_file": "policy.toml",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -110,12 +120,73 @@ def test_a_wrong_url_is_explained_without_its_password(url: str, sentence: str) 
 
 
 @pytest.mark.parametrize(
-    "listen", ["0.0.0.0:50051", "[::]:50051", "roster.example.org:50051", ":50051", "10.0.0.1:1"]
+    "listen",
+    [
+        "0.0.0.0:50051",
+        "[::]:50051",
+        "roster.example.org:50051",
+        ":50051",
+        "10.0.0.1:1",
+        "127.evil.example.org:1",
+        "localhost.example.org:1",
+        "[::1.example.org]:1",
+    ],
 )
 def test_strangers_are_kept_out_unless_told_otherwise(listen: str) -> None:
-    """Beyond this machine the server listens only if `insecure` says so."""
-    assert "ROSTER_INSECURE=true" in str(refused(listen=listen))
+    """Beyond this machine the server listens only if `insecure` says so, or with TLS and callers' names."""
+    told = str(refused(listen=listen))
+    assert "ROSTER_TLS_CERT_FILE and ROSTER_TLS_CLIENT_CA_FILE or ROSTER_JWT_KEYS_FILE" in told
+    assert "ROSTER_INSECURE=true" in told
     assert Settings(listen=listen, insecure=True).listen == listen
+    for known in (CERTIFICATES, TOKENS):
+        assert Settings(listen=listen, **TLS, **known).listen == listen
+
+
+@pytest.mark.parametrize("given", ["tls", "tokens", "nothing"])
+def test_neither_tls_nor_tokens_are_enough_alone(given: str) -> None:
+    """The one lets everybody in, the other shows everybody the tokens."""
+    chosen = {"tls": TLS, "tokens": TOKENS, "nothing": {}}[given]
+
+    assert "without TLS and authentication" in str(refused(listen="0.0.0.0:1", **chosen))
+    assert Settings(listen="127.0.0.1:1", **chosen).listen == "127.0.0.1:1"
+
+
+def test_settings_that_go_together_are_told_all_at_once() -> None:
+    """Each by its name, with those that are missing."""
+    error = refused(
+        listen="0.0.0.0:1",
+        tls_cert_file="cert.pem",
+        tls_client_ca_file="ca.pem",
+        jwt_issuer="https://issuer.example.org",
+    )
+    told = {problem["loc"][0]: problem["msg"] for problem in error.errors()}
+
+    assert list(told) == ["tls_key_file", "jwt_keys_file", "policy_file"]
+    assert "ROSTER_TLS_CERT_FILE" in told["tls_key_file"]
+    assert "ROSTER_JWT_ISSUER and ROSTER_JWT_AUDIENCE" in told["jwt_keys_file"]
+    assert "ROSTER_TLS_CLIENT_CA_FILE or ROSTER_JWT_KEYS_FILE" in told["policy_file"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"tls_key_file": "key.pem"}, "tls_key_file"),
+        ({"tls_client_ca_file": "ca.pem", "policy_file": "policy.toml"}, "tls_client_ca_file"),
+        ({"jwt_keys_file": "keys.pem", "policy_file": "policy.toml"}, "jwt_keys_file"),
+        ({"policy_file": "policy.toml"}, "policy_file"),
+    ],
+)
+def test_half_a_protection_is_refused(settings: dict[str, str], name: str) -> None:
+    """Also on this machine: who sets it thinks that it works."""
+    assert [problem["loc"][0] for problem in refused(**settings).errors()] == [name]
+
+
+def test_reflection_is_on_for_this_machine_only() -> None:
+    """Unless it is said."""
+    beyond = {"listen": "0.0.0.0:1", "insecure": True}
+    chosen = [{}, beyond, {**beyond, "reflection": True}, {"reflection": False}]
+
+    assert [Settings(**each).reflection for each in chosen] == [True, False, True, False]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +198,8 @@ def test_this_machine_may_always_call(listen: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "listen", ["", "localhost", "50051", "127.0.0.1:", "127.0.0.1:http", "127.0.0.1:65536", "unix:"]
+    "listen",
+    ["", "localhost", "50051", "127.0.0.1:", "127.0.0.1:http", "127.0.0.1:65536", "unix:", "::1:50051"],
 )
 def test_an_address_to_listen_on_has_a_port_or_a_path(listen: str) -> None:
     """Of a port that is too large gRPC would take what is left modulo 65536."""

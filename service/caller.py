@@ -1,0 +1,43 @@
+"""Who makes the call, and what they may do."""
+
+from collections.abc import Set as AbstractSet
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from service.errors import PermissionDenied
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Somebody with roles; `rpcs` are the methods, named as on the wire, that these allow together."""
+
+    identity: str
+    roles: AbstractSet[str] = frozenset()
+    rpcs: AbstractSet[str] = frozenset()
+
+    def has(self, role: str) -> bool:
+        return role in self.roles
+
+    def require(self, role: str, what: str) -> None:
+        """Raise PermissionDenied where something in a request, beside the RPC itself, needs a role."""
+        if role not in self.roles:
+            raise PermissionDenied(f"{self.identity} is no {role}, which {what} needs")
+
+    @property
+    def owner(self) -> str | None:
+        """Whose loads they see: their own, and an admin those of all, which is None."""
+        return None if self.has("admin") else self.identity
+
+
+# Set for each call by `interceptors/auth.py`. A call has a task of its own, and so a context.
+_current: ContextVar[Caller] = ContextVar("caller")
+
+
+def set_caller(caller: Caller) -> None:
+    """Tell for the rest of this call who makes it."""
+    _current.set(caller)
+
+
+def current_caller() -> Caller:
+    """Return who makes this call; raises LookupError outside of one."""
+    return _current.get()

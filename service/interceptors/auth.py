@@ -1,0 +1,79 @@
+"""Who calls, and whether they may: before anything of the call is read."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from service.caller import Caller, set_caller
+from service.errors import PermissionDenied, Unauthenticated
+from service.interceptors.around import Around, Context
+from service.policy import ANONYMOUS, HEALTH, NOBODY, Policy
+from service.tokens import Tokens
+from service.watched import Watched
+
+log = logging.getLogger(__name__)
+
+MAX_IDENTITY = 255  # as its column
+
+
+class Auth(Around):
+    """Knows each call by its token, or else by its client certificate; health checks need neither.
+
+    Without a policy everybody is anonymous and may do everything. Why a call was refused is in the log; its
+    caller gets the same sentence for every cause.
+    """
+
+    def __init__(self, policy: Watched[Policy] | None, tokens: Tokens | None) -> None:
+        super().__init__()
+        self._policy = policy
+        self._tokens = tokens
+
+    @asynccontextmanager
+    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
+        try:
+            set_caller(self._admitted(method, context))
+            yield
+        except (Unauthenticated, PermissionDenied) as refused:
+            log.warning("%s was refused for %s: %s", method, context.peer(), refused.cause)
+            raise
+
+    def _admitted(self, method: str, context: Context) -> Caller:
+        if self._policy is None:
+            return ANONYMOUS
+        if method in HEALTH:
+            return NOBODY
+        caller = self._policy.current().caller(self._identity(context))
+        if method not in caller.rpcs:
+            raise PermissionDenied(f"{caller.identity} has no role for it")
+        return caller
+
+    def _identity(self, context: Context) -> str:
+        token = _bearer(context) if self._tokens else None
+        if token is not None and self._tokens:
+            identity = f"jwt:{self._tokens.subject(token)}"
+        else:
+            identity = _certified(context)
+        if len(identity) > MAX_IDENTITY or not identity.isprintable():
+            raise Unauthenticated(f"the identity has over {MAX_IDENTITY} characters, or some not printable")
+        return identity
+
+
+def _bearer(context: Context) -> str | None:
+    values = [str(value) for key, value in context.invocation_metadata() or () if key == "authorization"]
+    if not values:
+        return None
+    scheme, _, token = values[0].partition(" ")
+    if len(values) > 1 or scheme.lower() != "bearer":
+        raise Unauthenticated("authorization must come once, as Bearer and a token")
+    return token
+
+
+def _certified(context: Context) -> str:
+    """Return the name in the client's certificate: its SPIFFE ID, or else its first DNS name."""
+    names = {name: [*values] for name, values in context.auth_context().items()}
+    if "peer_spiffe_id" in names:
+        return names["peer_spiffe_id"][0].decode()
+    # With another URI beside it a SPIFFE ID is none, by its standard (X509-SVID).
+    if "peer_dns" in names and "peer_uri" not in names:
+        return f"dns:{names['peer_dns'][0].decode().lower()}"
+    raise Unauthenticated("there is no token, and no client certificate with a SPIFFE ID or a DNS name")

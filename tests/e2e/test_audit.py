@@ -1,0 +1,148 @@
+"""The audit log: one line for each write, with what it takes to know who did what to which."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+
+from roster.v1 import bulk_pb2, posts_pb2, users_pb2
+from roster.v1.bulk_pb2 import AbortBulkLoadRequest, BulkOptions
+from roster.v1.bulk_pb2_grpc import BulkServiceStub
+from roster.v1.posts_pb2 import CreatePostRequest, DeletePostRequest, UpdatePostRequest
+from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.resources_pb2 import Post, User
+from roster.v1.users_pb2 import (
+    BulkCreateUsersRequest,
+    CreateUserRequest,
+    DeleteUserRequest,
+    GetUserRequest,
+    UpdateUserRequest,
+)
+from roster.v1.users_pb2_grpc import UserServiceStub
+from service.interceptors.audit import TARGETS
+from service.server import Server
+from service.users.repository import UserRepository
+from tests.errors import refusal
+
+READS = ("Get", "BatchGet", "List", "Export", "Verify")
+
+
+def audited(log: pytest.LogCaptureFixture) -> list[tuple[Any, ...]]:
+    """The audit log's lines; the root's level, which ROSTER_LOG_LEVEL sets, is WARNING here."""
+    fields = ("method", "target", "counts", "outcome")
+    entries = [line for line in log.records if line.name == "roster.audit"]
+    assert {vars(line)["caller"] for line in entries} == {"anonymous"}
+    return [tuple(vars(line)[name] for name in fields) for line in entries]
+
+
+def test_every_write_is_known() -> None:
+    """Each RPC reads or is in the table."""
+    rpcs = {
+        f"/{service.full_name}/{method.name}"
+        for contract in (users_pb2, posts_pb2, bulk_pb2)
+        for service in contract.DESCRIPTOR.services_by_name.values()
+        for method in service.methods
+    }
+    writes = {rpc for rpc in rpcs if not rpc.rpartition("/")[2].startswith(READS)}
+
+    assert set(TARGETS) == writes
+
+
+async def test_each_write_is_one_line(
+    users: UserServiceStub, posts: PostServiceStub, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the id of what was written, and how it ended; reads leave none."""
+    ada = await users.CreateUser(CreateUserRequest(user=User(id=4711, email="ada@example.org")))
+    post = await posts.CreatePost(CreatePostRequest(post=Post(author_id=ada.id, title="Notes")))
+    await users.GetUser(GetUserRequest(id=ada.id))
+    await posts.UpdatePost(UpdatePostRequest(post=Post(id=post.id, title="More")))
+    await refusal(users.UpdateUser(UpdateUserRequest(user=User(id=ada.id, version=7, is_active=False))))
+    await refusal(users.CreateUser(CreateUserRequest(user=User(email="ada@example.org"))))
+    await posts.DeletePost(DeletePostRequest(id=post.id))
+    await users.DeleteUser(DeleteUserRequest(id=ada.id))
+
+    user, of_post = "/roster.v1.UserService/", "/roster.v1.PostService/"
+    assert audited(caplog) == [
+        (f"{user}CreateUser", ada.id, {}, "OK"),
+        (f"{of_post}CreatePost", post.id, {}, "OK"),
+        (f"{of_post}UpdatePost", post.id, {}, "OK"),
+        (f"{user}UpdateUser", ada.id, {}, "VERSION_MISMATCH"),
+        (f"{user}CreateUser", "", {}, "EMAIL_TAKEN"),
+        (f"{of_post}DeletePost", post.id, {}, "OK"),
+        (f"{user}DeleteUser", ada.id, {}, "OK"),
+    ]
+
+
+async def test_a_bulk_stream_is_one_line(
+    channel: grpc.aio.Channel, users: UserServiceStub, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At its end, with the load's name and what became of the rows; of a replay only what is new counts."""
+
+    async def messages(*sizes: int) -> AsyncIterator[BulkCreateUsersRequest]:
+        options = BulkOptions(load_id="staff\nfake line", on_conflict=BulkOptions.SKIP)
+        offset = 0
+        for size in sizes:
+            rows = [User(email=f"user{offset + row}@example.org") for row in range(size)]
+            yield BulkCreateUsersRequest(options=None if offset else options, offset=offset, users=rows)
+            offset += size
+
+    await users.CreateUser(CreateUserRequest(user=User(email="user1@example.org")))
+    for sizes in ((2, 1), (2, 1, 4)):
+        async for _ in users.BulkCreateUsers(messages(*sizes)):
+            pass
+    await BulkServiceStub(channel).AbortBulkLoad(AbortBulkLoadRequest(load_id="staff\nfake line"))
+
+    method = "/roster.v1.UserService/BulkCreateUsers"
+    first = {"created": 2, "updated": 0, "skipped": 1, "failed": 0}
+    then = {"created": 4, "updated": 0, "skipped": 0, "failed": 0}
+    assert audited(caplog)[1:] == [
+        (method, "staff\nfake line", first, "OK"),
+        (method, "staff\nfake line", then, "OK"),
+        ("/roster.v1.BulkService/AbortBulkLoad", "staff\nfake line", {}, "OK"),
+    ]
+    assert not [line for line in caplog.records if "\n" in line.getMessage()]
+
+
+async def test_a_write_that_broke_has_its_line(
+    users: UserServiceStub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is INTERNAL, with nothing of the exception."""
+
+    async def broken(*_: object) -> None:
+        raise ValueError("xyzzy")
+
+    monkeypatch.setattr(UserRepository, "create", broken)
+    await refusal(users.CreateUser(CreateUserRequest(user=User(email="ada@example.org"))))
+
+    assert audited(caplog) == [("/roster.v1.UserService/CreateUser", "", {}, "INTERNAL")]
+    assert [line for line in caplog.messages if "xyzzy" in line] == []
+
+
+async def test_a_write_whose_caller_went_away_has_its_line(
+    server: Server, users: UserServiceStub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A single one, and a stream, with what it had settled by then."""
+    begun = asyncio.Event()
+
+    async def waiting(*_: object) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(UserRepository, "create", waiting)
+    stream: Any = users.BulkCreateUsers()
+    await stream.write(BulkCreateUsersRequest(users=[User(email="alan@example.org")]))
+    assert (await stream.read()).HasField("opened")
+    assert (await stream.read()).ack.created == 1
+    call = users.CreateUser(CreateUserRequest(user=User(email="ada@example.org")))
+    await begun.wait()
+    call.cancel()
+    stream.cancel()
+    await server.drain.wait(60)
+
+    counts = {"created": 1, "updated": 0, "skipped": 0, "failed": 0}
+    assert sorted(audited(caplog), key=str) == [
+        ("/roster.v1.UserService/BulkCreateUsers", "", counts, "CANCELLED"),
+        ("/roster.v1.UserService/CreateUser", "", {}, "CANCELLED"),
+    ]

@@ -1,0 +1,297 @@
+"""Who may call what: tokens, roles, fields that need one, and whose loads are whose."""
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.json_format import ParseDict
+from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
+
+from roster.v1.bulk_pb2 import AbortBulkLoadRequest, BulkOptions, GetBulkLoadRequest, ListBulkLoadsRequest
+from roster.v1.bulk_pb2_grpc import BulkServiceStub
+from roster.v1.resources_pb2 import User
+from roster.v1.users_pb2 import (
+    BulkCreateUsersRequest,
+    CreateUserRequest,
+    GetUserRequest,
+    UpdateUserRequest,
+    VerifyPasswordRequest,
+)
+from roster.v1.users_pb2_grpc import UserServiceStub
+from tests.e2e.secured import Secured, secured
+from tests.errors import Refusal, refusal
+from tests.issuer import Issuer
+from tests.wire import RPCS
+
+UNKNOWN = "a valid token or client certificate is required"
+DENIED = "the caller has no role that allows this"
+HASH = "$argon2id$v=19$m=19456,t=2,p=1$c29tZXNhbHQxMjM0NTY$dGhpcyBpcyBub3QgYSBoYXNoIGF0IGFsbA"
+CREATE = {"user": {"email": "ada@example.org"}}
+
+Call = Callable[[Secured, str | None, str, dict[str, Any]], Awaitable[Refusal]]
+
+
+@pytest.fixture
+async def roster(sqlite_url: str, tmp_path: Path) -> AsyncIterator[Secured]:
+    """A server that knows its callers by their tokens."""
+    async with secured(sqlite_url, tmp_path, tokens=True) as server:
+        yield server
+
+
+async def from_python(server: Secured, token: str | None, rpc: str, message: dict[str, Any]) -> Refusal:
+    """Call with our own client, any RPC as a stream."""
+    method = RPCS[rpc]
+    path = f"/{method.containing_service.full_name}/{rpc}"
+    request = ParseDict(message, GetMessageClass(method.input_type)())
+    async with server.channel(token) as channel:
+        call: Any = channel.stream_stream(path)
+        return await refusal(_drained(call(iter([request.SerializeToString()]), timeout=20)))
+
+
+async def from_grpcurl(server: Secured, token: str | None, rpc: str, message: dict[str, Any]) -> Refusal:
+    """Call as a person does."""
+    return await refusal(server.grpcurl(token).call(rpc, message))
+
+
+async def _drained(call: Any) -> list[Any]:
+    return [answer async for answer in call]
+
+
+WRONG: dict[str, Callable[[Issuer], str | None]] = {
+    "no token": lambda _: None,
+    "no token at all": lambda _: "nonsense",
+    "expired": lambda issuer: issuer.token("writer", exp=datetime.now(UTC) - timedelta(minutes=2)),
+    "not valid yet": lambda issuer: issuer.token("writer", nbf=datetime.now(UTC) + timedelta(hours=1)),
+    "alg none": lambda issuer: issuer.unsigned("writer"),
+    "RS256 to HS256": lambda issuer: issuer.confused("writer"),
+    "another audience": lambda issuer: issuer.token("writer", aud="billing"),
+    "another issuer": lambda issuer: issuer.token("writer", iss="https://evil.example.org"),
+    "without end": lambda issuer: issuer.token("writer", exp=None),
+    "without audience": lambda issuer: issuer.token("writer", aud=None),
+    "without issuer": lambda issuer: issuer.token("writer", iss=None),
+    "without subject": lambda issuer: issuer.token("writer", sub=None),
+    "what nobody knows is critical": lambda issuer: issuer.token("writer", {"crit": ["a\nb"], "a\nb": 1}),
+    "somebody else's key": lambda _: Issuer().token("writer"),
+    "an identity that breaks a line of the log": lambda issuer: issuer.token("writer\nadmin"),
+    "an identity that is too long": lambda issuer: issuer.token("w" * 256),
+}
+
+
+@pytest.mark.parametrize("call", [from_python, from_grpcurl])
+@pytest.mark.parametrize("wrong", WRONG)
+async def test_a_caller_who_is_not_known_gets_nowhere(
+    wrong: str, call: Call, roster: Secured, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One sentence for every cause, which is in the log; nothing is done."""
+    token = WRONG[wrong](roster.issuer)
+    caplog.set_level(logging.WARNING, "service.interceptors.auth")
+    refused = await call(roster, token, "CreateUser", CREATE)
+
+    assert (refused.code, refused.reason) == (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
+    assert refused.message == UNKNOWN
+    assert await roster.stored() == 0
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("/roster.v1.UserService/CreateUser was refused for ")
+    assert "\n" not in line
+    assert not token or token not in line
+
+
+@pytest.mark.parametrize("call", [from_python, from_grpcurl])
+@pytest.mark.parametrize(
+    ("subject", "rpc", "message"),
+    [
+        ("reader", "CreateUser", CREATE),
+        ("reader", "DeleteUser", {"id": 1}),
+        ("writer", "VerifyPassword", {"email": "ada@example.org", "password": "secret"}),
+        ("writer", "BulkCreateUsers", {"users": [{"email": "ada@example.org"}], "finish": True}),
+        ("loader", "CreateUser", CREATE),
+        ("verifier", "GetUser", {"id": 1}),
+        ("reader", "ListBulkLoads", {}),
+        ("dismissed", "GetUser", {"id": 1}),
+        ("nobody", "GetUser", {"id": 1}),
+        ("writer", "CreateUser", {"user": {"email": "ada@example.org", "hashed_password": HASH}}),
+        ("loader", "BulkCreateUsers", {"options": {"load_id": "a", "restore": True}, "users": [{"id": 7}]}),
+        ("support", "BulkCreateUsers", {"users": [{"email": "ada@example.org", "hashed_password": HASH}]}),
+    ],
+)
+async def test_a_caller_without_the_role_gets_nowhere(
+    call: Call, subject: str, rpc: str, message: dict[str, Any], roster: Secured
+) -> None:
+    """One sentence for every cause; what they have no right to is not even looked up."""
+    refused = await call(roster, roster.issuer.token(subject), rpc, message)
+
+    assert (refused.code, refused.reason) == (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED")
+    assert refused.message == DENIED
+    assert await roster.stored() == 0
+
+
+async def test_a_caller_with_the_role_is_served(roster: Secured) -> None:
+    """By grpcurl, which learns the contract with the same token."""
+    grpcurl = roster.grpcurl(roster.issuer.token("writer"), reflects=True)
+
+    (created,) = await grpcurl.call("CreateUser", CREATE)
+    assert await grpcurl.call("GetUser", {"id": created.id}) == [created]
+
+
+async def test_a_hash_may_be_set_by_a_writer_who_is_a_loader_too(roster: Secured) -> None:
+    """And by nobody else, whatever else is updated with it."""
+    async with roster.channel(roster.issuer.token("admin")) as channel:
+        admin = UserServiceStub(channel)
+        user = User(email="ada@example.org", hashed_password=HASH)
+        created = await admin.CreateUser(CreateUserRequest(user=user))
+    async with roster.channel(roster.issuer.token("writer")) as channel:
+        writer = UserServiceStub(channel)
+        change = UpdateUserRequest(user=User(id=created.id, full_name="Ada", hashed_password=HASH))
+        refused = await refusal(writer.UpdateUser(change))
+        unchanged = await writer.GetUser(GetUserRequest(id=created.id))
+
+    assert (refused.code, refused.message) == (grpc.StatusCode.PERMISSION_DENIED, DENIED)
+    assert unchanged == created
+
+
+async def test_passwords_are_verified_for_the_verifier(roster: Secured) -> None:
+    """Who sees that there is no such user, and nothing else."""
+    async with roster.channel(roster.issuer.token("verifier")) as channel:
+        request = VerifyPasswordRequest(email="ada@example.org", password="secret")
+        answer = await UserServiceStub(channel).VerifyPassword(request)
+
+    assert answer.valid is False
+
+
+async def load(server: Secured, subject: str, load_id: str) -> list[Any]:
+    """Load nothing, by name."""
+    async with server.channel(server.issuer.token(subject)) as channel:
+        message = BulkCreateUsersRequest(options=BulkOptions(load_id=load_id), finish=True)
+        return [event async for event in UserServiceStub(channel).BulkCreateUsers(iter([message]))]
+
+
+async def test_a_load_is_its_caller_s_and_an_admin_sees_all(roster: Secured) -> None:
+    """For others there is no such load, also where they would go on with it."""
+    await load(roster, "loader", "theirs")
+    await load(roster, "admin", "mine")
+    async with roster.channel(roster.issuer.token("loader")) as channel:
+        loads = BulkServiceStub(channel)
+        for answer in (
+            loads.GetBulkLoad(GetBulkLoadRequest(load_id="mine")),
+            loads.AbortBulkLoad(AbortBulkLoadRequest(load_id="mine")),
+            load(roster, "loader", "mine"),
+        ):
+            assert (await refusal(answer)).reason == "LOAD_NOT_FOUND"
+        listed = await loads.ListBulkLoads(ListBulkLoadsRequest())
+        assert [each.load_id for each in listed.loads] == ["theirs"]
+    async with roster.channel(roster.issuer.token("admin")) as channel:
+        listed = await BulkServiceStub(channel).ListBulkLoads(ListBulkLoadsRequest())
+        assert [each.load_id for each in listed.loads] == ["mine", "theirs"]
+
+
+async def test_request_ids_are_each_caller_s_own(roster: Secured) -> None:
+    """Otherwise one could learn, or take, what another was answered."""
+    request_id = "0b0e9c5e-8f3e-4ac1-9a0e-6d9f1f6f3a11"
+    created = []
+    for subject in ("writer", "admin", "writer"):
+        async with roster.channel(roster.issuer.token(subject)) as channel:
+            user = User(email=f"{subject}@example.org")
+            request = CreateUserRequest(user=user, request_id=request_id)
+            created.append(await UserServiceStub(channel).CreateUser(request))
+
+    assert [user.email for user in created] == [
+        "writer@example.org",
+        "admin@example.org",
+        "writer@example.org",
+    ]
+    assert created[0] == created[2]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "//roster.v1.UserService/GetUser",
+        "/roster.v1.UserService/GetUser/",
+        "/roster.v1.UserService//GetUser",
+        "/roster.v1.UserService/getuser",
+        "/roster.v1.UserService/GetUser?x",
+        "roster.v1.UserService/GetUser",
+        "/roster.v1.UserService/Missing",
+        "/roster.v1.Missing/GetUser",
+    ],
+)
+@pytest.mark.parametrize("subject", ["admin", "nobody", None])
+async def test_a_path_that_is_no_method_gets_nowhere(path: str, subject: str | None, roster: Secured) -> None:
+    """Whoever asks and whatever is meant, they are told the same."""
+    request = GetUserRequest(id=1).SerializeToString()
+    async with roster.channel(subject and roster.issuer.token(subject)) as channel:
+        call: Any = channel.unary_unary(path)
+        refused = await refusal(call(request))
+
+    assert (refused.code, refused.message) == (grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+
+
+async def test_health_needs_no_identity(roster: Secured) -> None:
+    """Probes bring nothing."""
+    async with roster.channel() as channel:
+        answer = await HealthStub(channel).Check(HealthCheckRequest())
+
+    assert answer.status == HealthCheckResponse.SERVING
+
+
+async def test_two_tokens_are_none(roster: Secured) -> None:
+    """A proxy in between could have looked at the other one."""
+    token = roster.issuer.token("reader")
+    both = tuple(("authorization", f"Bearer {word}") for word in (token, token))
+    async with roster.channel() as channel:
+        refused = await refusal(UserServiceStub(channel).GetUser(GetUserRequest(id=1), metadata=both))
+
+    assert (refused.code, refused.message) == (grpc.StatusCode.UNAUTHENTICATED, UNKNOWN)
+
+
+async def test_what_a_stranger_sends_is_not_parsed(roster: Secured) -> None:
+    """Parsing can take 70 times the bytes in memory; one who may call is told what is wrong with them."""
+    for token, code in (
+        (None, grpc.StatusCode.UNAUTHENTICATED),
+        (roster.issuer.token("reader"), grpc.StatusCode.INVALID_ARGUMENT),
+    ):
+        async with roster.channel(token) as channel:
+            call: Any = channel.unary_unary("/roster.v1.UserService/GetUser")
+            assert (await refusal(call(b"\xff"))).code == code
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+async def test_reflection_tells_the_contract_to_callers_with_a_role(
+    is_on: bool, sqlite_url: str, tmp_path: Path
+) -> None:
+    """To nobody else, and only where it is on."""
+    async with secured(sqlite_url, tmp_path, tokens=True, reflection=is_on) as server:
+        shown, hidden = [
+            await server.grpcurl(server.issuer.token(subject), reflects=True).ask(server.address, "list")
+            for subject in ("reader", "nobody")
+        ]
+
+    assert ("roster.v1.UserService" in shown.out.splitlines()) is is_on
+    assert hidden.status
+    assert "roster" not in hidden.out
+
+
+async def test_keys_and_policy_are_read_again_when_they_change(roster: Secured) -> None:
+    """A new key counts from the next call on, an old one no more, whoever was let in with it before."""
+    token, renewed = roster.issuer.token("support"), Issuer()
+    async with roster.channel(token) as channel:
+        await refusal(UserServiceStub(channel).GetUser(GetUserRequest(id=1)))
+        policy = roster.folder / "policy.toml"
+        policy.write_text(policy.read_text().replace("UserService/GetUser", "UserService/ListUsers"))
+        denied = await refusal(UserServiceStub(channel).GetUser(GetUserRequest(id=1)))
+        renewed.write(roster.folder)
+        unknown = await refusal(UserServiceStub(channel).GetUser(GetUserRequest(id=1)))
+    async with roster.channel(renewed.token("reader")) as channel:
+        served = await refusal(UserServiceStub(channel).GetUser(GetUserRequest(id=1)))
+
+    assert [denied.code, unknown.code, served.reason] == [
+        grpc.StatusCode.PERMISSION_DENIED,
+        grpc.StatusCode.UNAUTHENTICATED,
+        "USER_NOT_FOUND",
+    ]

@@ -1,0 +1,183 @@
+"""The command `roster` with TLS and tokens: to serve with, to make, and to be a client with."""
+
+import asyncio
+import os
+import re
+import shutil
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.server import Server
+from service.settings import Settings
+from tests.authority import Authority
+from tests.command import ended
+from tests.e2e.clients import CHECKOUT
+from tests.e2e.command import ROSTER, Ended, run, serving
+from tests.e2e.secured import Secured, secured
+from tests.e2e.test_readme import PATH
+
+PAGE = CHECKOUT / "docs/security.md"
+POLICY = '[identities]\n"jwt:ada" = ["admin"]\n'
+
+
+@asynccontextmanager
+async def typed(script: str, folder: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Type lines into a shell, and end what they have started."""
+    process = await asyncio.create_subprocess_exec(
+        *("bash", "-ec", script),
+        cwd=folder,
+        env={**os.environ, "PATH": PATH, "ROSTER_DATABASE_URL": "sqlite:///roster.db"},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    yield process
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    await process.communicate()
+
+
+async def test_ten_lines_are_enough_to_serve_beyond_this_machine(tmp_path: Path) -> None:
+    """Those of the page, typed as they stand there, but for the address."""
+    if not (shutil.which("openssl") and shutil.which("grpcurl", path=PATH)):
+        pytest.skip("openssl or grpcurl is missing, so nobody has checked what the page shows")
+    setup, use = re.findall(r"^```sh\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    async with typed(setup.replace("0.0.0.0:50051", "127.0.0.1:0"), tmp_path) as server:
+        assert server.stderr
+        said = [line.decode() async for line in until(b"listening on ", server.stderr)]
+        address = said[-1].split()[-1]
+        async with typed(use.replace("127.0.0.1:50051", address), tmp_path) as client:
+            out, err = await client.communicate()
+
+    assert (client.returncode, err.decode()) == (0, "0 users, 0 rows/s\n")
+    assert "roster.v1.UserService" in out.decode().splitlines()
+
+
+async def until(words: bytes, lines: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """Yield lines up to the one with these words."""
+    async for line in lines:
+        yield line
+        if words in line:
+            return
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("cert.pem", b"nothing", "Unable to load PEM"),
+        ("key.pem", Authority().issue("127.0.0.1").key, "the first certificate is not of this key"),
+        ("ca.pem", b"nothing", "Unable to load PEM"),
+        ("policy.toml", b'[identities]\n"jwt:ada" = ["raeder"]', "jwt:ada has unknown roles: raeder"),
+        ("policy.toml", None, "No such file"),
+    ],
+)
+def test_a_file_that_can_t_be_used_keeps_the_server_from_starting(
+    name: str, content: bytes | None, sentence: str, sqlite_url: str, tmp_path: Path
+) -> None:
+    """It says which, and why."""
+    settings = protection(tmp_path)
+    (tmp_path / name).write_bytes(content) if content else (tmp_path / name).unlink()
+
+    with pytest.raises(OSError, match=f"can't use .*{name}.*{sentence}"):
+        Server(Settings(database_url=sqlite_url, listen="127.0.0.1:0", **settings))
+
+
+def protection(folder: Path) -> dict[str, Any]:
+    """Write what a server needs that wants certificates, and return the settings that name it."""
+    (authority := Authority()).issue("127.0.0.1").write(folder)
+    authority.write(folder)
+    (folder / "policy.toml").write_text(POLICY)
+    return {
+        "tls_cert_file": folder / "cert.pem",
+        "tls_key_file": folder / "key.pem",
+        "tls_client_ca_file": folder / "ca.pem",
+        "policy_file": folder / "policy.toml",
+    }
+
+
+async def test_a_server_that_lets_everybody_in_says_so_loudly(tmp_path: Path) -> None:
+    """Where it was told to; on this machine it need not."""
+    async with serving(tmp_path, ROSTER_LISTEN="0.0.0.0:0", ROSTER_INSECURE="true") as server:
+        await server.said("WARNING service.cli.serve: ROSTER_INSECURE: whoever reaches ")
+
+
+async def test_serve_says_in_one_line_what_it_can_t_use(tmp_path: Path) -> None:
+    """Status 2, and no traceback."""
+    settings: dict[str, Any] = {
+        f"ROSTER_{name.upper()}": str(path) for name, path in protection(tmp_path).items()
+    }
+    (tmp_path / "key.pem").write_bytes(b"nothing")
+    refused = await run(ROSTER, "serve", folder=tmp_path, ROSTER_LISTEN="127.0.0.1:0", **settings)
+
+    assert refused.status == 2
+    assert "key.pem" in refused.err.splitlines()[-1]
+    assert "Traceback" not in refused.err
+
+
+async def test_serve_refuses_to_let_everybody_in(tmp_path: Path) -> None:
+    """It names the settings that would make it safe, and the one that makes it do it all the same."""
+    refused = await run(ROSTER, "serve", folder=tmp_path, ROSTER_LISTEN="0.0.0.0:0")
+
+    assert refused.status == 2
+    for name in ("TLS_CERT_FILE", "TLS_CLIENT_CA_FILE", "JWT_KEYS_FILE", "INSECURE=true"):
+        assert f"ROSTER_{name}" in refused.err
+
+
+@pytest.fixture
+async def served(sqlite_url: str, tmp_path: Path) -> Any:
+    """A server that wants a certificate, and a token over that."""
+    async with secured(sqlite_url, tmp_path, client_ca=True, tokens=True) as server:
+        yield server
+
+
+async def command(server: Secured, *words: str, **environment: str) -> Ended:
+    """Run the command as a client of the server."""
+    process = await asyncio.create_subprocess_exec(
+        ROSTER,
+        *words,
+        cwd=server.folder,
+        env={**os.environ, "ROSTER_ADDRESS": server.address, **environment},
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    return await ended(process)  # type: ignore[return-value]
+
+
+async def test_a_client_names_its_files_or_has_them_in_the_environment(served: Secured) -> None:
+    """CA, certificate and key, and a token from a file or a variable."""
+    (served.folder / "client").mkdir()
+    served.authority.issue("spiffe://example.org/prod/loads").write(served.folder / "client")
+    (served.folder / "users.ndjson").write_text('{"email": "ada@example.org"}\n')
+    (served.folder / "token").write_text(f"{served.issuer.token('reader')}\n")
+    own = ["--tls-ca", "ca.pem", "--tls-cert", "client/cert.pem", "--tls-key", "client/key.pem"]
+    variables = {
+        "ROSTER_TLS_CA_FILE": "ca.pem",
+        "ROSTER_TLS_CLIENT_CERT_FILE": "client/cert.pem",
+        "ROSTER_TLS_CLIENT_KEY_FILE": "client/key.pem",
+    }
+    loaded = await command(served, "load", "users", "users.ndjson", *own)
+    exported = await command(served, "export", "users", *own, "--token-file", "token")
+    by_variable = await command(
+        served, "export", "users", **variables, ROSTER_TOKEN=served.issuer.token("reader")
+    )
+    denied = await command(served, "export", "users", **variables, ROSTER_TOKEN=served.issuer.token("loader"))
+
+    assert (loaded.status, loaded.err) == (0, "")
+    assert "ada@example.org" in exported.out
+    assert by_variable.out == exported.out
+    assert (denied.status, denied.out) == (2, "")
+    assert "the caller has no role that allows this" in denied.err
+
+
+async def test_a_token_is_not_sent_in_plain_text(served: Secured) -> None:
+    """Without a CA there is no TLS."""
+    refused = await command(served, "loads", ROSTER_TOKEN=served.issuer.token("loader"))
+
+    assert refused.status == 2
+    assert "sent over TLS only" in refused.err

@@ -1,0 +1,211 @@
+"""PostgreSQL as it is in production: by TLS, with a role for migrations and one for the service."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import grpc
+import pytest
+from sqlalchemy import make_url
+
+from roster.v1.bulk_pb2 import BulkOptions
+from roster.v1.posts_pb2 import BulkCreatePostsRequest, CreatePostRequest
+from roster.v1.resources_pb2 import Post, User
+from roster.v1.users_pb2 import (
+    BulkCreateUsersRequest,
+    BulkUpdateUsersRequest,
+    CreateUserRequest,
+    DeleteUserRequest,
+    UpdateUserRequest,
+)
+from service.db import migrations
+from service.db.engine import Database
+from service.errors import DatabaseUnavailable
+from service.server import Server
+from service.settings import Settings
+from tests.authority import Authority
+from tests.postgres import PostgresServer
+from tests.wire import Wire
+
+ROLES = Path(__file__).parents[2] / "deploy/sql/roles.sql"
+REQUEST_ID = "7d0f7c0e-1c43-4b5b-8d5c-2a4b4c1f6a10"
+FORBIDDEN = [
+    "TRUNCATE users CASCADE",
+    "DROP TABLE posts",
+    "ALTER TABLE users ADD COLUMN extra text",
+    "CREATE INDEX ON users (full_name)",
+    "CREATE TABLE mine (id int)",
+    "CREATE TEMPORARY TABLE mine (id int)",
+    "CREATE FUNCTION mine() RETURNS int LANGUAGE sql AS 'SELECT 1'",
+    "CREATE ROLE mine",
+    "SET ROLE roster_migrator",
+    "BEGIN; LOCK TABLE alembic_version IN EXCLUSIVE MODE",
+    "UPDATE alembic_version SET version_num = '0001'",
+    "DELETE FROM alembic_version",
+    "COPY users TO PROGRAM 'cat'",
+    "SELECT pg_read_file('postgresql.conf')",
+    "SELECT passwd FROM pg_shadow",
+    "SET log_parameter_max_length = -1",
+]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[PostgresServer]:
+    """A PostgreSQL of these tests' own, since roles are shared by all databases of one."""
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+async def url(server: PostgresServer) -> AsyncIterator[str]:
+    """A database that the script has prepared; run twice, as it may be."""
+    async with server.database() as url:
+        for _ in range(2):
+            await executed(url, ROLES.read_text())
+        await asyncio.to_thread(migrations.upgrade, as_role(url, "roster_migrator"))
+        yield url
+
+
+def as_role(url: str, role: str) -> str:
+    return make_url(url).set(username=role).render_as_string()
+
+
+async def executed(url: str, statement: str) -> None:
+    connection = await asyncpg.connect(make_url(url).set(drivername="postgresql").render_as_string())
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+@pytest.fixture
+async def wire(url: str) -> AsyncIterator[Wire]:
+    """A client of a server that has the service's role."""
+    server = Server(Settings(database_url=as_role(url, "roster_service"), listen="127.0.0.1:0"))
+    await server.start()
+    with grpc.insecure_channel(server.address) as channel:
+        yield Wire(channel)
+    await server.stop(grace=0)
+
+
+async def test_the_service_s_role_is_enough(url: str, wire: Wire) -> None:
+    """For every kind of write, and for what the server asks and tidies by itself."""
+
+    async def bulk(rpc: str, kind: Any, **message: Any) -> list[str]:
+        events = await wire.call(rpc, kind(finish=True, **message))
+        return [event.WhichOneof("event") for event in events if not event.ack.failed]
+
+    user = User(email="ada@example.org", password="x")
+    [ada] = await wire.call("CreateUser", CreateUserRequest(user=user, request_id=REQUEST_ID))
+    await wire.call("UpdateUser", UpdateUserRequest(user=User(id=ada.id, full_name="Ada")))
+    await wire.call("CreatePost", CreatePostRequest(post=Post(author_id=ada.id, title="Notes")))
+    settled = ["opened", "ack", "summary"]
+    assert settled == await bulk(
+        "BulkCreateUsers",
+        BulkCreateUsersRequest,
+        options=BulkOptions(load_id="staff", on_conflict=BulkOptions.SKIP),
+        users=[User(email="alan@example.org"), User(email="ada@example.org")],
+    )
+    assert settled == await bulk(
+        "BulkCreateUsers",
+        BulkCreateUsersRequest,
+        options=BulkOptions(restore=True),
+        users=[User(id=4711, email="grace@example.org")],
+    )
+    mask: Any = {"paths": ["full_name"]}
+    assert settled == await bulk(
+        "BulkUpdateUsers",
+        BulkUpdateUsersRequest,
+        options=BulkOptions(update_mask=mask),
+        users=[User(id=4711, full_name="Grace")],
+    )
+    posts = [Post(author_id=4711, title="Notes")]
+    assert settled == await bulk("BulkCreatePosts", BulkCreatePostsRequest, posts=posts)
+    await wire.call("DeleteUser", DeleteUserRequest(id=4711))
+
+    database = Database(Settings(database_url=as_role(url, "roster_service")))
+    assert await migrations.current(database.engine) == migrations.head()
+    await database.close()
+
+
+@pytest.mark.parametrize("statement", FORBIDDEN)
+async def test_the_service_s_role_can_do_no_more(url: str, statement: str) -> None:
+    """Whoever takes the service over can neither change the schema nor reach beyond the tables."""
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await executed(as_role(url, "roster_service"), statement)
+
+
+async def test_others_can_t_connect(url: str) -> None:
+    """A role that is not ours, in the same PostgreSQL."""
+    await executed(url, "CREATE ROLE stranger LOGIN")
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await executed(as_role(url, "stranger"), "SELECT 1")
+
+
+async def test_postgresql_logs_no_rows_of_the_service(server: PostgresServer, url: str) -> None:
+    """What went wrong, but not with which values."""
+    connection = await asyncpg.connect(
+        make_url(as_role(url, "roster_service")).set(drivername="postgresql").render_as_string()
+    )
+    for _ in range(2):
+        row = connection.execute("INSERT INTO users (email, full_name) VALUES ($1, $2)", "xyzzy@x", "xyzzy")
+        await asyncio.gather(row, return_exceptions=True)
+    await connection.close()
+
+    assert "duplicate key" in server.log()
+    assert "xyzzy" not in server.log()
+
+
+@pytest.fixture(scope="module")
+def authority() -> Authority:
+    """Who signed the certificate of `tls_url`."""
+    return Authority()
+
+
+@pytest.fixture(scope="module")
+async def tls_url(authority: Authority) -> AsyncIterator[str]:
+    """A database on a PostgreSQL that takes TLS alone."""
+    server, pair = PostgresServer(), authority.issue("127.0.0.1")
+    server.require_tls(pair.cert, pair.key)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(server)
+        except RuntimeError as error:
+            if "SSL is not supported by this build" not in str(error):
+                raise
+            pytest.skip("the PostgreSQL found here was built without TLS")
+        async with server.database() as url:
+            yield url
+
+
+@pytest.mark.parametrize("name", ["ssl", "sslmode"])
+async def test_postgresql_is_known_by_its_certificate(
+    tls_url: str, authority: Authority, tmp_path: Path, name: str
+) -> None:
+    """With `verify-full` the authority must have signed it, for the host in the URL; migrations ask too."""
+    ours, strange = authority.write(tmp_path), tmp_path / "strange.pem"
+    strange.write_bytes(Authority().cert)
+
+    def secured(host: str, root: Path) -> str:
+        query = {name: "verify-full", "sslrootcert": str(root)}
+        return make_url(tls_url).set(host=host, query=query).render_as_string()
+
+    await asyncio.to_thread(migrations.upgrade, secured("127.0.0.1", ours))
+    assert await reached(secured("127.0.0.1", ours))
+    assert not await reached(secured("127.0.0.1", strange))
+    assert not await reached(secured("localhost", ours))
+    assert not await reached(make_url(tls_url).set(query={name: "disable"}).render_as_string())
+
+
+async def reached(url: str) -> bool:
+    database = Database(Settings(database_url=url))
+    try:
+        await database.ping()
+    except DatabaseUnavailable:
+        return False
+    finally:
+        await database.close()
+    return True

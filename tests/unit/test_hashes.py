@@ -1,0 +1,120 @@
+"""Hashes from elsewhere: which are taken, and that each lets in its own password only."""
+
+from base64 import b64encode
+from hashlib import pbkdf2_hmac, scrypt
+
+import bcrypt
+import pytest
+from argon2 import PasswordHasher, Type
+
+from service.users.hashes import matches, wrong_password_hash
+
+PASSWORD = "correct horse"
+LONG = "p" * 80
+SALT = b"sixteen bytes ok"
+
+
+def encoded(raw: bytes) -> str:
+    return b64encode(raw).decode().rstrip("=")
+
+
+def argon2(kind: Type) -> str:
+    """As weak as argon2 allows."""
+    return PasswordHasher(time_cost=1, memory_cost=8, parallelism=1, type=kind).hash(PASSWORD)
+
+
+def pbkdf2(digest: str) -> str:
+    return encoded(pbkdf2_hmac(digest, PASSWORD.encode(), SALT, 1000)).replace("+", ".")
+
+
+BCRYPT = bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(4)).decode()
+SCRYPT = scrypt(PASSWORD.encode(), salt=SALT, n=1 << 4, r=8, p=1)
+IMPORTED = {
+    "argon2id": argon2(Type.ID),
+    "argon2i": argon2(Type.I),
+    "argon2d": argon2(Type.D),
+    "bcrypt": BCRYPT,
+    "bcrypt 2a": BCRYPT.replace("$2b$", "$2a$"),
+    "bcrypt 2y": BCRYPT.replace("$2b$", "$2y$"),
+    "scrypt": f"$scrypt$ln=4,r=8,p=1${encoded(SALT)}${encoded(SCRYPT)}",
+    "pbkdf2": f"$pbkdf2$1000${encoded(SALT)}${pbkdf2('sha1')}",
+    "pbkdf2-sha256": f"$pbkdf2-sha256$1000${encoded(SALT)}${pbkdf2('sha256')}",
+    "pbkdf2-sha512": f"$pbkdf2-sha512$1000${encoded(SALT)}${pbkdf2('sha512')}",
+}
+
+
+@pytest.mark.parametrize("stored", IMPORTED.values(), ids=IMPORTED)
+def test_a_hash_from_elsewhere_lets_its_password_in(stored: str) -> None:
+    """And no other."""
+    assert wrong_password_hash(stored) is None
+    assert matches(stored, PASSWORD) is True
+    assert matches(stored, PASSWORD + " ") is False
+
+
+def test_the_hash_of_another_program_is_understood() -> None:
+    """The example in passlib's documentation of pbkdf2_sha256, and one of jBCrypt's tests."""
+    passlib = "$pbkdf2-sha256$6400$.6UI/S.nXIk8jcbdHx3Fhg$98jZicV16ODfEsEZeYPGHU3kbrUrvUEXOPimVSQDD44"
+    jbcrypt = "$2a$06$m0CrhHm10qJ3lXRY.5zDGO3rS2KdeeWLuGmsfGlMfOxih58VYVfxe"
+
+    assert matches(passlib, "password") is True
+    assert matches(jbcrypt, "a") is True
+
+
+def test_of_a_long_password_bcrypt_knows_the_beginning() -> None:
+    """72 bytes of it, as wherever the hash was made."""
+    stored = bcrypt.hashpw(LONG[:72].encode(), bcrypt.gensalt(4)).decode()
+
+    assert matches(stored, LONG) is True
+    assert matches(stored, LONG[:71]) is False
+
+
+@pytest.mark.parametrize(
+    ("form", "cost", "too_much"),
+    [
+        ("argon2id", "m=8,", "m=262145,"),
+        ("argon2id", "t=1", "t=17"),
+        ("argon2id", "p=1", "p=17"),
+        ("argon2id", "p=1", "p=0"),
+        ("bcrypt", "$04$", "$16$"),
+        ("scrypt", "ln=4", "ln=18"),
+        ("scrypt", "r=8", "r=9"),
+        ("scrypt", "p=1", "p=11"),
+        ("pbkdf2", "$1000$", "$5000001$"),
+    ],
+)
+def test_a_hash_that_is_too_dear_is_refused(form: str, cost: str, too_much: str) -> None:
+    """A check must not hold a thread for long; the sentence says what is allowed."""
+    wrong = wrong_password_hash(IMPORTED[form].replace(cost, too_much))
+
+    assert wrong
+    assert form.removesuffix("id") in wrong
+    assert "at most" in wrong
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        "",
+        "password",
+        "5f4dcc3b5aa765d61d8327deb882cf99",
+        "$1$salt$qJH7.N4xYta3aEG/dfqo/0",
+        "$argon2id$v=19$m=65536,t=3,p=4$c29tZXNhbHQxMjM0NTY",
+        "$argon2id$v=19$m=9999999999,t=3,p=4$c29tZXNhbHQxMjM0NTY$dGhpcyBpcyBub3QgYSBoYXNoIGF0IGFsbA",
+        IMPORTED["argon2id"] + "\n",
+        BCRYPT[:-1],
+        BCRYPT.replace("$04$", "$03$"),
+        IMPORTED["pbkdf2"].replace("pbkdf2", "pbkdf2-md5"),
+    ],
+)
+def test_what_is_no_hash_is_refused(stored: str) -> None:
+    """Nor does it let anybody in, should it be stored all the same."""
+    wrong = wrong_password_hash(stored)
+
+    assert wrong
+    assert "argon2, bcrypt, scrypt or pbkdf2" in wrong
+    assert matches(stored, stored) is False
+
+
+def test_a_salt_that_can_t_be_decoded_lets_nobody_in() -> None:
+    """Its form alone can't tell."""
+    assert matches("$pbkdf2-sha256$1$AAAAA$AAAAAAAAAAAAAAAAA", PASSWORD) is False

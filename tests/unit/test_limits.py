@@ -1,0 +1,55 @@
+"""The token buckets, by a clock of the test's own."""
+
+from service.caller import Caller, set_caller
+from service.errors import RosterError
+from service.interceptors import limits
+from service.interceptors.limits import Limits
+from service.settings import Settings
+
+METHOD = "/roster.v1.UserService/GetUser"
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def admitted(guard: Limits, caller: str, method: str = METHOD) -> str:
+    """Make a call; return "" or the reason for which it was refused."""
+    set_caller(Caller(caller))
+    try:
+        async with guard.around(method, None):  # type: ignore[arg-type]
+            return ""
+    except RosterError as error:
+        return error.reason
+
+
+async def test_a_second_s_worth_may_come_at_once() -> None:
+    """Then as many as the rate lets in; each caller and each method has a bucket of its own."""
+    clock = Clock()
+    guard = Limits(Settings(caller_rate=4), clock)
+
+    assert [await admitted(guard, "ada") for _ in range(5)] == ["", "", "", "", "RATE_LIMITED"]
+    assert await admitted(guard, "alan") == ""
+    assert await admitted(guard, "ada", "/roster.v1.UserService/ListUsers") == ""
+    clock.now += 0.25
+    assert [await admitted(guard, "ada") for _ in range(2)] == ["", "RATE_LIMITED"]
+    clock.now += 1000
+    assert [await admitted(guard, "ada") for _ in range(5)] == ["", "", "", "", "RATE_LIMITED"]
+
+
+async def test_callers_who_stay_away_are_forgotten() -> None:
+    """Memory is bounded by those of the last second, not by all there ever were; an empty bucket is kept."""
+    clock = Clock()
+    guard = Limits(Settings(caller_rate=1), clock)
+    for number in range(limits.MANY_BUCKETS - 1):
+        await admitted(guard, f"caller {number}")
+    clock.now += 1
+    await admitted(guard, "ada")
+
+    assert await admitted(guard, "alan") == ""
+    assert await admitted(guard, "ada") == "RATE_LIMITED"
+    assert len(guard._spent_until) == 2
+    assert guard._in_flight == {}

@@ -1,0 +1,122 @@
+"""The policy: every RPC has its role, and a file says no more than it means."""
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from service.caller import Caller
+from service.policy import HEALTH, REFLECTION, ROLES, RPCS, Policy
+
+CONTRACT = Path(__file__).parents[2] / "protos/roster/v1"
+
+
+def methods() -> set[str]:
+    """Every RPC of every file of the contract, as it is named on the wire."""
+    files = [import_module(f"roster.v1.{path.stem}_pb2").DESCRIPTOR for path in CONTRACT.glob("*.proto")]
+    services = [service for file in files for service in file.services_by_name.values()]
+    return {
+        f"/{method.containing_service.full_name}/{method.name}"
+        for each in services
+        for method in each.methods
+    }
+
+
+def caller(policy: str, identity: str) -> Caller:
+    return Policy.read(policy.encode()).caller(identity)
+
+
+def test_every_rpc_has_a_role() -> None:
+    """One that had none could be called by nobody, not even an admin; one that is gone has none."""
+    assert methods() == RPCS
+
+
+def test_an_admin_may_do_everything() -> None:
+    """What needs a role beside the RPC, too."""
+    admin = caller('[identities]\n"jwt:root" = ["admin"]', "jwt:root")
+
+    assert admin.rpcs == RPCS | REFLECTION
+    assert all(map(admin.has, ROLES))
+
+
+def test_no_other_role_has_what_another_has() -> None:
+    """So that each says by itself what it allows."""
+    others = [rpcs for name, rpcs in ROLES.items() if name != "admin"]
+
+    assert sum(map(len, others)) == len(RPCS)
+
+
+def test_nobody_may_do_anything() -> None:
+    """Nor somebody who is named without a role."""
+    policy = '[identities]\n"jwt:ada" = []'
+
+    assert [caller(policy, identity).rpcs for identity in ("jwt:ada", "jwt:bob", "ada")] == [frozenset()] * 3
+    assert not (RPCS | REFLECTION) & HEALTH
+
+
+@pytest.mark.parametrize(
+    ("identity", "role"),
+    [
+        ("spiffe://example.org/prod/billing", "reader"),
+        ("spiffe://example.org/prod/eu/billing", "writer"),
+        ("spiffe://example.org/prod/eu/loads", "loader"),
+        ("spiffe://example.org/prod/eu", "reader"),
+        ("spiffe://example.org/prod/", "reader"),
+        ("spiffe://example.org/prod", None),
+        ("spiffe://example.org/production/billing", None),
+        ("spiffe://example.org.evil/prod/billing", None),
+        ("jwt:spiffe://example.org/prod/billing", None),
+        ("dns:spiffe://example.org/prod/billing", None),
+        ("spiffe://example.org/prod/*", "reader"),
+    ],
+)
+def test_the_most_exact_name_counts(identity: str, role: str | None) -> None:
+    """A name that ends in `/*` is for all below it, and for one kind of identities only."""
+    policy = """
+        [identities]
+        "spiffe://example.org/prod/*" = ["reader"]
+        "spiffe://example.org/prod/eu/*" = ["writer"]
+        "spiffe://example.org/prod/eu/loads" = ["loader"]
+    """
+
+    assert list(caller(policy, identity).roles) == ([role] if role else [])
+
+
+def test_roles_add_up() -> None:
+    """A role of the file's own is a list of RPCs."""
+    policy = """
+        [identities]
+        "jwt:ada" = ["verifier", "support"]
+        [roles]
+        support = ["roster.v1.UserService/GetUser"]
+    """
+    ada = caller(policy, "jwt:ada")
+
+    assert ada.rpcs - REFLECTION == {
+        "/roster.v1.UserService/GetUser",
+        "/roster.v1.UserService/VerifyPassword",
+    }
+
+
+@pytest.mark.parametrize(
+    ("policy", "sentence"),
+    [
+        ('[identities]\n"ada" = ["reader"]', "ada is no identity"),
+        ('[identities]\n"jwt:" = ["reader"]', "jwt: is no identity"),
+        ('[identities]\n"dns:Loads.example.org" = ["reader"]', "is no identity"),
+        ('[identities]\n"spiffe://*" = ["reader"]', "is no identity"),
+        ('[identities]\n"spiffe://example.org/a*" = ["reader"]', "is no identity"),
+        ('[identities]\n"spiffe://example.org/*/a" = ["reader"]', "is no identity"),
+        ('[identities]\n"jwt:ada" = ["raeder"]', "jwt:ada has unknown roles: raeder"),
+        ('[identities]\n"jwt:ada" = "reader"', "valid list"),
+        ('[identity]\n"jwt:ada" = ["reader"]', "identity"),
+        ('[identities]\n[roles]\nreader = ["roster.v1.UserService/DeleteUser"]', "reader is built in"),
+        ('[identities]\n[roles]\nmine = ["roster.v1.UserService/*"]', "mine has no RPC"),
+        ('[identities]\n[roles]\nmine = ["/roster.v1.UserService/GetUser"]', "mine has no RPC"),
+        ("identities", "Expected"),
+    ],
+)
+def test_a_policy_that_says_nothing_clear_is_refused(policy: str, sentence: str) -> None:
+    """Rather than to mean less, or more, than its author thinks."""
+    with pytest.raises(ValueError, match=sentence):
+        Policy.read(policy.encode())

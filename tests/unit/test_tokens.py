@@ -1,0 +1,208 @@
+"""Tokens: whose they are, by which keys, and for how long."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from jwt.algorithms import Algorithm, ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+
+from service.errors import Unauthenticated
+from service.tokens import KEPT_TOKENS, Tokens, read_keys
+from tests.issuer import AUDIENCE, HOUR, ISSUER, Issuer
+
+KINDS: dict[type[Any], type[Algorithm]] = {
+    RSAPrivateKey: RSAAlgorithm,
+    ec.EllipticCurvePrivateKey: ECAlgorithm,
+    Ed25519PrivateKey: OKPAlgorithm,
+}
+
+
+@pytest.fixture(scope="module")
+def rsa() -> RSAPrivateKey:
+    """A key that takes a while to make."""
+    return generate_private_key(65537, 2048)
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = datetime.now(UTC)
+
+    def __call__(self) -> datetime:
+        return self.now
+
+
+def jwk(key: Any, **members: str) -> dict[str, Any]:
+    """The public half of a key as a JWK; an algorithm's name is bytes as they are."""
+    if isinstance(key, bytes):
+        return {"kty": "oct", "k": key.decode(), **members}
+    kind = next(KINDS[kind] for kind in KINDS if isinstance(key, kind))
+    return {**json.loads(str(kind.to_jwk(key.public_key()))), **members}
+
+
+def tokens(folder: Path, *keys: dict[str, Any], clock: Clock | None = None) -> Tokens:
+    """What accepts the tokens of an issuer with these keys."""
+    path = folder / "jwks.json"
+    path.write_text(json.dumps({"keys": keys}))
+    return Tokens(ISSUER, AUDIENCE, path, clock or Clock())
+
+
+def signed(key: Any, algorithm: str, **headers: Any) -> str:
+    claims = {"iss": ISSUER, "aud": AUDIENCE, "sub": "ada", "exp": datetime.now(UTC) + HOUR}
+    return jwt.encode(claims, key, algorithm, headers)
+
+
+def pem(key: Any) -> bytes:
+    public: bytes = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    return public
+
+
+def test_a_key_goes_by_the_algorithms_of_its_kind(rsa: RSAPrivateKey, tmp_path: Path) -> None:
+    """Whatever a token says of itself; a key that names one has only that."""
+    p256, p384, ed = (
+        ec.generate_private_key(ec.SECP256R1()),
+        ec.generate_private_key(ec.SECP384R1()),
+        Ed25519PrivateKey.generate(),
+    )
+    for key, algorithm in ((rsa, "RS256"), (p256, "ES256"), (p384, "ES384"), (ed, "EdDSA")):
+        assert tokens(tmp_path, jwk(key)).subject(signed(key, algorithm)) == "ada"
+    assert tokens(tmp_path, jwk(rsa, alg="PS256")).subject(signed(rsa, "PS256")) == "ada"
+    with pytest.raises(Unauthenticated):
+        tokens(tmp_path, jwk(rsa, alg="PS256")).subject(signed(rsa, "RS256"))
+
+
+def test_the_key_that_a_token_names_has_to_have_signed_it(rsa: RSAPrivateKey, tmp_path: Path) -> None:
+    """One that names none can be of any."""
+    other = generate_private_key(65537, 2048)
+    both = tokens(tmp_path, jwk(other, kid="a"), jwk(rsa, kid="b"))
+
+    assert both.subject(signed(rsa, "RS256", kid="b")) == "ada"
+    assert both.subject(signed(rsa, "RS256")) == "ada"
+    for wrong in ("a", "c"):
+        with pytest.raises(Unauthenticated):
+            both.subject(signed(rsa, "RS256", kid=wrong))
+
+
+def test_a_key_that_a_token_brings_along_is_nobody_s(rsa: RSAPrivateKey, tmp_path: Path) -> None:
+    """Nor is one looked for where it says (RFC 8725, 3.10)."""
+    thief = generate_private_key(65537, 2048)
+    headers = {"jwk": jwk(thief), "jku": "https://evil.example.org/jwks.json"}
+    with pytest.raises(Unauthenticated):
+        tokens(tmp_path, jwk(rsa)).subject(signed(thief, "RS256", **headers))
+
+
+def test_what_a_token_says_is_critical_is_not_passed_over(rsa: RSAPrivateKey, tmp_path: Path) -> None:
+    """RFC 7515, 4.1.11."""
+    with pytest.raises(Unauthenticated):
+        tokens(tmp_path, jwk(rsa)).subject(signed(rsa, "RS256", crit=["bound"], bound="other"))
+
+
+@pytest.mark.parametrize("token", ["", ".", "..", "a.b.c", "é", "eyJhbGciOiJub25lIn0..", "W" * 10_000 + ".."])
+def test_what_is_no_token_is_nobody_s(token: str, rsa: RSAPrivateKey, tmp_path: Path) -> None:
+    """However strange, it is refused and nothing else."""
+    with pytest.raises(Unauthenticated):
+        tokens(tmp_path, jwk(rsa)).subject(token)
+
+
+def test_a_token_that_was_good_is_good_until_it_ends(rsa: RSAPrivateKey, tmp_path: Path) -> None:
+    """It is verified once, and its end looked at each time."""
+    clock = Clock()
+    known, token = tokens(tmp_path, jwk(rsa), clock=clock), signed(rsa, "RS256")
+    assert known.subject(token) == "ada"
+
+    clock.now += HOUR + timedelta(seconds=29)  # clocks differ
+    assert known.subject(token) == "ada"
+    clock.now += timedelta(seconds=2)
+    with pytest.raises(Unauthenticated):
+        known.subject(token)
+
+
+def test_a_token_is_verified_once(
+    rsa: RSAPrivateKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only so many are remembered."""
+    verified: list[str] = []
+    decode = jwt.decode
+
+    def counted(token: str, *arguments: Any, **named: Any) -> Any:
+        verified.append(token)
+        return decode(token, *arguments, **named)
+
+    monkeypatch.setattr("service.tokens.jwt.decode", counted)
+    monkeypatch.setattr("service.tokens.KEPT_TOKENS", 2)
+    known = tokens(tmp_path, jwk(rsa))
+    first, second, third = (signed(rsa, "RS256", typ=f"{number}") for number in range(3))
+    for token in (first, first, second, third, first):
+        known.subject(token)
+
+    assert KEPT_TOKENS > 2
+    assert verified == [first, second, third, first]
+
+
+def test_a_token_of_a_key_that_is_gone_is_nobody_s(rsa: RSAPrivateKey, tmp_path: Path) -> None:
+    """Even if it was good before; a file that has no keys changes nothing."""
+    known, token = tokens(tmp_path, jwk(rsa)), signed(rsa, "RS256")
+    assert known.subject(token) == "ada"
+
+    (tmp_path / "jwks.json").write_text("{}")
+    assert known.subject(token) == "ada"
+    (tmp_path / "next").write_bytes(Issuer().pem)
+    (tmp_path / "next").replace(tmp_path / "jwks.json")
+    with pytest.raises(Unauthenticated):
+        known.subject(token)
+
+
+def test_a_file_of_pem_may_have_several_keys(rsa: RSAPrivateKey, tmp_path: Path) -> None:
+    """As while one is replaced by another."""
+    other = ec.generate_private_key(ec.SECP256R1())
+    (tmp_path / "keys.pem").write_bytes(b"the old one\n" + pem(rsa) + b"\nand the new one\n" + pem(other))
+    known = Tokens(ISSUER, AUDIENCE, tmp_path / "keys.pem", Clock())
+
+    assert known.subject(signed(rsa, "PS256", kid="any")) == "ada"
+    assert known.subject(signed(other, "ES256")) == "ada"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{}",
+        b"[",
+        b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----",
+        json.dumps({"keys": [jwk(b"c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0")]}).encode(),
+        json.dumps({"keys": [jwk(generate_private_key(65537, 1024))]}).encode(),
+        json.dumps({"keys": [jwk(ec.generate_private_key(ec.SECP256K1()))]}).encode(),
+        json.dumps({"keys": [json.loads(OKPAlgorithm.to_jwk(Ed25519PrivateKey.generate()))]}).encode(),
+        Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
+    ],
+    ids=[
+        "empty",
+        "no keys",
+        "no JSON",
+        "no key",
+        "symmetric",
+        "short",
+        "odd curve",
+        "private JWK",
+        "private PEM",
+    ],
+)
+def test_keys_that_must_not_be_used_are_refused(data: bytes) -> None:
+    """A secret that both sides have, one that is too weak, one that should not be here."""
+    with pytest.raises((ValueError, jwt.PyJWTError)):
+        read_keys(data)
+
+
+def test_keys_for_encryption_are_passed_over(rsa: RSAPrivateKey) -> None:
+    """Providers publish them in the same set."""
+    keys = {"keys": [jwk(rsa, use="enc", kid="a"), jwk(rsa, use="sig", kid="b")]}
+
+    assert [key.id for key in read_keys(json.dumps(keys).encode())] == ["b"]
