@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install run migrate lint format test tools lock contract clean bench-bulk test-crash
+.PHONY: help install run migrate lint format test tools lock contract clean bench-bulk test-crash test-go
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -43,6 +43,9 @@ test: lint tools ## Check everything, on SQLite and on a PostgreSQL of its own
 
 test-crash: $(VENV)/development ## Load through crashes for 10 minutes; SECONDS=3600 for an hour
 	SECONDS=$(or $(SECONDS),600) $(BIN)/python -m tests.faults.soak
+
+test-go: $(VENV)/development ## Try the Go example of docs/calling.md; needs Go, and a minute the first time
+	ROSTER_TEST_GO=1 $(BIN)/python -m pytest tests/e2e/test_calling.py --timeout 600
 
 tools: .tools/grpcurl-$(GRPCURL) $(NODE)/node_modules/.package-lock.json ## Install the clients in other languages that tests use
 

@@ -3,14 +3,13 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 import click
-import grpc
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from service.client import CallFailed, Patience
+from service.client import Disconnected
+from service.errors import RosterError
 
 DRAW_EVERY_SECONDS = 0.2
 REPORT_EVERY_SECONDS = 5
@@ -22,23 +21,11 @@ address_option = click.option(
 )
 
 
-def explained(failure: CallFailed, address: str) -> str:
+def explained(failure: RosterError, address: str) -> str:
     """Return a sentence about a call that failed before anything was done."""
-    if failure.code is grpc.StatusCode.UNAVAILABLE and not failure.reason:
+    if isinstance(failure, Disconnected):
         return f"no server answers at {address}; start one with `roster serve`, or name it with --address"
     return failure.message
-
-
-async def listed(method: Any, request: Any, field: str, patience: Patience) -> AsyncGenerator[Any]:
-    """Yield what is in all pages of a list; raises CallFailed."""
-    request.page_size = PAGE_SIZE
-    while True:
-        page = await patience.call(method, request)
-        for item in getattr(page, field):
-            yield item
-        if not page.next_page_token:
-            return
-        request.page_token = page.next_page_token
 
 
 class UsageError(click.ClickException):

@@ -22,6 +22,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.db.base import BigInt, Entity, now
+from service.db.statements import measured
 
 COUNTERS = ("times", "expected")
 
@@ -63,10 +64,10 @@ async def insert_rows(
     driver = cast("asyncpg.Connection[Any]", (await connection.get_raw_connection()).driver_connection)
     if not driver.is_in_transaction():
         raise RuntimeError("COPY outside the unit of work would commit by itself")
+    records = zip(*columns.values(), strict=True)
     try:
-        await driver.copy_records_to_table(
-            model.__tablename__, records=zip(*columns.values(), strict=True), columns=list(columns)
-        )
+        with measured(f"COPY {model.__tablename__}"):
+            await driver.copy_records_to_table(model.__tablename__, records=records, columns=list(columns))
     except asyncpg.IntegrityConstraintViolationError as error:
         raise IntegrityError(None, None, error) from error
 

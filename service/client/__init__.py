@@ -1,0 +1,19 @@
+"""What an internal service imports: a channel that retries, domain errors, pages, and the bulk loader."""
+
+from service.client.bulk import BATCH_ROWS, BulkLoader, Event, LoadInterrupted
+from service.client.channel import channel
+from service.client.errors import DeadlineExceeded, Disconnected
+from service.client.pages import pages
+from service.client.patience import Patience
+
+__all__ = [
+    "BATCH_ROWS",
+    "BulkLoader",
+    "DeadlineExceeded",
+    "Disconnected",
+    "Event",
+    "LoadInterrupted",
+    "Patience",
+    "channel",
+    "pages",
+]
