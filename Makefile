@@ -2,7 +2,8 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install run migrate lint format test tools lock contract clean bench-bulk test-crash test-timing audit sbom
+.PHONY: help install run migrate lint format test tools lock contract clean bench-bulk test-crash test-timing \
+	test-go audit sbom
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -54,6 +55,8 @@ sbom: $(VENV)/development ## List the pinned dependencies, with their hashes, as
 	@mkdir -p dist
 	$(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
 		--output-file dist/roster.cdx.json requirements.lock
+test-go: $(VENV)/development ## Try the Go example of docs/calling.md; needs Go, and a minute the first time
+	ROSTER_TEST_GO=1 $(BIN)/python -m pytest tests/e2e/test_calling.py --timeout 600
 
 tools: .tools/grpcurl-$(GRPCURL) $(NODE)/node_modules/.package-lock.json ## Install the clients in other languages that tests use
 

@@ -29,8 +29,9 @@ class Caller:
         return None if self.has("admin") else self.identity
 
 
+NOBODY = Caller("anonymous")  # no roles
 # Set for each call by `interceptors/auth.py`. A call has a task of its own, and so a context.
-_current: ContextVar[Caller] = ContextVar("caller")
+_current: ContextVar[Caller] = ContextVar("caller", default=NOBODY)
 
 
 def set_caller(caller: Caller) -> None:
@@ -39,5 +40,5 @@ def set_caller(caller: Caller) -> None:
 
 
 def current_caller() -> Caller:
-    """Return who makes this call; raises LookupError outside of one."""
+    """Return who makes this call; before that is known, and outside of one, it is nobody."""
     return _current.get()

@@ -17,7 +17,6 @@ RosterError
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +33,8 @@ class RosterError(Exception):
     `field` is the path of the field at fault, "" where there is none. No message echoes a value.
     """
 
-    reason: ClassVar[str] = "INTERNAL"
-    retry_after_seconds: ClassVar[float | None] = None
+    reason: str = "INTERNAL"
+    retry_after_seconds: float | None = None
 
     def __init__(self, message: str, *, field: str = "", **facts: int | str) -> None:
         super().__init__(message)
@@ -214,6 +213,7 @@ class DatabaseUnavailable(Unavailable):
 
 class Draining(Unavailable):
     reason = "DRAINING"
+    retry_after_seconds = 0.1  # elsewhere; the address of this server may have another behind it
 
 
 class Unauthenticated(RosterError):
@@ -248,7 +248,15 @@ class OutcomeUnknown(RosterError):
     reason = "OUTCOME_UNKNOWN"
 
 
-def error_of(reason: str, message: str, field: str, facts: dict[str, int | str]) -> RosterError:
-    """Return an error that was stored as its parts."""
-    kinds = {kind.reason: kind for base in RosterError.__subclasses__() for kind in base.__subclasses__()}
-    return kinds[reason](message, field=field, **facts)
+def error_of(
+    reason: str, message: str, field: str = "", facts: dict[str, int | str] | None = None
+) -> RosterError:
+    """Return an error that was stored, or sent, as its parts; raises KeyError for a reason not known here."""
+    return _kinds(RosterError)[reason](message, field=field, **(facts or {}))
+
+
+def _kinds(base: type[RosterError]) -> dict[str, type[RosterError]]:
+    kinds = {base.reason: base}
+    for kind in base.__subclasses__():
+        kinds = _kinds(kind) | kinds
+    return kinds

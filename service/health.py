@@ -44,14 +44,18 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
 
     async def stop(self) -> None:
         """Answer NOT_SERVING from now on, and end all watches."""
-        if self._task:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
         await self.enter_graceful_shutdown()
         end = asyncio.get_running_loop().time() + WATCHES_END_SECONDS
         for watch in self._watches:
             watch.reschedule(end)
+
+    async def enter_graceful_shutdown(self) -> None:
+        """Answer NOT_SERVING from now on; the process is alive as long as it answers."""
+        if self._task:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        for service in self._services:
+            await self.set(service, HealthCheckResponse.NOT_SERVING)
 
     async def look(self) -> None:
         """Ask the database once, and tell what it means."""

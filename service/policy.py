@@ -5,7 +5,7 @@ import tomllib
 
 from pydantic import BaseModel
 
-from service.caller import Caller
+from service.caller import NOBODY, Caller
 
 
 def _methods(service: str, names: str) -> frozenset[str]:
@@ -34,7 +34,6 @@ REFLECTION = _methods("grpc.reflection.v1.ServerReflection", "ServerReflectionIn
 )
 
 ANONYMOUS = Caller("anonymous", frozenset(ROLES), RPCS | REFLECTION)
-NOBODY = Caller("anonymous")
 
 WILDCARD = "*"
 IDENTITY = re.compile(r"jwt:.+|dns:[^A-Z]+|spiffe://[^*]+/(?:[^*/]+|\*)")

@@ -5,11 +5,14 @@ import logging
 import socket
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
 from roster.v1 import bulk_pb2, bulk_pb2_grpc, posts_pb2, posts_pb2_grpc, users_pb2, users_pb2_grpc
+from service import metrics
 from service.bulk.servicer import BulkServicer
 from service.bulk.streams import BulkStreams
 from service.db.bulk.loads import expire_loads
@@ -22,7 +25,9 @@ from service.interceptors.auth import Auth
 from service.interceptors.drain import Drain
 from service.interceptors.errors import Errors
 from service.interceptors.limits import Limits
+from service.interceptors.logs import Logs
 from service.interceptors.messages import Messages
+from service.interceptors.metrics import Metrics
 from service.policy import Policy
 from service.posts.servicer import PostServicer
 from service.reflection import add_reflection
@@ -33,6 +38,9 @@ from service.users.passwords import Passwords
 from service.users.servicer import UserServicer
 from service.watched import Watched
 
+if TYPE_CHECKING:
+    from service.interceptors.tracing import Tracing
+
 log = logging.getLogger(__name__)
 
 Clock = Callable[[], datetime]
@@ -41,12 +49,10 @@ Clock = Callable[[], datetime]
 # what is right. Parsing can take 70 times the bytes in memory.
 MAX_RECEIVED_BYTES = 8 << 20
 FORGET_EVERY_SECONDS = 600
-HANDLERS_END_SECONDS = 5
+CUT_OFF_SECONDS = 2  # of the grace, for calls that are cut off to say so and to roll back
 
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_RECEIVED_BYTES),
-    # By default a second server takes the same port in silence.
-    ("grpc.so_reuseport", 0),
     # Clients ping every 30 s, also between calls; half-open ones are found in 80 s instead of 2 h.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -74,17 +80,24 @@ class Server:
         self.database = Database(settings)
         self.passwords = Passwords(settings)
         self.drain = Drain()
-        self.server = grpc.aio.server(
-            interceptors=[Errors(), self.drain, auth, Limits(settings), Messages(), Audit()], options=OPTIONS
-        )
+        # By default a second server takes the same port in silence.
+        options = [*OPTIONS, ("grpc.so_reuseport", int(settings.workers > 1))]
+        # Those that watch are outside of Errors, which gives a call its code.
+        self.tracing = _tracing(settings.otlp_protocol)
+        watching = [*self.tracing, Logs(settings.slow_call), Metrics()]
+        guarding = [Errors(), self.drain, auth, Limits(settings), Messages(), Audit()]
+        self.server = grpc.aio.server(interceptors=[*watching, *guarding], options=options)
+        self.health_server = grpc.aio.server(options=options)
         services = [
             users_pb2.DESCRIPTOR.services_by_name["UserService"].full_name,
             posts_pb2.DESCRIPTOR.services_by_name["PostService"].full_name,
             bulk_pb2.DESCRIPTOR.services_by_name["BulkService"].full_name,
         ]
+        self.bulk = BulkStreams(self.database)
         self.health = Health(self.database, services)
         self._add_services([*services, "grpc.health.v1.Health"])
-        self.address = ""
+        self.address = self.health_address = self.metrics_address = ""
+        self._close_metrics: Callable[[], None] = lambda: None
         self._forgetting: asyncio.Task[None] | None = None
 
     def _auth(self) -> Auth:
@@ -95,40 +108,54 @@ class Server:
         return Auth(policy, tokens)
 
     def _add_services(self, names: list[str]) -> None:
-        bulk = BulkStreams(self.database)
-        users = UserServicer(self.database, self.passwords, bulk)
+        users = UserServicer(self.database, self.passwords, self.bulk)
         users_pb2_grpc.add_UserServiceServicer_to_server(users, self.server)
-        posts_pb2_grpc.add_PostServiceServicer_to_server(PostServicer(self.database, bulk), self.server)
+        posts_pb2_grpc.add_PostServiceServicer_to_server(PostServicer(self.database, self.bulk), self.server)
         loads = BulkServicer(self.database, self.settings.bulk_load_ttl)
         bulk_pb2_grpc.add_BulkServiceServicer_to_server(loads, self.server)
-        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        for server in (self.server, self.health_server):
+            health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         if self.settings.reflection:
             add_reflection(self.server, names)
 
     async def start(self) -> None:
         """Listen; raises OSError where the address can't be had."""
-        listen = self.settings.listen
-        _require_unused(listen)
-        try:
-            if self.credentials:
-                port = self.server.add_secure_port(listen, self.credentials)
-            else:
-                port = self.server.add_insecure_port(listen)
-        except RuntimeError as error:
-            raise OSError(f"can't listen on {listen}; is another server there already?") from error
-        self.address = listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+        self.address = _bind(self.server, self.settings.listen, "ROSTER_LISTEN", self.credentials)
+        if self.settings.health_listen:
+            self.health_address = _bind(
+                self.health_server, self.settings.health_listen, "ROSTER_HEALTH_LISTEN"
+            )
+        self.metrics_address, self._close_metrics = metrics.serve(self.settings)
         await self.health.start()
+        await self.health_server.start()
         await self.server.start()
         self._forgetting = asyncio.create_task(self._forget())
 
     async def stop(self, grace: float | None = None) -> None:
-        """Refuse new calls, give those in flight `grace` seconds, then close the database."""
+        """Refuse new calls, let those in flight end, and close the database, in `grace` seconds at most.
+
+        Load balancers are told first, and have a pause to notice. Bulk streams end behind what they have in
+        hand; other calls go on until they are cut off, and told to try again.
+        """
+        loop = asyncio.get_running_loop()
+        grace = self.settings.grace if grace is None else grace
+        end = loop.time() + grace
+        await self.health.enter_graceful_shutdown()
+        await asyncio.sleep(min(self.settings.drain_pause, grace))
+        await self.health.stop()
+        stopped = asyncio.create_task(self.server.stop(max(end - loop.time(), CUT_OFF_SECONDS)))
+        self.bulk.drain()
+        await self.drain.wait(end - loop.time() - CUT_OFF_SECONDS)
+        self.drain.cut_off()
+        await self.drain.wait(CUT_OFF_SECONDS)
+        await stopped
         if self._forgetting:
             self._forgetting.cancel()
-            await asyncio.wait([self._forgetting])  # it may be amid a commit
-        await self.health.stop()
-        await self.server.stop(self.settings.grace if grace is None else grace)
-        await self.drain.wait(HANDLERS_END_SECONDS)
+            await asyncio.wait([self._forgetting], timeout=CUT_OFF_SECONDS)  # it may be amid a commit
+        await self.health_server.stop(1)  # its watches are ending
+        await asyncio.to_thread(self._close_metrics)
+        for tracing in self.tracing:
+            await asyncio.to_thread(tracing.close)
         self.passwords.close()
         await self.database.close()
 
@@ -144,9 +171,41 @@ class Server:
             await asyncio.sleep(FORGET_EVERY_SECONDS)
 
 
+def _tracing(protocol: str | None) -> "list[Tracing]":
+    """Return the interceptor that makes traces, where OpenTelemetry is installed and has an endpoint."""
+    if protocol is None:
+        return []
+    try:
+        from service.interceptors.tracing import Tracing, exporting  # noqa: PLC0415
+    except ImportError as error:
+        log.warning("no traces, though there is an endpoint: %s; install the extra `tracing`", error)
+        return []
+    return [Tracing(exporting(protocol))]
+
+
+def _bind(
+    server: grpc.aio.Server, listen: str, setting: str, credentials: grpc.ServerCredentials | None = None
+) -> str:
+    """Return the address where the server is going to listen; raises OSError where it can't be had."""
+    _require_unused(listen)
+    try:
+        if credentials:
+            port = server.add_secure_port(listen, credentials)
+        else:
+            port = server.add_insecure_port(listen)
+    except RuntimeError as error:
+        raise OSError(
+            f"can't listen on {listen}; is another server there already? {setting} names another address"
+        ) from error
+    return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+
+
 def _require_unused(listen: str) -> None:
-    """Raise OSError for a Unix socket that is in use: gRPC would take it from the server there."""
+    """Raise OSError for a Unix socket that is in use, which gRPC would take over, or that has no folder."""
     if listen.startswith("unix:"):
+        path = Path(listen.removeprefix("unix:"))
+        if not path.parent.is_dir():
+            raise OSError(f"can't listen on {listen}: there is no folder {path.parent}; make it first")
         with socket.socket(socket.AF_UNIX) as probe:
-            if probe.connect_ex(listen.removeprefix("unix:")) == 0:
+            if probe.connect_ex(str(path)) == 0:
                 raise OSError(f"can't listen on {listen}; another server is there already")

@@ -75,10 +75,23 @@ class Settings(BaseSettings):
         validate_default=True,
         description="let grpcurl and others ask for the contract; by default on this machine only",
     )
+    metrics_listen: str = Field(
+        "127.0.0.1:9464", description="host:port where Prometheus finds the metrics; empty for none"
+    )
+    health_listen: str = Field(
+        "", description="host:port of the health service alone, always without TLS; empty for none"
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="least severe line logged"
     )
-    grace: Seconds = Field(30, description="seconds that calls in flight have when the server stops")
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="json, or text for a terminal; auto tells by standard error"
+    )
+    slow_call: Seconds = Field(1, description="seconds after which a call is logged as a warning")
+    drain_pause: float = Field(
+        0, ge=0, description="seconds between NOT_SERVING and refusing calls, for load balancers to notice"
+    )
+    grace: Seconds = Field(30, description="seconds a stop may take; calls in flight have that less 2")
 
     database_url: str = Field(
         "sqlite:///roster.db",
@@ -93,6 +106,7 @@ class Settings(BaseSettings):
         default=False, description="test each connection before its use; halves the speed"
     )
     connect_timeout: Seconds = Field(5, description="seconds to open a connection")
+    database_wait: float = Field(30, ge=0, description="seconds the start waits for a database that is away")
     statement_timeout: Seconds = Field(30, description="seconds one statement may take")
     bulk_connections: Count = Field(4, description="connections for the bulk streams, apart from the pool")
 
@@ -101,6 +115,7 @@ class Settings(BaseSettings):
         description="how long outcomes are kept after a load's last batch, in seconds or ISO 8601",
     )
 
+    workers: Count = Field(1, description="processes that share the port; more than one need PostgreSQL")
     password_memory: int = Field(19_456, ge=1024, le=1 << 20, description="KiB that hashing one takes")
     password_passes: int = Field(2, ge=1, le=16, description="how often hashing goes over its memory")
     password_lanes: int = Field(1, ge=1, le=16, description="cores that hashing one may take")
@@ -167,6 +182,11 @@ class Settings(BaseSettings):
             )
         return value
 
+    @field_validator("metrics_listen", "health_listen")
+    @classmethod
+    def _is_address_or_none(cls, value: str) -> str:
+        return value and cls._is_address(value)
+
     @field_validator("listen")
     @classmethod
     def _is_address(cls, value: str) -> str:
@@ -193,6 +213,24 @@ class Settings(BaseSettings):
     @classmethod
     def _on_this_machine(cls, value: bool | None, info: ValidationInfo) -> bool:
         return is_local(info.data.get("listen", "")) if value is None else value
+
+    @field_validator("workers")
+    @classmethod
+    def _can_share(cls, value: int, info: ValidationInfo) -> int:
+        if value > 1 and info.data.get("database_url", "").startswith("sqlite"):
+            raise ValueError("must be 1 on SQLite, which has one writer at a time; several need PostgreSQL")
+        if value > 1 and info.data.get("listen", "").startswith("unix:"):
+            raise ValueError("must be 1 on a Unix socket, which can't be shared; several need host:port")
+        return value
+
+    @property
+    def otlp_protocol(self) -> str | None:
+        """How traces are sent, "grpc" or "http/protobuf"; None where OpenTelemetry was given no endpoint."""
+        traces, all_signals = "OTEL_EXPORTER_OTLP_TRACES_", "OTEL_EXPORTER_OTLP_"
+        if not any(os.environ.get(f"{prefix}ENDPOINT") for prefix in (traces, all_signals)):
+            return None
+        protocols = (os.environ.get(f"{prefix}PROTOCOL") for prefix in (traces, all_signals))
+        return next(filter(None, protocols), "http/protobuf")
 
     @property
     def is_embedded(self) -> bool:

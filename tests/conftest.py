@@ -16,6 +16,8 @@ from tests.postgres import Postgres, PostgresServer
 
 # Read when grpc is imported, after this file. Its fork handlers can kill the child that starts PostgreSQL.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+# Many servers run at a time, and few have to be measured.
+os.environ["ROSTER_METRICS_LISTEN"] = ""
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 from service.db.bulk.batch import Batch, OnConflict, Outcome, Result, WriteOptions
@@ -27,6 +28,7 @@ class Slot:
     )  # row -> the earlier one with its key
     written: Outcome = field(default_factory=Outcome)  # of the new rows, not yet committed
     replayed: int = 0
+    received_at: float = field(default_factory=perf_counter)
     first_outcome: Outcome = field(default_factory=Outcome)  # of the rows that were recorded before
     is_last: bool = False  # the message had `finish`
     refusal: RosterError | None = None  # why it was never tried

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from roster.v1.bulk_pb2 import BulkLoad, BulkOptions, BulkWriteResponse
 from service.bulk.convert import summary_to_message
+from service.bulk.measured import Measured
 from service.bulk.operation import Operation, StreamOptions
 from service.bulk.slot import Slot, Superseded, committed
 from service.caller import Caller
@@ -31,6 +32,7 @@ from service.errors import (
     OffsetGap,
     OptionsChanged,
     OutcomeUnknown,
+    RosterError,
     StatementTimeout,
     TooLarge,
     Unavailable,
@@ -68,6 +70,7 @@ class Stream:
         self._database = database
         self._operation = operation
         self._caller = caller
+        self._measured = Measured(operation)
         self._load = load
         self._room = asyncio.Semaphore(IN_HAND)
         self._end = 0  # behind the last message, recorded or not
@@ -107,24 +110,23 @@ class Stream:
         return cls(database, operation, options, caller, load)
 
     async def receive(self, first: Any, requests: AsyncIterator[Any]) -> None:
-        """Put a slot in the queue for every message, None after the last one."""
-        try:
-            await self._take(first)
-            async for request in requests:
-                if request.HasField("options"):
-                    raise InvalidOptions(
-                        "options come in the first message of a stream only", field="options"
-                    )
-                await self._take(request)
-        finally:
-            self.slots.put_nowait(None)
+        """Put a slot in the queue for every message; the caller puts None behind the last one."""
+        await self._take(first)
+        async for request in requests:
+            if request.HasField("options"):
+                raise InvalidOptions("options come in the first message of a stream only", field="options")
+            await self._take(request)
 
-    def acknowledged(self, slot: Slot, outcome: Outcome | None) -> None:
-        """Count what became of a message that was answered, and make room for another."""
+    def refused(self, slot: Slot, error: RosterError) -> None:
+        """Count a message that was refused, and make room for another."""
         self._room.release()
-        if outcome is None:
-            return
+        self._measured.refused(slot, error)
+
+    def acknowledged(self, slot: Slot, outcome: Outcome) -> None:
+        """Count what became of a message that was recorded, and make room for another."""
+        self._room.release()
         new = outcome.part(slot.replayed, slot.size) if slot.replayed else outcome
+        self._measured.recorded(slot, new)
         self._new_failures += new.failed
         for name in COUNTED:
             self.counts[name] += getattr(new, name)
@@ -161,6 +163,7 @@ class Stream:
                 slot.task.cancel()
                 tasks.append(slot.task)
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._measured.closed()
 
     async def _take(self, request: Any) -> None:
         rows = getattr(request, self._operation.rows)
@@ -169,6 +172,7 @@ class Stream:
         await self._room.acquire()
         slot = Slot(request.offset if request.HasField("offset") else self._end, len(rows))
         slot.is_last = request.finish
+        self._measured.received(slot)
         self._end = min(max(slot.offset, 0), MAX_ID) + slot.size
         try:
             await self._place(slot, request.ByteSize())

@@ -16,7 +16,7 @@ from service.bulk.stream import MAX_BYTES, MAX_ROWS, REFUSALS, Stream
 from service.caller import current_caller
 from service.db.bulk.batch import Outcome
 from service.db.engine import Database
-from service.errors import InvalidOptions, TooManyFailures
+from service.errors import Draining, InvalidOptions, TooManyFailures
 
 
 class BulkStreams:
@@ -24,6 +24,14 @@ class BulkStreams:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._receivers: set[asyncio.Task[None]] = set()
+        self._is_draining = False
+
+    def drain(self) -> None:
+        """Let every stream answer what it has in hand, and no more."""
+        self._is_draining = True
+        for receiver in self._receivers:
+            receiver.cancel()
 
     async def run(
         self, requests: AsyncIterator[Any], operation: Operation
@@ -31,13 +39,14 @@ class BulkStreams:
         """Yield the events of one stream.
 
         Its end is no success: a cancelled or killed upload looks like one. Only `finish` completes a load.
+        Raises Draining, behind the summary, where the server stops first.
         """
         first = await anext(requests, None)
         if first is None:
             raise InvalidOptions("the stream ended before its first message, which has options or rows")
         stream = await Stream.open(self._database, operation, first.options, current_caller())
         yield opened_to_message(first.options.load_id, stream.watermark, MAX_ROWS, MAX_BYTES)
-        receiver = asyncio.create_task(stream.receive(first, requests))
+        receiver = self._receive(stream, first, requests)
         try:
             while slot := await stream.slots.get():
                 response, is_recorded = await _answer(stream, slot)
@@ -49,7 +58,7 @@ class BulkStreams:
                     await stream.finish()
                     yield await stream.summary(is_finished=True)
                     return
-            if not stream.has_failed_too_often():
+            if not (stream.has_failed_too_often() or receiver.cancelled()):
                 await receiver  # raises what it ended with
         finally:
             receiver.cancel()
@@ -58,6 +67,20 @@ class BulkStreams:
         yield await stream.summary(is_finished=False)
         if stream.has_failed_too_often():
             raise TooManyFailures("more rows failed than max_failures allows; what is acknowledged is in")
+        if receiver.cancelled():
+            raise Draining(
+                "the server is stopping; what is acknowledged is in, go on elsewhere at next_offset",
+                next_offset=stream.watermark,
+            )
+
+    def _receive(self, stream: Stream, first: Any, requests: AsyncIterator[Any]) -> asyncio.Task[None]:
+        receiver = asyncio.create_task(stream.receive(first, requests))
+        receiver.add_done_callback(lambda _: stream.slots.put_nowait(None))
+        receiver.add_done_callback(self._receivers.discard)
+        self._receivers.add(receiver)
+        if self._is_draining:
+            receiver.cancel()
+        return receiver
 
 
 async def _answer(stream: Stream, slot: Slot) -> tuple[BulkWriteResponse, bool]:
@@ -65,7 +88,7 @@ async def _answer(stream: Stream, slot: Slot) -> tuple[BulkWriteResponse, bool]:
     try:
         outcome: Outcome = await slot.outcome()
     except REFUSALS as error:
-        stream.acknowledged(slot, None)
+        stream.refused(slot, error)
         return error_to_message(slot.offset, stream.watermark, error), False
     stream.acknowledged(slot, outcome)
     is_replayed = slot.replayed == slot.size

@@ -9,7 +9,9 @@ from service import __version__
 
 # gRPC writes lines of its own, such as "Got goaway", to standard error. It reads this when it is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-COMMANDS = ["serve", "migrate", "load", "loads", "export", "token"]
+# Its fork handlers can kill the children that `serve` starts for its workers.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+COMMANDS = ["serve", "migrate", "doctor", "load", "loads", "export", "token", "completion"]
 
 
 class Commands(click.Group):

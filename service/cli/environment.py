@@ -25,7 +25,11 @@ def settings_help() -> str:
     ]
     width = max(len(name) for name, _ in rows)
     table = "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
-    return f"\b\nSettings, from the environment or a file .env:\n{table}"
+    return (
+        f"\b\nSettings, from the environment or a file .env:\n{table}\n\n\b\n"
+        "DATABASE_URL stands in for ROSTER_DATABASE_URL. ROSTER_X_FILE names a file that has the value\n"
+        "of ROSTER_X, as secrets are handed out."
+    )
 
 
 def _line(where: tuple[int | str, ...], message: str) -> str:

@@ -4,7 +4,7 @@ import asyncio
 import gzip
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,69 +16,54 @@ from google.protobuf.descriptor import FieldDescriptor
 from service.cli.formats import csv_line, format_name, json_line, pyarrow
 from service.cli.rows import ENTITIES, Entity, values_of
 from service.cli.terminal import INTERRUPTED, Target, UsageError, progress, server_options
-from service.client import CallFailed, Patience
+from service.client import Patience
+from service.errors import RosterError
 
 STDOUT = "-"
 GROUP_ROWS, GROUP_BYTES = 100_000, 64 << 20  # of a row group of Parquet
 
 
-class LineWriter:
-    """Writes NDJSON or CSV."""
-
-    def __init__(self, file: Any, line: Callable[[Mapping[str, Any]], bytes], head: bytes = b"") -> None:
-        self._file = file
-        self._line = line
-        file.write(head)
-
-    def write(self, rows: list[dict[str, Any]]) -> None:
-        """Write some rows; raises OSError."""
-        self._file.writelines(map(self._line, rows))
-
-    def close(self) -> None:
-        """Write what is left."""
+Write = Callable[[list[dict[str, Any]]], None]
 
 
-class ParquetWriter:
-    """Writes Parquet: times are microseconds of UTC."""
-
-    def __init__(self, file: Any, entity: Entity) -> None:
-        self._arrow = arrow = pyarrow()
-        types = {
-            FieldDescriptor.TYPE_INT64: arrow.int64(),
-            FieldDescriptor.TYPE_STRING: arrow.string(),
-            FieldDescriptor.TYPE_BOOL: arrow.bool_(),
-            FieldDescriptor.TYPE_MESSAGE: arrow.timestamp("us", "UTC"),
-        }
-        fields = entity.message.DESCRIPTOR.fields_by_name
-        self._schema = arrow.schema([(name, types[fields[name].type]) for name in entity.exported])
-        self._writer = arrow.parquet.ParquetWriter(file, self._schema, compression="zstd")
-        self._batches: list[Any] = []
-
-    def write(self, rows: list[dict[str, Any]]) -> None:
-        """Write some rows, or keep them until they are worth a row group; raises OSError."""
-        self._batches.append(self._arrow.RecordBatch.from_pylist(rows, self._schema))
-        if sum(map(len, self._batches)) >= GROUP_ROWS or sum(b.nbytes for b in self._batches) >= GROUP_BYTES:
-            self._write_group()
-
-    def close(self) -> None:
-        """Write what is left."""
-        self._write_group()
-        self._writer.close()
-
-    def _write_group(self) -> None:
-        if self._batches:
-            self._writer.write_table(self._arrow.Table.from_batches(self._batches))
-            self._batches.clear()
+@contextmanager
+def _ndjson(file: Any, entity: Entity) -> Iterator[Write]:  # noqa: ARG001
+    yield lambda rows: file.writelines(map(json_line, rows))
 
 
-Writer = LineWriter | ParquetWriter
-WRITERS: dict[str, Callable[[Any, Entity], Writer]] = {
-    "ndjson": lambda file, _: LineWriter(file, json_line),
-    "csv": lambda file, entity: LineWriter(
-        file, lambda row: csv_line(row.values()), csv_line(entity.exported)
-    ),
-    "parquet": ParquetWriter,
-}
+@contextmanager
+def _csv(file: Any, entity: Entity) -> Iterator[Write]:
+    file.write(csv_line(entity.exported))
+    yield lambda rows: file.writelines(csv_line(row.values()) for row in rows)
+
+
+@contextmanager
+def _parquet(file: Any, entity: Entity) -> Iterator[Write]:
+    """Write times as microseconds of UTC, and rows when they are worth a row group."""
+    arrow = pyarrow()
+    types = {
+        FieldDescriptor.TYPE_INT64: arrow.int64(),
+        FieldDescriptor.TYPE_STRING: arrow.string(),
+        FieldDescriptor.TYPE_BOOL: arrow.bool_(),
+        FieldDescriptor.TYPE_MESSAGE: arrow.timestamp("us", "UTC"),
+    }
+    fields = entity.message.DESCRIPTOR.fields_by_name
+    schema = arrow.schema([(name, types[fields[name].type]) for name in entity.exported])
+    group: list[Any] = []
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        group.append(arrow.RecordBatch.from_pylist(rows, schema))
+        if sum(map(len, group)) >= GROUP_ROWS or sum(batch.nbytes for batch in group) >= GROUP_BYTES:
+            writer.write_table(arrow.Table.from_batches(group))
+            group.clear()
+
+    with arrow.parquet.ParquetWriter(file, schema, compression="zstd") as writer:
+        yield write
+        if group:
+            writer.write_table(arrow.Table.from_batches(group))
+
+
+WRITERS = {"ndjson": _ndjson, "csv": _csv, "parquet": _parquet}
 
 
 class Export:
@@ -93,16 +78,16 @@ class Export:
         self._patience = Patience()
         self._started = time.monotonic()
 
-    async def run(self, target: Target, writer: Writer) -> None:
-        """Write all rows, and go on behind the last one after a break; raises CallFailed, OSError."""
+    async def run(self, target: Target, write: Write) -> None:
+        """Write all rows, and go on behind the last one after a break; raises RosterError, OSError."""
         async with target.channel() as connection:
             largest_id = await self._largest_id(connection)
             async with progress(largest_id - self._first_id, self._state):
                 while True:
                     try:
-                        await self._stream(connection, writer)
-                    except grpc.aio.AioRpcError as error:
-                        await self._patience.endure(CallFailed.of(error))
+                        await self._stream(connection, write)
+                    except RosterError as error:
+                        await self._patience.endure(error)
                     else:
                         return
 
@@ -111,11 +96,11 @@ class Export:
         page = await self._patience.call(lists, request(order_by="id desc", page_size=1))
         return max((row.id for row in getattr(page, self.entity.name)), default=0)
 
-    async def _stream(self, connection: grpc.aio.Channel, writer: Writer) -> None:
+    async def _stream(self, connection: grpc.aio.Channel, write: Write) -> None:
         exports, request = self.entity.rpc(connection, "Export")
         async for answer in exports(request(filter=self._filter, after_id=self.last_id)):
             messages = getattr(answer, self.entity.name)
-            writer.write([values_of(message, self.entity.exported) for message in messages])
+            write([values_of(message, self.entity.exported) for message in messages])
             self.rows += len(messages)
             self.last_id = answer.last_id
             self._patience.renew()
@@ -147,17 +132,15 @@ def export(
     job = Export(ENTITIES[entity], filter_, after_id)
     kind = WRITERS[format_ or format_name(output)]
     try:
-        with _file(output) as file:
-            writer = kind(file, job.entity)
-            asyncio.run(job.run(target, writer))
-            writer.close()
+        with _file(output) as file, kind(file, job.entity) as write:
+            asyncio.run(job.run(target, write))
     except KeyboardInterrupt:
         click.echo(f"interrupted behind id {job.last_id}: {job.told()}", err=True)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # whoever reads has enough
         raise
-    except (CallFailed, OSError) as error:
-        told = target.explained(error) if isinstance(error, CallFailed) else str(error)
+    except (RosterError, OSError) as error:
+        told = target.explained(error) if isinstance(error, RosterError) else str(error)
         raise UsageError(f"{told}; stopped behind id {job.last_id}") from None
     click.echo(job.told(), err=True)
 

@@ -1,10 +1,12 @@
 """`roster load`: a file of users or posts into the service, going on where an earlier run of it stopped."""
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ from service.cli.formats import FORMATS, STDIN, SourceError, format_name
 from service.cli.ledger import Ledger
 from service.cli.rows import ENTITIES, Columns, Entity
 from service.cli.source import Source
-from service.cli.terminal import INTERRUPTED, Target, UsageError, listed, progress, server_options
-from service.client import BATCH_ROWS, BulkLoader, CallFailed, Patience
-from service.errors import TooManyFailures
+from service.cli.terminal import INTERRUPTED, PAGE_SIZE, Target, UsageError, progress, server_options
+from service.client import BATCH_ROWS, BulkLoader, LoadInterrupted, Patience, pages
+from service.client.errors import may_pass
+from service.errors import RosterError, TooManyFailures
 
 TOP_REASONS = 5
 LOAD_ID = (
@@ -53,7 +56,7 @@ class Load:
         """Send the rows; raises what BulkLoader and Source do, and TooManyFailures."""
         async with target.channel() as connection, progress(self.source.bytes_total, self._state):
             method, request = self.entity.rpc(connection, verb)
-            loader = BulkLoader(method, request, self.options, batch_rows=batch_rows)
+            loader = BulkLoader(method, request, self.options, batch_rows=batch_rows, is_known=False)
             loads = BulkServiceStub(connection)
             rows = self._messages(loads)
             async with aclosing(rows), aclosing(loader.run(rows)) as events:
@@ -81,8 +84,8 @@ class Load:
 
     async def _messages(self, loads: BulkServiceStub) -> AsyncGenerator[Message, None]:
         """Yield the rows that can be read; the loader leaves out those that are skipped."""
-        request = pb.ListBulkLoadFailuresRequest(load_id=self.options.load_id)
-        failures = listed(loads.ListBulkLoadFailures, request, "failures", self._patience)
+        request = pb.ListBulkLoadFailuresRequest(load_id=self.options.load_id, page_size=PAGE_SIZE)
+        failures = pages(partial(self._patience.call, loads.ListBulkLoadFailures), request)
         async with aclosing(failures), aclosing(self.source.rows()) as rows:
             failure = await anext(failures, None) if self._skipped else None
             offset = 0
@@ -167,7 +170,7 @@ def _choice(enum: Any) -> click.Choice[str]:
 @click.option(
     "--format", "file_format", type=click.Choice(list(FORMATS)), help="Default: by the file's name."
 )
-@click.option("--rejects", type=PATH, help="Default: NAME.rejects.FORMAT, here.")
+@click.option("--rejects", type=PATH, help="Default: NAME.rejects.FORMAT, beside the file.")
 @click.option("--json", "is_json", is_flag=True, help="Print the summary as one JSON object.")
 def load(
     entity: str,
@@ -214,13 +217,14 @@ def load(
     except KeyboardInterrupt:
         click.echo(f"interrupted: {job.settled(may_go_on=True)}", err=True)
         sys.exit(INTERRUPTED)
-    except CallFailed as failure:
-        if not job.is_open:
-            raise UsageError(f"nothing was loaded: {target.explained(failure)}") from None
-        settled = job.settled(may_go_on=failure.may_pass)
-        raise UsageError(f"{source.name}: the load stopped: {failure.message}; {settled}") from None
     except (SourceError, TooManyFailures, OSError) as error:
         raise UsageError(f"{source.name}: {error}; {job.settled(may_go_on=False)}") from None
+    except RosterError as failure:
+        cause = failure.cause if isinstance(failure, LoadInterrupted) else failure
+        if not job.is_open:
+            raise UsageError(f"nothing was loaded: {target.explained(cause)}") from None
+        settled = job.settled(may_go_on=may_pass(cause))
+        raise UsageError(f"{source.name}: the load stopped: {failure.message}; {settled}") from None
     finally:
         ledger.close()
         if columns.ignored:
@@ -240,10 +244,10 @@ def _load_id(source: Source, kind: str, options: pb.BulkOptions) -> str:
 
 
 def _rejects_path(rejects: Path | None, file: str, suffix: str) -> Path:
-    name = "stdin" if file == STDIN else Path(Path(file).name.removesuffix(".gz")).stem
-    path = rejects or Path(f"{name}.rejects.{suffix}")
+    whole = Path("stdin" if file == STDIN else file.removesuffix(".gz"))
+    path = rejects or whole.with_name(f"{whole.stem}.rejects.{suffix}")
     if path.exists() and file != STDIN and path.samefile(file):
         raise click.UsageError(f"{path} is the file to load; name another one with --rejects")
-    if not path.parent.is_dir():
-        raise click.UsageError(f"there is no folder {path.parent} for the rejects")
+    if not os.access(path.parent, os.W_OK):
+        raise click.UsageError(f"there is no folder {path.parent} to write to; name a file with --rejects")
     return path

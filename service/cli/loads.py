@@ -12,8 +12,9 @@ from google.protobuf.message import Message
 
 from roster.v1 import bulk_pb2 as pb
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
-from service.cli.terminal import Target, UsageError, listed, server_options
-from service.client import CallFailed, Patience
+from service.cli.terminal import PAGE_SIZE, Target, UsageError, server_options
+from service.client import pages
+from service.errors import RosterError
 
 LINE = "{:8}  {:>13}  {:>11}  {:19}  {:15}  {}"
 HEAD = LINE.format("state", "rows", "failed", "changed", "method", "load")
@@ -36,30 +37,27 @@ def loads(action: str, load_id: str, target: Target, *, yes: bool, is_json: bool
         click.confirm(f"Abort the load {load_id} for good?", abort=True, err=True)
     try:
         asyncio.run(_run(target, action, load_id, is_json=is_json))
-    except CallFailed as failure:
+    except RosterError as failure:
         raise UsageError(target.explained(failure)) from None
 
 
 async def _run(target: Target, action: str, load_id: str, *, is_json: bool) -> None:
     async with target.channel() as connection:
-        stub, patience = BulkServiceStub(connection), Patience()
+        stub = BulkServiceStub(connection)
         if action == "list":
             if not is_json:
                 click.echo(HEAD)
-            request = pb.ListBulkLoadsRequest()
-            await _print_all(
-                listed(stub.ListBulkLoads, request, "loads", patience), _json if is_json else _line
-            )
+            every = pages(stub.ListBulkLoads, pb.ListBulkLoadsRequest(page_size=PAGE_SIZE))
+            await _print_all(every, _json if is_json else _line)
             return
         if action == "abort":
-            load = await patience.call(stub.AbortBulkLoad, pb.AbortBulkLoadRequest(load_id=load_id))
+            load = await stub.AbortBulkLoad(pb.AbortBulkLoadRequest(load_id=load_id))
         else:
-            load = await patience.call(stub.GetBulkLoad, pb.GetBulkLoadRequest(load_id=load_id))
+            load = await stub.GetBulkLoad(pb.GetBulkLoadRequest(load_id=load_id))
         click.echo(_json(load) if is_json else _story(load))
         if action == "show":
-            failures = pb.ListBulkLoadFailuresRequest(load_id=load_id)
-            rows = listed(stub.ListBulkLoadFailures, failures, "failures", patience)
-            await _print_all(rows, _json if is_json else _why)
+            request = pb.ListBulkLoadFailuresRequest(load_id=load_id, page_size=PAGE_SIZE)
+            await _print_all(pages(stub.ListBulkLoadFailures, request), _json if is_json else _why)
 
 
 async def _print_all(messages: AsyncGenerator[Any], text: Callable[[Any], str]) -> None:

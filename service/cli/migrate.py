@@ -18,7 +18,27 @@ def reported() -> Iterator[None]:
     try:
         yield
     except (CommandError, DBAPIError, OSError) as error:
+        if "Can't locate revision" in str(error):
+            raise UsageError(
+                f"{error}; a newer release migrated it, so use that, or go back with it"
+            ) from None
         raise UsageError(f"the schema was left as it was: {getattr(error, 'orig', None) or error}") from None
+
+
+def trouble(revision: str | None) -> str:
+    """Return what is wrong with a schema at this revision, and what to do; "" where it is this release's."""
+    needed = migrations.head()
+    if revision == needed:
+        return ""
+    if migrations.is_known(revision):
+        return (
+            f"the schema is at revision {revision or 'none'}, this release needs {needed}; "
+            "run `roster migrate` with the same ROSTER_DATABASE_URL"
+        )
+    return (
+        f"the schema is at revision {revision}, which is newer than this release, that needs {needed}; "
+        f"run the newer release, or go back with its `roster migrate --down {needed}`"
+    )
 
 
 @click.command()

@@ -4,72 +4,105 @@ import asyncio
 import gc
 import logging
 import signal
+import sys
+from functools import partial
 
 import click
 from sqlalchemy.exc import DBAPIError
 
+from service import logs, workers
 from service.cli.environment import settings, settings_help
-from service.cli.migrate import reported
+from service.cli.migrate import reported, trouble
 from service.cli.terminal import UsageError
 from service.db import migrations
 from service.db.engine import Database
+from service.db.errors import code_of
 from service.server import Server
 from service.settings import Settings, is_local
 
 log = logging.getLogger(__name__)
 
-LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 USERS = "roster.v1.UserService"
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 5.0
+REFUSED = ("28", "3D")  # SQLSTATE: a role, a password or a database that waiting doesn't mend
 
 
 @click.command(epilog=settings_help())
-def serve() -> None:
+@click.option("--worker", "is_worker", is_flag=True, hidden=True)
+def serve(*, is_worker: bool) -> None:
     """Run the server until it gets SIGTERM or SIGINT; calls in flight are finished first."""
     chosen = settings()
-    logging.basicConfig(level=chosen.log_level, format=LOG_FORMAT)
+    logs.configure(chosen.log_level, chosen.log_format)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     if chosen.is_embedded:
         with reported():
             migrations.upgrade(chosen.database_url)
     try:
-        asyncio.run(_serve(chosen))
+        sys.exit(asyncio.run(_run(chosen, is_worker=is_worker)))
     except OSError as error:
         raise UsageError(str(error)) from None
 
 
-async def _serve(chosen: Settings) -> None:
-    stopping = asyncio.Event()
+async def _run(chosen: Settings, *, is_worker: bool) -> int:
+    stopping, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def stop() -> None:
+        stopping.set()
+        for number in SIGNALS:  # a second one ends it at once
+            loop.remove_signal_handler(number)
+        loop.remove_reader(sys.stdin)
+        if not is_worker:
+            click.echo("stopping: no new calls, those in flight are finished", err=True)
+
     for number in SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+        loop.add_signal_handler(number, stop)
+    if is_worker:
+        loop.add_reader(sys.stdin, stop)
+    elif chosen.workers > 1:
+        return await workers.supervise(chosen, stopping, partial(_announce, chosen))
+    await _serve(chosen, stopping, is_worker=is_worker)
+    return 0
+
+
+async def _serve(chosen: Settings, stopping: asyncio.Event, *, is_worker: bool) -> None:
     server = Server(chosen)
     try:
-        await _require_schema(server.database)
-        await server.start()
-        # What is loaded by now stays. To look through it again with every few messages took 0.6 of the
-        # 6 µs that a row of a bulk stream cost; to look through the 5,000 rows of each message, 0.3 more.
-        gc.freeze()
-        gc.set_threshold(20_000)
-        _announce(chosen, server.address)
+        await _require_schema(server.database, chosen.database_wait, stopping)
+        if not stopping.is_set():
+            await server.start()
+            # What is loaded by now stays. To look through it again with every few messages took 0.6 of the
+            # 6 µs that a row of a bulk stream cost; to look through the 5,000 rows of each message, 0.3 more.
+            gc.freeze()
+            gc.set_threshold(20_000)
+            if is_worker:
+                click.echo("serving")
+            else:
+                _announce(chosen, server.address)
         await stopping.wait()
-        for number in SIGNALS:  # a second one ends it at once
-            asyncio.get_running_loop().remove_signal_handler(number)
-        click.echo("stopping: no new calls, those in flight are finished", err=True)
     finally:
-        await server.stop()
+        await server.stop(None if stopping.is_set() else 0)
 
 
-async def _require_schema(database: Database) -> None:
-    try:
-        current = await migrations.current(database.engine)
-    except (DBAPIError, OSError) as error:
-        cause = getattr(error, "orig", None) or error
-        raise UsageError(f"the database can't be reached: {cause}; check ROSTER_DATABASE_URL") from None
-    if current != migrations.head():
-        raise UsageError(
-            f"the schema is at revision {current or 'none'}, this release needs {migrations.head()}; "
-            "run `roster migrate` with the same ROSTER_DATABASE_URL"
-        )
+async def _require_schema(database: Database, patience: float, stopping: asyncio.Event) -> None:
+    """Wait for the database, and look whether its schema is this release's; raises UsageError."""
+    loop, pause = asyncio.get_running_loop(), FIRST_PAUSE_SECONDS
+    end = loop.time() + patience
+    while not stopping.is_set():
+        try:
+            if wrong := trouble(await migrations.current(database.engine)):
+                raise UsageError(wrong)
+        except (DBAPIError, OSError) as error:
+            cause = getattr(error, "orig", None) or error
+            if code_of(error).startswith(REFUSED) or loop.time() + pause > end:
+                told = f"the database can't be reached: {cause}; check ROSTER_DATABASE_URL"
+                raise UsageError(told) from None
+            log.warning("the database can't be reached: %s; trying again in %g s", cause, pause)
+        else:
+            return
+        await asyncio.wait([asyncio.ensure_future(stopping.wait())], timeout=pause)
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
 def _announce(chosen: Settings, address: str) -> None:

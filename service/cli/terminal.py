@@ -12,7 +12,8 @@ import grpc
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from service.client import CallFailed, Patience, channel, tls_credentials
+from service.client import Disconnected, channel, tls_credentials
+from service.errors import RosterError
 
 DRAW_EVERY_SECONDS = 0.2
 REPORT_EVERY_SECONDS = 5
@@ -67,11 +68,11 @@ class Target:
             raise UsageError("a token or certificate is sent over TLS only; --tls-ca names the server's CA")
 
     def channel(self) -> grpc.aio.Channel:
-        return channel(self.address, self._credentials)
+        return channel(self.address, self._credentials, is_patient=False)
 
-    def explained(self, failure: CallFailed) -> str:
+    def explained(self, failure: RosterError) -> str:
         """Return a sentence about a call that failed before anything was done."""
-        if failure.code is not grpc.StatusCode.UNAVAILABLE or failure.reason:
+        if not isinstance(failure, Disconnected):
             return failure.message
         told = f"no server answers at {self.address}"
         if self._credentials:
@@ -90,18 +91,6 @@ def server_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(SERVER):
         with_target = option(with_target)
     return with_target
-
-
-async def listed(method: Any, request: Any, field: str, patience: Patience) -> AsyncGenerator[Any]:
-    """Yield what is in all pages of a list; raises CallFailed."""
-    request.page_size = PAGE_SIZE
-    while True:
-        page = await patience.call(method, request)
-        for item in getattr(page, field):
-            yield item
-        if not page.next_page_token:
-            return
-        request.page_token = page.next_page_token
 
 
 class UsageError(click.ClickException):

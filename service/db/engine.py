@@ -13,7 +13,10 @@ from sqlalchemy import event, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from service.db.errors import may_have_happened, translated
+from service.db.pool import MeasuredPool, measure_pool
+from service.db.statements import measure_statements
 from service.errors import OutcomeUnknown, PoolExhausted
+from service.metrics import POOL_TIMEOUTS, POOL_WAITING
 from service.settings import Settings
 
 # Two loads, or a load and a call, that want the same row: wait so long, then roll back and try again.
@@ -25,6 +28,7 @@ WRITE_BUFFER_BYTES = 8 << 20
 
 # On DEBUG it logs parameters: hashes of passwords, and contents.
 logging.getLogger("aiosqlite").setLevel(logging.WARNING)
+COMMITTED = "what was to be written is in"  # said by a cancellation that came during the commit
 
 
 class Database:
@@ -86,6 +90,7 @@ class _PostgreSQL:
     def __init__(self, settings: Settings) -> None:
         self.writer = self._engine(
             settings,
+            "calls",
             pool_size=settings.pool_size,
             max_overflow=settings.max_overflow,
             pool_timeout=settings.pool_timeout,
@@ -94,6 +99,7 @@ class _PostgreSQL:
         self.reader = self.writer.execution_options(isolation_level="AUTOCOMMIT")
         self.bulk = self._engine(
             settings,
+            "bulk",
             pool_size=settings.bulk_connections,
             max_overflow=0,
             pool_timeout=BULK_POOL_TIMEOUT_SECONDS,
@@ -106,15 +112,20 @@ class _PostgreSQL:
 
     @staticmethod
     def _engine(
-        settings: Settings, *, lock_timeout: int = 0, planner: Mapping[str, str] | None = None, **pool: Any
+        settings: Settings,
+        name: str,
+        *,
+        lock_timeout: int = 0,
+        planner: Mapping[str, str] | None = None,
+        **pool: Any,
     ) -> AsyncEngine:
         timeout = f"{settings.statement_timeout:g}s"
-        return create_async_engine(
+        return _measured(
             settings.database_url,
+            name,
             **pool,
             pool_recycle=settings.pool_recycle,
             pool_pre_ping=settings.pool_pre_ping,
-            hide_parameters=True,
             connect_args={
                 "async_creator_fn": connect,
                 "timeout": settings.connect_timeout,
@@ -136,18 +147,18 @@ class _PostgreSQL:
     def bulk_turn(self) -> AbstractAsyncContextManager[None]:
         # A stream's batches wait for each other's commits: had a later one the last connection, and not
         # the one before it, they would wait for ever. The pool's queue lets newcomers pass; this doesn't.
-        return _turn(self._bulk_turns, BULK_POOL_TIMEOUT_SECONDS)
+        return _turn(self._bulk_turns, "bulk", BULK_POOL_TIMEOUT_SECONDS)
 
 
 class _Sqlite:
     def __init__(self, settings: Settings) -> None:
         options: dict[str, Any] = {
-            "hide_parameters": True,
             "connect_args": {"timeout": SQLITE_BUSY_TIMEOUT_SECONDS, "factory": _RollingBack},
         }
-        self.writer = self.bulk = create_async_engine(settings.database_url, pool_size=1, **options)
-        self.reader = create_async_engine(
+        self.writer = self.bulk = _measured(settings.database_url, "writer", pool_size=1, **options)
+        self.reader = _measured(
             settings.database_url,
+            "readers",
             pool_size=settings.pool_size,
             max_overflow=settings.max_overflow,
             pool_timeout=settings.pool_timeout,
@@ -161,18 +172,29 @@ class _Sqlite:
         self._writing = asyncio.Lock()  # wakes its waiters first come, first served
 
     def turn(self) -> AbstractAsyncContextManager[None]:
-        return _turn(self._writing, self._pool_timeout)
+        return _turn(self._writing, "writer", self._pool_timeout)
 
     def bulk_turn(self) -> AbstractAsyncContextManager[None]:
-        return _turn(self._writing, BULK_POOL_TIMEOUT_SECONDS)
+        return _turn(self._writing, "writer", BULK_POOL_TIMEOUT_SECONDS)
+
+
+def _measured(url: str, name: str, **options: Any) -> AsyncEngine:
+    engine = create_async_engine(
+        url, poolclass=MeasuredPool, pool_logging_name=name, hide_parameters=True, **options
+    )
+    measure_pool(engine, name)
+    measure_statements(engine)
+    return engine
 
 
 @asynccontextmanager
-async def _turn(line: asyncio.Lock | asyncio.Semaphore, timeout: float) -> AsyncIterator[None]:
+async def _turn(line: asyncio.Lock | asyncio.Semaphore, pool: str, timeout: float) -> AsyncIterator[None]:
     try:
-        async with asyncio.timeout(timeout):
-            await line.acquire()
+        with POOL_WAITING.labels(pool).track_inprogress():
+            async with asyncio.timeout(timeout):
+                await line.acquire()
     except TimeoutError:
+        POOL_TIMEOUTS.labels(pool).inc()
         raise PoolExhausted("other writes are under way; nothing was done, try again") from None
     try:
         yield
@@ -237,6 +259,8 @@ async def _commit(session: AsyncSession) -> None:
         while not task.done():
             with suppress(asyncio.CancelledError):
                 await asyncio.wait([task])
+        if task.exception() is None:
+            raise asyncio.CancelledError(COMMITTED) from None
         raise
     except Exception as error:
         if may_have_happened(error):

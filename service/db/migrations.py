@@ -43,6 +43,12 @@ def head() -> str | None:
     return ScriptDirectory.from_config(config()).get_current_head()
 
 
+def is_known(revision: str | None) -> bool:
+    """Tell whether this code has a migration to a revision; a newer release may have brought others."""
+    script = ScriptDirectory.from_config(config())
+    return revision is None or revision in {known.revision for known in script.walk_revisions()}
+
+
 async def current(engine: AsyncEngine) -> str | None:
     """Return the revision that the database is at; None where it was never migrated."""
     async with engine.connect() as connection:

@@ -1,6 +1,8 @@
 """What every interceptor here is: one context manager around each whole call, its streams included."""
 
+import asyncio
 import inspect
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
@@ -9,6 +11,8 @@ import grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
+
+CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class Around(grpc.aio.ServerInterceptor):
@@ -40,15 +44,14 @@ class Around(grpc.aio.ServerInterceptor):
 
     def wrap(self, method: str, handler: Any) -> Any:
         """Return the handler with its behaviour surrounded; done once a method."""
-        kind = _kind(handler)
-        behaviour = _awaitable(getattr(handler, kind))
+        behaviour = _awaitable(getattr(handler, kind(handler)))
         received = self.received_stream if handler.request_streaming else self.received
 
         async def surrounded(request: Any, context: Context) -> Any:
             async with self.around(method, context):
                 return await behaviour(received(method, request), context)
 
-        return handler._replace(**{kind: surrounded})
+        return handler._replace(**{kind(handler): surrounded})
 
     def received(self, method: str, request: Any) -> Any:  # noqa: ARG002
         """Return a message as the servicer is to see it."""
@@ -60,7 +63,17 @@ class Around(grpc.aio.ServerInterceptor):
             yield self.received(method, request)
 
 
-def _kind(handler: Any) -> str:
+def code_at_end(context: Context) -> grpc.StatusCode:
+    """Return the code of a call, in the `finally` around it."""
+    if isinstance(sys.exception(), asyncio.CancelledError):
+        is_late = context.time_remaining() == 0
+        return grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+    code: Any = context.code()  # after an abort a StatusCode, otherwise a number or None
+    return code if isinstance(code, grpc.StatusCode) else CODES[code or 0]
+
+
+def kind(handler: Any) -> str:
+    """Return `unary_unary`, `unary_stream`, `stream_unary` or `stream_stream`."""
     requests = "stream" if handler.request_streaming else "unary"
     responses = "stream" if handler.response_streaming else "unary"
     return f"{requests}_{responses}"

@@ -4,10 +4,10 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from service.caller import Caller, set_caller
+from service.caller import NOBODY, Caller, set_caller
 from service.errors import PermissionDenied, Unauthenticated
 from service.interceptors.around import Around, Context
-from service.policy import ANONYMOUS, HEALTH, NOBODY, Policy
+from service.policy import ANONYMOUS, HEALTH, Policy
 from service.tokens import Tokens
 from service.watched import Watched
 

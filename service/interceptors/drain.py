@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from service.db.engine import COMMITTED
+from service.errors import Draining, OutcomeUnknown
 from service.interceptors.around import Around, Context
 
 
@@ -14,6 +16,7 @@ class Drain(Around):
     def __init__(self) -> None:
         super().__init__()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._cut_off: set[asyncio.Task[Any]] = set()
 
     @asynccontextmanager
     async def around(self, method: str, context: Context) -> AsyncIterator[None]:  # noqa: ARG002
@@ -23,10 +26,24 @@ class Drain(Around):
         self._tasks.add(task)
         try:
             yield
+        except asyncio.CancelledError as cancelled:
+            if task not in self._cut_off:
+                raise
+            task.uncancel()
+            if COMMITTED in cancelled.args:  # not to be repeated by a client that knows no request_id
+                raise OutcomeUnknown("the server stopped behind the commit; the write is in") from None
+            raise Draining("the server stopped before this call was done; send it again") from None
         finally:
             self._tasks.discard(task)
+            self._cut_off.discard(task)
 
     async def wait(self, timeout: float) -> None:
         """Wait for the calls in flight to end, so many seconds at most."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=timeout)
+
+    def cut_off(self) -> None:
+        """End the calls in flight; each is told to try again."""
+        self._cut_off |= self._tasks
+        for task in self._tasks:
+            task.cancel()

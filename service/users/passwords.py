@@ -11,6 +11,7 @@ from argon2 import PasswordHasher, Type, extract_parameters
 from argon2.exceptions import InvalidHashError
 
 from service.errors import Overloaded
+from service.metrics import HASHING, HASHING_REFUSED
 from service.settings import Settings
 from service.users.hashes import matches
 
@@ -65,12 +66,15 @@ class Passwords:
 
     async def _run(self, work: Callable[[], T]) -> T:
         if not self._free:
+            HASHING_REFUSED.inc()
             raise Overloaded("too many passwords are being hashed; nothing was done, try again")
         self._free -= 1
+        HASHING.inc()
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         finally:
             self._free += 1
+            HASHING.dec()
 
 
 def _hash_of_nothing(hasher: PasswordHasher) -> str:

@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+# Any number of servers at a time.
+DEFAULTS = {"ROSTER_LISTEN": "127.0.0.1:0", "ROSTER_METRICS_LISTEN": ""}
 ROSTER = Path(sys.executable).with_name("roster")
 
 
@@ -35,6 +37,7 @@ class Serving:
 
     def __init__(self, process: asyncio.subprocess.Process, address: str) -> None:
         self.address = address
+        self.pid = process.pid
         self._process = process
 
     def signal(self, number: signal.Signals) -> None:
@@ -53,7 +56,7 @@ class Serving:
 @asynccontextmanager
 async def serving(folder: Path, **environment: str) -> AsyncIterator[Serving]:
     """Run `roster serve` in a folder, on a free port unless told otherwise; kill it if it is still there."""
-    process = await _start(ROSTER, "serve", folder=folder, **{"ROSTER_LISTEN": "127.0.0.1:0", **environment})
+    process = await _start(ROSTER, "serve", folder=folder, **{**DEFAULTS, **environment})
     try:
         listening = await _line(process, "listening on ")
         yield Serving(process, listening.removeprefix("listening on "))

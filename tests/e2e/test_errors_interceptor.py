@@ -240,8 +240,9 @@ STATUSES: Mapping[type[RosterError], StatusCode] = {
 
 
 def with_reasons(kind: type[RosterError]) -> set[type[RosterError]]:
-    """Return the error types below one that have a reason of their own."""
-    found = {each for each in kind.__subclasses__() if "reason" in vars(each)}
+    """Return the error types below one that have a reason of their own; not those of the client alone."""
+    ours = (each for each in kind.__subclasses__() if each.__module__ == errors.__name__)
+    found = {each for each in ours if "reason" in vars(each)}
     return found.union(*(with_reasons(each) for each in kind.__subclasses__()))
 
 

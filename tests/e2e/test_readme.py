@@ -9,16 +9,18 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from service.server import Server
+from service.settings import Settings
 
 CHECKOUT = Path(__file__).parents[2]
 PATH = os.pathsep.join([str(CHECKOUT / ".tools/bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
-ADDRESS = "127.0.0.1:50051"  # as the pages have it
+ADDRESS, METRICS = "127.0.0.1:50051", "127.0.0.1:9464"  # as the pages have them
+FREE = "127.0.0.1:0"
 BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^\$ (.*<<'END'\n(?:.*\n)*?END|.*)\n", re.MULTILINE)
 # What differs from run to run: times, durations, rates.
@@ -68,7 +70,18 @@ def database_url(sqlite_url: str) -> str:
     return sqlite_url
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/bulk-loading.md", "docs/api.md"])
+@pytest.fixture
+async def server(database_url: str) -> AsyncIterator[Server]:
+    """A server of the test's own, with its metrics."""
+    server = Server(Settings(database_url=database_url, listen=FREE, metrics_listen=FREE))
+    await server.start()
+    yield server
+    await server.stop(grace=0)
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{name}.md" for name in ("api", "bulk-loading", "calling", "operating"))]
+)
 async def test_commands_print_what_is_shown(page: str, server: Server, tmp_path: Path) -> None:
     """Every command of a page, in order, against a new server."""
     if not shutil.which("grpcurl", path=PATH):
@@ -79,6 +92,6 @@ async def test_commands_print_what_is_shown(page: str, server: Server, tmp_path:
     assert shown_steps
 
     for command, shown in shown_steps:
-        printed = await typed(command, folder, server.address)
+        printed = await typed(command.replace(METRICS, server.metrics_address), folder, server.address)
         told = same(printed.replace(server.address, ADDRESS))
         assert re.fullmatch(pattern(shown), told), f"$ {command}\nis shown as\n{shown}\nand printed\n{told}"

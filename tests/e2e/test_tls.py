@@ -15,7 +15,8 @@ import pytest
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import OPTIONS, channel, tls_credentials
+from service.client import channel, tls_credentials
+from service.client.channel import OPTIONS
 from tests.authority import DAY, Authority
 from tests.e2e.clients import Grpcurl
 from tests.e2e.secured import Secured, secured

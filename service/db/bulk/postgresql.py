@@ -23,6 +23,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.db.base import BigInt, Entity, now
+from service.db.statements import measured
 
 COUNTERS = ("times", "expected")
 # COPY's text format: https://www.postgresql.org/docs/current/sql-copy.html
@@ -74,10 +75,10 @@ async def insert_rows(
     if not driver.is_in_transaction():
         raise RuntimeError("COPY outside the unit of work would commit by itself")
     names = sorted(columns, key=lambda name: name != sort_key)  # the key first: to sort lines sorts keys
+    rows = _text([columns[name] for name in names], sort_key)
     try:
-        await driver.copy_to_table(
-            model.__tablename__, source=_text([columns[name] for name in names], sort_key), columns=names
-        )
+        with measured(f"COPY {model.__tablename__}"):
+            await driver.copy_to_table(model.__tablename__, source=rows, columns=names)
     except asyncpg.IntegrityConstraintViolationError as error:
         raise IntegrityError(None, None, error) from error
     except asyncpg.InternalClientError as error:

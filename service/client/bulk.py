@@ -1,155 +1,43 @@
-"""What an internal service imports: a channel with sane options, and the bulk loader."""
+"""BulkLoader: any number of rows through one bulk stream after the other, each row once."""
 
 import asyncio
-import logging
-import random
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, Generic, TypeVar
+from uuid import uuid4
 
 import grpc
 from google.protobuf.message import Message
-from google.rpc.code_pb2 import FAILED_PRECONDITION, INTERNAL, UNKNOWN
-from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from google.rpc.code_pb2 import INTERNAL, UNKNOWN
 from google.rpc.status_pb2 import Status
 
-from roster.v1.bulk_pb2 import BulkAck, BulkOpened, BulkOptions, BulkSummary, BulkWriteResponse
+from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkOpened, BulkOptions, BulkSummary, BulkWriteResponse
+from service.client.errors import error_from_status, may_pass, status_of
+from service.client.patience import FIRST_PAUSE_SECONDS, TRIES, Patience
+from service.errors import FailedPrecondition, RosterError
 
-log = logging.getLogger(__name__)
-
-OPTIONS = [
-    ("grpc.max_send_message_length", 16 << 20),
-    ("grpc.max_receive_message_length", 16 << 20),
-    # The server allows a ping every 20 s, also between calls.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    # By default a channel waits up to 2 minutes before it looks for a server that was away.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
-    # Otherwise the environment's http_proxy gets even the calls to this machine.
-    ("grpc.enable_http_proxy", 0),
-]
 BATCH_ROWS = 5000
 BATCH_BYTES = 4 << 20
 ROW_FRAMING_BYTES = 6  # a tag, and a length below 4 GiB
 MESSAGE_FRAMING_BYTES = 64
 WINDOW = 4
-TRIES = 20  # about two minutes
-FIRST_PAUSE_SECONDS = 0.25
-LONGEST_PAUSE_SECONDS = 10.0
-# What ends a call on its way, before the server or a proxy could give a reason.
-BROKEN = (
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.INTERNAL,
-    grpc.StatusCode.UNKNOWN,
-)
 
 Request = TypeVar("Request", bound=Message)
 Event = BulkOpened | BulkAck | BulkSummary
 
 
-def channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
-    """Return a channel to `host:port` or `unix:/path`; messages up to 16 MiB, keepalive every 30 s."""
-    if credentials:
-        return grpc.aio.secure_channel(address, credentials, OPTIONS)
-    return grpc.aio.insecure_channel(address, OPTIONS)
+class LoadInterrupted(RosterError):
+    """A load that can't go on, and the `cause`; the first `acknowledged` of its rows are settled for good."""
 
-
-def tls_credentials(
-    ca: bytes | None = None,
-    key: bytes | None = None,
-    certificate: bytes | None = None,
-    *,
-    token: Callable[[], str] | None = None,
-) -> grpc.ChannelCredentials:
-    """Return what `channel` takes for TLS: the CA of the server, PEM, and what tells the server who calls.
-
-    That is a key with its certificate, or what returns a bearer token. It is asked for each call, in a thread
-    of gRPC's, so that it can hand out a new one before the old one expires.
-    """
-    tls = grpc.ssl_channel_credentials(ca, key, certificate)
-    if token is None:
-        return tls
-
-    def bearer(_: grpc.AuthMetadataContext, tell: grpc.AuthMetadataPluginCallback) -> None:
-        tell((("authorization", f"Bearer {token()}"),), None)
-
-    plugin: Any = bearer
-    return grpc.composite_channel_credentials(tls, grpc.metadata_call_credentials(plugin))
-
-
-class CallFailed(Exception):
-    """A call that failed: its `code`, its `message`, the server's `reason`, "" where it gave none.
-
-    `may_pass` tells whether to try again makes sense, `retry_seconds` after how long the server wants that.
-    """
-
-    def __init__(self, status: Status) -> None:
-        super().__init__(status.message)
-        info, retry = _detail(status, ErrorInfo), _detail(status, RetryInfo)
-        self.message: str = status.message
-        self.code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
-        self.reason: str = info.reason if info else ""
-        self.retry_seconds: float = retry.retry_delay.ToMilliseconds() / 1000 if retry else 0
-        is_broken = not self.reason and self.code in BROKEN
-        self.may_pass = is_broken or retry is not None or self.reason == "OUTCOME_UNKNOWN"
-
-    @classmethod
-    def of(cls, error: grpc.aio.AioRpcError) -> "CallFailed":
-        """Return an error of grpc.aio as what it means."""
-        return CallFailed(_status(error.code(), error.details(), error.trailing_metadata()))
-
-
-class LoadInterrupted(CallFailed):
-    """A load that can't go on; the first `acknowledged` of its rows are settled for good."""
-
-    def __init__(self, status: Status, acknowledged: int) -> None:
-        super().__init__(status)
+    def __init__(self, cause: RosterError, acknowledged: int) -> None:
+        super().__init__(cause.message, field=cause.field, **cause.facts)
+        self.reason, self.retry_after_seconds = cause.reason, cause.retry_after_seconds
+        self.cause = cause
         self.acknowledged = acknowledged
 
     def __str__(self) -> str:
         return f"{self.message} ({self.acknowledged:,} rows were acknowledged)"
-
-
-class Patience:
-    """Tries again what may pass: after longer and longer pauses, with jitter, and not for ever."""
-
-    def __init__(self, tries: int = TRIES, first_pause_seconds: float = FIRST_PAUSE_SECONDS) -> None:
-        self._tries = tries
-        self._first_pause_seconds = first_pause_seconds
-        self._failed_tries = 0
-        self._has_met_server = False
-
-    def renew(self) -> None:
-        """Begin anew: a try got somewhere."""
-        self._failed_tries = 0
-        self._has_met_server = True
-
-    async def endure(self, failure: CallFailed) -> None:
-        """Wait before the next try; raises the failure where there should be none."""
-        # An address where nobody ever answered is rather a wrong one.
-        may_pass = failure.may_pass and (self._has_met_server or failure.reason)
-        if not may_pass or self._failed_tries >= self._tries:
-            raise failure
-        longest = min(self._first_pause_seconds * 2**self._failed_tries, LONGEST_PAUSE_SECONDS)
-        self._failed_tries += 1
-        seconds = failure.retry_seconds + random.uniform(longest / 2, longest)  # noqa: S311
-        log.warning("%s; trying again in %.1f s", failure, seconds)
-        await asyncio.sleep(seconds)
-
-    async def call(self, method: Any, request: Message) -> Any:
-        """Return the answer of a unary RPC that can be repeated; raises CallFailed."""
-        while True:
-            try:
-                answer = await method(request)
-            except grpc.aio.AioRpcError as error:
-                await self.endure(CallFailed.of(error))
-            else:
-                self.renew()
-                return answer
 
 
 class BulkLoader(Generic[Request]):
@@ -163,27 +51,29 @@ class BulkLoader(Generic[Request]):
     With `load_id` in the options that holds for a stream that breaks too, and a load that an earlier loader
     began is gone on with: its rows have to come again, in the same order, and those that are settled are
     skipped; ListBulkLoadFailures has their failures. With `return_ids` they are not skipped but sent again,
-    so that each row has its ack, with its first outcome.
+    so that each row has its ack, with its first outcome. Without any options the load gets a name of its own.
+    Where no server has ever answered it is tried again too, unless the address is not known to be right.
     """
 
     def __init__(
         self,
         method: "grpc.aio.StreamStreamMultiCallable[Request, BulkWriteResponse]",
         request: type[Request],
-        options: BulkOptions,
+        options: BulkOptions | None = None,
         *,
         batch_rows: int = BATCH_ROWS,
         window: int = WINDOW,
         tries: int = TRIES,
         first_pause_seconds: float = FIRST_PAUSE_SECONDS,
+        is_known: bool = True,
     ) -> None:
         self._method = method
         self._request = request
         self._rows_field = next(field.name for field in request.DESCRIPTOR.fields if field.is_repeated)
-        self._options = options
+        self._options = options or BulkOptions(load_id=str(uuid4()))
         self._batch_rows = batch_rows
         self._window = window
-        self._patience = Patience(tries, first_pause_seconds)
+        self._patience = Patience(tries, first_pause_seconds, is_known=is_known)
 
         self._unsettled: deque[Any] = deque()  # messages without an ack, the oldest first
         self._sent = 0  # how many of them the stream was sent
@@ -218,11 +108,11 @@ class BulkLoader(Generic[Request]):
                 await asyncio.gather(self._filling, return_exceptions=True)
 
     async def _reopen_after(self, failure: LoadInterrupted) -> None:
-        if self._is_summarised and failure.may_pass:
+        if self._is_summarised and may_pass(failure.cause):
             return
         if not self._options.load_id or self._options.validate_only:
             raise failure
-        await self._patience.endure(failure)
+        await self._patience.endure(failure.cause, failure)
 
     async def _stream(self) -> AsyncGenerator[Event, None]:
         """Yield the events of one stream, until the summary; raises LoadInterrupted where it breaks."""
@@ -240,11 +130,11 @@ class BulkLoader(Generic[Request]):
                 if event:
                     yield event
             if not self._is_summarised:
-                raise self._interrupted(UNKNOWN, "the server ended the stream without a summary")
+                raise self._broken("the server ended the stream without a summary")
         except grpc.aio.AioRpcError:
             # A write that fails as the call ends puts INTERNAL in the place of its status (grpc#36066).
             status = next((told for told in first_told if told.code != INTERNAL), _status_now(call))
-            raise LoadInterrupted(status, self._acknowledged) from None
+            raise self._interrupted(error_from_status(status)) from None
         except asyncio.CancelledError:
             # An error in one of the tasks has cancelled the call; it is the one to raise.
             for task in filter(None, (self._filling, sending)):
@@ -280,8 +170,9 @@ class BulkLoader(Generic[Request]):
         if response.HasField("opened"):
             return response.opened
         if response.HasField("summary"):
-            self._is_summarised = True
-            return response.summary
+            # A server that stops has one too, of a load that is to go on.
+            self._is_summarised = response.summary.state == BulkLoad.FINISHED
+            return response.summary if self._is_summarised else None
         return response.ack if await self._is_settled(response.ack) else None
 
     async def _is_settled(self, ack: BulkAck) -> bool:
@@ -290,9 +181,10 @@ class BulkLoader(Generic[Request]):
             self._stale -= 1
             return False
         if not self._sent or ack.offset != self._unsettled[0].offset:
-            raise self._interrupted(UNKNOWN, f"the server answered for row {ack.offset} out of turn")
+            raise self._broken(f"the server answered for row {ack.offset} out of turn")
         if ack.HasField("error"):
-            await self._patience.endure(LoadInterrupted(ack.error, self._acknowledged))
+            cause = error_from_status(ack.error)
+            await self._patience.endure(cause, self._interrupted(cause))
             self._stale, self._sent = self._sent - 1, 0
             return False
         self._acknowledged += len(getattr(self._unsettled.popleft(), self._rows_field))
@@ -329,7 +221,7 @@ class BulkLoader(Generic[Request]):
                 batch, size = [], 0
         if end < start:
             told = f"the load has {start:,} rows already, and here are only {end:,}"
-            raise self._interrupted(FAILED_PRECONDITION, told)
+            raise self._interrupted(FailedPrecondition(told))
         if batch:
             yield self._message(end, batch)
         yield self._request(offset=end, finish=True)
@@ -342,8 +234,11 @@ class BulkLoader(Generic[Request]):
             self._changed.clear()
             await self._changed.wait()
 
-    def _interrupted(self, code: int, message: str) -> LoadInterrupted:
-        return LoadInterrupted(Status(code=code, message=message), self._acknowledged)
+    def _interrupted(self, cause: RosterError) -> LoadInterrupted:
+        return LoadInterrupted(cause, self._acknowledged)
+
+    def _broken(self, message: str) -> LoadInterrupted:
+        return self._interrupted(error_from_status(Status(code=UNKNOWN, message=message)))
 
 
 def _status_now(call: grpc.aio.Call) -> Status:
@@ -356,20 +251,4 @@ def _status_now(call: grpc.aio.Call) -> Status:
 
 
 async def _status_of(call: grpc.aio.Call) -> Status:
-    return _status(await call.code(), await call.details(), await call.trailing_metadata())
-
-
-def _status(code: grpc.StatusCode, message: str | None, metadata: Any) -> Status:
-    details = dict(metadata or ()).get("grpc-status-details-bin")
-    if isinstance(details, bytes):
-        return Status.FromString(details)
-    return Status(code=code.value[0], message=message)
-
-
-def _detail(status: Status, kind: type[Any]) -> Any:
-    for packed in status.details:
-        if packed.Is(kind.DESCRIPTOR):
-            detail = kind()
-            packed.Unpack(detail)
-            return detail
-    return None
+    return status_of(await call.code(), await call.details(), await call.trailing_metadata())

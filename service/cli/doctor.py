@@ -1,0 +1,82 @@
+"""`roster doctor`: is all there that the server needs?"""
+
+import asyncio
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+from sqlalchemy import func, make_url, select
+from sqlalchemy.exc import DBAPIError
+
+from service.cli.environment import settings
+from service.cli.migrate import trouble
+from service.cli.terminal import UsageError
+from service.db import migrations
+from service.db.engine import Database
+from service.settings import Settings
+
+MAX_SKEW_SECONDS = 2.0
+
+
+class Diagnosis:
+    """What was found, told as it is found."""
+
+    is_well = True
+
+    def tell(self, subject: str, wrong: str, right: str) -> None:
+        """Say what is wrong with a subject, or that all is right."""
+        self.is_well = self.is_well and not wrong
+        mark = click.style("wrong", fg="red", bold=True) if wrong else click.style("ok   ", fg="green")
+        click.echo(f"{mark}  {subject:8}  {(wrong or right).replace(chr(10), chr(10) + ' ' * 17)}")
+
+
+@click.command()
+def doctor() -> None:
+    """Look whether `roster serve` has what it needs: settings, database, schema, clock.
+
+    The status is 0 if all is well, 1 if something is wrong.
+    """
+    diagnosis = Diagnosis()
+    try:
+        chosen = settings()
+    except UsageError as error:
+        diagnosis.tell("settings", error.message, "")
+    else:
+        told = f"{chosen.listen}, {chosen.workers} worker" + "s" * (chosen.workers > 1)
+        diagnosis.tell("settings", "", told)
+        file = Path(make_url(chosen.database_url).database or "")
+        if chosen.is_embedded and not file.exists():
+            wrong = "" if file.parent.is_dir() else f"there is no folder {file.parent}; make it first"
+            diagnosis.tell("database", wrong, f"{file} is made by `roster serve`")
+        else:
+            asyncio.run(_examine(chosen, diagnosis))
+    sys.exit(0 if diagnosis.is_well else 1)
+
+
+async def _examine(chosen: Settings, diagnosis: Diagnosis) -> None:
+    url = make_url(chosen.database_url)
+    database = Database(chosen)
+    try:
+        revision = await migrations.current(database.engine)
+        diagnosis.tell("database", "", f"{url.set(drivername=url.get_backend_name())!r} answers")
+        diagnosis.tell("schema", trouble(revision), f"revision {revision}")
+        await _compare_clocks(database, diagnosis)
+    except (DBAPIError, OSError) as error:
+        cause = getattr(error, "orig", None) or error
+        diagnosis.tell("database", f"it can't be reached: {cause}; check ROSTER_DATABASE_URL", "")
+    finally:
+        await database.close()
+
+
+async def _compare_clocks(database: Database, diagnosis: Diagnosis) -> None:
+    if database.is_sqlite:
+        return
+    async with database.read() as session:
+        before = datetime.now(UTC)
+        there = (await session.scalars(select(func.clock_timestamp()))).one()
+        here = before + (datetime.now(UTC) - before) / 2
+    skew = (here - there).total_seconds()
+    told = f"{abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} the database's"
+    is_off = abs(skew) > MAX_SKEW_SECONDS
+    diagnosis.tell("clock", f"it is {told}; set both by NTP" if is_off else "", told)

@@ -1,0 +1,56 @@
+"""What statements take: told to the metrics, and to whoever listens for the call in hand."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from time import perf_counter
+from typing import Any
+
+from sqlalchemy import Connection, ExceptionContext, event
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from service.metrics import STATEMENTS
+
+Listener = Callable[[str, float], None]  # the statement, its seconds
+LISTENERS: ContextVar[tuple[Listener, ...]] = ContextVar("LISTENERS", default=())
+
+_BEGAN = "statement began"
+_OPERATIONS = ("SELECT", "INSERT", "UPDATE", "DELETE", "COPY")
+_BY_OPERATION = {name: STATEMENTS.labels(name.lower()) for name in _OPERATIONS}
+_OTHER = STATEMENTS.labels("other")
+
+
+def measure_statements(engine: AsyncEngine) -> None:
+    """Measure every statement that goes through SQLAlchemy."""
+    event.listen(engine.sync_engine, "before_cursor_execute", _begin)
+    event.listen(engine.sync_engine, "after_cursor_execute", _end)
+    event.listen(engine.sync_engine, "handle_error", _fail)
+
+
+@contextmanager
+def measured(statement: str) -> Iterator[None]:
+    """Measure what goes to the driver past SQLAlchemy."""
+    began = perf_counter()
+    try:
+        yield
+    finally:
+        _tell(statement, perf_counter() - began)
+
+
+def _begin(connection: Connection, *_: Any) -> None:
+    connection.info[_BEGAN] = perf_counter()
+
+
+def _end(connection: Connection, cursor: Any, statement: str, *_: Any) -> None:  # noqa: ARG001
+    _tell(statement, perf_counter() - connection.info[_BEGAN])
+
+
+def _fail(failure: ExceptionContext) -> None:
+    if failure.statement and failure.connection:
+        _tell(failure.statement, perf_counter() - failure.connection.info[_BEGAN])
+
+
+def _tell(statement: str, seconds: float) -> None:
+    _BY_OPERATION.get(statement.partition(" ")[0], _OTHER).observe(seconds)
+    for listener in LISTENERS.get():
+        listener(statement, seconds)

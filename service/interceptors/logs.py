@@ -1,0 +1,78 @@
+"""One line in the log for every call; the lines written meanwhile carry its ids."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from random import getrandbits
+from time import perf_counter
+from typing import Any
+
+from service.caller import current_caller
+from service.db.statements import LISTENERS
+from service.interceptors.around import Around, Context, code_at_end
+from service.logs import CALL
+
+log = logging.getLogger("service.calls")
+
+MAX_ID = 128
+QUIET = "/grpc.health.v1.Health/"  # probes come every few seconds
+
+
+class Logs(Around):
+    """Logs each call when it has ended, never what was in it; as a warning where it was slow.
+
+    The request id is the caller's `x-request-id`, or a new one; the trace id is that of `traceparent`.
+    """
+
+    def __init__(self, slow_seconds: float) -> None:
+        super().__init__()
+        self._slow_seconds = slow_seconds
+        self._streams: set[str] = set()
+
+    def wrap(self, method: str, handler: Any) -> Any:
+        if handler.request_streaming or handler.response_streaming:
+            self._streams.add(method)
+        return super().wrap(method, handler)
+
+    @asynccontextmanager
+    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
+        # Each call is a task with a context of its own, so nothing is put back.
+        CALL.set(_ids(context))
+        statements: list[float] = []
+        LISTENERS.set((*LISTENERS.get(), lambda _, seconds: statements.append(seconds)))
+        began = perf_counter()
+        try:
+            yield
+        finally:
+            self._write(method, context, perf_counter() - began, statements)
+
+    def _write(self, method: str, context: Context, seconds: float, statements: list[float]) -> None:
+        fields = {
+            "method": method,
+            "code": code_at_end(context).name,
+            "seconds": round(seconds, 6),
+            "statements": len(statements),
+            "statement_seconds": round(sum(statements), 6),
+            "caller": current_caller().identity,
+            "peer": context.peer(),
+        }
+        log.log(self._level(method, seconds), "call", extra={"fields": fields})
+
+    def _level(self, method: str, seconds: float) -> int:
+        if method.startswith(QUIET):
+            return logging.DEBUG
+        # A stream lasts as long as its client wants.
+        is_slow = seconds > self._slow_seconds and method not in self._streams
+        return logging.WARNING if is_slow else logging.INFO
+
+
+def _ids(context: Context) -> dict[str, str]:
+    metadata: dict[str, Any] = dict(context.invocation_metadata() or ())
+    # Nobody gains by guessing one, and uuid4 asks the system for each: 8 µs.
+    new_id = f"{getrandbits(128):032x}"
+    ids: dict[str, str] = {"request_id": metadata.get("x-request-id", "")[:MAX_ID] or new_id}
+    # https://www.w3.org/TR/trace-context/#traceparent-header
+    parts = metadata.get("traceparent", "").split("-")
+    if len(parts) >= 4:  # noqa: PLR2004
+        ids["trace_id"] = parts[1][:MAX_ID]
+    return {**ids, **CALL.get()}

@@ -1,0 +1,88 @@
+"""Traces, for whoever installs the extra `tracing` and names an endpoint: a span a call, a span a statement.
+
+OpenTelemetry's own variables set all of it: endpoint, protocol, headers, sampler, the service's name.
+https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import import_module
+from time import time_ns
+
+import grpc
+from opentelemetry import propagate
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Span, SpanKind, StatusCode, format_trace_id
+
+from service.db.statements import LISTENERS
+from service.interceptors.around import Around, Context, code_at_end
+from service.logs import CALL
+
+MAX_STATEMENT = 2000
+# https://opentelemetry.io/docs/specs/semconv/rpc/grpc/
+FAULTS = {
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DATA_LOSS,
+}
+
+
+def exporting(protocol: str) -> TracerProvider:
+    """Return a provider whose spans go to an OTLP collector, by `grpc` or by `http/protobuf`."""
+    resource = Resource.create({"service.name": "roster", **OTELResourceDetector().detect().attributes})
+    provider = TracerProvider(resource=resource)
+    way = "grpc" if protocol == "grpc" else "http"
+    exporters = import_module(f"opentelemetry.exporter.otlp.proto.{way}.trace_exporter")
+    provider.add_span_processor(BatchSpanProcessor(exporters.OTLPSpanExporter()))
+    return provider
+
+
+class Tracing(Around):
+    """Makes each call a span, a child of the caller's, and each of its statements a child of that."""
+
+    def __init__(self, provider: TracerProvider) -> None:
+        super().__init__()
+        self._provider = provider
+        self._tracer = provider.get_tracer("roster")
+
+    def close(self) -> None:
+        """Send the spans that are left; it may take seconds."""
+        self._provider.shutdown()
+
+    @asynccontextmanager
+    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
+        _, service, name = method.split("/")
+        with self._tracer.start_as_current_span(
+            f"{service}/{name}",
+            propagate.extract(dict(context.invocation_metadata() or ())),
+            SpanKind.SERVER,
+            {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name},
+            record_exception=False,
+            set_status_on_exception=False,
+        ) as span:
+            CALL.set({"trace_id": format_trace_id(span.get_span_context().trace_id)})
+            LISTENERS.set((self._add_statement,))
+            try:
+                yield
+            finally:
+                _end(span, code_at_end(context))
+
+    def _add_statement(self, statement: str, seconds: float) -> None:
+        now = time_ns()
+        self._tracer.start_span(
+            statement.partition(" ")[0],
+            kind=SpanKind.CLIENT,
+            attributes={"db.query.text": statement[:MAX_STATEMENT]},  # its values are parameters
+            start_time=now - int(seconds * 1e9),
+        ).end(now)
+
+
+def _end(span: Span, code: grpc.StatusCode) -> None:
+    span.set_attribute("rpc.grpc.status_code", code.value[0])
+    if code in FAULTS:
+        span.set_status(StatusCode.ERROR, code.name)

@@ -1,0 +1,133 @@
+"""What the service counts and measures, for Prometheus; docs/operating.md says what each is for.
+
+In a worker of several `PROMETHEUS_MULTIPROC_DIR` names the folder where all of them keep their numbers.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from functools import partial
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
+
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    ProcessCollector,
+    disable_created_metrics,
+    start_http_server,
+)
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+# When each number began would be a line more for each, and nobody asks.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+CALL_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+STATEMENT_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 30)
+BATCH_ROWS = (1, 10, 100, 500, 1000, 2000, 3000, 4000, 5000)
+GATHERED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+# Named and labelled as in go-grpc-middleware, so that dashboards for it work.
+METHOD = ("grpc_type", "grpc_service", "grpc_method")
+STARTED = Counter("grpc_server_started_total", "Calls that were started.", METHOD)
+HANDLED = Counter("grpc_server_handled_total", "Calls that have ended.", (*METHOD, "grpc_code"))
+HANDLING = Histogram("grpc_server_handling_seconds", "How long calls took.", METHOD, buckets=CALL_SECONDS)
+
+
+def _level(name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
+    """Return a gauge of how many there are now, in all living workers together."""
+    return Gauge(name, text, labels, multiprocess_mode="livesum")
+
+
+CALLS = _level("roster_calls_in_flight", "Calls and streams that have begun and not ended.", METHOD)
+
+BULK_ROWS = Counter("roster_bulk_rows_total", "Rows that were acknowledged.", ("operation", "outcome"))
+BULK_REFUSED = Counter("roster_bulk_refused_total", "Messages refused whole.", ("operation", "reason"))
+BULK_BATCH_ROWS = Histogram(
+    "roster_bulk_batch_rows", "Rows of a recorded message.", ("operation",), buckets=BATCH_ROWS
+)
+BULK_BATCH = Histogram(
+    "roster_bulk_batch_seconds",
+    "From the receipt of a message to its commit.",
+    ("operation",),
+    buckets=CALL_SECONDS,
+)
+BULK_LAG = _level("roster_bulk_rows_uncommitted", "Rows received and not committed: the watermark's lag.")
+
+POOL_SIZE = _level("roster_pool_connections", "Open connections to the database.", ("pool",))
+POOL_IN_USE = _level("roster_pool_connections_in_use", "Connections that someone has.", ("pool",))
+POOL_WAITING = _level("roster_pool_waiting", "Who waits for a connection, or to write.", ("pool",))
+POOL_TIMEOUTS = Counter("roster_pool_timeouts_total", "Waits for a connection that were given up.", ("pool",))
+STATEMENTS = Histogram(
+    "roster_statement_seconds", "How long statements took.", ("operation",), buckets=STATEMENT_SECONDS
+)
+GATHERED_READS = Histogram("roster_gathered_reads", "Reads that went into one statement.", buckets=GATHERED)
+
+HASHING = _level("roster_password_hashes_in_hand", "Passwords that are being hashed, or wait for it.")
+HASHING_REFUSED = Counter("roster_password_hashes_refused_total", "Hashings refused since too many waited.")
+
+
+def serve(settings: Settings, registry: CollectorRegistry = REGISTRY) -> tuple[str, Callable[[], None]]:
+    """Serve a registry over HTTP where the settings say; return the address, "" for none, and what ends it.
+
+    Raises OSError where an address was chosen and can't be had; the default may be another server's.
+    """
+    if not settings.metrics_listen:
+        return "", lambda: None
+    host, _, port = settings.metrics_listen.rpartition(":")
+    try:
+        server, thread = start_http_server(int(port), host.strip("[]"), registry)
+    except OSError as error:
+        told = (
+            f"can't serve metrics on {settings.metrics_listen}: {error.strerror}; "
+            "ROSTER_METRICS_LISTEN names another address, or none"
+        )
+        if "metrics_listen" in settings.model_fields_set:
+            raise OSError(told) from None
+        log.warning(told)
+        return "", lambda: None
+    return f"{host}:{server.server_port}", lambda: _close(server, thread)
+
+
+def _close(server: WSGIServer, thread: Thread) -> None:
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def summed(folder: str, pids: Callable[[], Iterable[int]]) -> CollectorRegistry:
+    """Return the sums over the workers whose numbers are in a folder; `pids` are those that live.
+
+    When one has died, `prometheus_client.multiprocess.mark_process_dead` takes its levels out.
+    """
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
+    registry.register(_Processes(pids))
+    return registry
+
+
+class _Processes(Collector):
+    """The figures of several processes as if they were one."""
+
+    def __init__(self, pids: Callable[[], Iterable[int]]) -> None:
+        self._pids = pids
+
+    def collect(self) -> Iterable[Metric]:
+        families: dict[str, Metric] = {}
+        for pid in self._pids():
+            for family in ProcessCollector(pid=partial(int, pid), registry=None).collect():
+                known = families.setdefault(family.name, family)
+                if known is not family and "start_time" not in family.name:
+                    known.samples = [
+                        old._replace(value=old.value + new.value)
+                        for old, new in zip(known.samples, family.samples, strict=True)
+                    ]
+        return families.values()

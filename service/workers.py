@@ -1,0 +1,126 @@
+"""Several processes on one port: started, watched, measured and stopped together.
+
+Each is a `roster serve --worker`; by SO_REUSEPORT the kernel spreads the connections over them. A worker
+says on its standard output when it serves, and stops when its standard input ends: so too when whoever
+started it was killed.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack, contextmanager
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from prometheus_client.multiprocess import mark_process_dead
+
+from service import metrics
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+COMMAND = (sys.executable, "-P", "-m", "service", "serve", "--worker")
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 30.0
+SETTLED_SECONDS = 60  # after one that lived so long the next one starts without a longer pause
+KILL_AFTER_SECONDS = 5  # behind the grace
+
+
+async def supervise(settings: Settings, stopping: asyncio.Event, announce: Callable[[str], None]) -> int:
+    """Keep `settings.workers` processes serving until `stopping`; return the status to end with.
+
+    That is the first one's where it can't serve at all. Raises OSError where a port is taken.
+    """
+    with ExitStack() as stack:
+        folder = stack.enter_context(TemporaryDirectory())
+        address = stack.enter_context(reserved(settings.listen))
+        workers = [Worker(address, folder, stopping, settings.grace) for _ in range(settings.workers)]
+        numbers = metrics.summed(folder, lambda: [worker.pid for worker in workers if worker.pid])
+        _, close_metrics = metrics.serve(settings, numbers)
+        stack.callback(close_metrics)
+        first, *others = workers
+        if not await first.start():
+            return await first.end()
+        await asyncio.gather(*(worker.start() for worker in others))
+        announce(address)
+        await asyncio.gather(*(worker.keep() for worker in workers))
+        return 0
+
+
+class Worker:
+    """One place among the workers, and the process that has it now."""
+
+    pid = 0  # while there is none
+    _process: Process
+
+    def __init__(self, address: str, folder: str, stopping: asyncio.Event, grace: float) -> None:
+        own = {"ROSTER_LISTEN": address, "ROSTER_METRICS_LISTEN": "", "PROMETHEUS_MULTIPROC_DIR": folder}
+        self._environment = os.environ | own
+        self._folder = folder
+        self._stopping = stopping
+        self._grace = grace
+
+    async def start(self) -> bool:
+        """Start a process, and tell whether it came to serve."""
+        self._process = await asyncio.create_subprocess_exec(
+            *COMMAND, stdin=PIPE, stdout=PIPE, env=self._environment, start_new_session=True
+        )
+        self.pid = self._process.pid
+        return bool(self._process.stdout and await self._unless_stopping(self._process.stdout.readline()))
+
+    async def keep(self) -> None:
+        """Start another process whenever one has ended, after a pause that grows; at the stop end it."""
+        loop, pause = asyncio.get_running_loop(), FIRST_PAUSE_SECONDS
+        began = loop.time()
+        while (status := await self._unless_stopping(self._process.wait())) is not None:
+            mark_process_dead(self.pid, self._folder)  # type: ignore[no-untyped-call]
+            if loop.time() - began > SETTLED_SECONDS:
+                pause = FIRST_PAUSE_SECONDS
+            log.error("worker %d ended with status %d; another starts in %g s", self.pid, status, pause)
+            await self._unless_stopping(asyncio.sleep(pause))
+            if self._stopping.is_set():
+                return
+            pause, began = min(2 * pause, LONGEST_PAUSE_SECONDS), loop.time()
+            await self.start()
+        await self.end()
+
+    async def end(self) -> int:
+        """Let the process end what it has in hand, kill it if it is there much longer; return its status."""
+        if self._process.stdin:
+            self._process.stdin.close()
+        try:
+            return await asyncio.wait_for(self._process.wait(), self._grace + KILL_AFTER_SECONDS)
+        except TimeoutError:
+            self._process.kill()
+            return await self._process.wait()
+
+    async def _unless_stopping(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Return what comes of some work, None where the stop comes first."""
+        tasks = task, told = asyncio.create_task(work), asyncio.create_task(self._stopping.wait())
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        told.cancel()
+        return task.result() if task.done() else task.cancel() and None
+
+
+@contextmanager
+def reserved(listen: str) -> Iterator[str]:
+    """Hold a port that only processes of ours can share, and yield the address; raises OSError."""
+    host, _, port = listen.rpartition(":")
+    try:
+        *kind, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(*kind) as probe:
+            # Fails also where another Roster shares the port among its workers.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+            place = probe.getsockname()
+    except OSError as error:
+        told = f"can't listen on {listen}: {error.strerror}; ROSTER_LISTEN names another address"
+        raise OSError(told) from None
+    with socket.socket(*kind) as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(place)
+        yield f"{host}:{place[1]}"

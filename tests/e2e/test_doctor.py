@@ -1,0 +1,84 @@
+"""`roster doctor`, and the completion of shells."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from tests.e2e.command import ROSTER, Ended, run
+
+
+async def doctor(folder: Path, **environment: Any) -> Ended:
+    """What it says of some settings."""
+    return await run(ROSTER, "doctor", folder=folder, **environment)
+
+
+async def test_all_is_well(postgresql_url: str, tmp_path: Path) -> None:
+    """Each thing that was looked at is told, without colours where nobody sees them, and no password."""
+    url = postgresql_url.replace("postgres@", "postgres:secret@")
+    ended = await doctor(tmp_path, ROSTER_DATABASE_URL=url)
+
+    assert (ended.status, ended.err) == (0, "")
+    looked_at = [line.split()[:2] for line in ended.out.splitlines()]
+    assert looked_at == [["ok", "settings"], ["ok", "database"], ["ok", "schema"], ["ok", "clock"]]
+    assert "secret" not in ended.out
+    assert "\x1b" not in ended.out
+
+
+async def test_nothing_is_made_where_nothing_is_yet(tmp_path: Path) -> None:
+    """To look is not to serve."""
+    ended = await doctor(tmp_path)
+
+    assert (ended.status, os.listdir(tmp_path)) == (0, [])  # noqa: PTH208  (a Path would block)
+
+
+async def test_all_wrong_settings_are_told(tmp_path: Path) -> None:
+    """With status 1, as for all that is wrong."""
+    ended = await doctor(tmp_path, ROSTER_GRACE="-1", ROSTER_POOL_SIZE="many")
+
+    assert ended.status == 1
+    assert ended.out.startswith("wrong  settings  ")
+    assert ["ROSTER_GRACE:" in ended.out, "ROSTER_POOL_SIZE:" in ended.out] == [True, True]
+
+
+async def test_a_database_that_is_away_is_told(tmp_path: Path) -> None:
+    """At once: nobody waits for it here."""
+    ended = await doctor(tmp_path, ROSTER_DATABASE_URL="postgresql://x@127.0.0.1:1/roster")
+
+    assert ended.status == 1
+    assert "wrong  database  it can't be reached" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("revision", "advice"), [("0001", "run `roster migrate`"), ("9999", "newer than this release")]
+)
+async def test_another_schema_is_told(
+    revision: str, advice: str, postgresql_url: str, tmp_path: Path
+) -> None:
+    """One that is behind needs a migration, one that is ahead a newer release."""
+    engine = create_async_engine(postgresql_url)
+    async with engine.begin() as connection:
+        await connection.execute(text(f"UPDATE alembic_version SET version_num = '{revision}'"))
+    await engine.dispose()
+    ended = await doctor(tmp_path, ROSTER_DATABASE_URL=postgresql_url)
+
+    assert ended.status == 1
+    (told,) = (line for line in ended.out.splitlines() if line.startswith("wrong  schema"))
+    assert advice in told
+
+
+async def test_a_shell_completes_the_commands(tmp_path: Path) -> None:
+    """By what `roster completion` prints, which asks the command."""
+    script = await run(ROSTER, "completion", "zsh", folder=tmp_path)
+    assert "_ROSTER_COMPLETE=zsh_complete" in script.out
+
+    asked: dict[str, Any] = {
+        "_ROSTER_COMPLETE": "bash_complete",
+        "COMP_WORDS": "roster lo",
+        "COMP_CWORD": "1",
+    }
+    completed = await run(ROSTER, folder=tmp_path, **asked)
+    assert completed.out.splitlines() == ["plain,load", "plain,loads"]

@@ -1,0 +1,72 @@
+"""The port that has the health service alone, for probes that speak no TLS."""
+
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
+
+from roster.v1.users_pb2 import GetUserRequest
+from roster.v1.users_pb2_grpc import UserServiceStub
+from service.server import Server
+from service.settings import Settings
+from tests.errors import refusal
+
+FREE = "127.0.0.1:0"
+SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
+
+
+@pytest.fixture
+async def server(sqlite_url: str) -> AsyncIterator[Server]:
+    """A server with a port for probes."""
+    server = Server(Settings(database_url=sqlite_url, listen=FREE, health_listen=FREE))
+    await server.start()
+    yield server
+    await server.stop(grace=0)
+
+
+@pytest.fixture
+async def probes(server: Server) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to that port."""
+    async with grpc.aio.insecure_channel(server.health_address) as channel:
+        yield channel
+
+
+@pytest.mark.parametrize("service", ["", "roster.v1.UserService", "live"])
+async def test_the_health_port_answers_probes(probes: grpc.aio.Channel, service: str) -> None:
+    """Readiness of all and of one service, and liveness, as on the main port."""
+    assert (await HealthStub(probes).Check(HealthCheckRequest(service=service))).status == SERVING
+
+
+async def test_the_health_port_has_nothing_else(probes: grpc.aio.Channel) -> None:
+    """Whoever finds it open reaches no data."""
+    refused = await refusal(UserServiceStub(probes).GetUser(GetUserRequest(id=1)))
+    assert refused.code == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_server_that_stops_is_alive(server: Server, probes: grpc.aio.Channel) -> None:
+    """It takes no more calls, but whoever restarted it would cut off those in hand."""
+    await server.health.enter_graceful_shutdown()
+
+    health = HealthStub(probes)
+    statuses = {name: (await health.Check(HealthCheckRequest(service=name))).status for name in ("", "live")}
+    assert statuses == {"": NOT_SERVING, "live": SERVING}
+
+
+async def test_the_health_port_tells_of_a_stop(server: Server, probes: grpc.aio.Channel) -> None:
+    """A watcher hears it there too, before the port closes."""
+    watch = aiter(HealthStub(probes).Watch(HealthCheckRequest()))
+    assert (await anext(watch)).status == SERVING
+
+    await server.stop(grace=1)
+    assert [answer.status async for answer in watch] == [NOT_SERVING]
+
+
+async def test_a_health_port_that_is_taken_is_named(server: Server, sqlite_url: str) -> None:
+    """The message says which setting it was."""
+    taken = Settings(database_url=sqlite_url, listen=FREE, health_listen=server.health_address)
+    second = Server(taken)
+    with pytest.raises(OSError, match="ROSTER_HEALTH_LISTEN names another address"):
+        await second.start()
+    await second.database.close()

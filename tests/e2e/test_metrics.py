@@ -1,0 +1,276 @@
+"""What Prometheus reads from a real server, while it works."""
+
+import asyncio
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, ExitStack, suppress
+from pathlib import Path
+
+import grpc
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.multiprocess import mark_process_dead
+
+from roster.v1.bulk_pb2 import BulkOptions
+from roster.v1.resources_pb2 import User
+from roster.v1.users_pb2 import (
+    BulkCreateUsersRequest,
+    CreateUserRequest,
+    ExportUsersRequest,
+    GetUserRequest,
+    VerifyPasswordRequest,
+)
+from roster.v1.users_pb2_grpc import UserServiceStub
+from service import metrics
+from service.server import Server
+from service.settings import Settings
+from service.users.passwords import Passwords
+from tests.errors import refusal
+from tests.scrape import Scrape
+
+NOT_FOUND = grpc.StatusCode.NOT_FOUND
+FREE = "127.0.0.1:0"
+on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+
+
+@pytest.fixture
+async def server(database_url: str) -> AsyncIterator[Server]:
+    """A server that tells its metrics, with one connection for calls and room for one password."""
+    server = Server(
+        Settings(
+            database_url=database_url,
+            listen=FREE,
+            metrics_listen=FREE,
+            pool_size=1,
+            max_overflow=0,
+            pool_timeout=0.5,
+            password_queue=1,
+        )
+    )
+    await server.start()
+    yield server
+    await server.stop(grace=0)
+
+
+async def test_calls_are_counted_by_method_and_code(server: Server, users: UserServiceStub) -> None:
+    """Begun, ended, and measured, under the names and labels that Go's servers have."""
+    before = await Scrape.of(server.metrics_address)
+    await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org")))
+    await users.GetUser(GetUserRequest(email="ada@example.org"))
+    await refusal(users.GetUser(GetUserRequest(id=99)))
+
+    after = await Scrape.of(server.metrics_address)
+    get = {"grpc_service": "roster.v1.UserService", "grpc_method": "GetUser", "grpc_type": "unary"}
+    assert after.since(before, "grpc_server_started_total", **get) == 2
+    assert after.since(before, "grpc_server_handled_total", **get, grpc_code="OK") == 1
+    assert after.since(before, "grpc_server_handled_total", **get, grpc_code="NotFound") == 1
+    assert after.since(before, "grpc_server_handling_seconds_count", **get) == 2
+    assert after.since(before, "grpc_server_handling_seconds_bucket", **get, le="+Inf") == 2
+    assert after.value("roster_calls_in_flight") == 0
+
+
+@on_sqlite
+async def test_calls_that_their_callers_left_are_counted(server: Server, users: UserServiceStub) -> None:
+    """A call that is cancelled has a code too, though nobody gets it."""
+    before = await Scrape.of(server.metrics_address)
+    call = users.BulkCreateUsers()
+    await call.write(BulkCreateUsersRequest(options=BulkOptions(load_id="left")))
+    await call.read()
+    bulk = {"grpc_method": "BulkCreateUsers", "grpc_type": "bidi_stream"}
+    assert (await Scrape.of(server.metrics_address)).value("roster_calls_in_flight", **bulk) == 1
+
+    call.cancel()
+    after = await Scrape.of(server.metrics_address)
+    while after.value("roster_calls_in_flight"):
+        after = await Scrape.of(server.metrics_address)
+    assert after.since(before, "grpc_server_handled_total", **bulk, grpc_code="Canceled") == 1
+
+
+async def test_bulk_rows_are_counted_by_outcome(server: Server, users: UserServiceStub) -> None:
+    """And the messages, their sizes, their durations, and those that were refused."""
+    before = await Scrape.of(server.metrics_address)
+    options = BulkOptions(load_id="counted", on_conflict=BulkOptions.SKIP)
+    rows = [User(email=email) for email in ("ada@example.org", "ada@example.org", "nobody")]
+    messages = [
+        BulkCreateUsersRequest(options=options, users=rows),
+        BulkCreateUsersRequest(offset=0, users=rows[:1]),
+        BulkCreateUsersRequest(offset=9, users=rows),
+    ]
+    async for _ in users.BulkCreateUsers(iter(messages)):
+        pass
+
+    after = await Scrape.of(server.metrics_address)
+    outcomes = ("created", "updated", "skipped", "failed", "replayed")
+    counted = {
+        outcome: after.since(before, "roster_bulk_rows_total", operation="BulkCreateUsers", outcome=outcome)
+        for outcome in outcomes
+    }
+    assert counted == {"created": 1, "updated": 0, "skipped": 1, "failed": 1, "replayed": 1}
+    assert after.since(before, "roster_bulk_refused_total", reason="OFFSET_GAP") == 1
+    assert after.since(before, "roster_bulk_batch_rows_count", operation="BulkCreateUsers") == 2
+    assert after.since(before, "roster_bulk_batch_rows_sum", operation="BulkCreateUsers") == 4
+    assert after.since(before, "roster_bulk_batch_seconds_count", operation="BulkCreateUsers") == 2
+    assert after.value("roster_bulk_rows_uncommitted") == 0
+
+
+async def test_rows_that_wait_for_their_commit_are_told(server: Server, users: UserServiceStub) -> None:
+    """While others have all connections for loads, a batch and its rows wait."""
+    pool = "writer" if server.database.is_sqlite else "bulk"
+    async with AsyncExitStack() as stack:
+        for _ in range(1 if server.database.is_sqlite else server.settings.bulk_connections):
+            await stack.enter_async_context(server.database.bulk())
+        call = users.BulkCreateUsers()
+        await call.write(BulkCreateUsersRequest(users=[User(email="ada@example.org")], finish=True))
+        await call.read()
+        scrape = await Scrape.of(server.metrics_address)
+        while not (
+            scrape.value("roster_pool_waiting", pool=pool) and scrape.value("roster_bulk_rows_uncommitted")
+        ):
+            scrape = await Scrape.of(server.metrics_address)
+
+    assert scrape.value("roster_pool_waiting", pool=pool) == 1
+    assert scrape.value("roster_bulk_rows_uncommitted") == 1
+    await call.read()
+    assert (await Scrape.of(server.metrics_address)).value("roster_bulk_rows_uncommitted") == 0
+
+
+async def test_the_pool_tells_its_size_use_and_timeouts(server: Server, users: UserServiceStub) -> None:
+    """Somebody has the only connection: a call waits, and gives up."""
+    pool = "readers" if server.database.is_sqlite else "calls"
+    async with server.database.read() as session:
+        await session.connection()
+        before = await Scrape.of(server.metrics_address)
+        assert before.value("roster_pool_connections", pool=pool) == 1
+        assert before.value("roster_pool_connections_in_use", pool=pool) == 1
+        assert (await refusal(users.GetUser(GetUserRequest(id=1)))).reason == "POOL_EXHAUSTED"
+
+    after = await Scrape.of(server.metrics_address)
+    # The health check may want a connection meanwhile too.
+    assert after.since(before, "roster_pool_timeouts_total", pool=pool) >= 1
+    assert after.value("roster_pool_connections_in_use", pool=pool) == 0
+
+
+async def test_a_closed_database_has_no_connections(server: Server) -> None:
+    """The levels go down to nothing, whatever the way there."""
+    async with server.database.begin() as session:
+        await session.connection()
+    await server.database.close()
+
+    scrape = await Scrape.of(server.metrics_address)
+    assert scrape.value("roster_pool_connections_in_use") == 0
+    assert scrape.value("roster_pool_connections") == 0
+
+
+async def test_statements_are_measured_by_operation(server: Server, users: UserServiceStub) -> None:
+    """Those that fail too, and PostgreSQL's COPY, which goes past SQLAlchemy."""
+    before = await Scrape.of(server.metrics_address)
+    for _ in range(2):
+        async for _ in users.BulkCreateUsers(
+            iter([BulkCreateUsersRequest(users=[User(email="ada@example.org")], finish=True)])
+        ):
+            pass
+    async for _ in users.ExportUsers(ExportUsersRequest()):
+        pass
+
+    after = await Scrape.of(server.metrics_address)
+    operation = "insert" if server.database.is_sqlite else "copy"
+    assert after.since(before, "roster_statement_seconds_count", operation=operation) == 2
+    assert after.since(before, "roster_statement_seconds_count", operation="select") > 0
+    assert after.since(before, "roster_statement_seconds_sum", operation="select") > 0
+
+
+@on_sqlite
+async def test_passwords_in_hand_and_refused_are_told(server: Server, users: UserServiceStub) -> None:
+    """Of two at once the second is refused where one may wait."""
+    before = await Scrape.of(server.metrics_address)
+    request = VerifyPasswordRequest(email="nobody@example.org", password="secret")
+    answers = await asyncio.gather(*(users.VerifyPassword(request) for _ in range(2)), return_exceptions=True)
+    assert [isinstance(answer, grpc.RpcError) for answer in answers].count(True) == 1
+
+    after = await Scrape.of(server.metrics_address)
+    assert after.since(before, "roster_password_hashes_refused_total") == 1
+    assert after.value("roster_password_hashes_in_hand") == 0
+
+
+async def test_a_password_is_in_hand_until_it_is_hashed() -> None:
+    """So the queue can be watched."""
+    passwords = Passwords(Settings(password_workers=1, password_queue=2))
+    hashings = [asyncio.create_task(passwords.hash("secret")) for _ in range(2)]
+    await asyncio.sleep(0)  # both begin
+    assert Scrape(generate_latest().decode()).value("roster_password_hashes_in_hand") == 2
+
+    await asyncio.gather(*hashings)
+    assert Scrape(generate_latest().decode()).value("roster_password_hashes_in_hand") == 0
+    passwords.close()
+
+
+@on_sqlite
+async def test_the_process_tells_its_own_figures(server: Server) -> None:
+    """Time of the processor, memory, files."""
+    scrape = await Scrape.of(server.metrics_address)
+    for name in ("process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds"):
+        assert scrape.value(name) > 0
+
+
+async def test_a_chosen_port_for_metrics_must_be_free(sqlite_url: str) -> None:
+    """Whoever asks for metrics would miss them."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = f"127.0.0.1:{other.getsockname()[1]}"
+        server = Server(Settings(database_url=sqlite_url, listen=FREE, metrics_listen=taken))
+        with pytest.raises(OSError, match="ROSTER_METRICS_LISTEN names another address"):
+            await server.start()
+        await server.database.close()
+
+
+async def test_the_default_port_for_metrics_may_be_taken(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the first of two servers on one machine: the second one serves all the same."""
+    monkeypatch.delenv("ROSTER_METRICS_LISTEN")
+    with ExitStack() as stack:
+        with suppress(OSError):  # somebody has it already
+            stack.enter_context(socket.create_server(("127.0.0.1", 9464)))
+        server = Server(Settings(database_url=sqlite_url, listen=FREE))
+        await server.start()
+        assert server.metrics_address == ""
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            assert (await refusal(UserServiceStub(channel).GetUser(GetUserRequest(id=1)))).code == NOT_FOUND
+        await server.stop(grace=0)
+
+
+WORKER = """
+from service.metrics import BULK_LAG, STARTED
+STARTED.labels("unary", "service", "method").inc(2)
+BULK_LAG.inc(3)
+print(flush=True)
+input()
+"""
+
+
+def test_the_numbers_of_workers_are_summed(tmp_path: Path) -> None:
+    """Counts of all that ever were; levels and the figures of processes of those that live."""
+    environment = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    living = [worker.pid for worker in started]
+    for worker in started:
+        assert worker.stdout
+        worker.stdout.readline()
+    registry = metrics.summed(str(tmp_path), lambda: living)
+    both = Scrape(generate_latest(registry).decode())
+    assert both.value("grpc_server_started_total", grpc_method="method") == 4
+    assert both.value("roster_bulk_rows_uncommitted") == 6
+
+    started[0].communicate(b"\n")
+    mark_process_dead(living.pop(0), str(tmp_path))  # type: ignore[no-untyped-call]
+    one = Scrape(generate_latest(registry).decode())
+    assert one.value("grpc_server_started_total", grpc_method="method") == 4
+    assert one.value("roster_bulk_rows_uncommitted") == 3
+    assert 0 < one.value("process_resident_memory_bytes") < both.value("process_resident_memory_bytes")
+    started[1].communicate(b"\n")

@@ -1,0 +1,224 @@
+"""Traces: spans of calls and of their statements, in the trace of the caller, sent to a collector."""
+
+import asyncio
+import logging
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from queue import Queue
+from threading import Thread
+
+import grpc
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer,
+    add_TraceServiceServicer_to_server,
+)
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+
+from roster.v1.resources_pb2 import User
+from roster.v1.users_pb2 import BulkCreateUsersRequest, ExportUsersRequest, GetUserRequest
+from roster.v1.users_pb2_grpc import UserServiceStub
+from service.interceptors import tracing
+from service.server import Server
+from service.settings import Settings
+from tests.errors import refusal
+
+TRACE_ID, PARENT_ID = 0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331
+CALLER = [("traceparent", f"00-{TRACE_ID:032x}-{PARENT_ID:016x}-01")]
+on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+
+
+@pytest.fixture
+def exporter(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    """Where the spans of a server go that starts now."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
+    monkeypatch.setattr(tracing, "exporting", lambda _: provider)
+    return exporter
+
+
+@pytest.fixture
+async def server(exporter: InMemorySpanExporter, database_url: str) -> AsyncIterator[Server]:
+    """A server that makes traces."""
+    server = Server(Settings(database_url=database_url, listen="127.0.0.1:0"))
+    await server.start()
+    yield server
+    await server.stop(grace=0)
+
+
+async def spans(exporter: InMemorySpanExporter) -> list[ReadableSpan]:
+    """The spans of the first call that has ended, its own the last."""
+    while not any(span.kind is SpanKind.SERVER for span in exporter.get_finished_spans()):
+        await asyncio.to_thread(exporter.force_flush)  # the span of a refused call ends behind its answer
+    return list(exporter.get_finished_spans())
+
+
+def names(of: list[ReadableSpan]) -> list[str]:
+    return [span.name for span in of]
+
+
+async def test_a_call_is_a_span_in_its_callers_trace(
+    exporter: InMemorySpanExporter, users: UserServiceStub
+) -> None:
+    """With its method and its code; its statements are spans below it."""
+    await refusal(users.GetUser(GetUserRequest(id=99), metadata=CALLER))
+
+    *statements, call = await spans(exporter)
+    assert call.name == "roster.v1.UserService/GetUser"
+    assert call.context
+    assert call.parent
+    assert call.attributes
+    assert (call.context.trace_id, call.parent.span_id) == (TRACE_ID, PARENT_ID)
+    assert call.attributes["rpc.grpc.status_code"] == grpc.StatusCode.NOT_FOUND.value[0]
+    assert call.status.status_code is StatusCode.UNSET  # the caller's fault
+    assert names(statements) == ["SELECT"]
+    for statement in statements:
+        assert statement.parent == call.context
+        assert (call.start_time or 0) <= (statement.start_time or 0) <= (statement.end_time or 0)
+
+
+async def test_a_stream_is_a_span_with_the_statements_of_all_its_batches(
+    exporter: InMemorySpanExporter, users: UserServiceStub
+) -> None:
+    """Though they run in tasks of their own; PostgreSQL's COPY too."""
+    messages = [BulkCreateUsersRequest(users=[User(email=f"user{n}@example.org")]) for n in range(2)]
+    async for _ in users.BulkCreateUsers(iter(messages), metadata=CALLER):
+        pass
+
+    *statements, call = await spans(exporter)
+    assert call.name == "roster.v1.UserService/BulkCreateUsers"
+    assert all(statement.parent == call.context for statement in statements)
+    writes = [name for name in names(statements) if name in ("COPY", "INSERT")]
+    assert len(writes) == len(messages)
+
+
+@on_sqlite
+async def test_an_export_is_a_span(exporter: InMemorySpanExporter, users: UserServiceStub) -> None:
+    """A trace begins where the caller has none."""
+    async for _ in users.ExportUsers(ExportUsersRequest()):
+        pass
+
+    *_, call = await spans(exporter)
+    assert (call.name, call.parent) == ("roster.v1.UserService/ExportUsers", None)
+
+
+@on_sqlite
+async def test_a_servers_fault_is_an_error(
+    exporter: InMemorySpanExporter, server: Server, users: UserServiceStub
+) -> None:
+    """Without what it was about: the log has that."""
+    await server.database.close()
+    server.database.begin = server.database.read = None  # type: ignore[method-assign, assignment]
+    await refusal(users.GetUser(GetUserRequest(id=1)))
+
+    *_, call = await spans(exporter)
+    assert (call.status.status_code, call.status.description) == (StatusCode.ERROR, "INTERNAL")
+    assert not call.events
+
+
+class Collector(TraceServiceServicer):
+    """An OTLP collector: keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.received: Queue[ExportTraceServiceRequest] = Queue()
+
+    async def Export(  # noqa: N802
+        self,
+        request: ExportTraceServiceRequest,
+        _: object,
+    ) -> ExportTraceServiceResponse:
+        self.received.put(request)
+        return ExportTraceServiceResponse()
+
+    @contextmanager
+    def over_http(self) -> Iterator[int]:
+        """Listen, and yield the port."""
+        received = self.received
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                received.put(ExportTraceServiceRequest.FromString(body))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing."""
+
+        with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+            Thread(target=server.serve_forever).start()
+            yield server.server_port
+            server.shutdown()
+
+
+async def call_once(database_url: str) -> None:
+    """Start a server, call it, and stop it."""
+    server = Server(Settings(database_url=database_url, listen="127.0.0.1:0"))
+    await server.start()
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        await refusal(UserServiceStub(channel).GetUser(GetUserRequest(id=1), metadata=CALLER))
+    await server.stop(grace=1)
+
+
+def check(request: ExportTraceServiceRequest) -> None:
+    (resource,) = request.resource_spans
+    attributes = {pair.key: pair.value.string_value for pair in resource.resource.attributes}
+    sent = [span for scope in resource.scope_spans for span in scope.spans]
+    assert attributes["service.name"] == "roster"
+    assert [span.name for span in sent] == ["SELECT", "roster.v1.UserService/GetUser"]
+    assert {span.trace_id for span in sent} == {TRACE_ID.to_bytes(16)}
+
+
+async def test_spans_reach_a_collector_over_http(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them before the server has stopped."""
+    collector = Collector()
+    with collector.over_http() as port:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        await call_once(sqlite_url)
+    check(collector.received.get_nowait())
+
+
+async def test_spans_reach_a_collector_over_grpc(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The protocol is what OpenTelemetry's variable says."""
+    collector, server = Collector(), grpc.aio.server()
+    add_TraceServiceServicer_to_server(collector, server)  # type: ignore[no-untyped-call]
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    await call_once(sqlite_url)
+    await server.stop(None)
+    check(collector.received.get_nowait())
+
+
+def test_nothing_of_it_is_imported_without_an_endpoint() -> None:
+    """Whoever wants no traces pays nothing."""
+    look = "import sys, service.server; print([m for m in sys.modules if m.startswith('opentelemetry')])"
+    environment = {"PYTHONPATH": ":".join(sys.path)}
+    imported = subprocess.run([sys.executable, "-c", look], env=environment, capture_output=True, check=True)
+    assert imported.stdout.decode().strip() == "[]"
+
+
+async def test_an_endpoint_without_the_extra_is_told(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server serves, without traces."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
+    monkeypatch.setitem(sys.modules, "service.interceptors.tracing", None)
+    with caplog.at_level(logging.WARNING):
+        await call_once(sqlite_url)
+    assert "install the extra `tracing`" in caplog.text

@@ -1,0 +1,143 @@
+"""Several processes behind one address: they share the work, replace each other, and end together."""
+
+import asyncio
+import os
+import signal
+import socket
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import grpc
+import pytest
+
+from roster.v1.users_pb2 import ListUsersRequest
+from roster.v1.users_pb2_grpc import UserServiceStub
+from tests.e2e.command import ROSTER, Serving, run, serving
+from tests.rival import until
+
+CONNECTIONS = 16
+
+
+def children(server: Serving) -> list[int]:
+    """The workers of a server, by their process ids."""
+    path = Path(f"/proc/{server.pid}/task/{server.pid}/children")
+    return [int(pid) for pid in path.read_text().split()]
+
+
+async def call(address: str) -> None:
+    """Make a call on a connection of its own."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(address, options) as channel:
+        await UserServiceStub(channel).ListUsers(ListUsersRequest(), wait_for_ready=True, timeout=30)
+
+
+def counted(metrics: str) -> float:
+    """How many calls were handled, by the metrics of the server."""
+    with urlopen(f"http://{metrics}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in lines
+        if line.startswith("grpc_server_handled_total{") and 'grpc_method="ListUsers"' in line
+    )
+
+
+@pytest.fixture
+def address() -> str:
+    """A free address, for the metrics."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.fixture
+def environment(postgresql_url: str) -> dict[str, Any]:
+    """Two workers on PostgreSQL."""
+    return {"ROSTER_DATABASE_URL": postgresql_url, "ROSTER_WORKERS": "2"}
+
+
+async def test_the_metrics_are_those_of_all(
+    environment: dict[str, Any], address: str, tmp_path: Path
+) -> None:
+    """Whichever worker a connection goes to."""
+    async with serving(tmp_path, **environment, ROSTER_METRICS_LISTEN=address) as server:
+        await asyncio.gather(*(call(server.address) for _ in range(CONNECTIONS)))
+
+        assert len(children(server)) == 2
+        assert await asyncio.to_thread(counted, address) == CONNECTIONS
+
+
+async def test_a_worker_that_dies_is_replaced(environment: dict[str, Any], tmp_path: Path) -> None:
+    """The others serve meanwhile; then there are as many as before."""
+    async with serving(tmp_path, **environment) as server:
+        before = children(server)
+        os.kill(before[0], signal.SIGKILL)
+        await server.said("ended with status -9")
+        await call(server.address)
+        await until(partial(has_replaced, server, before[0]))
+
+
+async def has_replaced(server: Serving, dead: int) -> bool:
+    now = children(server)
+    return len(now) == 2 and dead not in now
+
+
+async def test_all_workers_end_with_the_server(environment: dict[str, Any], tmp_path: Path) -> None:
+    """Told to stop, it ends well, and nobody is left."""
+    async with serving(tmp_path, **environment) as server:
+        workers = children(server)
+        server.signal(signal.SIGTERM)
+        assert (await server.ended()).status == 0
+    assert living(workers) == []
+
+
+async def test_workers_end_though_the_server_is_killed(environment: dict[str, Any], tmp_path: Path) -> None:
+    """Nobody else would end them, and they would keep the port."""
+    async with serving(tmp_path, **environment) as server:
+        workers = children(server)
+        server.signal(signal.SIGKILL)
+        await until(partial(are_gone, workers))
+
+
+async def are_gone(pids: list[int]) -> bool:
+    return not living(pids)
+
+
+def living(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+async def test_a_port_that_others_share_is_refused(environment: dict[str, Any], tmp_path: Path) -> None:
+    """The kernel would let the workers of two servers share it, and calls go to either."""
+    async with serving(tmp_path, **environment) as server:
+        second = await run(ROSTER, "serve", folder=tmp_path, **environment, ROSTER_LISTEN=server.address)
+
+    assert second.status == 2
+    assert f"can't listen on {server.address}" in second.err
+
+
+async def test_what_keeps_workers_from_starting_is_told_once(
+    environment: dict[str, Any], tmp_path: Path
+) -> None:
+    """And ends the server, as it would without workers."""
+    environment["ROSTER_DATABASE_URL"] += "_missing"
+    ended = await run(ROSTER, "serve", folder=tmp_path, **environment, ROSTER_LISTEN="127.0.0.1:0")
+
+    assert ended.status == 2
+    assert ended.err.count("the database can't be reached") == 1
+
+
+@pytest.mark.parametrize(
+    ("listen", "url"),
+    [("127.0.0.1:0", "sqlite:///roster.db"), ("unix:roster.sock", "postgresql://ada@127.0.0.1/roster")],
+    ids=["sqlite", "unix socket"],
+)
+async def test_several_workers_need_what_can_be_shared(listen: str, url: str, tmp_path: Path) -> None:
+    """Neither SQLite, which has one writer, nor a Unix socket, which one process has."""
+    ended = await run(
+        ROSTER, "serve", folder=tmp_path, ROSTER_WORKERS="2", ROSTER_LISTEN=listen, ROSTER_DATABASE_URL=url
+    )
+
+    assert ended.status == 2
+    assert "ROSTER_WORKERS: must be 1 on " in ended.err
