@@ -170,8 +170,10 @@ class BulkLoader(Generic[Request]):
         if response.HasField("opened"):
             return response.opened
         if response.HasField("summary"):
-            # A server that stops has one too, of a load that is to go on.
-            self._is_summarised = response.summary.state == BulkLoad.FINISHED
+            # A server that stops has one too, of a load that is to go on. And where a message is refused that
+            # an earlier stream had recorded, those behind it are taken: their acks come when they are repeated.
+            is_settled = len(self._unsettled) <= 1
+            self._is_summarised = is_settled and response.summary.state == BulkLoad.FINISHED
             return response.summary if self._is_summarised else None
         return response.ack if await self._is_settled(response.ack) else None
 

@@ -11,7 +11,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkOpened, BulkOptions, BulkSummary, BulkWriteResponse
 from roster.v1.resources_pb2 import User
@@ -299,6 +299,7 @@ async def test_finishes_again_what_could_not_be_finished() -> None:
 @given(
     st.dictionaries(st.integers(0, 40), st.sampled_from([BUSY, CUT, CUT_BEHIND, UNKNOWN])), st.integers(1, 6)
 )
+@example({8: CUT_BEHIND, 9: BUSY}, 3)
 async def test_every_row_arrives_once_whatever_fails(faults: dict[int, Status], window: int) -> None:
     """The order of faults, acks and stale messages does not matter; each row is acknowledged once."""
     scripted = ScriptedServer(faults)
