@@ -75,7 +75,7 @@ class Server:
     def __init__(self, settings: Settings, clock: Clock = utc_now) -> None:
         self.settings = settings
         self.clock = clock
-        auth = self._auth()
+        auth = authentication(settings, clock)
         self.credentials = server_credentials(settings)
         self.database = Database(settings)
         self.passwords = Passwords(settings)
@@ -99,13 +99,6 @@ class Server:
         self.address = self.health_address = self.metrics_address = ""
         self._close_metrics: Callable[[], None] = lambda: None
         self._forgetting: asyncio.Task[None] | None = None
-
-    def _auth(self) -> Auth:
-        chosen, tokens = self.settings, None
-        if chosen.jwt_issuer and chosen.jwt_audience and chosen.jwt_keys_file:
-            tokens = Tokens(chosen.jwt_issuer, chosen.jwt_audience, chosen.jwt_keys_file, self.clock)
-        policy = Watched(Policy.read, chosen.policy_file) if chosen.policy_file else None
-        return Auth(policy, tokens)
 
     def _add_services(self, names: list[str]) -> None:
         users = UserServicer(self.database, self.passwords, self.bulk)
@@ -169,6 +162,15 @@ class Server:
             except RosterError as error:
                 log.warning("what has expired was not deleted: %s", error.message)
             await asyncio.sleep(FORGET_EVERY_SECONDS)
+
+
+def authentication(settings: Settings, clock: Clock = utc_now) -> Auth:
+    """Return the interceptor that knows callers and their rights; raises OSError for files it can't use."""
+    tokens = None
+    if settings.jwt_issuer and settings.jwt_audience and settings.jwt_keys_file:
+        tokens = Tokens(settings.jwt_issuer, settings.jwt_audience, settings.jwt_keys_file, clock)
+    policy = Watched(Policy.read, settings.policy_file) if settings.policy_file else None
+    return Auth(policy, tokens)
 
 
 def _tracing(protocol: str | None) -> "list[Tracing]":

@@ -1,5 +1,8 @@
 """TLS: the server's certificate, and by whom its callers' certificates are signed."""
 
+from datetime import datetime
+from pathlib import Path
+
 import grpc
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509 import load_pem_x509_certificates
@@ -23,6 +26,11 @@ def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
         watched.update,  # type: ignore[arg-type]  # None is for no change
         require_client_authentication=client_ca is not None,
     )
+
+
+def expiry(cert: Path) -> datetime:
+    """Return until when a server's certificate is good."""
+    return load_pem_x509_certificates(cert.read_bytes())[0].not_valid_after_utc
 
 
 def _configuration(

@@ -2,6 +2,8 @@
 
 import asyncio
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from service.cli.migrate import trouble
 from service.cli.terminal import UsageError
 from service.db import migrations
 from service.db.engine import Database
+from service.server import authentication
 from service.settings import Settings
+from service.tls import expiry, server_credentials
 
 MAX_SKEW_SECONDS = 2.0
 
@@ -33,7 +37,7 @@ class Diagnosis:
 
 @click.command()
 def doctor() -> None:
-    """Look whether `roster serve` has what it needs: settings, database, schema, clock.
+    """Look whether `roster serve` has what it needs: settings, files of TLS and rights, database, clock.
 
     The status is 0 if all is well, 1 if something is wrong.
     """
@@ -45,6 +49,7 @@ def doctor() -> None:
     else:
         told = f"{chosen.listen}, {chosen.workers} worker" + "s" * (chosen.workers > 1)
         diagnosis.tell("settings", "", told)
+        _examine_files(chosen, diagnosis)
         file = Path(make_url(chosen.database_url).database or "")
         if chosen.is_embedded and not file.exists():
             wrong = "" if file.parent.is_dir() else f"there is no folder {file.parent}; make it first"
@@ -52,6 +57,27 @@ def doctor() -> None:
         else:
             asyncio.run(_examine(chosen, diagnosis))
     sys.exit(0 if diagnosis.is_well else 1)
+
+
+def _examine_files(chosen: Settings, diagnosis: Diagnosis) -> None:
+    if chosen.tls_cert_file:
+        with _told(diagnosis, "tls"):
+            server_credentials(chosen)
+            end = expiry(chosen.tls_cert_file)
+            wrong = f"the certificate expired on {end:%Y-%m-%d}" if end < datetime.now(UTC) else ""
+            diagnosis.tell("tls", wrong, f"the certificate is good until {end:%Y-%m-%d}")
+    if chosen.policy_file:
+        with _told(diagnosis, "rights"):
+            authentication(chosen)
+            diagnosis.tell("rights", "", f"{chosen.policy_file} says who may do what")
+
+
+@contextmanager
+def _told(diagnosis: Diagnosis, subject: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        diagnosis.tell(subject, str(error), "")
 
 
 async def _examine(chosen: Settings, diagnosis: Diagnosis) -> None:

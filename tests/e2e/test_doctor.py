@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from tests.authority import DAY, Authority
 from tests.e2e.command import ROSTER, Ended, run
 
 
@@ -82,3 +83,30 @@ async def test_a_shell_completes_the_commands(tmp_path: Path) -> None:
     }
     completed = await run(ROSTER, folder=tmp_path, **asked)
     assert completed.out.splitlines() == ["plain,load", "plain,loads"]
+
+
+async def test_files_of_tls_and_rights_are_looked_at(tmp_path: Path) -> None:
+    """A certificate that has expired, a key that is another's, a policy that nobody can read."""
+    authority = Authority()
+    authority.issue("localhost", valid_for=-DAY).write(tmp_path)
+    policy = tmp_path / "policy.toml"
+    policy.write_text("[identities]\n")
+    files = {
+        "ROSTER_TLS_CERT_FILE": tmp_path / "cert.pem",
+        "ROSTER_TLS_KEY_FILE": tmp_path / "key.pem",
+        "ROSTER_TLS_CLIENT_CA_FILE": authority.write(tmp_path),
+        "ROSTER_POLICY_FILE": policy,
+    }
+    expired = await doctor(tmp_path, **files)
+    authority.issue("localhost").write(tmp_path)
+    well = await doctor(tmp_path, **files)
+    (tmp_path / "key.pem").write_bytes(authority.issue("localhost").key)
+    policy.write_text("who?")
+    wrong = await doctor(tmp_path, **files)
+
+    assert (expired.status, well.status, wrong.status) == (1, 0, 1)
+    assert "wrong  tls       the certificate expired on" in expired.out
+    assert "ok     tls       the certificate is good until" in well.out
+    assert f"ok     rights    {policy} says who may do what" in well.out
+    assert "the first certificate is not of this key" in wrong.out
+    assert "wrong  rights    can't use" in wrong.out
