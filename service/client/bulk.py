@@ -170,8 +170,8 @@ class BulkLoader(Generic[Request]):
         if response.HasField("opened"):
             return response.opened
         if response.HasField("summary"):
-            # A server that stops has one too, of a load that is to go on. And where a message was refused that
-            # an earlier stream had recorded, those behind it were taken; their acks come with the next stream.
+            # A server that stops has one too, of a load that is to go on. And where a message was refused
+            # that an earlier stream had recorded, those behind it were taken: their acks are to come yet.
             is_settled = len(self._unsettled) <= 1
             self._is_summarised = is_settled and response.summary.state == BulkLoad.FINISHED
             return response.summary if self._is_summarised else None
