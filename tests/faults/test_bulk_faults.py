@@ -203,6 +203,7 @@ async def test_a_connection_that_is_about_to_break_is_no_different(
     server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PostgreSQL's last word has come, the end of the connection has not."""
+
     def told(driver: Any, where: str | None) -> str:
         monkeypatch.undo()
         driver._protocol.data_received(LAST_WORD)
