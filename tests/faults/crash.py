@@ -30,7 +30,7 @@ from service.client import BulkLoader, LoadInterrupted, channel
 from service.db import migrations
 from tests.faults.histories import keeping
 from tests.postgres import PostgresServer
-from tests.rival import rival
+from tests.rival import Rival, rival, until
 
 ANY_DATABASE = (
     "kill the server",
@@ -51,6 +51,7 @@ LONGEST_PAUSE_SECONDS = 0.1
 FIRST_RETRY_SECONDS = 0.05
 DEADLINE_SECONDS = 110
 LOG_CHARACTERS = 20_000
+TAKE = "INSERT INTO users (email) VALUES ($1) ON CONFLICT DO NOTHING RETURNING id"
 TERMINATE_ANY = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE application_name = 'roster' AND datname = current_database() ORDER BY random() LIMIT 1
@@ -267,10 +268,14 @@ class Trial:
             if kind == "terminate any backend":
                 await other.execute(TERMINATE_ANY)
                 return
-            ahead = self.file.read + 20 - self.file.read % 20  # neither bad nor like another
-            await other.execute(f"INSERT INTO users (email) VALUES ('{self.file.row(ahead).email}')")
+            await until(lambda: self._is_ahead(other))
             await other.execute(f"SELECT pg_terminate_backend({await other.waiting()})")
             await other.rollback()
+
+    async def _is_ahead(self, other: Rival) -> bool:
+        """Let the other session take a row before the loader does, and tell whether that went well."""
+        ahead = self.file.read + 20 - self.file.read % 20  # neither bad nor like another
+        return await other.connection.fetchval(TAKE, self.file.row(ahead).email) is not None
 
     async def _account(self) -> None:
         """Compare what loaders were told of each row with what is there."""

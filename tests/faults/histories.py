@@ -27,6 +27,7 @@ def keeping(kind: str, history: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except Exception:
+        FOLDER.mkdir(exist_ok=True)
         file = FOLDER / f"{kind}-{SEED}.json"
         file.write_text(json.dumps({"seed": SEED, **history}, indent=2) + "\n")
         raise
