@@ -21,7 +21,7 @@ class Caller:
     def require(self, role: str, what: str) -> None:
         """Raise PermissionDenied where something in a request, beside the RPC itself, needs a role."""
         if role not in self.roles:
-            raise PermissionDenied(f"{self.identity} is no {role}, which {what} needs")
+            raise PermissionDenied.because(f"{self.identity} is no {role}, which {what} needs")
 
     @property
     def owner(self) -> str | None:

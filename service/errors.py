@@ -17,6 +17,7 @@ RosterError
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,24 +217,32 @@ class Draining(Unavailable):
     retry_after_seconds = 0.1  # elsewhere; the address of this server may have another behind it
 
 
-class Unauthenticated(RosterError):
-    """Nobody knows who calls; `cause` is for the log, as it would tell a stranger what to try next."""
+class Refused(RosterError):
+    """A call that is not let in; `cause` is for the log, as it would tell a stranger what to try next."""
+
+    sentence = ""
+    cause = ""
+
+    @classmethod
+    def because(cls, cause: str) -> Self:
+        """Return the error with what its caller is told, whatever the cause."""
+        error = cls(cls.sentence)
+        error.cause = cause
+        return error
+
+
+class Unauthenticated(Refused):
+    """Nobody knows who calls."""
 
     reason = "UNAUTHENTICATED"
-
-    def __init__(self, cause: str) -> None:
-        super().__init__("a valid token or client certificate is required")
-        self.cause = cause
+    sentence = "a valid token or client certificate is required"
 
 
-class PermissionDenied(RosterError):
-    """The caller has no role that allows it; `cause` is for the log."""
+class PermissionDenied(Refused):
+    """The caller has no role that allows it."""
 
     reason = "PERMISSION_DENIED"
-
-    def __init__(self, cause: str) -> None:
-        super().__init__("the caller has no role that allows this")
-        self.cause = cause
+    sentence = "the caller has no role that allows this"
 
 
 class StatementTimeout(RosterError):

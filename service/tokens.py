@@ -52,7 +52,7 @@ class Tokens:
         digest = sha256(token.encode()).digest()
         subject, end = self._verified.get(digest) or self._verify(token, digest)
         if end <= self._clock().timestamp():
-            raise Unauthenticated("the token has expired")
+            raise Unauthenticated.because("the token has expired")
         return subject
 
     def _verify(self, token: str, digest: bytes) -> tuple[str, float]:
@@ -60,7 +60,7 @@ class Tokens:
             claims = self._claims(token)
         except (jwt.PyJWTError, RecursionError, OverflowError) as error:
             # As repr: some of these texts repeat what the token says, lines of its own included.
-            raise Unauthenticated(f"the token is not valid: {error!r}") from None
+            raise Unauthenticated.because(f"the token is not valid: {error!r}") from None
         if len(self._verified) >= KEPT_TOKENS:
             del self._verified[next(iter(self._verified))]
         self._verified[digest] = claims["sub"], int(claims["exp"]) + LEEWAY_SECONDS

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from service.caller import NOBODY, Caller, set_caller
-from service.errors import PermissionDenied, Unauthenticated
+from service.errors import PermissionDenied, Refused, Unauthenticated
 from service.interceptors.around import Around, Context
 from service.policy import ANONYMOUS, HEALTH, Policy
 from service.tokens import Tokens
@@ -33,7 +33,7 @@ class Auth(Around):
         try:
             set_caller(self._admitted(method, context))
             yield
-        except (Unauthenticated, PermissionDenied) as refused:
+        except Refused as refused:
             log.warning("%s was refused for %s: %s", method, context.peer(), refused.cause)
             raise
 
@@ -44,7 +44,7 @@ class Auth(Around):
             return NOBODY
         caller = self._policy.current().caller(self._identity(context))
         if method not in caller.rpcs:
-            raise PermissionDenied(f"{caller.identity} has no role for it")
+            raise PermissionDenied.because(f"{caller.identity} has no role for it")
         return caller
 
     def _identity(self, context: Context) -> str:
@@ -54,7 +54,9 @@ class Auth(Around):
         else:
             identity = _certified(context)
         if len(identity) > MAX_IDENTITY or not identity.isprintable():
-            raise Unauthenticated(f"the identity has over {MAX_IDENTITY} characters, or some not printable")
+            raise Unauthenticated.because(
+                f"the identity has over {MAX_IDENTITY} characters, or some not printable"
+            )
         return identity
 
 
@@ -64,7 +66,7 @@ def _bearer(context: Context) -> str | None:
         return None
     scheme, _, token = values[0].partition(" ")
     if len(values) > 1 or scheme.lower() != "bearer":
-        raise Unauthenticated("authorization must come once, as Bearer and a token")
+        raise Unauthenticated.because("authorization must come once, as Bearer and a token")
     return token
 
 
@@ -76,4 +78,6 @@ def _certified(context: Context) -> str:
     # With another URI beside it a SPIFFE ID is none, by its standard (X509-SVID).
     if "peer_dns" in names and "peer_uri" not in names:
         return f"dns:{names['peer_dns'][0].decode().lower()}"
-    raise Unauthenticated("there is no token, and no client certificate with a SPIFFE ID or a DNS name")
+    raise Unauthenticated.because(
+        "there is no token, and no client certificate with a SPIFFE ID or a DNS name"
+    )

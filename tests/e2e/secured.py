@@ -11,7 +11,7 @@ import grpc
 from google.rpc import error_details_pb2
 from sqlalchemy import func, select
 
-from service.client import channel, tls_credentials
+from service.client import tls_credentials
 from service.db.bulk.loads import Load
 from service.db.requests import Request
 from service.server import Server
@@ -68,7 +68,7 @@ class Secured:
     def channel(self, token: str | None = None, pair: Pair | None = None) -> grpc.aio.Channel:
         """Return a channel of our own client."""
         named = (pair.key, pair.cert) if pair else (None, None)
-        return channel(
+        return grpc.aio.secure_channel(
             self.address,
             tls_credentials(self.authority.cert, *named, token=(lambda: token) if token else None),
         )

@@ -38,6 +38,8 @@ on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 @pytest.fixture
 async def server(database_url: str) -> AsyncIterator[Server]:
     """A server that tells its metrics, with one connection for calls and room for one password."""
+    for level in (metrics.POOL_SIZE, metrics.POOL_IN_USE):
+        level.clear()  # of databases that other tests have left to the garbage collector
     server = Server(
         Settings(
             database_url=database_url,
@@ -83,9 +85,10 @@ async def test_calls_that_their_callers_left_are_counted(server: Server, users: 
 
     call.cancel()
     after = await Scrape.of(server.metrics_address)
-    while after.value("roster_calls_in_flight"):
+    while not after.since(before, "grpc_server_handled_total", **bulk):
         after = await Scrape.of(server.metrics_address)
     assert after.since(before, "grpc_server_handled_total", **bulk, grpc_code="Canceled") == 1
+    assert after.value("roster_calls_in_flight", **bulk) == 0
 
 
 async def test_bulk_rows_are_counted_by_outcome(server: Server, users: UserServiceStub) -> None:

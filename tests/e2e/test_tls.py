@@ -15,7 +15,7 @@ import pytest
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import channel, tls_credentials
+from service.client import tls_credentials
 from service.client.channel import OPTIONS
 from tests.authority import DAY, Authority
 from tests.e2e.clients import Grpcurl
@@ -65,7 +65,7 @@ async def test_a_client_without_a_right_certificate_gets_no_connection(
 
 async def test_plain_text_gets_no_connection(roster: Secured) -> None:
     """Neither from our client nor from grpcurl."""
-    refused = await create(channel(roster.address))
+    refused = await create(grpc.aio.insecure_channel(roster.address))
     told = await Grpcurl(roster.address, "-plaintext", "-connect-timeout=1").ask(roster.address, "list")
 
     assert refused.code == grpc.StatusCode.UNAVAILABLE
@@ -86,7 +86,9 @@ async def test_a_client_turns_from_a_server_that_it_can_t_trust(
         trusted = server.authority if is_trusted else Authority()
         trusted.write(server.folder)
         token = server.issuer.token("writer")
-        refused = await create(channel(server.address, tls_credentials(trusted.cert, token=lambda: token)))
+        refused = await create(
+            grpc.aio.secure_channel(server.address, tls_credentials(trusted.cert, token=lambda: token))
+        )
         told = await server.grpcurl(token).run(METHOD, json.dumps(CREATE))
 
         assert refused.code == grpc.StatusCode.UNAVAILABLE
