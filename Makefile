@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install run migrate lint format test tools lock contract clean bench-bulk test-crash
+.PHONY: help install run migrate lint format test tools lock contract clean bench-bulk bench-read test-crash
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -88,3 +88,6 @@ $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json
 
 bench-bulk: $(VENV)/development ## Measure the bulk streams; OPTIONS='--only create --rounds 5' narrows it
 	$(BIN)/python -m bench.bulk $(OPTIONS)
+
+bench-read: $(VENV)/development ## Measure reads; OPTIONS='--only GetUser --rounds 5' narrows it
+	$(BIN)/python -m bench.read $(OPTIONS)

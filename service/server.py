@@ -19,10 +19,12 @@ from service.errors import RosterError
 from service.health import Health
 from service.interceptors.drain import Drain
 from service.interceptors.errors import Errors
+from service.posts.reader import PostReader
 from service.posts.servicer import PostServicer
 from service.reflection import add_reflection
 from service.settings import Settings
 from service.users.passwords import Passwords
+from service.users.reader import UserReader
 from service.users.servicer import UserServicer
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,8 @@ class Server:
         self.settings = settings
         self.clock = clock
         self.database = Database(settings)
+        self.users = UserReader(self.database)
+        self.posts = PostReader(self.database)
         self.passwords = Passwords(settings.password_workers, settings.password_queue)
         self.drain = Drain()
         self.server = grpc.aio.server(interceptors=[Errors(), self.drain], options=OPTIONS)
@@ -74,9 +78,10 @@ class Server:
 
     def _add_services(self, names: list[str]) -> None:
         bulk = BulkStreams(self.database)
-        users = UserServicer(self.database, self.passwords, bulk)
+        users = UserServicer(self.database, self.users, self.passwords, bulk)
         users_pb2_grpc.add_UserServiceServicer_to_server(users, self.server)
-        posts_pb2_grpc.add_PostServiceServicer_to_server(PostServicer(self.database, bulk), self.server)
+        posts = PostServicer(self.database, self.posts, bulk)
+        posts_pb2_grpc.add_PostServiceServicer_to_server(posts, self.server)
         loads = BulkServicer(self.database, self.settings.bulk_load_ttl)
         bulk_pb2_grpc.add_BulkServiceServicer_to_server(loads, self.server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
@@ -105,6 +110,8 @@ class Server:
         await self.server.stop(self.settings.grace if grace is None else grace)
         await self.drain.wait(HANDLERS_END_SECONDS)
         self.passwords.close()
+        await self.users.close()
+        await self.posts.close()
         await self.database.close()
 
     async def _forget(self) -> None:

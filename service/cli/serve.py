@@ -6,6 +6,7 @@ import logging
 import signal
 
 import click
+import uvloop
 from sqlalchemy.exc import DBAPIError
 
 from service.cli.environment import settings, settings_help
@@ -31,7 +32,7 @@ def serve() -> None:
         with reported():
             migrations.upgrade(chosen.database_url)
     try:
-        asyncio.run(_serve(chosen))
+        uvloop.run(_serve(chosen))
     except OSError as error:
         raise UsageError(str(error)) from None
 
