@@ -2,8 +2,8 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install run migrate lint format test tools lock contract clean bench-bulk test-crash test-timing \
-	test-go audit sbom
+.PHONY: help install run migrate lint format test tools lock contract clean bench-bulk bench-read test-crash \
+	test-timing test-go audit sbom
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -102,3 +102,6 @@ $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json
 
 bench-bulk: $(VENV)/development ## Measure the bulk streams; OPTIONS='--only create --rounds 5' narrows it
 	$(BIN)/python -m bench.bulk $(OPTIONS)
+
+bench-read: $(VENV)/development ## Measure reads; OPTIONS='--only GetUser --rounds 5' narrows it
+	$(BIN)/python -m bench.read $(OPTIONS)

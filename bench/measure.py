@@ -1,4 +1,4 @@
-"""One run of one way to write rows: how long it took, and whose CPU."""
+"""Processes that are measured: one run of one way to write rows, how long it took, and whose CPU."""
 
 import os
 import subprocess
@@ -55,13 +55,13 @@ class Run:
 def run(way: Way, url: str, postmaster: int) -> Run:
     """Run a way from a standing start; raises RuntimeError where it does not end as it should."""
     with ExitStack() as processes:
-        server, target = processes.enter_context(_serving(url)) if way.through_server else (0, url)
-        client = processes.enter_context(_process(*way.command, target))
-        _expect("ready", client, way.greeting)
+        server, target = processes.enter_context(serving(url)) if way.through_server else (0, url)
+        client = processes.enter_context(process(*way.command, target))
+        expect("ready", client, way.greeting)
         parts = {"postgresql": postmaster, "server": server, "client": client.pid}
         before = {part: cpu_seconds(pid) for part, pid in parts.items()}
         start = perf_counter()
-        _expect(way.answer, client, way.script)
+        expect(way.answer, client, way.script)
         seconds = perf_counter() - start
         used = {part: cpu_seconds(pid) - before[part] for part, pid in parts.items()}
     return Run(way.rows, seconds, **used)
@@ -89,10 +89,11 @@ def _line(id: int, parents: dict[int, int]) -> Iterator[int]:
 
 
 @contextmanager
-def _serving(url: str) -> Iterator[tuple[int, str]]:
+def serving(url: str, *command: str) -> Iterator[tuple[int, str]]:
+    """Start a server, `roster serve` unless another is named; yield its pid and its address."""
     settings = {"DATABASE_URL": url, "LISTEN": "127.0.0.1:0", "METRICS_LISTEN": "", "LOG_LEVEL": "WARNING"}
-    with _process(
-        *(sys.executable, "-m", "service", "serve"),
+    with process(
+        *(sys.executable, "-m", *(command or ("service", "serve"))),
         stderr=subprocess.PIPE,
         env={**os.environ, **{f"ROSTER_{name}": value for name, value in settings.items()}},
     ) as server:
@@ -106,20 +107,27 @@ def _serving(url: str) -> Iterator[tuple[int, str]]:
 
 
 @contextmanager
-def _process(*command: str | Path, **options: Any) -> Iterator[Any]:
-    process = subprocess.Popen(
+def process(*command: str | Path, **options: Any) -> Iterator[Any]:
+    """Start a process that is spoken to by lines; it is ended with the block."""
+    started = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, **options
     )
     try:
-        yield process
+        yield started
     finally:
-        process.terminate()
-        process.communicate(timeout=STOP_SECONDS)
+        started.terminate()
+        started.communicate(timeout=STOP_SECONDS)
 
 
-def _expect(answer: str, process: Any, said: str) -> None:
-    process.stdin.write(said)
-    process.stdin.flush()
-    line = process.stdout.readline().strip()
+def told(started: Any, said: str) -> str:
+    """Return the line that a process answers."""
+    started.stdin.write(said)
+    started.stdin.flush()
+    return str(started.stdout.readline().strip())
+
+
+def expect(answer: str, started: Any, said: str) -> None:
+    """Raise RuntimeError unless a process answers so."""
+    line = told(started, said)
     if line != answer:
-        raise RuntimeError(f"{process.args[:4]} said {line!r} instead of {answer!r}")
+        raise RuntimeError(f"{started.args[:4]} said {line!r} instead of {answer!r}")

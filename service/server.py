@@ -29,12 +29,14 @@ from service.interceptors.logs import Logs
 from service.interceptors.messages import Messages
 from service.interceptors.metrics import Metrics
 from service.policy import Policy
+from service.posts.reader import PostReader
 from service.posts.servicer import PostServicer
 from service.reflection import add_reflection
 from service.settings import Settings
 from service.tls import server_credentials
 from service.tokens import Tokens
 from service.users.passwords import Passwords
+from service.users.reader import UserReader
 from service.users.servicer import UserServicer
 from service.watched import Watched
 
@@ -78,6 +80,8 @@ class Server:
         auth = authentication(settings, clock)
         self.credentials = server_credentials(settings)
         self.database = Database(settings)
+        self.users = UserReader(self.database)
+        self.posts = PostReader(self.database)
         self.passwords = Passwords(settings)
         self.drain = Drain()
         # By default a second server takes the same port in silence.
@@ -101,9 +105,10 @@ class Server:
         self._forgetting: asyncio.Task[None] | None = None
 
     def _add_services(self, names: list[str]) -> None:
-        users = UserServicer(self.database, self.passwords, self.bulk)
+        users = UserServicer(self.database, self.users, self.passwords, self.bulk)
         users_pb2_grpc.add_UserServiceServicer_to_server(users, self.server)
-        posts_pb2_grpc.add_PostServiceServicer_to_server(PostServicer(self.database, self.bulk), self.server)
+        posts = PostServicer(self.database, self.posts, self.bulk)
+        posts_pb2_grpc.add_PostServiceServicer_to_server(posts, self.server)
         loads = BulkServicer(self.database, self.settings.bulk_load_ttl)
         bulk_pb2_grpc.add_BulkServiceServicer_to_server(loads, self.server)
         for server in (self.server, self.health_server):
@@ -150,6 +155,8 @@ class Server:
         for tracing in self.tracing:
             await asyncio.to_thread(tracing.close)
         self.passwords.close()
+        await self.users.close()
+        await self.posts.close()
         await self.database.close()
 
     async def _forget(self) -> None:

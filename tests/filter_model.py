@@ -4,16 +4,14 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
-from sqlalchemy import Table
 
-from service.db.filters import Columns
-from service.users.model import User
+from service.fields import normalise_email
 
 
-class Row(NamedTuple):
+class UserRow(NamedTuple):
     id: int
     email: str
     full_name: str | None
@@ -22,8 +20,14 @@ class Row(NamedTuple):
     updated_at: datetime
 
 
-USERS = cast("Table", User.__table__)
-COLUMNS: Columns = {name: USERS.c[name] for name in Row._fields}
+class PostRow(NamedTuple):
+    id: int
+    title: str
+    content: str
+    author_id: int
+    created_at: datetime
+    updated_at: datetime
+
 
 # Texts that code points, UTF-16 units, collations, LIKE and normal forms would each put in another order.
 TEXTS = [
@@ -53,12 +57,23 @@ TIMES = [
 ]
 IDS = [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610, 2**53]
 
-ROWS = [
-    Row(
+USERS = [
+    UserRow(
         id=IDS[i],
         email=TEXTS[i],
         full_name=None if i % 3 == 0 else TEXTS[-i],
         is_active=i % 2 == 0,
+        created_at=TIMES[i % len(TIMES)],
+        updated_at=TIMES[-1 - i // 3],
+    )
+    for i in range(len(TEXTS))
+]
+POSTS = [
+    PostRow(
+        id=IDS[i],
+        title=TEXTS[i],
+        content="",
+        author_id=IDS[-1 - i // 2],
         created_at=TIMES[i % len(TIMES)],
         updated_at=TIMES[-1 - i // 3],
     )
@@ -102,7 +117,7 @@ COMPARED: Mapping[str, Callable[[Any, Any], bool]] = {
 }
 
 
-def matches(node: Node, row: Row) -> bool | None:
+def matches(node: Node, row: UserRow | PostRow) -> bool | None:
     """Say what SQL would say of the row: true, false, or None for unknown."""
     match node:
         case Comparison():
@@ -170,20 +185,25 @@ _times = st.sampled_from(TIMES) | st.datetimes(timezones=st.just(UTC))
 _integers = st.sampled_from(IDS) | st.integers(-(2**63), 2**63 - 1)
 _offsets = st.integers(-23 * 60 - 59, 23 * 60 + 59)
 
-_leaves = st.one_of(
-    _comparisons(["id"], "= != < <= > >=", _integers.map(lambda number: (number, str(number)))),
-    _comparisons(
-        ["email", "full_name"],
-        "= != < <= > >= :",
-        st.tuples(_texts, st.sampled_from("\"'")).map(lambda part: (part[0], _quoted(*part))),
-    ),
+_ORDERED = "= != < <= > >="
+_written_integers = _integers.map(lambda number: (number, str(number)))
+_written_texts = st.tuples(_texts, st.sampled_from("\"'")).map(lambda part: (part[0], _quoted(*part)))
+_written_emails = _written_texts.map(lambda part: (normalise_email(part[0]), part[1]))
+_written_times = st.tuples(_times, _offsets).map(lambda part: (part[0], _zoned(*part)))
+_timestamps = _comparisons(["created_at", "updated_at"], _ORDERED, _written_times)
+
+_user_comparisons = st.one_of(
+    _comparisons(["id"], _ORDERED, _written_integers),
+    _comparisons(["email"], f"{_ORDERED} :", _written_emails),
+    _comparisons(["full_name"], f"{_ORDERED} :", _written_texts),
     _comparisons(["full_name"], "= !=", st.just((None, "null"))),
     _comparisons(["is_active"], "= !=", st.sampled_from([(True, "true"), (False, "false")])),
-    _comparisons(
-        ["created_at", "updated_at"],
-        "= != < <= > >=",
-        st.tuples(_times, _offsets).map(lambda part: (part[0], _zoned(*part))),
-    ),
+    _timestamps,
+)
+_post_comparisons = st.one_of(
+    _comparisons(["id", "author_id"], _ORDERED, _written_integers),
+    _comparisons(["title"], f"{_ORDERED} :", _written_texts),
+    _timestamps,
 )
 
 
@@ -192,4 +212,5 @@ def _combined(nodes: st.SearchStrategy[Node]) -> st.SearchStrategy[Node]:
     return st.one_of(nodes.map(Not), several.map(And), several.map(Or))
 
 
-filters: st.SearchStrategy[Node] = st.recursive(_leaves, _combined, max_leaves=10)
+user_filters: st.SearchStrategy[Node] = st.recursive(_user_comparisons, _combined, max_leaves=10)
+post_filters: st.SearchStrategy[Node] = st.recursive(_post_comparisons, _combined, max_leaves=10)

@@ -8,6 +8,7 @@ import sys
 from functools import partial
 
 import click
+import uvloop
 from sqlalchemy.exc import DBAPIError
 
 from service import logs, workers
@@ -40,7 +41,7 @@ def serve(*, is_worker: bool) -> None:
         with reported():
             migrations.upgrade(chosen.database_url)
     try:
-        sys.exit(asyncio.run(_run(chosen, is_worker=is_worker)))
+        sys.exit(uvloop.run(_run(chosen, is_worker=is_worker)))
     except OSError as error:
         raise UsageError(str(error)) from None
 

@@ -70,15 +70,15 @@ async def batches(
     conditions: Sequence[ColumnElement[bool]],
     after_id: int,
     limit: int,
-) -> AsyncGenerator[Sequence[ModelT]]:
-    """Yield every row that meets the conditions, in id order, some at a time.
+) -> AsyncGenerator[Sequence[Any]]:
+    """Yield the columns of every row that meets the conditions, in id order, some rows at a time.
 
     Each batch is read by a session of its own, so that a slow reader holds no connection.
     """
     after: Sequence[Any] | None = [after_id]
     while after is not None:
         async with database.read() as session:
-            page = await repository(session).list(*conditions, after=after, limit=limit)
+            page = await repository(session).as_columns().list(*conditions, after=after, limit=limit)
         if page.rows:
             yield page.rows
         after = page.next_key

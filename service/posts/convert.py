@@ -1,6 +1,7 @@
 """Posts: message <-> values. Pure; the rules of a post's fields are applied here."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -27,6 +28,7 @@ from service.fields import (
 from service.posts.model import Post
 from service.users.convert import user_to_message
 
+columns_of = attrgetter("id", "title", "content", "author_id", "created_at", "updated_at", "version")
 WRITABLE = ("title", "content")
 RULES: dict[str, Callable[[Any], str | None]] = {
     "author_id": wrong_id,
@@ -37,15 +39,23 @@ RULES: dict[str, Callable[[Any], str | None]] = {
 
 def post_to_message(post: Post, *, with_author: bool = False) -> PostMessage:
     """Return a stored post as the API shows it."""
+    message = post_row_to_message(columns_of(post))
+    if with_author:
+        message.author.CopyFrom(user_to_message(post.author))
+    return message
+
+
+def post_row_to_message(row: Iterable[Any]) -> PostMessage:
+    """Return a post's columns, as a repository or a reader returns them, as the API shows it."""
+    id, title, content, author_id, created_at, updated_at, version, *_ = row
     return PostMessage(
-        id=post.id,
-        title=post.title,
-        content=post.content,
-        author_id=post.author_id,
-        created_at=timestamp(post.created_at),
-        updated_at=timestamp(post.updated_at),
-        version=post.version,
-        author=user_to_message(post.author) if with_author else None,
+        id=id,
+        title=title,
+        content=content,
+        author_id=author_id,
+        created_at=timestamp(created_at),
+        updated_at=timestamp(updated_at),
+        version=version,
     )
 
 

@@ -75,7 +75,7 @@ class PostRepository(Repository[Post]):
                 return updated
             ids = batch.take("id", batch.good_rows())
             rows = await stored(self.session, Post.id, ids, Post.version, lock=FOR_UPDATE)
-            updates = resolve_updates(batch, {row.id: row.version for row in rows}, self._missing)
+            updates = resolve_updates(batch, {row.id: row.version for row in rows}, self.missing)
             return await writer.update(batch, updates, options)
 
         return await writer.settled(batch, attempt)

@@ -1,9 +1,12 @@
 """PostService: posts by id, one at a time, in pages, and in bulk."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from functools import partial
+from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from roster.v1 import posts_pb2 as pb
 from roster.v1.bulk_pb2 import BulkWriteResponse
@@ -21,9 +24,11 @@ from service.posts.convert import (
     post_batch_from_messages,
     post_changes_from_message,
     post_from_message,
+    post_row_to_message,
     post_to_message,
 )
 from service.posts.model import Post
+from service.posts.reader import PostReader
 from service.posts.repository import FILTERABLE, SORTABLE, PostRepository
 
 CREATE_POSTS = Operation(
@@ -51,8 +56,9 @@ LISTING = Listing("posts", FILTERABLE, SORTABLE)
 class PostServicer(PostServiceServicer):
     """PostService: posts by id, one at a time, in pages, and in bulk."""
 
-    def __init__(self, database: Database, bulk: BulkStreams) -> None:
+    def __init__(self, database: Database, reader: PostReader, bulk: BulkStreams) -> None:
         self.database = database
+        self.reader = reader
         self.bulk = bulk
 
     async def CreatePost(self, request: pb.CreatePostRequest, context: Context) -> PostMessage:
@@ -66,10 +72,11 @@ class PostServicer(PostServiceServicer):
 
     async def GetPost(self, request: pb.GetPostRequest, context: Context) -> PostMessage:
         id = check_id(request.id)
-        with_author = _with_author(request.view)
+        if not _with_author(request.view):
+            return post_row_to_message(await self.reader.get(id))
         async with self.database.read() as session:
-            post = await PostRepository(session, with_author=with_author).get(id)
-        return post_to_message(post, with_author=with_author)
+            post = await PostRepository(session, with_author=True).get(id)
+        return post_to_message(post, with_author=True)
 
     async def BatchGetPosts(
         self, request: pb.BatchGetPostsRequest, context: Context
@@ -77,9 +84,10 @@ class PostServicer(PostServiceServicer):
         ids = check_ids(request.ids)
         with_author = _with_author(request.view)
         async with self.database.read() as session:
-            found = await PostRepository(session, with_author=with_author).get_many(ids)
+            found = await _repository(session, with_author=with_author).get_many(ids)
+        to_message = _to_message(with_author=with_author)
         return pb.BatchGetPostsResponse(
-            posts=[post_to_message(post, with_author=with_author) for post in found if post],
+            posts=[to_message(post) for post in found if post],
             missing_ids=[id for id, post in zip(ids, found, strict=False) if not post],
             remaining_ids=ids[len(found) :],
         )
@@ -90,9 +98,9 @@ class PostServicer(PostServiceServicer):
         query = LISTING.query(request, *scope, scope_key=author_id)
         with_author = _with_author(request.view)
         async with self.database.read() as session:
-            posts, token = await query.page(PostRepository(session, with_author=with_author))
+            posts, token = await query.page(_repository(session, with_author=with_author))
         return pb.ListPostsResponse(
-            posts=[post_to_message(post, with_author=with_author) for post in posts], next_page_token=token
+            posts=map(_to_message(with_author=with_author), posts), next_page_token=token
         )
 
     async def UpdatePost(self, request: pb.UpdatePostRequest, context: Context) -> PostMessage:
@@ -138,9 +146,19 @@ class PostServicer(PostServiceServicer):
         rows = batches(self.database, PostRepository, conditions, request.after_id, limit)
         async with aclosing(rows):
             async for posts in rows:
-                yield pb.ExportPostsResponse(posts=map(post_to_message, posts), last_id=posts[-1].id)
+                yield pb.ExportPostsResponse(posts=map(post_row_to_message, posts), last_id=posts[-1].id)
 
 
 def _with_author(view: int) -> bool:
     check_choice(view, PostMessage.View, "view")
     return view == PostMessage.View.WITH_AUTHOR
+
+
+def _repository(session: AsyncSession, *, with_author: bool) -> PostRepository:
+    """Return what reads entities where the view needs them, otherwise columns."""
+    repository = PostRepository(session, with_author=with_author)
+    return repository if with_author else repository.as_columns()
+
+
+def _to_message(*, with_author: bool) -> Callable[[Any], PostMessage]:
+    return partial(post_to_message, with_author=True) if with_author else post_row_to_message

@@ -1,6 +1,7 @@
 """Users: message <-> values. Pure; the rules of a user's fields are applied here."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -29,6 +30,7 @@ from service.users.hashes import wrong_password_hash
 from service.users.model import User
 
 WRITABLE = ("email", "full_name", "is_active", "password", "hashed_password")
+columns_of = attrgetter("id", "email", "full_name", "is_active", "created_at", "updated_at", "version")
 BULK_WRITABLE = ("email", "full_name", "is_active", "hashed_password")
 RULES = {
     "email": wrong_email,
@@ -40,15 +42,23 @@ RULES = {
 
 def user_to_message(user: User, *, with_posts: bool = False) -> UserMessage:
     """Return a stored user as the API shows it."""
+    message = user_row_to_message(columns_of(user))
+    if with_posts:
+        message.posts.extend(map(_listed_post_to_message, user.posts))
+    return message
+
+
+def user_row_to_message(row: Iterable[Any]) -> UserMessage:
+    """Return a user's columns, as a repository or a reader returns them, as the API shows it."""
+    id, email, full_name, is_active, created_at, updated_at, version, *_ = row
     return UserMessage(
-        id=user.id,
-        email=user.email,
-        full_name=user.full_name,
-        is_active=user.is_active,
-        created_at=timestamp(user.created_at),
-        updated_at=timestamp(user.updated_at),
-        version=user.version,
-        posts=[_listed_post_to_message(post) for post in user.posts] if with_posts else None,
+        id=id,
+        email=email,
+        full_name=full_name,
+        is_active=is_active,
+        created_at=timestamp(created_at),
+        updated_at=timestamp(updated_at),
+        version=version,
     )
 
 

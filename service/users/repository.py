@@ -74,14 +74,6 @@ class UserRepository(Repository[User]):
         except IntegrityError:  # somebody took it in between
             raise email_taken(None) from None
 
-    async def password_hash(self, condition: ColumnElement[bool]) -> tuple[int, str]:
-        """Return id and hash of an active user with a password, otherwise (0, "")."""
-        known = select(User.id, User.hashed_password).where(
-            condition, User.is_active, User.hashed_password.is_not(None)
-        )
-        row = (await self.session.execute(known)).one_or_none()
-        return (row.id, row.hashed_password) if row else (0, "")
-
     async def replace_hash(self, id: int, old: str, new: str) -> None:
         """Store a stronger hash of the same password, unless the password was changed meanwhile."""
         await self.session.execute(
@@ -118,7 +110,7 @@ class UserRepository(Repository[User]):
             rows = await stored(self.session, User.id, ids, User.version, User.email, lock=FOR_UPDATE)
             owners = await self._owners(batch, {row.id: row.email for row in rows}, options)
             updates = resolve_updates(
-                batch, {row.id: row.version for row in rows}, self._missing, owners.refusal
+                batch, {row.id: row.version for row in rows}, self.missing, owners.refusal
             )
             return await writer.update(batch, updates, options, moved="email" if owners.moved else None)
 
@@ -142,20 +134,10 @@ class UserRepository(Repository[User]):
             by_id[post.author_id].posts.append(post)
 
     def _newest_posts(self, author_ids: list[int]) -> Any:
-        # Where the newest 50 begin is one step on the index for each author; numbering all posts is not.
         authors = listed(self.session, author_ids, BigInt)
-        newest = aliased(Post)
-        first = (
-            select(newest.id)
-            .where(newest.author_id == authors.c.value)
-            .order_by(newest.id.desc())
-            .offset(NEWEST_POSTS - 1)
-            .limit(1)
-            .scalar_subquery()
-        )
         return (
             select(Post)
-            .join(authors, (Post.author_id == authors.c.value) & (Post.id >= func.coalesce(first, 0)))
+            .join(authors, _is_newest_of(authors.c.value))
             .options(defer(Post.content, raiseload=True))
             .order_by(Post.author_id, Post.id.desc())
         )
@@ -193,13 +175,21 @@ def email_taken(existing_id: int | None) -> EmailTaken:
 
 
 def _size_with_posts() -> ColumnElement[int]:
-    newest = (
-        select((octets(Post.title) + FIXED_BYTES).label("size"))
-        .where(Post.author_id == User.id)
-        .order_by(Post.id.desc())
-        .limit(NEWEST_POSTS)
-        .correlate(User)
-        .subquery()
+    posts = select(func.coalesce(func.sum(octets(Post.title) + FIXED_BYTES), 0)).where(_is_newest_of(User.id))
+    user = octets(User.email) + func.coalesce(octets(User.full_name), 0) + FIXED_BYTES
+    return user + posts.correlate(User).scalar_subquery()
+
+
+def _is_newest_of(author_id: Any) -> Any:
+    # Where the newest 50 begin is one step on the index for each author; numbering all posts is not.
+    newest = aliased(Post)
+    first = (
+        select(newest.id)
+        .where(newest.author_id == author_id)
+        .order_by(newest.id.desc())
+        .offset(NEWEST_POSTS - 1)
+        .limit(1)
+        .correlate_except(newest)
+        .scalar_subquery()
     )
-    posts = select(func.coalesce(func.sum(newest.c.size), 0)).scalar_subquery()
-    return octets(User.email) + func.coalesce(octets(User.full_name), 0) + FIXED_BYTES + posts
+    return (Post.author_id == author_id) & (Post.id >= func.coalesce(first, 0))

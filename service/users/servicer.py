@@ -1,11 +1,13 @@
 """UserService: users by id or e-mail, one at a time, in pages, and in bulk."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
 from sqlalchemy import ColumnElement
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from roster.v1 import users_pb2 as pb
 from roster.v1.bulk_pb2 import BulkWriteResponse
@@ -27,10 +29,12 @@ from service.users.convert import (
     user_batch_from_messages,
     user_changes_from_message,
     user_from_message,
+    user_row_to_message,
     user_to_message,
 )
 from service.users.model import User
 from service.users.passwords import Passwords
+from service.users.reader import UserReader
 from service.users.repository import FILTERABLE, SORTABLE, UserRepository, email_taken
 
 CREATE_USERS = Operation(
@@ -59,8 +63,11 @@ LISTING = Listing("users", FILTERABLE, SORTABLE, {"email": normalise_email})
 class UserServicer(UserServiceServicer):
     """UserService: users by id or e-mail, one at a time, in pages, and in bulk."""
 
-    def __init__(self, database: Database, passwords: Passwords, bulk: BulkStreams) -> None:
+    def __init__(
+        self, database: Database, reader: UserReader, passwords: Passwords, bulk: BulkStreams
+    ) -> None:
         self.database = database
+        self.reader = reader
         self.passwords = passwords
         self.bulk = bulk
 
@@ -74,11 +81,12 @@ class UserServicer(UserServiceServicer):
             return await once(session, request, UserMessage, create)
 
     async def GetUser(self, request: pb.GetUserRequest, context: Context) -> UserMessage:
-        condition = _by_key(request)
-        with_posts = _with_posts(request.view)
+        key = key_from_message(request)
+        if not _with_posts(request.view):
+            return user_row_to_message(await self.reader.get(key))
         async with self.database.read() as session:
-            user = await UserRepository(session, with_posts=with_posts).get_by(condition)
-        return user_to_message(user, with_posts=with_posts)
+            user = await UserRepository(session, with_posts=True).get_by(_is_key(key))
+        return user_to_message(user, with_posts=True)
 
     async def BatchGetUsers(
         self, request: pb.BatchGetUsersRequest, context: Context
@@ -86,9 +94,10 @@ class UserServicer(UserServiceServicer):
         ids = check_ids(request.ids)
         with_posts = _with_posts(request.view)
         async with self.database.read() as session:
-            found = await UserRepository(session, with_posts=with_posts).get_many(ids)
+            found = await _repository(session, with_posts=with_posts).get_many(ids)
+        to_message = _to_message(with_posts=with_posts)
         return pb.BatchGetUsersResponse(
-            users=[user_to_message(user, with_posts=with_posts) for user in found if user],
+            users=[to_message(user) for user in found if user],
             missing_ids=[id for id, user in zip(ids, found, strict=False) if not user],
             remaining_ids=ids[len(found) :],
         )
@@ -97,9 +106,9 @@ class UserServicer(UserServiceServicer):
         query = LISTING.query(request)
         with_posts = _with_posts(request.view)
         async with self.database.read() as session:
-            users, token = await query.page(UserRepository(session, with_posts=with_posts))
+            users, token = await query.page(_repository(session, with_posts=with_posts))
         return pb.ListUsersResponse(
-            users=[user_to_message(user, with_posts=with_posts) for user in users], next_page_token=token
+            users=map(_to_message(with_posts=with_posts), users), next_page_token=token
         )
 
     async def UpdateUser(self, request: pb.UpdateUserRequest, context: Context) -> UserMessage:
@@ -126,10 +135,9 @@ class UserServicer(UserServiceServicer):
     async def VerifyPassword(
         self, request: pb.VerifyPasswordRequest, context: Context
     ) -> pb.VerifyPasswordResponse:
-        condition = _by_key(request)
+        key = key_from_message(request)
         check_password(request.password)
-        async with self.database.read() as session:
-            id, stored = await UserRepository(session).password_hash(condition)
+        id, stored = await self.reader.password_hash(key)
         is_valid, stronger = await self.passwords.check(stored, request.password)
         if stronger:
             with suppress(Unavailable):  # the next success will do
@@ -159,7 +167,7 @@ class UserServicer(UserServiceServicer):
         rows = batches(self.database, UserRepository, conditions, request.after_id, limit)
         async with aclosing(rows):
             async for users in rows:
-                yield pb.ExportUsersResponse(users=map(user_to_message, users), last_id=users[-1].id)
+                yield pb.ExportUsersResponse(users=map(user_row_to_message, users), last_id=users[-1].id)
 
     async def _hashed(self, values: dict[str, Any]) -> dict[str, Any]:
         if "hashed_password" in values:
@@ -171,18 +179,26 @@ class UserServicer(UserServiceServicer):
 
     async def _verified(self, id: int) -> pb.VerifyPasswordResponse:
         try:
-            async with self.database.read() as session:
-                user = await UserRepository(session).get(id)
+            user = await self.reader.get(id)
         except UserNotFound:  # deleted in between
             return pb.VerifyPasswordResponse()
-        return pb.VerifyPasswordResponse(valid=True, user=user_to_message(user))
+        return pb.VerifyPasswordResponse(valid=True, user=user_row_to_message(user))
 
 
-def _by_key(request: pb.GetUserRequest | pb.VerifyPasswordRequest) -> ColumnElement[bool]:
-    key = key_from_message(request)
+def _is_key(key: int | str) -> ColumnElement[bool]:
     return User.email == key if isinstance(key, str) else User.id == key
 
 
 def _with_posts(view: int) -> bool:
     check_choice(view, UserMessage.View, "view")
     return view == UserMessage.View.WITH_POSTS
+
+
+def _repository(session: AsyncSession, *, with_posts: bool) -> UserRepository:
+    """Return what reads entities where the view needs them, otherwise columns."""
+    repository = UserRepository(session, with_posts=with_posts)
+    return repository if with_posts else repository.as_columns()
+
+
+def _to_message(*, with_posts: bool) -> Callable[[Any], UserMessage]:
+    return partial(user_to_message, with_posts=True) if with_posts else user_row_to_message

@@ -1,10 +1,11 @@
 """Exports: every row once, in id order, in messages that are never too large."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
 import pytest
+from sqlalchemy import Engine, event, func, select, text
 
 from roster.v1.posts_pb2 import ExportPostsRequest, ExportPostsResponse, ListPostsRequest
 from roster.v1.posts_pb2_grpc import PostServiceStub
@@ -16,6 +17,10 @@ from tests.rows import add_posts, add_users
 
 MIB = 1 << 20
 MAX_ANSWER_BYTES = 3 * MIB
+IN_TRANSACTION = text(
+    "datname = current_database() AND xact_start IS NOT NULL AND query LIKE '%FROM posts%'"
+    " AND pid <> pg_backend_pid()"
+)
 
 
 @pytest.fixture
@@ -86,6 +91,50 @@ async def test_an_export_holds_no_connection_while_it_waits_for_its_reader(
     for _ in range(10):  # meanwhile the export has sent what a reader's window takes, and waits
         assert (await narrow.ListPosts(ListPostsRequest(page_size=1))).posts
     rest = [message async for message in export]
+    assert [post.id for message in [first, *rest] for post in message.posts] == ids
+
+
+@pytest.fixture
+def statements() -> Iterator[list[str]]:
+    """The statements that read posts."""
+    executed: list[str] = []
+
+    def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if "FROM posts" in statement:
+            executed.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", note)
+    yield executed
+    event.remove(Engine, "before_cursor_execute", note)
+
+
+async def posts_in_transactions(server: Server) -> int:
+    """Return how many connections have a transaction open, or a statement under way, for posts."""
+    async with server.database.read() as session:
+        count = select(func.count()).select_from(text("pg_stat_activity")).where(IN_TRANSACTION)
+        return int(await session.scalar(count) or 0)
+
+
+async def test_an_export_reads_no_further_than_its_reader(
+    server: Server, users: UserServiceStub, posts: PostServiceStub, statements: list[str]
+) -> None:
+    """One who stops holds up what a window takes, not the rest of the posts, and no transaction."""
+    [author_id] = await add_users(server.database)
+    ids = await add_posts(server.database, [author_id] * 40, content="x" * MIB)
+
+    export = aiter(posts.ExportPosts(ExportPostsRequest()))
+    first = await anext(export)
+    quiet = read = 0
+    while quiet < 10:  # calls that were answered since the export last read
+        await users.ListUsers(ListUsersRequest())
+        quiet = quiet + 1 if len(statements) == read else 0
+        read = len(statements)
+    assert read <= 10
+    if not server.database.is_sqlite:
+        assert await posts_in_transactions(server) == 0
+
+    rest = [message async for message in export]
+    assert len(rest) == 19
     assert [post.id for message in [first, *rest] for post in message.posts] == ids
 
 

@@ -26,7 +26,6 @@ from roster.v1.users_pb2_grpc import UserServiceStub
 from service.errors import DatabaseUnavailable
 from service.server import Server
 from service.settings import Settings
-from service.users import model
 from service.users.repository import UserRepository
 from tests.errors import refusal
 
@@ -87,8 +86,7 @@ async def verified(users: UserServiceStub, **asked: Any) -> VerifyPasswordRespon
 
 
 async def stored_hash(server: Server, id: int) -> str:
-    async with server.database.read() as session:
-        return (await UserRepository(session).password_hash(model.User.id == id))[1]
+    return (await server.users.password_hash(id))[1]
 
 
 async def test_the_right_password_is_valid(users: UserServiceStub, ada: User, work: list[str]) -> None:

@@ -128,6 +128,18 @@ async def test_large_posts_are_answered_as_far_as_they_fit(
     assert list(answers[-1].missing_ids) == [4711]
 
 
+async def test_ids_count_in_the_size_of_a_batch(server: Server, posts: PostServiceStub) -> None:
+    """Contents that would fill 3 MiB to the last bytes leave none for the ids of missing posts."""
+    content = "x" * (MIB - 110)
+    ids = await add_posts(server.database, await add_users(server.database) * 3, content=content)
+
+    missing = [2**53 - i for i in range(997)]
+    answer = await posts.BatchGetPosts(BatchGetPostsRequest(ids=[*missing, *ids]))
+    assert answer.ByteSize() <= MAX_ANSWER_BYTES
+    assert [post.id for post in answer.posts] + list(answer.remaining_ids) == ids
+    assert list(answer.missing_ids) == missing
+
+
 @pytest.mark.parametrize(
     ("sent", "mask", "expected"),
     [

@@ -5,7 +5,7 @@ from sqlalchemy.exc import InvalidRequestError
 
 from service.db.engine import Database
 from service.db.paging import Keyset
-from service.db.repository import MAX_ANSWER_BYTES
+from service.db.repository import MAX_ROWS_BYTES
 from service.errors import AuthorNotFound
 from service.posts.repository import SORTABLE, PostRepository
 from service.users.repository import UserRepository
@@ -69,7 +69,7 @@ async def test_many_posts_end_where_the_answer_would_be_too_large(
 ) -> None:
     """What is answered is the longest prefix that fits, missing ids included; the rest is asked for again."""
     author_ids = await add_users(database)
-    ids = await add_posts(database, author_ids * 8, content="x" * (MIB - 3000))
+    ids = await add_posts(database, author_ids * 8, content="x" * (MIB - 8000))
     asked = [4711, *ids[::-1], 4712]
 
     answers = []
@@ -89,7 +89,7 @@ async def test_a_page_ends_where_the_answer_would_be_too_large(
 ) -> None:
     """Pages of large posts are short, and the walk over them meets every row once."""
     author_ids = await add_users(database)
-    large = await add_posts(database, author_ids * 7, content="x" * (MIB - 3000))
+    large = await add_posts(database, author_ids * 7, content="x" * (MIB - 8000))
     small = await add_posts(database, author_ids * 7)
     keyset = Keyset(SORTABLE[field], descending)
 
@@ -116,4 +116,4 @@ async def test_sizes_are_those_of_utf_8(database: Database, letter: str) -> None
     async with database.read() as session:
         page = await PostRepository(session).list(limit=3)
     assert len(page.rows) == 2
-    assert sum(len(post.content.encode()) for post in page.rows) < MAX_ANSWER_BYTES
+    assert sum(len(post.content.encode()) for post in page.rows) < MAX_ROWS_BYTES

@@ -1,0 +1,87 @@
+"""Roster's server with two RPCs more, behind the same interceptors: one that does nothing, and a textbook's.
+
+They take a GetUserRequest as GetUser does: what costs nothing is the ceiling, what everybody writes is the
+reference.
+"""
+
+import asyncio
+import gc
+import sys
+from typing import Any
+
+import grpc
+import uvloop
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.timestamp_pb2 import Timestamp
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
+
+from roster.v1.resources_pb2 import User as UserMessage
+from roster.v1.users_pb2 import GetUserRequest
+from service.server import Server
+from service.settings import Settings
+from service.users.model import User
+
+SERVICE = "roster.bench.Reference"
+
+
+async def no_op(request: GetUserRequest, context: Any) -> Empty:  # noqa: ARG001
+    """Answer at once."""
+    return Empty()
+
+
+class Textbook:
+    """GetUser as one writes it first: a session and a select of the entity for each call."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.sessions = async_sessionmaker(engine, expire_on_commit=False)
+
+    async def get(self, request: GetUserRequest, context: Any) -> UserMessage:  # noqa: ARG002
+        async with self.sessions() as session:
+            user = (await session.execute(select(User).where(User.id == request.id))).scalar_one()
+        created_at, updated_at = Timestamp(), Timestamp()
+        created_at.FromDatetime(user.created_at)
+        updated_at.FromDatetime(user.updated_at)
+        return UserMessage(
+            id=user.id,
+            email=user.email,
+            full_name=user.full_name,
+            is_active=user.is_active,
+            created_at=created_at,
+            updated_at=updated_at,
+            version=user.version,
+        )
+
+
+def references(settings: Settings) -> grpc.GenericRpcHandler:
+    """Return the two as a service."""
+    engine = create_async_engine(
+        settings.database_url, pool_size=settings.pool_size, max_overflow=settings.max_overflow
+    )
+    behaviours = {"NoOp": (no_op, Empty), "Textbook": (Textbook(engine).get, UserMessage)}
+    handlers = {
+        name: grpc.unary_unary_rpc_method_handler(
+            behaviour,
+            request_deserializer=GetUserRequest.FromString,
+            response_serializer=answer.SerializeToString,
+        )
+        for name, (behaviour, answer) in behaviours.items()
+    }
+    return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+
+async def main() -> None:
+    settings = Settings()
+    server = Server(settings)
+    server.server.add_generic_rpc_handlers((references(settings),))
+    await server.start()
+    gc.freeze()
+    print("listening on", server.address, file=sys.stderr, flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    if "--asyncio" in sys.argv:
+        asyncio.run(main())
+    else:
+        uvloop.run(main())

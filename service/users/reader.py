@@ -1,0 +1,39 @@
+"""UserReader: single users, many concurrent look-ups in one statement."""
+
+from typing import Any
+
+from service.db.engine import Database
+from service.db.gather import Gather
+from service.db.repository import shown
+from service.users.model import User
+from service.users.repository import UserRepository
+
+CREDENTIALS = (User.id, User.email, User.hashed_password, User.is_active)
+
+
+class UserReader:
+    """Users by id or by normalised e-mail."""
+
+    def __init__(self, database: Database) -> None:
+        keys = {int: User.id, str: User.email}
+        self._users = {kind: Gather(database, key, shown(User)) for kind, key in keys.items()}
+        self._credentials = {kind: Gather(database, key, CREDENTIALS) for kind, key in keys.items()}
+
+    async def get(self, key: int | str) -> Any:
+        """Return a user's columns, but for the hash; raises UserNotFound."""
+        user = await self._users[type(key)].get(key)
+        if user is None:
+            raise UserRepository.missing()
+        return user
+
+    async def password_hash(self, key: int | str) -> tuple[int, str]:
+        """Return id and hash of an active user with a password, otherwise (0, "")."""
+        found = await self._credentials[type(key)].get(key)
+        if found and found.is_active and found.hashed_password:
+            return found.id, found.hashed_password
+        return 0, ""
+
+    async def close(self) -> None:
+        """End what is under way."""
+        for gather in (*self._users.values(), *self._credentials.values()):
+            await gather.close()
