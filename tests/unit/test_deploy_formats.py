@@ -1,0 +1,85 @@
+"""deploy/ passes the linters and fits the schemas of its kinds."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import kubernetes_validate  # type: ignore[import-untyped]
+import pytest
+import yaml
+
+from tests.deployed import DEPLOY, DOCKERFILE, KUBERNETES, MANIFESTS, PODS
+
+YAML_RULES = (
+    "{extends: default, rules: {document-start: disable, line-length: {max: 120}, "
+    "braces: {max-spaces-inside: 1}}}"
+)
+# The oldest of those that are still looked after.
+KUBERNETES_VERSION = "1.33"
+OPERATORS = {"ServiceMonitor"}  # of which Kubernetes itself has no schema
+
+
+def lint(tool: str, *arguments: str | Path) -> str:
+    """What a tool of the virtual environment has to say, "" where it finds nothing wrong."""
+    command = [Path(sys.executable).with_name(tool), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr if done.returncode else ""
+
+
+def test_the_dockerfile_passes_hadolint() -> None:
+    """With all of its rules, those of its shell commands among them."""
+    assert lint("hadolint", DEPLOY / "Dockerfile") == ""
+
+
+def test_hadolint_finds_what_is_wrong(tmp_path: Path) -> None:
+    """The check itself can fail."""
+    broken = tmp_path / "Dockerfile"
+    broken.write_text(re.sub(r"(FROM python):\S+", r"\1", DOCKERFILE))
+    assert "DL3006" in lint("hadolint", broken)
+
+
+def test_the_yaml_passes_yamllint() -> None:
+    """Duplicate keys, ambiguous values, indentation."""
+    assert lint("yamllint", "--strict", "--config-data", YAML_RULES, DEPLOY) == ""
+
+
+def test_the_compose_file_fits_its_schema() -> None:
+    """That of the Compose specification."""
+    assert lint("check-jsonschema", "--builtin-schema", "vendor.compose-spec", DEPLOY / "compose.yaml") == ""
+
+
+@pytest.mark.parametrize("kind", sorted(MANIFESTS.keys() - OPERATORS))
+def test_a_manifest_fits_the_schema_of_kubernetes(kind: str) -> None:
+    """Strictly: a field that nobody knows is an error."""
+    kubernetes_validate.validate(MANIFESTS[kind], KUBERNETES_VERSION, strict=True)
+
+
+def test_a_misspelt_field_does_not_fit() -> None:
+    """The check itself can fail."""
+    broken = MANIFESTS["PodDisruptionBudget"] | {"spec": {"maxUnavailible": 1}}
+    with pytest.raises(kubernetes_validate.ValidationError, match="maxUnavailible"):
+        kubernetes_validate.validate(broken, KUBERNETES_VERSION, strict=True)
+
+
+def test_every_manifest_is_applied() -> None:
+    """No file of the folder is forgotten in the kustomization."""
+    listed = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["resources"]
+    assert sorted(path.name for path in KUBERNETES.glob("*.yaml")) == sorted([*listed, "kustomization.yaml"])
+
+
+def test_kustomize_makes_one_of_them() -> None:
+    """In one namespace, with the image that is named once."""
+    kubectl = shutil.which("kubectl")
+    if not kubectl:
+        pytest.skip("kubectl is missing, so nobody has tried the kustomization")
+    made = subprocess.check_output([kubectl, "kustomize", KUBERNETES], text=True)
+    found = {manifest["kind"]: manifest for manifest in yaml.safe_load_all(made)}
+    assert found.keys() == MANIFESTS.keys() | {"ConfigMap"}
+    namespaces = {found[kind]["metadata"].get("namespace") for kind in found.keys() - {"Namespace"}}
+    assert namespaces == {MANIFESTS["Namespace"]["metadata"]["name"]}
+    images = [
+        pod["spec"]["containers"][0]["image"] for pod in (found[kind]["spec"]["template"] for kind in PODS)
+    ]
+    assert images == ["registry.example.org/roster:0.1.0"] * 2

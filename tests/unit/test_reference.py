@@ -1,0 +1,41 @@
+"""docs/reference.md: what the protos say, all of it, and as they say it now."""
+
+import re
+import shutil
+from pathlib import Path
+
+from tests.contract_image import PROTOS
+from tests.contract_reference import PAGE, page
+
+SHOWN = PAGE.read_text()
+
+
+def test_the_page_is_the_one_of_these_protos() -> None:
+    """Otherwise `make reference` writes it anew."""
+    assert page() == SHOWN
+
+
+def test_nothing_is_missing() -> None:
+    """Every RPC, message, enum, field and value that the protos name."""
+    source = "".join(re.sub(r"//.*", "", path.read_text()) for path in PROTOS.rglob("*.proto"))
+    rpcs, types = (
+        set(re.findall(rf"\b{kind} (\w+)", source)) for kind in ("rpc", "(?:service|message|enum)")
+    )
+    members = set(re.findall(r"(\w+) = \d+;", source))
+    headings = {name.rpartition(".")[2] for name in re.findall(r"^#{3,4} (\S+)$", SHOWN, re.MULTILINE)}
+    assert headings == rpcs | types
+    assert set(re.findall(r"^\| \d+ \| `(\w+)`", SHOWN, re.MULTILINE)) == members
+
+
+def test_links_lead_to_sections() -> None:
+    """By the names that headings get."""
+    sections = {name.lower().replace(".", "") for name in re.findall(r"^#+ (\S+)$", SHOWN, re.MULTILINE)}
+    assert set(re.findall(r"\]\(#(\w+)\)", SHOWN)) <= sections
+
+
+def test_a_comment_that_changes_is_a_page_that_changes(tmp_path: Path) -> None:
+    """The check itself can fail."""
+    protos = Path(shutil.copytree(PROTOS, tmp_path / "protos", ignore=shutil.ignore_patterns("*.py*")))
+    users = protos / "roster/v1/users.proto"
+    users.write_text(users.read_text().replace("Creates a user", "Makes a user", 1))
+    assert page(protos) == SHOWN.replace("Creates a user", "Makes a user", 1)
