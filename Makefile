@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install run migrate lint format test tools lock contract clean bench-bulk bench-read test-crash \
+.PHONY: help install run migrate lint format test tools lock reference contract clean bench-bulk bench-read test-crash \
 	test-timing test-go audit sbom
 
 VENV := .venv
@@ -64,6 +64,9 @@ lock: ## Pin the dependencies anew, the newest with UPGRADE=1; needs uv
 	@command -v uv >/dev/null || { echo 'make: uv is not on PATH: pip install uv' >&2; exit 1; }
 	$(LOCK) --group build --output-file requirements.lock
 	$(LOCK) --group dev --all-extras --constraint requirements.lock --output-file requirements-dev.lock
+
+reference: $(VENV)/development ## Write docs/reference.md from the protos
+	$(BIN)/python -m tests.contract_reference docs/reference.md
 
 contract: $(VENV)/development ## Take the protos as released: later ones are compared with them
 	$(BIN)/python -m tests.contract_image

@@ -46,8 +46,9 @@ def _end(connection: Connection, cursor: Any, statement: str, *_: Any) -> None: 
 
 
 def _fail(failure: ExceptionContext) -> None:
-    if failure.statement and failure.connection:
-        _tell(failure.statement, perf_counter() - failure.connection.info[_BEGAN])
+    began = failure.connection and failure.connection.info.pop(_BEGAN, None)
+    if failure.statement and began:
+        _tell(failure.statement, perf_counter() - began)
 
 
 def _tell(statement: str, seconds: float) -> None:

@@ -17,7 +17,7 @@ from roster.v1.users_pb2 import BulkCreateUsersRequest, ExportUsersRequest, GetU
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
 from service.settings import Settings
-from service.users.repository import UserRepository
+from service.users.reader import UserReader
 from tests.errors import refusal
 
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -43,14 +43,14 @@ async def server(sqlite_url: str, limits: dict[str, Any]) -> AsyncIterator[Serve
 async def held(users: UserServiceStub, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[asyncio.Event]:
     """A GetUser in flight until the event is set."""
     begun, may_end = asyncio.Event(), asyncio.Event()
-    get_by = UserRepository.get_by
+    get = UserReader.get
 
-    async def waiting(repository: UserRepository, *conditions: Any) -> Any:
+    async def waiting(reader: UserReader, key: int | str) -> Any:
         begun.set()
         await may_end.wait()
-        return await get_by(repository, *conditions)
+        return await get(reader, key)
 
-    monkeypatch.setattr(UserRepository, "get_by", waiting)
+    monkeypatch.setattr(UserReader, "get", waiting)
     call = asyncio.ensure_future(refusal(users.GetUser(GetUserRequest(id=1))))
     await begun.wait()
     yield may_end

@@ -43,7 +43,9 @@ numbers = count()
 @pytest.fixture
 async def channel(database_url: str) -> AsyncIterator[grpc.aio.Channel]:
     """A channel to a server of the test's own."""
-    server = Server(Settings(database_url=database_url, listen="127.0.0.1:0"))
+    # Streams that are left behind are still open for a moment.
+    settings = Settings(database_url=database_url, listen="127.0.0.1:0", caller_streams=1000)
+    server = Server(settings)
     await server.start()
     async with grpc.aio.insecure_channel(server.address) as channel:
         yield channel

@@ -9,7 +9,9 @@ from sqlalchemy import Table, delete, insert, select
 
 from roster.v1.bulk_pb2 import BulkAck
 from service.bulk.streams import BulkStreams
+from service.caller import set_caller
 from service.db.engine import Database
+from service.policy import ANONYMOUS
 from service.posts.model import Post
 from service.users.model import User
 from tests.bulk_loads import LOADS
@@ -47,6 +49,7 @@ async def loaded(database: Database, load: Load) -> list[BulkAck]:
         for request in load.requests():
             yield request
 
+    set_caller(ANONYMOUS)
     events = BulkStreams(database).run(requests(), load.operation)
     async with aclosing(events):
         return [event.ack async for event in events if event.HasField("ack")]
