@@ -154,16 +154,17 @@ class Stream:
         counts = {name: getattr(load, name) for name in COUNTED}
         return summary_to_message(load.next_offset, counts, BulkLoad.State.ValueType(load.state))
 
-    async def close(self) -> None:
+    async def close(self, receiver: "asyncio.Task[None]") -> None:
         """Give up what is in hand; a commit that has begun is finished."""
-        tasks = []
+        tasks: list[asyncio.Task[Any]] = [receiver]
         while not self.slots.empty():
             slot = self.slots.get_nowait()
             if slot and slot.task:
-                slot.task.cancel()
                 tasks.append(slot.task)
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
         self._measured.closed()
+        await asyncio.gather(*tasks, return_exceptions=True)  # the last await: it can be cancelled too
 
     async def _take(self, request: Any) -> None:
         rows = getattr(request, self._operation.rows)

@@ -61,9 +61,7 @@ class BulkStreams:
             if not (stream.has_failed_too_often() or receiver.cancelled()):
                 await receiver  # raises what it ended with
         finally:
-            receiver.cancel()
-            await asyncio.gather(receiver, return_exceptions=True)
-            await stream.close()
+            await stream.close(receiver)
         yield await stream.summary(is_finished=False)
         if stream.has_failed_too_often():
             raise TooManyFailures("more rows failed than max_failures allows; what is acknowledged is in")
