@@ -20,6 +20,7 @@ from service.db.base import MAX_ID
 from service.errors import InvalidField, InvalidMask, TooLarge, Violation
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND = timedelta(microseconds=1)
 MIN_SECONDS, MAX_SECONDS = -62_135_596_800, 253_402_300_799  # years 1 to 9999
 MAX_NANOS = 999_999_999
 MAX_IDS = 1000
@@ -136,7 +137,8 @@ def check_ids(ids: Sequence[int]) -> list[int]:
         raise TooLarge(f"ids has more than {MAX_IDS:,} entries; ask in several calls", field="ids")
     with checking() as violations:
         for position, number in enumerate(ids):
-            violations.add(f"ids[{position}]", wrong_id(number))
+            if wrong := wrong_id(number):
+                violations.add(f"ids[{position}]", wrong)
         if not ids:
             violations.add("ids", f"is required: 1 to {MAX_IDS:,} ids")
     return list(dict.fromkeys(ids))
@@ -207,10 +209,11 @@ def datetime_from(moment: Timestamp) -> datetime:
     return EPOCH + timedelta(seconds=moment.seconds, microseconds=moment.nanos // 1000)
 
 
-def timestamp(moment: datetime) -> Any:
-    """Return a time as the fields of a Timestamp: 0.5 µs, where making the message takes 0.9."""
-    since = moment - EPOCH
-    return {"seconds": since.days * 86_400 + since.seconds, "nanos": since.microseconds * 1000}
+def timestamp(moment: datetime | int) -> Any:
+    """Return a time, or its microseconds since 1970, as the fields of a Timestamp."""
+    since = moment if isinstance(moment, int) else (moment - EPOCH) // MICROSECOND
+    seconds, microseconds = divmod(since, 1_000_000)
+    return {"seconds": seconds, "nanos": microseconds * 1000}
 
 
 def check_choice(number: int, enum: Any, field: str) -> None:

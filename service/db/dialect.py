@@ -5,7 +5,19 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
-from sqlalchemy import ARRAY, Integer, Subquery, bindparam, column, func, select
+from sqlalchemy import (
+    ARRAY,
+    JSON,
+    BigInteger,
+    ColumnElement,
+    Dialect,
+    Integer,
+    Subquery,
+    bindparam,
+    column,
+    func,
+    select,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.compiler import compiles
@@ -37,6 +49,14 @@ def listed(session: AsyncSession, values: Sequence[int] | Sequence[str], kind: T
     array = bindparam(None, values, type_=ARRAY(kind), unique=True)
     rows = func.unnest(array).table_valued(column("value", kind), with_ordinality="position").render_derived()
     return select(rows.c.value, rows.c.position).subquery()
+
+
+def is_one_of_keys(column: InstrumentedAttribute[Any], dialect: Dialect) -> ColumnElement[bool]:
+    """Return that a column is one of the list that is the parameter `keys`."""
+    if dialect.name == "sqlite":
+        each = func.json_each(bindparam("keys", type_=JSON)).table_valued("value")
+        return column.in_(select(each.c.value))
+    return column == func.any(bindparam("keys", type_=ARRAY(column.type)))
 
 
 async def matched(
@@ -76,3 +96,21 @@ def _octets(element: octets, compiler: Any, **options: Any) -> str:
 @compiles(octets, "sqlite")
 def _octets_sqlite(element: octets, compiler: Any, **options: Any) -> str:
     return f"length(CAST({compiler.process(element.clauses, **options)} AS BLOB))"
+
+
+class microseconds(FunctionElement[int]):  # noqa: N801  (reads as SQL)
+    """A time as microseconds since 1970: a datetime takes a µs to make, and half of one to take apart."""
+
+    type = BigInteger()
+    inherit_cache = True
+
+
+@compiles(microseconds)
+def _microseconds(element: microseconds, compiler: Any, **options: Any) -> str:
+    return f"(extract(epoch FROM {compiler.process(element.clauses, **options)}) * 1000000)::bigint"
+
+
+@compiles(microseconds, "sqlite")
+def _microseconds_sqlite(element: microseconds, compiler: Any, **options: Any) -> str:
+    time = compiler.process(element.clauses, **options)  # always with six digits of a fraction
+    return f"(strftime('%s', substr({time}, 1, 19)) * 1000000 + substr({time}, 21))"

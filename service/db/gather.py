@@ -1,28 +1,33 @@
 """Gather: concurrent look-ups of single rows in one statement."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Mapping, Sequence
+from contextvars import Context
 from copy import copy
-from functools import partial
-from operator import attrgetter
+from itertools import accumulate, takewhile
+from operator import itemgetter
+from time import perf_counter
 from typing import Any
 
-import asyncpg
-from sqlalchemy import ARRAY, bindparam, func, select
-from sqlalchemy.dialects import postgresql
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import InstrumentedAttribute
 
+from service.db.dialect import is_one_of_keys
+from service.db.driver import DriverQuery
 from service.db.engine import Database
+from service.db.statements import tell
 from service.errors import RosterError
+from service.metrics import GATHERED_READS
 
-MAX_KEYS = 100  # contents of 1 MiB each may come back
+# Contents of 1 MiB each may come back; those who ask for many at once ask for small rows.
+MAX_KEYS = 100
 # A connection is kept while calls come; then it goes back to the pool, where others wait for one.
 MAX_STATEMENTS = 100
 
 Column = InstrumentedAttribute[Any]
-Waiting = tuple[Any, asyncio.Future[Any]]
-Fetch = Callable[[Sequence[Any]], Awaitable[Sequence[Any]]]
+Rows = Mapping[Any, Any]
+Waiting = tuple[Sequence[Any], asyncio.Future[Rows]]
 
 
 class Gather:
@@ -32,28 +37,36 @@ class Gather:
     that all its callers have left is cancelled.
     """
 
-    def __init__(self, database: Database, key: Column, columns: Sequence[Column]) -> None:
+    def __init__(self, database: Database, key: Column, columns: Sequence[Any]) -> None:
+        dialect = database.engine.dialect
         self._database = database
-        self._lookup = _Lookup(key, columns)
-        self._key_of = attrgetter(key.key)
+        self._query = DriverQuery(select(*columns).where(is_one_of_keys(key, dialect)), dialect)
+        self._key_of = itemgetter([column.key for column in columns].index(key.key))
         self._waiting: list[Waiting] = []
         self._in_flight: list[Waiting] = []
         self._task: asyncio.Task[None] | None = None
 
     async def get(self, key: Any) -> Any | None:
-        """Return the columns of the row with this key, None where there is none.
+        """Return the columns of the row with this key, None where there is none; raises as `get_many`."""
+        return (await self.get_many([key])).get(key)
+
+    async def get_many(self, keys: Sequence[Any]) -> Rows:
+        """Return the columns of the rows with these keys, and perhaps others, by their keys.
 
         Raises what `Database.read()` does, each caller an error of its own.
         """
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiting.append((key, future))
+        future: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()
+        self._waiting.append((keys, future))
         if self._task is None:
             self._start()
+        began = perf_counter()
         try:
             return await future
         except asyncio.CancelledError:
             self._cancel_where_all_left()
             raise
+        finally:
+            tell(self._query.sql, perf_counter() - began)
 
     async def close(self) -> None:
         """Cancel what is under way, and wait for its end."""
@@ -61,41 +74,48 @@ class Gather:
             future.cancel()
         self._waiting = []
         if self._task:
-            self._task.cancel()
+            self._cancel(self._task)
             await asyncio.wait([self._task])
 
     def _start(self) -> None:
-        self._task = asyncio.create_task(self._run())
+        # In no call's context: what it does is for many.
+        self._task = asyncio.create_task(self._run(), context=Context())
         self._task.add_done_callback(self._ended)
 
     async def _run(self) -> None:
         async with self._database.read() as session:
             connection = await session.connection()
-            try:
-                fetch = await self._lookup.on(connection)
-                for _ in range(MAX_STATEMENTS):
-                    if not self._waiting:
-                        return
-                    await self._answer(fetch)
-            except BaseException:
-                # SQLAlchemy doesn't see what the driver does: a broken connection would go back to the pool.
-                await connection.invalidate()
-                raise
+            for _ in range(MAX_STATEMENTS):
+                if not self._waiting:
+                    return
+                await self._answer(connection)
 
-    async def _answer(self, fetch: Fetch) -> None:
-        self._in_flight, self._waiting = self._waiting[:MAX_KEYS], self._waiting[MAX_KEYS:]
-        keys = {key for key, future in self._in_flight if not future.done()}
-        rows = {self._key_of(row): row for row in await fetch(list(keys))} if keys else {}
-        for key, future in self._in_flight:
+    async def _answer(self, connection: AsyncConnection) -> None:
+        self._take()
+        GATHERED_READS.observe(len(self._in_flight))
+        keys = {key for asked, future in self._in_flight if not future.done() for key in asked}
+        found = await self._query.rows(connection, keys=list(keys)) if keys else []
+        rows = {self._key_of(row): row for row in found}
+        for _, future in self._in_flight:
             if not future.done():
-                future.set_result(rows.get(key))
+                future.set_result(rows)
         self._in_flight = []
+
+    def _take(self) -> None:
+        """Put callers in flight until they have keys enough."""
+        ends = accumulate(len(keys) for keys, _ in self._waiting)
+        count = 1 + sum(1 for end in takewhile(MAX_KEYS.__gt__, ends))
+        self._in_flight, self._waiting = self._waiting[:count], self._waiting[count:]
 
     def _cancel_where_all_left(self) -> None:
         callers = self._in_flight or self._waiting
         task = self._task
-        # A second cancel would cut off the first one's cleaning up.
-        if task and not task.cancelling() and all(future.cancelled() for _, future in callers):
+        if task and all(future.cancelled() for _, future in callers):
+            self._cancel(task)
+
+    @staticmethod
+    def _cancel(task: "asyncio.Task[None]") -> None:
+        if not task.cancelling():  # a second cancel would cut off the first one's cleaning up
             task.cancel()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -110,43 +130,6 @@ class Gather:
         self._task = None
         if self._waiting:
             self._start()
-
-
-class _Record(asyncpg.Record):
-    """A row whose columns are attributes, as SQLAlchemy's are."""
-
-    def __getattr__(self, name: str) -> Any:
-        return self[name]
-
-
-class _Lookup:
-    """The statement, in each database's way."""
-
-    def __init__(self, key: Column, columns: Sequence[Column]) -> None:
-        self._select = select(*columns).where(key.in_(bindparam("keys", expanding=True)))
-        # The driver itself: through SQLAlchemy a statement costs 250 µs more, and often answers two calls.
-        array = bindparam("keys", type_=ARRAY(key.type))
-        statement = select(*columns).where(key == func.any(array))
-        self._sql = str(
-            statement.compile(dialect=postgresql.asyncpg.dialect())  # type: ignore[no-untyped-call]
-        )
-
-    async def on(self, connection: AsyncConnection) -> Fetch:
-        """Return what looks keys up on a connection."""
-        if connection.dialect.name == "sqlite":
-            return partial(self._through_sqlalchemy, connection)
-        driver: Any = (await connection.get_raw_connection()).driver_connection
-        return partial(self._through_asyncpg, driver)
-
-    async def _through_sqlalchemy(self, connection: AsyncConnection, keys: Sequence[Any]) -> Sequence[Any]:
-        return (await connection.execute(self._select, {"keys": keys})).all()
-
-    async def _through_asyncpg(self, driver: Any, keys: Sequence[Any]) -> Sequence[Any]:
-        try:
-            found: Sequence[Any] = await driver.fetch(self._sql, keys, record_class=_Record)
-        except asyncpg.InterfaceError as error:  # it was closed before the statement went out
-            raise ConnectionError(str(error)) from error
-        return found
 
 
 def _own(error: BaseException) -> Exception:

@@ -1,12 +1,15 @@
 """A listing: what a request's filter, order and token say, as the parts of a query."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement
+from sqlalchemy import ColumnElement, bindparam
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from service.db.base import BigInt
+from service.db.driver import DriverQuery
 from service.db.engine import Database
 from service.db.filters import condition, parse_order
 from service.db.paging import Keyset, Page, decode_token, encode_token, fingerprint, page_size
@@ -73,12 +76,29 @@ async def batches(
 ) -> AsyncGenerator[Sequence[Any]]:
     """Yield the columns of every row that meets the conditions, in id order, some rows at a time.
 
-    Each batch is read by a session of its own, so that a slow reader holds no connection.
+    Each batch is read by a session of its own, so that a slow reader holds no connection; one batch is
+    read while the one before it is written.
     """
-    after: Sequence[Any] | None = [after_id]
-    while after is not None:
+    async with database.read() as session:  # connects with the first statement only
+        reader = repository(session).as_columns()
+    keyset = reader.by_id()
+    after = bindparam("after", type_=BigInt)
+    page = reader.select_page(*conditions, keyset=keyset, after=[after], limit=limit)
+    query = DriverQuery(page, database.engine.dialect)
+
+    async def read(after: int) -> Page[Any]:
         async with database.read() as session:
-            page = await repository(session).as_columns().list(*conditions, after=after, limit=limit)
-        if page.rows:
-            yield page.rows
-        after = page.next_key
+            found = await query.rows(await session.connection(), after=after)
+        return reader.page_of(found, keyset, limit)
+
+    reading = asyncio.create_task(read(after_id))
+    try:
+        while (found := await reading).rows:
+            if found.next_key:
+                reading = asyncio.create_task(read(*found.next_key))
+            yield found.rows
+            if not found.next_key:
+                return
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)

@@ -18,6 +18,7 @@ from sqlalchemy import ColumnElement, FromClause, tuple_
 
 from service.db.base import MAX_ID, UtcDateTime
 from service.errors import InvalidField, InvalidPageToken
+from service.fields import EPOCH, MICROSECOND
 
 VERSION = b"\x01"
 FINGERPRINT_BYTES = 8
@@ -49,6 +50,10 @@ class Keyset:
     def of(self, rows: FromClause) -> "Keyset":
         """Return the same order of a subquery's rows."""
         return Keyset([rows.c[column.key] for column in self.columns if column.key], self.descending)
+
+    def key_of(self, row: Any) -> list[Any]:
+        """Return the sort key of a row, of an entity or of columns, as a token has it."""
+        return [_as_sent(getattr(row, str(column.key)), column) for column in self.columns]
 
     def after(self, key: Sequence[Any]) -> ColumnElement[bool]:
         """Return that a row comes after the key: one row comparison, since OR would not use the index."""
@@ -103,6 +108,12 @@ def decode_token(listing: bytes, token: str, columns: Sequence[ColumnElement[Any
 
 def _written(raw: bytes) -> str:
     return base64.urlsafe_b64encode(raw).decode().rstrip("=")
+
+
+def _as_sent(value: Any, column: ColumnElement[Any]) -> Any:
+    if isinstance(column.type, UtcDateTime) and isinstance(value, int):
+        return EPOCH + value * MICROSECOND
+    return value
 
 
 def _typed(value: Any, column: ColumnElement[Any]) -> Any:

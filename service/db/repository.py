@@ -1,6 +1,7 @@
 """Repository: what every entity has. It is given a session and never commits."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 from sqlalchemy import (
@@ -18,11 +19,10 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import InstrumentedAttribute
 from sqlalchemy.sql.base import ExecutableOption
 
-from service.db.base import BigInt, Entity, now
-from service.db.dialect import listed
+from service.db.base import BigInt, Entity, UtcDateTime, now
+from service.db.dialect import listed, microseconds
 from service.db.paging import Keyset, Page
 from service.errors import NotFound, RosterError, VersionMismatch
 
@@ -51,7 +51,7 @@ class Repository(Generic[ModelT]):
 
     def as_columns(self) -> Self:
         """Let `get_many` and `list` return rows of columns, which cost half of what entities do."""
-        self.shows = shown(self.model)
+        self.shows = shown(self.model)  # type: ignore[arg-type]  # a type is hashable
         return self
 
     async def get(self, id: int) -> ModelT:
@@ -100,14 +100,30 @@ class Repository(Generic[ModelT]):
 
         A page has at most `limit` rows, and fewer where the answer would be too large.
         """
-        keyset = keyset or Keyset([self.model.__table__.c.id])
+        keyset = keyset or self.by_id()
+        statement = self.select_page(*conditions, keyset=keyset, after=after, limit=limit)
+        found = (await self.session.execute(statement)).all()
+        page = self.page_of(found, keyset, limit)
+        await self._complete(page.rows)
+        return page
+
+    @classmethod
+    def by_id(cls) -> Keyset:
+        """Return the order by id."""
+        return Keyset([cls.model.__table__.c.id])
+
+    def select_page(
+        self,
+        *conditions: ColumnExpressionArgument[bool],
+        keyset: Keyset,
+        after: Sequence[Any] | None,
+        limit: int,
+    ) -> Select[Any]:
+        """Return the statement of a page: one row more than its limit tells whether another follows."""
         if after is not None:
             conditions = (*conditions, keyset.after(after))
-        # One row more than asked for tells whether another page follows.
         if self.size is None:
-            statement = self._select().where(*conditions).order_by(*keyset.order()).limit(limit + 1)
-            found = self._shown((await self.session.execute(statement)).all())
-            return await self._page(found[:limit], keyset, more=len(found) > limit)
+            return self._select().where(*conditions).order_by(*keyset.order()).limit(limit + 1)
         candidates = (
             select(self.model.id.label("value"), *keyset.columns, self.size.label("size"))
             .where(*conditions)
@@ -117,9 +133,15 @@ class Repository(Generic[ModelT]):
         )
         fitting = _fitting(candidates, keyset.of(candidates).order())
         statement = self._select().join(fitting, fitting.c.value == self.model.id).order_by(*keyset.order())
-        found = (await self.session.execute(statement.add_columns(fitting.c.total))).all()
+        return statement.add_columns(fitting.c.total)
+
+    def page_of(self, found: Sequence[Any], keyset: Keyset, limit: int) -> Page[Any]:
+        """Return what the statement of a page found as that page."""
+        if not found:
+            return Page([], None)
         rows = self._shown(found)[:limit]
-        return await self._page(rows, keyset, more=bool(found) and found[0].total > len(rows))
+        total = len(found) if self.size is None else found[0].total
+        return Page(rows, keyset.key_of(rows[-1]) if total > len(rows) else None)
 
     async def create(self, values: Mapping[str, Any]) -> ModelT:
         """Insert a row and return it."""
@@ -169,17 +191,21 @@ class Repository(Generic[ModelT]):
     def _shown(self, rows: Sequence[Any]) -> Sequence[Any]:
         return [row[0] for row in rows] if self.shows == (self.model,) else rows
 
-    async def _page(self, rows: Sequence[ModelT], keyset: Keyset, *, more: bool) -> Page[ModelT]:
-        await self._complete(rows)
-        return Page(rows, [getattr(rows[-1], str(column.key)) for column in keyset.columns] if more else None)
-
     async def _complete(self, rows: Sequence[ModelT]) -> None:
         """Load what the options can't, with one statement for all rows."""
 
 
-def shown(model: type[Entity]) -> list[InstrumentedAttribute[Any]]:
-    """Return the columns that are read unless more is asked for: all but the deferred ones."""
-    return [column.class_attribute for column in inspect(model).column_attrs if not column.deferred]
+@cache
+def shown(model: Any) -> Sequence[Any]:
+    """Return the columns that are read unless more is asked for: all but the deferred ones.
+
+    Times come as microseconds since 1970.
+    """
+    attributes = [column.class_attribute for column in inspect(model).column_attrs if not column.deferred]
+    return [
+        microseconds(column).label(column.key) if isinstance(column.type, UtcDateTime) else column
+        for column in attributes
+    ]
 
 
 def _fitting(candidates: Subquery, order: Sequence[ColumnElement[Any]]) -> Subquery:

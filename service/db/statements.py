@@ -34,7 +34,12 @@ def measured(statement: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _tell(statement, perf_counter() - began)
+        _observe(statement, perf_counter() - began)
+
+
+def _observe(statement: str, seconds: float) -> None:
+    _BY_OPERATION.get(statement.partition(" ")[0], _OTHER).observe(seconds)
+    tell(statement, seconds)
 
 
 def _begin(connection: Connection, *_: Any) -> None:
@@ -42,16 +47,16 @@ def _begin(connection: Connection, *_: Any) -> None:
 
 
 def _end(connection: Connection, cursor: Any, statement: str, *_: Any) -> None:  # noqa: ARG001
-    _tell(statement, perf_counter() - connection.info[_BEGAN])
+    _observe(statement, perf_counter() - connection.info[_BEGAN])
 
 
 def _fail(failure: ExceptionContext) -> None:
     began = failure.connection and failure.connection.info.pop(_BEGAN, None)
     if failure.statement and began:
-        _tell(failure.statement, perf_counter() - began)
+        _observe(failure.statement, perf_counter() - began)
 
 
-def _tell(statement: str, seconds: float) -> None:
-    _BY_OPERATION.get(statement.partition(" ")[0], _OTHER).observe(seconds)
+def tell(statement: str, seconds: float) -> None:
+    """Tell whoever listens for the call in hand what it waited for."""
     for listener in LISTENERS.get():
         listener(statement, seconds)

@@ -23,8 +23,8 @@ from service.posts.convert import (
     WRITABLE,
     post_batch_from_messages,
     post_changes_from_message,
+    post_fields,
     post_from_message,
-    post_row_to_message,
     post_to_message,
 )
 from service.posts.model import Post
@@ -73,7 +73,7 @@ class PostServicer(PostServiceServicer):
     async def GetPost(self, request: pb.GetPostRequest, context: Context) -> PostMessage:
         id = check_id(request.id)
         if not _with_author(request.view):
-            return post_row_to_message(await self.reader.get(id))
+            return PostMessage(**post_fields(await self.reader.get(id)))
         async with self.database.read() as session:
             post = await PostRepository(session, with_author=True).get(id)
         return post_to_message(post, with_author=True)
@@ -146,7 +146,7 @@ class PostServicer(PostServiceServicer):
         rows = batches(self.database, PostRepository, conditions, request.after_id, limit)
         async with aclosing(rows):
             async for posts in rows:
-                yield pb.ExportPostsResponse(posts=map(post_row_to_message, posts), last_id=posts[-1].id)
+                yield pb.ExportPostsResponse(posts=map(post_fields, posts), last_id=posts[-1].id)
 
 
 def _with_author(view: int) -> bool:
@@ -161,4 +161,4 @@ def _repository(session: AsyncSession, *, with_author: bool) -> PostRepository:
 
 
 def _to_message(*, with_author: bool) -> Callable[[Any], PostMessage]:
-    return partial(post_to_message, with_author=True) if with_author else post_row_to_message
+    return partial(post_to_message, with_author=True) if with_author else post_fields

@@ -1,5 +1,6 @@
 """UserReader: single users, many concurrent look-ups in one statement."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from service.db.engine import Database
@@ -25,6 +26,10 @@ class UserReader:
         if user is None:
             raise UserRepository.missing()
         return user
+
+    async def get_many(self, ids: Sequence[int]) -> Mapping[int, Any]:
+        """Return users' columns by id, of those that are there; there may be others."""
+        return await self._users[int].get_many(ids)
 
     async def password_hash(self, key: int | str) -> tuple[int, str]:
         """Return id and hash of an active user with a password, otherwise (0, "")."""

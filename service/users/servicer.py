@@ -28,8 +28,8 @@ from service.users.convert import (
     key_from_message,
     user_batch_from_messages,
     user_changes_from_message,
+    user_fields,
     user_from_message,
-    user_row_to_message,
     user_to_message,
 )
 from service.users.model import User
@@ -83,7 +83,7 @@ class UserServicer(UserServiceServicer):
     async def GetUser(self, request: pb.GetUserRequest, context: Context) -> UserMessage:
         key = key_from_message(request)
         if not _with_posts(request.view):
-            return user_row_to_message(await self.reader.get(key))
+            return UserMessage(**user_fields(await self.reader.get(key)))
         async with self.database.read() as session:
             user = await UserRepository(session, with_posts=True).get_by(_is_key(key))
         return user_to_message(user, with_posts=True)
@@ -92,12 +92,16 @@ class UserServicer(UserServiceServicer):
         self, request: pb.BatchGetUsersRequest, context: Context
     ) -> pb.BatchGetUsersResponse:
         ids = check_ids(request.ids)
-        with_posts = _with_posts(request.view)
+        if not _with_posts(request.view):
+            rows = await self.reader.get_many(ids)
+            return pb.BatchGetUsersResponse(
+                users=[user_fields(rows[id]) for id in ids if id in rows],
+                missing_ids=[id for id in ids if id not in rows],
+            )
         async with self.database.read() as session:
-            found = await _repository(session, with_posts=with_posts).get_many(ids)
-        to_message = _to_message(with_posts=with_posts)
+            found = await UserRepository(session, with_posts=True).get_many(ids)
         return pb.BatchGetUsersResponse(
-            users=[to_message(user) for user in found if user],
+            users=[user_to_message(user, with_posts=True) for user in found if user],
             missing_ids=[id for id, user in zip(ids, found, strict=False) if not user],
             remaining_ids=ids[len(found) :],
         )
@@ -167,7 +171,7 @@ class UserServicer(UserServiceServicer):
         rows = batches(self.database, UserRepository, conditions, request.after_id, limit)
         async with aclosing(rows):
             async for users in rows:
-                yield pb.ExportUsersResponse(users=map(user_row_to_message, users), last_id=users[-1].id)
+                yield pb.ExportUsersResponse(users=map(user_fields, users), last_id=users[-1].id)
 
     async def _hashed(self, values: dict[str, Any]) -> dict[str, Any]:
         if "hashed_password" in values:
@@ -182,7 +186,7 @@ class UserServicer(UserServiceServicer):
             user = await self.reader.get(id)
         except UserNotFound:  # deleted in between
             return pb.VerifyPasswordResponse()
-        return pb.VerifyPasswordResponse(valid=True, user=user_row_to_message(user))
+        return pb.VerifyPasswordResponse(valid=True, user=user_fields(user))
 
 
 def _is_key(key: int | str) -> ColumnElement[bool]:
@@ -201,4 +205,4 @@ def _repository(session: AsyncSession, *, with_posts: bool) -> UserRepository:
 
 
 def _to_message(*, with_posts: bool) -> Callable[[Any], UserMessage]:
-    return partial(user_to_message, with_posts=True) if with_posts else user_row_to_message
+    return partial(user_to_message, with_posts=True) if with_posts else user_fields

@@ -1,25 +1,26 @@
 """Exports: every row once, in id order, in messages that are never too large."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import pytest
-from sqlalchemy import Engine, event, func, select, text
+from sqlalchemy import func, select, text
 
 from roster.v1.posts_pb2 import ExportPostsRequest, ExportPostsResponse, ListPostsRequest
 from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.users_pb2 import ExportUsersRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
+from service.db.driver import DriverQuery
 from service.server import Server
 from service.settings import Settings
 from tests.rows import add_posts, add_users
 
 MIB = 1 << 20
 MAX_ANSWER_BYTES = 3 * MIB
+# A statement that is still under way is in a transaction as well, but not idle.
 IN_TRANSACTION = text(
-    "datname = current_database() AND xact_start IS NOT NULL AND query LIKE '%FROM posts%'"
-    " AND pid <> pg_backend_pid()"
+    "datname = current_database() AND state LIKE 'idle in transaction%' AND query LIKE '%FROM posts%'"
 )
 
 
@@ -95,21 +96,21 @@ async def test_an_export_holds_no_connection_while_it_waits_for_its_reader(
 
 
 @pytest.fixture
-def statements() -> Iterator[list[str]]:
+def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The statements that read posts."""
     executed: list[str] = []
+    fetched = DriverQuery._fetched
 
-    def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
-        if "FROM posts" in statement:
-            executed.append(statement)
+    async def noted(query: DriverQuery, *arguments: Any) -> Any:
+        executed.append(query.sql)
+        return await fetched(query, *arguments)
 
-    event.listen(Engine, "before_cursor_execute", note)
-    yield executed
-    event.remove(Engine, "before_cursor_execute", note)
+    monkeypatch.setattr(DriverQuery, "_fetched", noted)
+    return executed
 
 
 async def posts_in_transactions(server: Server) -> int:
-    """Return how many connections have a transaction open, or a statement under way, for posts."""
+    """Return how many connections hold a transaction in which posts were read."""
     async with server.database.read() as session:
         count = select(func.count()).select_from(text("pg_stat_activity")).where(IN_TRANSACTION)
         return int(await session.scalar(count) or 0)

@@ -1,6 +1,7 @@
 """Single reads that come together share a statement, and nothing else."""
 
 import asyncio
+import json
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, closing
@@ -14,8 +15,10 @@ from sqlalchemy import make_url, text, update
 
 from roster.v1 import posts_pb2, posts_pb2_grpc, resources_pb2, users_pb2, users_pb2_grpc
 from service.db import gather
+from service.db.driver import DriverQuery
 from service.db.engine import Database
 from service.errors import DatabaseUnavailable, PoolExhausted, PostNotFound, RosterError, UserNotFound
+from service.fields import EPOCH, MICROSECOND
 from service.posts.reader import PostReader
 from service.server import Server
 from service.settings import Settings
@@ -34,25 +37,25 @@ class Gate:
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     opened: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def through(self, fetch: gather.Fetch, keys: Any) -> Any:
-        found = await fetch(keys)
+    async def noted(self, keys: list[Any]) -> None:
         self.keys.append(sorted(keys))
         if self.held.intersection(keys):
             self.arrived.set()
             await self.opened.wait()
-        return found
 
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
     """The gate before which the answers of all statements wait."""
-    gate, on = Gate(), gather._Lookup.on
+    gate, fetched = Gate(), DriverQuery._fetched
 
-    async def gated(lookup: Any, connection: Any) -> gather.Fetch:
-        fetch = await on(lookup, connection)
-        return lambda keys: gate.through(fetch, keys)
+    async def gated(query: DriverQuery, driver: Any, bound: Any) -> Any:
+        found = await fetched(query, driver, bound)
+        keys = bound[0]
+        await gate.noted(json.loads(keys) if isinstance(keys, str) else keys)
+        return found
 
-    monkeypatch.setattr(gather._Lookup, "on", gated)
+    monkeypatch.setattr(DriverQuery, "_fetched", gated)
     return gate
 
 
@@ -74,14 +77,15 @@ async def errors_of(calls: list[Awaitable[Any]]) -> list[Any]:
 
 
 async def test_a_user_is_found_by_id_and_by_email(database: Database, users: UserReader) -> None:
-    """The columns that are shown, by either key."""
+    """The columns that are shown, by either key; times are microseconds."""
     (id,) = await add_users(database, full_name="Ada")
     found = [await users.get(id), await users.get("user0@example.org")]
     assert [(user.id, user.email, user.full_name, user.is_active, user.version) for user in found] == [
         (id, "user0@example.org", "Ada", True, 1)
     ] * 2
-    assert found[0].created_at == found[1].created_at
-    assert found[0].created_at.utcoffset().total_seconds() == 0
+    async with database.read() as session:
+        stored = await UserRepository(session).get(id)
+    assert [EPOCH + user.created_at * MICROSECOND for user in found] == [stored.created_at] * 2
 
 
 async def test_a_post_is_found_by_id(database: Database) -> None:
@@ -129,6 +133,20 @@ async def test_calls_that_come_together_share_a_statement(
     found = await asyncio.gather(*(users.get(id) for id in ids + ids[:1]))
     assert [user.id for user in found] == ids + ids[:1]
     assert gate.keys == [ids[:100], [ids[0], *ids[100:]]]
+
+
+async def test_many_asked_for_at_once_are_not_parted(
+    database: Database, users: UserReader, gate: Gate
+) -> None:
+    """They come with one statement, and others with them until there are a hundred."""
+    ids = await add_users(database, 150)
+    single, many, late = await asyncio.gather(
+        users.get(ids[0]), users.get_many([*ids[1:], 4711]), users.get(ids[1])
+    )
+    assert (single.id, late.id) == (ids[0], ids[1])
+    assert [many[id].id for id in ids[1:]] == ids[1:]
+    assert 4711 not in many
+    assert gate.keys == [sorted([*ids, 4711]), ids[1:2]]
 
 
 async def test_a_call_sees_what_was_committed_before_it(

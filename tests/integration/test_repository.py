@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from sqlalchemy import delete, insert
@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from service.db.engine import Database
 from service.db.paging import Keyset
 from service.errors import UserNotFound, VersionMismatch
+from service.fields import EPOCH, MICROSECOND
 from service.users.model import User
 from service.users.repository import SORTABLE, UserRepository
 from tests.rows import add_users
@@ -87,6 +88,27 @@ async def test_gets_many_in_the_order_asked_with_none_for_the_missing(database: 
 async def test_gets_none_of_no_ids(users: UserRepository) -> None:
     """Nothing asked, nothing answered."""
     assert await users.get_many([]) == []
+
+
+@pytest.mark.parametrize(
+    "time",
+    [
+        datetime(1, 1, 1, tzinfo=UTC),
+        datetime(1969, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC),
+        THEN,
+        datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC),
+    ],
+)
+async def test_a_time_among_columns_is_its_microseconds(database: Database, time: datetime) -> None:
+    """To the last one, in any year, and before 1970 too; a page's key is the time itself."""
+    ids = await add_users(database, 2, created_at=time)
+    keyset = Keyset(SORTABLE["created_at"])
+
+    async with database.read() as session:
+        page = await UserRepository(session).as_columns().list(keyset=keyset, limit=1)
+    (row,) = cast("list[Any]", page.rows)
+    assert EPOCH + row.created_at * MICROSECOND == time
+    assert page.next_key == [time, ids[0]]
 
 
 async def test_an_update_changes_what_it_names_and_counts_the_version(database: Database) -> None:

@@ -40,7 +40,7 @@ from roster.v1.users_pb2 import (
     VerifyPasswordRequest,
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.db.gather import _Lookup
+from service.db.driver import DriverQuery
 from service.server import Server
 from service.settings import Settings
 from tests.rows import add_posts, add_users
@@ -82,13 +82,13 @@ async def api(request: pytest.FixtureRequest, server: Server) -> AsyncIterator[A
 def statements(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The statements that are executed, through SQLAlchemy or by the driver itself."""
     executed: list[str] = []
-    driver = _Lookup._through_asyncpg
+    fetched = DriverQuery._fetched
 
-    async def noted(lookup: _Lookup, *arguments: Any) -> Any:
-        executed.append(lookup._sql)
-        return await driver(lookup, *arguments)
+    async def noted(query: DriverQuery, *arguments: Any) -> Any:
+        executed.append(query.sql)
+        return await fetched(query, *arguments)
 
-    monkeypatch.setattr(_Lookup, "_through_asyncpg", noted)
+    monkeypatch.setattr(DriverQuery, "_fetched", noted)
 
     def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
         if not statement.startswith(NOT_COUNTED):

@@ -1,0 +1,64 @@
+"""DriverQuery: a select of columns, compiled once and asked of the driver itself.
+
+Through SQLAlchemy a statement takes 250 µs more, and on SQLite four turns of the driver's thread, not one.
+"""
+
+from collections import namedtuple
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import asyncpg
+from sqlalchemy import BindParameter, Dialect, Select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.db.statements import measured
+
+
+class DriverQuery:
+    """A select whose rows come as the driver has them: columns as attributes, SQLite's booleans as 0 or 1."""
+
+    def __init__(self, statement: Select[Any], dialect: Dialect) -> None:
+        compiled: Any = statement.compile(dialect=dialect, compile_kwargs={"render_postcompile": True})
+        self.sql: str = compiled.string
+        self._parameters = [compiled.binds[name] for name in compiled.positiontup]
+        self._converted = [_conversion(parameter, dialect) for parameter in self._parameters]
+        self._is_sqlite = dialect.name == "sqlite"
+        names = [str(column.key) for column in statement.selected_columns]
+        row: Any = namedtuple("Row", names)  # type: ignore[misc]  # noqa: PYI024  (known at run time only)
+        self._as_row: Callable[[Any], Any] = row._make
+
+    async def rows(self, connection: AsyncConnection, **values: Any) -> Sequence[Any]:
+        """Return all rows, with these values for the parameters that were left open.
+
+        Raises the driver's errors; a connection that failed, or was cancelled, is not used again.
+        """
+        bound = [
+            convert(values.get(parameter.key, parameter.value))
+            for parameter, convert in zip(self._parameters, self._converted, strict=True)
+        ]
+        opened: Any = connection.sync_connection  # the way through the asynchronous one takes 18 µs
+        try:
+            with measured(self.sql):
+                return await self._fetched(opened.connection.driver_connection, bound)
+        except BaseException:
+            # SQLAlchemy doesn't see what the driver does: a broken connection would go back to the pool.
+            await connection.invalidate()
+            raise
+
+    async def _fetched(self, driver: Any, bound: Sequence[Any]) -> Sequence[Any]:
+        if self._is_sqlite:
+            return list(map(self._as_row, await driver.execute_fetchall(self.sql, bound)))
+        try:
+            found: Sequence[Any] = await driver.fetch(self.sql, *bound, record_class=_Record)
+        except asyncpg.InterfaceError as error:  # it was closed before the statement went out
+            raise ConnectionError(str(error)) from error
+        return found
+
+
+class _Record(asyncpg.Record):
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+def _conversion(parameter: BindParameter[Any], dialect: Dialect) -> Callable[[Any], Any]:
+    return parameter.type.dialect_impl(dialect).bind_processor(dialect) or (lambda value: value)
