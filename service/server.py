@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,6 +56,8 @@ CUT_OFF_SECONDS = 2  # of the grace, for calls that are cut off to say so and to
 
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_RECEIVED_BYTES),
+    # Of a connection: gRPC receives the message of a call before anybody can ask who calls.
+    ("grpc.max_concurrent_streams", 128),
     # Clients ping every 30 s, also between calls; half-open ones are found in 80 s instead of 2 h.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -91,7 +94,7 @@ class Server:
         watching = [*self.tracing, Logs(settings.slow_call), Metrics()]
         guarding = [Errors(), self.drain, auth, Limits(settings), Messages(), Audit()]
         self.server = grpc.aio.server(interceptors=[*watching, *guarding], options=options)
-        self.health_server = grpc.aio.server(options=options)
+        self.health_server = grpc.aio.server(interceptors=[Errors(), Messages()], options=options)
         services = [
             users_pb2.DESCRIPTOR.services_by_name["UserService"].full_name,
             posts_pb2.DESCRIPTOR.services_by_name["PostService"].full_name,
@@ -143,6 +146,8 @@ class Server:
         await self.health.stop()
         stopped = asyncio.create_task(self.server.stop(max(end - loop.time(), CUT_OFF_SECONDS)))
         self.bulk.drain()
+        # First for calls that gRPC has accepted and not yet handed on.
+        await asyncio.wait([stopped], timeout=max(end - loop.time() - CUT_OFF_SECONDS, 0))
         await self.drain.wait(end - loop.time() - CUT_OFF_SECONDS)
         self.drain.cut_off()
         await self.drain.wait(CUT_OFF_SECONDS)
@@ -152,12 +157,14 @@ class Server:
             await asyncio.wait([self._forgetting], timeout=CUT_OFF_SECONDS)  # it may be amid a commit
         await self.health_server.stop(1)  # its watches are ending
         await asyncio.to_thread(self._close_metrics)
-        for tracing in self.tracing:
-            await asyncio.to_thread(tracing.close)
         self.passwords.close()
         await self.users.close()
         await self.posts.close()
         await self.database.close()
+        for tracing in self.tracing:
+            closing = threading.Thread(target=tracing.close, daemon=True)  # a collector may never answer
+            closing.start()
+            await asyncio.to_thread(closing.join, CUT_OFF_SECONDS)
 
     async def _forget(self) -> None:
         """Drop, now and then, the answers and outcomes that were kept long enough."""

@@ -185,6 +185,8 @@ class Settings(BaseSettings):
     @field_validator("metrics_listen", "health_listen")
     @classmethod
     def _is_address_or_none(cls, value: str) -> str:
+        if value.startswith("unix:"):
+            raise ValueError("must be host:port, or empty")
         return value and cls._is_address(value)
 
     @field_validator("listen")

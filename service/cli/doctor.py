@@ -85,7 +85,7 @@ async def _examine(chosen: Settings, diagnosis: Diagnosis) -> None:
     database = Database(chosen)
     try:
         revision = await migrations.current(database.engine)
-        diagnosis.tell("database", "", f"{url.set(drivername=url.get_backend_name())!r} answers")
+        diagnosis.tell("database", "", f"{url.set(drivername=url.get_backend_name(), query={})!r} answers")
         diagnosis.tell("schema", trouble(revision), f"revision {revision}")
         await _compare_clocks(database, diagnosis)
     except (DBAPIError, OSError) as error:

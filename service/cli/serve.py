@@ -53,8 +53,9 @@ async def _run(chosen: Settings, *, is_worker: bool) -> int:
         stopping.set()
         for number in SIGNALS:  # a second one ends it at once
             loop.remove_signal_handler(number)
-        loop.remove_reader(sys.stdin)
-        if not is_worker:
+        if is_worker:
+            loop.remove_reader(sys.stdin)
+        else:
             click.echo("stopping: no new calls, those in flight are finished", err=True)
 
     for number in SIGNALS:
@@ -83,7 +84,7 @@ async def _serve(chosen: Settings, stopping: asyncio.Event, *, is_worker: bool) 
                 _announce(chosen, server.address)
         await stopping.wait()
     finally:
-        await server.stop(None if stopping.is_set() else 0)
+        await server.stop(None if server.address and stopping.is_set() else 0)
 
 
 async def _require_schema(database: Database, patience: float, stopping: asyncio.Event) -> None:

@@ -17,7 +17,8 @@ RETRIES = {
     "initialBackoff": "0.1s",
     "maxBackoff": "2s",
     "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE"],
+    # CANCELLED by the server, which is about to stop: calls that it has accepted and not begun.
+    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
 }
 OPTIONS = [
     ("grpc.max_send_message_length", 16 << 20),

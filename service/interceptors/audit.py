@@ -101,4 +101,4 @@ def _logged(method: str, target: int | str) -> Iterator[Entry]:
         raise
     finally:
         line = "%(method)s of %(target)r by %(caller)r: %(outcome)s %(counts)s"
-        log.info(line, fields := asdict(entry), extra=fields)
+        log.info(line, fields := asdict(entry), extra={"fields": fields})

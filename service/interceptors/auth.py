@@ -31,21 +31,24 @@ class Auth(Around):
     @asynccontextmanager
     async def around(self, method: str, context: Context) -> AsyncIterator[None]:
         try:
-            set_caller(self._admitted(method, context))
+            self._admit(method, context)
             yield
         except Refused as refused:
             log.warning("%s was refused for %s: %s", method, context.peer(), refused.cause)
             raise
 
-    def _admitted(self, method: str, context: Context) -> Caller:
+    def _admit(self, method: str, context: Context) -> None:
+        caller = self._caller(method, context)
+        set_caller(caller)
+        if method not in caller.rpcs and method not in HEALTH:
+            raise PermissionDenied.because(f"{caller.identity} has no role for it")
+
+    def _caller(self, method: str, context: Context) -> Caller:
         if self._policy is None:
             return ANONYMOUS
         if method in HEALTH:
             return NOBODY
-        caller = self._policy.current().caller(self._identity(context))
-        if method not in caller.rpcs:
-            raise PermissionDenied.because(f"{caller.identity} has no role for it")
-        return caller
+        return self._policy.current().caller(self._identity(context))
 
     def _identity(self, context: Context) -> str:
         token = _bearer(context) if self._tokens else None

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from service.db.engine import COMMITTED
@@ -38,9 +38,11 @@ class Drain(Around):
             self._cut_off.discard(task)
 
     async def wait(self, timeout: float) -> None:
-        """Wait for the calls in flight to end, so many seconds at most."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=timeout)
+        """Wait until no call is in flight, so many seconds at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while self._tasks:
+                    await asyncio.wait(self._tasks)
 
     def cut_off(self) -> None:
         """End the calls in flight; each is told to try again."""

@@ -35,7 +35,7 @@ FAULTS = {
 def exporting(protocol: str) -> TracerProvider:
     """Return a provider whose spans go to an OTLP collector, by `grpc` or by `http/protobuf`."""
     resource = Resource.create({"service.name": "roster", **OTELResourceDetector().detect().attributes})
-    provider = TracerProvider(resource=resource)
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # see `close`
     way = "grpc" if protocol == "grpc" else "http"
     exporters = import_module(f"opentelemetry.exporter.otlp.proto.{way}.trace_exporter")
     provider.add_span_processor(BatchSpanProcessor(exporters.OTLPSpanExporter()))

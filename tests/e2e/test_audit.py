@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+import orjson
 import pytest
 
 from roster.v1 import bulk_pb2, posts_pb2, users_pb2
@@ -22,6 +23,7 @@ from roster.v1.users_pb2 import (
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.interceptors.audit import TARGETS
+from service.logs import Json
 from service.server import Server
 from service.users.repository import UserRepository
 from tests.errors import refusal
@@ -32,9 +34,9 @@ READS = ("Get", "BatchGet", "List", "Export", "Verify")
 def audited(log: pytest.LogCaptureFixture) -> list[tuple[Any, ...]]:
     """The audit log's lines; the root's level, which ROSTER_LOG_LEVEL sets, is WARNING here."""
     fields = ("method", "target", "counts", "outcome")
-    entries = [line for line in log.records if line.name == "roster.audit"]
-    assert {vars(line)["caller"] for line in entries} == {"anonymous"}
-    return [tuple(vars(line)[name] for name in fields) for line in entries]
+    entries = [orjson.loads(Json().format(line)) for line in log.records if line.name == "roster.audit"]
+    assert {line["caller"] for line in entries} == {"anonymous"}
+    return [tuple(line[name] for name in fields) for line in entries]
 
 
 def test_every_write_is_known() -> None:
