@@ -1,6 +1,6 @@
 """What every repository does, shown with that of users."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import product
 from typing import Any
@@ -106,7 +106,8 @@ async def test_a_time_among_columns_is_its_microseconds(database: Database, time
 
     async with database.read() as session:
         page = await UserRepository(session).as_columns().list(keyset=keyset, limit=1)
-    assert [EPOCH + row.created_at * MICROSECOND for row in page.rows] == [time]
+    rows: Sequence[Any] = page.rows
+    assert [EPOCH + row.created_at * MICROSECOND for row in rows] == [time]
     assert page.next_key == [time, ids[0]]
 
 
