@@ -105,9 +105,15 @@ class microseconds(FunctionElement[int]):  # noqa: N801  (reads as SQL)
     inherit_cache = True
 
 
+FIRST = "timestamptz '0001-01-01 00:00:00+00'"
+LAST = "timestamptz '9999-12-31 23:59:59.999999+00'"
+
+
 @compiles(microseconds)
 def _microseconds(element: microseconds, compiler: Any, **options: Any) -> str:
-    return f"(extract(epoch FROM {compiler.process(element.clauses, **options)}) * 1000000)::bigint"
+    # asyncpg writes the first and the last time of a datetime as infinities, which have no number.
+    time = f"greatest(least({compiler.process(element.clauses, **options)}, {LAST}), {FIRST})"
+    return f"(extract(epoch FROM {time}) * 1000000)::bigint"
 
 
 @compiles(microseconds, "sqlite")

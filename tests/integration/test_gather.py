@@ -67,6 +67,14 @@ async def users(database: Database) -> AsyncIterator[UserReader]:
     await reader.close()
 
 
+@pytest.fixture
+async def posts(database: Database) -> AsyncIterator[PostReader]:
+    """The reader of posts."""
+    reader = PostReader(database)
+    yield reader
+    await reader.close()
+
+
 async def rename(database: Database, old: str, new: str) -> None:
     async with database.begin() as session:
         await session.execute(text(f"ALTER TABLE {old} RENAME TO {new}"))
@@ -88,15 +96,17 @@ async def test_a_user_is_found_by_id_and_by_email(database: Database, users: Use
     assert [EPOCH + user.created_at * MICROSECOND for user in found] == [stored.created_at] * 2
 
 
-async def test_a_post_is_found_by_id(database: Database) -> None:
+async def test_a_post_is_found_by_id(database: Database, posts: PostReader) -> None:
     """With its content."""
     [author_id] = await add_users(database)
     [id] = await add_posts(database, [author_id], content="Text")
-    post = await PostReader(database).get(id)
+    post = await posts.get(id)
     assert (post.id, post.title, post.content, post.author_id) == (id, "Post 0", "Text", author_id)
 
 
-async def test_what_is_not_there_is_told_apart(database: Database, users: UserReader) -> None:
+async def test_what_is_not_there_is_told_apart(
+    database: Database, users: UserReader, posts: PostReader
+) -> None:
     """Each caller of a statement gets its own row, or is told that there is none."""
     (id,) = await add_users(database)
     found, missing, other = await errors_of([users.get(id), users.get(4711), users.get(4712)])
@@ -105,7 +115,7 @@ async def test_what_is_not_there_is_told_apart(database: Database, users: UserRe
     assert isinstance(other, UserNotFound)
     assert missing is not other
     with pytest.raises(PostNotFound):
-        await PostReader(database).get(4711)
+        await posts.get(4711)
 
 
 async def test_a_password_hash_is_read_of_those_who_may_come_in(
@@ -216,6 +226,7 @@ async def test_a_statement_is_gone_from_postgresql_with_its_last_caller(postgres
                 pass
     with pytest.raises(UserNotFound):
         await users.get(1)
+    await users.close()
     await database.close()
 
 
@@ -240,6 +251,7 @@ async def test_a_database_that_is_away_is_told_to_every_caller(database_url: str
     errors = await errors_of([reader.get(number) for number in range(3)])
     assert [type(error) for error in errors] == [DatabaseUnavailable] * 3
     assert len(set(map(id_of, errors))) == 3
+    await reader.close()
     await database.close()
 
 
@@ -257,6 +269,7 @@ async def test_a_broken_connection_is_not_used_again(postgresql_url: str) -> Non
     with pytest.raises(DatabaseUnavailable):
         await users.get(id)
     assert (await users.get(id)).id == id
+    await users.close()
     await database.close()
     await other.close()
 
@@ -272,6 +285,7 @@ async def test_an_exhausted_pool_refuses_all_within_its_timeout(database_url: st
             errors = await errors_of([users.get(id) for _ in range(250)])
     assert [type(error) for error in errors] == [PoolExhausted] * 250
     assert (await users.get(id)).id == id
+    await users.close()
     await database.close()
 
 

@@ -1,9 +1,9 @@
 """What every repository does, shown with that of users."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import product
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from sqlalchemy import delete, insert
@@ -106,8 +106,8 @@ async def test_a_time_among_columns_is_its_microseconds(database: Database, time
 
     async with database.read() as session:
         page = await UserRepository(session).as_columns().list(keyset=keyset, limit=1)
-    (row,) = cast("list[Any]", page.rows)
-    assert EPOCH + row.created_at * MICROSECOND == time
+    rows: Sequence[Any] = page.rows
+    assert [EPOCH + row.created_at * MICROSECOND for row in rows] == [time]
     assert page.next_key == [time, ids[0]]
 
 
