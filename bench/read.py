@@ -20,7 +20,7 @@ from rich.console import Console
 
 from bench.databases import PSQL, PostgreSQL, Sqlite
 from bench.measure import cpu_seconds, process, serving, told
-from bench.read_report import IN_FLIGHT, Seen, as_json, as_tables, draw
+from bench.read_report import BARE, IN_FLIGHT, Seen, as_json, as_tables, draw
 from bench.report import machine
 from bench.rows import copy_text, made_up_users
 from roster.v1.users_pb2 import BatchGetUsersRequest, ExportUsersRequest, GetUserRequest, ListUsersRequest
@@ -62,7 +62,7 @@ class Loads:
             f"{name}, {number} in flight": self._calls(method, file, number)
             for number in IN_FLIGHT
             for name, method in methods.items()
-        }
+        } | {BARE: self._calls(methods["GetUser"], file, 64, port=1)}
 
     def _many(self, address: str) -> dict[str, dict[str, Any]]:
         random = Random(2)
@@ -86,8 +86,9 @@ class Loads:
         }
         return loads
 
-    def _calls(self, method: str, file: str, in_flight: int) -> dict[str, Any]:
-        return {"method": method, "file": file, "in_flight": in_flight, "seconds": self._seconds}
+    def _calls(self, method: str, file: str, in_flight: int, port: int = 0) -> dict[str, Any]:
+        load = {"method": method, "file": file, "in_flight": in_flight, "port": port}
+        return load | {"seconds": self._seconds}
 
     def _written(self, name: str, requests: list[Any]) -> str:
         path = self._folder / f"{name}.requests"
@@ -109,10 +110,10 @@ def _token_at(address: str, depth: int) -> str:
 def client_of(url: str, options: list[str]) -> Iterator[tuple[int, str, Any]]:
     """Start a server and a client; yield the server's pid and address, and the client."""
     with (
-        serving(url, "bench.read_server", *options) as (server, address),
-        process(sys.executable, "-m", "bench.read_client", address) as client,
+        serving(url, "bench.read_server", *options) as (server, addresses),
+        process(sys.executable, "-m", "bench.read_client", *addresses.split()) as client,
     ):
-        yield server, address, client
+        yield server, addresses.split()[0], client
 
 
 def measured(url: str, postmaster: int, loads: Loads, arguments: argparse.Namespace) -> dict[str, list[Seen]]:

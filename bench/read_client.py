@@ -20,12 +20,16 @@ OPTIONS = [("grpc.use_local_subchannel_pool", 1)]  # a connection for each chann
 
 
 class Client:
-    """Several channels to one server."""
+    """Several channels to each address of a server."""
 
-    def __init__(self, address: str) -> None:
-        self.channels = [grpc.aio.insecure_channel(address, OPTIONS) for _ in range(CHANNELS)]
+    def __init__(self, addresses: Sequence[str]) -> None:
+        self.channels = [
+            [grpc.aio.insecure_channel(address, OPTIONS) for _ in range(CHANNELS)] for address in addresses
+        ]
 
-    async def calls(self, method: str, file: str, in_flight: int, seconds: float) -> dict[str, float]:
+    async def calls(
+        self, method: str, file: str, in_flight: int, seconds: float, port: int
+    ) -> dict[str, float]:
         """Call a method with serialized requests, so many at a time, for so long; latencies are in ms."""
         requests = cycle(await asyncio.to_thread(_requests, file))
         latencies: list[float] = []
@@ -36,7 +40,7 @@ class Client:
                 await call(next(requests))
                 latencies.append(perf_counter() - sent)
 
-        calls = [channel.unary_unary(method) for channel in self.channels]
+        calls = [channel.unary_unary(method) for channel in self.channels[port]]
         await asyncio.gather(*(caller(calls[number % CHANNELS]) for number in range(in_flight)))
         return {
             "count": len(latencies),
@@ -48,7 +52,7 @@ class Client:
     async def export(self, method: str, request: str) -> dict[str, float]:
         """Read a stream to its end; the rows are counted behind the clock."""
         start = perf_counter()
-        call = self.channels[0].unary_stream(method)
+        call = self.channels[0][0].unary_stream(method)
         messages = [message async for message in call(bytes.fromhex(request))]
         seconds = perf_counter() - start
         return {
@@ -66,8 +70,8 @@ def _quantile(values: Sequence[float], part: float) -> float:
     return sorted(values)[int(part * len(values))] * 1000
 
 
-async def main(address: str) -> None:
-    client = Client(address)
+async def main(addresses: Sequence[str]) -> None:
+    client = Client(addresses)
     while line := await asyncio.to_thread(sys.stdin.readline):
         told = json.loads(line)
         work = client.export if "request" in told else client.calls
@@ -75,4 +79,4 @@ async def main(address: str) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(main(sys.argv[1]))
+    uvloop.run(main(sys.argv[1:]))

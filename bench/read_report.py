@@ -13,6 +13,7 @@ from rich.table import Table
 COLUMNS = ("a second", "p50 ms", "p99 ms", "µs server", "µs PostgreSQL")
 WAYS = ("no-op", "GetUser", "textbook")
 IN_FLIGHT = (1, 16, 64)
+BARE = "GetUser without interceptors, 64 in flight"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Seen:
         """Calls or rows a second."""
         return self.count / self.seconds
 
+    @property
+    def cpu(self) -> float:
+        """The server's CPU of a call, in seconds."""
+        return self.server / self.count
+
 
 Measured = Mapping[str, Sequence[Seen]]
 
@@ -39,6 +45,7 @@ RATIOS = {
     "GetUser / no-op, 64 in flight": ("GetUser, 64 in flight", "no-op, 64 in flight", "rate", 1),
     "GetUser / textbook, 64 in flight": ("GetUser, 64 in flight", "textbook, 64 in flight", "rate", 1),
     "p99 of GetUser / no-op, 16 in flight": ("GetUser, 16 in flight", "no-op, 16 in flight", "p99", 1),
+    "CPU of GetUser / without interceptors": ("GetUser, 64 in flight", BARE, "cpu", 1),
     "users a second, BatchGetUsers / GetUser": ("BatchGetUsers of 100", "GetUser, 64 in flight", "rate", 100),
     "p50 of ListUsers, depth 400k / 0": (
         "ListUsers of 100 at depth 400k",

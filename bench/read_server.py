@@ -1,7 +1,7 @@
 """Roster's server with two RPCs more, behind the same interceptors: one that does nothing, and a textbook's.
 
 They take a GetUserRequest as GetUser does: what costs nothing is the ceiling, what everybody writes is the
-reference.
+reference. On a second port UserService has no interceptors.
 """
 
 import asyncio
@@ -18,9 +18,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async
 
 from roster.v1.resources_pb2 import User as UserMessage
 from roster.v1.users_pb2 import GetUserRequest
-from service.server import Server
+from roster.v1.users_pb2_grpc import add_UserServiceServicer_to_server
+from service.server import OPTIONS, Server
 from service.settings import Settings
 from service.users.model import User
+from service.users.servicer import UserServicer
 
 SERVICE = "roster.bench.Reference"
 
@@ -74,9 +76,14 @@ async def main() -> None:
     settings = Settings()
     server = Server(settings)
     server.server.add_generic_rpc_handlers((references(settings),))
+    bare = grpc.aio.server(options=OPTIONS)
+    users = UserServicer(server.database, server.users, server.passwords, server.bulk)
+    add_UserServiceServicer_to_server(users, bare)
+    port = bare.add_insecure_port("127.0.0.1:0")
     await server.start()
+    await bare.start()
     gc.freeze()
-    print("listening on", server.address, file=sys.stderr, flush=True)
+    print(f"listening on {server.address} 127.0.0.1:{port}", file=sys.stderr, flush=True)
     await asyncio.Event().wait()
 
 
