@@ -1,26 +1,34 @@
 """`roster doctor`: is all there that the server needs?"""
 
 import asyncio
+import os
+import re
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from pathlib import Path
 
 import click
+from dotenv import dotenv_values
 from sqlalchemy import func, make_url, select
 from sqlalchemy.exc import DBAPIError
 
 from service.cli.environment import settings
-from service.cli.migrate import trouble
+from service.cli.export import export
+from service.cli.migrate import missing_folder, trouble
 from service.cli.terminal import UsageError
 from service.db import migrations
 from service.db.engine import Database
 from service.server import authentication
-from service.settings import Settings
+from service.settings import PREFIX, Settings
 from service.tls import expiry, server_credentials
 
 MAX_SKEW_SECONDS = 2.0
+# Of tests, and what Kubernetes sets for a service that is named roster.
+FOREIGN = re.compile(rf"{PREFIX}(TEST_|SERVICE_|PORT(_|$))")
 
 
 class Diagnosis:
@@ -35,13 +43,15 @@ class Diagnosis:
         click.echo(f"{mark}  {subject:8}  {(wrong or right).replace(chr(10), chr(10) + ' ' * 17)}")
 
 
-@click.command()
+@click.command(short_help="Look whether `roster serve` has what it needs.")
 def doctor() -> None:
     """Look whether `roster serve` has what it needs: settings, files of TLS and rights, database, clock.
 
     The status is 0 if all is well, 1 if something is wrong.
     """
     diagnosis = Diagnosis()
+    for wrong in _unknown_settings():
+        diagnosis.tell("settings", wrong, "")
     try:
         chosen = settings()
     except UsageError as error:
@@ -49,14 +59,36 @@ def doctor() -> None:
     else:
         told = f"{chosen.listen}, {chosen.workers} worker" + "s" * (chosen.workers > 1)
         diagnosis.tell("settings", "", told)
+        if not chosen.listen.startswith("unix:"):
+            _examine_port(chosen.listen, diagnosis)
         _examine_files(chosen, diagnosis)
         file = Path(make_url(chosen.database_url).database or "")
         if chosen.is_embedded and not file.exists():
-            wrong = "" if file.parent.is_dir() else f"there is no folder {file.parent}; make it first"
-            diagnosis.tell("database", wrong, f"{file} is made by `roster serve`")
+            diagnosis.tell("database", missing_folder(chosen), f"{file} is made by `roster serve`")
         else:
             asyncio.run(_examine(chosen, diagnosis))
     sys.exit(0 if diagnosis.is_well else 1)
+
+
+def _unknown_settings() -> Iterator[str]:
+    known = [f"{PREFIX}{name.upper()}" for name in Settings.model_fields]
+    known += [str(option.envvar) for option in export.params]
+    for name in sorted(os.environ.keys() | dotenv_values(".env").keys()):
+        upper = name.upper()
+        is_known = not {upper, upper.removesuffix("_FILE")}.isdisjoint(known) or FOREIGN.match(upper)
+        if upper.startswith(PREFIX) and not is_known:
+            close = get_close_matches(upper, known, 1)
+            yield f"unknown setting {name}" + "".join(f"; did you mean {one}?" for one in close)
+
+
+def _examine_port(listen: str, diagnosis: Diagnosis) -> None:
+    host, _, port = listen.rpartition(":")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host.strip("[]"), int(port)), family=family).close()
+    except OSError as error:
+        wrong = f"can't listen on {listen}: {error.strerror}; is another server there already?"
+        diagnosis.tell("port", wrong, "")
 
 
 def _examine_files(chosen: Settings, diagnosis: Diagnosis) -> None:
@@ -87,7 +119,9 @@ async def _examine(chosen: Settings, diagnosis: Diagnosis) -> None:
         revision = await migrations.current(database.engine)
         diagnosis.tell("database", "", f"{url.set(drivername=url.get_backend_name(), query={})!r} answers")
         diagnosis.tell("schema", trouble(revision), f"revision {revision}")
-        await _compare_clocks(database, diagnosis)
+        if not database.is_sqlite:
+            await _count_connections(database, chosen, diagnosis)
+            await _compare_clocks(database, diagnosis)
     except (DBAPIError, OSError) as error:
         cause = getattr(error, "orig", None) or error
         diagnosis.tell("database", f"it can't be reached: {cause}; check ROSTER_DATABASE_URL", "")
@@ -95,9 +129,17 @@ async def _examine(chosen: Settings, diagnosis: Diagnosis) -> None:
         await database.close()
 
 
+async def _count_connections(database: Database, chosen: Settings, diagnosis: Diagnosis) -> None:
+    async with database.read() as session:
+        names = "max_connections", "superuser_reserved_connections"
+        row = (await session.execute(select(*map(func.current_setting, names)))).one()
+    needed = chosen.workers * (chosen.pool_size + chosen.max_overflow + chosen.bulk_connections)
+    if needed > (free := int(row[0]) - int(row[1])):
+        wrong = f"up to {needed} connections are opened, and it has {free}; see docs/scaling.md"
+        diagnosis.tell("database", wrong, "")
+
+
 async def _compare_clocks(database: Database, diagnosis: Diagnosis) -> None:
-    if database.is_sqlite:
-        return
     async with database.read() as session:
         before = datetime.now(UTC)
         there = (await session.scalars(select(func.clock_timestamp()))).one()

@@ -1,6 +1,10 @@
 """Settings for a person at a terminal: every one explained, everything wrong told at once."""
 
+import os
+from pathlib import Path
+
 from pydantic import ValidationError
+from pydantic_core import to_json
 
 from service.cli.terminal import UsageError
 from service.settings import PREFIX, Settings
@@ -14,13 +18,14 @@ def settings() -> Settings:
         lines = [_line(problem["loc"], problem["msg"]) for problem in error.errors()]
         raise UsageError("\n".join(lines)) from None
     except OSError as error:
-        raise UsageError(f"a setting's file can't be read: {error}") from None
+        files = {str(Path(value)): name for name, value in os.environ.items() if name.startswith(PREFIX)}
+        raise UsageError(f"{files.get(error.filename, 'a setting')}: can't be read: {error}") from None
 
 
 def settings_help() -> str:
     """Return a table of all settings with their defaults, as `roster serve --help` shows it."""
     rows = [
-        (f"{PREFIX}{name.upper()}", f"{field.description}  [{field.default}]")
+        (f"{PREFIX}{name.upper()}", f"{field.description}  [{_shown(field.default)}]")
         for name, field in Settings.model_fields.items()
     ]
     width = max(len(name) for name, _ in rows)
@@ -30,6 +35,11 @@ def settings_help() -> str:
         "DATABASE_URL stands in for ROSTER_DATABASE_URL. ROSTER_X_FILE names a file that has the value\n"
         "of ROSTER_X, as secrets are handed out."
     )
+
+
+def _shown(default: object) -> str:
+    told = to_json(default).decode().strip('"')
+    return "unset" if told in ("", "null") else told
 
 
 def _line(where: tuple[int | str, ...], message: str) -> str:

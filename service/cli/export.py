@@ -15,7 +15,7 @@ from google.protobuf.descriptor import FieldDescriptor
 
 from service.cli.formats import csv_line, format_name, json_line, pyarrow
 from service.cli.rows import ENTITIES, Entity, values_of
-from service.cli.terminal import INTERRUPTED, Target, UsageError, progress, server_options
+from service.cli.terminal import Target, UsageError, counted, progress, server_options, stoppable
 from service.client import Patience
 from service.errors import RosterError
 
@@ -108,13 +108,17 @@ class Export:
     def _state(self) -> tuple[int, str]:
         return self.last_id - self._first_id, self.told()
 
+    def stopped(self) -> str:
+        """Return how far it came."""
+        return f" behind id {self.last_id}: {self.told()}"
+
     def told(self) -> str:
         """Return how far it is."""
         rate = self.rows / max(time.monotonic() - self._started, 0.001)
-        return f"{self.rows:,} {self.entity.name}, {rate:,.0f} rows/s"
+        return f"{counted(self.rows, self.entity.name[:-1])}, {rate:,.0f} rows/s"
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(short_help="Export users or posts into a file.", context_settings={"show_default": True})
 @click.argument("entity", type=click.Choice(list(ENTITIES)))
 @server_options
 @click.option("--output", "-o", default=STDOUT, help="A file, gzip if its name ends in .gz; - is stdout.")
@@ -131,17 +135,17 @@ def export(
     """
     job = Export(ENTITIES[entity], filter_, after_id)
     kind = WRITERS[format_ or format_name(output)]
+    if kind is _parquet:
+        pyarrow()  # where it is missing no file is begun
     try:
-        with _file(output) as file, kind(file, job.entity) as write:
+        with stoppable(job.stopped), _file(output) as file, kind(file, job.entity) as write:
             asyncio.run(job.run(target, write))
-    except KeyboardInterrupt:
-        click.echo(f"interrupted behind id {job.last_id}: {job.told()}", err=True)
-        sys.exit(INTERRUPTED)
     except BrokenPipeError:  # whoever reads has enough
         raise
     except (RosterError, OSError) as error:
         told = target.explained(error) if isinstance(error, RosterError) else str(error)
-        raise UsageError(f"{told}; stopped behind id {job.last_id}") from None
+        hint = f"; go on with --after-id {job.last_id}" if job.rows else ""
+        raise UsageError(f"{told}{hint}") from None
     click.echo(job.told(), err=True)
 
 

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 
 from roster.v1.bulk_pb2 import RowFailure
 from service.cli.rows import ERROR, Columns, Row
-from service.cli.terminal import UsageError
+from service.cli.terminal import UsageError, counted
 from service.errors import MalformedMessage, RosterError, TooLarge
 
 STDIN = "-"
@@ -35,7 +35,7 @@ class SourceError(Exception):
 class Ndjson:
     """One JSON object a line; a field that is null or missing is not set."""
 
-    suffix = "ndjson"
+    suffix, unit = "ndjson", "line"
 
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
@@ -67,6 +67,8 @@ class Ndjson:
 class Parquet(Ndjson):
     """Parquet, by pyarrow; a field that is null or missing is not set. Its rejects are NDJSON."""
 
+    unit = "row"
+
     def __init__(self, columns: Columns) -> None:
         super().__init__(columns)
         self._pyarrow = pyarrow()
@@ -90,7 +92,7 @@ class Csv:
     `_error` is the first column, so that a row with too few or too many cells stays as it was.
     """
 
-    suffix = "csv"
+    suffix, unit = "csv", "line"
 
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
@@ -99,7 +101,9 @@ class Csv:
     def rows(self, file: BufferedIOBase) -> Iterator[Row]:
         """Yield the rows of a file; raises SourceError for the header."""
         records = _records(file)
-        self._header = self._names(next(records, (1, b""))[1])
+        if (first := next(records, None)) is None:
+            raise SourceError("the file is empty; CSV begins with a header line")
+        self._header = self._names(first[1])
         for number, record in records:
             if record.strip(b"\r\n"):
                 yield Row.of(number, len(record), record, self._message)
@@ -112,7 +116,8 @@ class Csv:
         if len(set(names)) < len(names):
             raise SourceError("the header line has a name twice")
         if not set(names) & set(self.columns.names):
-            raise SourceError(f"the header line names none of {', '.join(self.columns.names)}")
+            hint = "; commas separate the columns" if b";" in record or b"\t" in record else ""
+            raise SourceError(f"the header line names none of {', '.join(self.columns.names)}{hint}")
         return names
 
     def _message(self, record: bytes) -> Message:
@@ -122,8 +127,7 @@ class Csv:
         except UnicodeDecodeError:
             raise MalformedMessage("the row is not UTF-8") from None
         if len(cells) != len(self._header):
-            told = f"the number of cells is {len(cells)}, in the header line {len(self._header)}"
-            raise MalformedMessage(told)
+            raise MalformedMessage(f"{counted(len(cells), 'cell')}, but the header has {len(self._header)}")
         values = zip(self._header, map(_value, cells), strict=True)
         return self.columns.message(dict(values))
 
@@ -139,7 +143,7 @@ class Csv:
             cells = [cell for cell, name in named if name != ERROR and cell is not None]
         except MalformedMessage:
             cells = [_quoted(_shown(row, text))]
-        why = f"{failure.reason} {failure.field}".rstrip()
+        why = f"{self.unit} {row.number}: {failure.reason} {failure.field}".rstrip()
         line = ",".join([_cell(f"{why}: {failure.message}"), *cells])
         return f"{line}\n".encode(errors="surrogateescape")
 

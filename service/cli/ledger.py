@@ -2,6 +2,9 @@
 
 import io
 from collections import Counter, deque
+from collections.abc import Iterator
+from functools import partial
+from itertools import count, takewhile
 from pathlib import Path
 
 from roster.v1.bulk_pb2 import BulkAck, RowFailure
@@ -9,23 +12,26 @@ from service.cli.formats import FileFormat
 from service.cli.rows import Row
 
 MAX_HELD_BYTES = 8 << 20
+COMPARED_BYTES = 1 << 20  # at once
 BATCH_FAILURE = RowFailure(reason="BATCH_FAILED", message="another row of its batch failed")
 
 
 class Ledger:
     """How many rows are settled, why some failed, and their rejects, in the order of the file.
 
-    The file of rejects is made, or replaced, when the first one comes. Rows that could not be read wait for
-    the server's answers about those before them, 8 MiB at most; more are rejected before their turn.
+    The file of rejects is made when the first one comes. One that is there already may be mended by now, so
+    only one that has all of it replaces it. Rows that could not be read wait for the server's answers about
+    those before them, 8 MiB at most; more are rejected before their turn.
     """
 
     def __init__(self, path: Path, file_format: FileFormat) -> None:
         self.rejects: str | None = None  # where they are
         self.rows = 0
         self.failed = 0
+        self.unread = 0  # of those that failed; the server knows nothing of them
         self.reasons: Counter[str] = Counter()
         self.sentences: dict[str, str] = {}  # the first for each reason
-        self._path = path
+        self.path = path
         self._format = file_format
         self._file: io.BufferedWriter | None = None
         self._waiting: deque[Row] = deque()
@@ -37,6 +43,7 @@ class Ledger:
         if row.failure:
             self.rows += 1
             self.failed += 1
+            self.unread += 1
             self._held_bytes += row.size
         if self._held_bytes > MAX_HELD_BYTES:
             self._release_held()
@@ -60,17 +67,27 @@ class Ledger:
         """Write a row to the rejects; raises OSError."""
         reason = f"{failure.reason} {failure.field}".rstrip()
         self.reasons[reason] += 1
-        self.sentences.setdefault(reason, failure.message)
+        self.sentences.setdefault(reason, f"{self._format.unit} {row.number:,}: {failure.message}")
         if self._file is None:
-            self.rejects = str(self._path)
-            self._file = self._path.open("wb")
+            path = next(path for path in self._names() if not path.is_file())
+            self.rejects = str(path)
+            self._file = path.open("wb")
             self._file.write(self._format.head())
         self._file.write(self._format.rejected(row, failure))
 
     def close(self) -> None:
-        """Write what is buffered."""
+        """Write what is buffered, and take the place of an earlier file that has no more than this one."""
         if self._file:
             self._file.close()
+            written = Path(self._file.name)
+            earlier = takewhile(lambda path: path != written, self._names())
+            if place := next(filter(partial(_begins_with, written), earlier), None):
+                self.rejects = str(written.replace(place))
+
+    def _names(self) -> Iterator[Path]:
+        yield self.path
+        for number in count(2):
+            yield self.path.with_name(f"{self.path.stem}.{number}{self.path.suffix}")
 
     def _release_foremost(self) -> None:
         while self._waiting and (failure := self._waiting[0].failure):
@@ -84,3 +101,9 @@ class Ledger:
                 self.reject(row, row.failure)
         self._waiting = deque(row for row in self._waiting if not row.failure)
         self._held_bytes = 0
+
+
+def _begins_with(path: Path, earlier: Path) -> bool:
+    with path.open("rb") as longer, earlier.open("rb") as shorter:
+        parts = iter(partial(shorter.read, COMPARED_BYTES), b"")
+        return all(longer.read(len(part)) == part for part in parts)

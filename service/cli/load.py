@@ -2,10 +2,11 @@
 
 import asyncio
 import os
+import re
 import sys
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -22,10 +23,10 @@ from service.cli.formats import FORMATS, STDIN, SourceError, format_name
 from service.cli.ledger import Ledger
 from service.cli.rows import ENTITIES, Columns, Entity
 from service.cli.source import Source
-from service.cli.terminal import INTERRUPTED, PAGE_SIZE, Target, UsageError, progress, server_options
+from service.cli.terminal import PAGE_SIZE, Target, UsageError, counted, progress, server_options, stoppable
 from service.client import BATCH_ROWS, BulkLoader, LoadInterrupted, Patience, pages
 from service.client.errors import may_pass
-from service.errors import RosterError, TooManyFailures
+from service.errors import LoadAborted, LoadExpired, RosterError, TooManyFailures
 
 TOP_REASONS = 5
 LOAD_ID = (
@@ -36,6 +37,7 @@ UPDATE_MASK = "What --update and --on-conflict update write, such as full_name,i
 ATOMICITY = "What a failed row takes with it: itself, or its batch."
 RESTORE = "Create rows with the id, created_at, updated_at and version that the file has, as exported."
 PATH = click.Path(dir_okay=False, path_type=Path)
+OPTION = re.compile(r"\b(?:options\.(\w+)|(load_id))\b")
 
 
 class Load:
@@ -54,33 +56,44 @@ class Load:
 
     async def run(self, target: Target, verb: str, batch_rows: int) -> None:
         """Send the rows; raises what BulkLoader and Source do, and TooManyFailures."""
+        await self.source.look_ahead()  # a load that can't be read is not opened
         async with target.channel() as connection, progress(self.source.bytes_total, self._state):
             method, request = self.entity.rpc(connection, verb)
             loader = BulkLoader(method, request, self.options, batch_rows=batch_rows, is_known=False)
             loads = BulkServiceStub(connection)
             rows = self._messages(loads)
-            async with aclosing(rows), aclosing(loader.run(rows)) as events:
-                async for event in events:
-                    if isinstance(event, pb.BulkSummary):
-                        self.summary = event
-                    elif isinstance(event, pb.BulkAck):
-                        self.ledger.settle(event)
-                    elif not self.is_open:
-                        await self._opened(event, loads)
+            try:
+                async with aclosing(rows), aclosing(loader.run(rows)) as events:
+                    async for event in events:
+                        if isinstance(event, pb.BulkSummary):
+                            self.summary = event
+                        elif isinstance(event, pb.BulkAck):
+                            self.ledger.settle(event)
+                        elif not self.is_open:
+                            await self._opened(event, loads)
+            except LoadInterrupted as failure:
+                if not self.is_open and isinstance(failure.cause, LoadAborted | LoadExpired):
+                    found = await self._found(loads)
+                    self.is_open, self.ledger.rows, self.ledger.failed = True, found.next_offset, found.failed
+                raise
 
     async def _opened(self, opened: pb.BulkOpened, loads: BulkServiceStub) -> None:
         self.is_open = True
         self._patience.renew()
         if not opened.next_offset:
             return
-        request = pb.GetBulkLoadRequest(load_id=opened.load_id)
-        found = await self._patience.call(loads.GetBulkLoad, request)
+        found = await self._found(loads)
         self.was_finished = found.state == pb.BulkLoad.FINISHED
         if not self.was_finished:
             click.echo(f"going on at row {opened.next_offset + 1:,}", err=True)
         if not self.options.return_ids:
             self._skipped = self.ledger.rows = opened.next_offset
             self.ledger.failed = found.failed
+
+    async def _found(self, loads: BulkServiceStub) -> pb.BulkLoad:
+        request = pb.GetBulkLoadRequest(load_id=self.options.load_id)
+        found: pb.BulkLoad = await self._patience.call(loads.GetBulkLoad, request)
+        return found
 
     async def _messages(self, loads: BulkServiceStub) -> AsyncGenerator[Message, None]:
         """Yield the rows that can be read; the loader leaves out those that are skipped."""
@@ -114,10 +127,12 @@ class Load:
     def settled(self, *, may_go_on: bool) -> str:
         """Return how many rows are in, for a load that did not get to its end."""
         ledger = self.ledger
-        done = "were validated" if self.options.validate_only else "are in and durable"
+        rows = ledger.rows - ledger.failed
+        done = "validated" if self.options.validate_only else "in and durable"
         where = f" (see {ledger.rejects})" if ledger.rejects else ""
         again = "; the same command goes on from there" if may_go_on and self.options.load_id else ""
-        return f"{ledger.rows - ledger.failed:,} rows {done}, {ledger.failed:,} failed{where}{again}"
+        verb = "is" if rows == 1 else "are"
+        return f"{counted(rows, 'row')} {verb} {done}, {ledger.failed:,} failed{where}{again}"
 
     def told(self) -> dict[str, Any]:
         """Return the summary for programs."""
@@ -137,16 +152,20 @@ class Load:
         """Return the summary for people."""
         told = self.told()
         counts = ", ".join(f"{told[name]:,} {name}" for name in ("created", "updated", "skipped", "failed"))
-        took = f"{told['rows']:,} rows in {self._seconds():.1f} s ({self._rate():,.0f} rows/s)"
+        took = f"{counted(told['rows'], 'row')} in {self._seconds():.1f} s ({self._rate():,.0f} rows/s)"
+        if self.was_finished:
+            took = "finished before; nothing was sent (another --load-id loads it again)"
         lines = [f"{told['file']}: {took}: {counts}"]
         for reason, count in self.ledger.reasons.most_common(TOP_REASONS):
-            lines.append(f"  {count:,} x {reason}, first: {self.ledger.sentences[reason]}")
-        if self.was_finished:
-            lines.append("  it was finished before, and nothing was sent; another --load-id loads it again")
+            lines.append(f"  {count:,} x {reason}, first in {self.ledger.sentences[reason]}")
+        if unread := self.ledger.unread:
+            lines.append(f"  {counted(unread, 'row')} could not be read; `roster loads` does not count them")
         if self.options.validate_only:
             lines.append("  only validated: nothing was written")
         if told["rejects"]:
-            lines.append(f"  the failed rows are in {told['rejects']}")
+            kept = str(self.ledger.path)
+            hint = f"; {kept} is another's, or mended, and stays" if told["rejects"] != kept else ""
+            lines.append(f"  the failed rows are in {told['rejects']}{hint}")
         return "\n".join(lines)
 
 
@@ -154,7 +173,7 @@ def _choice(enum: Any) -> click.Choice[str]:
     return click.Choice(enum.keys(), case_sensitive=False)
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(short_help="Load a file of users or posts.", context_settings={"show_default": True})
 @click.argument("entity", type=click.Choice(list(ENTITIES)))
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @server_options
@@ -188,7 +207,7 @@ def load(
     """Load a FILE of users or posts: NDJSON, CSV or Parquet, plain or gzip; - is standard input.
 
     A row that fails does not stop the others. It goes to a file of rejects with the reason as `_error`;
-    mend it there, and load that file.
+    mend it there, and load that file. A file of rejects that is there already is not overwritten.
 
     A load that was stopped goes on when the same command is typed again. With standard input it needs a
     --load-id for that, and the same rows.
@@ -197,6 +216,9 @@ def load(
     """
     kind, operation = ENTITIES[entity], operation or "create"
     masked = update_mask.replace(" ", "").split(",") if update_mask else []
+    if not masked and (operation == "update" or options["on_conflict"] == "UPDATE"):
+        option = "--update" if operation == "update" else "--on-conflict update"
+        raise click.UsageError(f"{option} needs --update-mask")
     columns = Columns(kind.message, kind.columns(operation, masked))
     source = Source(file, FORMATS[file_format or format_name(file)](columns))
     ledger = Ledger(_rejects_path(rejects, file, source.format.suffix), source.format)
@@ -213,24 +235,25 @@ def load(
         chosen.load_id = _load_id(source, f"{entity}-{operation}", chosen)
     job = Load(kind, source, chosen, ledger)
     try:
-        asyncio.run(job.run(target, "BulkUpdate" if operation == "update" else "BulkCreate", batch_rows))
-    except KeyboardInterrupt:
-        click.echo(f"interrupted: {job.settled(may_go_on=True)}", err=True)
-        sys.exit(INTERRUPTED)
+        with stoppable(lambda: f": {job.settled(may_go_on=True)}"), closing(ledger):
+            asyncio.run(job.run(target, "BulkUpdate" if operation == "update" else "BulkCreate", batch_rows))
     except (SourceError, TooManyFailures, OSError) as error:
         raise UsageError(f"{source.name}: {error}; {job.settled(may_go_on=False)}") from None
     except RosterError as failure:
         cause = failure.cause if isinstance(failure, LoadInterrupted) else failure
         if not job.is_open:
-            raise UsageError(f"nothing was loaded: {target.explained(cause)}") from None
+            raise UsageError(f"nothing was loaded: {_typed(target.explained(cause))}") from None
         settled = job.settled(may_go_on=may_pass(cause))
-        raise UsageError(f"{source.name}: the load stopped: {failure.message}; {settled}") from None
+        raise UsageError(f"{source.name}: the load stopped: {_typed(failure.message)}; {settled}") from None
     finally:
-        ledger.close()
         if columns.ignored:
             click.echo(f"ignored columns: {', '.join(columns.ignored)}", err=True)
     click.echo(orjson.dumps(job.told()) if is_json else str(job))
     sys.exit(1 if ledger.failed else 0)
+
+
+def _typed(message: str) -> str:
+    return OPTION.sub(lambda found: f"--{found[1] or found[2]}".replace("_", "-"), message)
 
 
 def _load_id(source: Source, kind: str, options: pb.BulkOptions) -> str:

@@ -20,7 +20,7 @@ LINE = "{:8}  {:>13}  {:>11}  {:19}  {:15}  {}"
 HEAD = LINE.format("state", "rows", "failed", "changed", "method", "load")
 
 
-@click.command()
+@click.command(short_help="List bulk loads, show one with its failures, or abort one.")
 @click.argument("action", type=click.Choice(["list", "show", "abort"]), default="list")
 @click.argument("load_id", default="")
 @server_options
@@ -45,13 +45,14 @@ async def _run(target: Target, action: str, load_id: str, *, is_json: bool) -> N
     async with target.channel() as connection:
         stub = BulkServiceStub(connection)
         if action == "list":
-            if not is_json:
-                click.echo(HEAD)
             every = pages(stub.ListBulkLoads, pb.ListBulkLoadsRequest(page_size=PAGE_SIZE))
-            await _print_all(every, _json if is_json else _line)
+            await _print_all(every, _json if is_json else _line, "" if is_json else HEAD)
             return
         if action == "abort":
             load = await stub.AbortBulkLoad(pb.AbortBulkLoadRequest(load_id=load_id))
+            if load.state != pb.BulkLoad.ABORTED:
+                state = pb.BulkLoad.State.Name(load.state).lower()
+                raise click.ClickException(f"it is {state}; nothing to abort")
         else:
             load = await stub.GetBulkLoad(pb.GetBulkLoadRequest(load_id=load_id))
         click.echo(_json(load) if is_json else _story(load))
@@ -60,10 +61,14 @@ async def _run(target: Target, action: str, load_id: str, *, is_json: bool) -> N
             await _print_all(pages(stub.ListBulkLoadFailures, request), _json if is_json else _why)
 
 
-async def _print_all(messages: AsyncGenerator[Any], text: Callable[[Any], str]) -> None:
+async def _print_all(messages: AsyncGenerator[Any], text: Callable[[Any], str], head: str = "") -> None:
     async with aclosing(messages):
-        async for message in messages:
+        message = await anext(messages, None)
+        if head:
+            click.echo(head)
+        while message is not None:
             click.echo(text(message))
+            message = await anext(messages, None)
 
 
 def _json(message: Message) -> str:

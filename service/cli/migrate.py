@@ -1,20 +1,27 @@
 """`roster migrate`: bring the database's schema to what this release needs."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
 from alembic.util import CommandError
+from sqlalchemy import make_url
 from sqlalchemy.exc import DBAPIError
 
 from service.cli.environment import settings
 from service.cli.terminal import UsageError
 from service.db import migrations
+from service.db.engine import Database
+from service.settings import Settings
 
 
 @contextmanager
-def reported() -> Iterator[None]:
+def reported(chosen: Settings) -> Iterator[None]:
     """Tell in one line what kept a migration from being done."""
+    if wrong := missing_folder(chosen):
+        raise UsageError(wrong)
     try:
         yield
     except (CommandError, DBAPIError, OSError) as error:
@@ -23,6 +30,12 @@ def reported() -> Iterator[None]:
                 f"{error}; a newer release migrated it, so use that, or go back with it"
             ) from None
         raise UsageError(f"the schema was left as it was: {getattr(error, 'orig', None) or error}") from None
+
+
+def missing_folder(chosen: Settings) -> str:
+    """Return what is wrong with the place of SQLite's file; "" where nothing is."""
+    folder = Path(make_url(chosen.database_url).database or "").parent
+    return f"there is no folder {folder}; make it first" if chosen.is_embedded and not folder.is_dir() else ""
 
 
 def trouble(revision: str | None) -> str:
@@ -49,8 +62,10 @@ def migrate(down: str | None, *, sql: bool) -> None:
 
     ROSTER_DATABASE_URL names the database. Of two runs at once the second waits for the first.
     """
-    url = settings().database_url
-    with reported():
+    chosen = settings()
+    url = chosen.database_url
+    with reported(chosen):
+        before = None if sql else asyncio.run(_revision(chosen))
         if sql:
             migrations.sql(url)
         elif down:
@@ -58,4 +73,14 @@ def migrate(down: str | None, *, sql: bool) -> None:
         else:
             migrations.upgrade(url)
     if not sql:
-        click.echo(f"the schema is at revision {down or migrations.head()}")
+        after = asyncio.run(_revision(chosen))
+        did = "nothing was to be done" if after == before else f"migrated from {before or 'none'}"
+        click.echo(f"{did}: the schema is at revision {after or 'none'}")
+
+
+async def _revision(chosen: Settings) -> str | None:
+    database = Database(chosen)
+    try:
+        return await migrations.current(database.engine)
+    finally:
+        await database.close()

@@ -30,7 +30,7 @@ LONGEST_PAUSE_SECONDS = 5.0
 REFUSED = ("28", "3D")  # SQLSTATE: a role, a password or a database that waiting doesn't mend
 
 
-@click.command(epilog=settings_help())
+@click.command(short_help="Run the server until it gets SIGTERM or SIGINT.", epilog=settings_help())
 @click.option("--worker", "is_worker", is_flag=True, hidden=True)
 def serve(*, is_worker: bool) -> None:
     """Run the server until it gets SIGTERM or SIGINT; calls in flight are finished first."""
@@ -38,7 +38,7 @@ def serve(*, is_worker: bool) -> None:
     logs.configure(chosen.log_level, chosen.log_format)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     if chosen.is_embedded:
-        with reported():
+        with reported(chosen):
             migrations.upgrade(chosen.database_url)
     try:
         sys.exit(uvloop.run(_run(chosen, is_worker=is_worker)))
@@ -111,7 +111,8 @@ def _announce(chosen: Settings, address: str) -> None:
     click.echo(f"listening on {address}", err=True)
     if chosen.insecure and not is_local(chosen.listen):
         log.warning("ROSTER_INSECURE: whoever reaches %s may read, change and delete everything", address)
-    if chosen.tls_cert_file or chosen.policy_file:
+    is_read = sys.stderr.isatty() if chosen.log_format == "auto" else chosen.log_format == "text"
+    if chosen.tls_cert_file or chosen.policy_file or not is_read:
         return
     ada = '{"user": {"email": "ada@example.org"}}'
     click.echo(

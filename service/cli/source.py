@@ -35,6 +35,8 @@ class Source:
         status = None if path == STDIN else Path(path).stat()
         self.bytes_total = status.st_size if status and stat.S_ISREG(status.st_mode) else 0
         self.bytes_read = 0
+        self._rows = self._read()
+        self._ahead: list[Row] = []
 
     def digest(self) -> bytes:
         """Return what tells the content from any other, b"" where it can be read only once."""
@@ -43,16 +45,20 @@ class Source:
         with Path(self._path).open("rb") as file:
             return file_digest(file, "sha256").digest()
 
+    async def look_ahead(self) -> None:
+        """Read the first rows, and the header before them; raises SourceError, OSError."""
+        self._ahead = await _in_daemon_thread(lambda: _chunk(self._rows))
+
     async def rows(self) -> AsyncGenerator[Row, None]:
         """Yield the rows; raises SourceError, OSError."""
-        rows = self._read()
         try:
-            while chunk := await _in_daemon_thread(lambda: _chunk(rows)):
+            while chunk := self._ahead or await _in_daemon_thread(lambda: _chunk(self._rows)):
+                self._ahead = []
                 for row in chunk:
                     yield row
         finally:
             with suppress(ValueError):  # it waits for its next line, and can't be ended
-                rows.close()
+                self._rows.close()
 
     def _read(self) -> Generator[Row, None, None]:
         is_stdin = self._path == STDIN

@@ -1,9 +1,11 @@
 """What the commands share that are clients of a server: its address, its errors, how far they are."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
-from functools import wraps
+import signal
+import sys
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +20,17 @@ from service.errors import RosterError
 DRAW_EVERY_SECONDS = 0.2
 REPORT_EVERY_SECONDS = 5
 PAGE_SIZE = 1000
-INTERRUPTED = 130  # the status of a command that got SIGINT
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+option = partial(click.option, show_envvar=True, show_default=True)
 SERVER = (
-    click.option(
-        "--address", envvar="ROSTER_ADDRESS", default="127.0.0.1:50051", help="host:port or unix:/path."
-    ),
-    click.option(
-        "--tls-ca", envvar="ROSTER_TLS_CA_FILE", type=FILE, help="CA of the server, in PEM; means TLS."
-    ),
-    click.option(
-        "--tls-cert", envvar="ROSTER_TLS_CLIENT_CERT_FILE", type=FILE, help="Own certificate, in PEM."
-    ),
-    click.option(
-        "--tls-key", envvar="ROSTER_TLS_CLIENT_KEY_FILE", type=FILE, help="Its private key, in PEM."
-    ),
-    click.option(
-        "--token-file", envvar="ROSTER_TOKEN_FILE", type=FILE, help="Bearer token, or ROSTER_TOKEN has it."
-    ),
+    option("--address", envvar="ROSTER_ADDRESS", default="127.0.0.1:50051", help="host:port or unix:/path."),
+    option("--tls-ca", envvar="ROSTER_TLS_CA_FILE", type=FILE, help="CA of the server, in PEM; means TLS."),
+    option("--tls-cert", envvar="ROSTER_TLS_CLIENT_CERT_FILE", type=FILE, help="Own certificate, in PEM."),
+    option("--tls-key", envvar="ROSTER_TLS_CLIENT_KEY_FILE", type=FILE, help="Its private key, in PEM."),
+    option("--token-file", envvar="ROSTER_TOKEN_FILE", type=FILE, help="Bearer token; or set ROSTER_TOKEN."),
     # As an argument everybody on the machine could see it.
-    click.option("--token", envvar="ROSTER_TOKEN", hidden=True),
+    option("--token", envvar="ROSTER_TOKEN", hidden=True),
 )
 
 
@@ -88,8 +80,8 @@ def server_options(command: Callable[..., None]) -> Callable[..., None]:
         names = "address", "tls_ca", "tls_cert", "tls_key", "token_file", "token"
         command(target=Target(*map(options.pop, names)), **options)
 
-    for option in reversed(SERVER):
-        with_target = option(with_target)
+    for add in reversed(SERVER):
+        with_target = add(with_target)
     return with_target
 
 
@@ -97,6 +89,28 @@ class UsageError(click.ClickException):
     """What keeps a command from running, or from coming to its end."""
 
     exit_code = 2
+
+
+def counted(number: int, noun: str) -> str:
+    """Return how many there are of something."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+@contextmanager
+def stoppable(told: Callable[[], str]) -> Iterator[None]:
+    """End the command at SIGINT or SIGTERM, and say then how far it is."""
+    received = [int(signal.SIGINT)]
+
+    def terminate(number: int, _: Any) -> None:
+        received.append(number)
+        signal.raise_signal(signal.SIGINT)  # asyncio knows how to end for that one
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"interrupted{told()}", err=True)
+        sys.exit(128 + received[-1])  # as shells have it
 
 
 @asynccontextmanager

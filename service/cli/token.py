@@ -11,15 +11,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from jwt.algorithms import OKPAlgorithm
 
-from service.cli.terminal import FILE, UsageError
+from service.cli.terminal import FILE, UsageError, option
 
 
-@click.group()
+@click.group(short_help="Make keys and bearer tokens for development.")
 def token() -> None:
     """Make keys and bearer tokens for development; otherwise an identity provider does."""
 
 
-@token.command()
+@token.command(short_help="Make a pair of keys in a folder.")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 def keys(folder: Path) -> None:
     """Make FOLDER/private.pem, for `roster token issue`, and FOLDER/jwks.json, for ROSTER_JWT_KEYS_FILE."""
@@ -28,25 +28,23 @@ def keys(folder: Path) -> None:
     jwk = OKPAlgorithm.to_jwk(public, as_dict=True) | {"kid": _key_id(public), "alg": "EdDSA", "use": "sig"}
     pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     folder.mkdir(parents=True, exist_ok=True)
-    for path, data in (
-        (folder / "private.pem", pem),
-        (folder / "jwks.json", json.dumps({"keys": [jwk]}).encode()),
+    for path, mode, data in (
+        (folder / "private.pem", 0o600, pem),
+        (folder / "jwks.json", 0o644, json.dumps({"keys": [jwk]}).encode()),
     ):
         try:
-            path.touch(mode=0o600, exist_ok=False)
+            path.touch(mode=mode, exist_ok=False)
         except FileExistsError:
             raise UsageError(f"{path} is there already; it is not overwritten") from None
         path.write_bytes(data)
         click.echo(path)
 
 
-@token.command()
+@token.command(short_help="Print a token for a subject.")
 @click.argument("subject")
 @click.option("--key", type=FILE, required=True, help="The private.pem that `roster token keys` made.")
-@click.option(
-    "--issuer", envvar="ROSTER_JWT_ISSUER", required=True, help="As the server's ROSTER_JWT_ISSUER."
-)
-@click.option("--audience", envvar="ROSTER_JWT_AUDIENCE", required=True, help="As its ROSTER_JWT_AUDIENCE.")
+@option("--issuer", envvar="ROSTER_JWT_ISSUER", required=True, help="As the server has it.")
+@option("--audience", envvar="ROSTER_JWT_AUDIENCE", required=True, help="As the server has it.")
 @click.option(
     "--minutes", type=click.IntRange(1), default=60, show_default=True, help="How long it is valid."
 )

@@ -58,7 +58,47 @@ async def test_help_lists_every_setting_with_its_default(command: list[str | Pat
 
     assert told.out.startswith("Usage: roster serve ")
     listed = dict(re.findall(r"^ +ROSTER_(\w+) .* \[(.*)\]$", told.out, re.MULTILINE))
-    assert listed == {name.upper(): str(field.default) for name, field in Settings.model_fields.items()}
+    defaults = {name.upper(): str(field.default) for name, field in Settings.model_fields.items()}
+    readable = {"None": "unset", "": "unset", "False": "false", "7 days, 0:00:00": "P7D"}
+    assert listed == {name: readable.get(default, default) for name, default in defaults.items()}
+
+
+async def test_help_tells_each_command_in_a_line(tmp_path: Path) -> None:
+    """Nothing is cut off in 80 columns, and the variables of a client are told."""
+    commands = await run(ROSTER, "--help", folder=tmp_path, COLUMNS="80")
+    load = await run(ROSTER, "load", "--help", folder=tmp_path)
+
+    assert "..." not in commands.out.partition("Commands:")[2]
+    assert {"ROSTER_ADDRESS", "ROSTER_TOKEN", "ROSTER_TLS_CA_FILE"} <= set(
+        re.findall(r"ROSTER_\w+", load.out)
+    )
+    assert "127.0.0.1:50051" in load.out
+
+
+@pytest.mark.parametrize("command", ["serve", "migrate"])
+async def test_a_missing_folder_is_told(command: str, tmp_path: Path) -> None:
+    """As `roster doctor` tells it."""
+    ended = await run(ROSTER, command, folder=tmp_path, ROSTER_DATABASE_URL="sqlite:///no/roster.db")
+
+    assert ended == Ended(2, "", "Error: there is no folder no; make it first\n")
+
+
+async def test_the_setting_of_a_missing_file_is_named(tmp_path: Path) -> None:
+    """Of all the files that there may be."""
+    ended = await run(ROSTER, "serve", folder=tmp_path, ROSTER_DATABASE_URL_FILE="./nope")
+
+    assert ended.status == 2
+    assert ended.err.startswith("Error: ROSTER_DATABASE_URL_FILE: can't be read: ")
+
+
+@pytest.mark.parametrize(("log_format", "is_told"), [("text", True), ("json", False)])
+async def test_people_are_told_what_to_try(log_format: str, is_told: bool, tmp_path: Path) -> None:
+    """A program that reads the log is not."""
+    async with serving(tmp_path, ROSTER_LOG_FORMAT=log_format) as server:
+        server.signal(signal.SIGTERM)
+        ended = await server.ended()
+
+    assert ("try, in another terminal" in ended.err) == is_told
 
 
 async def test_every_wrong_setting_is_told_at_once(tmp_path: Path) -> None:
@@ -92,7 +132,10 @@ async def test_a_schema_that_is_behind_is_refused_until_it_is_migrated(
     assert "run `roster migrate`" in refused.err
 
     migrated = await run(ROSTER, "migrate", folder=tmp_path, DATABASE_URL=url)
-    assert migrated == Ended(0, f"the schema is at revision {migrations.head()}\n", "")
+    again = await run(ROSTER, "migrate", folder=tmp_path, DATABASE_URL=url)
+    told = f"the schema is at revision {migrations.head()}\n"
+    assert migrated == Ended(0, f"migrated from none: {told}", "")
+    assert again == Ended(0, f"nothing was to be done: {told}", "")
 
     async with serving(tmp_path, DATABASE_URL=url) as server:
         assert (await create(server.address, ADA)).id == 1

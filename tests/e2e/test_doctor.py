@@ -1,6 +1,7 @@
 """`roster doctor`, and the completion of shells."""
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from tests.e2e.command import ROSTER, Ended, run
 
 
 async def doctor(folder: Path, **environment: Any) -> Ended:
-    """What it says of some settings."""
-    return await run(ROSTER, "doctor", folder=folder, **environment)
+    """What it says of some settings; any number of servers may be there."""
+    return await run(ROSTER, "doctor", folder=folder, **{"ROSTER_LISTEN": "127.0.0.1:0", **environment})
 
 
 async def test_all_is_well(postgresql_url: str, tmp_path: Path) -> None:
@@ -43,6 +44,40 @@ async def test_all_wrong_settings_are_told(tmp_path: Path) -> None:
     assert ended.status == 1
     assert ended.out.startswith("wrong  settings  ")
     assert ["ROSTER_GRACE:" in ended.out, "ROSTER_POOL_SIZE:" in ended.out] == [True, True]
+
+
+async def test_unknown_settings_are_told(tmp_path: Path) -> None:
+    """Wherever they stand, with the one that may be meant; those of clients and of others are known."""
+    (tmp_path / ".env").write_text("ROSTER_POOL_SIZES=3\n")
+    known = {"ROSTER_ADDRESS": "x", "ROSTER_TOKEN": "x", "ROSTER_TLS_CA_FILE": "x", "ROSTER_TEST_SEED": "1"}
+    known |= {"ROSTER_PORT_50051_TCP": "x", "ROSTER_GRACE_FILE": "/dev/null", "ROSTER_GRACE": "3"}
+    known |= {"ROSTER_TLS_CERT_FILE": "", "ROSTER_POLICY_FILE": ""}
+    ended = await doctor(tmp_path, ROSTER_LISEN="x", **known)
+
+    told = [line for line in ended.out.splitlines() if "unknown setting" in line]
+    assert told == [
+        "wrong  settings  unknown setting ROSTER_LISEN; did you mean ROSTER_LISTEN?",
+        "wrong  settings  unknown setting ROSTER_POOL_SIZES; did you mean ROSTER_POOL_SIZE?",
+    ]
+    assert ended.status == 1
+
+
+async def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
+    """With its address."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        ended = await doctor(tmp_path, ROSTER_LISTEN=address)
+
+    assert ended.status == 1
+    assert f"wrong  port      can't listen on {address}: Address already in use" in ended.out
+
+
+async def test_too_many_connections_are_told(postgresql_url: str, tmp_path: Path) -> None:
+    """Those of all workers, of which the database keeps some for superusers."""
+    ended = await doctor(tmp_path, ROSTER_DATABASE_URL=postgresql_url, ROSTER_WORKERS="1000")
+
+    assert ended.status == 1
+    assert "wrong  database  up to 24000 connections are opened, and it has " in ended.out
 
 
 async def test_a_database_that_is_away_is_told(tmp_path: Path) -> None:

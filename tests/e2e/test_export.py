@@ -194,6 +194,17 @@ async def test_says_why_it_can_not_run(roster: Roster, arguments: list[str], tol
     assert (done.status, done.out, roster.read("posts.csv")) == (2, "", b"earlier")
     assert told in " ".join(done.err.split())
     assert "Traceback" not in done.err
+    assert "--after-id" not in done.err
+
+
+async def test_no_file_is_begun_without_pyarrow(roster: Roster) -> None:
+    """The command says what to install."""
+    (roster.folder / "pyarrow.py").write_text("raise ImportError")
+
+    done = await roster.run("export", "posts", "--output", "posts.parquet")
+
+    assert (done.status, "pip install pyarrow" in done.err) == (2, True)
+    assert not list(roster.folder.glob("*.part"))
 
 
 async def exporting(roster: Roster, server: Server) -> asyncio.subprocess.Process:
@@ -221,6 +232,20 @@ async def test_goes_on_through_a_restart_of_the_server(roster: Roster, server: S
     assert titles == [f"Post {number}" for number in range(30)]
 
 
+async def test_an_error_says_how_to_go_on(roster: Roster, server: Server, tmp_path: Path) -> None:
+    """Behind the last row that was written; here the server comes back with a database that is empty."""
+    process = await exporting(roster, server)
+    await server.stop(grace=0)
+    another = Server(Settings(database_url=f"sqlite:///{tmp_path}/empty.db", listen=server.address))
+    await another.start()
+    done = await ended(process)
+    await another.stop(grace=0)
+
+    last_id = json.loads(f"{{{done.out}".splitlines()[-1])["id"]
+    assert done.status == 2
+    assert done.err.endswith(f"; go on with --after-id {last_id}\n")
+
+
 async def test_a_reader_may_have_enough(roster: Roster, server: Server) -> None:
     """As with `roster export posts | head -1`: no traceback, no complaint."""
     process = await exporting(roster, server)
@@ -232,7 +257,10 @@ async def test_a_reader_may_have_enough(roster: Roster, server: Server) -> None:
     assert await process.wait() == 1
 
 
-async def test_an_interrupt_says_where_it_stopped(roster: Roster, server: Server) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_an_interrupt_says_where_it_stopped(
+    roster: Roster, server: Server, number: signal.Signals
+) -> None:
     """`--after-id` goes on from there; here while the server is away."""
     process = await exporting(roster, server)
     await server.stop(grace=0)
@@ -241,9 +269,9 @@ async def test_an_interrupt_says_where_it_stopped(roster: Roster, server: Server
     rows = asyncio.create_task(process.stdout.read())
     while b"trying again" not in await process.stderr.readline():
         pass
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     err = (await process.stderr.read()).decode()
 
     last_id = json.loads((b"{" + await rows).splitlines()[-1])["id"]
     assert f"interrupted behind id {last_id}: {last_id} posts, " in err
-    assert await process.wait() == 130
+    assert await process.wait() == 128 + number

@@ -78,7 +78,7 @@ async def test_takes_csv_from_standard_input(roster: Roster, users: UserServiceS
     assert done.out.startswith("stdin: 2 rows in ")
     assert (roster.folder / "stdin.rejects.csv").read_text() == (
         "_error,email,full_name,is_active\n"
-        "INVALID_FIELD is_active: is_active must be true or false,b@example.org,,maybe\n"
+        "line 3: INVALID_FIELD is_active: is_active must be true or false,b@example.org,,maybe\n"
     )
     assert (await users.GetUser(GetUserRequest(email="a@example.org"))).full_name == "Ada"
 
@@ -145,15 +145,16 @@ async def test_stops_where_too_many_rows_failed(roster: Roster, rows: list[objec
         (["users", "users.txt"], "add --format"),
         (
             ["users", "users.ndjson", "--on-conflict", "update"],
-            "nothing was loaded: options.update_mask is required",
+            "--on-conflict update needs --update-mask",
         ),
+        (["users", "users.ndjson", "--update"], "--update needs --update-mask"),
         (["users", "users.ndjson", "--rejects", "./users.ndjson"], "is the file to load"),
         (["users", "users.ndjson", "--rejects", "nowhere/rejects"], "there is no folder nowhere"),
         (["users", "users.ndjson", "--format", "csv"], "the header line is no CSV"),
         (["users", "users.ndjson", "--address", "127.0.0.1:1"], "127.0.0.1:1; start one with `roster serve`"),
         (
             ["posts", "users.ndjson", "--on-conflict", "skip"],
-            "nothing was loaded: options.on_conflict",
+            "nothing was loaded: --on-conflict",
         ),
     ],
 )
@@ -225,15 +226,14 @@ async def test_a_finished_load_says_so(roster: Roster) -> None:
     second = await roster.run("load", "users", name)
 
     assert (first.status, second.status) == (0, 0)
-    counts, note, *_ = second.out.splitlines()
-    assert counts.rpartition(")")[2] == first.out.strip().rpartition(")")[2]
-    assert note == "  it was finished before, and nothing was sent; another --load-id loads it again"
+    assert second.out.rpartition(")")[2] == first.out.rpartition(")")[2]
+    assert second.out.startswith("users.ndjson: finished before; nothing was sent (another --load-id ")
 
 
 @pytest.mark.parametrize(
     ("rows", "told"),
     [
-        (["a", "b", "c"], "the load is finished; begin another"),
+        (["a", "b", "c"], "the load is finished; begin another for new rows, with another --load-id"),
         (["a"], "the load has 2 rows already, and here are only 1"),
     ],
 )
@@ -272,13 +272,16 @@ async def waiting(roster: Roster, users: UserServiceStub) -> AsyncIterator[async
     assert process.returncode is not None
 
 
-async def test_an_interrupt_says_what_is_in(waiting: asyncio.subprocess.Process) -> None:
-    """Ctrl-C ends a load at once, with status 130."""
-    waiting.send_signal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_an_interrupt_says_what_is_in(
+    waiting: asyncio.subprocess.Process, number: signal.Signals
+) -> None:
+    """Ctrl-C ends a load at once, and SIGTERM; with the status that a shell gives."""
+    waiting.send_signal(number)
 
     _, err = await waiting.communicate()
 
-    assert waiting.returncode == 130
+    assert waiting.returncode == 128 + number
     assert re.fullmatch(f"interrupted: {MOST_IN}\n", err.decode())
 
 
@@ -338,10 +341,10 @@ async def test_a_second_loader_of_a_load_ends_the_first(roster: Roster, users: U
 
 
 async def test_an_aborted_load_takes_no_more_rows(roster: Roster, server: Server) -> None:
-    """The command says so, and that another name is needed."""
-    name = roster.write("users.ndjson", *[{"email": "no"}] * 9)
-    command = ["load", "users", name, "--load-id", "staff", "--batch-rows", "1"]
-    await roster.run(*command, "--max-failures", "1")
+    """The command says so, what is in, and that another name is needed."""
+    name = roster.write("users.ndjson", {"email": "a@example.org"}, *[{"email": "no"}] * 9)
+    command = ["load", "users", name, "--load-id", "staff", "--batch-rows", "1", "--max-failures", "1"]
+    await roster.run(*command)
     async with channel(server.address) as connection:
         loads = BulkServiceStub(connection)
         aborted = await loads.AbortBulkLoad(AbortBulkLoadRequest(load_id="staff"))
@@ -349,4 +352,49 @@ async def test_an_aborted_load_takes_no_more_rows(roster: Roster, server: Server
 
     assert aborted.state == BulkLoad.ABORTED
     assert done.status == 2
-    assert "the load was aborted; begin another, with another load_id" in done.err
+    told = "the load was aborted; begin another, with another --load-id; 1 row is in and durable, "
+    assert told in done.err
+    assert aborted.failed == int(done.err.partition(told)[2].split()[0])
+
+
+async def test_mended_rejects_are_not_overwritten(roster: Roster) -> None:
+    """The same command again leaves them, and says where its own are; once more, and nothing is added."""
+    name = roster.write("users.csv", "email", "no one", "nobody")
+    await roster.run("load", "users", name)
+    rejects = roster.read("users.rejects.csv")
+    mended = rejects.replace(b"no one", b"one@example.org")
+    (roster.folder / "users.rejects.csv").write_bytes(mended)
+
+    again = [await roster.run("load", "users", name) for _ in range(2)]
+
+    assert [done.out.splitlines()[-1] for done in again] == [
+        "  the failed rows are in users.rejects.2.csv; users.rejects.csv is another's, or mended, and stays"
+    ] * 2
+    assert (roster.read("users.rejects.csv"), roster.read("users.rejects.2.csv")) == (mended, rejects)
+    assert sorted(path.name for path in roster.folder.iterdir()) == [
+        "users.csv",
+        "users.rejects.2.csv",
+        "users.rejects.csv",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"), [([], "the file is empty"), (["email;full_name"], "commas separate the columns")]
+)
+async def test_a_file_that_can_not_be_read_opens_no_load(roster: Roster, rows: list[str], told: str) -> None:
+    """Its header is looked at before."""
+    done = await roster.run("load", "users", roster.write("users.csv", *rows), "--load-id", "staff")
+
+    assert done.status == 2
+    assert told in " ".join(done.err.split())
+    assert (await roster.run("loads", "--json")).out == ""
+
+
+async def test_says_which_lines_failed_and_which_were_never_sent(roster: Roster) -> None:
+    """The server counts the rows that it got."""
+    done = await roster.run("load", "users", roster.write("users.ndjson", "what?", {"email": "no one"}))
+
+    lines = done.out.splitlines()
+    assert lines[1].startswith("  1 x MALFORMED_MESSAGE, first in line 1: the line is not JSON")
+    assert lines[2].startswith("  1 x INVALID_FIELD email, first in line 2: email must be")
+    assert lines[3] == "  1 row could not be read; `roster loads` does not count them"

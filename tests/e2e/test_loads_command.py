@@ -88,6 +88,17 @@ async def test_aborts_without_a_question(
     assert json.loads(done.out)["state"] == await state(channel, "staff") == "ABORTED"
 
 
+async def test_a_finished_load_has_nothing_to_abort(roster: Roster, users: UserServiceStub) -> None:
+    """Status 1, and nothing on standard output."""
+    stream = await LoadStream.open(users)
+    await stream.finished()
+
+    done = await roster.run("loads", "abort", "staff", "--yes")
+
+    assert (done.status, done.out) == (1, "")
+    assert "it is finished; nothing to abort" in done.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -102,6 +113,6 @@ async def test_says_what_is_wrong(roster: Roster, arguments: list[str], told: st
     """Status 2 and one sentence."""
     done = await roster.run("loads", *arguments)
 
-    assert done.status == 2
+    assert (done.status, done.out) == (2, "")
     assert told in " ".join(done.err.split())
     assert "Traceback" not in done.err

@@ -143,8 +143,8 @@ def test_csv_becomes_a_message(line: bytes, expected: User) -> None:
 
 BAD_CSV = [
     (b"a@x,,maybe\n", "INVALID_FIELD", "is_active", "is_active must be true or false"),
-    (b"a@x\n", "MALFORMED_MESSAGE", "", "the number of cells is 1, in the header line 3"),
-    (b"a@x,,,\n", "MALFORMED_MESSAGE", "", "the number of cells is 4, in the header line 3"),
+    (b"a@x\n", "MALFORMED_MESSAGE", "", "1 cell, but the header has 3"),
+    (b"a@x,,,\n", "MALFORMED_MESSAGE", "", "4 cells, but the header has 3"),
     (b"\xff@x,,\n", "MALFORMED_MESSAGE", "", "the row is not UTF-8"),
     (b'"a"x,,\n', "MALFORMED_MESSAGE", "", "the row is not CSV"),
     (b'a@x,A"d"a,\n', "MALFORMED_MESSAGE", "", "the row is not CSV"),
@@ -183,7 +183,8 @@ def test_a_quote_that_is_never_closed_fails_one_row() -> None:
 @pytest.mark.parametrize(
     ("data", "told"),
     [
-        (b"", "names none of email"),
+        (b"", "the file is empty"),
+        (b"email;full_name\n", "names none of email, .*; commas separate the columns"),
         (b"a@x,Ada\n", "names none of email, full_name"),
         (b"email,email\n", "a name twice"),
         (b"email,\xff\n", "no CSV in UTF-8"),
@@ -279,10 +280,10 @@ def test_csv_rejects_have_the_cells_as_they_were() -> None:
 
     assert csv_format.head() == b"_error,email,foo\n"
     assert rejected == [
-        b'EMAIL_TAKEN email: email belongs to another user,a@x,"1,2"\n',
-        b'"MALFORMED_MESSAGE: the number of cells is 1, in the header line 2",b@x\n',
-        b'"MALFORMED_MESSAGE: the number of cells is 3, in the header line 2",c@x,1,2\n',
-        b"MALFORMED_MESSAGE: the row is not UTF-8,\xff@x,\n",
+        b'line 2: EMAIL_TAKEN email: email belongs to another user,a@x,"1,2"\n',
+        b'"line 3: MALFORMED_MESSAGE: 1 cell, but the header has 2",b@x\n',
+        b'"line 4: MALFORMED_MESSAGE: 3 cells, but the header has 2",c@x,1,2\n',
+        b"line 5: MALFORMED_MESSAGE: the row is not UTF-8,\xff@x,\n",
     ]
 
 

@@ -36,7 +36,7 @@ def test_keys_are_for_their_owner_and_are_not_overwritten(folder: Path) -> None:
     before = written(folder)
     again = token("keys", str(folder))
 
-    assert {name: mode for name, (mode, _) in before.items()} == {"private.pem": 0o600, "jwks.json": 0o600}
+    assert {name: mode for name, (mode, _) in before.items()} == {"private.pem": 0o600, "jwks.json": 0o644}
     assert (again.exit_code, written(folder)) == (2, before)
     assert "private.pem is there already" in again.output
 
