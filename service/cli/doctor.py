@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from difflib import get_close_matches
+from errno import EADDRINUSE
 from pathlib import Path
 
 import click
@@ -87,8 +88,10 @@ def _examine_port(listen: str, diagnosis: Diagnosis) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         socket.create_server((host.strip("[]"), int(port)), family=family).close()
     except OSError as error:
-        wrong = f"can't listen on {listen}: {error.strerror}; is another server there already?"
-        diagnosis.tell("port", wrong, "")
+        # Nothing wrong beside a server that runs, which is where a doctor is called.
+        in_use = error.errno == EADDRINUSE
+        wrong = "" if in_use else f"can't listen on {listen}: {error.strerror}"
+        diagnosis.tell("port", wrong, f"{listen} is taken: does the server run already?")
 
 
 def _examine_files(chosen: Settings, diagnosis: Diagnosis) -> None:
