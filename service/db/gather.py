@@ -24,6 +24,9 @@ from service.metrics import GATHERED_READS
 MAX_KEYS = 100
 # A connection is kept while calls come; then it goes back to the pool, where others wait for one.
 MAX_STATEMENTS = 100
+# Where several wait, a moment for more: at 64 in flight 0.6 of a no-op's rate instead of 0.5, since a
+# statement for two costs nearly what one for ten does. A call that is alone doesn't wait.
+GATHER_SECONDS = 0.001
 
 Column = InstrumentedAttribute[Any]
 Rows = Mapping[Any, Any]
@@ -88,6 +91,8 @@ class Gather:
             for _ in range(MAX_STATEMENTS):
                 if not self._waiting:
                     return
+                if len(self._waiting) > 1:
+                    await asyncio.sleep(GATHER_SECONDS)
                 await self._answer(connection)
 
     async def _answer(self, connection: AsyncConnection) -> None:
