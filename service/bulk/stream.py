@@ -1,12 +1,6 @@
-"""One bulk stream: its batches in hand, their order, and what happens when one fails.
-
-Batches are copied at the same time, each in a transaction of its own, and committed in the order of
-their offsets: each waits for the one before it. When one fails, those behind it roll back; then they
-are tried again one at a time.
-"""
+"""One bulk stream: its messages in hand, their order, and which of them may be written side by side."""
 
 import asyncio
-import random
 from collections.abc import AsyncIterator
 from typing import Any, Self
 
@@ -14,28 +8,23 @@ from roster.v1.bulk_pb2 import BulkLoad, BulkOptions, BulkWriteResponse
 from service.bulk.convert import summary_to_message
 from service.bulk.measured import Measured
 from service.bulk.operation import Operation, StreamOptions
-from service.bulk.slot import Slot, Superseded, committed
+from service.bulk.recorder import FAULTS, Recorder, expired, gap
+from service.bulk.slot import Slot
 from service.caller import Caller
 from service.db.base import MAX_ID
 from service.db.bulk.batch import Outcome
 from service.db.bulk.loads import COUNTED, Load, LoadRepository, LoadState
-from service.db.bulk.writer import BulkWriter
 from service.db.engine import Database
 from service.errors import (
-    DatabaseUnavailable,
     InvalidArgument,
     InvalidField,
     InvalidOptions,
     LoadAborted,
-    LoadExpired,
     LoadFinished,
     OffsetGap,
     OptionsChanged,
-    OutcomeUnknown,
     RosterError,
-    StatementTimeout,
     TooLarge,
-    Unavailable,
 )
 from service.fields import check_load_id
 
@@ -44,10 +33,6 @@ MAX_BYTES = 4 << 20
 # Messages read and not yet acknowledged. On two cores three copies at a time made 1.13 of \copy, two
 # 1.04, one 0.69.
 IN_HAND = 3
-ATTEMPTS = 3
-FIRST_PAUSE_SECONDS = 0.1
-
-FAULTS = (Unavailable, StatementTimeout)
 # What a message is answered with when nothing of it is recorded; the stream stays open.
 REFUSALS = (InvalidField, TooLarge, OffsetGap, *FAULTS)
 
@@ -64,7 +49,6 @@ class Stream:
         load: Load | None,
     ) -> None:
         self.options = options
-        self.watermark = load.next_offset if load else 0  # behind the last row that is recorded
         self.slots: asyncio.Queue[Slot | None] = asyncio.Queue()
         self.counts = dict.fromkeys(COUNTED, 0)
         self._database = database
@@ -72,11 +56,11 @@ class Stream:
         self._caller = caller
         self._measured = Measured(operation)
         self._load = load
+        self._recorder = Recorder(database, operation, options.write, load)
         self._room = asyncio.Semaphore(IN_HAND)
         self._end = 0  # behind the last message, recorded or not
         self._expected = self.watermark  # behind the last batch in hand
         self._last: Slot | None = None
-        self._is_uncertain = False  # a commit's answer was lost
         self._meets_conflicts = False
         self._new_failures = 0
 
@@ -106,8 +90,13 @@ class Stream:
             if load.state == LoadState.ABORTED:
                 raise LoadAborted("the load was aborted; begin another, with another load_id")
             if load.state == LoadState.EXPIRED:
-                raise _expired()
+                raise expired()
         return cls(database, operation, options, caller, load)
+
+    @property
+    def watermark(self) -> int:
+        """Behind the last row that is recorded."""
+        return self._recorder.watermark
 
     async def receive(self, first: Any, requests: AsyncIterator[Any]) -> None:
         """Put a slot in the queue for every message; the caller puts None behind the last one."""
@@ -201,7 +190,7 @@ class Stream:
         if slot.offset != self._expected:
             await self._settle_all()
         if slot.offset > self._expected:
-            raise _gap(self._expected)
+            raise gap(self._expected)
         if slot.offset < self._expected and self._load is None:
             raise OffsetGap(
                 "this offset is recorded already, and a load without load_id keeps no outcomes; "
@@ -213,13 +202,12 @@ class Stream:
         if slot.replayed < slot.size and self._load and self._load.state == LoadState.FINISHED:
             raise _finished()
         # Not in the slot's task: batches have to ask for their connections in order.
-        slot.first_outcome = await self._recorded(slot.offset, slot.offset + slot.replayed)
+        slot.first_outcome = await self._recorder.recorded(slot.offset, slot.offset + slot.replayed)
 
     async def _settle_all(self) -> None:
         if self._last:
             await self._last.settled()
-        if self._is_uncertain:
-            await self._look_again()
+        await self._recorder.be_certain()
         self._last = None
         self._expected = self.watermark
 
@@ -232,7 +220,7 @@ class Stream:
         slot.previous, self._last = self._last, slot
         slot.batch.draws_after = slot.previous.batch.has_drawn if slot.previous else None
         self._expected = max(self._expected, slot.end)
-        slot.task = asyncio.create_task(self._settled(slot))
+        slot.task = asyncio.create_task(self._recorder.record(slot))
 
     async def _clear(self, slot: Slot) -> None:
         """Wait for the batches in hand that the new one can't be written beside."""
@@ -249,104 +237,6 @@ class Stream:
                 slot.wait_for(other)
             other = other.previous
 
-    async def _settled(self, slot: Slot) -> Outcome:
-        """Record a message; raises one of REFUSALS where it can't be, and anything else to end the stream."""
-        try:
-            outcome = await self._first_attempt(slot)
-            slot.batch.has_drawn.set()
-            slot.is_committed.set_result(outcome is not None)
-            if outcome is None:
-                await self._require(slot.previous)
-                outcome = await self._again(slot)
-                self.watermark = max(self.watermark, slot.end)
-        finally:
-            if not slot.is_committed.done():
-                slot.is_committed.set_result(False)
-            slot.batch.has_drawn.set()
-            slot.previous = None
-            slot.awaited.clear()  # its batch looks at it too
-        if not slot.replayed:
-            return outcome
-        slot.first_outcome.extend(outcome)
-        return slot.first_outcome
-
-    async def _first_attempt(self, slot: Slot) -> Outcome | None:
-        """Write a slot behind the one before it; return None where it is to be tried again on its own."""
-        if self._is_uncertain:
-            return None
-        try:
-            outcome = await self._write(slot, slot.previous)
-        except (Superseded, *FAULTS):
-            return None
-        except OutcomeUnknown:
-            if self._load is None:
-                raise
-            self._is_uncertain = True
-            return None
-        self.watermark = max(self.watermark, slot.end)
-        return outcome
-
-    async def _require(self, previous: Slot | None) -> None:
-        if previous:
-            await previous.settled()
-            if previous.has_failed():
-                raise _gap(self.watermark)
-
-    async def _again(self, slot: Slot) -> Outcome:
-        """Try a batch on its own, with pauses; raises the last fault."""
-        for attempt in range(1, ATTEMPTS):
-            await asyncio.sleep(FIRST_PAUSE_SECONDS * attempt * random.uniform(0.5, 1.5))  # noqa: S311
-            try:
-                if self._is_uncertain:
-                    await self._look_again()
-                if slot.end <= self.watermark:
-                    return await self._recorded(slot.offset + slot.replayed, slot.end)
-                return await self._write(slot, None)
-            except FAULTS as error:
-                if attempt == ATTEMPTS - 1:  # a timeout too is worth another try later
-                    raise DatabaseUnavailable(error.message) from error
-            except OutcomeUnknown:
-                if self._load is None:
-                    raise
-                self._is_uncertain = True
-        raise DatabaseUnavailable("a commit's answer was lost; send the message again to learn its outcome")
-
-    async def _write(self, slot: Slot, previous: Slot | None) -> Outcome:
-        """Write the new rows of a slot in a transaction that commits behind the previous one's."""
-        if not slot.batch.size:
-            await self._require(previous)
-            return Outcome()
-        if self.options.write.restores and self.options.write.writes(slot.batch):
-            async with self._database.bulk() as session:
-                await BulkWriter(session, self._operation.model).reserve(slot.batch)
-        async with self._database.bulk() as session:
-            outcome = await self._operation.write(session, slot.batch, self.options.write)
-            await committed(previous)
-            if self._operation.taken:
-                slot.complete(outcome, self.options.write, self._operation.taken)
-            if self._load:
-                await LoadRepository(session, self._caller.identity).record(
-                    self._load, slot.offset + slot.replayed, outcome
-                )
-        return outcome
-
-    async def _look_again(self) -> None:
-        """Find out whether a commit whose answer was lost is in."""
-        if self._load is None:
-            raise RuntimeError("only a named load can be looked at again")
-        async with self._database.read() as session:
-            self.watermark = await LoadRepository(session, self._caller.identity).watermark(self._load)
-        self._is_uncertain = False
-
-    async def _recorded(self, start: int, end: int) -> Outcome:
-        if self._load is None or start == end:
-            return Outcome()
-        async with self._database.read() as session:
-            outcome = await LoadRepository(session, self._caller.identity).outcome(self._load, start, end)
-        if len(outcome.ids) < end - start:
-            raise _expired()
-        return outcome
-
 
 def _effect(options: BulkOptions) -> BulkOptions:
     """Return what of the options decides what is written; the rest may change from stream to stream."""
@@ -357,17 +247,5 @@ def _effect(options: BulkOptions) -> BulkOptions:
     return effect
 
 
-def _expired() -> LoadExpired:
-    return LoadExpired("the load has expired, its outcomes are gone; use another load_id for new rows")
-
-
 def _finished() -> LoadFinished:
     return LoadFinished("the load is finished; begin another for new rows, with another load_id")
-
-
-def _gap(expected: int) -> OffsetGap:
-    return OffsetGap(
-        f"the rows from offset {expected} on are missing; go back there",
-        field="offset",
-        expected_offset=expected,
-    )

@@ -9,6 +9,7 @@ from typing import Any
 
 from roster.v1.bulk_pb2 import BulkWriteResponse
 from service.caller import current_caller
+from service.db.bulk.loads import COUNTED
 from service.errors import RosterError
 from service.interceptors.around import Around, Context
 
@@ -30,7 +31,6 @@ TARGETS = {
     "/roster.v1.PostService/BulkUpdatePosts": "",
     "/roster.v1.BulkService/AbortBulkLoad": "load_id",
 }
-COUNTED = ("created", "updated", "skipped", "failed")
 
 
 @dataclass

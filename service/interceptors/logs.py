@@ -47,6 +47,9 @@ class Logs(Around):
             self._write(method, context, perf_counter() - began, statements)
 
     def _write(self, method: str, context: Context, seconds: float, statements: list[float]) -> None:
+        level = self._level(method, seconds)
+        if not log.isEnabledFor(level):
+            return
         fields = {
             "method": method,
             "code": code_at_end(context).name,
@@ -56,7 +59,7 @@ class Logs(Around):
             "caller": current_caller().identity,
             "peer": context.peer(),
         }
-        log.log(self._level(method, seconds), "call", extra={"fields": fields})
+        log.log(level, "call", extra={"fields": fields})
 
     def _level(self, method: str, seconds: float) -> int:
         if method.startswith(QUIET):

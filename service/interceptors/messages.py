@@ -1,12 +1,11 @@
 """The messages of a call, parsed only once it is admitted: one of 8 MiB can take 70 times that in memory."""
 
-from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
 from google.protobuf.message import DecodeError
 
 from service.errors import MalformedMessage
-from service.interceptors.around import Around, Context
+from service.interceptors.around import Around
 
 
 class Messages(Around):
@@ -15,9 +14,6 @@ class Messages(Around):
     def __init__(self) -> None:
         super().__init__()
         self._parsers: dict[str, Any] = {}
-
-    def around(self, method: str, context: Context) -> AbstractAsyncContextManager[None]:  # noqa: ARG002
-        return nullcontext()
 
     def wrap(self, method: str, handler: Any) -> Any:
         self._parsers[method] = handler.request_deserializer
