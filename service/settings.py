@@ -7,6 +7,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from dotenv import dotenv_values
 from pydantic import AliasChoices, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -36,12 +37,21 @@ class SecretFiles(PydanticBaseSettingsSource):
         path = os.environ.get(f"{variable}_FILE")
         # A field that has aliases goes by the first of them in every source: otherwise none beats the other.
         key = variable if field.validation_alias else field_name
-        return (Path(path).read_text().strip() if path else None), key, False
+        try:
+            return (Path(path).read_text().strip() if path else None), key, False
+        except OSError as error:
+            raise OSError(f"{variable}_FILE: can't be read: {error}") from None
 
     def __call__(self) -> dict[str, Any]:
         fields = self.settings_cls.model_fields.items()
         values = [self.get_field_value(field, name) for name, field in fields]
         return {key: value for value, key, _ in values if value is not None}
+
+
+def variables() -> set[str]:
+    """Return the names of all that is set with our prefix, in the environment or in .env."""
+    names = map(str.upper, os.environ.keys() | dotenv_values(".env").keys())
+    return {name for name in names if name.startswith(PREFIX)}
 
 
 class Settings(BaseSettings):

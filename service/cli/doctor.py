@@ -1,7 +1,6 @@
 """`roster doctor`: is all there that the server needs?"""
 
 import asyncio
-import os
 import re
 import socket
 import sys
@@ -13,7 +12,6 @@ from errno import EADDRINUSE
 from pathlib import Path
 
 import click
-from dotenv import dotenv_values
 from sqlalchemy import func, make_url, select
 from sqlalchemy.exc import DBAPIError
 
@@ -24,7 +22,7 @@ from service.cli.terminal import UsageError
 from service.db import migrations
 from service.db.engine import Database
 from service.server import authentication
-from service.settings import PREFIX, Settings
+from service.settings import PREFIX, Settings, variables
 from service.tls import expiry, server_credentials
 
 MAX_SKEW_SECONDS = 2.0
@@ -73,12 +71,10 @@ def doctor() -> None:
 
 def _unknown_settings() -> Iterator[str]:
     known = [f"{PREFIX}{name.upper()}" for name in Settings.model_fields]
-    known += [str(option.envvar) for option in export.params]
-    for name in sorted(os.environ.keys() | dotenv_values(".env").keys()):
-        upper = name.upper()
-        is_known = not {upper, upper.removesuffix("_FILE")}.isdisjoint(known) or FOREIGN.match(upper)
-        if upper.startswith(PREFIX) and not is_known:
-            close = get_close_matches(upper, known, 1)
+    known += [str(option.envvar) for option in export.params]  # what every command that is a client has
+    for name in sorted(variables()):
+        if {name, name.removesuffix("_FILE")}.isdisjoint(known) and not FOREIGN.match(name):
+            close = get_close_matches(name, known, 1)
             yield f"unknown setting {name}" + "".join(f"; did you mean {one}?" for one in close)
 
 

@@ -1,8 +1,5 @@
 """Settings for a person at a terminal: every one explained, everything wrong told at once."""
 
-import os
-from pathlib import Path
-
 from pydantic import ValidationError
 from pydantic_core import to_json
 
@@ -18,8 +15,7 @@ def settings() -> Settings:
         lines = [_line(problem["loc"], problem["msg"]) for problem in error.errors()]
         raise UsageError("\n".join(lines)) from None
     except OSError as error:
-        files = {str(Path(value)): name for name, value in os.environ.items() if name.startswith(PREFIX)}
-        raise UsageError(f"{files.get(error.filename, 'a setting')}: can't be read: {error}") from None
+        raise UsageError(str(error)) from None
 
 
 def settings_help() -> str:
