@@ -54,6 +54,18 @@ class Serving:
 
 
 @asynccontextmanager
+async def waiting_to_serve(folder: Path, **environment: str) -> AsyncIterator[Serving]:
+    """Run a `roster serve` that does not come to listen; kill it if it is still there."""
+    process = await _start(ROSTER, "serve", folder=folder, **{**DEFAULTS, **environment})
+    try:
+        yield Serving(process, "")
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+@asynccontextmanager
 async def serving(folder: Path, **environment: str) -> AsyncIterator[Serving]:
     """Run `roster serve` in a folder, on a free port unless told otherwise; kill it if it is still there."""
     process = await _start(ROSTER, "serve", folder=folder, **{**DEFAULTS, **environment})

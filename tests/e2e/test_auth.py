@@ -27,6 +27,7 @@ from roster.v1.users_pb2_grpc import UserServiceStub
 from tests.e2e.secured import Secured, secured
 from tests.errors import Refusal, refusal
 from tests.issuer import Issuer
+from tests.rival import until
 from tests.wire import RPCS
 
 UNKNOWN = "a valid token or client certificate is required"
@@ -230,6 +231,21 @@ async def test_a_path_that_is_no_method_gets_nowhere(path: str, subject: str | N
         refused = await refusal(call(request))
 
     assert (refused.code, refused.message) == (grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+
+
+async def test_the_log_names_a_caller_who_was_refused(
+    roster: Secured, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who has no role for a call is known all the same."""
+    caplog.set_level(logging.INFO, "service.calls")
+    async with roster.channel(roster.issuer.token("stranger")) as channel:
+        await refusal(UserServiceStub(channel).GetUser(GetUserRequest(id=1)))
+
+    async def logged() -> list[Any]:
+        return [vars(line)["fields"] for line in caplog.records if line.name == "service.calls"]
+
+    (fields,) = await until(logged)
+    assert (fields["caller"], fields["code"]) == ("jwt:stranger", "PERMISSION_DENIED")
 
 
 async def test_health_needs_no_identity(roster: Secured) -> None:

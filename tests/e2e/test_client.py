@@ -58,8 +58,9 @@ async def test_a_stream_of_answers_raises_them_too(users: UserServiceStub) -> No
 class Forgetful:
     """Hands a call on to a server, and loses the first answer."""
 
-    def __init__(self, users: UserServiceStub) -> None:
+    def __init__(self, users: UserServiceStub, code: grpc.StatusCode) -> None:
         self.users = users
+        self.code = code
         self.request_ids: list[str] = []
 
     async def create(self, request: CreateUserRequest, context: Any) -> User:
@@ -67,7 +68,7 @@ class Forgetful:
         self.request_ids.append(request.request_id)
         created = await self.users.CreateUser(request)
         if len(self.request_ids) == 1:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the answer was lost")
+            await context.abort(self.code, "the answer was lost")
         return created
 
 
@@ -88,9 +89,10 @@ async def behind(forgetful: Forgetful) -> AsyncIterator[UserServiceStub]:
     await proxy.stop(None)
 
 
-async def test_a_write_that_is_sent_again_happens_once(users: UserServiceStub) -> None:
-    """The answer was lost on its way; the second try gets it, as both have the same id."""
-    forgetful = Forgetful(users)
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
+async def test_a_write_that_is_sent_again_happens_once(users: UserServiceStub, code: grpc.StatusCode) -> None:
+    """The answer was lost on its way, or with its server; the second try gets it: both have the same id."""
+    forgetful = Forgetful(users, code)
     async with behind(forgetful) as forgotten:
         created = await forgotten.CreateUser(CreateUserRequest(user=ADA))
 

@@ -19,9 +19,10 @@ from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.client import BulkLoader, channel, pages
+from service.interceptors.drain import Drain
 from service.server import Server
 from service.settings import Settings
-from tests.e2e.command import ROSTER, run, serving
+from tests.e2e.command import ROSTER, run, serving, waiting_to_serve
 from tests.errors import refusal
 from tests.rival import rival
 
@@ -48,6 +49,19 @@ async def opened(users: UserServiceStub) -> Any:
     return load
 
 
+async def test_a_start_that_waits_for_the_database_ends_without_a_pause(tmp_path: Path) -> None:
+    """No load balancer knows of it yet."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and doesn't listen
+        url = f"postgresql://ada@127.0.0.1:{nobody.getsockname()[1]}/roster"
+        settings = {"ROSTER_DATABASE_URL": url, "ROSTER_DRAIN_PAUSE": "25", "ROSTER_GRACE": "60"}
+        async with waiting_to_serve(tmp_path, **settings) as server:
+            await server.said("trying again in")
+            server.signal(signal.SIGTERM)
+            async with asyncio.timeout(20):
+                assert (await server.ended()).status == 0
+
+
 async def test_a_bulk_stream_ends_behind_what_it_has_in_hand(server: Server, users: UserServiceStub) -> None:
     """What was received is acknowledged; then comes the watermark, and that it can go on elsewhere."""
     load = await opened(users)
@@ -61,6 +75,30 @@ async def test_a_bulk_stream_ends_behind_what_it_has_in_hand(server: Server, use
     assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
     assert refused.facts == {"next_offset": "1"}
     await stopping
+
+
+async def test_calls_that_come_while_others_end_are_waited_for_too() -> None:
+    """GRPC hands on what it has accepted, also when a stop has begun."""
+    drain, ends = Drain(), [asyncio.Event() for _ in range(2)]
+    context: Any = None
+
+    async def call(end: asyncio.Event) -> None:
+        async with drain.around("/roster.v1.UserService/GetUser", context):
+            await end.wait()
+
+    calls = [asyncio.create_task(call(ends[0]))]
+    await asyncio.sleep(0)
+    waiting = asyncio.create_task(drain.wait(60))
+    await asyncio.sleep(0)
+    calls.append(asyncio.create_task(call(ends[1])))
+    ends[0].set()
+    await calls[0]
+    await asyncio.wait([waiting], timeout=0)
+    assert not waiting.done()
+
+    ends[1].set()
+    await waiting
+    assert calls[1].done()
 
 
 async def test_a_batch_in_hand_is_acknowledged_before_the_end(postgresql_url: str) -> None:

@@ -1,6 +1,8 @@
 """The port that has the health service alone, for probes that speak no TLS."""
 
+import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import pytest
@@ -61,6 +63,37 @@ async def test_the_health_port_tells_of_a_stop(server: Server, probes: grpc.aio.
 
     await server.stop(grace=1)
     assert [answer.status async for answer in watch] == [NOT_SERVING]
+
+
+class Unread:
+    """A call whose client never reads: what is written to it does not get out."""
+
+    async def write(self, message: HealthCheckResponse) -> None:  # noqa: ARG002
+        """Wait for room."""
+        await asyncio.Event().wait()
+
+
+async def test_a_watcher_that_does_not_read_holds_nobody_up(server: Server, probes: grpc.aio.Channel) -> None:
+    """Neither the others, nor a stop."""
+    unread = asyncio.create_task(server.health.Watch(HealthCheckRequest(), Unread()))
+    watch = aiter(HealthStub(probes).Watch(HealthCheckRequest()))
+    assert (await anext(watch)).status == SERVING
+
+    async with asyncio.timeout(10):
+        await server.stop(grace=1)
+        assert [answer.status async for answer in watch] == [NOT_SERVING]
+        await unread
+
+
+async def test_bytes_that_are_no_message_are_answered_as_on_the_other_port(
+    probes: grpc.aio.Channel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a traceback in the log, which anybody who finds the port could fill."""
+    call: Any = probes.unary_unary("/grpc.health.v1.Health/Check")
+    refused = await refusal(call(b"\xff\xff\xff"))
+
+    assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE")
+    assert caplog.records == []
 
 
 async def test_a_health_port_that_is_taken_is_named(server: Server, sqlite_url: str) -> None:

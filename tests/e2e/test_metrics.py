@@ -73,6 +73,19 @@ async def test_calls_are_counted_by_method_and_code(server: Server, users: UserS
     assert after.value("roster_calls_in_flight") == 0
 
 
+async def test_gathered_reads_are_measured(server: Server, users: UserServiceStub) -> None:
+    """How many calls a statement answered, and the statement, though it goes past SQLAlchemy."""
+    await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org")))
+    before = await Scrape.of(server.metrics_address)
+    await asyncio.gather(*(users.GetUser(GetUserRequest(email="ada@example.org")) for _ in range(8)))
+
+    after = await Scrape.of(server.metrics_address)
+    assert after.since(before, "roster_gathered_reads_sum") == 8
+    statements = after.since(before, "roster_gathered_reads_count")
+    assert 1 <= statements <= 8
+    assert after.since(before, "roster_statement_seconds_count", operation="select") >= statements
+
+
 @on_sqlite
 async def test_calls_that_their_callers_left_are_counted(server: Server, users: UserServiceStub) -> None:
     """A call that is cancelled has a code too, though nobody gets it."""

@@ -23,7 +23,7 @@ from roster.v1.users_pb2 import (
     VerifyPasswordResponse,
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.errors import DatabaseUnavailable
+from service.errors import DatabaseUnavailable, OutcomeUnknown, RosterError, StatementTimeout
 from service.server import Server
 from service.settings import Settings
 from service.users.repository import UserRepository
@@ -176,15 +176,16 @@ async def test_a_hash_is_never_replaced_by_a_weaker_one(server: Server, users: U
     assert await stored_hash(server, ada.id) == STRONG
 
 
+@pytest.mark.parametrize("fault", [DatabaseUnavailable, StatementTimeout, OutcomeUnknown])
 async def test_a_hash_that_can_t_be_replaced_now_lets_in_all_the_same(
-    server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch
+    server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch, fault: type[RosterError]
 ) -> None:
     """The next success will do."""
     weak = WEAK["bcrypt 04"]
     ada = await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org", hashed_password=weak)))
 
     async def busy(*_: object) -> None:
-        raise DatabaseUnavailable("the database is busy with other writes; nothing was done, try again")
+        raise fault("the database is busy with other writes")
 
     monkeypatch.setattr(UserRepository, "replace_hash", busy)
     assert (await verified(users, id=ada.id)).user == ada

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -203,6 +204,18 @@ async def test_spans_reach_a_collector_over_grpc(sqlite_url: str, monkeypatch: p
     await call_once(sqlite_url)
     await server.stop(None)
     check(collector.received.get_nowait())
+
+
+async def test_a_collector_that_never_answers_holds_up_no_stop(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it was not sent is lost."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        async with asyncio.timeout(20):
+            await call_once(sqlite_url)
 
 
 def test_nothing_of_it_is_imported_without_an_endpoint() -> None:

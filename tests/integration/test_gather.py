@@ -5,6 +5,7 @@ import json
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, closing
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import MagicMock
@@ -17,6 +18,7 @@ from roster.v1 import posts_pb2, posts_pb2_grpc, resources_pb2, users_pb2, users
 from service.db import gather
 from service.db.driver import DriverQuery
 from service.db.engine import Database
+from service.db.statements import LISTENERS
 from service.errors import DatabaseUnavailable, PoolExhausted, PostNotFound, RosterError, UserNotFound
 from service.fields import EPOCH, MICROSECOND
 from service.posts.reader import PostReader
@@ -26,6 +28,8 @@ from service.users.model import User
 from service.users.reader import UserReader
 from service.users.repository import UserRepository
 from tests.rows import add_posts, add_users
+
+CALLER: ContextVar[str] = ContextVar("CALLER")
 
 
 @dataclass
@@ -133,6 +137,31 @@ async def test_a_password_hash_is_read_of_those_who_may_come_in(
     assert await users.password_hash("ada@example.org") == (ada.id, "$argon2id$")
     for nobody in (away.id, alan.id, 4711):
         assert await users.password_hash(nobody) == (0, "")
+
+
+async def test_what_one_caller_is_told_is_not_told_another(
+    database: Database, users: UserReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A statement is asked in nobody's context; each of its callers hears of it, and of no other."""
+    ids = await add_users(database, 3)
+    asked_in: list[str] = []
+    read = database.read
+
+    def reading() -> Any:
+        asked_in.append(CALLER.get(""))
+        return read()
+
+    monkeypatch.setattr(database, "read", reading)
+
+    async def call(caller: str, id: int) -> int:
+        heard: list[str] = []
+        CALLER.set(caller)
+        LISTENERS.set((lambda statement, _: heard.append(statement),))
+        await users.get(id)
+        return len(heard)
+
+    assert await asyncio.gather(*(call(f"caller {id}", id) for id in ids)) == [1, 1, 1]
+    assert set(asked_in) == {""}
 
 
 async def test_calls_that_come_together_share_a_statement(

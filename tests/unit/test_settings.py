@@ -239,3 +239,10 @@ def test_a_command_says_which_file_can_t_be_read(environment: pytest.MonkeyPatch
 
     assert result.exit_code == 2
     assert "missing" in result.output
+
+
+@pytest.mark.parametrize("name", ["metrics_listen", "health_listen"])
+def test_what_is_served_beside_the_calls_has_a_port(name: str) -> None:
+    """Or is off; there is no Unix socket for it."""
+    assert "must be host:port, or empty" in str(refused(**{name: "unix:/run/roster"}))
+    assert getattr(Settings(**{name: ""}), name) == ""  # type: ignore[arg-type]
