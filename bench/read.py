@@ -119,7 +119,8 @@ def client_of(url: str, options: list[str]) -> Iterator[tuple[int, str, Any]]:
 def measured(url: str, postmaster: int, loads: Loads, arguments: argparse.Namespace) -> dict[str, list[Seen]]:
     """Run all loads in turn, so many rounds; every other round goes backwards."""
     seen: dict[str, list[Seen]] = defaultdict(list)
-    with client_of(url, ["--asyncio"] if arguments.asyncio else []) as (server, address, client):
+    options = [f"--{name}" for name in ("asyncio", "lines") if getattr(arguments, name)]
+    with client_of(url, options) as (server, address, client):
         work = loads.all(address)
         if arguments.only:
             work = {name: load for name, load in work.items() if any(part in name for part in arguments.only)}
@@ -184,6 +185,7 @@ def parsed() -> argparse.Namespace:
         "--only", action="append", help="loads with this in their name; may come several times"
     )
     parser.add_argument("--asyncio", action="store_true", help="serve on asyncio's own loop, not on uvloop")
+    parser.add_argument("--lines", action="store_true", help="log a line for each call, as is the default")
     parser.add_argument("--plot", type=Path, help="draw what was measured into this SVG file")
     parser.add_argument("--json", action="store_true", help="print every run as JSON")
     return parser.parse_args()

@@ -6,6 +6,7 @@ reference. On a second port UserService has no interceptors.
 
 import asyncio
 import gc
+import os
 import sys
 from typing import Any
 
@@ -19,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async
 from roster.v1.resources_pb2 import User as UserMessage
 from roster.v1.users_pb2 import GetUserRequest
 from roster.v1.users_pb2_grpc import add_UserServiceServicer_to_server
+from service import logs
 from service.server import OPTIONS, Server
 from service.settings import Settings
 from service.users.model import User
@@ -84,6 +86,9 @@ async def main() -> None:
     await bare.start()
     gc.freeze()
     print(f"listening on {server.address} 127.0.0.1:{port}", file=sys.stderr, flush=True)
+    if "--lines" in sys.argv:  # nobody reads them here
+        logs.configure("INFO", "json")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     await asyncio.Event().wait()
 
 

@@ -1,12 +1,11 @@
 """Who calls, and whether they may: before anything of the call is read."""
 
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from typing import Any
 
 from service.caller import NOBODY, Caller, set_caller
 from service.errors import PermissionDenied, Refused, Unauthenticated
-from service.interceptors.around import Around, Context
+from service.interceptors.around import Around, Context, Proceed
 from service.policy import ANONYMOUS, HEALTH, Policy
 from service.tokens import Tokens
 from service.watched import Watched
@@ -28,11 +27,10 @@ class Auth(Around):
         self._policy = policy
         self._tokens = tokens
 
-    @asynccontextmanager
-    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
+    async def around(self, method: str, proceed: Proceed, request: Any, context: Context) -> Any:
         try:
             self._admit(method, context)
-            yield
+            return await proceed(request, context)
         except Refused as refused:
             log.warning("%s was refused for %s: %s", method, context.peer(), refused.cause)
             raise

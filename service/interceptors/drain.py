@@ -1,13 +1,12 @@
 """The calls in flight, so that a stop can wait for each one's last `finally`."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 from service.db.engine import COMMITTED
 from service.errors import Draining, OutcomeUnknown
-from service.interceptors.around import Around, Context
+from service.interceptors.around import Around, Context, Proceed
 
 
 class Drain(Around):
@@ -18,14 +17,13 @@ class Drain(Around):
         self._tasks: set[asyncio.Task[Any]] = set()
         self._cut_off: set[asyncio.Task[Any]] = set()
 
-    @asynccontextmanager
-    async def around(self, method: str, context: Context) -> AsyncIterator[None]:  # noqa: ARG002
+    async def around(self, method: str, proceed: Proceed, request: Any, context: Context) -> Any:  # noqa: ARG002
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("a call runs in a task")
         self._tasks.add(task)
         try:
-            yield
+            return await proceed(request, context)
         except asyncio.CancelledError as cancelled:
             if task not in self._cut_off:
                 raise

@@ -2,9 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -14,7 +12,7 @@ from google.rpc.status_pb2 import Status
 
 from service import errors
 from service.errors import RosterError
-from service.interceptors.around import Around, Context
+from service.interceptors.around import Around, Context, Proceed
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +60,9 @@ def status_from_error(error: RosterError) -> Status:
 class Errors(Around):
     """The outermost interceptor: a caller gets a status with details, or an opaque INTERNAL."""
 
-    @asynccontextmanager
-    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
+    async def around(self, method: str, proceed: Proceed, request: Any, context: Context) -> Any:
         try:
-            yield
+            return await proceed(request, context)
         except RosterError as error:
             await _abort(context, status_from_error(error))
         except grpc.aio.AbortError:  # health's own answer

@@ -4,12 +4,11 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from typing import Any
 
 from service.caller import current_caller
 from service.errors import Overloaded, QuotaExceeded, RateLimited
-from service.interceptors.around import Around, Context
+from service.interceptors.around import Around, Context, Proceed
 from service.policy import HEALTH
 from service.settings import Settings
 
@@ -33,6 +32,7 @@ class Limits(Around):
         self._settings = settings
         self._now = now
         self._streams: set[str] = set()
+        self._uploads: set[str] = set()
         self._in_flight: Counter[Key] = Counter()
         self._calls = 0
         self._spent_until: dict[Key, float] = {}
@@ -42,23 +42,24 @@ class Limits(Around):
             return handler
         if handler.request_streaming or handler.response_streaming:
             self._streams.add(method)
+        if handler.request_streaming:
+            self._uploads.add(method)
         return super().wrap(method, handler)
 
-    @asynccontextmanager
-    async def around(self, method: str, context: Context) -> AsyncIterator[None]:  # noqa: ARG002
+    async def around(self, method: str, proceed: Proceed, request: Any, context: Context) -> Any:
         key = current_caller().identity, method
         self._admit(key)
         self._calls += 1
         self._in_flight[key] += 1
         try:
-            yield
+            return await proceed(self._patient(request) if method in self._uploads else request, context)
         finally:
             self._calls -= 1
             self._in_flight[key] -= 1
             if not self._in_flight[key]:
                 del self._in_flight[key]
 
-    async def received_stream(self, method: str, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async def _patient(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         seconds = self._settings.stream_idle_timeout
         while True:
             try:
@@ -68,7 +69,7 @@ class Limits(Around):
                 raise QuotaExceeded(f"nothing was sent for {seconds:g} s; open another stream") from None
             if request is None:
                 return
-            yield self.received(method, request)
+            yield request
 
     def _admit(self, key: Key) -> None:
         if self._calls >= self._settings.max_calls:

@@ -1,15 +1,13 @@
 """One line in the log for every call; the lines written meanwhile carry its ids."""
 
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from random import getrandbits
 from time import perf_counter
 from typing import Any
 
 from service.caller import current_caller
 from service.db.statements import LISTENERS
-from service.interceptors.around import Around, Context, code_at_end
+from service.interceptors.around import Around, Context, Proceed, code_at_end
 from service.logs import CALL
 
 log = logging.getLogger("service.calls")
@@ -34,15 +32,14 @@ class Logs(Around):
             self._streams.add(method)
         return super().wrap(method, handler)
 
-    @asynccontextmanager
-    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
+    async def around(self, method: str, proceed: Proceed, request: Any, context: Context) -> Any:
         # Each call is a task with a context of its own, so nothing is put back.
         CALL.set(_ids(context))
         statements: list[float] = []
         LISTENERS.set((*LISTENERS.get(), lambda _, seconds: statements.append(seconds)))
         began = perf_counter()
         try:
-            yield
+            return await proceed(request, context)
         finally:
             self._write(method, context, perf_counter() - began, statements)
 

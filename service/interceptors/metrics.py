@@ -1,13 +1,11 @@
 """Calls by method and code, how long they took, and how many there are now."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from time import perf_counter
 from typing import Any
 
 import grpc
 
-from service.interceptors.around import Around, Context, code_at_end, kind
+from service.interceptors.around import Around, Context, Proceed, code_at_end, kind
 from service.metrics import CALLS, HANDLED, HANDLING, STARTED
 
 # As Go has them, like the metrics' names.
@@ -46,14 +44,13 @@ class Metrics(Around):
         self._methods[method] = _Method(method, handler)
         return super().wrap(method, handler)
 
-    @asynccontextmanager
-    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
+    async def around(self, method: str, proceed: Proceed, request: Any, context: Context) -> Any:
         metrics = self._methods[method]
         metrics.started.inc()
         metrics.in_flight.inc()
         began = perf_counter()
         try:
-            yield
+            return await proceed(request, context)
         finally:
             metrics.handling.observe(perf_counter() - began)
             metrics.in_flight.dec()

@@ -4,10 +4,9 @@ OpenTelemetry's own variables set all of it: endpoint, protocol, headers, sample
 https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
 """
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from importlib import import_module
 from time import time_ns
+from typing import Any
 
 import grpc
 from opentelemetry import propagate
@@ -17,7 +16,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, StatusCode, format_trace_id
 
 from service.db.statements import LISTENERS
-from service.interceptors.around import Around, Context, code_at_end
+from service.interceptors.around import Around, Context, Proceed, code_at_end
 from service.logs import CALL
 
 MAX_STATEMENT = 2000
@@ -54,8 +53,7 @@ class Tracing(Around):
         """Send the spans that are left; it may take seconds."""
         self._provider.shutdown()
 
-    @asynccontextmanager
-    async def around(self, method: str, context: Context) -> AsyncIterator[None]:
+    async def around(self, method: str, proceed: Proceed, request: Any, context: Context) -> Any:
         _, service, name = method.split("/")
         with self._tracer.start_as_current_span(
             f"{service}/{name}",
@@ -68,7 +66,7 @@ class Tracing(Around):
             CALL.set({"trace_id": format_trace_id(span.get_span_context().trace_id)})
             LISTENERS.set((self._add_statement,))
             try:
-                yield
+                return await proceed(request, context)
             finally:
                 _end(span, code_at_end(context))
 

@@ -83,8 +83,7 @@ async def test_calls_that_come_while_others_end_are_waited_for_too() -> None:
     context: Any = None
 
     async def call(end: asyncio.Event) -> None:
-        async with drain.around("/roster.v1.UserService/GetUser", context):
-            await end.wait()
+        await drain.around("/roster.v1.UserService/GetUser", lambda *_: end.wait(), None, context)
 
     calls = [asyncio.create_task(call(ends[0]))]
     await asyncio.sleep(0)
