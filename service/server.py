@@ -52,6 +52,7 @@ Clock = Callable[[], datetime]
 # what is right. Parsing can take 70 times the bytes in memory.
 MAX_RECEIVED_BYTES = 8 << 20
 FORGET_EVERY_SECONDS = 600
+QUIET_SECONDS = 2  # for answers that are on their way
 CUT_OFF_SECONDS = 2  # of the grace, for calls that are cut off to say so and to roll back
 
 OPTIONS = [
@@ -146,11 +147,11 @@ class Server:
         await self.health.stop()
         stopped = asyncio.create_task(self.server.stop(max(end - loop.time(), CUT_OFF_SECONDS)))
         self.bulk.drain()
-        # First for calls that gRPC has accepted and not yet handed on.
-        await asyncio.wait([stopped], timeout=max(end - loop.time() - CUT_OFF_SECONDS, 0))
-        await self.drain.wait(end - loop.time() - CUT_OFF_SECONDS)
-        self.drain.cut_off()
-        await self.drain.wait(CUT_OFF_SECONDS)
+        await self._ended(stopped, end - CUT_OFF_SECONDS)
+        if self.drain.is_busy:
+            self.drain.cut_off()
+            await self._ended(stopped, loop.time() + CUT_OFF_SECONDS)
+        await self.server.stop(None)
         await stopped
         if self._forgetting:
             self._forgetting.cancel()
@@ -165,6 +166,19 @@ class Server:
             closing = threading.Thread(target=tracing.close, daemon=True)  # a collector may never answer
             closing.start()
             await asyncio.to_thread(closing.join, CUT_OFF_SECONDS)
+
+    async def _ended(self, stopped: asyncio.Task[None], end: float) -> None:
+        """Wait until gRPC and all calls have ended, till `end` at most.
+
+        gRPC also waits for calls that have sent no message, and for some that it never hands on. When for a
+        moment there are no others, their clients hear sooner than at their deadline that they may try again.
+        """
+        loop = asyncio.get_running_loop()
+        while not stopped.done() and loop.time() < end:
+            await self.drain.wait(end - loop.time())
+            await asyncio.wait([stopped], timeout=min(QUIET_SECONDS, max(end - loop.time(), 0)))
+            if not self.drain.is_busy:
+                return
 
     async def _forget(self) -> None:
         """Drop, now and then, the answers and outcomes that were kept long enough."""

@@ -35,6 +35,11 @@ class Drain(Around):
             self._tasks.discard(task)
             self._cut_off.discard(task)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether any call is in flight."""
+        return bool(self._tasks)
+
     async def wait(self, timeout: float) -> None:
         """Wait until no call is in flight, so many seconds at most."""
         with suppress(TimeoutError):

@@ -134,6 +134,18 @@ async def test_a_call_that_outlasts_the_grace_is_told_to_try_again(postgresql_ur
     assert await emails_in(postgresql_url) == []
 
 
+async def test_a_call_that_never_sends_its_message_holds_no_stop(database_url: str) -> None:
+    """Nor one that gRPC has accepted and never hands on: its client tries again, long before its deadline."""
+    server = await started(database_url)
+    async with grpc.aio.insecure_channel(server.address) as connection:
+        call: Any = connection.stream_unary("/roster.v1.UserService/GetUser")()
+        await call.wait_for_connection()
+        await HealthStub(connection).Check(HealthCheckRequest())  # behind it on the same connection
+        async with asyncio.timeout(20):
+            await server.stop(grace=60)
+        assert await call.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+
+
 async def test_a_write_that_is_in_is_not_told_to_be_sent_again(postgresql_url: str) -> None:
     """A call that is cut off during its commit: without a request_id it would happen twice."""
     engine = create_async_engine(postgresql_url)
