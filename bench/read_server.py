@@ -85,6 +85,7 @@ async def main() -> None:
     await server.start()
     await bare.start()
     gc.freeze()
+    gc.set_threshold(20_000)  # as `roster serve` does
     print(f"listening on {server.address} 127.0.0.1:{port}", file=sys.stderr, flush=True)
     if "--lines" in sys.argv:  # nobody reads them here
         logs.configure("INFO", "json")

@@ -135,7 +135,7 @@ class Settings(BaseSettings):
     max_calls: Count = Field(2000, description="calls in flight; more are refused as overload")
     caller_calls: Count = Field(500, description="calls of one method that a caller may have in flight")
     caller_streams: Count = Field(16, description="streams of one method that a caller may have open")
-    caller_rate: Count = Field(5000, description="calls of one method that a caller may begin in a second")
+    caller_rate: Count = Field(20_000, description="calls of one method that a caller may begin in a second")
     stream_idle_timeout: Seconds = Field(300, description="seconds a stream waits for its client")
 
     @classmethod

@@ -24,9 +24,11 @@ from service.metrics import GATHERED_READS
 MAX_KEYS = 100
 # A connection is kept while calls come; then it goes back to the pool, where others wait for one.
 MAX_STATEMENTS = 100
-# Where several wait, a moment for more: at 64 in flight 0.6 of a no-op's rate instead of 0.5, since a
-# statement for two costs nearly what one for ten does. A call that is alone doesn't wait.
-GATHER_SECONDS = 0.001
+# A statement for two costs nearly what one for thirty does. So it leaves when so many turns of the event loop
+# have brought nobody else: a loop with nothing to do takes 50 µs for them, and one that is busy has calls at
+# hand. At 64 in flight, PostgreSQL: 30 calls a statement instead of 2, and 1.8 times the rate.
+QUIET_TURNS = 30
+MAX_GATHER_SECONDS = 0.005  # where each turn is long
 
 Column = InstrumentedAttribute[Any]
 Rows = Mapping[Any, Any]
@@ -91,9 +93,18 @@ class Gather:
             for _ in range(MAX_STATEMENTS):
                 if not self._waiting:
                     return
-                if len(self._waiting) > 1:
-                    await asyncio.sleep(GATHER_SECONDS)
+                await self._gather()
                 await self._answer(connection)
+
+    async def _gather(self) -> None:
+        """Wait until the event loop has nobody else to bring, 5 ms at most."""
+        end, known = perf_counter() + MAX_GATHER_SECONDS, 0
+        while known < len(self._waiting) < MAX_KEYS:
+            known = len(self._waiting)
+            for _ in range(QUIET_TURNS):
+                await asyncio.sleep(0)
+                if perf_counter() > end:
+                    return
 
     async def _answer(self, connection: AsyncConnection) -> None:
         self._take()

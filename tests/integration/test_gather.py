@@ -174,6 +174,34 @@ async def test_calls_that_come_together_share_a_statement(
     assert gate.keys == [ids[:100], [ids[0], *ids[100:]]]
 
 
+async def test_a_statement_waits_for_those_that_a_busy_loop_brings(
+    database: Database, users: UserReader, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gather, "MAX_GATHER_SECONDS", 60)
+    ids = await add_users(database, 5)
+    calls = []
+    for id in ids:
+        calls.append(asyncio.create_task(users.get(id)))
+        for _ in range(gather.QUIET_TURNS // 2):
+            await asyncio.sleep(0)
+    assert [user.id for user in await asyncio.gather(*calls)] == ids
+    assert gate.keys == [ids]
+
+
+async def test_no_statement_waits_for_ever(
+    database: Database, users: UserReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though every turn of the loop brings somebody."""
+    monkeypatch.setattr(gather, "MAX_KEYS", 1_000_000)
+    ids = await add_users(database, 2)
+    first, others = asyncio.create_task(users.get(ids[0])), []
+    while not first.done():
+        others.append(asyncio.create_task(users.get(ids[1])))
+        await asyncio.sleep(0)
+    assert (await first).id == ids[0]
+    assert {user.id for user in await asyncio.gather(*others)} == {ids[1]}
+
+
 async def test_many_asked_for_at_once_are_not_parted(
     database: Database, users: UserReader, gate: Gate
 ) -> None:
