@@ -20,14 +20,14 @@ def encoded(raw: bytes) -> str:
 
 def argon2(kind: Type) -> str:
     """As weak as argon2 allows."""
-    return PasswordHasher(time_cost=1, memory_cost=8, parallelism=1, type=kind).hash(PASSWORD)
+    return PasswordHasher(time_cost=1, memory_cost=8, parallelism=1, type=kind).hash(PASSWORD, salt=SALT)
 
 
 def pbkdf2(digest: str) -> str:
     return encoded(pbkdf2_hmac(digest, PASSWORD.encode(), SALT, 1000)).replace("+", ".")
 
 
-BCRYPT = bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(4)).decode()
+BCRYPT = bcrypt.hashpw(PASSWORD.encode(), b"$2b$04$" + b"." * 22).decode()
 SCRYPT = scrypt(PASSWORD.encode(), salt=SALT, n=1 << 4, r=8, p=1)
 IMPORTED = {
     "argon2id": argon2(Type.ID),
