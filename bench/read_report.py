@@ -45,7 +45,7 @@ RATIOS = {
     "GetUser / no-op, 64 in flight": ("GetUser, 64 in flight", "no-op, 64 in flight", "rate", 1),
     "GetUser / textbook, 64 in flight": ("GetUser, 64 in flight", "textbook, 64 in flight", "rate", 1),
     "p99 of GetUser / no-op, 16 in flight": ("GetUser, 16 in flight", "no-op, 16 in flight", "p99", 1),
-    "CPU of GetUser / without interceptors": ("GetUser, 64 in flight", BARE, "cpu", 1),
+    "CPU of GetUser, without interceptors / with": (BARE, "GetUser, 64 in flight", "cpu", 1),
     "users a second, BatchGetUsers / GetUser": ("BatchGetUsers of 100", "GetUser, 64 in flight", "rate", 100),
     "p50 of ListUsers, depth 400k / 0": (
         "ListUsers of 100 at depth 400k",

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from service.caller import current_caller
@@ -13,10 +13,18 @@ from service.policy import HEALTH
 from service.settings import Settings
 
 BURST_SECONDS = 1
-# Buckets that are full again are forgotten once there are so many.
-MANY_BUCKETS = 1000
+# Those of callers who stay away are forgotten once there are so many.
+MANY_USES = 1000
 
 Key = tuple[str, str]  # who calls what
+
+
+@dataclass(slots=True)
+class Use:
+    """What one caller takes of one method: calls in flight, and until when tokens are spent (GCRA)."""
+
+    in_flight: int = 0
+    spent_until: float = 0.0
 
 
 class Limits(Around):
@@ -33,9 +41,8 @@ class Limits(Around):
         self._now = now
         self._streams: set[str] = set()
         self._uploads: set[str] = set()
-        self._in_flight: Counter[Key] = Counter()
         self._calls = 0
-        self._spent_until: dict[Key, float] = {}
+        self._uses: dict[Key, Use] = {}
 
     def wrap(self, method: str, handler: Any) -> Any:
         if method in HEALTH:
@@ -47,17 +54,15 @@ class Limits(Around):
         return super().wrap(method, handler)
 
     async def around(self, method: str, proceed: Proceed, request: Any, context: Context) -> Any:
-        key = current_caller().identity, method
-        self._admit(key)
+        use = self._use((current_caller().identity, method))
+        self._admit(method, use)
         self._calls += 1
-        self._in_flight[key] += 1
+        use.in_flight += 1
         try:
             return await proceed(self._patient(request) if method in self._uploads else request, context)
         finally:
             self._calls -= 1
-            self._in_flight[key] -= 1
-            if not self._in_flight[key]:
-                del self._in_flight[key]
+            use.in_flight -= 1
 
     async def _patient(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         seconds = self._settings.stream_idle_timeout
@@ -71,23 +76,26 @@ class Limits(Around):
                 return
             yield request
 
-    def _admit(self, key: Key) -> None:
+    def _use(self, key: Key) -> Use:
+        use = self._uses.get(key)
+        if use is None:
+            if len(self._uses) >= MANY_USES:
+                now = self._now()
+                self._uses = {k: u for k, u in self._uses.items() if u.in_flight or u.spent_until > now}
+            use = self._uses[key] = Use()
+        return use
+
+    def _admit(self, method: str, use: Use) -> None:
         if self._calls >= self._settings.max_calls:
             raise Overloaded("the server has too many calls in flight; nothing was done, try again")
-        is_stream = key[1] in self._streams
+        is_stream = method in self._streams
         most = self._settings.caller_streams if is_stream else self._settings.caller_calls
-        if self._in_flight[key] >= most:
+        if use.in_flight >= most:
             raise QuotaExceeded(
                 f"{most} calls of this method are in flight already; wait until some have ended"
             )
-        self._spend(key)
-
-    def _spend(self, key: Key) -> None:
-        """Take a token: the bucket is kept as the time at which it is full again (GCRA)."""
         now, rate = self._now(), self._settings.caller_rate
-        if len(self._spent_until) >= MANY_BUCKETS:
-            self._spent_until = {key: until for key, until in self._spent_until.items() if until > now}
-        until = max(self._spent_until.get(key, now), now)
+        until = max(use.spent_until, now)
         if until - now >= BURST_SECONDS:
             raise RateLimited(f"this method was called more than {rate} times a second; slow down")
-        self._spent_until[key] = until + 1 / rate
+        use.spent_until = until + 1 / rate

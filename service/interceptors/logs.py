@@ -1,6 +1,7 @@
 """One line in the log for every call; the lines written meanwhile carry its ids."""
 
 import logging
+from collections.abc import Sequence
 from random import getrandbits
 from time import perf_counter
 from typing import Any
@@ -9,6 +10,7 @@ from service.caller import current_caller
 from service.db.statements import LISTENERS
 from service.interceptors.around import Around, Context, Proceed, code_at_end
 from service.logs import CALL
+from service.turns import Turn
 
 log = logging.getLogger("service.calls")
 
@@ -26,6 +28,7 @@ class Logs(Around):
         super().__init__()
         self._slow_seconds = slow_seconds
         self._streams: set[str] = set()
+        self._ended = Turn(_write)
 
     def wrap(self, method: str, handler: Any) -> Any:
         if handler.request_streaming or handler.response_streaming:
@@ -41,22 +44,19 @@ class Logs(Around):
         try:
             return await proceed(request, context)
         finally:
-            self._write(method, context, perf_counter() - began, statements)
-
-    def _write(self, method: str, context: Context, seconds: float, statements: list[float]) -> None:
-        level = self._level(method, seconds)
-        if not log.isEnabledFor(level):
-            return
-        fields = {
-            "method": method,
-            "code": code_at_end(context).name,
-            "seconds": round(seconds, 6),
-            "statements": len(statements),
-            "statement_seconds": round(sum(statements), 6),
-            "caller": current_caller().identity,
-            "peer": context.peer(),
-        }
-        log.log(level, "call", extra={"fields": fields})
+            seconds = perf_counter() - began
+            if log.isEnabledFor(level := self._level(method, seconds)):
+                fields = {
+                    **CALL.get(),
+                    "method": method,
+                    "code": code_at_end(context).name,
+                    "seconds": round(seconds, 6),
+                    "statements": len(statements),
+                    "statement_seconds": round(sum(statements), 6),
+                    "caller": current_caller().identity,
+                    "peer": context.peer(),
+                }
+                self._ended.add((level, fields))
 
     def _level(self, method: str, seconds: float) -> int:
         if method.startswith(QUIET):
@@ -64,6 +64,11 @@ class Logs(Around):
         # A stream lasts as long as its client wants.
         is_slow = seconds > self._slow_seconds and method not in self._streams
         return logging.WARNING if is_slow else logging.INFO
+
+
+def _write(calls: Sequence[tuple[int, dict[str, Any]]]) -> None:
+    for level, fields in calls:
+        log.log(level, "call", extra={"fields": fields})
 
 
 def _ids(context: Context) -> dict[str, str]:

@@ -47,12 +47,12 @@ async def test_callers_who_stay_away_are_forgotten() -> None:
     """Memory is bounded by those of the last second, not by all there ever were; an empty bucket is kept."""
     clock = Clock()
     guard = Limits(Settings(caller_rate=1), clock)
-    for number in range(limits.MANY_BUCKETS - 1):
+    for number in range(limits.MANY_USES - 1):
         await admitted(guard, f"caller {number}")
     clock.now += 1
     await admitted(guard, "ada")
 
     assert await admitted(guard, "alan") == ""
     assert await admitted(guard, "ada") == "RATE_LIMITED"
-    assert len(guard._spent_until) == 2
-    assert guard._in_flight == {}
+    assert len(guard._uses) == 2
+    assert sum(use.in_flight for use in guard._uses.values()) == 0
