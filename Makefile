@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install run migrate lint format test tools lock reference contract clean bench-bulk bench-read test-crash \
+.PHONY: help install run migrate lint format test tools lock reference contract clean bench-bulk bench-read bench-workers test-crash \
 	test-timing test-go audit sbom
 
 VENV := .venv
@@ -20,7 +20,7 @@ PYTHON ?= $(firstword $(foreach python,python3 python3.14 python3.13 python3.12 
 	$(shell $(python) -c '$(SUITABLE)' 2>/dev/null && echo $(python))))
 
 help: ## List these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(VENV)/installed ## Install the service into .venv
 
@@ -108,3 +108,6 @@ bench-bulk: $(VENV)/development ## Measure the bulk streams; OPTIONS='--only cre
 
 bench-read: $(VENV)/development ## Measure reads; OPTIONS='--only GetUser --rounds 5' narrows it
 	$(BIN)/python -m bench.read $(OPTIONS)
+
+bench-workers: $(VENV)/development ## Measure several workers beside one; OPTIONS='--workers 4' for more
+	$(BIN)/python -m bench.workers $(OPTIONS)

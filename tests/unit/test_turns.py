@@ -25,16 +25,23 @@ class Stream(io.StringIO):
 
 
 @pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> Stream:
+def written() -> Stream:
     """Standard error."""
-    monkeypatch.setattr("sys.stderr", stream := Stream())
-    return stream
+    return Stream()
 
 
 @pytest.fixture
-def log(written: Stream) -> Iterator[logging.Logger]:
+def handler(written: Stream) -> Together:
+    """What writes there."""
+    handler = Together()
+    handler.setStream(written)
+    return handler
+
+
+@pytest.fixture
+def log(handler: Together) -> Iterator[logging.Logger]:
     """A logger of the test's own."""
-    logger, handler = logging.getLogger("a test's own"), Together()
+    logger = logging.getLogger("a test's own")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     yield logger
@@ -107,18 +114,18 @@ async def test_a_thread_s_line_is_written_at_once(log: logging.Logger, written: 
     assert "a thread's\n" in written.writes
 
 
-async def test_a_line_that_can_not_be_made_harms_no_other(written: Stream) -> None:
+async def test_a_line_that_can_not_be_made_harms_no_other(handler: Together, written: Stream) -> None:
     """As with every handler of the library."""
-    handler = Together()
     for arguments in (("no number",), (2,)):
         handler.emit(logging.makeLogRecord({"msg": "%d", "args": arguments}))
     await asyncio.sleep(0)
     assert written.writes[-1] == "2\n"
 
 
-async def test_the_end_of_the_process_loses_no_line(log: logging.Logger, written: Stream) -> None:
+async def test_the_end_of_the_process_loses_no_line(
+    log: logging.Logger, handler: Together, written: Stream
+) -> None:
     """`logging.shutdown` flushes all handlers."""
     log.info("the last")
-    for handler in log.handlers:
-        handler.flush()
+    handler.flush()
     assert written.getvalue() == "the last\n"
