@@ -89,7 +89,11 @@ class Server:
         self.passwords = Passwords(settings)
         self.drain = Drain()
         # By default a second server takes the same port in silence.
-        options = [*OPTIONS, ("grpc.so_reuseport", int(settings.workers > 1))]
+        options = [
+            *OPTIONS,
+            ("grpc.so_reuseport", int(settings.workers > 1)),
+            ("grpc.max_connection_age_ms", int(settings.max_connection_age * 1000)),
+        ]
         # Those that watch are outside of Errors, which gives a call its code.
         self.tracing = _tracing(settings.otlp_protocol)
         watching = [*self.tracing, Logs(settings.slow_call), Metrics()]

@@ -132,6 +132,9 @@ class Settings(BaseSettings):
     password_workers: Count = Field(2, description="threads that hash passwords")
     password_queue: Count = Field(64, description="hashings in hand; more are refused as overload")
 
+    max_connection_age: Seconds = Field(
+        600, description="seconds until a client is told to connect anew, and finds servers that were added"
+    )
     max_calls: Count = Field(2000, description="calls in flight; more are refused as overload")
     caller_calls: Count = Field(500, description="calls of one method that a caller may have in flight")
     caller_streams: Count = Field(16, description="streams of one method that a caller may have open")

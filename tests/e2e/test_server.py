@@ -2,11 +2,13 @@
 
 import socket
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
 from roster.v1.resources_pb2 import User
-from roster.v1.users_pb2 import CreateUserRequest, GetUserRequest
+from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
 from service.settings import Settings
@@ -38,6 +40,26 @@ async def test_refuses_a_unix_socket_that_is_taken(sqlite_url: str, tmp_path: Pa
         await second.start()
     await second.database.close()
     await first.stop()
+
+
+async def test_an_old_connection_is_replaced_and_its_stream_goes_on(database_url: str) -> None:
+    """Its client looks for servers anew, and finds one that was added."""
+    settings = Settings(database_url=database_url, listen="127.0.0.1:0", max_connection_age=0.2)
+    server = Server(settings)
+    await server.start()
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        users = UserServiceStub(channel)
+        load: Any = users.BulkCreateUsers()
+        await load.write(BulkCreateUsersRequest(users=[User(email="ada@example.org")]))
+        assert (await load.read()).HasField("opened")
+        assert (await load.read()).ack.created == 1
+        await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+
+        await load.write(BulkCreateUsersRequest(users=[User(email="alan@example.org")], finish=True))
+        assert (await load.read()).ack.created == 1
+        assert (await load.read()).summary.created == 2
+        assert (await users.GetUser(GetUserRequest(email="alan@example.org"))).id == 2
+    await server.stop()
 
 
 async def test_takes_over_a_unix_socket_that_a_crash_left_behind(sqlite_url: str, tmp_path: Path) -> None:
