@@ -2,7 +2,9 @@
 
 import os
 import re
+from collections.abc import Iterator
 from datetime import timedelta
+from difflib import get_close_matches
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +24,20 @@ DRIVERS = {
     "sqlite": "sqlite+aiosqlite",
     "sqlite+aiosqlite": "sqlite+aiosqlite",
 }
+# What the commands take that are no server.
+FOR_CLIENTS = {
+    f"{PREFIX}{name}"
+    for name in (
+        "ADDRESS",
+        "TLS_CA_FILE",
+        "TLS_CLIENT_CERT_FILE",
+        "TLS_CLIENT_KEY_FILE",
+        "TOKEN_FILE",
+        "TOKEN",
+    )
+}
+# Of tests, and what Kubernetes sets for a service that is named roster.
+FOREIGN = re.compile(rf"{PREFIX}(TEST_|SERVICE_|PORT(_|$))")
 ADDRESS = re.compile(r"unix:.+|(\[.+\]|[^:\[]*):([0-9]{1,5})")
 MAX_PORT = 65535
 
@@ -46,12 +62,6 @@ class SecretFiles(PydanticBaseSettingsSource):
         fields = self.settings_cls.model_fields.items()
         values = [self.get_field_value(field, name) for name, field in fields]
         return {key: value for value, key, _ in values if value is not None}
-
-
-def variables() -> set[str]:
-    """Return the names of all that is set with our prefix, in the environment or in .env."""
-    names = map(str.upper, os.environ.keys() | dotenv_values(".env").keys())
-    return {name for name in names if name.startswith(PREFIX)}
 
 
 class Settings(BaseSettings):
@@ -251,6 +261,23 @@ class Settings(BaseSettings):
     def is_embedded(self) -> bool:
         """Tell whether the database is SQLite, the embedded default."""
         return self.database_url.startswith("sqlite")
+
+
+def prepare_options() -> None:
+    """Put what .env says to commands into the environment, where their options look."""
+    for name, value in dotenv_values(".env").items():
+        if value and name in FOR_CLIENTS | {f"{PREFIX}JWT_ISSUER", f"{PREFIX}JWT_AUDIENCE"}:
+            os.environ.setdefault(name, value)
+
+
+def unknown_settings() -> Iterator[str]:
+    """Yield a sentence for each variable with our prefix, in the environment or .env, that says nothing."""
+    known = FOR_CLIENTS | {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    for name in sorted(set(map(str.upper, os.environ.keys() | dotenv_values(".env").keys()))):
+        is_ours = name.startswith(PREFIX) and not FOREIGN.match(name)
+        if is_ours and {name, name.removesuffix("_FILE")}.isdisjoint(known):
+            close = get_close_matches(name, known, 1)
+            yield f"unknown setting {name}" + "".join(f"; did you mean {one}?" for one in close)
 
 
 def is_local(listen: str) -> bool:

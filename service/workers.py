@@ -110,17 +110,20 @@ class Worker:
 def reserved(listen: str) -> Iterator[str]:
     """Hold a port that only processes of ours can share, and yield the address; raises OSError."""
     host, _, port = listen.rpartition(":")
-    try:
-        *kind, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
-        with socket.socket(*kind) as probe:
-            # Fails also where another Roster shares the port among its workers.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(place)
-            place = probe.getsockname()
-    except OSError as error:
-        told = f"can't listen on {listen}: {error.strerror}; ROSTER_LISTEN names another address"
-        raise OSError(told) from None
-    with socket.socket(*kind) as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        held.bind(place)
+    with ExitStack() as stack:
+        try:
+            *kind, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+            with socket.socket(*kind) as probe:
+                # Fails also where another Roster shares the port among its workers.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(place)
+                place = probe.getsockname()
+            held = stack.enter_context(socket.socket(*kind))
+            # Connections of a server that has ended keep the port for a minute from whoever doesn't say so.
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            held.bind(place)
+        except OSError as error:
+            told = f"can't listen on {listen}: {error.strerror}; ROSTER_LISTEN names another address"
+            raise OSError(told) from None
         yield f"{host}:{place[1]}"

@@ -6,6 +6,7 @@ from importlib import import_module
 import click
 
 from service import __version__
+from service.settings import prepare_options
 
 # gRPC writes lines of its own, such as "Got goaway", to standard error. It reads this when it is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -33,3 +34,4 @@ class Commands(click.Group):
 @click.version_option(__version__, prog_name="roster")
 def main() -> None:
     """Roster: the system of record for users and their posts."""
+    prepare_options()

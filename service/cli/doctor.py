@@ -1,13 +1,11 @@
 """`roster doctor`: is all there that the server needs?"""
 
 import asyncio
-import re
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from errno import EADDRINUSE
 from pathlib import Path
 
@@ -16,18 +14,15 @@ from sqlalchemy import func, make_url, select
 from sqlalchemy.exc import DBAPIError
 
 from service.cli.environment import settings
-from service.cli.export import export
 from service.cli.migrate import missing_folder, trouble
 from service.cli.terminal import UsageError
 from service.db import migrations
 from service.db.engine import Database
 from service.server import authentication
-from service.settings import PREFIX, Settings, variables
+from service.settings import Settings, unknown_settings
 from service.tls import expiry, server_credentials
 
 MAX_SKEW_SECONDS = 2.0
-# Of tests, and what Kubernetes sets for a service that is named roster.
-FOREIGN = re.compile(rf"{PREFIX}(TEST_|SERVICE_|PORT(_|$))")
 
 
 class Diagnosis:
@@ -49,12 +44,12 @@ def doctor() -> None:
     The status is 0 if all is well, 1 if something is wrong.
     """
     diagnosis = Diagnosis()
-    for wrong in _unknown_settings():
+    for wrong in unknown_settings():
         diagnosis.tell("settings", wrong, "")
     try:
         chosen = settings()
     except UsageError as error:
-        diagnosis.tell("settings", error.message, "")
+        diagnosis.tell("settings", error.message.replace("\n       ", "\n"), "")
     else:
         told = f"{chosen.listen}, {chosen.workers} worker" + "s" * (chosen.workers > 1)
         diagnosis.tell("settings", "", told)
@@ -67,15 +62,6 @@ def doctor() -> None:
         else:
             asyncio.run(_examine(chosen, diagnosis))
     sys.exit(0 if diagnosis.is_well else 1)
-
-
-def _unknown_settings() -> Iterator[str]:
-    known = [f"{PREFIX}{name.upper()}" for name in Settings.model_fields]
-    known += [str(option.envvar) for option in export.params]  # what every command that is a client has
-    for name in sorted(variables()):
-        if {name, name.removesuffix("_FILE")}.isdisjoint(known) and not FOREIGN.match(name):
-            close = get_close_matches(name, known, 1)
-            yield f"unknown setting {name}" + "".join(f"; did you mean {one}?" for one in close)
 
 
 def _examine_port(listen: str, diagnosis: Diagnosis) -> None:

@@ -13,7 +13,7 @@ def settings() -> Settings:
         return Settings()
     except ValidationError as error:
         lines = [_line(problem["loc"], problem["msg"]) for problem in error.errors()]
-        raise UsageError("\n".join(lines)) from None
+        raise UsageError("\n       ".join(lines)) from None
     except OSError as error:
         raise UsageError(str(error)) from None
 

@@ -152,7 +152,8 @@ class Load:
         """Return the summary for people."""
         told = self.told()
         counts = ", ".join(f"{told[name]:,} {name}" for name in ("created", "updated", "skipped", "failed"))
-        took = f"{counted(told['rows'], 'row')} in {self._seconds():.1f} s ({self._rate():,.0f} rows/s)"
+        now = f", {told['rows'] - self._skipped:,} of them now," if self._skipped else ""
+        took = f"{counted(told['rows'], 'row')}{now} in {self._seconds():.1f} s ({self._rate():,.0f} rows/s)"
         if self.was_finished:
             took = "finished before; nothing was sent (another --load-id loads it again)"
         lines = [f"{told['file']}: {took}: {counts}"]
@@ -181,9 +182,9 @@ def _choice(enum: Any) -> click.Choice[str]:
 @click.option("--update", "operation", flag_value="update", help="Update rows, by id.")
 @click.option("--restore", "operation", flag_value="restore", help=RESTORE)
 @click.option("--update-mask", help=UPDATE_MASK)
-@click.option("--on-conflict", type=_choice(pb.BulkOptions.OnConflict), default="FAIL", help=ON_CONFLICT)
+@click.option("--on-conflict", type=_choice(pb.BulkOptions.OnConflict), default="fail", help=ON_CONFLICT)
 @click.option("--batch-rows", type=click.IntRange(1), default=BATCH_ROWS, help="Rows a transaction, at most.")
-@click.option("--atomicity", type=_choice(pb.BulkOptions.Atomicity), default="ROW", help=ATOMICITY)
+@click.option("--atomicity", type=_choice(pb.BulkOptions.Atomicity), default="row", help=ATOMICITY)
 @click.option("--validate-only", is_flag=True, help="Run every check and write nothing.")
 @click.option("--max-failures", type=click.IntRange(0), default=0, help="Stop when more failed; 0: never.")
 @click.option(

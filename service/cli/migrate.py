@@ -14,7 +14,10 @@ from service.cli.environment import settings
 from service.cli.terminal import UsageError
 from service.db import migrations
 from service.db.engine import Database
+from service.db.errors import code_of
 from service.settings import Settings
+
+UNKNOWN_DATABASE = "3D000"  # https://www.postgresql.org/docs/current/errcodes-appendix.html
 
 
 @contextmanager
@@ -24,12 +27,14 @@ def reported(chosen: Settings) -> Iterator[None]:
         raise UsageError(wrong)
     try:
         yield
+    except BrokenPipeError:  # whoever reads has enough
+        raise
     except (CommandError, DBAPIError, OSError) as error:
         if "Can't locate revision" in str(error):
-            raise UsageError(
-                f"{error}; a newer release migrated it, so use that, or go back with it"
-            ) from None
-        raise UsageError(f"the schema was left as it was: {getattr(error, 'orig', None) or error}") from None
+            raise UsageError(f"{error}; a newer release has it, so use that, or go back with it") from None
+        hint = "; make it first, as `createdb` does" if code_of(error) == UNKNOWN_DATABASE else ""
+        told = getattr(error, "orig", None) or error
+        raise UsageError(f"the schema was left as it was: {told}{hint}") from None
 
 
 def missing_folder(chosen: Settings) -> str:
@@ -43,7 +48,7 @@ def trouble(revision: str | None) -> str:
     needed = migrations.head()
     if revision == needed:
         return ""
-    if migrations.is_known(revision):
+    if revision in (None, *migrations.revisions()):
         return (
             f"the schema is at revision {revision or 'none'}, this release needs {needed}; "
             "run `roster migrate` with the same ROSTER_DATABASE_URL"
@@ -64,6 +69,9 @@ def migrate(down: str | None, *, sql: bool) -> None:
     """
     chosen = settings()
     url = chosen.database_url
+    known = ["base", *migrations.revisions()]
+    if down and down not in known and not down.startswith("-"):
+        raise UsageError(f"this release has no revision {down}; it has {', '.join(known)}")
     with reported(chosen):
         before = None if sql else asyncio.run(_revision(chosen))
         if sql:

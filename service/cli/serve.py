@@ -19,7 +19,7 @@ from service.db import migrations
 from service.db.engine import Database
 from service.db.errors import code_of
 from service.server import Server
-from service.settings import Settings, is_local
+from service.settings import Settings, is_local, unknown_settings
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ def serve(*, is_worker: bool) -> None:
     chosen = settings()
     logs.configure(chosen.log_level, chosen.log_format)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    for unknown in [] if is_worker else unknown_settings():
+        log.warning(unknown)
     if chosen.is_embedded:
         with reported(chosen):
             migrations.upgrade(chosen.database_url)

@@ -9,7 +9,7 @@ import grpc
 from grpc.aio import ClientCallDetails, UnaryStreamClientInterceptor, UnaryUnaryClientInterceptor
 
 from roster.v1 import bulk_pb2, posts_pb2, users_pb2
-from service.client.errors import error_from_call
+from service.client.errors import DeadlineExceeded, error_from_call
 
 TIMEOUT_SECONDS = 10.0
 RETRIES = {
@@ -52,7 +52,7 @@ def channel(
     one to be there. Failed calls raise the domain errors of `service.errors`, but for bulk streams, which
     are for BulkLoader. Messages have up to 16 MiB; keepalive is every 30 s.
     """
-    interceptors = [Calls(timeout, is_patient=is_patient), Streams()]
+    interceptors = [Calls(address, timeout, is_patient=is_patient), Streams()]
     options = [*OPTIONS, ("grpc.service_config", json.dumps(service_config(retries=is_patient)))]
     if credentials:
         return grpc.aio.secure_channel(address, credentials, options, interceptors=interceptors)
@@ -80,7 +80,8 @@ def service_config(*, retries: bool) -> dict[str, Any]:
 class Calls(UnaryUnaryClientInterceptor):
     """Gives each call a deadline, and each write a `request_id`; raises domain errors."""
 
-    def __init__(self, timeout: float, *, is_patient: bool) -> None:
+    def __init__(self, address: str, timeout: float, *, is_patient: bool) -> None:
+        self._address = address
         self._timeout = timeout
         self._is_patient = is_patient
 
@@ -97,8 +98,11 @@ class Calls(UnaryUnaryClientInterceptor):
         )
         try:
             return await (await continuation(details, _repeatable(request)))
-        except grpc.aio.AioRpcError as error:
-            raise error_from_call(error) from None
+        except grpc.aio.AioRpcError as failed:
+            error = error_from_call(failed)
+            if isinstance(error, DeadlineExceeded):
+                error = DeadlineExceeded(f"{self._address} did not answer in {details.timeout:g} s")
+            raise error from None
 
 
 class Streams(UnaryStreamClientInterceptor):

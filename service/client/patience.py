@@ -44,7 +44,8 @@ class Patience:
         longest = min(self._first_pause_seconds * 2**self._failed_tries, LONGEST_PAUSE_SECONDS)
         self._failed_tries += 1
         seconds = (failure.retry_after_seconds or 0) + random.uniform(longest / 2, longest)  # noqa: S311
-        log.warning("%s; trying again in %.1f s", failure, seconds)
+        told = "no server answers" if isinstance(failure, Disconnected) else failure
+        log.warning("%s; trying again in %.1f s", told, seconds)
         await asyncio.sleep(seconds)
 
     async def call(self, method: Any, request: Message) -> Any:

@@ -43,10 +43,9 @@ def head() -> str | None:
     return ScriptDirectory.from_config(config()).get_current_head()
 
 
-def is_known(revision: str | None) -> bool:
-    """Tell whether this code has a migration to a revision; a newer release may have brought others."""
-    script = ScriptDirectory.from_config(config())
-    return revision is None or revision in {known.revision for known in script.walk_revisions()}
+def revisions() -> list[str]:
+    """Return the revisions of this code, the first one first; a newer release may have brought others."""
+    return [known.revision for known in ScriptDirectory.from_config(config()).walk_revisions()][::-1]
 
 
 async def current(engine: AsyncEngine) -> str | None:

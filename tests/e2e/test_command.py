@@ -19,7 +19,7 @@ from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUs
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db import migrations
 from service.settings import Settings
-from tests.e2e.command import ROSTER, Ended, Serving, run, serving
+from tests.e2e.command import ROSTER, Ended, Serving, run, serving, waiting_to_serve
 from tests.errors import refusal
 from tests.postgres import Postgres
 
@@ -139,6 +139,31 @@ async def test_a_schema_that_is_behind_is_refused_until_it_is_migrated(
 
     async with serving(tmp_path, DATABASE_URL=url) as server:
         assert (await create(server.address, ADA)).id == 1
+
+
+async def test_a_revision_that_is_not_there_is_told(tmp_path: Path) -> None:
+    """With those that are."""
+    ended = await run(ROSTER, "migrate", "--down", "9999", folder=tmp_path)
+
+    assert ended.status == 2
+    assert ended.err.startswith("Error: this release has no revision 9999; it has base, 0001, ")
+
+
+async def test_unknown_settings_are_told_at_the_start(tmp_path: Path) -> None:
+    """One that is misspelt would be its default in silence."""
+    async with waiting_to_serve(tmp_path, ROSTER_GRACEE="3") as server:
+        await server.said("unknown setting ROSTER_GRACEE; did you mean ROSTER_GRACE?")
+
+
+async def test_clients_read_the_file_of_settings_too(tmp_path: Path) -> None:
+    """What the environment says goes before it."""
+    async with serving(tmp_path) as server:
+        (tmp_path / ".env").write_text(f"ROSTER_ADDRESS={server.address}\n")
+        listed = await run(ROSTER, "loads", folder=tmp_path)
+        elsewhere = await run(ROSTER, "loads", folder=tmp_path, ROSTER_ADDRESS="unix:/nowhere/roster.sock")
+
+    assert listed.status == 0
+    assert "no server answers at unix:/nowhere/roster.sock" in elsewhere.err
 
 
 async def test_printed_sql_is_nothing_but_sql_and_is_not_run(empty_url: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from roster.v1.users_pb2 import ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
+from service.workers import reserved
 from tests.e2e.command import ROSTER, Serving, run, serving
 from tests.rival import until
 
@@ -141,3 +142,16 @@ async def test_several_workers_need_what_can_be_shared(listen: str, url: str, tm
 
     assert ended.status == 2
     assert "ROSTER_WORKERS: must be 1 on " in ended.err
+
+
+def test_connections_that_a_server_has_ended_keep_no_port() -> None:
+    """They are there for a minute, in TIME_WAIT; one worker may have been served by that port before."""
+    with socket.create_server(("127.0.0.1", 0)) as before:
+        port = before.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            connection, _ = before.accept()
+            connection.close()  # the side that ends first waits
+            assert client.recv(1) == b""
+
+    with reserved(f"127.0.0.1:{port}") as address:
+        assert address == f"127.0.0.1:{port}"
