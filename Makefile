@@ -63,6 +63,7 @@ tools: .tools/grpcurl-$(GRPCURL) $(NODE)/node_modules/.package-lock.json ## Inst
 lock: ## Pin the dependencies anew, the newest with UPGRADE=1; needs uv
 	@command -v uv >/dev/null || { echo 'make: uv is not on PATH: pip install uv' >&2; exit 1; }
 	$(LOCK) --group build --output-file requirements.lock
+	$(LOCK) --group build --extra tracing --constraint requirements.lock --output-file deploy/requirements.lock
 	$(LOCK) --group dev --all-extras --constraint requirements.lock --output-file requirements-dev.lock
 
 reference: $(VENV)/development ## Write docs/reference.md from the protos

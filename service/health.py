@@ -11,6 +11,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse, HealthListResponse
 
 from service.db.engine import Database
 from service.errors import PoolExhausted, RosterError
+from service.metrics import READY
 
 log = logging.getLogger(__name__)
 
@@ -55,20 +56,23 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
         if self._task:
             self._task.cancel()
             await asyncio.wait([self._task])
+        READY.set(0)
         for service in self._services:
             await self.set(service, HealthCheckResponse.NOT_SERVING)
 
     async def look(self) -> None:
         """Ask the database once, and tell what it means."""
         try:
-            await self._database.ping()
+            async with asyncio.timeout(INTERVAL_SECONDS):
+                await self._database.ping()
             self._failures = 0
         except PoolExhausted:
             pass  # busy is not away; taking a busy server out makes the others busier
-        except RosterError:
+        except (RosterError, TimeoutError):
             self._failures += 1
         serving = self._failures < FAILURES_TO_TELL
         status = HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
+        READY.set(serving)
         for service in self._services:
             await self.set(service, status)
 

@@ -6,6 +6,7 @@ In a worker of several `PROMETHEUS_MULTIPROC_DIR` names the folder where all of 
 import logging
 from collections.abc import Callable, Iterable
 from functools import partial
+from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
@@ -47,6 +48,11 @@ def _level(name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
     return Gauge(name, text, labels, multiprocess_mode="livesum")
 
 
+READY = Gauge(
+    "roster_ready",
+    "1 while health is SERVING; of several workers that of the worst.",
+    multiprocess_mode="livemin",
+)
 CALLS = _level("roster_calls_in_flight", "Calls and streams that have begun and not ended.", METHOD)
 
 BULK_ROWS = Counter("roster_bulk_rows_total", "Rows that were acknowledged.", ("operation", "outcome"))
@@ -130,4 +136,7 @@ class _Processes(Collector):
                         old._replace(value=old.value + new.value)
                         for old, new in zip(known.samples, family.samples, strict=True)
                     ]
+        if cpu := families.get("process_cpu_seconds"):  # a counter, which must not fall when a worker ends
+            ended = sum(sum(getrusage(whose)[:2]) for whose in (RUSAGE_SELF, RUSAGE_CHILDREN))
+            cpu.samples = [sample._replace(value=sample.value + ended) for sample in cpu.samples]
         return families.values()

@@ -40,6 +40,7 @@ FOR_CLIENTS = {
 FOREIGN = re.compile(rf"{PREFIX}(TEST_|SERVICE_|PORT(_|$))")
 ADDRESS = re.compile(r"unix:.+|(\[.+\]|[^:\[]*):([0-9]{1,5})")
 MAX_PORT = 65535
+MIN_GRACE_SECONDS = 3  # behind the pause; 2 of them are for calls that are cut off
 
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -50,7 +51,8 @@ class SecretFiles(PydanticBaseSettingsSource):
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         variable = f"{PREFIX}{field_name.upper()}"
-        path = os.environ.get(f"{variable}_FILE")
+        name = f"{variable}_FILE"
+        path = os.environ.get(name) or dotenv_values(".env").get(name)
         # A field that has aliases goes by the first of them in every source: otherwise none beats the other.
         key = variable if field.validation_alias else field_name
         try:
@@ -142,8 +144,11 @@ class Settings(BaseSettings):
     password_workers: Count = Field(2, description="threads that hash passwords")
     password_queue: Count = Field(64, description="hashings in hand; more are refused as overload")
 
-    max_connection_age: Seconds = Field(
-        600, description="seconds until a client is told to connect anew, and finds servers that were added"
+    max_connection_age: float = Field(
+        600,
+        gt=0,
+        le=1_000_000,
+        description="seconds until a client is to connect anew, and finds new servers",
     )
     max_calls: Count = Field(2000, description="calls in flight; more are refused as overload")
     caller_calls: Count = Field(500, description="calls of one method that a caller may have in flight")
@@ -231,6 +236,17 @@ class Settings(BaseSettings):
                 "ROSTER_TLS_CERT_FILE and ROSTER_TLS_CLIENT_CA_FILE or ROSTER_JWT_KEYS_FILE, or use "
                 "127.0.0.1, [::1] or unix:/path, or set ROSTER_INSECURE=true if the network keeps "
                 "strangers out"
+            )
+        return value
+
+    @field_validator("grace")
+    @classmethod
+    def _beyond_pause(cls, value: float, info: ValidationInfo) -> float:
+        pause = info.data.get("drain_pause", 0)
+        if pause and value < pause + MIN_GRACE_SECONDS:
+            raise ValueError(
+                f"must be at least {MIN_GRACE_SECONDS} s more than ROSTER_DRAIN_PAUSE, which it includes: "
+                "the rest is for calls in flight"
             )
         return value
 

@@ -1,7 +1,10 @@
 """The command `roster`."""
 
 import os
+import signal
+import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -17,6 +20,11 @@ COMMANDS = ["serve", "migrate", "doctor", "load", "loads", "export", "token", "c
 
 class Commands(click.Group):
     """Imports the command that is asked for: a client need not wait for the imports of the server."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        # Until a command says otherwise. The first process of a container would not hear it at all.
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        return super().main(*args, **kwargs)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return COMMANDS

@@ -53,8 +53,9 @@ def doctor() -> None:
     else:
         told = f"{chosen.listen}, {chosen.workers} worker" + "s" * (chosen.workers > 1)
         diagnosis.tell("settings", "", told)
-        if not chosen.listen.startswith("unix:"):
-            _examine_port(chosen.listen, diagnosis)
+        for listen in filter(None, (chosen.listen, chosen.health_listen, chosen.metrics_listen)):
+            if not listen.startswith("unix:"):
+                _examine_port(listen, diagnosis)
         _examine_files(chosen, diagnosis)
         file = Path(make_url(chosen.database_url).database or "")
         if chosen.is_embedded and not file.exists():

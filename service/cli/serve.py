@@ -49,12 +49,15 @@ def serve(*, is_worker: bool) -> None:
 
 
 async def _run(chosen: Settings, *, is_worker: bool) -> int:
-    stopping, loop = asyncio.Event(), asyncio.get_running_loop()
+    stopping, loop = workers.Stop(), asyncio.get_running_loop()
+    supervises = chosen.workers > 1 and not is_worker
 
     def stop() -> None:
-        stopping.set()
-        for number in SIGNALS:  # a second one ends it at once
+        stopping.asked.set()
+        for number in SIGNALS:  # a second one ends it at once, with its workers
             loop.remove_signal_handler(number)
+            if supervises:
+                loop.add_signal_handler(number, stopping.forced.set)
         if is_worker:
             loop.remove_reader(sys.stdin)
         else:
@@ -64,9 +67,9 @@ async def _run(chosen: Settings, *, is_worker: bool) -> int:
         loop.add_signal_handler(number, stop)
     if is_worker:
         loop.add_reader(sys.stdin, stop)
-    elif chosen.workers > 1:
+    if supervises:
         return await workers.supervise(chosen, stopping, partial(_announce, chosen))
-    await _serve(chosen, stopping, is_worker=is_worker)
+    await _serve(chosen, stopping.asked, is_worker=is_worker)
     return 0
 
 

@@ -10,6 +10,7 @@ from grpc.aio import ClientCallDetails, UnaryStreamClientInterceptor, UnaryUnary
 
 from roster.v1 import bulk_pb2, posts_pb2, users_pb2
 from service.client.errors import DeadlineExceeded, error_from_call
+from service.errors import OutcomeUnknown, Unavailable
 
 TIMEOUT_SECONDS = 10.0
 RETRIES = {
@@ -52,7 +53,7 @@ def channel(
     one to be there. Failed calls raise the domain errors of `service.errors`, but for bulk streams, which
     are for BulkLoader. Messages have up to 16 MiB; keepalive is every 30 s.
     """
-    interceptors = [Calls(address, timeout, is_patient=is_patient), Streams()]
+    interceptors = [Calls(address, timeout, is_patient=is_patient), Streams(is_patient=is_patient)]
     options = [*OPTIONS, ("grpc.service_config", json.dumps(service_config(retries=is_patient)))]
     if credentials:
         return grpc.aio.secure_channel(address, credentials, options, interceptors=interceptors)
@@ -78,7 +79,11 @@ def service_config(*, retries: bool) -> dict[str, Any]:
 
 
 class Calls(UnaryUnaryClientInterceptor):
-    """Gives each call a deadline, and each write a `request_id`; raises domain errors."""
+    """Gives each call a deadline, and each write a `request_id`; raises domain errors.
+
+    A write whose outcome the server doesn't know is sent once more: by its id it happens once. Where it may
+    have happened, the error has the id among its facts.
+    """
 
     def __init__(self, address: str, timeout: float, *, is_patient: bool) -> None:
         self._address = address
@@ -96,22 +101,42 @@ class Calls(UnaryUnaryClientInterceptor):
             asked.credentials,
             self._is_patient if asked.wait_for_ready is None else asked.wait_for_ready,
         )
+        repeatable = _repeatable(request)
         try:
-            return await (await continuation(details, _repeatable(request)))
+            return await self._answer(continuation, details, repeatable)
+        except OutcomeUnknown:
+            if not getattr(repeatable, "request_id", ""):
+                raise
+            return await self._answer(continuation, details, repeatable)
+
+    async def _answer(
+        self, continuation: Callable[..., Any], details: ClientCallDetails, request: Any
+    ) -> Any:
+        try:
+            return await (await continuation(details, request))
         except grpc.aio.AioRpcError as failed:
             error = error_from_call(failed)
-            if isinstance(error, DeadlineExceeded):
-                error = DeadlineExceeded(f"{self._address} did not answer in {details.timeout:g} s")
-            raise error from None
+        if isinstance(error, DeadlineExceeded):
+            error = DeadlineExceeded(f"{self._address} did not answer in {details.timeout:g} s")
+        is_open = isinstance(error, DeadlineExceeded | Unavailable | OutcomeUnknown)
+        if is_open and (request_id := getattr(request, "request_id", "")):
+            error.facts["request_id"] = request_id
+        raise error
 
 
 class Streams(UnaryStreamClientInterceptor):
     """Raises domain errors for what a stream of answers ends with."""
 
+    def __init__(self, *, is_patient: bool) -> None:
+        self._is_patient = is_patient
+
     async def intercept_unary_stream(
         self, continuation: Callable[..., Any], client_call_details: ClientCallDetails, request: Any
     ) -> Any:
-        return _answers(await continuation(client_call_details, request))
+        asked = client_call_details
+        waits = self._is_patient if asked.wait_for_ready is None else asked.wait_for_ready
+        details = ClientCallDetails(asked.method, asked.timeout, asked.metadata, asked.credentials, waits)
+        return _answers(await continuation(details, request))
 
 
 async def _answers(call: Any) -> AsyncGenerator[Any]:

@@ -12,7 +12,7 @@ from google.rpc.status_pb2 import Status
 
 from service import errors
 from service.errors import RosterError
-from service.interceptors.around import Around, Context, Proceed
+from service.interceptors.around import CODES, Around, Context, Proceed
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +80,10 @@ class Errors(Around):
 
 
 async def _abort(context: Context, status: Status) -> NoReturn:
-    code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
     await context.abort(
-        code, status.message, trailing_metadata=(("grpc-status-details-bin", status.SerializeToString()),)
+        CODES[status.code],
+        status.message,
+        trailing_metadata=(("grpc-status-details-bin", status.SerializeToString()),),
     )
 
 

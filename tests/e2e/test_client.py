@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import grpc
 import pytest
@@ -20,7 +20,15 @@ from roster.v1.users_pb2 import (
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.client import BulkLoader, DeadlineExceeded, Disconnected, channel, pages
-from service.errors import EmailTaken, InvalidField, InvalidFilter, UserNotFound, VersionMismatch
+from service.errors import (
+    EmailTaken,
+    InvalidField,
+    InvalidFilter,
+    OutcomeUnknown,
+    UserNotFound,
+    VersionMismatch,
+)
+from service.interceptors.errors import status_from_error
 from service.server import Server
 
 ADA = User(email="ada@example.org")
@@ -58,9 +66,10 @@ async def test_a_stream_of_answers_raises_them_too(users: UserServiceStub) -> No
 class Forgetful:
     """Hands a call on to a server, and loses the first answer."""
 
-    def __init__(self, users: UserServiceStub, code: grpc.StatusCode) -> None:
+    def __init__(self, users: UserServiceStub, code: grpc.StatusCode, details: Any = ()) -> None:
         self.users = users
         self.code = code
+        self.details = details
         self.request_ids: list[str] = []
 
     async def create(self, request: CreateUserRequest, context: Any) -> User:
@@ -68,7 +77,7 @@ class Forgetful:
         self.request_ids.append(request.request_id)
         created = await self.users.CreateUser(request)
         if len(self.request_ids) == 1:
-            await context.abort(self.code, "the answer was lost")
+            await context.abort(self.code, "the answer was lost", trailing_metadata=self.details)
         return created
 
 
@@ -99,6 +108,27 @@ async def test_a_write_that_is_sent_again_happens_once(users: UserServiceStub, c
     first, second = forgetful.request_ids
     assert first == second != ""
     assert await users.GetUser(GetUserRequest(email=ADA.email)) == created
+
+
+async def test_a_write_whose_outcome_is_unknown_is_sent_once_more(users: UserServiceStub) -> None:
+    """The same one: the server answers as it did when it happened."""
+    status = status_from_error(OutcomeUnknown("the connection broke during the commit"))
+    details = (("grpc-status-details-bin", status.SerializeToString()),)
+    forgetful = Forgetful(users, grpc.StatusCode.INTERNAL, details)
+    async with behind(forgetful) as forgotten:
+        created = await forgotten.CreateUser(CreateUserRequest(user=ADA))
+
+    first, second = forgetful.request_ids
+    assert first == second != ""
+    assert await users.GetUser(GetUserRequest(email=ADA.email)) == created
+
+
+async def test_a_write_without_an_answer_can_be_sent_again() -> None:
+    """The error has its id, which the caller did not give."""
+    async with channel("unix:/nowhere/roster.sock", timeout=0.1) as connection:
+        with pytest.raises(DeadlineExceeded) as late:
+            await UserServiceStub(connection).CreateUser(CreateUserRequest(user=ADA))
+    assert UUID(str(late.value.facts["request_id"]))
 
 
 async def test_a_request_id_of_the_caller_is_kept(users: UserServiceStub) -> None:

@@ -168,7 +168,7 @@ async def test_a_write_that_is_in_is_not_told_to_be_sent_again(postgresql_url: s
 
 async def test_health_says_so_before_calls_are_refused(database_url: str) -> None:
     """Load balancers have a pause to notice; a call that comes in it is answered."""
-    server = await started(database_url, drain_pause=60, grace=1)
+    server = await started(database_url, drain_pause=1, grace=4)
     async with grpc.aio.insecure_channel(server.address) as connection:
         watch: Any = HealthStub(connection).Watch(HealthCheckRequest())
         assert (await watch.read()).status == HealthCheckResponse.SERVING

@@ -11,6 +11,8 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from roster.v1.users_pb2 import GetUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
+from service import health
+from service.metrics import READY
 from service.server import Server
 from service.settings import Settings
 from tests.errors import refusal
@@ -45,6 +47,23 @@ async def test_the_health_port_has_nothing_else(probes: grpc.aio.Channel) -> Non
     """Whoever finds it open reaches no data."""
     refused = await refusal(UserServiceStub(probes).GetUser(GetUserRequest(id=1)))
     assert refused.code == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_database_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice in a row it has not answered in time: one that is frozen refuses no connection either."""
+    monkeypatch.setattr(health, "INTERVAL_SECONDS", 0.01)
+    looks = health.Health(Frozen(), [])  # type: ignore[arg-type]
+    for status in (SERVING, NOT_SERVING):
+        await looks.look()
+        assert looks._server_status[""] == status
+        assert READY._value.get() == (status == SERVING)
+
+
+class Frozen:
+    """A database that never answers."""
+
+    async def ping(self) -> None:
+        await asyncio.Event().wait()
 
 
 async def test_a_server_that_stops_is_alive(server: Server, probes: grpc.aio.Channel) -> None:

@@ -16,7 +16,7 @@ from roster.v1.users_pb2 import ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.workers import reserved
 from tests.e2e.command import ROSTER, Serving, run, serving
-from tests.rival import until
+from tests.rival import rival, until
 
 CONNECTIONS = 16
 
@@ -101,6 +101,42 @@ async def test_workers_end_though_the_server_is_killed(environment: dict[str, An
         await until(partial(are_gone, workers))
 
 
+async def test_a_second_signal_ends_all_at_once(environment: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever they have in hand; nobody is left who keeps the port."""
+    url = environment["ROSTER_DATABASE_URL"]
+    async with serving(tmp_path, **environment, ROSTER_GRACE="300") as server, rival(url) as other:
+        workers = children(server)
+        await other.execute("LOCK TABLE users")
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            waits = UserServiceStub(channel).ListUsers(ListUsersRequest())
+            await other.waiting()
+            server.signal(signal.SIGTERM)
+            await server.said("stopping")
+            server.signal(signal.SIGTERM)
+            await server.ended()
+            assert living(workers) == []
+            waits.cancel()
+
+
+async def test_the_processor_s_time_does_not_fall_with_a_worker(
+    environment: dict[str, Any], address: str, tmp_path: Path
+) -> None:
+    """Prometheus would take that for a start from nothing, and add the others' time again."""
+    async with serving(tmp_path, **environment, ROSTER_METRICS_LISTEN=address) as server:
+        await asyncio.gather(*(call(server.address) for _ in range(CONNECTIONS)))
+        before = await asyncio.to_thread(processor, address)
+        os.kill(children(server)[0], signal.SIGKILL)
+        await server.said("ended with status -9")
+        assert await asyncio.to_thread(processor, address) >= before > 0
+
+
+def processor(metrics: str) -> float:
+    """How many seconds of processors were used, by the metrics of the server."""
+    with urlopen(f"http://{metrics}/metrics") as page:
+        lines = page.read().decode().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith("process_cpu_seconds_total ")))
+
+
 async def are_gone(pids: list[int]) -> bool:
     return not living(pids)
 
@@ -153,5 +189,5 @@ def test_connections_that_a_server_has_ended_keep_no_port() -> None:
             connection.close()  # the side that ends first waits
             assert client.recv(1) == b""
 
-    with reserved(f"127.0.0.1:{port}") as address:
+    with reserved(f"127.0.0.1:{port}", "ROSTER_LISTEN") as address:
         assert address == f"127.0.0.1:{port}"

@@ -12,7 +12,7 @@ from unittest.mock import MagicMock
 
 import grpc
 import pytest
-from sqlalchemy import make_url, text, update
+from sqlalchemy import make_url, select, text, update
 
 from roster.v1 import posts_pb2, posts_pb2_grpc, resources_pb2, users_pb2, users_pb2_grpc
 from service.db import gather
@@ -464,3 +464,21 @@ async def test_reads_need_no_writer(database: Database, database_url: str) -> No
 
 def id_of(error: RosterError) -> int:
     return id(error)
+
+
+async def test_those_who_left_are_forgotten(database_url: str) -> None:
+    """Also where no connection was to be had; the list of them would grow with an outage."""
+    database = Database(Settings(database_url=database_url, pool_size=1, max_overflow=0, pool_timeout=60))
+    users = UserReader(database)
+    async with database.read() as session:
+        await session.execute(select(1))
+        for _ in range(3):
+            call = asyncio.create_task(users.get(1))
+            await asyncio.sleep(0)
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+        await asyncio.wait([task]) if (task := users._users[int]._task) else None
+        await asyncio.sleep(0)
+        assert users._users[int]._waiting == []
+    await users.close()
+    await database.close()

@@ -78,11 +78,19 @@ def test_the_nearest_source_wins(environment: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_any_setting_can_be_a_file(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With white space around its value, as editors leave it."""
+    """With white space around its value, as editors leave it; `.env` may name it too."""
     (tmp_path / "size").write_text("  7\n\n")
+    (tmp_path / ".env").write_text(f"ROSTER_MAX_OVERFLOW_FILE={tmp_path}/size\n")
     environment.setenv("ROSTER_POOL_SIZE_FILE", str(tmp_path / "size"))
 
-    assert Settings().pool_size == 7
+    assert (Settings().pool_size, Settings().max_overflow) == (7, 7)
+
+
+def test_a_pause_leaves_time_for_calls() -> None:
+    """Otherwise all of them would be cut off when it is over."""
+    assert Settings(drain_pause=5, grace=8).grace == 8
+    with pytest.raises(ValidationError, match="at least 3 s more than ROSTER_DRAIN_PAUSE"):
+        Settings(drain_pause=5, grace=7)
 
 
 @pytest.mark.parametrize(
