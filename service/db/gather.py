@@ -25,7 +25,7 @@ MAX_KEYS = 100
 # A connection is kept while calls come; then it goes back to the pool, where others wait for one.
 MAX_STATEMENTS = 100
 # A statement for two costs nearly what one for thirty does. So it leaves when so many turns of the event loop
-# have brought nobody else: a loop with nothing to do takes 50 µs for them, and one that is busy has calls at
+# have brought nobody else: a loop with nothing to do takes 40 µs for them, and one that is busy has calls at
 # hand. At 64 in flight, PostgreSQL: 30 calls a statement instead of 2, and 1.8 times the rate.
 QUIET_TURNS = 30
 MAX_GATHER_SECONDS = 0.005  # where each turn is long
