@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from contextvars import Context
 from copy import copy
 from itertools import accumulate, takewhile
@@ -17,7 +18,7 @@ from service.db.dialect import is_one_of_keys
 from service.db.driver import DriverQuery
 from service.db.engine import Database
 from service.db.statements import tell
-from service.errors import RosterError
+from service.errors import DatabaseUnavailable, RosterError
 from service.metrics import GATHERED_READS
 
 # Contents of 1 MiB each may come back; those who ask for many at once ask for small rows.
@@ -88,12 +89,26 @@ class Gather:
         self._task.add_done_callback(self._ended)
 
     async def _run(self) -> None:
+        try:
+            await self._answer_all()
+        except DatabaseUnavailable:
+            if not self._in_flight:  # there was no connection to be had
+                raise
+            # The connection may be from before a restart of PostgreSQL, and so may others in the pool: what
+            # fails through SQLAlchemy takes them all out.
+            with suppress(RosterError):
+                await self._database.ping()
+            await self._answer_all()
+
+    async def _answer_all(self) -> None:
         async with self._database.read() as session:
             connection = await session.connection()
             for _ in range(MAX_STATEMENTS):
-                if not self._waiting:
-                    return
-                await self._gather()
+                if not self._in_flight:
+                    if not self._waiting:
+                        return
+                    await self._gather()
+                    self._take()
                 await self._answer(connection)
 
     async def _gather(self) -> None:
@@ -107,7 +122,6 @@ class Gather:
                     return
 
     async def _answer(self, connection: AsyncConnection) -> None:
-        self._take()
         GATHERED_READS.observe(len(self._in_flight))
         keys = {key for asked, future in self._in_flight if not future.done() for key in asked}
         found = await self._query.rows(connection, keys=list(keys)) if keys else []
