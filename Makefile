@@ -40,7 +40,7 @@ format: $(VENV)/development ## Format the code, and mend what ruff can mend
 	$(BIN)/ruff format
 
 test: lint tools ## Check everything, on SQLite and on a PostgreSQL of its own
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-crash: $(VENV)/development ## Load through crashes for 10 minutes; SECONDS=3600 for an hour
 	SECONDS=$(or $(SECONDS),600) $(BIN)/python -m tests.faults.soak

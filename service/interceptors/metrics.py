@@ -25,7 +25,10 @@ NAMES = {code: code.name.title().replace("_", "") for code in grpc.StatusCode} |
 
 
 class _Method:
-    """The metrics of one method, brought up to date once a turn of the event loop: 10 µs less a call."""
+    """The metrics of one method, brought up to date once a turn of the event loop.
+
+    With 64 calls in flight that is 10 µs less a call on PostgreSQL, and no less on SQLite.
+    """
 
     def __init__(self, method: str, handler: Any) -> None:
         _, service, name = method.split("/")
