@@ -29,7 +29,7 @@ from service.interceptors.limits import Limits
 from service.interceptors.logs import Logs
 from service.interceptors.messages import Messages
 from service.interceptors.metrics import Metrics
-from service.policy import Policy
+from service.policy import REFLECTION, Policy
 from service.posts.reader import PostReader
 from service.posts.servicer import PostServicer
 from service.reflection import add_reflection
@@ -151,6 +151,7 @@ class Server:
         await self.health.stop()
         stopped = asyncio.create_task(self.server.stop(max(end - loop.time(), CUT_OFF_SECONDS)))
         self.bulk.drain()
+        self.drain.cut_off(REFLECTION)  # grpcurl keeps its stream for as long as its own input lasts
         await self._ended(stopped, end - CUT_OFF_SECONDS)
         if self.drain.is_busy:
             self.drain.cut_off()

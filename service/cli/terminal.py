@@ -69,7 +69,8 @@ class Target:
         told = f"no server answers at {self.address}"
         if self._credentials:
             return f"{told} with the TLS that was asked for: {failure.message}"
-        return f"{told}; start one with `roster serve`, or name it with --address, and its CA with --tls-ca"
+        named = "name it with --address or ROSTER_ADDRESS, and its CA with --tls-ca"
+        return f"{told}; start one with `roster serve`, or {named}"
 
 
 def server_options(command: Callable[..., None]) -> Callable[..., None]:

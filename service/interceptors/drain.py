@@ -1,6 +1,7 @@
 """The calls in flight, so that a stop can wait for each one's last `finally`."""
 
 import asyncio
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
@@ -14,14 +15,14 @@ class Drain(Around):
 
     def __init__(self) -> None:
         super().__init__()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: dict[asyncio.Task[Any], str] = {}
         self._cut_off: set[asyncio.Task[Any]] = set()
 
-    async def around(self, method: str, proceed: Proceed, request: Any, context: Context) -> Any:  # noqa: ARG002
+    async def around(self, method: str, proceed: Proceed, request: Any, context: Context) -> Any:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("a call runs in a task")
-        self._tasks.add(task)
+        self._tasks[task] = method
         try:
             return await proceed(request, context)
         except asyncio.CancelledError as cancelled:
@@ -32,7 +33,7 @@ class Drain(Around):
                 raise OutcomeUnknown("the server stopped behind the commit; the write is in") from None
             raise Draining("the server stopped before this call was done; send it again") from None
         finally:
-            self._tasks.discard(task)
+            del self._tasks[task]
             self._cut_off.discard(task)
 
     @property
@@ -47,8 +48,9 @@ class Drain(Around):
                 while self._tasks:
                     await asyncio.wait(self._tasks)
 
-    def cut_off(self) -> None:
-        """End the calls in flight; each is told to try again."""
-        self._cut_off |= self._tasks
-        for task in self._tasks:
+    def cut_off(self, methods: Collection[str] | None = None) -> None:
+        """End the calls in flight, all or those of some methods; each is told to try again."""
+        tasks = {task for task, method in self._tasks.items() if methods is None or method in methods}
+        self._cut_off |= tasks
+        for task in tasks:
             task.cancel()

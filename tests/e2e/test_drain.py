@@ -11,6 +11,8 @@ from typing import Any
 import grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
+from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
+from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -144,6 +146,18 @@ async def test_a_call_that_never_sends_its_message_holds_no_stop(database_url: s
         async with asyncio.timeout(20):
             await server.stop(grace=60)
         assert await call.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+
+
+async def test_a_client_that_asks_for_the_contract_holds_no_stop(database_url: str) -> None:
+    """As grpcurl, which keeps the stream open while it waits for its own input."""
+    server = await started(database_url)
+    async with grpc.aio.insecure_channel(server.address) as connection:
+        call: Any = ServerReflectionStub(connection).ServerReflectionInfo()
+        await call.write(ServerReflectionRequest(list_services=""))
+        assert (await call.read()).HasField("list_services_response")
+        async with asyncio.timeout(20):
+            await server.stop(grace=60)
+        assert await call.code() is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_a_write_that_is_in_is_not_told_to_be_sent_again(postgresql_url: str) -> None:
