@@ -53,6 +53,7 @@ Clock = Callable[[], datetime]
 MAX_RECEIVED_BYTES = 8 << 20
 FORGET_EVERY_SECONDS = 600
 QUIET_SECONDS = 2  # for answers that are on their way
+LOOK_UP_SECONDS = 0.5  # for clients that look up what they were told last
 CUT_OFF_SECONDS = 2  # of the grace, for calls that are cut off to say so and to roll back
 
 OPTIONS = [
@@ -151,7 +152,12 @@ class Server:
         await self.health.stop()
         stopped = asyncio.create_task(self.server.stop(max(end - loop.time(), CUT_OFF_SECONDS)))
         self.bulk.drain()
-        self.drain.cut_off(REFLECTION)  # grpcurl keeps its stream for as long as its own input lasts
+        await self.drain.wait(end - CUT_OFF_SECONDS - loop.time(), besides=REFLECTION)
+        if (
+            self.drain.is_busy
+        ):  # grpcurl has a stream for as long as its own input lasts, to look up errors too
+            await self.drain.wait(LOOK_UP_SECONDS)
+            self.drain.cut_off(REFLECTION)
         await self._ended(stopped, end - CUT_OFF_SECONDS)
         if self.drain.is_busy:
             self.drain.cut_off()

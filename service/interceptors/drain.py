@@ -41,12 +41,12 @@ class Drain(Around):
         """Whether any call is in flight."""
         return bool(self._tasks)
 
-    async def wait(self, timeout: float) -> None:
-        """Wait until no call is in flight, so many seconds at most."""
+    async def wait(self, timeout: float, besides: Collection[str] = ()) -> None:
+        """Wait until no call is in flight besides those of some methods, so many seconds at most."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                while self._tasks:
-                    await asyncio.wait(self._tasks)
+                while tasks := [task for task, method in self._tasks.items() if method not in besides]:
+                    await asyncio.wait(tasks)
 
     def cut_off(self, methods: Collection[str] | None = None) -> None:
         """End the calls in flight, all or those of some methods; each is told to try again."""
