@@ -2,8 +2,8 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install run migrate lint format test tools lock reference contract clean bench-bulk bench-read bench-workers test-crash \
-	test-timing test-go audit sbom
+.PHONY: help install run migrate lint format test tools lock reference contract clean bench-bulk bench-read \
+	bench-workers test-crash test-timing test-go audit sbom
 
 VENV := .venv
 BIN := $(VENV)/bin

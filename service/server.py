@@ -153,11 +153,9 @@ class Server:
         stopped = asyncio.create_task(self.server.stop(max(end - loop.time(), CUT_OFF_SECONDS)))
         self.bulk.drain()
         await self.drain.wait(end - CUT_OFF_SECONDS - loop.time(), besides=REFLECTION)
-        if (
-            self.drain.is_busy
-        ):  # grpcurl has a stream for as long as its own input lasts, to look up errors too
-            await self.drain.wait(LOOK_UP_SECONDS)
-            self.drain.cut_off(REFLECTION)
+        # grpcurl has a stream of reflection for as long as its own input lasts, and looks up errors by it.
+        await self.drain.wait(min(LOOK_UP_SECONDS, end - CUT_OFF_SECONDS - loop.time()))
+        self.drain.cut_off(REFLECTION)
         await self._ended(stopped, end - CUT_OFF_SECONDS)
         if self.drain.is_busy:
             self.drain.cut_off()

@@ -49,10 +49,13 @@ Count = Annotated[int, Field(ge=1)]
 class SecretFiles(PydanticBaseSettingsSource):
     """`ROSTER_X_FILE` names a file whose content is `ROSTER_X`, as container platforms hand out secrets."""
 
+    def __init__(self, settings_cls: type[BaseSettings]) -> None:
+        super().__init__(settings_cls)
+        self._variables = {**dotenv_values(".env"), **os.environ}
+
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         variable = f"{PREFIX}{field_name.upper()}"
-        name = f"{variable}_FILE"
-        path = os.environ.get(name) or dotenv_values(".env").get(name)
+        path = self._variables.get(f"{variable}_FILE")
         # A field that has aliases goes by the first of them in every source: otherwise none beats the other.
         key = variable if field.validation_alias else field_name
         try:

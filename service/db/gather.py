@@ -150,9 +150,8 @@ class Gather:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         unanswered, self._in_flight = self._in_flight, []
-        self._waiting = [
-            waiting for waiting in self._waiting if not waiting[1].done()
-        ]  # the others have left
+        # The others have left.
+        self._waiting = [(keys, future) for keys, future in self._waiting if not future.done()]
         error = None if task.cancelled() else task.exception()
         if error and not unanswered:  # no connection was had
             unanswered, self._waiting = self._waiting, []
