@@ -5,6 +5,7 @@ import logging
 import sqlite3
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 from urllib.parse import urlencode
 
@@ -12,6 +13,7 @@ import asyncpg
 from sqlalchemy import event, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
+from service.db import interruptible
 from service.db.errors import may_have_happened, translated
 from service.db.pool import MeasuredPool, measure_pool
 from service.db.statements import measure_statements
@@ -153,7 +155,11 @@ class _PostgreSQL:
 class _Sqlite:
     def __init__(self, settings: Settings) -> None:
         options: dict[str, Any] = {
-            "connect_args": {"timeout": SQLITE_BUSY_TIMEOUT_SECONDS, "factory": _RollingBack},
+            "connect_args": {
+                "async_creator_fn": partial(interruptible.connect, settings.statement_timeout),
+                "timeout": min(SQLITE_BUSY_TIMEOUT_SECONDS, settings.statement_timeout),
+                "factory": _RollingBack,
+            },
         }
         self.writer = self.bulk = _measured(settings.database_url, "writer", pool_size=1, **options)
         self.reader = _measured(
@@ -168,6 +174,8 @@ class _Sqlite:
         event.listen(self.writer.sync_engine, "connect", _prepare_writer)
         event.listen(self.writer.sync_engine, "begin", _begin_immediate)
         event.listen(self.reader.sync_engine, "connect", _prepare_reader)
+        for engine in (self.writer, self.reader):
+            event.listen(engine.sync_engine, "handle_error", interruptible.discard_interrupted)
         self._pool_timeout = settings.pool_timeout
         self._writing = asyncio.Lock()  # wakes its waiters first come, first served
 
