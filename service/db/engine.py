@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from functools import partial
+from math import ceil
 from typing import Any
 from urllib.parse import urlencode
 
@@ -121,7 +122,7 @@ class _PostgreSQL:
         planner: Mapping[str, str] | None = None,
         **pool: Any,
     ) -> AsyncEngine:
-        timeout = f"{settings.statement_timeout:g}s"
+        timeout = f"{ceil(settings.statement_timeout * 1000)}ms"  # 0 would be none
         return _measured(
             settings.database_url,
             name,

@@ -123,7 +123,8 @@ def test_every_rpc_and_every_view_has_a_case() -> None:
     """A new one fails here until somebody has decided what it shows."""
     methods = {(rpc, "") for rpc in RPCS}
     for rpc, method in RPCS.items():
-        if view := method.input_type.fields_by_name.get("view"):
+        view = method.input_type.fields_by_name.get("view")
+        if view and view.enum_type:
             methods |= {(rpc, value.name) for value in view.enum_type.values if value.number}
 
     assert CASES.keys() == methods
