@@ -16,6 +16,7 @@ from roster.v1 import bulk_pb2, bulk_pb2_grpc, posts_pb2, posts_pb2_grpc, users_
 from service import metrics
 from service.bulk.servicer import BulkServicer
 from service.bulk.streams import BulkStreams
+from service.connections import MAX_HEALTH_CONNECTIONS, connection_options, max_connections
 from service.db.bulk.loads import expire_loads
 from service.db.engine import Database
 from service.db.requests import forget_requests
@@ -97,17 +98,15 @@ class Server:
         self.passwords = Passwords(settings)
         self.drain = Drain()
         # By default a second server takes the same port in silence.
-        options = [
-            *OPTIONS,
-            ("grpc.so_reuseport", int(settings.workers > 1)),
-            ("grpc.max_connection_age_ms", int(settings.max_connection_age * 1000)),
-        ]
+        shared = [*OPTIONS, ("grpc.so_reuseport", int(settings.workers > 1))]
+        options = [*shared, *connection_options(settings, max_connections(settings))]
+        health_options = [*shared, *connection_options(settings, MAX_HEALTH_CONNECTIONS)]
         # Those that watch are outside of Errors, which gives a call its code.
         self.tracing = _tracing(settings.otlp_protocol)
         watching = [*self.tracing, Logs(settings.slow_call), Metrics()]
         guarding = [Errors(), self.drain, auth, Limits(settings), Messages(), Audit()]
         self.server = grpc.aio.server(interceptors=[*watching, *guarding], options=options)
-        self.health_server = grpc.aio.server(interceptors=[Errors(), Messages()], options=options)
+        self.health_server = grpc.aio.server(interceptors=[Errors(), Messages()], options=health_options)
         services = [
             users_pb2.DESCRIPTOR.services_by_name["UserService"].full_name,
             posts_pb2.DESCRIPTOR.services_by_name["PostService"].full_name,

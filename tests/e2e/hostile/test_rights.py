@@ -107,9 +107,8 @@ async def seen(server: Secured, subject: str, rpc: str, message: dict[str, Any])
     """Return the secrets in whatever is answered; raises AioRpcError only for a lack of rights."""
     request = ParseDict(message, GetMessageClass(RPCS[rpc].input_type)())
     async with server.channel(server.issuer.token(subject)) as channel:
-        call: Any = channel.stream_stream(path(rpc))(
-            iter([request.SerializeToString()]), timeout=TIMEOUT_SECONDS
-        )
+        send: Any = channel.stream_stream(path(rpc))
+        call = send(iter([request.SerializeToString()]), timeout=TIMEOUT_SECONDS)
         try:
             answered = repr([answer async for answer in call])
         except grpc.aio.AioRpcError as error:
