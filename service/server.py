@@ -28,7 +28,7 @@ from service.interceptors.drain import Drain
 from service.interceptors.errors import Errors
 from service.interceptors.limits import Limits
 from service.interceptors.logs import Logs
-from service.interceptors.messages import Messages
+from service.interceptors.messages import Messages, Unread
 from service.interceptors.metrics import Metrics
 from service.policy import REFLECTION, Policy
 from service.posts.reader import PostReader
@@ -49,9 +49,10 @@ log = logging.getLogger(__name__)
 
 Clock = Callable[[], datetime]
 
-# A bulk message has 4 MiB at most; one that is a little larger should reach the servicer, which says
-# what is right. Parsing can take 70 times the bytes in memory.
-MAX_RECEIVED_BYTES = 8 << 20
+# A bulk message has at most 4 MiB. One that is larger by a row should reach the servicer, which says what
+# is right; gRPC refuses others by the length that they announce.
+MAX_RECEIVED_BYTES = 5 << 20
+MAX_PROBE_BYTES = 4 << 10
 FORGET_EVERY_SECONDS = 600
 QUIET_SECONDS = 2  # for answers that are on their way
 LOOK_UP_SECONDS = 0.5  # for clients that look up what they were told last
@@ -104,9 +105,13 @@ class Server:
         # Those that watch are outside of Errors, which gives a call its code.
         self.tracing = _tracing(settings.otlp_protocol)
         watching = [*self.tracing, Logs(settings.slow_call), Metrics()]
-        guarding = [Errors(), self.drain, auth, Limits(settings), Messages(), Audit()]
-        self.server = grpc.aio.server(interceptors=[*watching, *guarding], options=options)
-        self.health_server = grpc.aio.server(interceptors=[Errors(), Messages()], options=health_options)
+        self.messages = Messages()
+        guarding = [Errors(), self.drain, auth, Limits(settings), self.messages, Audit()]
+        self.server = grpc.aio.server(interceptors=[Unread(), *watching, *guarding], options=options)
+        self.health_server = grpc.aio.server(
+            interceptors=[Unread(), Errors(), Messages()],
+            options=[*health_options, ("grpc.max_receive_message_length", MAX_PROBE_BYTES)],
+        )
         services = [
             users_pb2.DESCRIPTOR.services_by_name["UserService"].full_name,
             posts_pb2.DESCRIPTOR.services_by_name["PostService"].full_name,
@@ -157,6 +162,7 @@ class Server:
         await asyncio.sleep(min(self.settings.drain_pause, grace))
         await self.health.stop()
         stopped = asyncio.create_task(self.server.stop(max(end - loop.time(), CUT_OFF_SECONDS)))
+        self.messages.drain()
         self.bulk.drain()
         await self.drain.wait(end - CUT_OFF_SECONDS - loop.time(), besides=REFLECTION)
         # grpcurl has a stream of reflection for as long as its own input lasts, and looks up errors by it.

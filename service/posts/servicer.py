@@ -35,6 +35,7 @@ from service.views import View, as_written
 
 CREATE_POSTS = Operation(
     method="roster.v1.PostService.BulkCreatePosts",
+    request=pb.BulkCreatePostsRequest,
     rows="posts",
     fields=(*WRITABLE, "author_id"),
     writable=WRITABLE,
@@ -44,6 +45,7 @@ CREATE_POSTS = Operation(
 )
 UPDATE_POSTS = Operation(
     method="roster.v1.PostService.BulkUpdatePosts",
+    request=pb.BulkUpdatePostsRequest,
     rows="posts",
     fields=("id", "version"),
     writable=WRITABLE,

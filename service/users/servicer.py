@@ -41,6 +41,7 @@ from service.views import View, as_written
 
 CREATE_USERS = Operation(
     method="roster.v1.UserService.BulkCreateUsers",
+    request=pb.BulkCreateUsersRequest,
     rows="users",
     fields=BULK_WRITABLE,
     writable=BULK_WRITABLE[1:],  # the e-mail is the key
@@ -51,6 +52,7 @@ CREATE_USERS = Operation(
 )
 UPDATE_USERS = Operation(
     method="roster.v1.UserService.BulkUpdateUsers",
+    request=pb.BulkUpdateUsersRequest,
     rows="users",
     fields=("id", "version"),
     writable=BULK_WRITABLE,

@@ -159,5 +159,5 @@ async def eventually(condition: Callable[[], bool], seconds: float) -> bool:
     """Return whether a condition comes true within some seconds, asked ten times a second."""
     end = perf_counter() + seconds
     while not (is_true := condition()) and perf_counter() < end:
-        await asyncio.sleep(0.1)  # noqa: ASYNC110 - another process changes it
+        await asyncio.sleep(0.1)
     return is_true
