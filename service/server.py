@@ -29,6 +29,7 @@ from service.interceptors.limits import Limits
 from service.interceptors.logs import Logs
 from service.interceptors.messages import Messages, Unread
 from service.interceptors.metrics import Metrics
+from service.memory import trim_forever
 from service.policy import REFLECTION, Policy
 from service.posts.reader import PostReader
 from service.posts.servicer import PostServicer
@@ -60,6 +61,10 @@ CUT_OFF_SECONDS = 2  # of the grace, for calls that are cut off to say so and to
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_RECEIVED_BYTES),
     ("grpc.max_concurrent_streams", 128),
+    # Calls that wait for a moment of the event loop. Above the first number gRPC ends some of them as
+    # CANCELLED, whosever they are: a flood of calls without an identity would end those of others.
+    ("grpc.server.max_pending_requests", 10_000),
+    ("grpc.server.max_pending_requests_hard_limit", 20_000),
     # Clients ping every 30 s, also between calls; half-open ones are found in 80 s instead of 2 h.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -115,7 +120,7 @@ class Server:
         self._add_services([*services, "grpc.health.v1.Health"])
         self.address = self.health_address = self.metrics_address = ""
         self._close_metrics: Callable[[], None] = lambda: None
-        self._forgetting: asyncio.Task[None] | None = None
+        self._chores: list[asyncio.Task[None]] = []
 
     def _add_services(self, names: list[str]) -> None:
         users = UserServicer(self.database, self.users, self.passwords, self.bulk)
@@ -140,7 +145,7 @@ class Server:
         await self.health.start()
         await self.health_server.start()
         await self.server.start()
-        self._forgetting = asyncio.create_task(self._forget())
+        self._chores = [asyncio.create_task(self._forget()), asyncio.create_task(trim_forever())]
 
     async def stop(self, grace: float | None = None) -> None:
         """Refuse new calls, let those in flight end, and close the database, in `grace` seconds at most.
@@ -167,9 +172,9 @@ class Server:
             await self._ended(stopped, loop.time() + CUT_OFF_SECONDS)
         await self.server.stop(None)
         await stopped
-        if self._forgetting:
-            self._forgetting.cancel()
-            await asyncio.wait([self._forgetting], timeout=CUT_OFF_SECONDS)  # it may be amid a commit
+        for chore in self._chores:
+            chore.cancel()
+            await asyncio.wait([chore], timeout=CUT_OFF_SECONDS)  # it may be in the middle of a commit
         await self.health_server.stop(1)  # its watches are ending
         await asyncio.to_thread(self._close_metrics)
         self.passwords.close()
