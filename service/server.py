@@ -61,10 +61,6 @@ CUT_OFF_SECONDS = 2  # of the grace, for calls that are cut off to say so and to
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_RECEIVED_BYTES),
     ("grpc.max_concurrent_streams", 128),
-    # Calls that wait for a moment of the event loop. Above the first number gRPC ends some of them as
-    # CANCELLED, whosever they are: a flood of calls without an identity would end those of others.
-    ("grpc.server.max_pending_requests", 10_000),
-    ("grpc.server.max_pending_requests_hard_limit", 20_000),
     # Clients ping every 30 s, also between calls; half-open ones are found in 80 s instead of 2 h.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
