@@ -12,7 +12,7 @@ from service import __version__
 from service.settings import prepare_options
 
 # gRPC writes lines of its own, such as "Got goaway", to standard error. It reads this when it is imported.
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 # Its fork handlers can kill the children that `serve` starts for its workers.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 COMMANDS = ["serve", "migrate", "doctor", "load", "loads", "export", "token", "completion"]
