@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -43,6 +44,20 @@ def configure(level: str, form: Format) -> None:
     # No line shows them, and to ask for them takes a third of what a line costs.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None  # noqa: SLF001 - https://docs.python.org/3/howto/logging.html#optimization
+
+
+def escape_failures() -> None:
+    """Format the exceptions that nothing handles, and records before `configure`, as the text log does."""
+    formatter = Text("%(levelname)s %(name)s: %(message)s")
+
+    def write(*failure: Any) -> None:
+        sys.stderr.write(f"{formatter.formatException(failure)}\n")
+
+    sys.excepthook = write
+    threading.excepthook = lambda failure: write(*failure[:3])
+    if logging.lastResort:
+        logging.lastResort.setFormatter(formatter)
+        logging.lastResort.addFilter(drop_values)
 
 
 class Together(logging.StreamHandler[TextIO]):
