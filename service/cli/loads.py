@@ -88,7 +88,7 @@ def _story(load: pb.BulkLoad) -> list[str]:
     told = orjson.loads(_json(load))
     told["options"] = MessageToJson(load.options, preserving_proto_field_name=True, indent=None)
     names = [field.name for field in load.DESCRIPTOR.fields]
-    return [f"{name:11}  {told[name]}" for name in names]
+    return [f"{name:11}  {told.get(name, '')}" for name in names]
 
 
 def _why(failure: pb.RowFailure) -> str:

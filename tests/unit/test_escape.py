@@ -13,13 +13,12 @@ from hypothesis import given, strategies as st
 from service import logs
 from service.escape import MAX_CHARACTERS, escape
 from service.logs import CALL, drop_values
+from tests.log_lines import parse
 
 # Surrogates included. Two lone ones next to each other are one character in JSON.
 TEXT = st.text(
     st.characters() | st.sampled_from('\n\r\t\x1b\x7f\x85\x9b\u2028\u2029\u202e\u2066" =\\{')
 ).filter(lambda text: not re.search("[\ud800-\udbff][\udc00-\udfff]", text))
-HEAD = re.compile(r"INFO service\.test: ")
-FIELD = re.compile(r" (\w+)=")
 FORGED = "ada\n2026-01-01 00:00:00,000 INFO    roster.audit: forged"
 
 
@@ -38,24 +37,7 @@ def text() -> logs.Text:
 
 def read(line: str) -> tuple[str, dict[str, Any]]:
     """Return the message and the fields of a line of text."""
-    line = line[HEAD.match(line).end() :]  # type: ignore[union-attr]
-    message, line = value(line, FIELD)
-    fields = {}
-    while line:
-        name = FIELD.match(line)
-        assert name
-        fields[name[1]], line = value(line[name.end() :], re.compile(" "))
-    return message, fields
-
-
-def value(line: str, end: re.Pattern[str]) -> tuple[Any, str]:
-    """Return what a line begins with, and the rest of it."""
-    if line.startswith(('"', "{", "[")):
-        found, length = json.JSONDecoder().raw_decode(line)
-        return found, line[length:]
-    place = end.search(line)
-    length = place.start() if place else len(line)
-    return line[:length], line[length:]
+    return parse(line.removeprefix("INFO service.test: "))
 
 
 @given(message=TEXT, first=TEXT, second=TEXT)
