@@ -21,6 +21,12 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 COMMANDS = ["serve", "migrate", "doctor", "load", "loads", "export", "token", "completion"]
 
 
+class FolderError(click.ClickException):
+    """A file `.env` that can't be used."""
+
+    exit_code = 2
+
+
 class Commands(click.Group):
     """Imports the command that is asked for: a client need not wait for the imports of the server."""
 
@@ -58,6 +64,6 @@ def main(context: click.Context) -> None:
     try:
         clients, tokens = folder_options(FOR_CLIENTS), folder_options(FOR_TOKENS)
     except OSError as error:
-        raise click.ClickException(str(error)) from None
+        raise FolderError(str(error)) from None
     # Not into the environment: an option knows then where its value is from.
     context.default_map = {**dict.fromkeys(COMMANDS, clients), "token": {"issue": tokens}}

@@ -123,7 +123,7 @@ async def test_grpcurl_can_t_begin_a_load_with_escapes_in_its_name(server: Serve
     with pytest.raises(grpc.RpcError) as caught:
         await grpcurl.call("BulkCreateUsers", {"options": {"load_id": "a\x1b[2J\nb"}})
 
-    assert caught.value.details() == f"options.load_id {PRINTABLE}"  # type: ignore[attr-defined]
+    assert caught.value.details() == f"options.load_id {PRINTABLE}"
 
 
 async def test_a_load_that_began_before_that_rule_is_listed_safely_resumed_and_aborted(
@@ -174,7 +174,7 @@ class Rogue(BulkServiceServicer):
     @staticmethod
     def load() -> pb.BulkLoad:
         options = pb.BulkOptions(load_id=CONTROLS)
-        return pb.BulkLoad(load_id=CONTROLS, method=f"x.{CONTROLS}", state="OPEN", options=options)
+        return pb.BulkLoad(load_id=CONTROLS, method=f"x.{CONTROLS}", state=pb.BulkLoad.OPEN, options=options)
 
 
 class RogueUsers(UserServiceServicer):
@@ -192,7 +192,9 @@ class RogueUsers(UserServiceServicer):
                 ]
                 yield pb.BulkWriteResponse(ack=pb.BulkAck(next_offset=size, failed=size, failures=failures))
             if message.finish:
-                yield pb.BulkWriteResponse(summary=pb.BulkSummary(failed=2, next_offset=2, state="FINISHED"))
+                yield pb.BulkWriteResponse(
+                    summary=pb.BulkSummary(failed=2, next_offset=2, state=pb.BulkLoad.FINISHED)
+                )
                 return
 
 
@@ -200,8 +202,8 @@ class RogueUsers(UserServiceServicer):
 async def rogue(*, fails: bool = False) -> AsyncIterator[str]:
     """Run such a server, and yield its address."""
     server = grpc.aio.server()
-    add_BulkServiceServicer_to_server(Rogue(fails=fails), server)  # type: ignore[no-untyped-call]
-    add_UserServiceServicer_to_server(RogueUsers(), server)  # type: ignore[no-untyped-call]
+    add_BulkServiceServicer_to_server(Rogue(fails=fails), server)  # type: ignore[abstract]
+    add_UserServiceServicer_to_server(RogueUsers(), server)  # type: ignore[abstract]
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     yield f"127.0.0.1:{port}"
