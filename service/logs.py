@@ -8,7 +8,6 @@ import json
 import logging
 import re
 import sys
-import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -47,14 +46,13 @@ def configure(level: str, form: Format) -> None:
 
 
 def escape_failures() -> None:
-    """Format the exceptions that nothing handles, and records before `configure`, as the text log does."""
+    """Format an exception that ends the process, and records before `configure`, as the text log does."""
     formatter = Text("%(levelname)s %(name)s: %(message)s")
 
     def write(*failure: Any) -> None:
         sys.stderr.write(f"{formatter.formatException(failure)}\n")
 
     sys.excepthook = write
-    threading.excepthook = lambda failure: write(*failure[:3])
     if logging.lastResort:
         logging.lastResort.setFormatter(formatter)
         logging.lastResort.addFilter(drop_values)
