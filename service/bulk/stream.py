@@ -27,7 +27,7 @@ from service.errors import (
     RosterError,
     TooLarge,
 )
-from service.fields import check_load_id
+from service.fields import check_load_id, check_new_load_id
 
 # Messages read and not yet acknowledged. On two cores three copies at a time made 1.13 of \copy, two
 # 1.04, one 0.69.
@@ -79,6 +79,8 @@ class Stream:
             load = await LoadRepository(session, caller.identity).open(
                 message.load_id, operation.method, kept
             )
+            if load.epoch == 1:  # it begins now; a refusal rolls it back
+                check_new_load_id(message.load_id, "options.load_id")
             first = BulkOptions.FromString(load.options)
             if load.method != operation.method or _effect(first) != _effect(message):
                 raise OptionsChanged(
