@@ -211,7 +211,7 @@ class Stream:
         self._expected = self.watermark
 
     async def _start(self, slot: Slot, messages: list[Any]) -> None:
-        slot.batch = self._operation.batch(messages[slot.replayed :], self.options.write)
+        slot.batch = await self._operation.batch(messages[slot.replayed :], self.options.write)
         if any(slot.batch.columns.get("hashed_password", ())):
             self._caller.require("loader", "hashed_password")
         slot.batch.expects_conflicts = self._meets_conflicts
