@@ -1,8 +1,7 @@
 """Time slices: long work lets other callbacks of the event loop run between its steps."""
 
 import asyncio
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import AsyncIterator, Callable, Sequence
 from time import perf_counter
 from typing import Any, TypeVar
 
@@ -27,24 +26,28 @@ class TimeSlice:
             self._end = perf_counter() + SLICE_SECONDS
 
 
+async def slices(items: Sequence[ItemT], step: int = STEP) -> AsyncIterator[Sequence[ItemT]]:
+    """Yield the items, some at a time; other callbacks run in between once a slice is used up."""
+    time_slice = TimeSlice()
+    for start in range(0, len(items), step):
+        yield items[start : start + step]
+        await time_slice.pause()
+
+
 async def map_in_slices(
-    function: Callable[[ItemT], ResultT], items: Iterable[ItemT], step: int = STEP
+    function: Callable[[ItemT], ResultT], items: Sequence[ItemT], step: int = STEP
 ) -> list[ResultT]:
     """Return the function's result for each item."""
     found: list[ResultT] = []
-    time_slice, rest = TimeSlice(), iter(items)
-    while some := list(map(function, islice(rest, step))):
-        found += some
-        await time_slice.pause()
+    async for some in slices(items, step):
+        found += map(function, some)
     return found
 
 
 async def add_in_slices(
-    messages: Any, fields_of: Callable[[ItemT], dict[str, Any]], items: Iterable[ItemT], step: int = STEP
+    messages: Any, fields_of: Callable[[ItemT], dict[str, Any]], items: Sequence[ItemT], step: int = STEP
 ) -> None:
     """Add a message for each item to a repeated field, in place: a copy of each costs half as much again."""
-    time_slice, rest = TimeSlice(), iter(items)
-    while some := list(islice(rest, step)):
+    async for some in slices(items, step):
         for item in some:
             messages.add(**fields_of(item))
-        await time_slice.pause()

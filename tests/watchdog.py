@@ -23,7 +23,7 @@ PACKAGE = str(Path(service.__file__).parent)
 GRPC, HANDLER = "grpc._cython.cygrpc", "_handle_exceptions"
 
 _Handle: Any = asyncio.Handle
-_run = _Handle._run  # noqa: SLF001
+_run = _Handle._run
 _recorders: "list[Recorder]" = []
 
 
@@ -65,18 +65,18 @@ def watching() -> Iterator[Recorder]:
     _recorders.append(recorder)
     if len(_recorders) == 1:
         gc.callbacks.append(_collector)
-        _Handle._run = _measured_run  # noqa: SLF001
+        _Handle._run = _measured_run
     try:
         yield recorder
     finally:
         _recorders.remove(recorder)
         if not _recorders:
-            _Handle._run = _run  # noqa: SLF001
+            _Handle._run = _run
             gc.callbacks.remove(_collector)
 
 
 def _measured_run(handle: Any) -> None:
-    name = _service_code(handle._callback)  # noqa: SLF001
+    name = _service_code(handle._callback)
     if name is None:
         _run(handle)
         return

@@ -62,7 +62,7 @@ async def outcome_to_message(
             ids=outcome.ids if return_ids else None,
         )
     )
-    failures = ((offset + row, error) for row, error in sorted(outcome.failures.items()))
+    failures = [(offset + row, outcome.failures[row]) for row in sorted(outcome.failures)]
     await add_in_slices(response.ack.failures, failure_fields, failures)
     return response
 

@@ -11,7 +11,7 @@ from service.db.base import Entity
 from service.db.bulk.batch import Batch, OnConflict, Outcome, WriteOptions
 from service.errors import InvalidOptions, RosterError
 from service.fields import check_choice, mask_paths
-from service.timeslice import TimeSlice
+from service.timeslice import slices
 
 RESTORED = ("id", "version", "created_at", "updated_at")
 # To read a row takes 1 µs, or 100 if its e-mail has nothing but combining marks.
@@ -52,11 +52,9 @@ class Operation:
             fields = (*fields, *options.update_fields)
         elif options.restores:
             fields = (*fields, *RESTORED)
-        batch, time_slice = Batch(0), TimeSlice()
-        for start in range(0, len(messages), ROWS_AT_ONCE):
-            some = messages[start : start + ROWS_AT_ONCE]
+        batch = Batch(0)
+        async for some in slices(messages, ROWS_AT_ONCE):
             batch.extend(self.read(some, fields, options.update_fields))
-            await time_slice.pause()
         return batch
 
 

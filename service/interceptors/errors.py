@@ -40,7 +40,7 @@ STATUS: dict[type[RosterError], grpc.StatusCode] = {
 
 def status_code(error: RosterError) -> grpc.StatusCode:
     """Return the status of a domain error; the most specific entry of the table wins."""
-    return _status_code(type(error))
+    return _status_code(type(error))  # type: ignore[arg-type]  # a type is hashable
 
 
 @cache

@@ -93,9 +93,8 @@ class UserRepository(Repository[User]):
             keys = [Key("email", await writer.ids_by(User.email, batch, lock) if asks else {}, email_taken)]
             if options.restores:
                 keys.insert(0, Key("id", await writer.ids_by(User.id, batch) if asks else {}, id_taken))
-            return await writer.create(
-                batch, resolve_creates(batch, keys, options.on_conflict), options, sort_key="email"
-            )
+            creates = await resolve_creates(batch, keys, options.on_conflict)
+            return await writer.create(batch, creates, options, sort_key="email")
 
         return await writer.settled(batch, attempt)
 
@@ -109,7 +108,7 @@ class UserRepository(Repository[User]):
             ids = batch.take("id", batch.good_rows())
             rows = await stored(self.session, User.id, ids, User.version, User.email, lock=FOR_UPDATE)
             owners = await self._owners(batch, {row.id: row.email for row in rows}, options)
-            updates = resolve_updates(
+            updates = await resolve_updates(
                 batch, {row.id: row.version for row in rows}, self.missing, owners.refusal
             )
             return await writer.update(batch, updates, options, moved="email" if owners.moved else None)

@@ -24,7 +24,7 @@ async def written(tables: Tables, load: Load) -> list[BulkAck]:
     offset = 0
     for rows in load.batches:
         batch = await load.operation.batch(rows, options)
-        outcome = write(tables[load.operation.rows], batch, options)
+        outcome = await write(tables[load.operation.rows], batch, options)
         end = offset + len(rows)
         message = await outcome_to_message(offset, end, outcome, return_ids=True, is_replayed=False)
         acks.append(message.ack)
@@ -32,9 +32,9 @@ async def written(tables: Tables, load: Load) -> list[BulkAck]:
     return acks
 
 
-def write_creates(users: dict[int, Values], batch: Batch, options: WriteOptions) -> Outcome:
+async def write_creates(users: dict[int, Values], batch: Batch, options: WriteOptions) -> Outcome:
     ids = {user["email"]: id for id, user in users.items()}
-    creates = resolve_creates(batch, [Key("email", ids, email_taken)], options.on_conflict)
+    creates = await resolve_creates(batch, [Key("email", ids, email_taken)], options.on_conflict)
     if options.is_atomic and batch.failures:
         return Outcome.of_failed_batch(batch)
     if options.validate_only:
@@ -50,9 +50,9 @@ def write_creates(users: dict[int, Values], batch: Batch, options: WriteOptions)
     return creates.outcome(batch, options, new_ids)
 
 
-def write_updates(posts: dict[int, Values], batch: Batch, options: WriteOptions) -> Outcome:
+async def write_updates(posts: dict[int, Values], batch: Batch, options: WriteOptions) -> Outcome:
     versions = {id: post["version"] for id, post in posts.items()}
-    updates = resolve_updates(batch, versions, lambda: PostNotFound("there is no such post"))
+    updates = await resolve_updates(batch, versions, lambda: PostNotFound("there is no such post"))
     if options.is_atomic and batch.failures:
         return Outcome.of_failed_batch(batch)
     results, ids = bytearray(batch.size), [0] * batch.size

@@ -15,7 +15,6 @@ from sqlalchemy import (
     ForeignKey,
     Identity,
     LargeBinary,
-    Row,
     SmallInteger,
     Update,
     case,
@@ -63,7 +62,9 @@ class Load(Base):
     load_id: Mapped[str] = mapped_column(text(255), unique=True)
     caller: Mapped[str] = mapped_column(text(255))
     method: Mapped[str] = mapped_column(text(255))
-    stored_options: Mapped[bytes] = mapped_column("options", LargeBinary, deferred=True, deferred_raiseload=True)
+    stored_options: Mapped[bytes] = mapped_column(
+        "options", LargeBinary, deferred=True, deferred_raiseload=True
+    )
     state: Mapped[int] = mapped_column(SmallInteger, server_default="1")
     epoch: Mapped[int] = mapped_column(BigInt, server_default="1")
     next_offset: Mapped[int] = mapped_column(BigInt, server_default="0")
@@ -74,7 +75,10 @@ class Load(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
     options: Mapped[bytes] = column_property(
-        case((func.length(stored_options) <= MAX_OPTIONS_BYTES, stored_options), else_=literal(b"", LargeBinary))
+        case(
+            (func.length(stored_options) <= MAX_OPTIONS_BYTES, stored_options),
+            else_=literal(b"", LargeBinary),
+        )
     )
 
 
@@ -223,7 +227,7 @@ class LoadRepository:
             end = batches[-1].next_offset
         return found
 
-    async def _failed_batches(self, load: Load, end: int, limit: int) -> Sequence[Row[Any]]:
+    async def _failed_batches(self, load: Load, end: int, limit: int) -> Sequence[Any]:
         """Return the first batches with failures that end after `end`."""
         batches = (
             select(LoadBatch.first_offset, LoadBatch.next_offset, LoadBatch.failures)
@@ -251,10 +255,11 @@ async def expire_loads(session: AsyncSession, before: datetime) -> None:
     """
     # First the loads: a batch that arrives now waits for them. Or they wait for it, and stay.
     is_late = (Load.updated_at < before) & (Load.state != LoadState.EXPIRED)
-    is_kept = (Load.state == LoadState.EXPIRED) & (func.length(Load.stored_options) > 0)  # by earlier releases
+    # Earlier releases kept the options.
+    has_options = (Load.state == LoadState.EXPIRED) & (func.length(Load.stored_options) > 0)
     expired = (
         update(Load)
-        .where(or_(is_late, is_kept))
+        .where(or_(is_late, has_options))
         .values(state=LoadState.EXPIRED, stored_options=b"")
         .returning(Load.id)
         .execution_options(synchronize_session=False)
@@ -295,7 +300,7 @@ def _error(parts: Sequence[Any]) -> tuple[int, RosterError]:
     return row, error_of(*rest)
 
 
-async def _outcome(batch: Row[Any], start: int, end: int) -> Outcome:
+async def _outcome(batch: Any, start: int, end: int) -> Outcome:
     """Return the part of a batch's outcome that belongs to the rows from `start` to `end`."""
     first = batch.first_offset
     start, end = max(start - first, 0), min(end, batch.next_offset) - first

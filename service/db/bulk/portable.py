@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.types import TypeEngine
 
 from service.db.base import Entity, now
-from service.timeslice import map_in_slices
+from service.timeslice import map_in_slices, slices
 
 ROWS_AT_ONCE = 500
 # Where SQLite keeps the largest id ever used of each AUTOINCREMENT table.
@@ -66,14 +66,12 @@ async def update_rows(
         expected: Any = bindparam("new_expected")
         statement = statement.where((expected == 0) | (expected == model.version))
     connection = await session.connection()
-    rows = _rows({f"new_{name}": column for name, column in columns.items()})
-    # In parts: SQLAlchemy prepares the parameters of all rows at once, with 8 µs for each.
-    parts = [rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE)]
-    return sum([(await connection.execute(statement, part)).rowcount for part in parts])
-
-
-def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    names, updated = [f"new_{name}" for name in columns], 0
+    # Some at a time: SQLAlchemy prepares the parameters of a statement's rows at once, with 8 µs for each.
+    async for some in slices(list(zip(*columns.values(), strict=True)), ROWS_AT_ONCE):
+        parameters = [dict(zip(names, row, strict=True)) for row in some]
+        updated += (await connection.execute(statement, parameters)).rowcount
+    return updated
 
 
 async def _bound(values: Sequence[Any], kind: TypeEngine[Any], dialect: Dialect) -> Sequence[Any]:
