@@ -3,7 +3,7 @@
 RosterError
 ├── InvalidArgument      InvalidField InvalidMask InvalidFilter InvalidOrder InvalidPageToken
 │                        InvalidOptions MalformedMessage TooLarge
-├── NotFound             UserNotFound PostNotFound LoadNotFound
+├── NotFound             UserNotFound PostNotFound LoadNotFound ServiceNotFound
 ├── AlreadyExists        EmailTaken IdTaken RequestIdReused
 ├── FailedPrecondition   AuthorNotFound OptionsChanged LoadFinished LoadAborted LoadExpired TooManyFailures
 ├── Aborted              VersionMismatch LoadFenced
@@ -115,6 +115,12 @@ class PostNotFound(NotFound):
 
 class LoadNotFound(NotFound):
     reason = "LOAD_NOT_FOUND"
+
+
+class ServiceNotFound(NotFound):
+    """Health was asked for a service that this server does not have."""
+
+    reason = "SERVICE_NOT_FOUND"
 
 
 class AlreadyExists(RosterError):

@@ -27,7 +27,7 @@ from service.interceptors.drain import Drain
 from service.interceptors.errors import Errors
 from service.interceptors.limits import Limits
 from service.interceptors.logs import Logs
-from service.interceptors.messages import Messages
+from service.interceptors.messages import Messages, Unread
 from service.interceptors.metrics import Metrics
 from service.policy import REFLECTION, Policy
 from service.posts.reader import PostReader
@@ -48,9 +48,10 @@ log = logging.getLogger(__name__)
 
 Clock = Callable[[], datetime]
 
-# A bulk message has 4 MiB at most; one that is a little larger should reach the servicer, which says
-# what is right. Parsing can take 70 times the bytes in memory.
-MAX_RECEIVED_BYTES = 8 << 20
+# A bulk message has at most 4 MiB. One that is larger by a row should reach the servicer, which says what
+# is right; gRPC refuses others by the length that they announce.
+MAX_RECEIVED_BYTES = 5 << 20
+MAX_PROBE_BYTES = 4 << 10
 FORGET_EVERY_SECONDS = 600
 QUIET_SECONDS = 2  # for answers that are on their way
 LOOK_UP_SECONDS = 0.5  # for clients that look up what they were told last
@@ -58,7 +59,6 @@ CUT_OFF_SECONDS = 2  # of the grace, for calls that are cut off to say so and to
 
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_RECEIVED_BYTES),
-    # Of a connection: gRPC receives the message of a call before anybody can ask who calls.
     ("grpc.max_concurrent_streams", 128),
     # Clients ping every 30 s, also between calls; half-open ones are found in 80 s instead of 2 h.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
@@ -98,9 +98,13 @@ class Server:
         # Those that watch are outside of Errors, which gives a call its code.
         self.tracing = _tracing(settings.otlp_protocol)
         watching = [*self.tracing, Logs(settings.slow_call), Metrics()]
-        guarding = [Errors(), self.drain, auth, Limits(settings), Messages(), Audit()]
-        self.server = grpc.aio.server(interceptors=[*watching, *guarding], options=options)
-        self.health_server = grpc.aio.server(interceptors=[Errors(), Messages()], options=options)
+        self.messages = Messages()
+        guarding = [Errors(), self.drain, auth, Limits(settings), self.messages, Audit()]
+        self.server = grpc.aio.server(interceptors=[Unread(), *watching, *guarding], options=options)
+        self.health_server = grpc.aio.server(
+            interceptors=[Unread(), Errors(), Messages()],
+            options=[*options, ("grpc.max_receive_message_length", MAX_PROBE_BYTES)],
+        )
         services = [
             users_pb2.DESCRIPTOR.services_by_name["UserService"].full_name,
             posts_pb2.DESCRIPTOR.services_by_name["PostService"].full_name,
@@ -151,6 +155,7 @@ class Server:
         await asyncio.sleep(min(self.settings.drain_pause, grace))
         await self.health.stop()
         stopped = asyncio.create_task(self.server.stop(max(end - loop.time(), CUT_OFF_SECONDS)))
+        self.messages.drain()
         self.bulk.drain()
         await self.drain.wait(end - CUT_OFF_SECONDS - loop.time(), besides=REFLECTION)
         # grpcurl has a stream of reflection for as long as its own input lasts, and looks up errors by it.

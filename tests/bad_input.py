@@ -157,7 +157,7 @@ BAD_EMAILS = [
     f"{SECRET}\0@example.org",
     f"{SECRET}@{'x' * 250}",
     # Minutes of work for whoever brings it to NFC.
-    SECRET + "\u0301\u0316" * 500_000 + "@example.org",
+    SECRET + "\u0301\u0316" * 15_000 + "@example.org",
 ]
 BAD_NAMES = [SECRET + "x" * 251, f"{SECRET}\0"]
 BAD_TITLES = ["", SECRET + "x" * 251, f"{SECRET}\0"]

@@ -2,11 +2,14 @@
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from google.protobuf.message import Message
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from roster.v1.bulk_pb2 import BulkOptions
+from service.bulk.message import BulkParser
 from service.db.base import Entity
 from service.db.bulk.batch import Batch, OnConflict, Outcome, WriteOptions
 from service.errors import InvalidOptions, RosterError
@@ -23,6 +26,7 @@ class Operation:
     """One of the bulk RPCs: where its rows are, how they are read, how they are written."""
 
     method: str  # the full name of the RPC
+    request: type[Message]
     rows: str  # the field of the request that has them
     fields: Sequence[str]  # what is read of each row, for an update beside what its mask names
     writable: Sequence[str]  # what an update mask may name
@@ -31,6 +35,11 @@ class Operation:
     write: Callable[[AsyncSession, Batch, WriteOptions], Awaitable[Outcome]]
     is_update: bool = False
     taken: Callable[[int | None], RosterError] | None = None  # where rows have a key: that it is taken
+
+    @cached_property
+    def parser(self) -> BulkParser:
+        """What parses the messages of its streams."""
+        return BulkParser(self.request, self.rows)
 
     def is_parallel(self, options: WriteOptions) -> bool:
         """Tell whether batches with different keys can be written at the same time.

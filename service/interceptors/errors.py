@@ -70,7 +70,7 @@ class Errors(Around):
         try:
             return await proceed(request, context)
         except RosterError as error:
-            await _abort(context, status_from_error(error))
+            status = status_from_error(error)
         except grpc.aio.AbortError:  # health's own answer
             raise
         except asyncio.CancelledError:
@@ -79,10 +79,13 @@ class Errors(Around):
                 raise
             # Nobody cancelled this call. Without a status the caller would wait for its deadline.
             log.exception("%s was cut off by a cancellation inside", method)
-            await _abort(context, _opaque())
+            status = _opaque()
         except Exception:
             log.exception("%s failed", method)
-            await _abort(context, _opaque())
+            status = _opaque()
+        # Not inside `except`: the context keeps what `abort` raises, that would keep the error, and its
+        # traceback the request, until the garbage collector finds the circle.
+        return await _abort(context, status)
 
 
 async def _abort(context: Context, status: Status) -> NoReturn:

@@ -33,6 +33,7 @@ from service.posts.repository import FILTERABLE, SORTABLE, PostRepository
 
 CREATE_POSTS = Operation(
     method="roster.v1.PostService.BulkCreatePosts",
+    request=pb.BulkCreatePostsRequest,
     rows="posts",
     fields=(*WRITABLE, "author_id"),
     writable=WRITABLE,
@@ -42,6 +43,7 @@ CREATE_POSTS = Operation(
 )
 UPDATE_POSTS = Operation(
     method="roster.v1.PostService.BulkUpdatePosts",
+    request=pb.BulkUpdatePostsRequest,
     rows="posts",
     fields=("id", "version"),
     writable=WRITABLE,

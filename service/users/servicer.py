@@ -39,6 +39,7 @@ from service.users.repository import FILTERABLE, SORTABLE, UserRepository, email
 
 CREATE_USERS = Operation(
     method="roster.v1.UserService.BulkCreateUsers",
+    request=pb.BulkCreateUsersRequest,
     rows="users",
     fields=BULK_WRITABLE,
     writable=BULK_WRITABLE[1:],  # the e-mail is the key
@@ -49,6 +50,7 @@ CREATE_USERS = Operation(
 )
 UPDATE_USERS = Operation(
     method="roster.v1.UserService.BulkUpdateUsers",
+    request=pb.BulkUpdateUsersRequest,
     rows="users",
     fields=("id", "version"),
     writable=BULK_WRITABLE,
