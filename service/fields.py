@@ -24,6 +24,7 @@ MICROSECOND = timedelta(microseconds=1)
 MIN_SECONDS, MAX_SECONDS = -62_135_596_800, 253_402_300_799  # years 1 to 9999
 MAX_NANOS = 999_999_999
 MAX_IDS = 1000
+MAX_PATHS = 100
 MAX_BATCH = 1000
 MAX_EMAIL = 255
 MAX_MARKS = 30  # https://unicode.org/reports/tr15/#Stream_Safe_Text_Format
@@ -207,6 +208,8 @@ def masked_fields(message: Message, mask: FieldMask, writable: Collection[str]) 
 
 def mask_paths(mask: FieldMask, writable: Collection[str], field: str = "update_mask") -> list[str]:
     """Return the fields that a mask names, `*` for every one that can be written; raises InvalidMask."""
+    if len(mask.paths) > MAX_PATHS:
+        raise InvalidMask(f"{field} has more than {MAX_PATHS} paths; name each field once", field=field)
     if list(mask.paths) == ["*"]:
         return list(writable)
     for path in mask.paths:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 # Short enough that nobody notices; long enough that the turns of the loop cost a batch of rows under 1 %.
 SLICE_SECONDS = 0.004
 STEP = 100  # items; each takes a few microseconds
-MESSAGES = 20  # messages; each may have 50 others in it
+MESSAGES = 5  # messages; each may have 50 others in it
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")

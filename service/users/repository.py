@@ -19,7 +19,7 @@ from service.db.paging import Page
 from service.db.repository import Repository, shown
 from service.errors import EmailTaken, UserNotFound
 from service.posts.model import Post
-from service.timeslice import TimeSlice, slices
+from service.timeslice import MESSAGES, TimeSlice, slices
 from service.users.model import User
 
 NEWEST_POSTS = 50
@@ -131,7 +131,7 @@ class UserRepository(Repository[User]):
         if not self.with_posts or not rows:
             return
         posts = await self._newest_posts([row.id for row in rows])
-        async for some in slices(rows):
+        async for some in slices(rows, MESSAGES):
             for row in some:
                 set_committed_value(row, "posts", posts.get(row.id, []))
 

@@ -213,17 +213,17 @@ class LoadRepository:
     async def failures(self, load: Load, after: int, limit: int) -> list[tuple[int, RosterError]]:
         """Return the failed rows with offsets after `after`, at most `limit` of them."""
         found: list[tuple[int, RosterError]] = []
-        end = after + 1
-        while len(found) < limit:
-            # Each has at least one failed row, of which the first batch may have passed all.
-            batches = await self._failed_batches(load, end, min(limit - len(found), FAILED_BATCHES_AT_ONCE))
-            if not batches:
-                break
+        end, time_slice = after + 1, TimeSlice()
+        # A batch has at least one failed row; of the first it may come before those wanted.
+        while batches := await self._failed_batches(load, end, min(limit, FAILED_BATCHES_AT_ONCE)):
             for batch in batches:
-                start, missing = max(after + 1 - batch.first_offset, 0), limit - len(found)
-                rows = [row for row in _unpack_failures(batch.failures) if row[0] >= start][:missing]
-                errors = await map_in_slices(_error, rows)
+                start = max(after + 1 - batch.first_offset, 0)
+                rows = [row for row in _unpack_failures(batch.failures) if row[0] >= start]
+                errors = await map_in_slices(_error, rows[: limit - len(found)])
                 found += [(batch.first_offset + row, error) for row, error in errors]
+                if len(found) == limit:
+                    return found
+                await time_slice.pause()
             end = batches[-1].next_offset
         return found
 

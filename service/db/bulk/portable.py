@@ -11,7 +11,7 @@ from sqlalchemy.types import TypeEngine
 from service.db.base import Entity, now
 from service.timeslice import map_in_slices, slices
 
-ROWS_AT_ONCE = 500
+ROWS_AT_ONCE = 250
 # Where SQLite keeps the largest id ever used of each AUTOINCREMENT table.
 SEQUENCES = table("sqlite_sequence", column("name", String), column("seq", Integer))
 
