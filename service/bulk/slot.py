@@ -83,7 +83,7 @@ class Slot:
         """Drop the rows, once they are written or will not be: a client may never read the ack."""
         self.previous = None
         self.awaited.clear()  # its batch looks at it too
-        self.batch = Batch(0)
+        self.batch = Batch(0, has_drawn=self.batch.has_drawn)  # the next slot waits for it
 
     async def settled(self) -> None:
         """Wait until the message is recorded, or will not be."""

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Self
 
 from roster.v1.bulk_pb2 import BulkLoad, BulkOptions, BulkWriteResponse
-from service.bulk.convert import summary_to_message
+from service.bulk.convert import options_effect, options_to_store, summary_to_message
 from service.bulk.measured import Measured
 from service.bulk.message import MAX_BYTES, MAX_ROWS, BulkMessage
 from service.bulk.operation import Operation, StreamOptions
@@ -75,22 +75,21 @@ class Stream:
         if not message.load_id or message.validate_only:
             return cls(database, operation, options, caller, None)
         async with database.begin() as session:
-            kept = message.SerializeToString(deterministic=True)
             load = await LoadRepository(session, caller.identity).open(
-                message.load_id, operation.method, kept
+                message.load_id, operation.method, options_to_store(message)
             )
             if load.epoch == 1:  # it begins now; a refusal rolls it back
                 check_new_load_id(message.load_id, "options.load_id")
+            if load.state == LoadState.EXPIRED:  # it has no options any more
+                raise expired()
             first = BulkOptions.FromString(load.options)
-            if load.method != operation.method or _effect(first) != _effect(message):
+            if load.method != operation.method or options_effect(first) != options_effect(message):
                 raise OptionsChanged(
                     "the load began with another operation or options; keep those, or use another load_id",
                     field="options",
                 )
             if load.state == LoadState.ABORTED:
                 raise LoadAborted("the load was aborted; begin another, with another load_id")
-            if load.state == LoadState.EXPIRED:
-                raise expired()
         return cls(database, operation, options, caller, load)
 
     @property
@@ -220,7 +219,8 @@ class Stream:
         self._expected = self.watermark
 
     async def _start(self, slot: Slot, messages: list[Any]) -> None:
-        slot.batch = self._operation.batch(messages[slot.replayed :], self.options.write)
+        await asyncio.sleep(0)  # a message of 4 MiB took 20 ms so far
+        slot.batch = await self._operation.batch(messages[slot.replayed :], self.options.write)
         if any(slot.batch.columns.get("hashed_password", ())):
             self._caller.require("loader", "hashed_password")
         slot.batch.expects_conflicts = self._meets_conflicts
@@ -244,15 +244,6 @@ class Stream:
             if meets:
                 slot.wait_for(other)
             other = other.previous
-
-
-def _effect(options: BulkOptions) -> BulkOptions:
-    """Return what of the options decides what is written; the rest may change from stream to stream."""
-    effect = BulkOptions()
-    effect.CopyFrom(options)
-    for field_name in ("return_ids", "max_failures"):
-        effect.ClearField(field_name)
-    return effect
 
 
 def _finished() -> LoadFinished:

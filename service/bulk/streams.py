@@ -92,7 +92,7 @@ async def _answer(stream: Stream, slot: Slot) -> tuple[BulkWriteResponse, bool]:
         return error_to_message(slot.offset, stream.watermark, outcome), False
     stream.acknowledged(slot, outcome)
     is_replayed = slot.replayed == slot.size
-    ack = outcome_to_message(
+    ack = await outcome_to_message(
         slot.offset,
         stream.watermark if is_replayed else slot.end,
         outcome,
