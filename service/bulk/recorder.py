@@ -19,6 +19,7 @@ from service.errors import (
     LoadExpired,
     OffsetGap,
     OutcomeUnknown,
+    ResourceExhausted,
     StatementTimeout,
     Unavailable,
 )
@@ -26,7 +27,7 @@ from service.errors import (
 ATTEMPTS = 3
 FIRST_PAUSE_SECONDS = 0.1
 
-FAULTS = (Unavailable, StatementTimeout)
+FAULTS = (Unavailable, ResourceExhausted, StatementTimeout)
 
 
 class Recorder:

@@ -479,6 +479,6 @@ async def test_those_who_left_are_forgotten(database_url: str) -> None:
             await asyncio.gather(call, return_exceptions=True)
         await asyncio.wait([task]) if (task := users._users[int]._task) else None
         await asyncio.sleep(0)
-        assert users._users[int]._waiting == []
+        assert not users._users[int]._waiting
     await users.close()
     await database.close()
