@@ -69,7 +69,9 @@ def _matches_bcrypt(stored: re.Match[str], password: bytes) -> bool:
 def _matches_scrypt(stored: re.Match[str], password: bytes) -> bool:
     costs = {"n": 1 << int(stored["ln"]), "r": int(stored["r"]), "p": int(stored["p"])}
     salt, key = _decoded(stored["salt"]), _decoded(stored["key"])
-    return compare_digest(scrypt(password, salt=salt, dklen=len(key), maxmem=SCRYPT_MEMORY_BYTES, **costs), key)
+    return compare_digest(
+        scrypt(password, salt=salt, dklen=len(key), maxmem=SCRYPT_MEMORY_BYTES, **costs), key
+    )
 
 
 def _matches_pbkdf2(stored: re.Match[str], password: bytes) -> bool:
@@ -115,9 +117,7 @@ FORMS = (
     ),
 )
 
-ADVICE = (
-    "so that a check takes at most about a second; leave hashed_password out and let this user set a new password"
-)
+ADVICE = "so that a check takes at most about a second; leave hashed_password out and let this user set a new password"
 
 
 def matches(stored: str, password: str) -> bool:

@@ -18,6 +18,8 @@ class UserReader:
     def __init__(self, database: Database) -> None:
         keys = {int: User.id, str: User.email}
         self._users = {kind: Gather(database, key, shown(User)) for kind, key in keys.items()}
+        # A single look-up does not wait until a thousand rows are read.
+        self._batches = Gather(database, User.id, shown(User))
         self._credentials = {kind: Gather(database, key, CREDENTIALS) for kind, key in keys.items()}
 
     async def get(self, key: int | str) -> Any:
@@ -29,7 +31,7 @@ class UserReader:
 
     async def get_many(self, ids: Sequence[int]) -> Mapping[int, Any]:
         """Return users' columns by id, of those that are there; there may be others."""
-        return await self._users[int].get_many(ids)
+        return await self._batches.get_many(ids)
 
     async def password_hash(self, key: int | str) -> tuple[int, str]:
         """Return id and hash of an active user with a password, otherwise (0, "")."""
@@ -40,5 +42,5 @@ class UserReader:
 
     async def close(self) -> None:
         """End what is under way."""
-        for gather in (*self._users.values(), *self._credentials.values()):
+        for gather in (*self._users.values(), self._batches, *self._credentials.values()):
             await gather.close()

@@ -144,7 +144,9 @@ class UserServicer(UserServiceServicer):
         id, stored = await self.reader.password_hash(key)
         is_valid, stronger = await self.passwords.check(stored, request.password)
         if stronger:
-            with suppress(Unavailable, ResourceExhausted, StatementTimeout, OutcomeUnknown):  # the next success will do
+            with suppress(
+                Unavailable, ResourceExhausted, StatementTimeout, OutcomeUnknown
+            ):  # the next success will do
                 async with self.database.begin() as session:
                     await UserRepository(session).replace_hash(id, stored, stronger)
         return await self._verified(id) if is_valid else pb.VerifyPasswordResponse()
