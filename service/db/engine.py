@@ -221,8 +221,9 @@ class _Turns:
     def _refusal(self, caller: str) -> RosterError:
         if self._shares.free and self._shares.is_capped(caller):
             return QuotaExceeded(
-                f"this caller's other calls hold {self._shares.held(caller)} of {self._shares.size} connections "
-                "to the database, which is its share; nothing was done, wait until some of them have ended"
+                f"this caller's other calls hold {self._shares.held(caller)} of {self._shares.size} "
+                "connections to the database, which is its share; nothing was done, wait until some of them "
+                "have ended"
             )
         return PoolExhausted("the database is busy with other calls; nothing was done, try again")
 

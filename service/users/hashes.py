@@ -117,7 +117,10 @@ FORMS = (
     ),
 )
 
-ADVICE = "so that a check takes at most about a second; leave hashed_password out and let this user set a new password"
+ADVICE = (
+    "so that a check takes at most about a second; leave hashed_password out and let this user set a new "
+    "password"
+)
 
 
 def matches(stored: str, password: str) -> bool:
