@@ -3,7 +3,7 @@
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help install run migrate lint format test tools lock reference contract clean bench-bulk bench-read \
-	bench-workers test-crash test-timing test-go audit sbom
+	bench-workers test-crash test-hostile test-timing test-go audit sbom
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -44,6 +44,9 @@ test: lint tools ## Check everything, on SQLite and on a PostgreSQL of its own
 
 test-crash: $(VENV)/development ## Load through crashes for 10 minutes; SECONDS=3600 for an hour
 	SECONDS=$(or $(SECONDS),600) $(BIN)/python -m tests.faults.soak
+
+test-hostile: $(VENV)/development ## Attack a server for half an hour; SCALE=3 for attacks three times as large as in the tests
+	ROSTER_TEST_SCALE=$(or $(SCALE),10) $(BIN)/python -m pytest tests/e2e/hostile --timeout 1800
 
 test-timing: $(VENV)/development ## Check that VerifyPassword's time does not tell who exists; takes minutes
 	$(BIN)/python -m pytest --capture=no tests/e2e/timing_of_passwords.py

@@ -1,0 +1,163 @@
+"""A server to attack, with TLS, tokens and a policy, and a caller who goes on meanwhile."""
+
+import asyncio
+import math
+import os
+import re
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import grpc
+
+from roster.v1.resources_pb2 import User
+from roster.v1.users_pb2 import CreateUserRequest, GetUserRequest
+from roster.v1.users_pb2_grpc import UserServiceStub
+from service.client import tls_credentials
+from tests.authority import Authority
+from tests.e2e.command import Serving, serving
+from tests.e2e.secured import POLICY
+from tests.issuer import AUDIENCE, ISSUER, Issuer
+
+# `make test-hostile` makes each attack this many times as large, or as long.
+SCALE = int(os.environ.get("ROSTER_TEST_SCALE", "1"))
+MEMORY_RETURNS_SECONDS = 30
+BYSTANDER_PAUSE_SECONDS = 0.02
+PROMPT_SECONDS = 0.25  # allowed whatever the rest is: two cores run server, attacker and bystander
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A `roster serve` in a process of its own; the identities are those of `tests/e2e/secured.py`."""
+
+    process: Serving
+    folder: Path
+    issuer: Issuer
+
+    @property
+    def address(self) -> str:
+        return self.process.address
+
+    @property
+    def ca(self) -> Path:
+        return self.folder / "ca.pem"
+
+    def token(self, subject: str) -> str:
+        """Return a token for an identity of the policy, such as "reader" or "admin"."""
+        return self.issuer.token(subject)
+
+    def channel(self, subject: str | None = None, **options: Any) -> grpc.aio.Channel:
+        """Return a channel of our own client, as a stranger without a subject."""
+        token = self.token(subject) if subject else None
+        credentials = tls_credentials(self.ca.read_bytes(), token=(lambda: token) if token else None)
+        return grpc.aio.secure_channel(self.address, credentials, list(options.items()))
+
+    def resident(self) -> float:
+        """Return the memory of the server now, in MiB."""
+        return self._memory("VmRSS")
+
+    def peak(self) -> float:
+        """Return the largest memory of the server since `forget_peak`, in MiB."""
+        return self._memory("VmHWM")
+
+    def forget_peak(self) -> None:
+        """Let `peak` begin again (proc(5), clear_refs)."""
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+    async def returns_to(self, mib: float) -> bool:
+        """Wait until the server is back at an amount of memory, 30 s at most."""
+        return await eventually(lambda: self.resident() <= mib, MEMORY_RETURNS_SECONDS)
+
+    def _memory(self, name: str) -> float:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        kib = re.search(rf"{name}:\s+(\d+) kB", status)
+        assert kib
+        return int(kib[1]) / 1024
+
+
+@asynccontextmanager
+async def victim(folder: Path, database_url: str, **environment: str) -> AsyncIterator[Victim]:
+    """Serve with TLS, tokens and a policy; further settings by their environment variables."""
+    authority, issuer = Authority(), Issuer()
+    cert, key = authority.issue("127.0.0.1").write(folder)
+    authority.write(folder)
+    policy = folder / "policy.toml"
+    policy.write_text(POLICY)
+    settings = {
+        "ROSTER_DATABASE_URL": database_url,
+        "ROSTER_TLS_CERT_FILE": str(cert),
+        "ROSTER_TLS_KEY_FILE": str(key),
+        "ROSTER_JWT_ISSUER": ISSUER,
+        "ROSTER_JWT_AUDIENCE": AUDIENCE,
+        "ROSTER_JWT_KEYS_FILE": str(issuer.write(folder)),
+        "ROSTER_POLICY_FILE": str(policy),
+        "ROSTER_LOG_LEVEL": "ERROR",  # nobody reads its standard error while it is attacked
+        **environment,
+    }
+    async with serving(folder, **settings) as process:
+        yield Victim(process, folder, issuer)
+
+
+@dataclass
+class Bystander:
+    """A caller who reads one user again and again; the seconds that each call took."""
+
+    seconds: list[float] = field(default_factory=list)
+    failures: list[grpc.aio.AioRpcError] = field(default_factory=list)
+
+    @property
+    def p99(self) -> float:
+        """The 99th percentile of the seconds."""
+        return percentile(self.seconds, 0.99)
+
+
+@asynccontextmanager
+async def bystander(victim: Victim, subject: str = "admin") -> AsyncIterator[Bystander]:
+    """Read one user every 20 ms on a connection of its own while the block runs."""
+    seen = Bystander()
+    async with victim.channel(subject) as channel:
+        users = UserServiceStub(channel)
+        user = await users.CreateUser(
+            CreateUserRequest(user=User(email=f"{os.urandom(8).hex()}@example.org"))
+        )
+        reading = asyncio.create_task(_read(users, user.id, seen))
+        try:
+            yield seen
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
+
+async def at_rest(victim: Victim, subject: str = "admin", calls: int = 50) -> float:
+    """Return the p99 of a bystander while nothing else happens, in seconds."""
+    async with bystander(victim, subject) as seen:
+        await eventually(lambda: len(seen.seconds) >= calls, 30)
+    return seen.p99
+
+
+async def _read(users: UserServiceStub, id: int, seen: Bystander) -> None:
+    while True:
+        began = perf_counter()
+        try:
+            await users.GetUser(GetUserRequest(id=id), timeout=10)
+        except grpc.aio.AioRpcError as error:
+            seen.failures.append(error)
+        seen.seconds.append(perf_counter() - began)
+        await asyncio.sleep(BYSTANDER_PAUSE_SECONDS)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the smallest value that this share of the values does not exceed."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+
+
+async def eventually(condition: Callable[[], bool], seconds: float) -> bool:
+    """Return whether a condition comes true within some seconds, asked ten times a second."""
+    end = perf_counter() + seconds
+    while not (is_true := condition()) and perf_counter() < end:
+        await asyncio.sleep(0.1)  # noqa: ASYNC110 - another process changes it
+    return is_true
