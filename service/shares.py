@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from itertools import chain
 from typing import Generic, TypeVar
 
-from service.caller import ANONYMOUS_IDENTITY, SYSTEM
+from service.caller import ANONYMOUS_IDENTITY, SYSTEM, current_share
 
 T = TypeVar("T")
 
@@ -118,6 +118,22 @@ class FairSemaphore:
                 # Were a heavy one passed over, light ones could keep it waiting for ever.
                 return caller if weight <= self._free else None
         return None
+
+
+class LoopTurns:
+    """Turns at long work of the event loop, such as a thousand rows to convert, for each caller in turn.
+
+    One piece begins in an iteration of the loop; between two of them everything else that is ready goes on.
+    """
+
+    def __init__(self) -> None:
+        self._shares = FairSemaphore(1)
+
+    async def next(self) -> None:
+        """Wait for a turn; the work must follow without an await."""
+        caller = current_share()
+        await self._shares.acquire(caller)
+        asyncio.get_running_loop().call_soon(self._shares.release, caller)
 
 
 class FairQueue(Generic[T]):

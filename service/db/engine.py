@@ -13,13 +13,14 @@ from sqlalchemy import event, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from service.caller import current_share
+from service.db.cancelled import keep_connections_of_cancelled_reads
 from service.db.errors import may_have_happened, translated
 from service.db.pool import MeasuredPool, measure_pool
 from service.db.statements import measure_statements
 from service.errors import OutcomeUnknown, PoolExhausted, QuotaExceeded, RosterError
 from service.metrics import POOL_TIMEOUTS, POOL_WAITING
 from service.settings import Settings
-from service.shares import FairSemaphore
+from service.shares import FairSemaphore, LoopTurns
 
 # Two loads, or a load and a call, that want the same row: wait so long, then roll back and try again.
 LOCK_TIMEOUT_SECONDS = 5
@@ -47,6 +48,8 @@ class Database:
         make = _Sqlite if settings.is_embedded else _PostgreSQL
         self._engines = make(settings)
         self.is_sqlite = settings.is_embedded
+        # For those who convert many rows: sixteen exports would keep the event loop from all other calls.
+        self.loop_turns = LoopTurns()
 
     @property
     def engine(self) -> AsyncEngine:
@@ -101,6 +104,7 @@ class _PostgreSQL:
         )
         # The same pool; with AUTOCOMMIT a read is one round trip instead of three.
         self.reader = self.writer.execution_options(isolation_level="AUTOCOMMIT")
+        keep_connections_of_cancelled_reads(self.writer)
         self.bulk = self._engine(
             settings,
             "bulk",

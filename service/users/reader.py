@@ -16,6 +16,7 @@ class UserReader:
     """Users by id or by normalised e-mail."""
 
     def __init__(self, database: Database) -> None:
+        self._loop_turns = database.loop_turns
         keys = {int: User.id, str: User.email}
         self._users = {kind: Gather(database, key, shown(User)) for kind, key in keys.items()}
         # A single look-up does not wait until a thousand rows are read.
@@ -31,7 +32,9 @@ class UserReader:
 
     async def get_many(self, ids: Sequence[int]) -> Mapping[int, Any]:
         """Return users' columns by id, of those that are there; there may be others."""
-        return await self._batches.get_many(ids)
+        found = await self._batches.get_many(ids)
+        await self._loop_turns.next()
+        return found
 
     async def password_hash(self, key: int | str) -> tuple[int, str]:
         """Return id and hash of an active user with a password, otherwise (0, "")."""
