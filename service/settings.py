@@ -133,7 +133,7 @@ class Settings(BaseSettings):
     connect_timeout: Seconds = Field(5, description="seconds to open a connection")
     database_wait: float = Field(30, ge=0, description="seconds the start waits for a database that is away")
     statement_timeout: Seconds = Field(30, description="seconds one statement may take")
-    bulk_connections: Count = Field(4, description="connections for the bulk streams, apart from the pool")
+    bulk_connections: Count = Field(5, description="connections for the bulk streams, apart from the pool")
 
     bulk_load_ttl: timedelta = Field(
         timedelta(days=7),

@@ -1,7 +1,7 @@
 """Fair shares of what a server has few of: connections, hashing threads, turns to write.
 
 The cap is the dynamic threshold of Choudhury and Hahne (1998), known from switches with one buffer for all
-ports: a holder may have as much as it leaves free. It needs no list of callers and no tuning.
+ports: what a holder may have shrinks as the others take more. It needs no list of callers.
 """
 
 import asyncio
@@ -16,18 +16,20 @@ T = TypeVar("T")
 
 # Without authentication all callers are one, and the server's own work is bounded by itself.
 UNCAPPED = frozenset({SYSTEM, ANONYMOUS_IDENTITY})
+MANY_ROWS = 200  # to convert them takes a millisecond
 
 
 class FairSemaphore:
     """A semaphore whose slots are shared among callers.
 
     Callers who wait are served in turn, and the waiters of one caller in the order in which they came. A
-    caller may hold at most half of what the others leave free, rounded up, so that slow work that can't be
-    interrupted leaves room for a newcomer. A weight is a number of slots, at most all of them.
+    caller may hold at most a part of what the others leave free, by default half, rounded up: slow work that
+    can't be interrupted leaves room for a newcomer. A weight is a number of slots, at most all of them.
     """
 
-    def __init__(self, size: int, uncapped: Collection[str] = UNCAPPED) -> None:
+    def __init__(self, size: int, part: int = 2, uncapped: Collection[str] = UNCAPPED) -> None:
         self.size = size
+        self._part = part
         self._uncapped = uncapped
         self._free = size
         self._held: dict[str, int] = {}
@@ -52,7 +54,7 @@ class FairSemaphore:
         held = self._held.get(caller)
         if held is None or caller in self._uncapped:
             return False
-        return held + min(weight, self.size) > (self._free + held + 1) // 2
+        return held + min(weight, self.size) > -(-(self._free + held) // self._part)
 
     def try_acquire(self, caller: str, weight: int = 1) -> bool:
         """Take slots if that needs no waiting; return whether it did."""
@@ -124,16 +126,26 @@ class LoopTurns:
     """Turns at long work of the event loop, such as a thousand rows to convert, for each caller in turn.
 
     One piece begins in an iteration of the loop; between two of them everything else that is ready goes on.
+    While more pieces of a caller wait, the loop has as long for all others after each as that one took.
     """
 
     def __init__(self) -> None:
         self._shares = FairSemaphore(1)
 
-    async def next(self) -> None:
-        """Wait for a turn; the work must follow without an await."""
+    async def next(self, rows: int) -> None:
+        """Wait for a turn at so many rows, if it takes one; the work must follow without an await."""
+        if rows < MANY_ROWS:
+            return
         caller = current_share()
         await self._shares.acquire(caller)
-        asyncio.get_running_loop().call_soon(self._shares.release, caller)
+        loop = asyncio.get_running_loop()
+        loop.call_soon(self._end, loop, caller, loop.time())
+
+    def _end(self, loop: asyncio.AbstractEventLoop, caller: str, began: float) -> None:
+        if self._shares.waiting(caller) and caller not in UNCAPPED:
+            loop.call_later(loop.time() - began, self._shares.release, caller)
+        else:
+            self._shares.release(caller)
 
 
 class FairQueue(Generic[T]):

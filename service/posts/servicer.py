@@ -85,7 +85,7 @@ class PostServicer(PostServiceServicer):
         with_author = _with_author(request.view)
         async with self.database.read() as session:
             found = await _repository(session, with_author=with_author).get_many(ids)
-        await self.database.loop_turns.next()
+        await self.database.loop_turns.next(len(found))
         to_message = _to_message(with_author=with_author)
         return pb.BatchGetPostsResponse(
             posts=[to_message(post) for post in found if post],
@@ -100,7 +100,7 @@ class PostServicer(PostServiceServicer):
         with_author = _with_author(request.view)
         async with self.database.read() as session:
             posts, token = await query.page(_repository(session, with_author=with_author))
-        await self.database.loop_turns.next()
+        await self.database.loop_turns.next(len(posts))
         return pb.ListPostsResponse(
             posts=map(_to_message(with_author=with_author), posts), next_page_token=token
         )

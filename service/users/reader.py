@@ -33,7 +33,7 @@ class UserReader:
     async def get_many(self, ids: Sequence[int]) -> Mapping[int, Any]:
         """Return users' columns by id, of those that are there; there may be others."""
         found = await self._batches.get_many(ids)
-        await self._loop_turns.next()
+        await self._loop_turns.next(len(ids))
         return found
 
     async def password_hash(self, key: int | str) -> tuple[int, str]:

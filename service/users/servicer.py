@@ -100,7 +100,7 @@ class UserServicer(UserServiceServicer):
             )
         async with self.database.read() as session:
             found = await UserRepository(session, with_posts=True).get_many(ids)
-        await self.database.loop_turns.next()
+        await self.database.loop_turns.next(len(found))
         return pb.BatchGetUsersResponse(
             users=[user_to_message(user, with_posts=True) for user in found if user],
             missing_ids=[id for id, user in zip(ids, found, strict=False) if not user],
@@ -112,7 +112,7 @@ class UserServicer(UserServiceServicer):
         with_posts = _with_posts(request.view)
         async with self.database.read() as session:
             users, token = await query.page(_repository(session, with_posts=with_posts))
-        await self.database.loop_turns.next()
+        await self.database.loop_turns.next(len(users))
         return pb.ListUsersResponse(
             users=map(_to_message(with_posts=with_posts), users), next_page_token=token
         )

@@ -16,8 +16,8 @@ CALLERS = ("ada", "alan", "grace")
 class Line:
     """Acquisitions of one semaphore, noted in the order in which they were served."""
 
-    def __init__(self, size: int) -> None:
-        self.shares = FairSemaphore(size)
+    def __init__(self, size: int, part: int = 2) -> None:
+        self.shares = FairSemaphore(size, part)
         self.served: list[str] = []
 
     def acquire(self, caller: str, weight: int = 1) -> asyncio.Task[None]:
@@ -34,13 +34,16 @@ async def until_idle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_one_caller_holds_half_of_what_the_others_leave() -> None:
-    """Each newcomer gets half of the rest, rounded up, until nothing is left."""
-    line = Line(20)
-    calls = [line.acquire(caller) for caller in "abcdef" for _ in range(20)]
+@pytest.mark.parametrize(
+    ("part", "held"), [(2, [10, 5, 3, 1, 1]), (4, [5, 4, 3, 2, 2, 1, 1, 1, 1])], ids=["half", "quarter"]
+)
+async def test_one_caller_holds_a_part_of_what_the_others_leave(part: int, held: list[int]) -> None:
+    """Each newcomer gets that part of the rest, rounded up, until nothing is left."""
+    line = Line(20, part)
+    calls = [line.acquire(caller) for caller in "abcdefghij" for _ in range(20)]
     await until_idle()
 
-    assert Counter(line.served) == {"a": 10, "b": 5, "c": 3, "d": 1, "e": 1}
+    assert list(Counter(line.served).values()) == held
     assert line.shares.free == 0
     for call in calls:
         call.cancel()
