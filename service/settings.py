@@ -145,7 +145,9 @@ class Settings(BaseSettings):
     password_passes: int = Field(2, ge=1, le=16, description="how often hashing goes over its memory")
     password_lanes: int = Field(1, ge=1, le=16, description="cores that hashing one may take")
     password_workers: Count = Field(2, description="threads that hash passwords")
-    password_queue: Count = Field(64, description="hashings in hand; more are refused as overload")
+    password_queue: Count = Field(
+        64, description="hashings of one caller in hand; more are refused as overload"
+    )
 
     max_connection_age: float = Field(
         600,

@@ -1,9 +1,9 @@
 """Reads that are cancelled on PostgreSQL: the statement ends, the connection stays.
 
-SQLAlchemy closes the connection of a cancelled statement. To open another takes PostgreSQL a new process, so a
-caller with slow reads and short deadlines would keep both sides busy with that. asyncpg ends the statement in
-the database, or else the connection (https://github.com/MagicStack/asyncpg/issues/1326); what is left to do is
-to wait for that before the connection goes back to the pool.
+SQLAlchemy closes the connection of a cancelled statement. To open another takes PostgreSQL a new process, so
+a caller with slow reads and short deadlines would keep both sides busy with that. asyncpg ends the statement
+in the database, or closes the connection if it can't. So it is enough to wait for that before the connection
+goes back to the pool.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ def keep_connections_of_cancelled_reads(engine: AsyncEngine) -> None:
 
 
 def keep_if_cancelled(connection: Connection, error: BaseException) -> bool:
-    """Return whether the connection can be kept, since a read on it was cancelled and nothing else is wrong."""
+    """Return whether the connection can be kept: a read on it was cancelled, and nothing else is wrong."""
     is_read = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
     is_kept = isinstance(error, asyncio.CancelledError) and is_read and connection.dialect.driver == "asyncpg"
     if is_kept:

@@ -26,8 +26,8 @@ from service.shares import FairSemaphore, LoopTurns
 LOCK_TIMEOUT_SECONDS = 5
 BULK_POOL_TIMEOUT_SECONDS = 60
 SQLITE_BUSY_TIMEOUT_SECONDS = 5
-# A caller may hold a quarter of the connections that the others leave free: 5 of 20. Ten that read a whole
-# table keep two cores so busy that another caller's GetUser takes 130 ms, five 50 to 90 ms, at rest 8 ms (p99).
+# A caller may hold a quarter of the connections that the others leave free: 5 of 20. While ten read a whole
+# table on two cores, another caller's GetUser takes 130 ms, with five 50 to 90 ms, at rest 8 ms (p99).
 CONNECTIONS_PART = 4
 SQLITE_READERS_PART = 8  # 3 of 20: here they are threads of this process
 BULK_PART = 2  # 3 of 5: one stream writes three batches at a time

@@ -1,7 +1,7 @@
 """A greedy caller, in a process of its own: `python -m tests.e2e.hostile.greedy ADDRESS CA TOKEN ATTACK`.
 
-It says `begun` once its calls are in flight, and goes on until its standard input ends. It takes the CPU last:
-its machine is another one.
+It says `begun` once its calls are in flight, and goes on until its standard input ends. It leaves the CPU to
+others, as if it ran on another machine.
 """
 
 import asyncio
@@ -101,18 +101,16 @@ ATTACKS: dict[str, tuple[Callable[[UserServiceStub], Coroutine[Any, Any, None]],
 async def plant(users: UserServiceStub) -> None:
     """Store a user whose password costs as much to check as is allowed."""
     with suppress(grpc.RpcError):  # stored already
-        await users.CreateUser(
-            CreateUserRequest(user=User(email="dear@example.org", hashed_password=DEAR))
-        )
+        await users.CreateUser(CreateUserRequest(user=User(email="dear@example.org", hashed_password=DEAR)))
 
 
-async def main(address: str, ca: str, token: str, name: str) -> None:
+async def main(address: str, certificates: bytes, token: str, name: str) -> None:
     """Keep many calls in flight, each followed by another one."""
     attack, number = ATTACKS[name]
     channels = [
         grpc.aio.secure_channel(
             address,
-            tls_credentials(Path(ca).read_bytes(), token=lambda: token),
+            tls_credentials(certificates, token=lambda: token),
             [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", 16 << 20)],
         )
         for _ in range(4)
@@ -128,7 +126,8 @@ async def main(address: str, ca: str, token: str, name: str) -> None:
 
     calls = [asyncio.create_task(again(stubs[i % len(stubs)])) for i in range(number)]
     await asyncio.sleep(0.5)
-    print("begun", flush=True)
+    sys.stdout.write("begun\n")
+    sys.stdout.flush()
     await asyncio.to_thread(sys.stdin.read)
     for call in calls:
         call.cancel()
@@ -137,4 +136,5 @@ async def main(address: str, ca: str, token: str, name: str) -> None:
 
 if __name__ == "__main__":
     os.nice(10)
-    asyncio.run(main(*sys.argv[1:]))
+    address, ca, token, name = sys.argv[1:]
+    asyncio.run(main(address, Path(ca).read_bytes(), token, name))
