@@ -3,7 +3,7 @@
 RosterError
 ├── InvalidArgument      InvalidField InvalidMask InvalidFilter InvalidOrder InvalidPageToken
 │                        InvalidOptions MalformedMessage TooLarge
-├── NotFound             UserNotFound PostNotFound LoadNotFound
+├── NotFound             UserNotFound PostNotFound LoadNotFound ServiceNotFound
 ├── AlreadyExists        EmailTaken IdTaken RequestIdReused
 ├── FailedPrecondition   AuthorNotFound OptionsChanged LoadFinished LoadAborted LoadExpired TooManyFailures
 ├── Aborted              VersionMismatch LoadFenced
@@ -17,6 +17,7 @@ RosterError
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Self
 
 
@@ -114,6 +115,12 @@ class PostNotFound(NotFound):
 
 class LoadNotFound(NotFound):
     reason = "LOAD_NOT_FOUND"
+
+
+class ServiceNotFound(NotFound):
+    """Health was asked for a service that this server does not have."""
+
+    reason = "SERVICE_NOT_FOUND"
 
 
 class AlreadyExists(RosterError):
@@ -261,7 +268,12 @@ def error_of(
     reason: str, message: str, field: str = "", facts: dict[str, int | str] | None = None
 ) -> RosterError:
     """Return an error that was stored, or sent, as its parts; raises KeyError for a reason not known here."""
-    return _kinds(RosterError)[reason](message, field=field, **(facts or {}))
+    return _kind(reason)(message, field=field, **(facts or {}))
+
+
+@cache
+def _kind(reason: str) -> type[RosterError]:
+    return _kinds(RosterError)[reason]
 
 
 def _kinds(base: type[RosterError]) -> dict[str, type[RosterError]]:

@@ -2,16 +2,20 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from grpc_health.v1.health import aio
 from grpc_health.v1.health_pb2 import HealthCheckResponse, HealthListResponse
 
 from service.db.engine import Database
-from service.errors import PoolExhausted, RosterError
+from service.errors import PoolExhausted, QuotaExceeded, RosterError, ServiceNotFound
+from service.interceptors.around import host_of
 from service.metrics import READY
+from service.waits import BoundedWaits
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +25,10 @@ INTERVAL_SECONDS = 2
 FAILURES_TO_TELL = 2
 # Watches have no end of their own, and would hold up a stop for all its grace. NOT_SERVING goes out first.
 WATCHES_END_SECONDS = 0.1
+# A watch takes 30 KiB, and anybody can open one.
+MAX_WATCHES = 1000
+MAX_CONNECTION_WATCHES = 16
+SURPLUS = f"health has more than {MAX_WATCHES:,} watches, and most of them from this address"
 
 
 class Health(aio.HealthServicer):  # type: ignore[misc]
@@ -36,6 +44,8 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
         self._failures = 0
         self._task: asyncio.Task[None] | None = None
         self._watches: set[asyncio.Timeout] = set()
+        self._connections: Counter[str] = Counter()  # watches by connection
+        self._bounds = BoundedWaits(SURPLUS, MAX_WATCHES)
         self._changed = asyncio.Event()  # set, and replaced, with every change
 
     async def start(self) -> None:
@@ -87,23 +97,42 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
         self._changed = asyncio.Event()
 
     async def Watch(self, request: Any, context: Any) -> None:
-        # The library's own writes with a lock in its hand: one client that doesn't read would stop all.
+        # The library's own writes while it holds a lock: one client that does not read would stop all. It
+        # also keeps every name that anybody asks for.
+        if request.service not in self._server_status:
+            await context.write(HealthCheckResponse(status=HealthCheckResponse.SERVICE_UNKNOWN))
+            raise ServiceNotFound("health knows no service of this name, and none is added while it runs")
+        connection = context.peer()
+        if self._connections[connection] >= MAX_CONNECTION_WATCHES:
+            raise QuotaExceeded(f"a connection has at most {MAX_CONNECTION_WATCHES} watches")
+        self._connections[connection] += 1
+        try:
+            await self._bounds.bound(
+                self._watch_until_stop(request.service, context), partial(host_of, context)
+            )
+        finally:
+            self._connections[connection] -= 1
+            if not self._connections[connection]:
+                del self._connections[connection]
+
+    async def _watch_until_stop(self, service: str, context: Any) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as watch:
                 self._watches.add(watch)
                 try:
-                    await self._tell(request.service, context)
+                    await self._report(service, context)
                 finally:
                     self._watches.discard(watch)
 
-    async def _tell(self, service: str, context: Any) -> None:
-        told = None
+    async def _report(self, service: str, context: Any) -> None:
+        """Write the status of a service now, and whenever it changes."""
+        reported = None
         while True:
             changed = self._changed
-            status = self._server_status.get(service, HealthCheckResponse.SERVICE_UNKNOWN)
-            if status != told:
+            status = self._server_status[service]
+            if status != reported:
                 await context.write(HealthCheckResponse(status=status))
-                told = status
+                reported = status
             await changed.wait()
 
     async def _watch(self) -> None:

@@ -27,8 +27,9 @@ from service.interceptors.drain import Drain
 from service.interceptors.errors import Errors
 from service.interceptors.limits import Limits
 from service.interceptors.logs import Logs
-from service.interceptors.messages import Messages
+from service.interceptors.messages import Messages, Unread
 from service.interceptors.metrics import Metrics
+from service.memory import trim_forever
 from service.policy import REFLECTION, Policy
 from service.posts.reader import PostReader
 from service.posts.servicer import PostServicer
@@ -48,9 +49,10 @@ log = logging.getLogger(__name__)
 
 Clock = Callable[[], datetime]
 
-# A bulk message has 4 MiB at most; one that is a little larger should reach the servicer, which says
-# what is right. Parsing can take 70 times the bytes in memory.
-MAX_RECEIVED_BYTES = 8 << 20
+# A bulk message has at most 4 MiB. One that is larger by a row should reach the servicer, which says what
+# is right; gRPC refuses others by the length that they announce.
+MAX_RECEIVED_BYTES = 5 << 20
+MAX_PROBE_BYTES = 4 << 10
 FORGET_EVERY_SECONDS = 600
 QUIET_SECONDS = 2  # for answers that are on their way
 LOOK_UP_SECONDS = 0.5  # for clients that look up what they were told last
@@ -58,7 +60,6 @@ CUT_OFF_SECONDS = 2  # of the grace, for calls that are cut off to say so and to
 
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_RECEIVED_BYTES),
-    # Of a connection: gRPC receives the message of a call before anybody can ask who calls.
     ("grpc.max_concurrent_streams", 128),
     # Clients ping every 30 s, also between calls; half-open ones are found in 80 s instead of 2 h.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
@@ -98,9 +99,13 @@ class Server:
         # Those that watch are outside of Errors, which gives a call its code.
         self.tracing = _tracing(settings.otlp_protocol)
         watching = [*self.tracing, Logs(settings.slow_call), Metrics()]
-        guarding = [Errors(), self.drain, auth, Limits(settings), Messages(), Audit()]
-        self.server = grpc.aio.server(interceptors=[*watching, *guarding], options=options)
-        self.health_server = grpc.aio.server(interceptors=[Errors(), Messages()], options=options)
+        self.messages = Messages()
+        guarding = [Errors(), self.drain, auth, Limits(settings), self.messages, Audit()]
+        self.server = grpc.aio.server(interceptors=[Unread(), *watching, *guarding], options=options)
+        self.health_server = grpc.aio.server(
+            interceptors=[Unread(), Errors(), Messages()],
+            options=[*options, ("grpc.max_receive_message_length", MAX_PROBE_BYTES)],
+        )
         services = [
             users_pb2.DESCRIPTOR.services_by_name["UserService"].full_name,
             posts_pb2.DESCRIPTOR.services_by_name["PostService"].full_name,
@@ -111,7 +116,7 @@ class Server:
         self._add_services([*services, "grpc.health.v1.Health"])
         self.address = self.health_address = self.metrics_address = ""
         self._close_metrics: Callable[[], None] = lambda: None
-        self._forgetting: asyncio.Task[None] | None = None
+        self._chores: list[asyncio.Task[None]] = []
 
     def _add_services(self, names: list[str]) -> None:
         users = UserServicer(self.database, self.users, self.passwords, self.bulk)
@@ -136,7 +141,7 @@ class Server:
         await self.health.start()
         await self.health_server.start()
         await self.server.start()
-        self._forgetting = asyncio.create_task(self._forget())
+        self._chores = [asyncio.create_task(self._forget()), asyncio.create_task(trim_forever())]
 
     async def stop(self, grace: float | None = None) -> None:
         """Refuse new calls, let those in flight end, and close the database, in `grace` seconds at most.
@@ -151,6 +156,7 @@ class Server:
         await asyncio.sleep(min(self.settings.drain_pause, grace))
         await self.health.stop()
         stopped = asyncio.create_task(self.server.stop(max(end - loop.time(), CUT_OFF_SECONDS)))
+        self.messages.drain()
         self.bulk.drain()
         await self.drain.wait(end - CUT_OFF_SECONDS - loop.time(), besides=REFLECTION)
         # grpcurl has a stream of reflection for as long as its own input lasts, and looks up errors by it.
@@ -162,9 +168,9 @@ class Server:
             await self._ended(stopped, loop.time() + CUT_OFF_SECONDS)
         await self.server.stop(None)
         await stopped
-        if self._forgetting:
-            self._forgetting.cancel()
-            await asyncio.wait([self._forgetting], timeout=CUT_OFF_SECONDS)  # it may be amid a commit
+        for chore in self._chores:
+            chore.cancel()
+            await asyncio.wait([chore], timeout=CUT_OFF_SECONDS)  # it may be in the middle of a commit
         await self.health_server.stop(1)  # its watches are ending
         await asyncio.to_thread(self._close_metrics)
         self.passwords.close()

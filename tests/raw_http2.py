@@ -116,11 +116,10 @@ class Http2Connection:
             await self._wait_for_change()
 
     async def close(self) -> None:
-        """Close the connection."""
+        """Break the connection off, as a client does that dies."""
         self._receiving.cancel()
-        self._writer.close()
-        with suppress(OSError, asyncio.CancelledError):
-            await self._writer.wait_closed()
+        self._writer.transport.abort()
+        await asyncio.wait([self._receiving])
 
     def _has_ended(self, stream: int) -> bool:
         return self.is_closed.is_set() or stream in self.resets

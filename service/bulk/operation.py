@@ -2,17 +2,23 @@
 
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from google.protobuf.message import Message
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from roster.v1.bulk_pb2 import BulkOptions
+from service.bulk.message import BulkParser
 from service.db.base import Entity
 from service.db.bulk.batch import Batch, OnConflict, Outcome, WriteOptions
 from service.errors import InvalidOptions, RosterError
 from service.fields import check_choice, mask_paths
+from service.timeslice import slices
 
 RESTORED = ("id", "version", "created_at", "updated_at")
+# To read a row takes 1 µs, or 100 if its e-mail has nothing but combining marks.
+ROWS_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,7 @@ class Operation:
     """One of the bulk RPCs: where its rows are, how they are read, how they are written."""
 
     method: str  # the full name of the RPC
+    request: type[Message]
     rows: str  # the field of the request that has them
     fields: Sequence[str]  # what is read of each row, for an update beside what its mask names
     writable: Sequence[str]  # what an update mask may name
@@ -28,6 +35,11 @@ class Operation:
     write: Callable[[AsyncSession, Batch, WriteOptions], Awaitable[Outcome]]
     is_update: bool = False
     taken: Callable[[int | None], RosterError] | None = None  # where rows have a key: that it is taken
+
+    @cached_property
+    def parser(self) -> BulkParser:
+        """What parses the messages of its streams."""
+        return BulkParser(self.request, self.rows)
 
     def is_parallel(self, options: WriteOptions) -> bool:
         """Tell whether batches with different keys can be written at the same time.
@@ -42,14 +54,17 @@ class Operation:
         is_insert = bool(self.taken) and options.on_conflict is not OnConflict.UPDATE
         return is_insert and not (options.is_atomic or options.validate_only or options.restores)
 
-    def batch(self, messages: Sequence[Any], options: WriteOptions) -> Batch:
-        """Return the messages of a request as columns."""
+    async def batch(self, messages: Sequence[Any], options: WriteOptions) -> Batch:
+        """Return the messages of a request as columns, read in time slices."""
         fields = self.fields
         if self.is_update:
             fields = (*fields, *options.update_fields)
         elif options.restores:
             fields = (*fields, *RESTORED)
-        return self.read(messages, fields, options.update_fields)
+        batch = Batch(0)
+        async for some in slices(messages, ROWS_AT_ONCE):
+            batch.extend(self.read(some, fields, options.update_fields))
+        return batch
 
 
 @dataclass(frozen=True)

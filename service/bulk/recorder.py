@@ -9,7 +9,7 @@ import asyncio
 import random
 
 from service.bulk.operation import Operation
-from service.bulk.slot import Slot, Superseded, committed
+from service.bulk.slot import FAULTS, Slot, Superseded, committed
 from service.db.bulk.batch import Outcome, WriteOptions
 from service.db.bulk.loads import Load, LoadRepository
 from service.db.bulk.writer import BulkWriter
@@ -19,15 +19,10 @@ from service.errors import (
     LoadExpired,
     OffsetGap,
     OutcomeUnknown,
-    ResourceExhausted,
-    StatementTimeout,
-    Unavailable,
 )
 
 ATTEMPTS = 3
 FIRST_PAUSE_SECONDS = 0.1
-
-FAULTS = (Unavailable, ResourceExhausted, StatementTimeout)
 
 
 class Recorder:
@@ -57,8 +52,7 @@ class Recorder:
             if not slot.is_committed.done():
                 slot.is_committed.set_result(False)
             slot.batch.has_drawn.set()
-            slot.previous = None
-            slot.awaited.clear()  # its batch looks at it too
+            slot.release()
         if not slot.replayed:
             return outcome
         slot.first_outcome.extend(outcome)

@@ -7,7 +7,20 @@ from time import perf_counter
 from typing import Any
 
 from service.db.bulk.batch import Batch, OnConflict, Outcome, Result, WriteOptions
-from service.errors import RosterError
+from service.errors import (
+    InvalidField,
+    OffsetGap,
+    ResourceExhausted,
+    RosterError,
+    StatementTimeout,
+    TooLarge,
+    Unavailable,
+)
+
+# Of the database; the message is tried again.
+FAULTS = (Unavailable, ResourceExhausted, StatementTimeout)
+# What a message is answered with when nothing of it is recorded; the stream stays open.
+REFUSALS = (InvalidField, TooLarge, OffsetGap, *FAULTS)
 
 
 class Superseded(Exception):
@@ -63,11 +76,22 @@ class Slot:
         outcome.results = bytes(results)
         self.written = outcome
 
-    async def outcome(self) -> Outcome:
-        """Wait for what becomes of the message; raises one of REFUSALS, or what ends the stream."""
+    async def outcome(self) -> Outcome | RosterError:
+        """Wait for what becomes of the message, or why it is refused; raises what ends the stream."""
         if self.task is None:
-            raise self.refusal or RuntimeError("a message is refused or tried")
-        return await self.task
+            if self.refusal is None:
+                raise RuntimeError("a message is refused or tried")
+            return self.refusal
+        try:
+            return await self.task
+        except REFUSALS as error:
+            return error.with_traceback(None)
+
+    def release(self) -> None:
+        """Drop the rows, once they are written or will not be: a client may never read the ack."""
+        self.previous = None
+        self.awaited.clear()  # its batch looks at it too
+        self.batch = Batch(0, has_drawn=self.batch.has_drawn)  # the next slot waits for it
 
     async def settled(self) -> None:
         """Wait until the message is recorded, or will not be."""

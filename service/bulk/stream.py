@@ -5,11 +5,12 @@ from collections.abc import AsyncIterator
 from typing import Any, Self
 
 from roster.v1.bulk_pb2 import BulkLoad, BulkOptions, BulkWriteResponse
-from service.bulk.convert import summary_to_message
+from service.bulk.convert import options_effect, options_to_store, summary_to_message
 from service.bulk.measured import Measured
+from service.bulk.message import MAX_BYTES, MAX_ROWS, BulkMessage
 from service.bulk.operation import Operation, StreamOptions
-from service.bulk.recorder import FAULTS, Recorder, expired, gap
-from service.bulk.slot import Slot
+from service.bulk.recorder import Recorder, expired, gap
+from service.bulk.slot import REFUSALS, Slot
 from service.caller import Caller
 from service.db.base import MAX_ID
 from service.db.bulk.batch import Outcome
@@ -26,15 +27,11 @@ from service.errors import (
     RosterError,
     TooLarge,
 )
-from service.fields import check_load_id
+from service.fields import check_load_id, check_new_load_id
 
-MAX_ROWS = 5000
-MAX_BYTES = 4 << 20
 # Messages read and not yet acknowledged. On two cores three copies at a time made 1.13 of \copy, two
 # 1.04, one 0.69.
 IN_HAND = 3
-# What a message is answered with when nothing of it is recorded; the stream stays open.
-REFUSALS = (InvalidField, TooLarge, OffsetGap, *FAULTS)
 
 
 class Stream:
@@ -58,6 +55,7 @@ class Stream:
         self._load = load
         self._recorder = Recorder(database, operation, options.write, load)
         self._room = asyncio.Semaphore(IN_HAND)
+        self._has_begun = False
         self._end = 0  # behind the last message, recorded or not
         self._expected = self.watermark  # behind the last batch in hand
         self._last: Slot | None = None
@@ -77,20 +75,21 @@ class Stream:
         if not message.load_id or message.validate_only:
             return cls(database, operation, options, caller, None)
         async with database.begin() as session:
-            kept = message.SerializeToString(deterministic=True)
             load = await LoadRepository(session, caller.identity).open(
-                message.load_id, operation.method, kept
+                message.load_id, operation.method, options_to_store(message)
             )
+            if load.epoch == 1:  # it begins now; a refusal rolls it back
+                check_new_load_id(message.load_id, "options.load_id")
+            if load.state == LoadState.EXPIRED:  # it has no options any more
+                raise expired()
             first = BulkOptions.FromString(load.options)
-            if load.method != operation.method or _effect(first) != _effect(message):
+            if load.method != operation.method or options_effect(first) != options_effect(message):
                 raise OptionsChanged(
                     "the load began with another operation or options; keep those, or use another load_id",
                     field="options",
                 )
             if load.state == LoadState.ABORTED:
                 raise LoadAborted("the load was aborted; begin another, with another load_id")
-            if load.state == LoadState.EXPIRED:
-                raise expired()
         return cls(database, operation, options, caller, load)
 
     @property
@@ -98,13 +97,13 @@ class Stream:
         """Behind the last row that is recorded."""
         return self._recorder.watermark
 
-    async def receive(self, first: Any, requests: AsyncIterator[Any]) -> None:
+    async def receive(self, first: bytes, requests: AsyncIterator[bytes]) -> None:
         """Put a slot in the queue for every message; the caller puts None behind the last one."""
         await self._take(first)
-        async for request in requests:
-            if request.HasField("options"):
-                raise InvalidOptions("options come in the first message of a stream only", field="options")
-            await self._take(request)
+        del first
+        while (received := await anext(requests, None)) is not None:
+            await self._take(received)
+            del received  # the next one may come in minutes
 
     def refused(self, slot: Slot, error: RosterError) -> None:
         """Count a message that was refused, and make room for another."""
@@ -155,26 +154,34 @@ class Stream:
         self._measured.closed()
         await asyncio.gather(*tasks, return_exceptions=True)  # the last await: it can be cancelled too
 
-    async def _take(self, request: Any) -> None:
-        rows = getattr(request, self._operation.rows)
-        if not rows and not request.finish:
-            return
+    async def _take(self, received: bytes) -> None:
         await self._room.acquire()
-        slot = Slot(request.offset if request.HasField("offset") else self._end, len(rows))
+        message = self._operation.parser.parse(received)
+        if self._has_begun and message.request.HasField("options"):
+            raise InvalidOptions("options come in the first message of a stream only", field="options")
+        self._has_begun = True
+        if not message.size and not message.request.finish:
+            self._room.release()
+            return
+        await self._queue(message)
+
+    async def _queue(self, message: BulkMessage) -> None:
+        request = message.request
+        slot = Slot(request.offset if request.HasField("offset") else self._end, message.size)
         slot.is_last = request.finish
         self._measured.received(slot)
         self._end = min(max(slot.offset, 0), MAX_ID) + slot.size
         try:
-            await self._place(slot, request.ByteSize())
+            await self._place(slot, is_too_large=message.is_too_large)
         except REFUSALS as error:
-            slot.refusal = error
+            # Its traceback has this frame, which has the message and the slot: a reference cycle.
+            slot.refusal = error.with_traceback(None)
         else:
-            # Once, as each look at a repeated field makes its wrappers anew, and of no message that is too
-            # large: to make 8 million wrappers takes 1.5 GiB.
-            await self._start(slot, list(rows))
+            # Converted once: every access to a repeated field makes its wrappers again.
+            await self._start(slot, list(getattr(request, self._operation.rows)))
         self.slots.put_nowait(slot)
 
-    async def _place(self, slot: Slot, size: int) -> None:
+    async def _place(self, slot: Slot, *, is_too_large: bool) -> None:
         """Find out which rows of a message are new; raises what it is refused with."""
         if self._last and self._last.is_last:
             await self._last.settled()
@@ -182,7 +189,7 @@ class Stream:
                 raise _finished()
         if slot.offset < 0:
             raise InvalidField("offset must not be negative", field="offset")
-        if slot.size > MAX_ROWS or size > MAX_BYTES:
+        if is_too_large:
             raise TooLarge(
                 f"a message has at most {MAX_ROWS:,} rows and {MAX_BYTES:,} bytes; send these in several",
                 field=self._operation.rows,
@@ -212,7 +219,8 @@ class Stream:
         self._expected = self.watermark
 
     async def _start(self, slot: Slot, messages: list[Any]) -> None:
-        slot.batch = self._operation.batch(messages[slot.replayed :], self.options.write)
+        await asyncio.sleep(0)  # a message of 4 MiB took 20 ms so far
+        slot.batch = await self._operation.batch(messages[slot.replayed :], self.options.write)
         if any(slot.batch.columns.get("hashed_password", ())):
             self._caller.require("loader", "hashed_password")
         slot.batch.expects_conflicts = self._meets_conflicts
@@ -236,15 +244,6 @@ class Stream:
             if meets:
                 slot.wait_for(other)
             other = other.previous
-
-
-def _effect(options: BulkOptions) -> BulkOptions:
-    """Return what of the options decides what is written; the rest may change from stream to stream."""
-    effect = BulkOptions()
-    effect.CopyFrom(options)
-    for field_name in ("return_ids", "max_failures"):
-        effect.ClearField(field_name)
-    return effect
 
 
 def _finished() -> LoadFinished:

@@ -8,15 +8,15 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
-from roster.v1.bulk_pb2 import BulkWriteResponse
+from roster.v1.bulk_pb2 import BulkOptions, BulkWriteResponse
 from service.bulk.convert import error_to_message, opened_to_message, outcome_to_message
+from service.bulk.message import MAX_BYTES, MAX_ROWS
 from service.bulk.operation import Operation
 from service.bulk.slot import Slot
-from service.bulk.stream import MAX_BYTES, MAX_ROWS, REFUSALS, Stream
+from service.bulk.stream import Stream
 from service.caller import current_caller
-from service.db.bulk.batch import Outcome
 from service.db.engine import Database
-from service.errors import Draining, InvalidOptions, TooManyFailures
+from service.errors import Draining, InvalidOptions, RosterError, TooManyFailures
 
 
 class BulkStreams:
@@ -36,7 +36,7 @@ class BulkStreams:
     async def run(
         self, requests: AsyncIterator[Any], operation: Operation
     ) -> AsyncGenerator[BulkWriteResponse]:
-        """Yield the events of one stream.
+        """Yield the events of one stream, whose messages come as bytes.
 
         Its end is no success: a cancelled or killed upload looks like one. Only `finish` completes a load.
         Raises Draining, behind the summary, where the server stops first.
@@ -44,9 +44,12 @@ class BulkStreams:
         first = await anext(requests, None)
         if first is None:
             raise InvalidOptions("the stream ended before its first message, which has options or rows")
-        stream = await Stream.open(self._database, operation, first.options, current_caller())
-        yield opened_to_message(first.options.load_id, stream.watermark, MAX_ROWS, MAX_BYTES)
+        sent = operation.parser.parse(first).request.options
+        options = BulkOptions.FromString(sent.SerializeToString())
+        stream = await Stream.open(self._database, operation, options, current_caller())
+        yield opened_to_message(options.load_id, stream.watermark, MAX_ROWS, MAX_BYTES)
         receiver = self._receive(stream, first, requests)
+        del first
         try:
             while slot := await stream.slots.get():
                 response, is_recorded = await _answer(stream, slot)
@@ -71,7 +74,7 @@ class BulkStreams:
                 next_offset=stream.watermark,
             )
 
-    def _receive(self, stream: Stream, first: Any, requests: AsyncIterator[Any]) -> asyncio.Task[None]:
+    def _receive(self, stream: Stream, first: bytes, requests: AsyncIterator[bytes]) -> asyncio.Task[None]:
         receiver = asyncio.create_task(stream.receive(first, requests))
         receiver.add_done_callback(lambda _: stream.slots.put_nowait(None))
         receiver.add_done_callback(self._receivers.discard)
@@ -83,14 +86,13 @@ class BulkStreams:
 
 async def _answer(stream: Stream, slot: Slot) -> tuple[BulkWriteResponse, bool]:
     """Wait for a message's outcome; return its ack, and whether it was recorded."""
-    try:
-        outcome: Outcome = await slot.outcome()
-    except REFUSALS as error:
-        stream.refused(slot, error)
-        return error_to_message(slot.offset, stream.watermark, error), False
+    outcome = await slot.outcome()
+    if isinstance(outcome, RosterError):
+        stream.refused(slot, outcome)
+        return error_to_message(slot.offset, stream.watermark, outcome), False
     stream.acknowledged(slot, outcome)
     is_replayed = slot.replayed == slot.size
-    ack = outcome_to_message(
+    ack = await outcome_to_message(
         slot.offset,
         stream.watermark if is_replayed else slot.end,
         outcome,

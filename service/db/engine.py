@@ -18,6 +18,7 @@ from service.db.errors import may_have_happened, translated
 from service.db.pool import MeasuredPool, measure_pool
 from service.db.statements import measure_statements
 from service.errors import OutcomeUnknown, PoolExhausted, QuotaExceeded, RosterError
+from service.files import create_database
 from service.metrics import POOL_TIMEOUTS, POOL_WAITING
 from service.settings import Settings
 from service.shares import FairSemaphore, LoopTurns
@@ -170,6 +171,7 @@ class _PostgreSQL:
 
 class _Sqlite:
     def __init__(self, settings: Settings) -> None:
+        create_database(settings.database_url)
         options: dict[str, Any] = {
             "connect_args": {"timeout": SQLITE_BUSY_TIMEOUT_SECONDS, "factory": _RollingBack},
         }

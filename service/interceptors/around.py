@@ -61,6 +61,11 @@ def code_at_end(context: Context) -> grpc.StatusCode:
     return code if isinstance(code, grpc.StatusCode) else CODES[code or 0]
 
 
+def host_of(context: Context) -> str:
+    """Return the address of a call's client, without its port."""
+    return context.peer().rpartition(":")[0]
+
+
 def kind(handler: Any) -> str:
     """Return `unary_unary`, `unary_stream`, `stream_unary` or `stream_stream`."""
     requests = "stream" if handler.request_streaming else "unary"

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from functools import cache
 from typing import Any, NoReturn
 
 import grpc
@@ -39,7 +40,12 @@ STATUS: dict[type[RosterError], grpc.StatusCode] = {
 
 def status_code(error: RosterError) -> grpc.StatusCode:
     """Return the status of a domain error; the most specific entry of the table wins."""
-    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+    return _status_code(type(error))  # type: ignore[arg-type]  # a type is hashable
+
+
+@cache
+def _status_code(kind: type[RosterError]) -> grpc.StatusCode:
+    return next(STATUS[base] for base in kind.__mro__ if base in STATUS)
 
 
 def status_from_error(error: RosterError) -> Status:
@@ -64,7 +70,7 @@ class Errors(Around):
         try:
             return await proceed(request, context)
         except RosterError as error:
-            await _abort(context, status_from_error(error))
+            status = status_from_error(error)
         except grpc.aio.AbortError:  # health's own answer
             raise
         except asyncio.CancelledError:
@@ -73,10 +79,13 @@ class Errors(Around):
                 raise
             # Nobody cancelled this call. Without a status the caller would wait for its deadline.
             log.exception("%s was cut off by a cancellation inside", method)
-            await _abort(context, _opaque())
+            status = _opaque()
         except Exception:
             log.exception("%s failed", method)
-            await _abort(context, _opaque())
+            status = _opaque()
+        # Not inside `except`: the context keeps what `abort` raises, that would keep the error, and its
+        # traceback the request, until the garbage collector finds the circle.
+        return await _abort(context, status)
 
 
 async def _abort(context: Context, status: Status) -> NoReturn:

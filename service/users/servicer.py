@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
-from functools import partial
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
@@ -22,6 +21,7 @@ from service.errors import OutcomeUnknown, ResourceExhausted, StatementTimeout, 
 from service.fields import check_choice, check_export, check_id, check_ids, check_version, normalise_email
 from service.interceptors.around import Context
 from service.once import once
+from service.timeslice import add_in_slices
 from service.users.convert import (
     BULK_WRITABLE,
     check_password,
@@ -31,6 +31,7 @@ from service.users.convert import (
     user_fields,
     user_from_message,
     user_to_message,
+    with_posts_fields,
 )
 from service.users.model import User
 from service.users.passwords import Passwords
@@ -39,6 +40,7 @@ from service.users.repository import FILTERABLE, SORTABLE, UserRepository, email
 
 CREATE_USERS = Operation(
     method="roster.v1.UserService.BulkCreateUsers",
+    request=pb.BulkCreateUsersRequest,
     rows="users",
     fields=BULK_WRITABLE,
     writable=BULK_WRITABLE[1:],  # the e-mail is the key
@@ -49,6 +51,7 @@ CREATE_USERS = Operation(
 )
 UPDATE_USERS = Operation(
     method="roster.v1.UserService.BulkUpdateUsers",
+    request=pb.BulkUpdateUsersRequest,
     rows="users",
     fields=("id", "version"),
     writable=BULK_WRITABLE,
@@ -100,22 +103,21 @@ class UserServicer(UserServiceServicer):
             )
         async with self.database.read() as session:
             found = await UserRepository(session, with_posts=True).get_many(ids)
-        await self.database.loop_turns.next(len(found))
-        return pb.BatchGetUsersResponse(
-            users=[user_to_message(user, with_posts=True) for user in found if user],
+        response = pb.BatchGetUsersResponse(
             missing_ids=[id for id, user in zip(ids, found, strict=False) if not user],
             remaining_ids=ids[len(found) :],
         )
+        await add_in_slices(response.users, with_posts_fields, [user for user in found if user])
+        return response
 
     async def ListUsers(self, request: pb.ListUsersRequest, context: Context) -> pb.ListUsersResponse:
-        query = LISTING.query(request)
+        query = await LISTING.query(request)
         with_posts = _with_posts(request.view)
         async with self.database.read() as session:
             users, token = await query.page(_repository(session, with_posts=with_posts))
-        await self.database.loop_turns.next(len(users))
-        return pb.ListUsersResponse(
-            users=map(_to_message(with_posts=with_posts), users), next_page_token=token
-        )
+        response = pb.ListUsersResponse(next_page_token=token)
+        await add_in_slices(response.users, _fields_of(with_posts=with_posts), users)
+        return response
 
     async def UpdateUser(self, request: pb.UpdateUserRequest, context: Context) -> UserMessage:
         id = check_id(request.user.id, "user.id")
@@ -170,7 +172,7 @@ class UserServicer(UserServiceServicer):
     async def ExportUsers(
         self, request: pb.ExportUsersRequest, context: Context
     ) -> AsyncIterator[pb.ExportUsersResponse]:
-        conditions = LISTING.conditions(request.filter)
+        conditions = await LISTING.conditions(request.filter)
         limit = check_export(request.after_id, request.batch_size)
         rows = batches(self.database, UserRepository, conditions, request.after_id, limit)
         async with aclosing(rows):
@@ -208,5 +210,5 @@ def _repository(session: AsyncSession, *, with_posts: bool) -> UserRepository:
     return repository if with_posts else repository.as_columns()
 
 
-def _to_message(*, with_posts: bool) -> Callable[[Any], UserMessage]:
-    return partial(user_to_message, with_posts=True) if with_posts else user_fields
+def _fields_of(*, with_posts: bool) -> Callable[[Any], dict[str, Any]]:
+    return with_posts_fields if with_posts else user_fields

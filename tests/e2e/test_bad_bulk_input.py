@@ -9,7 +9,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from google.rpc.status_pb2 import Status
 
 from roster.v1.bulk_pb2 import BulkLoad
-from service.bulk.stream import MAX_BYTES, MAX_ROWS
+from service.bulk.message import MAX_BYTES, MAX_ROWS
 from service.db.base import MAX_ID
 from tests.bad_input import (
     BAD_CONTENTS,

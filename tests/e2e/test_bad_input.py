@@ -63,6 +63,9 @@ async def test_reads_messages_nested_100_deep(wire: Wire) -> None:
     assert await wire.call("BatchGetUsers", b"\x08\x01" + b"\x7b" * 100 + b"\x7c" * 100)
 
 
+OUTPUT_ONLY = {"roster.v1.User.posts", "roster.v1.Post.author"}  # no request has them
+
+
 def texts(message: Descriptor, *path: FieldDescriptor) -> Iterator[tuple[FieldDescriptor, ...]]:
     """Yield the way to each text in a message, into messages of one type once."""
     for field in message.fields:
@@ -86,6 +89,7 @@ def encoded(path: tuple[FieldDescriptor, ...], value: bytes) -> bytes:
         pytest.param(rpc, path, id=f"{rpc}-{'.'.join(step.name for step in path)}")
         for rpc, method in RPCS.items()
         for path in texts(method.input_type)
+        if not any(step.full_name in OUTPUT_ONLY for step in path)
     ],
 )
 async def test_refuses_text_that_is_not_utf8(wire: Wire, rpc: str, path: tuple[FieldDescriptor, ...]) -> None:

@@ -15,8 +15,8 @@ from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkOptions, BulkSummary, Bulk
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, GetUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
+from service.bulk.message import MAX_BYTES, MAX_ROWS
 from service.bulk.slot import Slot
-from service.bulk.stream import MAX_BYTES, MAX_ROWS
 from service.bulk.streams import BulkStreams
 from service.db.engine import Database
 from service.server import Server
@@ -281,11 +281,11 @@ async def test_takes_no_more_than_it_answers(database: Database) -> None:
     """A client that doesn't read is not read from, so that memory doesn't grow with the load."""
     taken = answered = 0
 
-    async def requests() -> AsyncIterator[BulkCreateUsersRequest]:
+    async def requests() -> AsyncIterator[bytes]:
         nonlocal taken
         for number in range(10 * IN_HAND):
             taken += 1
-            yield BulkCreateUsersRequest(users=named(f"user{number}"))
+            yield BulkCreateUsersRequest(users=named(f"user{number}")).SerializeToString()
 
     async with aclosing(BulkStreams(database).run(requests(), CREATE_USERS)) as events:
         async for _ in events:
@@ -297,10 +297,12 @@ async def test_keeps_nothing_of_what_it_has_answered(database: Database) -> None
     """Not even where each message has a key of the one before, and waits for what becomes of it."""
     kept = 0
 
-    async def requests() -> AsyncIterator[BulkCreateUsersRequest]:
+    async def requests() -> AsyncIterator[bytes]:
         nonlocal kept
         for number in range(10 * IN_HAND):
-            yield BulkCreateUsersRequest(users=named(f"user{number}", f"user{number + 1}"))
+            yield BulkCreateUsersRequest(
+                users=named(f"user{number}", f"user{number + 1}")
+            ).SerializeToString()
         gc.collect()
         kept = sum(isinstance(found, Slot) for found in gc.get_objects())
 

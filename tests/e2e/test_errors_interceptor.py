@@ -15,7 +15,7 @@ from service import errors
 from service.errors import InvalidField, RosterError, Violation
 from service.interceptors.around import Context
 from service.interceptors.errors import Errors, status_code
-from service.interceptors.messages import Messages
+from service.interceptors.messages import Messages, Unread
 from tests.errors import Refusal, refusal
 
 SECRET = "postgresql://roster:hunter2@db/roster"
@@ -79,7 +79,7 @@ KINDS = {
 async def serving(kind: str, behaviour: Any) -> AsyncIterator[Callable[..., Any]]:
     """Serve one method, with the interceptor around it, and yield the way to call it."""
     handler = KINDS[kind](behaviour, Empty.FromString, Empty.SerializeToString)
-    server = grpc.aio.server(interceptors=[Errors(), Messages()])
+    server = grpc.aio.server(interceptors=[Unread(), Errors(), Messages()])
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler("test.Service", {"Call": handler}),)
     )
@@ -213,6 +213,7 @@ STATUSES: Mapping[type[RosterError], StatusCode] = {
     errors.UserNotFound: StatusCode.NOT_FOUND,
     errors.PostNotFound: StatusCode.NOT_FOUND,
     errors.LoadNotFound: StatusCode.NOT_FOUND,
+    errors.ServiceNotFound: StatusCode.NOT_FOUND,
     errors.AuthorNotFound: StatusCode.FAILED_PRECONDITION,
     errors.EmailTaken: StatusCode.ALREADY_EXISTS,
     errors.IdTaken: StatusCode.ALREADY_EXISTS,

@@ -87,6 +87,10 @@ async def test_the_health_port_tells_of_a_stop(server: Server, probes: grpc.aio.
 class Unread:
     """A call whose client never reads: what is written to it does not get out."""
 
+    def peer(self) -> str:
+        """Return the address of its client."""
+        return "ipv4:127.0.0.1:50052"
+
     async def write(self, message: HealthCheckResponse) -> None:  # noqa: ARG002
         """Wait for room."""
         await asyncio.Event().wait()

@@ -47,7 +47,7 @@ async def loaded(database: Database, load: Load) -> list[BulkAck]:
 
     async def requests() -> Any:
         for request in load.requests():
-            yield request
+            yield request.SerializeToString()
 
     set_caller(ANONYMOUS)
     events = BulkStreams(database).run(requests(), load.operation)

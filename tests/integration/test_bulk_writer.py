@@ -52,7 +52,7 @@ async def acknowledged(database: Database, operation: Operation, *messages: Any)
 
     async def requests() -> AsyncIterator[Any]:
         for message in messages:
-            yield message
+            yield message.SerializeToString()
 
     events = BulkStreams(database).run(requests(), operation)
     return [event.ack async for event in events if event.HasField("ack")]
@@ -307,12 +307,14 @@ async def test_a_key_that_stays_locked_fails_the_batch_and_not_the_load(
     told = asyncio.Event()
     await other.execute("INSERT INTO users (email) VALUES ('bob@example.org')")
 
-    async def requests() -> AsyncIterator[BulkCreateUsersRequest]:
-        yield BulkCreateUsersRequest(users=[User(email="ada@example.org")])
-        yield BulkCreateUsersRequest(users=[User(email="bob@example.org"), User(email="cyd@example.org")])
+    async def requests() -> AsyncIterator[bytes]:
+        yield BulkCreateUsersRequest(users=[User(email="ada@example.org")]).SerializeToString()
+        yield BulkCreateUsersRequest(
+            users=[User(email="bob@example.org"), User(email="cyd@example.org")]
+        ).SerializeToString()
         await told.wait()
         await other.rollback()
-        yield BulkCreateUsersRequest(users=[User(email="bob@example.org")], offset=1)
+        yield BulkCreateUsersRequest(users=[User(email="bob@example.org")], offset=1).SerializeToString()
 
     events = []
     async for event in BulkStreams(hasty).run(requests(), CREATE_USERS):

@@ -28,6 +28,7 @@ from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db import migrations
 from service.db.engine import Database
 from service.settings import Settings
+from tests.e2e.clients import CHECKOUT
 from tests.e2e.hostile.support import PROMPT_SECONDS, SCALE, Victim, percentile, victim
 from tests.postgres import Postgres
 
@@ -106,6 +107,7 @@ async def greedy(victim: Victim, attack: str) -> AsyncIterator[None]:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.e2e.hostile.greedy"),
         *(victim.address, str(victim.ca), victim.token("admin"), attack),
+        cwd=CHECKOUT,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
