@@ -165,7 +165,7 @@ class Settings(BaseSettings):
     connect_timeout: Seconds = Field(5, description="seconds to open a connection")
     database_wait: float = Field(30, ge=0, description="seconds the start waits for a database that is away")
     statement_timeout: Seconds = Field(30, description="seconds one statement may take")
-    bulk_connections: Count = Field(4, description="connections for the bulk streams, apart from the pool")
+    bulk_connections: Count = Field(5, description="connections for the bulk streams, apart from the pool")
 
     bulk_load_ttl: timedelta = Field(
         timedelta(days=7),
@@ -177,7 +177,9 @@ class Settings(BaseSettings):
     password_passes: int = Field(2, ge=1, le=16, description="how often hashing goes over its memory")
     password_lanes: int = Field(1, ge=1, le=16, description="cores that hashing one may take")
     password_workers: Count = Field(2, description="threads that hash passwords")
-    password_queue: Count = Field(64, description="hashings in hand; more are refused as overload")
+    password_queue: Count = Field(
+        64, description="hashings of one caller in hand; more are refused as overload"
+    )
 
     max_connection_age: float = Field(
         600,

@@ -101,7 +101,12 @@ async def victim(folder: Path, database_url: str, **environment: str) -> AsyncIt
         **environment,
     }
     async with serving(folder, **settings) as process:
-        yield Victim(process, folder, issuer)
+        draining = asyncio.create_task(process.ended())  # a full pipe would stop the server: audit lines come
+        try:
+            yield Victim(process, folder, issuer)
+        finally:
+            draining.cancel()
+            await asyncio.gather(draining, return_exceptions=True)
 
 
 @dataclass
