@@ -12,8 +12,8 @@ MAX_ROWS = 5000
 MAX_BYTES = 4 << 20
 
 LENGTH_DELIMITED = 2  # https://protobuf.dev/programming-guides/encoding/#structure
-# An empty row has 2 bytes on the wire and 100 once it is parsed, a path of a mask 2 and 20: 4 MiB of rows would
-# take 200 MiB. A message with fewer tags is parsed without a closer look; texts and lengths have some too.
+# An empty row has 2 bytes on the wire and 100 once it is parsed: 4 MiB of them would take 200 MiB.
+# A message with fewer tags is parsed without a closer look; texts and lengths have some too.
 MAX_TAGS = 4 * MAX_ROWS
 MAX_FIELDS = MAX_ROWS + 16  # rows, and what else a message has
 MAX_OPTIONS_BYTES = 64 << 10
