@@ -17,6 +17,7 @@ RosterError
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Self
 
 
@@ -267,7 +268,12 @@ def error_of(
     reason: str, message: str, field: str = "", facts: dict[str, int | str] | None = None
 ) -> RosterError:
     """Return an error that was stored, or sent, as its parts; raises KeyError for a reason not known here."""
-    return _kinds(RosterError)[reason](message, field=field, **(facts or {}))
+    return _kind(reason)(message, field=field, **(facts or {}))
+
+
+@cache
+def _kind(reason: str) -> type[RosterError]:
+    return _kinds(RosterError)[reason]
 
 
 def _kinds(base: type[RosterError]) -> dict[str, type[RosterError]]:

@@ -11,13 +11,13 @@ from roster.v1.bulk_pb2 import (
     BulkOptions,
     BulkSummary,
     BulkWriteResponse,
-    RowFailure,
 )
 from service.db.bulk.batch import Batch, Outcome
 from service.db.bulk.loads import Load
 from service.errors import RosterError
 from service.fields import datetime_from, timestamp, wrong_id, wrong_timestamp, wrong_version
 from service.interceptors.errors import status_code, status_from_error
+from service.timeslice import add_in_slices
 
 MAX_FAILURE_MESSAGE = 200
 
@@ -46,12 +46,11 @@ def opened_to_message(load_id: str, next_offset: int, max_rows: int, max_bytes: 
     )
 
 
-def outcome_to_message(
+async def outcome_to_message(
     offset: int, next_offset: int, outcome: Outcome, *, return_ids: bool, is_replayed: bool
 ) -> BulkWriteResponse:
     """Return the acknowledgement of a message whose rows are recorded."""
-    failures = sorted(outcome.failures.items())
-    return BulkWriteResponse(
+    response = BulkWriteResponse(
         ack=BulkAck(
             offset=offset,
             next_offset=next_offset,
@@ -61,9 +60,11 @@ def outcome_to_message(
             skipped=outcome.skipped,
             failed=outcome.failed,
             ids=outcome.ids if return_ids else None,
-            failures=[failure_to_message(offset + row, error) for row, error in failures],
         )
     )
+    failures = [(offset + row, outcome.failures[row]) for row in sorted(outcome.failures)]
+    await add_in_slices(response.ack.failures, failure_fields, failures)
+    return response
 
 
 def error_to_message(offset: int, next_offset: int, error: RosterError) -> BulkWriteResponse:
@@ -73,16 +74,17 @@ def error_to_message(offset: int, next_offset: int, error: RosterError) -> BulkW
     )
 
 
-def failure_to_message(offset: int, error: RosterError) -> RowFailure:
-    """Return why a row failed."""
-    return RowFailure(
-        offset=offset,
-        code=status_code(error).value[0],
-        reason=error.reason,
-        field=error.field,
-        message=error.message[:MAX_FAILURE_MESSAGE],
-        existing_id=int(error.facts.get("existing_id", 0)),
-    )
+def failure_fields(failure: tuple[int, RosterError]) -> dict[str, Any]:
+    """Return the offset of a row, and why it failed, as the fields of a RowFailure."""
+    offset, error = failure
+    return {
+        "offset": offset,
+        "code": status_code(error).value[0],
+        "reason": error.reason,
+        "field": error.field,
+        "message": error.message[:MAX_FAILURE_MESSAGE],
+        "existing_id": int(error.facts.get("existing_id", 0)),
+    }
 
 
 def summary_to_message(
@@ -92,19 +94,47 @@ def summary_to_message(
     return BulkWriteResponse(summary=BulkSummary(next_offset=next_offset, state=state, **counts))
 
 
+def options_to_store(options: BulkOptions) -> bytes:
+    """Return the options of a load as they are stored: without unknown fields, each path of the mask once."""
+    return _known(options).SerializeToString(deterministic=True)
+
+
+def options_effect(options: BulkOptions) -> BulkOptions:
+    """Return what of the options decides what is written; the rest may change from stream to stream."""
+    effect = _known(options)
+    for field_name in ("return_ids", "max_failures"):
+        effect.ClearField(field_name)
+    return effect
+
+
+def _known(options: BulkOptions) -> BulkOptions:
+    known = BulkOptions()
+    known.CopyFrom(options)
+    known.DiscardUnknownFields()
+    known.update_mask.paths[:] = dict.fromkeys(options.update_mask.paths)
+    if not known.update_mask.paths:
+        known.ClearField("update_mask")
+    return known
+
+
 def load_to_message(load: Load, kept_for: timedelta) -> BulkLoad:
     """Return a load as the API shows it."""
-    return BulkLoad(
-        load_id=load.load_id,
-        method=load.method,
-        state=BulkLoad.State.ValueType(load.state),
-        options=BulkOptions.FromString(load.options),
-        next_offset=load.next_offset,
-        created=load.created,
-        updated=load.updated,
-        skipped=load.skipped,
-        failed=load.failed,
-        created_at=timestamp(load.created_at),
-        updated_at=timestamp(load.updated_at),
-        expires_at=timestamp(load.updated_at + kept_for),
-    )
+    return BulkLoad(**load_fields(load, kept_for))
+
+
+def load_fields(load: Load, kept_for: timedelta) -> dict[str, Any]:
+    """Return a load as the fields of its message."""
+    return {
+        "load_id": load.load_id,
+        "method": load.method,
+        "state": load.state,
+        "options": BulkOptions.FromString(load.options),
+        "next_offset": load.next_offset,
+        "created": load.created,
+        "updated": load.updated,
+        "skipped": load.skipped,
+        "failed": load.failed,
+        "created_at": timestamp(load.created_at),
+        "updated_at": timestamp(load.updated_at),
+        "expires_at": timestamp(load.updated_at + kept_for),
+    }

@@ -1,18 +1,26 @@
 """BulkService: what became of the loads that have a name."""
 
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar
 
 from roster.v1 import bulk_pb2 as pb
 from roster.v1.bulk_pb2_grpc import BulkServiceServicer
-from service.bulk.convert import failure_to_message, load_to_message
+from service.bulk.convert import failure_fields, load_fields, load_to_message
 from service.caller import current_caller
 from service.db.bulk.loads import Load, LoadRepository
 from service.db.engine import Database
 from service.db.paging import decode_token, encode_token, fingerprint, page_size
+from service.db.repository import MAX_ROWS_BYTES
 from service.fields import check_load_id
 from service.interceptors.around import Context
+from service.timeslice import TimeSlice
 
 LOADS = fingerprint("loads")
+FRAME_BYTES = 5  # before each message of a repeated field: its tag and its length
+
+RowT = TypeVar("RowT")
 
 
 class BulkServicer(BulkServiceServicer):
@@ -35,10 +43,11 @@ class BulkServicer(BulkServiceServicer):
         after = decode_token(LOADS, request.page_token, [Load.__table__.c.id])
         async with self.database.read() as session:
             page = await LoadRepository(session, current_caller().owner).page(after, limit)
-        return pb.ListBulkLoadsResponse(
-            loads=[load_to_message(load, self.kept_for) for load in page.rows],
-            next_page_token=encode_token(LOADS, page.next_key),
-        )
+        response = pb.ListBulkLoadsResponse()
+        shown = await _add_fitting(response.loads, partial(load_fields, kept_for=self.kept_for), page.rows)
+        next_key = page.next_key if len(shown) == len(page.rows) else [shown[-1].id]
+        response.next_page_token = encode_token(LOADS, next_key)
+        return response
 
     async def ListBulkLoadFailures(
         self, request: pb.ListBulkLoadFailuresRequest, context: Context
@@ -49,14 +58,28 @@ class BulkServicer(BulkServiceServicer):
         async with self.database.read() as session:
             loads = LoadRepository(session, current_caller().owner)
             failures = await loads.failures(await loads.get(load_id), after, limit + 1)
-        page = failures[:limit]
-        return pb.ListBulkLoadFailuresResponse(
-            failures=[failure_to_message(offset, error) for offset, error in page],
-            next_page_token=encode_token(tied_to, [page[-1][0]] if len(failures) > limit else None),
-        )
+        response = pb.ListBulkLoadFailuresResponse()
+        shown = await _add_fitting(response.failures, failure_fields, failures[:limit])
+        next_key = [shown[-1][0]] if len(shown) < len(failures) else None
+        response.next_page_token = encode_token(tied_to, next_key)
+        return response
 
     async def AbortBulkLoad(self, request: pb.AbortBulkLoadRequest, context: Context) -> pb.BulkLoad:
         load_id = check_load_id(request.load_id)
         async with self.database.begin() as session:
             load = await LoadRepository(session, current_caller().owner).abort(load_id)
         return load_to_message(load, self.kept_for)
+
+
+async def _add_fitting(
+    messages: Any, fields_of: Callable[[RowT], dict[str, Any]], rows: Sequence[RowT]
+) -> Sequence[RowT]:
+    """Add a message for each row until the answer has 3 MiB; return the rows that were added."""
+    size, time_slice = 0, TimeSlice()
+    for number, row in enumerate(rows):
+        size += messages.add(**fields_of(row)).ByteSize() + FRAME_BYTES
+        if size > MAX_ROWS_BYTES and number:
+            del messages[number:]
+            return rows[:number]
+        await time_slice.pause()
+    return rows

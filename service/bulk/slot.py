@@ -7,10 +7,18 @@ from time import perf_counter
 from typing import Any
 
 from service.db.bulk.batch import Batch, OnConflict, Outcome, Result, WriteOptions
-from service.errors import InvalidField, OffsetGap, RosterError, StatementTimeout, TooLarge, Unavailable
+from service.errors import (
+    InvalidField,
+    OffsetGap,
+    ResourceExhausted,
+    RosterError,
+    StatementTimeout,
+    TooLarge,
+    Unavailable,
+)
 
 # Of the database; the message is tried again.
-FAULTS = (Unavailable, StatementTimeout)
+FAULTS = (Unavailable, ResourceExhausted, StatementTimeout)
 # What a message is answered with when nothing of it is recorded; the stream stays open.
 REFUSALS = (InvalidField, TooLarge, OffsetGap, *FAULTS)
 
@@ -83,7 +91,7 @@ class Slot:
         """Drop the rows, once they are written or will not be: a client may never read the ack."""
         self.previous = None
         self.awaited.clear()  # its batch looks at it too
-        self.batch = Batch(0)
+        self.batch = Batch(0, has_drawn=self.batch.has_drawn)  # the next slot waits for it
 
     async def settled(self) -> None:
         """Wait until the message is recorded, or will not be."""

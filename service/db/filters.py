@@ -21,6 +21,7 @@ from sqlalchemy.types import TypeEngine
 
 from service.db.base import UtcDateTime
 from service.errors import InvalidFilter, InvalidOrder
+from service.timeslice import TimeSlice
 
 MAX_CHARACTERS = 2_000
 MAX_DEPTH = 20
@@ -35,7 +36,7 @@ class Order(NamedTuple):
     descending: bool
 
 
-def condition(
+async def condition(
     text: str, columns: Columns, normalise: Mapping[str, Callable[[str], str]] = {}
 ) -> ColumnElement[bool] | None:
     """Return the filter as an expression over the columns, None where it is blank.
@@ -48,7 +49,9 @@ def condition(
         raise _error(MAX_CHARACTERS, f"a filter has at most {MAX_CHARACTERS:,} characters")
     if not text.strip():
         return None
-    return _expression(_parse(text), partial(_comparison, columns, normalise))
+    time_slice = TimeSlice()
+    tree = await _parse(text, time_slice)
+    return await _expression(tree, partial(_comparison, columns, normalise), time_slice)
 
 
 def parse_order(text: str, fields: Collection[str]) -> Order:
@@ -127,11 +130,12 @@ _FOUND = {
 }
 
 
-def _parse(text: str) -> Tree[Token]:
+async def _parse(text: str, time_slice: TimeSlice) -> Tree[Token]:
     parser = _PARSER.parse_interactive(text)
     try:
         for token in parser.iter_parse():
             _check(token, parser)
+            await time_slice.pause()
         tree: Tree[Token] = parser.feed_token(Token("$END", "", len(text)))
     except UnexpectedCharacters as error:
         reason = "expected !=" if error.char == "!" else "this string has no closing quote"
@@ -183,10 +187,14 @@ _OPERATORS: Mapping[str, Callable[..., ColumnElement[bool]]] = {
 }
 
 
-def _expression(tree: Any, comparison: Callable[..., ColumnElement[bool]]) -> ColumnElement[bool]:
+async def _expression(
+    tree: Any, comparison: Callable[..., ColumnElement[bool]], time_slice: TimeSlice
+) -> ColumnElement[bool]:
     if tree.data == "comparison":
+        await time_slice.pause()
         return comparison(*tree.children)
-    return _COMBINED[tree.data](*(_expression(child, comparison) for child in tree.children))
+    parts = [await _expression(child, comparison, time_slice) for child in tree.children]
+    return _COMBINED[tree.data](*parts)
 
 
 def _comparison(

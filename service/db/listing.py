@@ -45,12 +45,12 @@ class Listing:
     sortable: Mapping[str, Sequence[Column]]
     normalise: Mapping[str, Callable[[str], str]] = field(default_factory=dict)
 
-    def conditions(self, text: str) -> list[ColumnElement[bool]]:
+    async def conditions(self, text: str) -> list[ColumnElement[bool]]:
         """Return a filter as conditions; raises InvalidFilter."""
-        parsed = condition(text, self.filterable, self.normalise)
+        parsed = await condition(text, self.filterable, self.normalise)
         return [] if parsed is None else [parsed]
 
-    def query(self, request: Any, *scope: ColumnElement[bool], scope_key: int = 0) -> Query:
+    async def query(self, request: Any, *scope: ColumnElement[bool], scope_key: int = 0) -> Query:
         """Return the query of a List request.
 
         Raises InvalidFilter, InvalidOrder, InvalidPageToken, and InvalidField for the page size.
@@ -59,7 +59,7 @@ class Listing:
         keyset = Keyset(self.sortable[order.field], order.descending)
         tied_to = fingerprint(self.name, request.filter, *order, scope_key)
         return Query(
-            conditions=[*scope, *self.conditions(request.filter)],
+            conditions=[*scope, *await self.conditions(request.filter)],
             keyset=keyset,
             after=decode_token(tied_to, request.page_token, keyset.columns),
             limit=page_size(request.page_size),
@@ -96,6 +96,7 @@ async def batches(
         while (found := await reading).rows:
             if found.next_key:
                 reading = asyncio.create_task(read(*found.next_key))
+            await database.loop_turns.next(len(found.rows))
             yield found.rows
             if not found.next_key:
                 return

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from functools import cache
 from typing import Any, NoReturn
 
 import grpc
@@ -39,7 +40,12 @@ STATUS: dict[type[RosterError], grpc.StatusCode] = {
 
 def status_code(error: RosterError) -> grpc.StatusCode:
     """Return the status of a domain error; the most specific entry of the table wins."""
-    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+    return _status_code(type(error))  # type: ignore[arg-type]  # a type is hashable
+
+
+@cache
+def _status_code(kind: type[RosterError]) -> grpc.StatusCode:
+    return next(STATUS[base] for base in kind.__mro__ if base in STATUS)
 
 
 def status_from_error(error: RosterError) -> Status:

@@ -26,7 +26,7 @@ from service.fields import (
     wrong_title,
 )
 from service.posts.model import Post
-from service.users.convert import user_to_message
+from service.users.convert import columns_of as user_columns_of, user_fields
 
 columns_of = attrgetter("id", "title", "content", "author_id", "created_at", "updated_at", "version")
 WRITABLE = ("title", "content")
@@ -39,10 +39,12 @@ RULES: dict[str, Callable[[Any], str | None]] = {
 
 def post_to_message(post: Post, *, with_author: bool = False) -> PostMessage:
     """Return a stored post as the API shows it."""
-    message = PostMessage(**post_fields(columns_of(post)))
-    if with_author:
-        message.author.CopyFrom(user_to_message(post.author))
-    return message
+    return PostMessage(**(with_author_fields(post) if with_author else post_fields(columns_of(post))))
+
+
+def with_author_fields(post: Post) -> dict[str, Any]:
+    """Return a stored post with its author as the fields of its message."""
+    return {**post_fields(columns_of(post)), "author": user_fields(user_columns_of(post.author))}
 
 
 def post_fields(row: Iterable[Any]) -> Any:

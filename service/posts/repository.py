@@ -62,7 +62,8 @@ class PostRepository(Repository[Post]):
             if options.restores:
                 asks = options.asks_first(batch)
                 keys = [Key("id", await writer.ids_by(Post.id, batch) if asks else {}, id_taken)]
-            return await writer.create(batch, resolve_creates(batch, keys, options.on_conflict), options)
+            creates = await resolve_creates(batch, keys, options.on_conflict)
+            return await writer.create(batch, creates, options)
 
         return await writer.settled(batch, attempt)
 
@@ -75,7 +76,7 @@ class PostRepository(Repository[Post]):
                 return updated
             ids = batch.take("id", batch.good_rows())
             rows = await stored(self.session, Post.id, ids, Post.version, lock=FOR_UPDATE)
-            updates = resolve_updates(batch, {row.id: row.version for row in rows}, self.missing)
+            updates = await resolve_updates(batch, {row.id: row.version for row in rows}, self.missing)
             return await writer.update(batch, updates, options)
 
         return await writer.settled(batch, attempt)

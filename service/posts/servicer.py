@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
@@ -27,10 +26,12 @@ from service.posts.convert import (
     post_fields,
     post_from_message,
     post_to_message,
+    with_author_fields,
 )
 from service.posts.model import Post
 from service.posts.reader import PostReader
 from service.posts.repository import FILTERABLE, SORTABLE, PostRepository
+from service.timeslice import add_in_slices
 from service.views import View, as_written
 
 CREATE_POSTS = Operation(
@@ -90,23 +91,25 @@ class PostServicer(PostServiceServicer):
         with_author = WITH_AUTHOR.is_asked(request.view)
         async with self.database.read() as session:
             found = await _repository(session, with_author=with_author).get_many(ids)
-        to_message = _to_message(with_author=with_author)
-        return pb.BatchGetPostsResponse(
-            posts=[to_message(post) for post in found if post],
+        response = pb.BatchGetPostsResponse(
             missing_ids=[id for id, post in zip(ids, found, strict=False) if not post],
             remaining_ids=ids[len(found) :],
         )
+        await add_in_slices(
+            response.posts, _fields_of(with_author=with_author), [post for post in found if post]
+        )
+        return response
 
     async def ListPosts(self, request: pb.ListPostsRequest, context: Context) -> pb.ListPostsResponse:
         author_id = request.author_id and check_id(request.author_id, "author_id")
         scope = [Post.author_id == author_id] if author_id else []
-        query = LISTING.query(request, *scope, scope_key=author_id)
+        query = await LISTING.query(request, *scope, scope_key=author_id)
         with_author = WITH_AUTHOR.is_asked(request.view)
         async with self.database.read() as session:
             posts, token = await query.page(_repository(session, with_author=with_author))
-        return pb.ListPostsResponse(
-            posts=map(_to_message(with_author=with_author), posts), next_page_token=token
-        )
+        response = pb.ListPostsResponse(next_page_token=token)
+        await add_in_slices(response.posts, _fields_of(with_author=with_author), posts)
+        return response
 
     async def UpdatePost(self, request: pb.UpdatePostRequest, context: Context) -> PostMessage:
         id = check_id(request.post.id, "post.id")
@@ -147,7 +150,7 @@ class PostServicer(PostServiceServicer):
     async def ExportPosts(
         self, request: pb.ExportPostsRequest, context: Context
     ) -> AsyncIterator[pb.ExportPostsResponse]:
-        conditions = LISTING.conditions(request.filter)
+        conditions = await LISTING.conditions(request.filter)
         limit = check_export(request.after_id, request.batch_size)
         rows = batches(self.database, PostRepository, conditions, request.after_id, limit)
         async with aclosing(rows):
@@ -161,5 +164,5 @@ def _repository(session: AsyncSession, *, with_author: bool) -> PostRepository:
     return repository if with_author else repository.as_columns()
 
 
-def _to_message(*, with_author: bool) -> Callable[[Any], PostMessage]:
-    return partial(post_to_message, with_author=True) if with_author else post_fields
+def _fields_of(*, with_author: bool) -> Callable[[Any], dict[str, Any]]:
+    return with_author_fields if with_author else post_fields

@@ -6,7 +6,7 @@ from typing import Any
 
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from roster.v1.resources_pb2 import Post as PostMessage, User as UserMessage
+from roster.v1.resources_pb2 import User as UserMessage
 from roster.v1.users_pb2 import GetUserRequest, VerifyPasswordRequest
 from service.bulk.convert import add_identity
 from service.db.bulk.batch import Batch
@@ -42,10 +42,12 @@ RULES = {
 
 def user_to_message(user: User, *, with_posts: bool = False) -> UserMessage:
     """Return a stored user as the API shows it."""
-    message = UserMessage(**user_fields(columns_of(user)))
-    if with_posts:
-        message.posts.extend(map(_listed_post_to_message, user.posts))
-    return message
+    return UserMessage(**(with_posts_fields(user) if with_posts else user_fields(columns_of(user))))
+
+
+def with_posts_fields(user: User) -> dict[str, Any]:
+    """Return a stored user with its posts as the fields of its message."""
+    return {**user_fields(columns_of(user)), "posts": list(map(_listed_post_fields, user.posts))}
 
 
 def user_fields(row: Iterable[Any]) -> Any:
@@ -173,12 +175,12 @@ def _wrong_in_bulk(password: str) -> str:  # noqa: ARG001
     return "can't be loaded in bulk; send hashed_password"
 
 
-def _listed_post_to_message(post: Post) -> PostMessage:
-    return PostMessage(
-        id=post.id,
-        title=post.title,
-        author_id=post.author_id,
-        created_at=timestamp(post.created_at),
-        updated_at=timestamp(post.updated_at),
-        version=post.version,
-    )
+def _listed_post_fields(post: Post) -> dict[str, Any]:
+    return {
+        "id": post.id,
+        "title": post.title,
+        "author_id": post.author_id,
+        "created_at": timestamp(post.created_at),
+        "updated_at": timestamp(post.updated_at),
+        "version": post.version,
+    }

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
-from functools import partial
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
@@ -18,11 +17,12 @@ from service.bulk.streams import BulkStreams
 from service.caller import current_caller
 from service.db.engine import Database
 from service.db.listing import Listing, batches
-from service.errors import OutcomeUnknown, StatementTimeout, Unavailable, UserNotFound
+from service.errors import OutcomeUnknown, ResourceExhausted, StatementTimeout, Unavailable, UserNotFound
 from service.fields import check_export, check_id, check_ids, check_version, normalise_email
 from service.interceptors.around import Context
 from service.once import once
 from service.policy import GET_USER, LIST_POSTS
+from service.timeslice import add_in_slices
 from service.users.convert import (
     BULK_WRITABLE,
     check_password,
@@ -32,6 +32,7 @@ from service.users.convert import (
     user_fields,
     user_from_message,
     user_to_message,
+    with_posts_fields,
 )
 from service.users.model import User
 from service.users.passwords import Passwords
@@ -105,20 +106,21 @@ class UserServicer(UserServiceServicer):
             )
         async with self.database.read() as session:
             found = await UserRepository(session, with_posts=True).get_many(ids)
-        return pb.BatchGetUsersResponse(
-            users=[user_to_message(user, with_posts=True) for user in found if user],
+        response = pb.BatchGetUsersResponse(
             missing_ids=[id for id, user in zip(ids, found, strict=False) if not user],
             remaining_ids=ids[len(found) :],
         )
+        await add_in_slices(response.users, with_posts_fields, [user for user in found if user])
+        return response
 
     async def ListUsers(self, request: pb.ListUsersRequest, context: Context) -> pb.ListUsersResponse:
-        query = LISTING.query(request)
+        query = await LISTING.query(request)
         with_posts = WITH_POSTS.is_asked(request.view)
         async with self.database.read() as session:
             users, token = await query.page(_repository(session, with_posts=with_posts))
-        return pb.ListUsersResponse(
-            users=map(_to_message(with_posts=with_posts), users), next_page_token=token
-        )
+        response = pb.ListUsersResponse(next_page_token=token)
+        await add_in_slices(response.users, _fields_of(with_posts=with_posts), users)
+        return response
 
     async def UpdateUser(self, request: pb.UpdateUserRequest, context: Context) -> UserMessage:
         id = check_id(request.user.id, "user.id")
@@ -150,7 +152,9 @@ class UserServicer(UserServiceServicer):
         id, stored = await self.reader.password_hash(key)
         is_valid, stronger = await self.passwords.check(stored, request.password)
         if stronger:
-            with suppress(Unavailable, StatementTimeout, OutcomeUnknown):  # the next success will do
+            with suppress(
+                Unavailable, ResourceExhausted, StatementTimeout, OutcomeUnknown
+            ):  # the next success will do
                 async with self.database.begin() as session:
                     await UserRepository(session).replace_hash(id, stored, stronger)
         return await self._verified(id) if is_valid else pb.VerifyPasswordResponse()
@@ -172,7 +176,7 @@ class UserServicer(UserServiceServicer):
     async def ExportUsers(
         self, request: pb.ExportUsersRequest, context: Context
     ) -> AsyncIterator[pb.ExportUsersResponse]:
-        conditions = LISTING.conditions(request.filter)
+        conditions = await LISTING.conditions(request.filter)
         limit = check_export(request.after_id, request.batch_size)
         rows = batches(self.database, UserRepository, conditions, request.after_id, limit)
         async with aclosing(rows):
@@ -205,5 +209,5 @@ def _repository(session: AsyncSession, *, with_posts: bool) -> UserRepository:
     return repository if with_posts else repository.as_columns()
 
 
-def _to_message(*, with_posts: bool) -> Callable[[Any], UserMessage]:
-    return partial(user_to_message, with_posts=True) if with_posts else user_fields
+def _fields_of(*, with_posts: bool) -> Callable[[Any], dict[str, Any]]:
+    return with_posts_fields if with_posts else user_fields

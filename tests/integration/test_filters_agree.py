@@ -40,7 +40,7 @@ async def filled(database: Database) -> Database:
 async def agrees(
     database: Database, model: Any, listing: Listing, node: Node, rows: Sequence[UserRow | PostRow]
 ) -> None:
-    conditions = listing.conditions(written(node))
+    conditions = await listing.conditions(written(node))
     async with database.read() as session:
         found = await session.scalars(select(model.id).where(*conditions).order_by(model.id))
         assert found.all() == [row.id for row in rows if matches(node, row)]

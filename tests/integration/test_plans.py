@@ -92,11 +92,11 @@ class Lister:
     def table(self) -> str:
         return self.listing.name
 
-    def queries(self, text: str = "") -> Iterator[tuple[str, Query]]:
+    async def queries(self, text: str = "") -> AsyncIterator[tuple[str, Query]]:
         """Each order in each direction, with the first page and one deep in the table."""
         for order, direction in product(self.listing.sortable, ("asc", "desc")):
             request = self.request(filter=text, order_by=f"{order} {direction}", page_size=PAGE)
-            query = self.listing.query(request)
+            query = await self.listing.query(request)
             yield order, query
             yield order, replace(query, after=DEEP[order])
 
@@ -181,7 +181,7 @@ def read(node: dict[str, Any]) -> int:
 @each_lister
 async def test_a_page_reads_its_own_rows_at_any_depth(large: Database, lister: Lister) -> None:
     """Through the index of its order, so that nothing is left to sort but the page."""
-    for order, query in lister.queries():
+    async for order, query in lister.queries():
         plan = await nodes(large, query, lister)
         rows = scans(plan, lister.table)
         assert "Seq Scan" not in {node["Node Type"] for node in plan}
@@ -193,7 +193,7 @@ async def test_a_page_reads_its_own_rows_at_any_depth(large: Database, lister: L
 async def test_a_filter_by_an_indexed_field_reads_what_it_finds(large: Database, lister: Lister) -> None:
     """In every order, for equality and for ranges: never the table."""
     for text, matches in NARROW[lister.table].items():
-        for _, query in lister.queries(text):
+        async for _, query in lister.queries(text):
             plan = await nodes(large, query, lister)
             assert "Seq Scan" not in {node["Node Type"] for node in plan}
             assert max(map(read, scans(plan, lister.table))) <= matches
@@ -204,7 +204,7 @@ async def test_a_filter_by_no_index_walks_the_order_until_the_page_is_full(
     large: Database, lister: Lister
 ) -> None:
     """Such as `:`; it neither sorts the table nor reads on behind the page."""
-    for order, query in lister.queries(CONTAINS[lister.table]):
+    async for order, query in lister.queries(CONTAINS[lister.table]):
         plan = await nodes(large, query, lister)
         assert {node["Node Type"] for node in scans(plan, lister.table)} == {"Index Scan"}
         assert INDEX[lister.table][order] in {node["Index Name"] for node in scans(plan, lister.table)}
@@ -215,7 +215,7 @@ async def test_a_walk_that_fills_no_page_ends_with_the_statement_timeout(large: 
     """A filter that nothing matches costs no more than that."""
     url = large.engine.url.render_as_string(hide_password=False)
     impatient = Database(Settings(database_url=url, statement_timeout=0.1))
-    query = USERS.query(ListUsersRequest(filter='email : "nobody"', order_by="email"))
+    query = await USERS.query(ListUsersRequest(filter='email : "nobody"', order_by="email"))
     with pytest.raises(StatementTimeout):
         async with impatient.read() as session:
             await query.page(UserRepository(session))
@@ -226,7 +226,7 @@ async def test_the_posts_of_one_author_are_read_alone(large: Database) -> None:
     """In every order, and with a filter that no index helps."""
     lister = LISTERS[2]
     for text in ("", CONTAINS["posts"]):
-        for _, query in lister.queries(text):
+        async for _, query in lister.queries(text):
             query = replace(query, conditions=[Post.author_id == 77, *query.conditions])  # noqa: PLW2901
             plan = await nodes(large, query, lister)
             assert max(map(read, scans(plan, "posts"))) <= ROWS // 10_000
@@ -251,7 +251,7 @@ async def found(database: Database, query: Query, lister: Lister) -> str:
 async def test_sqlite_walks_the_index_of_the_order(embedded: Database, lister: Lister) -> None:
     """With a filter that no index helps, and without; from the key of a deep page on."""
     for text in ("", CONTAINS[lister.table]):
-        for order, query in lister.queries(text):
+        async for order, query in lister.queries(text):
             # The table itself is in the order of the ids; a key's index has a name of SQLite's own.
             deep = " USING INTEGER PRIMARY KEY" if query.after else ""
             index = INDEX[lister.table][order].replace("uq_users_email", "sqlite_autoindex_users_1")
@@ -264,5 +264,5 @@ async def test_sqlite_walks_the_index_of_the_order(embedded: Database, lister: L
 async def test_sqlite_searches_an_index_for_an_indexed_field(embedded: Database, lister: Lister) -> None:
     """In every order, for equality and for ranges."""
     for text in NARROW[lister.table]:
-        for _, query in lister.queries(text):
+        async for _, query in lister.queries(text):
             assert (await found(embedded, query, lister)).startswith(f"SEARCH {lister.table} USING")

@@ -97,7 +97,8 @@ async def test_a_user_that_stays_is_met_once_whoever_comes_and_goes(
     for change in [*between, *[Change([], [])] * MOST_PAGES]:
         async with database.read() as session:
             repository = UserRepository(session, with_posts=with_posts)
-            users, request.page_token = await LISTING.query(request).page(repository)
+            query = await LISTING.query(request)
+            users, request.page_token = await query.page(repository)
         met += users
         if not request.page_token:
             break

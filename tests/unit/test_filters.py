@@ -2,13 +2,15 @@ import re
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
 from sqlalchemy import Dialect, make_url
 
-from service.db.filters import Columns, Order, condition, parse_order
+from service.db import filters
+from service.db.filters import Columns, Order, parse_order
 from service.errors import InvalidFilter, InvalidOrder
 from service.posts.repository import FILTERABLE as POST_COLUMNS
 from service.users.repository import FILTERABLE as COLUMNS
@@ -18,6 +20,16 @@ POSTGRESQL = make_url("postgresql+asyncpg://").get_dialect()()
 SQLITE = make_url("sqlite+aiosqlite://").get_dialect()()
 FIELDS = ("id", "email", "created_at")
 DOCUMENTATION = Path(__file__).parents[2] / "docs/filtering.md"
+
+
+def condition(text: str, columns: Columns, normalise: Any = MappingProxyType({})) -> Any:
+    """Run the coroutine here: it waits for nothing but its turn."""
+    running = filters.condition(text, columns, normalise)
+    while True:
+        try:
+            running.send(None)
+        except StopIteration as end:
+            return end.value
 
 
 def compiled(text: str, dialect: Dialect) -> tuple[str, list[Any]]:

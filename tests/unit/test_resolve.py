@@ -16,24 +16,25 @@ from tests.bulk_loads import LOADS
 from tests.bulk_model import Load, Tables, Values, applied, stored
 
 
-def written(tables: Tables, load: Load) -> list[BulkAck]:
+async def written(tables: Tables, load: Load) -> list[BulkAck]:
     """Write a load into the tables, each set of rows at once, and return its acks."""
     options = StreamOptions.from_message(load.options, load.operation).write
     write = write_updates if load.operation.is_update else write_creates
     acks: list[BulkAck] = []
     offset = 0
     for rows in load.batches:
-        batch = load.operation.batch(rows, options)
-        outcome = write(tables[load.operation.rows], batch, options)
+        batch = await load.operation.batch(rows, options)
+        outcome = await write(tables[load.operation.rows], batch, options)
         end = offset + len(rows)
-        acks.append(outcome_to_message(offset, end, outcome, return_ids=True, is_replayed=False).ack)
+        message = await outcome_to_message(offset, end, outcome, return_ids=True, is_replayed=False)
+        acks.append(message.ack)
         offset = end
     return acks
 
 
-def write_creates(users: dict[int, Values], batch: Batch, options: WriteOptions) -> Outcome:
+async def write_creates(users: dict[int, Values], batch: Batch, options: WriteOptions) -> Outcome:
     ids = {user["email"]: id for id, user in users.items()}
-    creates = resolve_creates(batch, [Key("email", ids, email_taken)], options.on_conflict)
+    creates = await resolve_creates(batch, [Key("email", ids, email_taken)], options.on_conflict)
     if options.is_atomic and batch.failures:
         return Outcome.of_failed_batch(batch)
     if options.validate_only:
@@ -49,9 +50,9 @@ def write_creates(users: dict[int, Values], batch: Batch, options: WriteOptions)
     return creates.outcome(batch, options, new_ids)
 
 
-def write_updates(posts: dict[int, Values], batch: Batch, options: WriteOptions) -> Outcome:
+async def write_updates(posts: dict[int, Values], batch: Batch, options: WriteOptions) -> Outcome:
     versions = {id: post["version"] for id, post in posts.items()}
-    updates = resolve_updates(batch, versions, lambda: PostNotFound("there is no such post"))
+    updates = await resolve_updates(batch, versions, lambda: PostNotFound("there is no such post"))
     if options.is_atomic and batch.failures:
         return Outcome.of_failed_batch(batch)
     results, ids = bytearray(batch.size), [0] * batch.size
@@ -77,11 +78,11 @@ def without_sentences(acks: list[BulkAck]) -> list[BulkAck]:
 
 @pytest.mark.parametrize("kind", ["create users", "create or update users", "update posts"])
 @given(data=st.data())
-def test_sets_do_what_the_rows_do_one_after_the_other(kind: str, data: Any) -> None:
+async def test_sets_do_what_the_rows_do_one_after_the_other(kind: str, data: Any) -> None:
     """Inserting and updating what was resolved, at once, is what the model does row by row."""
     load = data.draw(LOADS[kind])
     tables = stored()
 
-    acks = written(tables, load)
+    acks = await written(tables, load)
 
     assert (without_sentences(acks), tables) == applied(stored(), load)

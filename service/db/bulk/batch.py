@@ -55,6 +55,13 @@ class Batch:
 
     awaited: Collection[int] = ()  # rows that are left out: an earlier batch has their keys
 
+    def extend(self, other: "Batch") -> None:
+        """Append the rows of another batch, which has the same columns."""
+        for name, values in other.columns.items():
+            self.columns.setdefault(name, []).extend(values)
+        self.failures.update((self.size + row, error) for row, error in other.failures.items())
+        self.size += other.size
+
     def keys(self) -> dict[Any, int]:
         """Return the ids and e-mails of the good rows, each with the first row that has it."""
         rows = self.good_rows()[::-1]  # so that the first of several comes last, and stays

@@ -1,6 +1,6 @@
 """The portable writer: SQLAlchemy's executemany. SQLite's, whose writer is alone while it writes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any, cast
 
@@ -9,7 +9,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.types import TypeEngine
 
 from service.db.base import Entity, now
+from service.timeslice import map_in_slices, slices
 
+ROWS_AT_ONCE = 250
 # Where SQLite keeps the largest id ever used of each AUTOINCREMENT table.
 SEQUENCES = table("sqlite_sequence", column("name", String), column("seq", Integer))
 
@@ -41,9 +43,8 @@ async def insert_rows(
         insert(table).values({name: bindparam(name) for name in columns}).compile(dialect=connection.dialect)
     )
     names = statement.positiontup or []
-    rows = list(
-        zip(*(_bound(columns[name], table.c[name].type, connection.dialect) for name in names), strict=True)
-    )
+    bound = [await _bound(columns[name], table.c[name].type, connection.dialect) for name in names]
+    rows = list(zip(*bound, strict=True))
     if sort_key:
         rows.sort(key=itemgetter(names.index(sort_key)))
     await connection.exec_driver_sql(str(statement), rows)
@@ -65,14 +66,14 @@ async def update_rows(
         expected: Any = bindparam("new_expected")
         statement = statement.where((expected == 0) | (expected == model.version))
     connection = await session.connection()
-    rows = _rows({f"new_{name}": column for name, column in columns.items()})
-    return (await connection.execute(statement, rows)).rowcount
+    names, updated = [f"new_{name}" for name in columns], 0
+    # Some at a time: SQLAlchemy prepares the parameters of a statement's rows at once, with 8 µs for each.
+    async for some in slices(list(zip(*columns.values(), strict=True)), ROWS_AT_ONCE):
+        parameters = [dict(zip(names, row, strict=True)) for row in some]
+        updated += (await connection.execute(statement, parameters)).rowcount
+    return updated
 
 
-def _rows(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def _bound(values: Sequence[Any], kind: TypeEngine[Any], dialect: Dialect) -> Iterable[Any]:
+async def _bound(values: Sequence[Any], kind: TypeEngine[Any], dialect: Dialect) -> Sequence[Any]:
     process = kind.bind_processor(dialect)
-    return map(process, values) if process else values
+    return await map_in_slices(process, values) if process else values

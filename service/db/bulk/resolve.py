@@ -10,6 +10,7 @@ from typing import Any
 
 from service.db.bulk.batch import Batch, OnConflict, Outcome, Result, WriteOptions
 from service.errors import RosterError, VersionMismatch
+from service.timeslice import slices
 
 
 @dataclass
@@ -62,42 +63,44 @@ class Key:
     taken: Callable[[int | None], RosterError]
 
 
-def resolve_creates(batch: Batch, keys: Sequence[Key], on_conflict: OnConflict) -> Creates:
+async def resolve_creates(batch: Batch, keys: Sequence[Key], on_conflict: OnConflict) -> Creates:
     """Sort out the good rows of a batch by their unique keys; a row without a value for one meets nothing."""
     if _all_differ(batch, keys):
         return Creates(inserted=range(batch.size))
     if len(keys) == 1:  # as nearly always; several keys take 1 µs a row more
-        return _resolve_by(keys[0], batch, on_conflict)
+        return await _resolve_by(keys[0], batch, on_conflict)
     creates, inserted = Creates(), []
     first: dict[tuple[str, Any], int] = {}
-    for row in batch.good_rows():
-        values = [(key, value) for key in keys if (value := batch.columns[key.column][row]) is not None]
-        for key, value in values:
-            if value in key.stored:
-                _on_stored(creates, batch, row, key, key.stored[value], on_conflict)
-                break
-            if (key.column, value) in first:
-                _on_repeated(creates, batch, row, key, first[key.column, value], on_conflict)
-                break
-        else:
-            inserted.append(row)
-            first.update(((key.column, value), row) for key, value in values)
+    async for some in slices(batch.good_rows()):
+        for row in some:
+            values = [(key, value) for key in keys if (value := batch.columns[key.column][row]) is not None]
+            for key, value in values:
+                if value in key.stored:
+                    _on_stored(creates, batch, row, key, key.stored[value], on_conflict)
+                    break
+                if (key.column, value) in first:
+                    _on_repeated(creates, batch, row, key, first[key.column, value], on_conflict)
+                    break
+            else:
+                inserted.append(row)
+                first.update(((key.column, value), row) for key, value in values)
     creates.inserted = inserted
     return creates
 
 
-def _resolve_by(key: Key, batch: Batch, on_conflict: OnConflict) -> Creates:
+async def _resolve_by(key: Key, batch: Batch, on_conflict: OnConflict) -> Creates:
     creates = Creates()
     first: dict[Any, int] = {}
     values, is_stored = batch.columns[key.column], key.stored
-    for row in batch.good_rows():
-        value = values[row]
-        if value in is_stored:
-            _on_stored(creates, batch, row, key, is_stored[value], on_conflict)
-        elif value in first:
-            _on_repeated(creates, batch, row, key, first[value], on_conflict)
-        else:
-            first[(None, row) if value is None else value] = row  # a row that has none meets nothing
+    async for some in slices(batch.good_rows()):
+        for row in some:
+            value = values[row]
+            if value in is_stored:
+                _on_stored(creates, batch, row, key, is_stored[value], on_conflict)
+            elif value in first:
+                _on_repeated(creates, batch, row, key, first[value], on_conflict)
+            else:
+                first[(None, row) if value is None else value] = row  # a row that has none meets nothing
     creates.inserted = list(first.values())
     return creates
 
@@ -127,7 +130,7 @@ def _on_repeated(
         creates.amended.setdefault(first, []).append(row)
 
 
-def resolve_updates(
+async def resolve_updates(
     batch: Batch,
     versions: Mapping[int, int],
     missing: Callable[[], RosterError],
@@ -141,17 +144,18 @@ def resolve_updates(
     updates: dict[int, list[int]] = {}
     current = dict(versions)
     ids, expected = batch.columns["id"], batch.columns["version"]
-    for row in batch.good_rows():
-        id = ids[row]
-        if id not in current:
-            batch.fail(row, missing())
-        elif expected[row] not in (0, current[id]):
-            batch.fail(row, _outdated(current[id]))
-        elif error := refusal(row, id):
-            batch.fail(row, error)
-        else:
-            current[id] += 1
-            updates.setdefault(id, []).append(row)
+    async for some in slices(batch.good_rows()):
+        for row in some:
+            id = ids[row]
+            if id not in current:
+                batch.fail(row, missing())
+            elif expected[row] not in (0, current[id]):
+                batch.fail(row, _outdated(current[id]))
+            elif error := refusal(row, id):
+                batch.fail(row, error)
+            else:
+                current[id] += 1
+                updates.setdefault(id, []).append(row)
     return updates
 
 

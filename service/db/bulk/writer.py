@@ -1,5 +1,6 @@
 """How many rows are written at once: each database in its own way, behind one class."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -138,6 +139,7 @@ class BulkWriter:
     async def _update(self, batch: Batch, updates: Mapping[int, list[int]], fields: Sequence[str]) -> None:
         if not updates:
             return
+        await asyncio.sleep(0)  # 5,000 rows were resolved just now
         ids = sorted(updates)
         last = [updates[id][-1] for id in ids]
         columns = {field: batch.take(field, last) for field in fields}
