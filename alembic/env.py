@@ -13,6 +13,7 @@ import service.posts.model
 import service.users.model  # noqa: F401  (a table is known once its module is imported)
 from service.db.base import Base, UtcDateTime
 from service.db.engine import connect
+from service.files import create_database
 from service.settings import Settings
 
 # A run waits for one under way (the number is arbitrary, and the same for all). From then on no statement
@@ -54,7 +55,10 @@ def run(connection: Connection) -> None:
 
 async def run_online(url: str) -> None:
     # Not the service's engine: on SQLite it enforces foreign keys, and replacing a table would cascade.
-    options = {} if url.startswith("sqlite") else {"async_creator_fn": connect}
+    options = {"async_creator_fn": connect}
+    if url.startswith("sqlite"):
+        options = {}
+        create_database(url)
     engine = create_async_engine(url, poolclass=NullPool, connect_args=options)
     async with engine.connect() as connection:
         await connection.run_sync(run)

@@ -29,7 +29,10 @@ class Caller:
         return None if self.has("admin") else self.identity
 
 
-NOBODY = Caller("anonymous")  # no roles
+ANONYMOUS_IDENTITY = "anonymous"
+NOBODY = Caller(ANONYMOUS_IDENTITY)  # no roles
+# Whose share pays for what no caller asked for, or many did. No identity is named so: theirs have prefixes.
+SYSTEM = "system"
 # Set for each call by `interceptors/auth.py`. A call has a task of its own, and so a context.
 _current: ContextVar[Caller] = ContextVar("caller", default=NOBODY)
 
@@ -42,3 +45,9 @@ def set_caller(caller: Caller) -> None:
 def current_caller() -> Caller:
     """Return who makes this call; before that is known, and outside of one, it is nobody."""
     return _current.get()
+
+
+def current_share() -> str:
+    """Return the name under which work of this task gets its share of a resource."""
+    caller = _current.get()
+    return SYSTEM if caller is NOBODY else caller.identity

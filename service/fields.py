@@ -30,6 +30,7 @@ MAX_EMAIL = 255
 MAX_MARKS = 30  # https://unicode.org/reports/tr15/#Stream_Safe_Text_Format
 MAX_NAME = 255
 MAX_LOAD_ID = 255
+PRINTABLE = "must have printable characters only, and of white space only the space"
 MAX_TITLE = 255
 MAX_CONTENT_BYTES = 1 << 20
 MAX_PASSWORD = 1024
@@ -175,6 +176,16 @@ def check_load_id(text: str, field: str = "load_id") -> str:
     with checking() as violations:
         violations.add(field, _wrong_text(text, MAX_LOAD_ID) if text else "is required")
     return text
+
+
+def check_new_load_id(text: str, field: str = "load_id") -> None:
+    """Judge the name of a load that begins; raises InvalidField.
+
+    Loads that began before there was this rule can still be resumed, shown and aborted.
+    """
+    with checking() as violations:
+        # Neither control, format, surrogate, private-use and unassigned characters, nor line separators.
+        violations.add(field, None if text.isprintable() else PRINTABLE)
 
 
 def check_request_id(text: str) -> UUID | None:

@@ -78,7 +78,9 @@ STATEMENTS = Histogram(
 GATHERED_READS = Histogram("roster_gathered_reads", "Reads that went into one statement.", buckets=GATHERED)
 
 HASHING = _level("roster_password_hashes_in_hand", "Passwords that are being hashed, or wait for it.")
-HASHING_REFUSED = Counter("roster_password_hashes_refused_total", "Hashings refused since too many waited.")
+HASHING_REFUSED = Counter(
+    "roster_password_hashes_refused_total", "Hashings refused since too many of their caller waited."
+)
 
 
 def serve(settings: Settings, registry: CollectorRegistry = REGISTRY) -> tuple[str, Callable[[], None]]:

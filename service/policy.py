@@ -5,7 +5,7 @@ import tomllib
 
 from pydantic import BaseModel
 
-from service.caller import NOBODY, Caller
+from service.caller import ANONYMOUS_IDENTITY, NOBODY, Caller
 
 
 def _methods(service: str, names: str) -> frozenset[str]:
@@ -33,7 +33,7 @@ REFLECTION = _methods("grpc.reflection.v1.ServerReflection", "ServerReflectionIn
     "grpc.reflection.v1alpha.ServerReflection", "ServerReflectionInfo"
 )
 
-ANONYMOUS = Caller("anonymous", frozenset(ROLES), RPCS | REFLECTION)
+ANONYMOUS = Caller(ANONYMOUS_IDENTITY, frozenset(ROLES), RPCS | REFLECTION)
 
 WILDCARD = "*"
 IDENTITY = re.compile(r"jwt:.+|dns:[^A-Z]+|spiffe://[^*]+/(?:[^*/]+|\*)")

@@ -29,6 +29,7 @@ from service.interceptors.limits import Limits
 from service.interceptors.logs import Logs
 from service.interceptors.messages import Messages, Unread
 from service.interceptors.metrics import Metrics
+from service.memory import trim_forever
 from service.policy import REFLECTION, Policy
 from service.posts.reader import PostReader
 from service.posts.servicer import PostServicer
@@ -115,7 +116,7 @@ class Server:
         self._add_services([*services, "grpc.health.v1.Health"])
         self.address = self.health_address = self.metrics_address = ""
         self._close_metrics: Callable[[], None] = lambda: None
-        self._forgetting: asyncio.Task[None] | None = None
+        self._chores: list[asyncio.Task[None]] = []
 
     def _add_services(self, names: list[str]) -> None:
         users = UserServicer(self.database, self.users, self.passwords, self.bulk)
@@ -140,7 +141,7 @@ class Server:
         await self.health.start()
         await self.health_server.start()
         await self.server.start()
-        self._forgetting = asyncio.create_task(self._forget())
+        self._chores = [asyncio.create_task(self._forget()), asyncio.create_task(trim_forever())]
 
     async def stop(self, grace: float | None = None) -> None:
         """Refuse new calls, let those in flight end, and close the database, in `grace` seconds at most.
@@ -167,9 +168,9 @@ class Server:
             await self._ended(stopped, loop.time() + CUT_OFF_SECONDS)
         await self.server.stop(None)
         await stopped
-        if self._forgetting:
-            self._forgetting.cancel()
-            await asyncio.wait([self._forgetting], timeout=CUT_OFF_SECONDS)  # it may be amid a commit
+        for chore in self._chores:
+            chore.cancel()
+            await asyncio.wait([chore], timeout=CUT_OFF_SECONDS)  # it may be in the middle of a commit
         await self.health_server.stop(1)  # its watches are ending
         await asyncio.to_thread(self._close_metrics)
         self.passwords.close()

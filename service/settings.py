@@ -2,17 +2,23 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from difflib import get_close_matches
 from ipaddress import ip_address
 from pathlib import Path
+from stat import S_IWOTH
 from typing import Annotated, Any, Literal
 
 from dotenv import dotenv_values
 from pydantic import AliasChoices, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -24,18 +30,17 @@ DRIVERS = {
     "sqlite": "sqlite+aiosqlite",
     "sqlite+aiosqlite": "sqlite+aiosqlite",
 }
-# What the commands take that are no server.
+# Variables of the commands that are clients of a server, and of `roster token`, with their options.
 FOR_CLIENTS = {
-    f"{PREFIX}{name}"
-    for name in (
-        "ADDRESS",
-        "TLS_CA_FILE",
-        "TLS_CLIENT_CERT_FILE",
-        "TLS_CLIENT_KEY_FILE",
-        "TOKEN_FILE",
-        "TOKEN",
-    )
+    f"{PREFIX}ADDRESS": "address",
+    f"{PREFIX}TLS_CA_FILE": "tls_ca",
+    f"{PREFIX}TLS_CLIENT_CERT_FILE": "tls_cert",
+    f"{PREFIX}TLS_CLIENT_KEY_FILE": "tls_key",
+    f"{PREFIX}TOKEN_FILE": "token_file",
+    f"{PREFIX}TOKEN": "token",
 }
+FOR_TOKENS = {f"{PREFIX}JWT_ISSUER": "issuer", f"{PREFIX}JWT_AUDIENCE": "audience"}
+DATABASE_URLS = {f"{PREFIX}DATABASE_URL", f"{PREFIX}DATABASE_URL_FILE", "DATABASE_URL"}
 # Of tests, and what Kubernetes sets for a service that is named roster.
 FOREIGN = re.compile(rf"{PREFIX}(TEST_|SERVICE_|PORT(_|$))")
 ADDRESS = re.compile(r"unix:.+|(\[.+\]|[^:\[]*):([0-9]{1,5})")
@@ -46,12 +51,40 @@ Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
+def folder_variables() -> dict[str, str]:
+    """Return the variables in the file `.env` of the current folder, in capitals, as they stand there.
+
+    Nothing is expanded: `${ROSTER_TOKEN}` in an address would send the token to it. Raises OSError if another
+    user can have written the file.
+    """
+    path = Path(".env")
+    if not (path.is_file() or path.is_fifo()):
+        return {}
+    with path.open() as file:
+        status = os.fstat(file.fileno())
+        if status.st_uid not in (0, os.geteuid()):
+            raise OSError(
+                f"{Path.cwd()}/.env belongs to another user; change its owner, or use another folder"
+            )
+        if status.st_mode & S_IWOTH:
+            raise OSError(f"other users can change {Path.cwd()}/.env; run: chmod go-w .env")
+        variables = dotenv_values(stream=file, interpolate=False)
+    return {name.upper(): value for name, value in variables.items() if value is not None}
+
+
+class FolderVariables(EnvSettingsSource):
+    """Settings from the file `.env` of the current folder."""
+
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        return {name.lower(): value for name, value in folder_variables().items()}
+
+
 class SecretFiles(PydanticBaseSettingsSource):
     """`ROSTER_X_FILE` names a file whose content is `ROSTER_X`, as container platforms hand out secrets."""
 
     def __init__(self, settings_cls: type[BaseSettings]) -> None:
         super().__init__(settings_cls)
-        self._variables = {**dotenv_values(".env"), **os.environ}
+        self._variables = {**folder_variables(), **os.environ}
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         variable = f"{PREFIX}{field_name.upper()}"
@@ -74,7 +107,6 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
-        env_file=".env",
         extra="ignore",
         populate_by_name=True,
         hide_input_in_errors=True,  # it can be a password
@@ -133,7 +165,7 @@ class Settings(BaseSettings):
     connect_timeout: Seconds = Field(5, description="seconds to open a connection")
     database_wait: float = Field(30, ge=0, description="seconds the start waits for a database that is away")
     statement_timeout: Seconds = Field(30, description="seconds one statement may take")
-    bulk_connections: Count = Field(4, description="connections for the bulk streams, apart from the pool")
+    bulk_connections: Count = Field(5, description="connections for the bulk streams, apart from the pool")
 
     bulk_load_ttl: timedelta = Field(
         timedelta(days=7),
@@ -145,7 +177,9 @@ class Settings(BaseSettings):
     password_passes: int = Field(2, ge=1, le=16, description="how often hashing goes over its memory")
     password_lanes: int = Field(1, ge=1, le=16, description="cores that hashing one may take")
     password_workers: Count = Field(2, description="threads that hash passwords")
-    password_queue: Count = Field(64, description="hashings in hand; more are refused as overload")
+    password_queue: Count = Field(
+        64, description="hashings of one caller in hand; more are refused as overload"
+    )
 
     max_connection_age: float = Field(
         600,
@@ -165,10 +199,10 @@ class Settings(BaseSettings):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, SecretFiles(settings_cls), dotenv_settings, file_secret_settings
+        return init_settings, env_settings, SecretFiles(settings_cls), FolderVariables(settings_cls)
 
     @field_validator("database_url")
     @classmethod
@@ -282,17 +316,25 @@ class Settings(BaseSettings):
         return self.database_url.startswith("sqlite")
 
 
-def prepare_options() -> None:
-    """Put what .env says to commands into the environment, where their options look."""
-    for name, value in dotenv_values(".env").items():
-        if value and name in FOR_CLIENTS | {f"{PREFIX}JWT_ISSUER", f"{PREFIX}JWT_AUDIENCE"}:
-            os.environ.setdefault(name, value)
+def folder_options(options: Mapping[str, str]) -> dict[str, Any]:
+    """Return the defaults that `.env` has for options, by their variables; raises OSError."""
+    variables = folder_variables()
+    return {option: variables[name] for name, option in options.items() if variables.get(name)}
+
+
+def is_password_redirected(database_url: str) -> bool:
+    """Tell whether `.env` names the database to which a password of the environment would be sent."""
+    url = make_url(database_url)
+    if "PGPASSWORD" not in os.environ or url.password or url.get_backend_name() != "postgresql":
+        return False
+    is_in_environment = not DATABASE_URLS.isdisjoint(map(str.upper, os.environ))
+    return not is_in_environment and not DATABASE_URLS.isdisjoint(folder_variables())
 
 
 def unknown_settings() -> Iterator[str]:
     """Yield a sentence for each variable with our prefix, in the environment or .env, that says nothing."""
-    known = FOR_CLIENTS | {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
-    for name in sorted(set(map(str.upper, os.environ.keys() | dotenv_values(".env").keys()))):
+    known = FOR_CLIENTS.keys() | {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    for name in sorted(set(map(str.upper, os.environ.keys() | folder_variables().keys()))):
         is_ours = name.startswith(PREFIX) and not FOREIGN.match(name)
         if is_ours and {name, name.removesuffix("_FILE")}.isdisjoint(known):
             close = get_close_matches(name, known, 1)

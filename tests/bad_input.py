@@ -130,7 +130,7 @@ def bad_streams(rows: str, row: dict[str, Any], **needed: Any) -> list[Bad]:
             ({"options": {**needed, "max_failures": number}}, "INVALID_OPTIONS", "options.max_failures")
             for number in (-1, INT64_MIN)
         ],
-        *bad_values("options.load_id", BAD_LOAD_IDS, options=needed),
+        *bad_values("options.load_id", [*BAD_LOAD_IDS, "a\nb", "a\u202eb"], options=needed),
     ]
 
 

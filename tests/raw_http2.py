@@ -14,7 +14,17 @@ from pathlib import Path
 from hpack import Decoder
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
+DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    6,
+    7,
+    8,
+    9,
+)
 END_STREAM, ACK, END_HEADERS = 1, 1, 4
 INITIAL_WINDOW_SIZE = 4
 DEFAULT_WINDOW = 65_535
@@ -116,11 +126,10 @@ class Http2Connection:
             await self._wait_for_change()
 
     async def close(self) -> None:
-        """Close the connection."""
+        """Break the connection off, as a client does that dies."""
         self._receiving.cancel()
-        self._writer.close()
-        with suppress(OSError, asyncio.CancelledError):
-            await self._writer.wait_closed()
+        self._writer.transport.abort()
+        await asyncio.wait([self._receiving])
 
     def _has_ended(self, stream: int) -> bool:
         return self.is_closed.is_set() or stream in self.resets

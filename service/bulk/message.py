@@ -5,16 +5,19 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from service.errors import InvalidOptions
 from service.requests import parse, request_class
 
 MAX_ROWS = 5000
 MAX_BYTES = 4 << 20
 
 LENGTH_DELIMITED = 2  # https://protobuf.dev/programming-guides/encoding/#structure
-# An empty row has 2 bytes on the wire, and 100 once it is parsed: 4 MiB of them would take 200 MiB. So many
-# times may the tag of a row appear in a message without a closer look, in texts and lengths too.
+# An empty row has 2 bytes on the wire and 100 once it is parsed: 4 MiB of them would take 200 MiB.
+# A message with fewer tags is parsed without a closer look; texts and lengths have some too.
 MAX_TAGS = 4 * MAX_ROWS
 MAX_FIELDS = MAX_ROWS + 16  # rows, and what else a message has
+MAX_OPTIONS_BYTES = 64 << 10
+OPTIONS_TAG = 1 << 3 | LENGTH_DELIMITED
 
 
 @dataclass(frozen=True)
@@ -35,31 +38,32 @@ class BulkParser:
         self._tag = self._class.DESCRIPTOR.fields_by_name[rows].number << 3 | LENGTH_DELIMITED
 
     def parse(self, message: bytes) -> BulkMessage:
-        """Return a message; raises MalformedMessage."""
-        if len(message) <= MAX_BYTES and not self._has_too_many_fields(message):
+        """Return a message; raises MalformedMessage, and InvalidOptions for options that are too large."""
+        is_small = len(message) <= MAX_BYTES and max(map(message.count, (self._tag, OPTIONS_TAG))) <= MAX_TAGS
+        if is_small or not self._is_too_large(message):
             request = parse(self._class, message)
             size = len(getattr(request, self._rows))
             if size <= MAX_ROWS:
                 return BulkMessage(request, size)
-        head, fields = _walk(message, self._tag)
+        head, fields = self._walk(message)
         return BulkMessage(parse(self._class, message[:head]), max(fields, 1), is_too_large=True)
 
-    def _has_too_many_fields(self, message: bytes) -> bool:
-        if message.count(self._tag) <= MAX_TAGS:
-            return False
-        _, fields = _walk(message, self._tag)
-        return fields > MAX_FIELDS
+    def _is_too_large(self, message: bytes) -> bool:
+        _, fields = self._walk(message)
+        return len(message) > MAX_BYTES or fields > MAX_FIELDS
 
-
-def _walk(message: bytes, row_tag: int) -> tuple[int, int]:
-    """Return where the first row of a message begins, and how many fields it has, MAX_FIELDS + 1 at most."""
-    at, head, fields, end = 0, len(message), 0, len(message)
-    while at < end and fields <= MAX_FIELDS:
-        if message[at] == row_tag:
-            head = min(head, at)
-        at = _skip(message, at)
-        fields += 1
-    return head, fields
+    def _walk(self, message: bytes) -> tuple[int, int]:
+        """Return where the first row begins, and how many fields there are, MAX_FIELDS + 1 at most."""
+        at, head, fields, end = 0, len(message), 0, len(message)
+        while at < end and fields <= MAX_FIELDS:
+            began, tag = at, message[at]
+            at = _skip(message, at)
+            fields += 1
+            if tag == OPTIONS_TAG and at - began > MAX_OPTIONS_BYTES:
+                raise InvalidOptions(f"options have at most {MAX_OPTIONS_BYTES:,} bytes", field="options")
+            if tag == self._tag:
+                head = min(head, began)
+        return head, fields
 
 
 def _skip(message: bytes, at: int) -> int:

@@ -7,11 +7,19 @@ from time import perf_counter
 from typing import Any
 
 from service.db.bulk.batch import Batch, OnConflict, Outcome, Result, WriteOptions
-from service.errors import InvalidField, OffsetGap, RosterError, StatementTimeout, TooLarge, Unavailable
+from service.errors import (
+    InvalidField,
+    OffsetGap,
+    ResourceExhausted,
+    RosterError,
+    StatementTimeout,
+    TooLarge,
+    Unavailable,
+)
 from service.timeslice import slices
 
 # Of the database; the message is tried again.
-FAULTS = (Unavailable, StatementTimeout)
+FAULTS = (Unavailable, ResourceExhausted, StatementTimeout)
 # What a message is answered with when nothing of it is recorded; the stream stays open.
 REFUSALS = (InvalidField, TooLarge, OffsetGap, *FAULTS)
 

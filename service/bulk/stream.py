@@ -11,7 +11,7 @@ from service.bulk.message import MAX_BYTES, MAX_ROWS, BulkMessage
 from service.bulk.operation import Operation, StreamOptions
 from service.bulk.recorder import Recorder, expired, gap
 from service.bulk.slot import REFUSALS, Slot
-from service.caller import Caller
+from service.caller import Caller, current_share
 from service.db.base import MAX_ID
 from service.db.bulk.batch import Outcome
 from service.db.bulk.loads import COUNTED, Load, LoadRepository, LoadState
@@ -27,7 +27,8 @@ from service.errors import (
     RosterError,
     TooLarge,
 )
-from service.fields import check_load_id
+from service.fields import check_load_id, check_new_load_id
+from service.shares import FairSemaphore
 
 # Messages read and not yet acknowledged. On two cores three copies at a time made 1.13 of \copy, two
 # 1.04, one 0.69.
@@ -78,6 +79,8 @@ class Stream:
             load = await LoadRepository(session, caller.identity).open(
                 message.load_id, operation.method, options_to_store(message)
             )
+            if load.epoch == 1:  # it begins now; a refusal rolls it back
+                check_new_load_id(message.load_id, "options.load_id")
             if load.state == LoadState.EXPIRED:  # it has no options any more
                 raise expired()
             first = BulkOptions.FromString(load.options)
@@ -95,12 +98,15 @@ class Stream:
         """Behind the last row that is recorded."""
         return self._recorder.watermark
 
-    async def receive(self, first: bytes, requests: AsyncIterator[bytes]) -> None:
-        """Put a slot in the queue for every message; the caller puts None behind the last one."""
-        await self._take(first)
+    async def receive(self, first: bytes, requests: AsyncIterator[bytes], unwritten: FairSemaphore) -> None:
+        """Put a slot in the queue for every message; the caller puts None after the last one.
+
+        `unwritten` counts the bytes of messages that are parsed and not yet written, those of all streams.
+        """
+        await self._take(first, unwritten)
         del first
         while (received := await anext(requests, None)) is not None:
-            await self._take(received)
+            await self._take(received, unwritten)
             del received  # the next one may come in minutes
 
     def refused(self, slot: Slot, error: RosterError) -> None:
@@ -152,18 +158,31 @@ class Stream:
         self._measured.closed()
         await asyncio.gather(*tasks, return_exceptions=True)  # the last await: it can be cancelled too
 
-    async def _take(self, received: bytes) -> None:
+    async def _take(self, received: bytes, unwritten: FairSemaphore) -> None:
         await self._room.acquire()
+        share, size = current_share(), max(len(received), 1)
+        await unwritten.acquire(share, size)
+        task = None
+        try:
+            task = await self._parse(received)
+        finally:
+            if task:
+                task.add_done_callback(lambda _: unwritten.release(share, size))
+            else:
+                unwritten.release(share, size)
+
+    async def _parse(self, received: bytes) -> "asyncio.Task[Outcome] | None":
+        """Queue a message, and return the task that records it, None if there is nothing to record."""
         message = self._operation.parser.parse(received)
         if self._has_begun and message.request.HasField("options"):
             raise InvalidOptions("options come in the first message of a stream only", field="options")
         self._has_begun = True
         if not message.size and not message.request.finish:
             self._room.release()
-            return
-        await self._queue(message)
+            return None
+        return (await self._queue(message)).task
 
-    async def _queue(self, message: BulkMessage) -> None:
+    async def _queue(self, message: BulkMessage) -> Slot:
         request = message.request
         slot = Slot(request.offset if request.HasField("offset") else self._end, message.size)
         slot.is_last = request.finish
@@ -178,6 +197,7 @@ class Stream:
             # Converted once: every access to a repeated field makes its wrappers again.
             await self._start(slot, list(getattr(request, self._operation.rows)))
         self.slots.put_nowait(slot)
+        return slot
 
     async def _place(self, slot: Slot, *, is_too_large: bool) -> None:
         """Find out which rows of a message are new; raises what it is refused with."""

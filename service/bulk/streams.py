@@ -17,6 +17,10 @@ from service.bulk.stream import Stream
 from service.caller import current_caller
 from service.db.engine import Database
 from service.errors import Draining, InvalidOptions, RosterError, TooManyFailures
+from service.shares import FairSemaphore
+
+# Of all streams: messages that are parsed and not yet written. Parsed they take about four times as much.
+MAX_UNWRITTEN_BYTES = 64 << 20
 
 
 class BulkStreams:
@@ -25,6 +29,7 @@ class BulkStreams:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._receivers: set[asyncio.Task[None]] = set()
+        self._unwritten = FairSemaphore(MAX_UNWRITTEN_BYTES)
         self._is_draining = False
 
     def drain(self) -> None:
@@ -75,7 +80,7 @@ class BulkStreams:
             )
 
     def _receive(self, stream: Stream, first: bytes, requests: AsyncIterator[bytes]) -> asyncio.Task[None]:
-        receiver = asyncio.create_task(stream.receive(first, requests))
+        receiver = asyncio.create_task(stream.receive(first, requests, self._unwritten))
         receiver.add_done_callback(lambda _: stream.slots.put_nowait(None))
         receiver.add_done_callback(self._receivers.discard)
         self._receivers.add(receiver)

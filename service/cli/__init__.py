@@ -9,13 +9,22 @@ from typing import Any
 import click
 
 from service import __version__
-from service.settings import prepare_options
+from service.escape import escape
+from service.logs import escape_failures
+from service.settings import FOR_CLIENTS, FOR_TOKENS, folder_options
 
-# gRPC writes lines of its own, such as "Got goaway", to standard error. It reads this when it is imported.
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+# gRPC's core writes lines of its own to standard error; a caller's headers can cause some. It reads this when
+# it is imported.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 # Its fork handlers can kill the children that `serve` starts for its workers.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 COMMANDS = ["serve", "migrate", "doctor", "load", "loads", "export", "token", "completion"]
+
+
+class FolderError(click.ClickException):
+    """A file `.env` that can't be used."""
+
+    exit_code = 2
 
 
 class Commands(click.Group):
@@ -24,7 +33,16 @@ class Commands(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         # Until a command says otherwise. The first process of a container would not hear it at all.
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+        escape_failures()
         return super().main(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except click.ClickException as error:
+            # Messages of click's own repeat arguments, such as names of files.
+            error.message = "\n".join(map(escape, error.message.split("\n")))  # type: ignore[misc]
+            raise
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return COMMANDS
@@ -40,6 +58,12 @@ class Commands(click.Group):
     cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
 @click.version_option(__version__, prog_name="roster")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Roster: the system of record for users and their posts."""
-    prepare_options()
+    try:
+        clients, tokens = folder_options(FOR_CLIENTS), folder_options(FOR_TOKENS)
+    except OSError as error:
+        raise FolderError(str(error)) from None
+    # Not into the environment: an option knows then where its value is from.
+    context.default_map = {**dict.fromkeys(COMMANDS, clients), "token": {"issue": tokens}}

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from errno import EADDRINUSE
-from pathlib import Path
 
 import click
 from sqlalchemy import func, make_url, select
@@ -15,9 +14,10 @@ from sqlalchemy.exc import DBAPIError
 
 from service.cli.environment import settings
 from service.cli.migrate import missing_folder, trouble
-from service.cli.terminal import UsageError
+from service.cli.terminal import UsageError, echo
 from service.db import migrations
 from service.db.engine import Database
+from service.files import exposed, sqlite_path
 from service.server import authentication
 from service.settings import Settings, unknown_settings
 from service.tls import expiry, server_credentials
@@ -34,7 +34,9 @@ class Diagnosis:
         """Say what is wrong with a subject, or that all is right."""
         self.is_well = self.is_well and not wrong
         mark = click.style("wrong", fg="red", bold=True) if wrong else click.style("ok   ", fg="green")
-        click.echo(f"{mark}  {subject:8}  {(wrong or right).replace(chr(10), chr(10) + ' ' * 17)}")
+        first, *others = (wrong or right).split("\n")
+        click.echo(f"{mark}  {subject:8}  ", nl=False)
+        echo(first, *(" " * 17 + line for line in others))
 
 
 @click.command(short_help="Look whether `roster serve` has what it needs.")
@@ -49,7 +51,7 @@ def doctor() -> None:
     try:
         chosen = settings()
     except UsageError as error:
-        diagnosis.tell("settings", error.message.replace("\n       ", "\n"), "")
+        diagnosis.tell("settings", "\n".join(error.lines), "")
     else:
         told = f"{chosen.listen}, {chosen.workers} worker" + "s" * (chosen.workers > 1)
         diagnosis.tell("settings", "", told)
@@ -57,7 +59,9 @@ def doctor() -> None:
             if not listen.startswith("unix:"):
                 _examine_port(listen, diagnosis)
         _examine_files(chosen, diagnosis)
-        file = Path(make_url(chosen.database_url).database or "")
+        file = sqlite_path(chosen.database_url)
+        for danger in exposed(chosen.database_url) if chosen.is_embedded else ():
+            diagnosis.tell("database", danger, "")
         if chosen.is_embedded and not file.exists():
             diagnosis.tell("database", missing_folder(chosen), f"{file} is made by `roster serve`")
         else:

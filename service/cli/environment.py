@@ -4,18 +4,24 @@ from pydantic import ValidationError
 from pydantic_core import to_json
 
 from service.cli.terminal import UsageError
-from service.settings import PREFIX, Settings
+from service.settings import PREFIX, Settings, is_password_redirected
 
 
 def settings() -> Settings:
     """Return the settings of the environment; ends the command with status 2 where they are wrong."""
     try:
-        return Settings()
+        chosen = Settings()
     except ValidationError as error:
         lines = [_line(problem["loc"], problem["msg"]) for problem in error.errors()]
-        raise UsageError("\n       ".join(lines)) from None
+        raise UsageError(*lines) from None
     except OSError as error:
         raise UsageError(str(error)) from None
+    if is_password_redirected(chosen.database_url):
+        raise UsageError(
+            "PGPASSWORD of the environment would be sent to the database in the .env of this folder; set "
+            "ROSTER_DATABASE_URL in the environment, or keep both in one place"
+        )
+    return chosen
 
 
 def settings_help() -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +16,11 @@ from google.protobuf.descriptor import FieldDescriptor
 
 from service.cli.formats import csv_line, format_name, json_line, pyarrow
 from service.cli.rows import ENTITIES, Entity, values_of
-from service.cli.terminal import Target, UsageError, counted, progress, server_options, stoppable
+from service.cli.terminal import Target, UsageError, counted, echo, progress, server_options, stoppable
 from service.client import Patience
 from service.errors import RosterError
+from service.escape import escape
+from service.files import replacing
 
 STDOUT = "-"
 GROUP_ROWS, GROUP_BYTES = 100_000, 64 << 20  # of a row group of Parquet
@@ -64,6 +67,15 @@ def _parquet(file: Any, entity: Entity) -> Iterator[Write]:
 
 
 WRITERS = {"ndjson": _ndjson, "csv": _csv, "parquet": _parquet}
+
+
+class Terminal(io.RawIOBase):
+    """Standard output where people read it: lines are escaped, as `echo` does."""
+
+    def write(self, text: Any) -> int:
+        lines = map(escape, bytes(text).decode(errors="backslashreplace").split("\n"))
+        sys.stdout.buffer.write("\n".join(lines).encode())
+        return len(text)
 
 
 class Export:
@@ -146,16 +158,18 @@ def export(
         told = target.explained(error) if isinstance(error, RosterError) else str(error)
         hint = f"; go on with --after-id {job.last_id}" if job.rows else ""
         raise UsageError(f"{told}{hint}") from None
-    click.echo(job.told(), err=True)
+    echo(job.told(), err=True)
 
 
 @contextmanager
 def _file(output: str) -> Iterator[Any]:
     if output == STDOUT:
-        yield sys.stdout.buffer
+        yield Terminal() if sys.stdout.isatty() else sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    part = Path(f"{output}.part")
-    with gzip.open(part, "wb", compresslevel=6) if output.endswith(".gz") else part.open("wb") as file:
-        yield file
-    part.replace(output)
+    with replacing(Path(output)) as file:
+        if not output.endswith(".gz"):
+            yield file
+            return
+        with gzip.open(file, "wb", compresslevel=6) as compressed:
+            yield compressed

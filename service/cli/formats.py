@@ -16,6 +16,7 @@ from roster.v1.bulk_pb2 import RowFailure
 from service.cli.rows import ERROR, Columns, Row
 from service.cli.terminal import UsageError, counted
 from service.errors import MalformedMessage, RosterError, TooLarge
+from service.escape import escape
 
 STDIN = "-"
 MAX_LINE_BYTES = 8 << 20
@@ -58,10 +59,11 @@ class Ndjson:
         why = {name: getattr(failure, name) for name in ("reason", "field", "message")}
         why["row"] = row.number
         try:
-            return json_line({**_object(row.original), ERROR: why})
+            line = json_line({**_object(row.original), ERROR: why})
         except (RosterError, orjson.JSONEncodeError):  # orjson reads deeper nesting than it writes
             text = row.original.rstrip(b"\r\n").decode(errors="backslashreplace")
-            return json_line({LINE: _shown(row, text), ERROR: why})
+            line = json_line({LINE: _shown(row, text), ERROR: why})
+        return escape(line.decode().removesuffix("\n")).encode() + b"\n"
 
 
 class Parquet(Ndjson):
@@ -144,7 +146,7 @@ class Csv:
         except MalformedMessage:
             cells = [_quoted(_shown(row, text))]
         why = f"{self.unit} {row.number}: {failure.reason} {failure.field}".rstrip()
-        line = ",".join([_cell(f"{why}: {failure.message}"), *cells])
+        line = ",".join([_cell(escape(f"{why}: {failure.message}")), *cells])
         return f"{line}\n".encode(errors="surrogateescape")
 
 

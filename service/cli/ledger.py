@@ -1,15 +1,16 @@
 """What becomes of the rows of a load: counts, and a file of those that failed."""
 
-import io
 from collections import Counter, deque
 from collections.abc import Iterator
 from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
+from typing import IO
 
 from roster.v1.bulk_pb2 import BulkAck, RowFailure
 from service.cli.formats import FileFormat
 from service.cli.rows import Row
+from service.files import create, is_written_in_place
 
 MAX_HELD_BYTES = 8 << 20
 COMPARED_BYTES = 1 << 20  # at once
@@ -33,7 +34,7 @@ class Ledger:
         self.sentences: dict[str, str] = {}  # the first for each reason
         self.path = path
         self._format = file_format
-        self._file: io.BufferedWriter | None = None
+        self._file: IO[bytes] | None = None
         self._waiting: deque[Row] = deque()
         self._held_bytes = 0
 
@@ -69,9 +70,8 @@ class Ledger:
         self.reasons[reason] += 1
         self.sentences.setdefault(reason, f"{self._format.unit} {row.number:,}: {failure.message}")
         if self._file is None:
-            path = next(path for path in self._names() if not path.is_file())
-            self.rejects = str(path)
-            self._file = path.open("wb")
+            self._file = next(filter(None, map(_open_new, self._names())))
+            self.rejects = self._file.name
             self._file.write(self._format.head())
         self._file.write(self._format.rejected(row, failure))
 
@@ -80,7 +80,7 @@ class Ledger:
         if self._file:
             self._file.close()
             written = Path(self._file.name)
-            earlier = takewhile(lambda path: path != written, self._names())
+            earlier = filter(Path.is_file, takewhile(lambda path: path != written, self._names()))
             if place := next(filter(partial(_begins_with, written), earlier), None):
                 self.rejects = str(written.replace(place))
 
@@ -101,6 +101,15 @@ class Ledger:
                 self.reject(row, row.failure)
         self._waiting = deque(row for row in self._waiting if not row.failure)
         self._held_bytes = 0
+
+
+def _open_new(path: Path) -> IO[bytes] | None:
+    if is_written_in_place(path):
+        return path.open("wb")
+    try:
+        return create(path)
+    except FileExistsError:
+        return None
 
 
 def _begins_with(path: Path, earlier: Path) -> bool:

@@ -1,6 +1,7 @@
 """`roster load`: a file of users or posts into the service, going on where an earlier run of it stopped."""
 
 import asyncio
+import json
 import os
 import re
 import sys
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import orjson
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 
@@ -23,7 +23,16 @@ from service.cli.formats import FORMATS, STDIN, SourceError, format_name
 from service.cli.ledger import Ledger
 from service.cli.rows import ENTITIES, Columns, Entity
 from service.cli.source import Source
-from service.cli.terminal import PAGE_SIZE, Target, UsageError, counted, progress, server_options, stoppable
+from service.cli.terminal import (
+    PAGE_SIZE,
+    Target,
+    UsageError,
+    counted,
+    echo,
+    progress,
+    server_options,
+    stoppable,
+)
 from service.client import BATCH_ROWS, BulkLoader, LoadInterrupted, Patience, pages
 from service.client.errors import may_pass
 from service.errors import LoadAborted, LoadExpired, RosterError, TooManyFailures
@@ -85,7 +94,7 @@ class Load:
         found = await self._found(loads)
         self.was_finished = found.state == pb.BulkLoad.FINISHED
         if not self.was_finished:
-            click.echo(f"going on at row {opened.next_offset + 1:,}", err=True)
+            echo(f"going on at row {opened.next_offset + 1:,}", err=True)
         if not self.options.return_ids:
             self._skipped = self.ledger.rows = opened.next_offset
             self.ledger.failed = found.failed
@@ -148,8 +157,8 @@ class Load:
             "rejects": self.ledger.rejects,
         }
 
-    def __str__(self) -> str:
-        """Return the summary for people."""
+    def lines(self) -> list[str]:
+        """Return the summary for people, line by line."""
         told = self.told()
         counts = ", ".join(f"{told[name]:,} {name}" for name in ("created", "updated", "skipped", "failed"))
         now = f", {told['rows'] - self._skipped:,} of them now," if self._skipped else ""
@@ -167,7 +176,7 @@ class Load:
             kept = str(self.ledger.path)
             hint = f"; {kept} is another's, or mended, and stays" if told["rejects"] != kept else ""
             lines.append(f"  the failed rows are in {told['rejects']}{hint}")
-        return "\n".join(lines)
+        return lines
 
 
 def _choice(enum: Any) -> click.Choice[str]:
@@ -248,8 +257,8 @@ def load(
         raise UsageError(f"{source.name}: the load stopped: {_typed(failure.message)}; {settled}") from None
     finally:
         if columns.ignored:
-            click.echo(f"ignored columns: {', '.join(columns.ignored)}", err=True)
-    click.echo(orjson.dumps(job.told()) if is_json else str(job))
+            echo(f"ignored columns: {', '.join(columns.ignored)}", err=True)
+    echo(*([json.dumps(job.told())] if is_json else job.lines()))
     sys.exit(1 if ledger.failed else 0)
 
 

@@ -12,9 +12,10 @@ from google.protobuf.message import Message
 
 from roster.v1 import bulk_pb2 as pb
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
-from service.cli.terminal import PAGE_SIZE, Target, UsageError, server_options
+from service.cli.terminal import PAGE_SIZE, Target, UsageError, echo, server_options
 from service.client import pages
 from service.errors import RosterError
+from service.escape import escape
 
 LINE = "{:8}  {:>13}  {:>11}  {:19}  {:15}  {}"
 HEAD = LINE.format("state", "rows", "failed", "changed", "method", "load")
@@ -34,7 +35,7 @@ def loads(action: str, load_id: str, target: Target, *, yes: bool, is_json: bool
     if (action == "list") == bool(load_id):
         raise click.UsageError("write `roster loads`, `roster loads show LOAD_ID` or `… abort LOAD_ID`")
     if action == "abort" and not yes:
-        click.confirm(f"Abort the load {load_id} for good?", abort=True, err=True)
+        click.confirm(f"Abort the load {escape(load_id)} for good?", abort=True, err=True)
     try:
         asyncio.run(_run(target, action, load_id, is_json=is_json))
     except RosterError as failure:
@@ -55,7 +56,7 @@ async def _run(target: Target, action: str, load_id: str, *, is_json: bool) -> N
                 raise click.ClickException(f"it is {state}; nothing to abort")
         else:
             load = await stub.GetBulkLoad(pb.GetBulkLoadRequest(load_id=load_id))
-        click.echo(_json(load) if is_json else _story(load))
+        echo(*([_json(load)] if is_json else _story(load)))
         if action == "show":
             request = pb.ListBulkLoadFailuresRequest(load_id=load_id, page_size=PAGE_SIZE)
             await _print_all(pages(stub.ListBulkLoadFailures, request), _json if is_json else _why)
@@ -65,9 +66,9 @@ async def _print_all(messages: AsyncGenerator[Any], text: Callable[[Any], str], 
     async with aclosing(messages):
         message = await anext(messages, None)
         if head:
-            click.echo(head)
+            echo(head)
         while message is not None:
-            click.echo(text(message))
+            echo(text(message))
             message = await anext(messages, None)
 
 
@@ -83,11 +84,11 @@ def _line(load: pb.BulkLoad) -> str:
     return LINE.format(state, f"{load.next_offset:,}", f"{load.failed:,}", changed, method, load.load_id)
 
 
-def _story(load: pb.BulkLoad) -> str:
+def _story(load: pb.BulkLoad) -> list[str]:
     told = orjson.loads(_json(load))
     told["options"] = MessageToJson(load.options, preserving_proto_field_name=True, indent=None)
     names = [field.name for field in load.DESCRIPTOR.fields]
-    return "\n".join(f"{name:11}  {told[name]}" for name in names)
+    return [f"{name:11}  {told.get(name, '')}" for name in names]
 
 
 def _why(failure: pb.RowFailure) -> str:

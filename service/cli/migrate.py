@@ -3,18 +3,17 @@
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import click
 from alembic.util import CommandError
-from sqlalchemy import make_url
 from sqlalchemy.exc import DBAPIError
 
 from service.cli.environment import settings
-from service.cli.terminal import UsageError
+from service.cli.terminal import UsageError, echo
 from service.db import migrations
 from service.db.engine import Database
 from service.db.errors import code_of
+from service.files import sqlite_path
 from service.settings import Settings
 
 UNKNOWN_DATABASE = "3D000"  # https://www.postgresql.org/docs/current/errcodes-appendix.html
@@ -39,7 +38,7 @@ def reported(chosen: Settings) -> Iterator[None]:
 
 def missing_folder(chosen: Settings) -> str:
     """Return what is wrong with the place of SQLite's file; "" where nothing is."""
-    folder = Path(make_url(chosen.database_url).database or "").parent
+    folder = sqlite_path(chosen.database_url).parent
     return f"there is no folder {folder}; make it first" if chosen.is_embedded and not folder.is_dir() else ""
 
 
@@ -83,7 +82,7 @@ def migrate(down: str | None, *, sql: bool) -> None:
     if not sql:
         after = asyncio.run(_revision(chosen))
         did = "nothing was to be done" if after == before else f"migrated from {before or 'none'}"
-        click.echo(f"{did}: the schema is at revision {after or 'none'}")
+        echo(f"{did}: the schema is at revision {after or 'none'}")
 
 
 async def _revision(chosen: Settings) -> str | None:

@@ -14,10 +14,11 @@ from sqlalchemy.exc import DBAPIError
 from service import logs, workers
 from service.cli.environment import settings, settings_help
 from service.cli.migrate import reported, trouble
-from service.cli.terminal import UsageError
+from service.cli.terminal import UsageError, echo
 from service.db import migrations
 from service.db.engine import Database
 from service.db.errors import code_of
+from service.files import exposed
 from service.server import Server
 from service.settings import Settings, is_local, unknown_settings
 
@@ -42,6 +43,8 @@ def serve(*, is_worker: bool) -> None:
     if chosen.is_embedded:
         with reported(chosen):
             migrations.upgrade(chosen.database_url)
+        for danger in exposed(chosen.database_url):
+            log.warning("%s", danger)
     try:
         sys.exit(uvloop.run(_run(chosen, is_worker=is_worker)))
     except OSError as error:
@@ -61,7 +64,7 @@ async def _run(chosen: Settings, *, is_worker: bool) -> int:
         if is_worker:
             loop.remove_reader(sys.stdin)
         else:
-            click.echo("stopping: no new calls, those in flight are finished", err=True)
+            echo("stopping: no new calls, those in flight are finished", err=True)
 
     for number in SIGNALS:
         loop.add_signal_handler(number, stop)
@@ -84,7 +87,7 @@ async def _serve(chosen: Settings, stopping: asyncio.Event, *, is_worker: bool) 
             gc.freeze()
             gc.set_threshold(20_000)
             if is_worker:
-                click.echo("serving")
+                echo("serving")
             else:
                 _announce(chosen, server.address)
         await stopping.wait()
@@ -113,17 +116,17 @@ async def _require_schema(database: Database, patience: float, stopping: asyncio
 
 
 def _announce(chosen: Settings, address: str) -> None:
-    click.echo(f"listening on {address}", err=True)
+    echo(f"listening on {address}", err=True)
     if chosen.insecure and not is_local(chosen.listen):
         log.warning("ROSTER_INSECURE: whoever reaches %s may read, change and delete everything", address)
     is_read = sys.stderr.isatty() if chosen.log_format == "auto" else chosen.log_format == "text"
     if chosen.tls_cert_file or chosen.policy_file or not is_read:
         return
     ada = '{"user": {"email": "ada@example.org"}}'
-    click.echo(
-        "try, in another terminal:\n"
-        f"  grpcurl -plaintext {address} list\n"
-        f"  grpcurl -plaintext -d '{ada}' {address} {USERS}/CreateUser\n"
+    echo(
+        "try, in another terminal:",
+        f"  grpcurl -plaintext {address} list",
+        f"  grpcurl -plaintext -d '{ada}' {address} {USERS}/CreateUser",
         f"  grpcurl -plaintext {address} {USERS}/ListUsers",
         err=True,
     )

@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial, wraps
 from pathlib import Path
@@ -11,11 +11,14 @@ from typing import Any
 
 import click
 import grpc
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from service.client import Disconnected, channel, tls_credentials
 from service.errors import RosterError
+from service.escape import escape
+from service.settings import FOR_CLIENTS
 
 DRAW_EVERY_SECONDS = 0.2
 REPORT_EVERY_SECONDS = 5
@@ -78,18 +81,45 @@ def server_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def with_target(**options: Any) -> None:
-        names = "address", "tls_ca", "tls_cert", "tls_key", "token_file", "token"
-        command(target=Target(*map(options.pop, names)), **options)
+        chosen = {name: options.pop(name) for name in FOR_CLIENTS.values()}
+        _require_one_source(chosen)
+        command(target=Target(**chosen), **options)
 
     for add in reversed(SERVER):
         with_target = add(with_target)
     return with_target
 
 
+def _require_one_source(chosen: Mapping[str, Any]) -> None:
+    """Refuse to send a token or use a key of one's own where only the current folder's `.env` says to."""
+    source = click.get_current_context().get_parameter_source
+    from_folder = {name for name in chosen if source(name) is ParameterSource.DEFAULT_MAP}
+    if "token_file" in from_folder and not chosen["token_file"].resolve().is_relative_to(Path.cwd()):
+        from_folder.remove("token_file")  # the secret itself is not the folder's
+    token = "token_file" if chosen["token_file"] else "token"
+    secrets = [name for name in (token, "tls_key") if chosen[name] and name not in from_folder]
+    if secrets and (named := from_folder & {"address", "tls_ca"}):
+        variables = [variable for variable, name in FOR_CLIENTS.items() if name in named]
+        options = [f"--{name}".replace("_", "-") for name in sorted(named)]
+        raise UsageError(
+            f"{' and '.join(variables)} in the .env of this folder would get a token or key from elsewhere; "
+            f"add {' and '.join(options)}, or keep all of them in one place"
+        )
+
+
 class UsageError(click.ClickException):
-    """What keeps a command from running, or from coming to its end."""
+    """An error that keeps a command from running or from finishing; each text is one line."""
 
     exit_code = 2
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n       ".join(map(escape, lines)))
+        self.lines = lines
+
+
+def echo(*lines: str, err: bool = False) -> None:
+    """Print lines for people; each stays on its line, and controls no terminal, whoever wrote it."""
+    click.echo("\n".join(map(escape, lines)), err=err)
 
 
 def counted(number: int, noun: str) -> str:
@@ -110,7 +140,7 @@ def stoppable(told: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        click.echo(f"interrupted{told()}", err=True)
+        echo(f"interrupted{told()}", err=True)
         sys.exit(128 + received[-1])  # as shells have it
 
 
@@ -130,16 +160,21 @@ async def progress(total: int, state: Callable[[], tuple[int, str]]) -> AsyncGen
 
 
 async def _bar(console: Console, total: int, state: Callable[[], tuple[int, str]]) -> None:
-    columns = BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn()
+    columns = (
+        BarColumn(),
+        TextColumn("{task.description}", markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=total or None)
         while True:
-            done, text = state()
-            bar.update(task, completed=done, description=text)
+            done, description = state()
+            bar.update(task, completed=done, description=description)
             await asyncio.sleep(DRAW_EVERY_SECONDS)
 
 
 async def _lines(state: Callable[[], tuple[int, str]]) -> None:
     while True:
         await asyncio.sleep(REPORT_EVERY_SECONDS)
-        click.echo(state()[1], err=True)
+        echo(state()[1], err=True)

@@ -11,7 +11,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from jwt.algorithms import OKPAlgorithm
 
-from service.cli.terminal import FILE, UsageError, option
+from service.cli.terminal import FILE, UsageError, echo, option
+from service.files import create
 
 
 @click.group(short_help="Make keys and bearer tokens for development.")
@@ -27,17 +28,17 @@ def keys(folder: Path) -> None:
     public = private.public_key()
     jwk = OKPAlgorithm.to_jwk(public, as_dict=True) | {"kid": _key_id(public), "alg": "EdDSA", "use": "sig"}
     pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(0o755, parents=True, exist_ok=True)
     for path, mode, data in (
         (folder / "private.pem", 0o600, pem),
         (folder / "jwks.json", 0o644, json.dumps({"keys": [jwk]}).encode()),
     ):
         try:
-            path.touch(mode=mode, exist_ok=False)
+            with create(path, mode) as file:
+                file.write(data)
         except FileExistsError:
             raise UsageError(f"{path} is there already; it is not overwritten") from None
-        path.write_bytes(data)
-        click.echo(path)
+        echo(str(path))
 
 
 @token.command(short_help="Print a token for a subject.")
@@ -59,7 +60,7 @@ def issue(subject: str, key: Path, issuer: str, audience: str, minutes: int) -> 
     end = datetime.now(UTC) + timedelta(minutes=minutes)
     claims = {"iss": issuer, "aud": audience, "sub": subject, "exp": end}
     headers = {"kid": _key_id(private.public_key())}
-    click.echo(jwt.encode(claims, private, "EdDSA", headers))
+    echo(jwt.encode(claims, private, "EdDSA", headers))
 
 
 def _key_id(public: Ed25519PublicKey) -> str:

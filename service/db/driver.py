@@ -11,6 +11,7 @@ import asyncpg
 from sqlalchemy import BindParameter, Dialect, Select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from service.db.cancelled import keep_if_cancelled
 from service.db.statements import measured
 
 
@@ -30,7 +31,7 @@ class DriverQuery:
     async def rows(self, connection: AsyncConnection, **values: Any) -> Sequence[Any]:
         """Return all rows, with these values for the parameters that were left open.
 
-        Raises the driver's errors; a connection that failed, or was cancelled, is not used again.
+        Raises the driver's errors; a connection that failed is not used again.
         """
         bound = [
             convert(values.get(parameter.key, parameter.value))
@@ -40,9 +41,10 @@ class DriverQuery:
         try:
             with measured(self.sql):
                 return await self._fetched(opened.connection.driver_connection, bound)
-        except BaseException:
+        except BaseException as error:
             # SQLAlchemy doesn't see what the driver does: a broken connection would go back to the pool.
-            await connection.invalidate()
+            if not keep_if_cancelled(opened, error):
+                await connection.invalidate()
             raise
 
     async def _fetched(self, driver: Any, bound: Sequence[Any]) -> Sequence[Any]:

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from contextvars import Context
 from copy import copy
-from itertools import accumulate, takewhile
 from operator import itemgetter
 from time import perf_counter
 from typing import Any
@@ -14,12 +13,14 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import InstrumentedAttribute
 
+from service.caller import current_share
 from service.db.dialect import is_one_of_keys
 from service.db.driver import DriverQuery
 from service.db.engine import Database
 from service.db.statements import tell
 from service.errors import DatabaseUnavailable, RosterError
 from service.metrics import GATHERED_READS
+from service.shares import FairQueue
 
 # Contents of 1 MiB each may come back; those who ask for many at once ask for small rows.
 MAX_KEYS = 100
@@ -40,7 +41,8 @@ class Gather:
     """Looks rows up by a unique column: calls that come while a statement is under way share the next one.
 
     So each sees what was committed before it came. One that leaves takes no other with it; a statement
-    that all its callers have left is cancelled.
+    that all its callers have left is cancelled. Callers who wait go with the next statement in turn, so that
+    one with many look-ups does not hold up the others.
     """
 
     def __init__(self, database: Database, key: Column, columns: Sequence[Any]) -> None:
@@ -48,7 +50,7 @@ class Gather:
         self._database = database
         self._query = DriverQuery(select(*columns).where(is_one_of_keys(key, dialect)), dialect)
         self._key_of = itemgetter([column.key for column in columns].index(key.key))
-        self._waiting: list[Waiting] = []
+        self._waiting: FairQueue[Waiting] = FairQueue()
         self._in_flight: list[Waiting] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -62,7 +64,7 @@ class Gather:
         Raises what `Database.read()` does, each caller an error of its own.
         """
         future: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()
-        self._waiting.append((keys, future))
+        self._waiting.put(current_share(), (keys, future))
         if self._task is None:
             self._start()
         began = perf_counter()
@@ -76,9 +78,8 @@ class Gather:
 
     async def close(self) -> None:
         """Cancel what is under way, and wait for its end."""
-        for _, future in self._waiting:
+        for _, future in self._waiting.clear():
             future.cancel()
-        self._waiting = []
         if self._task:
             self._cancel(self._task)
             await asyncio.wait([self._task])
@@ -132,10 +133,12 @@ class Gather:
         self._in_flight = []
 
     def _take(self) -> None:
-        """Put callers in flight until they have keys enough."""
-        ends = accumulate(len(keys) for keys, _ in self._waiting)
-        count = 1 + sum(1 for end in takewhile(MAX_KEYS.__gt__, ends))
-        self._in_flight, self._waiting = self._waiting[:count], self._waiting[count:]
+        """Put look-ups in flight until they have keys enough."""
+        number = 0
+        while self._waiting and number < MAX_KEYS:
+            lookup = self._waiting.get()
+            self._in_flight.append(lookup)
+            number += len(lookup[0])
 
     def _cancel_where_all_left(self) -> None:
         callers = self._in_flight or self._waiting
@@ -150,11 +153,10 @@ class Gather:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         unanswered, self._in_flight = self._in_flight, []
-        # The others have left.
-        self._waiting = [(keys, future) for keys, future in self._waiting if not future.done()]
+        self._waiting.discard(_has_left)
         error = None if task.cancelled() else task.exception()
         if error and not unanswered:  # no connection was had
-            unanswered, self._waiting = self._waiting, []
+            unanswered = self._waiting.clear()
         for _, future in unanswered:
             if error and not future.done():
                 future.set_exception(_own(error))
@@ -162,6 +164,10 @@ class Gather:
         self._task = None
         if self._waiting:
             self._start()
+
+
+def _has_left(lookup: Waiting) -> bool:
+    return lookup[1].done()
 
 
 def _own(error: BaseException) -> Exception:

@@ -96,6 +96,7 @@ async def batches(
         while (found := await reading).rows:
             if found.next_key:
                 reading = asyncio.create_task(read(*found.next_key))
+            await database.loop_turns.next(len(found.rows))
             yield found.rows
             if not found.next_key:
                 return

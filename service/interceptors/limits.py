@@ -1,4 +1,4 @@
-"""What one caller may take, and what the server takes on: a guard against runaways, not a plan of quotas."""
+"""Limits of what one caller may take, and of what the server takes on: a guard against runaways."""
 
 import asyncio
 import time
@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from service.caller import current_caller
-from service.errors import Overloaded, QuotaExceeded, RateLimited
+from service.caller import current_share
+from service.errors import Overloaded, QuotaExceeded, RateLimited, RosterError
 from service.interceptors.around import Around, Context, Proceed
 from service.policy import HEALTH
 from service.settings import Settings
+from service.shares import FairSemaphore
 
 BURST_SECONDS = 1
 # Those of callers who stay away are forgotten once there are so many.
@@ -31,6 +32,7 @@ class Limits(Around):
     """Bounds calls in flight and calls a second by caller and method, and calls in flight in all.
 
     A caller's own limit is QuotaExceeded or RateLimited, the server's is Overloaded; nothing was done.
+    Of the calls in flight in all a caller may have its fair share, whatever the methods.
     A stream whose client sends nothing for too long is QuotaExceeded. One whose client does not read keeps
     its place instead: gRPC sends no status past messages that wait. Health is never refused.
     """
@@ -41,7 +43,7 @@ class Limits(Around):
         self._now = now
         self._streams: set[str] = set()
         self._uploads: set[str] = set()
-        self._calls = 0
+        self._calls = FairSemaphore(settings.max_calls)
         self._uses: dict[Key, Use] = {}
 
     def wrap(self, method: str, handler: Any) -> Any:
@@ -54,14 +56,16 @@ class Limits(Around):
         return super().wrap(method, handler)
 
     async def around(self, method: str, proceed: Proceed, request: Any, context: Context) -> Any:
-        use = self._use((current_caller().identity, method))
+        caller = current_share()
+        use = self._use((caller, method))
         self._admit(method, use)
-        self._calls += 1
+        if not self._calls.try_acquire(caller):
+            raise self._refusal(caller)
         use.in_flight += 1
         try:
             return await proceed(self._patient(request) if method in self._uploads else request, context)
         finally:
-            self._calls -= 1
+            self._calls.release(caller)
             use.in_flight -= 1
 
     async def _patient(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
@@ -86,8 +90,6 @@ class Limits(Around):
         return use
 
     def _admit(self, method: str, use: Use) -> None:
-        if self._calls >= self._settings.max_calls:
-            raise Overloaded("the server has too many calls in flight; nothing was done, try again")
         is_stream = method in self._streams
         most = self._settings.caller_streams if is_stream else self._settings.caller_calls
         if use.in_flight >= most:
@@ -99,3 +101,11 @@ class Limits(Around):
         if until - now >= BURST_SECONDS:
             raise RateLimited(f"this method was called more than {rate} times a second; slow down")
         use.spent_until = until + 1 / rate
+
+    def _refusal(self, caller: str) -> RosterError:
+        if self._calls.free:
+            return QuotaExceeded(
+                f"this caller has {self._calls.held(caller)} calls in flight, which is its share of "
+                f"{self._calls.size}; wait until some have ended"
+            )
+        return Overloaded("the server has too many calls in flight; nothing was done, try again")

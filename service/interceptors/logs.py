@@ -1,6 +1,7 @@
 """One line in the log for every call; the lines written meanwhile carry its ids."""
 
 import logging
+import re
 from collections.abc import Sequence
 from random import getrandbits
 from time import perf_counter
@@ -14,7 +15,9 @@ from service.turns import Turn
 
 log = logging.getLogger("service.calls")
 
-MAX_ID = 128
+# As HTTP/2 carries text in gRPC; no raw byte of a header reaches the log.
+REQUEST_ID = re.compile(r"[ -~]{1,128}")
+TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}.*")
 QUIET = "/grpc.health.v1.Health/"  # probes come every few seconds
 
 
@@ -35,7 +38,8 @@ class Statements:
 class Logs(Around):
     """Logs each call when it has ended, never what was in it; as a warning where it was slow.
 
-    The request id is the caller's `x-request-id`, or a new one; the trace id is that of `traceparent`.
+    The request id is the caller's `x-request-id`, 1 to 128 printable ASCII characters, otherwise a new one;
+    the trace id is that of `traceparent`.
     """
 
     def __init__(self, slow_seconds: float) -> None:
@@ -87,11 +91,10 @@ def _write(calls: Sequence[tuple[int, dict[str, Any]]]) -> None:
 
 def _ids(context: Context) -> dict[str, str]:
     metadata: dict[str, Any] = dict(context.invocation_metadata() or ())
+    request_id = metadata.get("x-request-id", "")
     # Nobody gains by guessing one, and uuid4 asks the system for each: 8 µs.
-    new_id = f"{getrandbits(128):032x}"
-    ids: dict[str, str] = {"request_id": metadata.get("x-request-id", "")[:MAX_ID] or new_id}
+    ids = {"request_id": request_id if REQUEST_ID.fullmatch(request_id) else f"{getrandbits(128):032x}"}
     # https://www.w3.org/TR/trace-context/#traceparent-header
-    parts = metadata.get("traceparent", "").split("-")
-    if len(parts) >= 4:  # noqa: PLR2004
-        ids["trace_id"] = parts[1][:MAX_ID]
+    if trace := TRACEPARENT.fullmatch(metadata.get("traceparent", "")):
+        ids["trace_id"] = trace[1]
     return {**ids, **CALL.get()}

@@ -1,4 +1,8 @@
-"""Passwords: argon2id in a few threads, so that hashing never holds up the event loop."""
+"""Passwords: argon2id in a few threads, so that hashing never holds up the event loop.
+
+The threads are shared fairly among callers: one with a thousand checks, or with dear ones, leaves a thread
+to the others, unless there is only one.
+"""
 
 import asyncio
 from base64 import b64encode
@@ -10,23 +14,26 @@ from typing import TypeVar
 from argon2 import PasswordHasher, Type, extract_parameters
 from argon2.exceptions import InvalidHashError
 
+from service.caller import current_share
 from service.errors import Overloaded
 from service.metrics import HASHING, HASHING_REFUSED
 from service.settings import Settings
+from service.shares import FairSemaphore
 from service.users.hashes import matches
 
 T = TypeVar("T")
 
 
 class Passwords:
-    """Hashes and checks passwords; raises Overloaded where too many wait already."""
+    """Hashes and checks passwords; raises Overloaded if too many of the same caller wait already."""
 
     def __init__(self, settings: Settings) -> None:
         self._hasher = PasswordHasher(
             settings.password_passes, settings.password_memory, settings.password_lanes
         )
         self._threads = ThreadPoolExecutor(settings.password_workers, thread_name_prefix="password")
-        self._free = settings.password_queue
+        self._shares = FairSemaphore(settings.password_workers)
+        self._queue = settings.password_queue
         # Checked where there is no hash, so that an unknown user costs what a known one does.
         self._nobody = _hash_of_nothing(self._hasher)
 
@@ -65,16 +72,18 @@ class Passwords:
         )
 
     async def _run(self, work: Callable[[], T]) -> T:
-        if not self._free:
+        caller = current_share()
+        if self._shares.held(caller) + self._shares.waiting(caller) >= self._queue:
             HASHING_REFUSED.inc()
-            raise Overloaded("too many passwords are being hashed; nothing was done, try again")
-        self._free -= 1
-        HASHING.inc()
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-        finally:
-            self._free += 1
-            HASHING.dec()
+            raise Overloaded(
+                f"{self._queue} passwords of this caller are being hashed; nothing was done, try again"
+            )
+        with HASHING.track_inprogress():
+            await self._shares.acquire(caller)
+            hashing = asyncio.get_running_loop().run_in_executor(self._threads, work)
+            # A thread can't be interrupted: it is free when it has finished, though the call was cancelled.
+            hashing.add_done_callback(lambda _: self._shares.release(caller))
+            return await asyncio.shield(hashing)
 
 
 def _hash_of_nothing(hasher: PasswordHasher) -> str:

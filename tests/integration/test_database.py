@@ -11,8 +11,9 @@ import pytest
 from sqlalchemy import event, func, insert, make_url, select, text
 from sqlalchemy.exc import IntegrityError
 
+from service.caller import NOBODY, Caller, set_caller
 from service.db.engine import Database
-from service.errors import DatabaseUnavailable, PoolExhausted
+from service.errors import DatabaseUnavailable, PoolExhausted, QuotaExceeded
 from service.settings import Settings
 from service.users.model import User
 from tests.rows import add_posts, add_users
@@ -196,6 +197,48 @@ async def test_an_exhausted_pool_refuses_reads_too(small: Database) -> None:
                 await small.ping()
 
     await small.ping()
+
+
+async def test_a_caller_holds_a_share_of_the_connections_and_no_more(database_url: str) -> None:
+    """Its further calls are refused with the numbers; another caller still gets a connection."""
+    settings = Settings(database_url=database_url, pool_size=8, max_overflow=0, pool_timeout=0.1)
+    database = Database(settings)
+    share = 1 if database.is_sqlite else 2
+    set_caller(Caller("greedy"))
+    async with AsyncExitStack() as stack:
+        for _ in range(share):
+            await stack.enter_async_context(database.read())
+        with pytest.raises(QuotaExceeded, match=f"hold {share} of 8 connections"):
+            await database.ping()
+        set_caller(Caller("modest"))
+        await database.ping()
+    set_caller(NOBODY)
+    await database.close()
+
+
+async def test_a_cancelled_read_keeps_its_connection(postgresql_url: str) -> None:
+    """Its statement has ended in the database before the next call gets the connection."""
+    database = Database(Settings(database_url=postgresql_url, pool_size=1, max_overflow=0))
+    connections = []
+    event.listen(database.engine.sync_engine, "connect", lambda *_: connections.append(1))
+    begun = asyncio.Event()
+
+    async def slow() -> None:
+        async with database.read() as session:
+            await session.execute(select(1))
+            asyncio.get_running_loop().call_later(0.1, begun.set)
+            await session.execute(text("SELECT pg_sleep(60)"))
+
+    for _ in range(2):
+        task = asyncio.create_task(slow())
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with asyncio.timeout(5):
+            await database.ping()
+    assert len(connections) == 1
+    await database.close()
 
 
 async def test_calls_don_t_wait_for_loads(big: Database) -> None:

@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import make_url, select, text, update
 
 from roster.v1 import posts_pb2, posts_pb2_grpc, resources_pb2, users_pb2, users_pb2_grpc
+from service.caller import Caller, set_caller
 from service.db import gather
 from service.db.driver import DriverQuery
 from service.db.engine import Database
@@ -202,18 +203,51 @@ async def test_no_statement_waits_for_ever(
     assert {user.id for user in await asyncio.gather(*others)} == {ids[1]}
 
 
-async def test_many_asked_for_at_once_are_not_parted(
+async def test_batches_are_not_parted_and_share_statements(
     database: Database, users: UserReader, gate: Gate
 ) -> None:
-    """They come with one statement, and others with them until there are a hundred."""
+    """The ids of a batch are read by one statement, other batches with them until there are a hundred."""
     ids = await add_users(database, 150)
-    single, many, late = await asyncio.gather(
-        users.get(ids[0]), users.get_many([*ids[1:], 4711]), users.get(ids[1])
+    first, many, late = await asyncio.gather(
+        users.get_many(ids[:1]), users.get_many([*ids[1:], 4711]), users.get_many(ids[1:2])
     )
-    assert (single.id, late.id) == (ids[0], ids[1])
+    assert (first[ids[0]].id, late[ids[1]].id) == (ids[0], ids[1])
     assert [many[id].id for id in ids[1:]] == ids[1:]
     assert 4711 not in many
     assert gate.keys == [sorted([*ids, 4711]), ids[1:2]]
+
+
+async def test_a_single_look_up_does_not_wait_for_a_batch(
+    database: Database, users: UserReader, gate: Gate
+) -> None:
+    """They are read by statements of their own."""
+    ids = await add_users(database, 2)
+    gate.held = {ids[0]}
+    batch = asyncio.create_task(users.get_many(ids[:1]))
+    await gate.arrived.wait()
+    assert (await users.get(ids[1])).id == ids[1]
+    gate.opened.set()
+    assert (await batch)[ids[0]].id == ids[0]
+
+
+async def test_look_ups_of_callers_who_wait_go_in_turn(
+    database: Database, users: UserReader, gate: Gate
+) -> None:
+    """A caller with many batches holds another up for one of them, not for all."""
+    ids = await add_users(database, 102)
+    gate.held = {ids[0]}
+
+    async def look_up(caller: str, keys: list[int]) -> None:
+        set_caller(Caller(caller))
+        await users.get_many(keys)
+
+    calls = [asyncio.create_task(look_up("greedy", ids[:100])) for _ in range(5)]
+    await gate.arrived.wait()
+    calls += [asyncio.create_task(look_up("modest", ids[100:])) for _ in range(2)]
+    await asyncio.sleep(0)
+    gate.opened.set()
+    await asyncio.gather(*calls)
+    assert [len(keys) for keys in gate.keys] == [100, 100, 102, 102, 100]
 
 
 async def test_a_call_sees_what_was_committed_before_it(
@@ -479,6 +513,6 @@ async def test_those_who_left_are_forgotten(database_url: str) -> None:
             await asyncio.gather(call, return_exceptions=True)
         await asyncio.wait([task]) if (task := users._users[int]._task) else None
         await asyncio.sleep(0)
-        assert users._users[int]._waiting == []
+        assert not users._users[int]._waiting
     await users.close()
     await database.close()

@@ -7,6 +7,7 @@ import bcrypt
 import pytest
 from argon2 import PasswordHasher, Type
 
+from service.users import hashes
 from service.users.hashes import matches, wrong_password_hash
 
 PASSWORD = "correct horse"
@@ -72,23 +73,71 @@ def test_of_a_long_password_bcrypt_knows_the_beginning() -> None:
     ("form", "cost", "too_much"),
     [
         ("argon2id", "m=8,", "m=262145,"),
-        ("argon2id", "t=1", "t=17"),
-        ("argon2id", "p=1", "p=17"),
+        ("argon2id", "m=8,t=1,", "m=65536,t=17,"),
+        ("argon2id", "m=8,t=1,", "m=262144,t=5,"),
+        ("argon2id", "t=1", "t=0"),
+        ("argon2id", "p=1", "p=9"),
         ("argon2id", "p=1", "p=0"),
-        ("bcrypt", "$04$", "$16$"),
+        ("bcrypt", "$04$", "$15$"),
         ("scrypt", "ln=4", "ln=18"),
-        ("scrypt", "r=8", "r=9"),
-        ("scrypt", "p=1", "p=11"),
-        ("pbkdf2", "$1000$", "$5000001$"),
+        ("scrypt", "ln=4", "ln=0"),
+        ("scrypt", "ln=4,r=8", "ln=17,r=9"),
+        ("scrypt", "ln=4,r=8,p=1", "ln=17,r=8,p=3"),
+        ("scrypt", "p=1", "p=0"),
+        ("pbkdf2", "$1000$", "$3000001$"),
+        ("pbkdf2", "$1000$", "$0$"),
+        ("pbkdf2-sha256", "$1000$", "$3000001$"),
+        ("pbkdf2-sha512", "$1000$", "$1000001$"),
     ],
 )
 def test_a_hash_that_is_too_dear_is_refused(form: str, cost: str, too_much: str) -> None:
-    """A check must not hold a thread for long; the sentence says what is allowed."""
+    """A check must not hold a thread for long; the sentence says what is allowed and what to do."""
     wrong = wrong_password_hash(IMPORTED[form].replace(cost, too_much))
 
     assert wrong
-    assert form.removesuffix("id") in wrong
+    assert form.removesuffix("id").partition("-")[0] in wrong
     assert "at most" in wrong
+    assert "set a new password" in wrong
+
+
+@pytest.mark.parametrize(
+    ("form", "cost", "used_elsewhere"),
+    [
+        ("argon2id", "m=8,t=1,p=1", "m=65536,t=3,p=4"),  # argon2-cffi, and RFC 9106's second choice
+        ("argon2id", "m=8,t=1,p=1", "m=102400,t=2,p=8"),  # Django, and argon2-cffi before version 21
+        ("argon2id", "m=8,t=1,p=1", "m=262144,t=3,p=1"),  # libsodium, MODERATE
+        ("argon2id", "m=8,t=1,p=1", "m=7168,t=5,p=1"),  # OWASP, Keycloak
+        ("bcrypt", "$04$", "$14$"),
+        ("scrypt", "ln=4", "ln=17"),  # OWASP
+        ("scrypt", "ln=4,r=8,p=1", "ln=13,r=8,p=10"),  # OWASP, with less memory
+        ("scrypt", "ln=4,r=8,p=1", "ln=15,r=8,p=3"),
+        ("pbkdf2", "$1000$", "$1300000$"),  # OWASP
+        ("pbkdf2-sha256", "$1000$", "$1200000$"),  # Django 6.0
+        ("pbkdf2-sha256", "$1000$", "$600000$"),  # Keycloak, OWASP
+        ("pbkdf2-sha512", "$1000$", "$210000$"),  # Keycloak, OWASP
+    ],
+)
+def test_accepts_hashes_at_the_costs_that_others_use(form: str, cost: str, used_elsewhere: str) -> None:
+    """Exports of other systems load as they are."""
+    assert cost in IMPORTED[form]
+    assert wrong_password_hash(IMPORTED[form].replace(cost, used_elsewhere)) is None
+
+
+def test_a_long_derived_key_costs_no_more_than_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PBKDF2 takes all rounds for each block of the key; older releases of Keycloak keep 64 bytes."""
+    lengths = []
+
+    def derive(digest: str, password: bytes, salt: bytes, rounds: int, length: int) -> bytes:
+        lengths.append(length)
+        return pbkdf2_hmac(digest, password, salt, rounds, length)
+
+    monkeypatch.setattr(hashes, "pbkdf2_hmac", derive)
+    key = encoded(pbkdf2_hmac("sha256", PASSWORD.encode(), SALT, 1000, 64))
+    stored = f"$pbkdf2-sha256$1000${encoded(SALT)}${key}"
+
+    assert matches(stored, PASSWORD) is True
+    assert matches(stored, PASSWORD + " ") is False
+    assert lengths == [32, 32]
 
 
 @pytest.mark.parametrize(

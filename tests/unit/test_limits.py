@@ -1,5 +1,7 @@
 """The token buckets, by a clock of the test's own."""
 
+import asyncio
+
 from service.caller import Caller, set_caller
 from service.errors import RosterError
 from service.interceptors import limits
@@ -56,3 +58,27 @@ async def test_callers_who_stay_away_are_forgotten() -> None:
     assert await admitted(guard, "ada") == "RATE_LIMITED"
     assert len(guard._uses) == 2
     assert sum(use.in_flight for use in guard._uses.values()) == 0
+
+
+async def test_a_caller_can_not_take_all_calls_with_several_methods() -> None:
+    """Half of what the others leave is its share of the calls in flight; the others still get in."""
+    guard, may_end = Limits(Settings(max_calls=8)), asyncio.Event()
+
+    async def held(*_: object) -> None:
+        await may_end.wait()
+
+    async def hold(caller: str, method: str) -> None:
+        set_caller(Caller(caller))
+        await guard.around(method, held, None, None)  # type: ignore[arg-type]
+
+    calls = [asyncio.create_task(hold("greedy", f"/method/{number}")) for number in range(4)]
+    await asyncio.sleep(0)
+    assert await admitted(guard, "greedy", "/method/4") == "QUOTA_EXCEEDED"
+    assert await admitted(guard, "ada") == ""
+
+    calls += [asyncio.create_task(hold(caller, METHOD)) for caller in ("ada", "ada", "alan", "grace")]
+    await asyncio.sleep(0)
+    assert await admitted(guard, "edsger") == "OVERLOADED"
+    may_end.set()
+    await asyncio.gather(*calls)
+    assert await admitted(guard, "greedy", "/method/4") == ""

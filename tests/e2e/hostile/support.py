@@ -1,9 +1,11 @@
 """A server to attack, with TLS, tokens and a policy, and a caller who goes on meanwhile."""
 
 import asyncio
+import json
 import math
 import os
 import re
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -14,10 +16,11 @@ from typing import Any
 import grpc
 
 from roster.v1.resources_pb2 import User
-from roster.v1.users_pb2 import CreateUserRequest, GetUserRequest
+from roster.v1.users_pb2 import CreateUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.client import tls_credentials
 from tests.authority import Authority
+from tests.e2e.clients import CHECKOUT
 from tests.e2e.command import Serving, serving
 from tests.e2e.secured import POLICY
 from tests.issuer import AUDIENCE, ISSUER, Issuer
@@ -25,7 +28,6 @@ from tests.issuer import AUDIENCE, ISSUER, Issuer
 # `make test-hostile` makes each attack this many times as large, or as long.
 SCALE = int(os.environ.get("ROSTER_TEST_SCALE", "1"))
 MEMORY_RETURNS_SECONDS = 30
-BYSTANDER_PAUSE_SECONDS = 0.02
 PROMPT_SECONDS = 0.25  # allowed whatever the rest is: two cores run server, attacker and bystander
 MIB = 1 << 20
 
@@ -99,55 +101,56 @@ async def victim(folder: Path, database_url: str, **environment: str) -> AsyncIt
         **environment,
     }
     async with serving(folder, **settings) as process:
-        yield Victim(process, folder, issuer)
+        draining = asyncio.create_task(process.ended())  # a full pipe would stop the server: audit lines come
+        try:
+            yield Victim(process, folder, issuer)
+        finally:
+            draining.cancel()
+            await asyncio.gather(draining, return_exceptions=True)
 
 
 @dataclass
 class Bystander:
-    """A caller who reads one user again and again; the seconds that each call took."""
+    """What a caller met who read one user again and again; known once its block has ended."""
 
     seconds: list[float] = field(default_factory=list)
-    failures: list[grpc.aio.AioRpcError] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
     @property
     def p99(self) -> float:
-        """The 99th percentile of the seconds."""
+        """The 99th percentile of the seconds that a call took."""
         return percentile(self.seconds, 0.99)
 
 
 @asynccontextmanager
 async def bystander(victim: Victim, subject: str = "admin") -> AsyncIterator[Bystander]:
-    """Read one user every 20 ms on a connection of its own while the block runs."""
+    """Let a process of its own read a user every 20 ms, on one connection, while the block runs."""
+    async with victim.channel("admin") as channel:
+        request = CreateUserRequest(user=User(email=f"{os.urandom(8).hex()}@example.org"))
+        user = await UserServiceStub(channel).CreateUser(request)
     seen = Bystander()
-    async with victim.channel(subject) as channel:
-        users = UserServiceStub(channel)
-        user = await users.CreateUser(
-            CreateUserRequest(user=User(email=f"{os.urandom(8).hex()}@example.org"))
-        )
-        reading = asyncio.create_task(_read(users, user.id, seen))
-        try:
-            yield seen
-        finally:
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.e2e.hostile.caller"),
+        *(victim.address, victim.ca, victim.token(subject), str(user.id)),
+        cwd=CHECKOUT,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout
+    await process.stdout.readline()
+    try:
+        yield seen
+    finally:
+        out, _ = await process.communicate(b"")
+        met = json.loads(out)
+        seen.seconds, seen.failures = met["seconds"], met["failures"]
 
 
-async def at_rest(victim: Victim, subject: str = "admin", calls: int = 50) -> float:
-    """Return the p99 of a bystander while nothing else happens, in seconds."""
+async def at_rest(victim: Victim, subject: str = "admin", seconds: float = 1.5) -> float:
+    """Return the p99 of a caller while nothing else happens, in seconds."""
     async with bystander(victim, subject) as seen:
-        await eventually(lambda: len(seen.seconds) >= calls, 30)
+        await asyncio.sleep(seconds)
     return seen.p99
-
-
-async def _read(users: UserServiceStub, id: int, seen: Bystander) -> None:
-    while True:
-        began = perf_counter()
-        try:
-            await users.GetUser(GetUserRequest(id=id), timeout=10)
-        except grpc.aio.AioRpcError as error:
-            seen.failures.append(error)
-        seen.seconds.append(perf_counter() - began)
-        await asyncio.sleep(BYSTANDER_PAUSE_SECONDS)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -158,6 +161,6 @@ def percentile(values: Sequence[float], share: float) -> float:
 async def eventually(condition: Callable[[], bool], seconds: float) -> bool:
     """Return whether a condition comes true within some seconds, asked ten times a second."""
     end = perf_counter() + seconds
-    while not (is_true := condition()) and perf_counter() < end:
+    while not (is_true := condition()) and perf_counter() < end:  # noqa: ASYNC110
         await asyncio.sleep(0.1)
     return is_true

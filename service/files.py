@@ -1,0 +1,82 @@
+"""Files with secrets: only their owner can read them, and no planted name redirects them."""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from shlex import join
+from typing import IO
+
+from sqlalchemy import make_url
+
+OWNER_ONLY = 0o600
+SQLITE_SUFFIXES = ("", "-wal", "-shm", "-journal")
+
+
+def create(path: Path, mode: int = OWNER_ONLY) -> IO[bytes]:
+    """Create a file and open it to write; raises FileExistsError if anything has its name, even a symlink."""
+    return open(path, "xb", opener=lambda name, flags: os.open(name, flags, mode))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file as `.part`, and give it its name when it is complete; raises OSError.
+
+    A `.part` of an earlier run is removed, a symlink too. A pipe or a device is written in place.
+    """
+    if is_written_in_place(path):
+        with path.open("wb") as file:
+            yield file
+        return
+    part = Path(f"{path}.part")
+    part.unlink(missing_ok=True)
+    with create(part) as file:
+        yield file
+        if not os.path.samestat(os.fstat(file.fileno()), part.lstat()):
+            raise FileExistsError(f"another export writes {path}, too")
+    part.replace(path)
+
+
+def is_written_in_place(path: Path) -> bool:
+    """Tell whether a path is a pipe or a device, such as /dev/stdout, and not a file to replace."""
+    with suppress(OSError):
+        kind = path.stat().st_mode
+        is_descriptor = path.is_symlink() and path.parts[:2] in (("/", "dev"), ("/", "proc"))
+        return is_descriptor or stat.S_ISFIFO(kind) or stat.S_ISCHR(kind)
+    return False
+
+
+def sqlite_path(url: str) -> Path:
+    """Return the file of a SQLite database; with `uri=true` its URL has SQLite's `file:` before it."""
+    parsed = make_url(url)
+    return Path((parsed.database or "").removeprefix("file:" if "uri" in parsed.query else ""))
+
+
+def create_database(url: str) -> None:
+    """Create the empty file of a SQLite database, if there is none, before SQLite does with the umask's mode.
+
+    SQLite gives `-wal`, `-shm` and `-journal` the mode of the database.
+    """
+    # An existing file must not even be opened: closing it would drop the locks that SQLite has on it.
+    # Where it can't be created SQLite says why.
+    if make_url(url).query.get("mode", "rwc") == "rwc":
+        with suppress(OSError):
+            create(sqlite_path(url).resolve()).close()
+
+
+def exposed(url: str) -> Iterator[str]:
+    """Yield a sentence for each way in which other users of this machine get at a SQLite database."""
+    path = sqlite_path(url)
+    files = [Path(f"{path}{suffix}") for suffix in SQLITE_SUFFIXES]
+    if open_files := [str(file) for file in files if _mode(file) & stat.S_IRWXO]:
+        yield f"other users can open the database and its password hashes; run: chmod 600 {join(open_files)}"
+    folder = path.resolve().parent
+    if _mode(folder) & stat.S_IWOTH:
+        yield f"other users can create files in {folder}, next to the database; give it its own folder"
+
+
+def _mode(path: Path) -> int:
+    with suppress(OSError):
+        return path.stat().st_mode
+    return 0

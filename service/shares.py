@@ -1,0 +1,198 @@
+"""Fair shares of what a server has few of: connections, hashing threads, turns to write.
+
+The cap is the dynamic threshold of Choudhury and Hahne (1998), known from switches with one buffer for all
+ports: what a holder may have shrinks as the others take more. It needs no list of callers.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from itertools import chain
+from typing import Generic, TypeVar
+
+from service.caller import ANONYMOUS_IDENTITY, SYSTEM, current_share
+
+T = TypeVar("T")
+
+# Without authentication all callers are one, and the server's own work is bounded by itself.
+UNCAPPED = frozenset({SYSTEM, ANONYMOUS_IDENTITY})
+MANY_ROWS = 200  # to convert them takes a millisecond
+
+
+class FairSemaphore:
+    """A semaphore whose slots are shared among callers.
+
+    Callers who wait are served in turn, and the waiters of one caller in the order in which they came. A
+    caller may hold at most a part of what the others leave free, by default half, rounded up: slow work that
+    can't be interrupted leaves room for a newcomer. A weight is a number of slots, at most all of them.
+    """
+
+    def __init__(self, size: int, part: int = 2, uncapped: Collection[str] = UNCAPPED) -> None:
+        self.size = size
+        self._part = part
+        self._uncapped = uncapped
+        self._free = size
+        self._held: dict[str, int] = {}
+        # In the order of their turns; each caller's waiters and their weights in the order of arrival.
+        self._waiting: dict[str, dict[asyncio.Future[None], int]] = {}
+
+    @property
+    def free(self) -> int:
+        """How many slots nobody has."""
+        return self._free
+
+    def held(self, caller: str) -> int:
+        """Return how many slots a caller has."""
+        return self._held.get(caller, 0)
+
+    def waiting(self, caller: str) -> int:
+        """Return how many acquisitions of a caller wait."""
+        return len(self._waiting.get(caller, ()))
+
+    def is_capped(self, caller: str, weight: int = 1) -> bool:
+        """Return whether the caller's share is used up, however many slots are free."""
+        held = self._held.get(caller)
+        if held is None or caller in self._uncapped:
+            return False
+        return held + min(weight, self.size) > -(-(self._free + held) // self._part)
+
+    def try_acquire(self, caller: str, weight: int = 1) -> bool:
+        """Take slots if that needs no waiting; return whether it did."""
+        weight = min(weight, self.size)
+        if self._waiting or weight > self._free or self.is_capped(caller, weight):
+            return False
+        self._take(caller, weight)
+        return True
+
+    async def acquire(self, caller: str, weight: int = 1, timeout: float | None = None) -> None:
+        """Take slots; raises TimeoutError after `timeout` seconds."""
+        if self.try_acquire(caller, weight):
+            return
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(caller, {})[waiter] = min(weight, self.size)
+        self._serve()
+        try:
+            async with asyncio.timeout(timeout):
+                await waiter
+        except BaseException:
+            self._give_up(caller, waiter, weight)
+            raise
+
+    def release(self, caller: str, weight: int = 1) -> None:
+        """Give slots back."""
+        weight = min(weight, self.size)
+        self._free += weight
+        self._held[caller] -= weight
+        if not self._held[caller]:
+            del self._held[caller]
+        self._serve()
+
+    def _take(self, caller: str, weight: int) -> None:
+        self._free -= weight
+        self._held[caller] = self._held.get(caller, 0) + weight
+
+    def _give_up(self, caller: str, waiter: asyncio.Future[None], weight: int) -> None:
+        if waiter.done() and not waiter.cancelled():  # cancelled just as it was served
+            self.release(caller, weight)
+            return
+        waiters = self._waiting.get(caller, {})
+        waiters.pop(waiter, None)
+        if not waiters:
+            self._waiting.pop(caller, None)
+        self._serve()  # others may fit where this one did not
+
+    def _serve(self) -> None:
+        while caller := self._next_caller():
+            waiters = self._waiting.pop(caller)
+            waiter = next(iter(waiters))
+            weight = waiters.pop(waiter)
+            if waiters:
+                self._waiting[caller] = waiters  # behind all others
+            if not waiter.done():
+                self._take(caller, weight)
+                waiter.set_result(None)
+
+    def _next_caller(self) -> str | None:
+        """Return the first caller whose share is not used up, None if its turn has to wait."""
+        for caller, waiters in self._waiting.items():
+            weight = next(iter(waiters.values()))
+            if not self.is_capped(caller, weight):
+                # Were a heavy one passed over, light ones could keep it waiting for ever.
+                return caller if weight <= self._free else None
+        return None
+
+
+class LoopTurns:
+    """Turns at long work of the event loop, such as a thousand rows to convert, for each caller in turn.
+
+    One piece begins in an iteration of the loop; between two of them everything else that is ready goes on.
+    While more pieces of a caller wait, the loop has as long for all others after each as that one took.
+    """
+
+    def __init__(self) -> None:
+        self._shares = FairSemaphore(1)
+
+    async def next(self, rows: int) -> None:
+        """Wait for a turn at so many rows, if it takes one; the work must follow without an await."""
+        if rows < MANY_ROWS:
+            return
+        caller = current_share()
+        await self._shares.acquire(caller)
+        loop = asyncio.get_running_loop()
+        loop.call_soon(self._end, loop, caller, loop.time())
+
+    def _end(self, loop: asyncio.AbstractEventLoop, caller: str, began: float) -> None:
+        if self._shares.waiting(caller) and caller not in UNCAPPED:
+            loop.call_later(loop.time() - began, self._shares.release, caller)
+        else:
+            self._shares.release(caller)
+
+
+class FairQueue(Generic[T]):
+    """A queue that gives out one item of each caller in turn, and those of one caller in order."""
+
+    def __init__(self) -> None:
+        self._items: dict[str, deque[T]] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def put(self, caller: str, item: T) -> None:
+        """Add an item behind the others of its caller."""
+        items = self._items.get(caller)
+        if items is None:
+            items = self._items[caller] = deque()
+        items.append(item)
+        self._size += 1
+
+    def get(self) -> T:
+        """Remove and return the next item; raises StopIteration if there is none."""
+        caller = next(iter(self._items))
+        items = self._items[caller]
+        item = items.popleft()
+        self._size -= 1
+        if not items:
+            del self._items[caller]
+        elif len(self._items) > 1:
+            self._items[caller] = self._items.pop(caller)
+        return item
+
+    def __iter__(self) -> Iterator[T]:
+        """Yield the items without removing them, those of one caller after those of another."""
+        return chain.from_iterable(self._items.values())
+
+    def clear(self) -> list[T]:
+        """Remove and return all items."""
+        items = list(self)
+        self._items, self._size = {}, 0
+        return items
+
+    def discard(self, is_unwanted: Callable[[T], bool]) -> None:
+        """Remove some of the items."""
+        for caller in list(self._items):
+            kept = deque(item for item in self._items[caller] if not is_unwanted(item))
+            self._size += len(kept) - len(self._items[caller])
+            self._items[caller] = kept
+            if not kept:
+                del self._items[caller]

@@ -1,0 +1,161 @@
+"""Text of callers in the log and on terminals: it stays on its line, and can be read back."""
+
+import io
+import json
+import logging
+import re
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import given, strategies as st
+
+from service import logs
+from service.escape import MAX_CHARACTERS, escape
+from service.logs import CALL, drop_values
+from tests.log_lines import parse
+
+# Surrogates included. Two lone ones next to each other are one character in JSON.
+TEXT = st.text(
+    st.characters() | st.sampled_from('\n\r\t\x1b\x7f\x85\x9b\u2028\u2029\u202e\u2066" =\\{')
+).filter(lambda text: not re.search("[\ud800-\udbff][\udc00-\udfff]", text))
+FORGED = "ada\n2026-01-01 00:00:00,000 INFO    roster.audit: forged"
+
+
+def logged(formatter: logging.Formatter, message: str, *arguments: object, **fields: Any) -> str:
+    """Return the line, or lines, of a record."""
+    record = logging.LogRecord(
+        "service.test", logging.INFO, "", 0, message, arguments, sys.exc_info() if sys.exception() else None
+    )
+    record.fields = fields
+    return formatter.format(record)
+
+
+def text() -> logs.Text:
+    return logs.Text("%(levelname)s %(name)s: %(message)s")
+
+
+def read(line: str) -> tuple[str, dict[str, Any]]:
+    """Return the message and the fields of a line of text."""
+    return parse(line.removeprefix("INFO service.test: "))
+
+
+@given(message=TEXT, first=TEXT, second=TEXT)
+def test_a_line_of_text_is_read_back_as_it_was_written(message: str, first: str, second: str) -> None:
+    """One printable line, whatever is in the message and in the fields."""
+    line = logged(text(), "%s", message, first=first, second=second, counts={first: 1})
+
+    assert line.isprintable()
+    assert read(line) == (message, {"first": first, "second": second, "counts": {first: 1}})
+
+
+@given(message=TEXT, field=TEXT)
+def test_a_line_of_json_is_read_back_as_it_was_written(message: str, field: str) -> None:
+    """One printable line as well: people look at JSON on terminals too."""
+    line = logged(logs.Json(), "%s", message, field=field)
+
+    assert line.isprintable()
+    found = json.loads(line)
+    assert (found["message"], found["field"]) == (message, field)
+
+
+@given(TEXT)
+def test_escaped_text_is_printable_and_a_json_document_stays_the_same(document: str) -> None:
+    """Printable characters stay as they are."""
+    assert escape(document).isprintable()
+    assert json.loads(escape(json.dumps(document, ensure_ascii=False))) == document
+    assert escape("Ada Löveläce, 日本 \\n 🙂") == "Ada Löveläce, 日本 \\n 🙂"
+
+
+@given(first=TEXT, second=TEXT)
+def test_only_the_first_line_of_an_exception_looks_like_an_event(first: str, second: str) -> None:
+    """The others are indented; an exception's own line breaks are escaped."""
+    try:
+        try:
+            raise ValueError(first)  # noqa: TRY301
+        except ValueError as error:
+            error.add_note(f"{FORGED}\n{second}")
+            raise ExceptionGroup(second, [error, KeyError(first)]) from error
+    except ExceptionGroup:
+        head, *lines = logged(text(), "failed").split("\n")
+
+    assert head == "INFO service.test: failed"
+    assert all(line.startswith("  ") and line.isprintable() for line in lines)
+
+
+def test_an_exception_is_on_one_line_of_its_traceback() -> None:
+    """A text with line breaks adds no line."""
+    try:
+        raise ValueError('first\n  File "forged.py", line 1\nlast')  # noqa: TRY301
+    except ValueError:
+        lines = logged(text(), "failed").splitlines()
+
+    assert lines[-1] == '  ValueError: first\\u000a  File "forged.py", line 1\\u000alast'
+    assert lines[1] == "  Traceback (most recent call last):"
+
+
+@pytest.mark.parametrize("formatter", [text(), logs.Json()])
+def test_a_line_of_the_log_has_a_bounded_length(formatter: logging.Formatter) -> None:
+    """Long texts are cut, and say so."""
+    line = logged(formatter, "m" * 1_000_000, field="f" * 1_000_000)
+
+    assert len(line) < 3 * MAX_CHARACTERS
+    assert line.count("(983,616 more characters)") == 2
+
+
+@pytest.mark.parametrize("formatter", [text(), logs.Json()])
+def test_a_value_that_json_can_t_hold_costs_no_line(formatter: logging.Formatter) -> None:
+    """Lone surrogates and large integers are written too."""
+    line = logged(formatter, "message", field="\udcff", number=1 << 70, counts={1: 2})
+
+    assert "\\udcff" in line
+    assert str(1 << 70) in line
+
+
+def written(name: str, message: str, *arguments: object) -> str:
+    """Return what is written for a record of a library's logger, the one of a failure now handled."""
+    record = logging.LogRecord(name, logging.ERROR, "", 0, message, arguments, sys.exc_info())
+    assert drop_values(record)
+    return text().format(record)
+
+
+@pytest.mark.parametrize(
+    ("logger", "message", "kept"),
+    [
+        ("grpc._cython.cygrpc", "Invalid encoding on %s", "Invalid encoding on …"),
+        ("asyncio", "Exception in callback f(b'secret')\nhandle: <Handle f(b'secret')>", "callback f"),
+    ],
+)
+def test_libraries_that_log_what_they_received_keep_only_the_kind_of_event(
+    logger: str, message: str, kept: str
+) -> None:
+    """The place in the code stays, values and the texts of exceptions go."""
+    try:
+        b"\xffsecret".decode()
+    except UnicodeDecodeError:
+        line = written(logger, message, *[b"secret"] * message.count("%"))
+
+    assert kept in line.splitlines()[0]
+    assert "test_escape.py" in line
+    assert "UnicodeDecodeError" in line
+    assert "secret" not in line.replace('"secret".decode', "").replace("\\xffsecret", "")
+
+
+def test_a_line_that_can_t_be_written_shows_no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The standard library's handler prints them."""
+    stream = io.StringIO()
+    handler = logs.Together()
+    handler.setStream(stream)
+    handler.setFormatter(text())
+    handler.emit(logging.LogRecord("service.test", logging.INFO, "", 0, "%d", ("secret",), None))
+
+    assert stream.getvalue() == "a line of the logger service.test could not be written\n"
+
+
+def test_ids_of_a_call_are_escaped_like_fields() -> None:
+    """Wherever they come from."""
+    token = CALL.set({"request_id": FORGED})
+    try:
+        assert read(logged(text(), "call"))[1] == {"request_id": FORGED}
+    finally:
+        CALL.reset(token)
