@@ -3,7 +3,7 @@
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +13,22 @@ from service.db import migrations
 from service.db.engine import Database
 from service.settings import Settings
 from tests.postgres import Postgres, PostgresServer
+from tests.watchdog import watching
 
 # Read when grpc is imported, after this file. Its fork handlers can kill the child that starts PostgreSQL.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 # Many servers run at a time, and few have to be measured.
 os.environ["ROSTER_METRICS_LISTEN"] = ""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """Fail a test in which a callback of the service holds the event loop for more than 20 ms."""
+    with watching() as recorder:
+        result = yield
+    if recorder.holds:
+        pytest.fail("\n".join(recorder.holds), pytrace=False)
+    return result
 
 
 @pytest.fixture(scope="session")

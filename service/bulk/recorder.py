@@ -121,7 +121,7 @@ class Recorder:
             outcome = await self._operation.write(session, slot.batch, self._options)
             await committed(previous)
             if self._operation.taken:
-                slot.complete(outcome, self._options, self._operation.taken)
+                await slot.complete(outcome, self._options, self._operation.taken)
             if self._load:
                 loads = LoadRepository(session, self._load.caller)
                 await loads.record(self._load, slot.offset + slot.replayed, outcome)

@@ -16,6 +16,7 @@ from service.errors import (
     TooLarge,
     Unavailable,
 )
+from service.timeslice import slices
 
 # Of the database; the message is tried again.
 FAULTS = (Unavailable, ResourceExhausted, StatementTimeout)
@@ -64,15 +65,18 @@ class Slot:
                 self.awaited[row] = other, there
         self.batch.awaited = self.awaited.keys()
 
-    def complete(self, outcome: Outcome, options: WriteOptions, taken: Callable[[int], RosterError]) -> None:
+    async def complete(
+        self, outcome: Outcome, options: WriteOptions, taken: Callable[[int], RosterError]
+    ) -> None:
         """Add what became of the rows whose keys are an earlier slot's, by now written."""
         results = bytearray(outcome.results)
-        for row, (other, there) in self.awaited.items():
-            id = other.written.id_of(there)
-            if options.on_conflict is OnConflict.SKIP:
-                results[row], outcome.ids[row] = Result.SKIPPED, id
-            else:
-                outcome.failures[row] = taken(id)
+        async for some in slices(list(self.awaited.items())):
+            for row, (other, there) in some:
+                id = other.written.id_of(there)
+                if options.on_conflict is OnConflict.SKIP:
+                    results[row], outcome.ids[row] = Result.SKIPPED, id
+                else:
+                    outcome.failures[row] = taken(id)
         outcome.results = bytes(results)
         self.written = outcome
 
