@@ -114,7 +114,7 @@ def _service_code(callback: Any) -> str | None:
 
 
 def _service_coroutine(coroutine: Any) -> str | None:
-    name = str(coroutine.__qualname__)
+    name = str(getattr(coroutine, "__qualname__", ""))  # the end of an async generator has none
     if getattr(coroutine, "__module__", "") == GRPC:
         return "an RPC handler" if name == HANDLER else None
     code = getattr(coroutine, "cr_code", None)
