@@ -14,10 +14,12 @@ from grpc_health.v1 import health_pb2_grpc
 
 from roster.v1 import bulk_pb2, bulk_pb2_grpc, posts_pb2, posts_pb2_grpc, users_pb2, users_pb2_grpc
 from service import metrics
-from service.bulk.servicer import BulkServicer
+from service.auth.policy import REFLECTION, Policy
+from service.auth.reloading import ReloadingFile
+from service.auth.tls import server_credentials
+from service.auth.tokens import Tokens
 from service.bulk.streams import BulkStreams
 from service.connections import MAX_HEALTH_CONNECTIONS, connection_options, max_connections
-from service.db.bulk.loads import expire_loads
 from service.db.engine import Database
 from service.db.requests import forget_requests
 from service.errors import RosterError
@@ -30,18 +32,16 @@ from service.interceptors.limits import Limits
 from service.interceptors.logs import Logs
 from service.interceptors.messages import Messages, Unread
 from service.interceptors.metrics import Metrics
+from service.loads.repository import expire_loads
+from service.loads.servicer import BulkServicer
 from service.memory import trim_forever
-from service.policy import REFLECTION, Policy
 from service.posts.reader import PostReader
 from service.posts.servicer import PostServicer
 from service.reflection import add_reflection
 from service.settings import Settings
-from service.tls import server_credentials
-from service.tokens import Tokens
 from service.users.passwords import Passwords
 from service.users.reader import UserReader
 from service.users.servicer import UserServicer
-from service.watched import Watched
 
 if TYPE_CHECKING:
     from service.interceptors.tracing import Tracing
@@ -219,7 +219,7 @@ def authentication(settings: Settings, clock: Clock = utc_now) -> Auth:
     tokens = None
     if settings.jwt_issuer and settings.jwt_audience and settings.jwt_keys_file:
         tokens = Tokens(settings.jwt_issuer, settings.jwt_audience, settings.jwt_keys_file, clock)
-    policy = Watched(Policy.read, settings.policy_file) if settings.policy_file else None
+    policy = ReloadingFile(Policy.read, settings.policy_file) if settings.policy_file else None
     return Auth(policy, tokens)
 
 

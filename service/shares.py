@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from itertools import chain
 from typing import Generic, TypeVar
 
-from service.caller import ANONYMOUS_IDENTITY, SYSTEM, current_share
+from service.auth.caller import ANONYMOUS_IDENTITY, SYSTEM, current_share
 
 T = TypeVar("T")
 

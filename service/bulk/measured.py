@@ -5,8 +5,8 @@ from time import perf_counter
 from service.bulk.operation import Operation
 from service.bulk.slot import Slot
 from service.db.bulk.batch import Outcome
-from service.db.bulk.loads import COUNTED
 from service.errors import RosterError
+from service.loads.repository import COUNTED
 from service.metrics import BULK_BATCH, BULK_BATCH_ROWS, BULK_LAG, BULK_REFUSED, BULK_ROWS
 
 

@@ -11,7 +11,6 @@ import random
 from service.bulk.operation import Operation
 from service.bulk.slot import FAULTS, Slot, Superseded, committed
 from service.db.bulk.batch import Outcome, WriteOptions
-from service.db.bulk.loads import Load, LoadRepository
 from service.db.bulk.writer import BulkWriter
 from service.db.engine import Database
 from service.errors import (
@@ -20,6 +19,7 @@ from service.errors import (
     OffsetGap,
     OutcomeUnknown,
 )
+from service.loads.repository import Load, LoadRepository
 
 ATTEMPTS = 3
 FIRST_PAUSE_SECONDS = 0.1

@@ -5,16 +5,15 @@ from collections.abc import AsyncIterator
 from typing import Any, Self
 
 from roster.v1.bulk_pb2 import BulkLoad, BulkOptions, BulkWriteResponse
+from service.auth.caller import Caller, current_share
 from service.bulk.convert import options_effect, options_to_store, summary_to_message
 from service.bulk.measured import Measured
 from service.bulk.message import MAX_BYTES, MAX_ROWS, BulkMessage
 from service.bulk.operation import Operation, StreamOptions
 from service.bulk.recorder import Recorder, expired, gap
 from service.bulk.slot import REFUSALS, Slot
-from service.caller import Caller, current_share
 from service.db.base import MAX_ID
 from service.db.bulk.batch import Outcome
-from service.db.bulk.loads import COUNTED, Load, LoadRepository, LoadState
 from service.db.engine import Database
 from service.errors import (
     InvalidArgument,
@@ -28,6 +27,7 @@ from service.errors import (
     TooLarge,
 )
 from service.fields import check_load_id, check_new_load_id
+from service.loads.repository import COUNTED, Load, LoadRepository, LoadState
 from service.shares import FairSemaphore
 
 # Messages read and not yet acknowledged. On two cores three copies at a time made 1.13 of \copy, two

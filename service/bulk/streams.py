@@ -9,12 +9,12 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from roster.v1.bulk_pb2 import BulkOptions, BulkWriteResponse
+from service.auth.caller import current_caller
 from service.bulk.convert import error_to_message, opened_to_message, outcome_to_message
 from service.bulk.message import MAX_BYTES, MAX_ROWS
 from service.bulk.operation import Operation
 from service.bulk.slot import Slot
 from service.bulk.stream import Stream
-from service.caller import current_caller
 from service.db.engine import Database
 from service.errors import Draining, InvalidOptions, RosterError, TooManyFailures
 from service.shares import FairSemaphore

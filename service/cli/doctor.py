@@ -12,6 +12,7 @@ import click
 from sqlalchemy import func, make_url, select
 from sqlalchemy.exc import DBAPIError
 
+from service.auth.tls import expiry, server_credentials
 from service.cli.environment import settings
 from service.cli.migrate import missing_folder, trouble
 from service.cli.terminal import UsageError, echo
@@ -20,7 +21,6 @@ from service.db.engine import Database
 from service.files import exposed, sqlite_path
 from service.server import authentication
 from service.settings import Settings, unknown_settings
-from service.tls import expiry, server_credentials
 
 MAX_SKEW_SECONDS = 2.0
 

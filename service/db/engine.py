@@ -14,7 +14,7 @@ import asyncpg
 from sqlalchemy import event, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
-from service.caller import current_share
+from service.auth.caller import current_share
 from service.db import interruptible
 from service.db.cancelled import keep_connections_of_cancelled_reads
 from service.db.errors import may_have_happened, translated

@@ -8,10 +8,10 @@ from operator import attrgetter
 from typing import Any
 
 from roster.v1.bulk_pb2 import BulkWriteResponse
-from service.caller import current_caller
-from service.db.bulk.loads import COUNTED
+from service.auth.caller import current_caller
 from service.errors import RosterError
 from service.interceptors.around import Around, Context
+from service.loads.repository import COUNTED
 
 log = logging.getLogger("roster.audit")
 # Whatever ROSTER_LOG_LEVEL says: a logger's own level goes before the root's.

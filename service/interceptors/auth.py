@@ -3,12 +3,12 @@
 import logging
 from typing import Any
 
-from service.caller import NOBODY, Caller, set_caller
+from service.auth.caller import NOBODY, Caller, set_caller
+from service.auth.policy import ANONYMOUS, HEALTH, Policy
+from service.auth.reloading import ReloadingFile
+from service.auth.tokens import Tokens
 from service.errors import PermissionDenied, Refused, Unauthenticated
 from service.interceptors.around import Around, Context, Proceed
-from service.policy import ANONYMOUS, HEALTH, Policy
-from service.tokens import Tokens
-from service.watched import Watched
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class Auth(Around):
     caller gets the same sentence for every cause.
     """
 
-    def __init__(self, policy: Watched[Policy] | None, tokens: Tokens | None) -> None:
+    def __init__(self, policy: ReloadingFile[Policy] | None, tokens: Tokens | None) -> None:
         super().__init__()
         self._policy = policy
         self._tokens = tokens

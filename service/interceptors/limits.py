@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from service.caller import current_share
+from service.auth.caller import current_share
+from service.auth.policy import HEALTH
 from service.errors import Overloaded, QuotaExceeded, RateLimited, RosterError
 from service.interceptors.around import Around, Context, Proceed
-from service.policy import HEALTH
 from service.settings import Settings
 from service.shares import FairSemaphore
 

@@ -7,7 +7,7 @@ from random import getrandbits
 from time import perf_counter
 from typing import Any
 
-from service.caller import current_caller
+from service.auth.caller import current_caller
 from service.db.statements import LISTENERS
 from service.interceptors.around import Around, Context, Proceed, code_at_end
 from service.logs import CALL

@@ -3,7 +3,7 @@
 from typing import Any
 
 from service.db.engine import Database
-from service.db.gather import Gather
+from service.db.reads import LookupBatcher
 from service.db.repository import shown
 from service.posts.model import Post
 from service.posts.repository import PostRepository
@@ -13,7 +13,7 @@ class PostReader:
     """Posts by id, without their authors."""
 
     def __init__(self, database: Database) -> None:
-        self._posts = Gather(database, Post.id, shown(Post))
+        self._posts = LookupBatcher(database, Post.id, shown(Post))
 
     async def get(self, id: int) -> Any:
         """Return a post's columns; raises PostNotFound."""

@@ -11,14 +11,15 @@ from roster.v1 import posts_pb2 as pb
 from roster.v1.bulk_pb2 import BulkWriteResponse
 from roster.v1.posts_pb2_grpc import PostServiceServicer
 from roster.v1.resources_pb2 import Post as PostMessage
+from service.auth.policy import GET_POST, GET_USER
+from service.auth.views import View, as_written
 from service.bulk.operation import Operation
 from service.bulk.streams import BulkStreams
 from service.db.engine import Database
 from service.db.listing import Listing, batches
 from service.fields import check_export, check_id, check_ids, check_version
+from service.idempotency import once
 from service.interceptors.around import Context
-from service.once import once
-from service.policy import GET_POST, GET_USER
 from service.posts.convert import (
     WRITABLE,
     post_batch_from_messages,
@@ -32,7 +33,6 @@ from service.posts.model import Post
 from service.posts.reader import PostReader
 from service.posts.repository import FILTERABLE, SORTABLE, PostRepository
 from service.timeslice import add_in_slices
-from service.views import View, as_written
 
 CREATE_POSTS = Operation(
     method="roster.v1.PostService.BulkCreatePosts",

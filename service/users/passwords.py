@@ -14,7 +14,7 @@ from typing import TypeVar
 from argon2 import PasswordHasher, Type, extract_parameters
 from argon2.exceptions import InvalidHashError
 
-from service.caller import current_share
+from service.auth.caller import current_share
 from service.errors import Overloaded
 from service.metrics import HASHING, HASHING_REFUSED
 from service.settings import Settings

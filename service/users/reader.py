@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from service.db.engine import Database
-from service.db.gather import Gather
+from service.db.reads import LookupBatcher
 from service.db.repository import shown
 from service.users.model import User
 from service.users.repository import UserRepository
@@ -18,10 +18,10 @@ class UserReader:
     def __init__(self, database: Database) -> None:
         self._loop_turns = database.loop_turns
         keys = {int: User.id, str: User.email}
-        self._users = {kind: Gather(database, key, shown(User)) for kind, key in keys.items()}
+        self._users = {kind: LookupBatcher(database, key, shown(User)) for kind, key in keys.items()}
         # A single look-up does not wait until a thousand rows are read.
-        self._batches = Gather(database, User.id, shown(User))
-        self._credentials = {kind: Gather(database, key, CREDENTIALS) for kind, key in keys.items()}
+        self._batches = LookupBatcher(database, User.id, shown(User))
+        self._credentials = {kind: LookupBatcher(database, key, CREDENTIALS) for kind, key in keys.items()}
 
     async def get(self, key: int | str) -> Any:
         """Return a user's columns, but for the hash; raises UserNotFound."""

@@ -12,16 +12,17 @@ from roster.v1 import users_pb2 as pb
 from roster.v1.bulk_pb2 import BulkWriteResponse
 from roster.v1.resources_pb2 import User as UserMessage
 from roster.v1.users_pb2_grpc import UserServiceServicer
+from service.auth.caller import current_caller
+from service.auth.policy import GET_USER, LIST_POSTS
+from service.auth.views import View, as_written
 from service.bulk.operation import Operation
 from service.bulk.streams import BulkStreams
-from service.caller import current_caller
 from service.db.engine import Database
 from service.db.listing import Listing, batches
 from service.errors import OutcomeUnknown, ResourceExhausted, StatementTimeout, Unavailable, UserNotFound
 from service.fields import check_export, check_id, check_ids, check_version, normalise_email
+from service.idempotency import once
 from service.interceptors.around import Context
-from service.once import once
-from service.policy import GET_USER, LIST_POSTS
 from service.timeslice import add_in_slices
 from service.users.convert import (
     BULK_WRITABLE,
@@ -38,7 +39,6 @@ from service.users.model import User
 from service.users.passwords import Passwords
 from service.users.reader import UserReader
 from service.users.repository import FILTERABLE, SORTABLE, UserRepository, email_taken
-from service.views import View, as_written
 
 CREATE_USERS = Operation(
     method="roster.v1.UserService.BulkCreateUsers",

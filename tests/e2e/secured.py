@@ -12,8 +12,8 @@ from google.rpc import error_details_pb2
 from sqlalchemy import func, select
 
 from service.client import tls_credentials
-from service.db.bulk.loads import Load
 from service.db.requests import Request
+from service.loads.repository import Load
 from service.server import Server
 from service.settings import Settings
 from service.users.model import User

@@ -33,7 +33,7 @@ from roster.v1.users_pb2 import (
     ListUsersRequest,
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.db.bulk.loads import expire_loads
+from service.loads.repository import expire_loads
 from service.server import Server
 from tests.errors import refusal
 from tests.load_stream import LOAD_ID, LoadStream, named, refused_to_open

@@ -23,7 +23,7 @@ from roster.v1.users_pb2 import (
     VerifyPasswordResponse,
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.caller import NOBODY, Caller, set_caller
+from service.auth.caller import NOBODY, Caller, set_caller
 from service.errors import DatabaseUnavailable, OutcomeUnknown, RosterError, StatementTimeout
 from service.server import Server
 from service.settings import Settings

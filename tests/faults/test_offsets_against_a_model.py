@@ -26,8 +26,8 @@ from roster.v1.users_pb2 import ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db import engine
 from service.db.bulk.batch import Outcome
-from service.db.bulk.loads import Load, LoadRepository
 from service.errors import DatabaseUnavailable, OutcomeUnknown
+from service.loads.repository import Load, LoadRepository
 from service.server import Server
 from service.settings import Settings
 from tests.errors import refusal

@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from sqlalchemy import Table, delete, insert, select
 
 from roster.v1.bulk_pb2 import BulkAck
+from service.auth.caller import set_caller
+from service.auth.policy import ANONYMOUS
 from service.bulk.streams import BulkStreams
-from service.caller import set_caller
 from service.db.engine import Database
-from service.policy import ANONYMOUS
 from service.posts.model import Post
 from service.users.model import User
 from tests.bulk_loads import LOADS

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import event, func, insert, make_url, select, text
 from sqlalchemy.exc import IntegrityError
 
-from service.caller import NOBODY, Caller, set_caller
+from service.auth.caller import NOBODY, Caller, set_caller
 from service.db.engine import Database
 from service.errors import DatabaseUnavailable, PoolExhausted, QuotaExceeded
 from service.settings import Settings

@@ -12,8 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from roster.v1 import bulk_pb2, posts_pb2, users_pb2
+from service.auth.policy import Policy
 from service.health import LIVENESS
-from service.policy import Policy
 from service.settings import PREFIX, Settings
 from tests.deployed import (
     CHECKOUT,

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from service.caller import Caller, set_caller
+from service.auth.caller import Caller, set_caller
 from service.errors import RosterError
 from service.interceptors import limits
 from service.interceptors.limits import Limits

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from service.caller import Caller
-from service.policy import HEALTH, REFLECTION, ROLES, RPCS, Policy
+from service.auth.caller import Caller
+from service.auth.policy import HEALTH, REFLECTION, ROLES, RPCS, Policy
 
 CONTRACT = Path(__file__).parents[2] / "protos/roster/v1"
 

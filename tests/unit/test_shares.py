@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from service.caller import ANONYMOUS_IDENTITY, SYSTEM
+from service.auth.caller import ANONYMOUS_IDENTITY, SYSTEM
 from service.shares import FairQueue, FairSemaphore
 
 CALLERS = ("ada", "alan", "grace")

@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generat
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from jwt.algorithms import Algorithm, ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
+from service.auth.tokens import KEPT_TOKENS, Tokens, read_keys
 from service.errors import Unauthenticated
-from service.tokens import KEPT_TOKENS, Tokens, read_keys
 from tests.issuer import AUDIENCE, HOUR, ISSUER, Issuer
 
 KINDS: dict[type[Any], type[Algorithm]] = {
@@ -136,8 +136,8 @@ def test_a_token_is_verified_once(
         verified.append(token)
         return decode(token, *arguments, **named)
 
-    monkeypatch.setattr("service.tokens.jwt.decode", counted)
-    monkeypatch.setattr("service.tokens.KEPT_TOKENS", 2)
+    monkeypatch.setattr("service.auth.tokens.jwt.decode", counted)
+    monkeypatch.setattr("service.auth.tokens.KEPT_TOKENS", 2)
     known = tokens(tmp_path, jwk(rsa))
     first, second, third = (signed(rsa, "RS256", typ=f"{number}") for number in range(3))
     for token in (first, first, second, third, first):

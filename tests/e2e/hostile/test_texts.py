@@ -19,9 +19,9 @@ from roster.v1.bulk_pb2_grpc import BulkServiceServicer, add_BulkServiceServicer
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest
 from roster.v1.users_pb2_grpc import UserServiceServicer, UserServiceStub, add_UserServiceServicer_to_server
-from service.db.bulk.loads import Load, LoadRepository
 from service.escape import escape
 from service.fields import PRINTABLE
+from service.loads.repository import Load, LoadRepository
 from service.server import Server
 from tests.e2e.clients import Grpcurl
 from tests.e2e.command import ROSTER, run

@@ -15,8 +15,8 @@ import pytest
 from sqlalchemy import make_url, select, text, update
 
 from roster.v1 import posts_pb2, posts_pb2_grpc, resources_pb2, users_pb2, users_pb2_grpc
-from service.caller import Caller, set_caller
-from service.db import gather
+from service.auth.caller import Caller, set_caller
+from service.db import reads as lookups
 from service.db.driver import DriverQuery
 from service.db.engine import Database
 from service.db.statements import LISTENERS
@@ -178,12 +178,12 @@ async def test_calls_that_come_together_share_a_statement(
 async def test_a_statement_waits_for_those_that_a_busy_loop_brings(
     database: Database, users: UserReader, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gather, "MAX_GATHER_SECONDS", 60)
+    monkeypatch.setattr(lookups, "MAX_GATHER_SECONDS", 60)
     ids = await add_users(database, 5)
     calls = []
     for id in ids:
         calls.append(asyncio.create_task(users.get(id)))
-        for _ in range(gather.QUIET_TURNS // 2):
+        for _ in range(lookups.QUIET_TURNS // 2):
             await asyncio.sleep(0)
     assert [user.id for user in await asyncio.gather(*calls)] == ids
     assert gate.keys == [ids]
@@ -193,7 +193,7 @@ async def test_no_statement_waits_for_ever(
     database: Database, users: UserReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though every turn of the loop brings somebody."""
-    monkeypatch.setattr(gather, "MAX_KEYS", 1_000_000)
+    monkeypatch.setattr(lookups, "MAX_KEYS", 1_000_000)
     ids = await add_users(database, 2)
     first, others = asyncio.create_task(users.get(ids[0])), []
     while not first.done():
@@ -384,8 +384,8 @@ async def test_a_connection_goes_back_to_the_pool_now_and_then(
     database: Database, users: UserReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many wait, other calls get it too; and all are answered."""
-    monkeypatch.setattr(gather, "MAX_KEYS", 1)
-    monkeypatch.setattr(gather, "MAX_STATEMENTS", 2)
+    monkeypatch.setattr(lookups, "MAX_KEYS", 1)
+    monkeypatch.setattr(lookups, "MAX_STATEMENTS", 2)
     ids = await add_users(database, 5)
     read = MagicMock(side_effect=database.read)
     monkeypatch.setattr(database, "read", read)

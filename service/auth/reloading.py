@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Watched(Generic[T]):
+class ReloadingFile(Generic[T]):
     """What `read` makes of some files' contents, anew whenever they change.
 
     At first it raises OSError for files that can't be used. Later ones are logged, and what was there before

@@ -1,4 +1,4 @@
-"""Gather: concurrent look-ups of single rows in one statement."""
+"""LookupBatcher: concurrent look-ups of single rows in one statement."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import InstrumentedAttribute
 
-from service.caller import current_share
+from service.auth.caller import current_share
 from service.db.dialect import is_one_of_keys
 from service.db.driver import DriverQuery
 from service.db.engine import Database
@@ -37,7 +37,7 @@ Rows = Mapping[Any, Any]
 Waiting = tuple[Sequence[Any], asyncio.Future[Rows]]
 
 
-class Gather:
+class LookupBatcher:
     """Looks rows up by a unique column: calls that come while a statement is under way share the next one.
 
     So each sees what was committed before it came. One that leaves takes no other with it; a statement

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from service.caller import current_caller
+from service.auth.caller import current_caller
 from service.db.requests import RequestRepository
 from service.fields import check_request_id
 

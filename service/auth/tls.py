@@ -7,8 +7,8 @@ import grpc
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509 import load_pem_x509_certificates
 
+from service.auth.reloading import ReloadingFile
 from service.settings import Settings
-from service.watched import Watched
 
 
 def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
@@ -20,7 +20,7 @@ def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
     cert, key, client_ca = settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file
     if not (cert and key):
         return None
-    watched = Watched(_configuration, cert, key, *filter(None, [client_ca]))
+    watched = ReloadingFile(_configuration, cert, key, *filter(None, [client_ca]))
     return grpc.dynamic_ssl_server_credentials(
         watched.current(),
         watched.update,  # type: ignore[arg-type]  # None is for no change

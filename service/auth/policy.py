@@ -5,7 +5,7 @@ import tomllib
 
 from pydantic import BaseModel
 
-from service.caller import ANONYMOUS_IDENTITY, NOBODY, Caller
+from service.auth.caller import ANONYMOUS_IDENTITY, NOBODY, Caller
 
 
 def _methods(service: str, names: str) -> frozenset[str]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from service.watched import Watched
+from service.auth.reloading import ReloadingFile
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_what_is_in_a_file_is_read_again_when_it_changes(path: Path) -> None:
     """Written over, or another in its place as Kubernetes does it; and not while it stays."""
-    watched = Watched(int, path)
+    watched = ReloadingFile(int, path)
     assert (watched.current(), watched.update()) == (1, None)
 
     path.write_text("22")
@@ -30,7 +30,7 @@ def test_what_can_t_be_used_changes_nothing_and_is_told_once(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A file that is gone, or is not what it should be: until it is right again."""
-    watched = Watched(int, path)
+    watched = ReloadingFile(int, path)
     path.write_text("one")
     assert [watched.current() for _ in range(3)] == [1, 1, 1]
     path.unlink()
@@ -48,4 +48,4 @@ def test_what_can_t_be_used_at_first_is_an_error(path: Path) -> None:
     path.write_text("one")
 
     with pytest.raises(OSError, match=f"can't use {path}: "):
-        Watched(int, path)
+        ReloadingFile(int, path)

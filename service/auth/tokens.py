@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
+from service.auth.reloading import ReloadingFile
 from service.errors import Unauthenticated
-from service.watched import Watched
 
 LEEWAY_SECONDS = 30
 MIN_RSA_BITS = 2048
@@ -40,7 +40,7 @@ class Tokens:
     def __init__(self, issuer: str, audience: str, keys: Path, clock: Callable[[], datetime]) -> None:
         self._issuer = issuer
         self._audience = audience
-        self._keys = Watched(read_keys, keys)
+        self._keys = ReloadingFile(read_keys, keys)
         self._clock = clock
         # To verify a signature takes some 150 µs, its digest 1 µs. No token itself is kept.
         self._verified: dict[bytes, tuple[str, float]] = {}
