@@ -23,6 +23,11 @@ class Caller:
         if role not in self.roles:
             raise PermissionDenied.because(f"{self.identity} is no {role}, which {what} needs")
 
+    def require_rpc(self, rpc: str, what: str) -> None:
+        """Raise PermissionDenied unless the caller may also call the RPC that part of a request needs."""
+        if rpc not in self.rpcs:
+            raise PermissionDenied.because(f"{self.identity} may not call {rpc}, which {what} needs")
+
     @property
     def owner(self) -> str | None:
         """Whose loads they see: their own, and an admin those of all, which is None."""

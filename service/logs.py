@@ -28,7 +28,7 @@ CALL: ContextVar[Mapping[str, str]] = ContextVar("CALL", default={})  # noqa: B0
 
 # Loggers of libraries that log the values they were working on.
 TALKATIVE = ("grpc", "asyncio")
-PLAIN_MESSAGE = re.compile(r'(?!")[^=]*')
+PLAIN_MESSAGE = re.compile(r'(?!["{\[])[^=]*')
 PLAIN_VALUE = re.compile(r'(?!["{\[])[^\s="]+')
 FRAME = re.compile(r'[ |+]*File "')  # of a traceback
 

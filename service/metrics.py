@@ -7,8 +7,6 @@ import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import (
     REGISTRY,
@@ -19,11 +17,11 @@ from prometheus_client import (
     Metric,
     ProcessCollector,
     disable_created_metrics,
-    start_http_server,
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from service.scrapes import ScrapeServer
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -92,7 +90,7 @@ def serve(settings: Settings, registry: CollectorRegistry = REGISTRY) -> tuple[s
         return "", lambda: None
     host, _, port = settings.metrics_listen.rpartition(":")
     try:
-        server, thread = start_http_server(int(port), host.strip("[]"), registry)
+        server = ScrapeServer(host.strip("[]"), int(port), registry)
     except OSError as error:
         told = (
             f"can't serve metrics on {settings.metrics_listen}: {error.strerror}; "
@@ -102,13 +100,7 @@ def serve(settings: Settings, registry: CollectorRegistry = REGISTRY) -> tuple[s
             raise OSError(told) from None
         log.warning(told)
         return "", lambda: None
-    return f"{host}:{server.server_port}", lambda: _close(server, thread)
-
-
-def _close(server: WSGIServer, thread: Thread) -> None:
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    return f"{host}:{server.port}", server.close
 
 
 def summed(folder: str, pids: Callable[[], Iterable[int]]) -> CollectorRegistry:

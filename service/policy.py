@@ -23,6 +23,8 @@ ROLES = {
     | _methods(BULK, "GetBulkLoad ListBulkLoads ListBulkLoadFailures AbortBulkLoad"),
     "verifier": _methods(USERS, "VerifyPassword"),
 }
+# What a view or the answer of an update shows besides needs the RPC that reads it.
+GET_USER, GET_POST, LIST_POSTS = f"/{USERS}/GetUser", f"/{POSTS}/GetPost", f"/{POSTS}/ListPosts"
 RPCS = frozenset().union(*ROLES.values())
 ROLES["admin"] = RPCS
 

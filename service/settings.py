@@ -11,7 +11,7 @@ from stat import S_IWOTH
 from typing import Annotated, Any, Literal
 
 from dotenv import dotenv_values
-from pydantic import AliasChoices, Field, ValidationInfo, field_validator
+from pydantic import AliasChoices, BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -47,7 +47,22 @@ ADDRESS = re.compile(r"unix:.+|(\[.+\]|[^:\[]*):([0-9]{1,5})")
 MAX_PORT = 65535
 MIN_GRACE_SECONDS = 3  # behind the pause; 2 of them are for calls that are cut off
 
-Seconds = Annotated[float, Field(gt=0)]
+MAX_SECONDS = 1_000_000  # gRPC and PostgreSQL count milliseconds in 32 bits
+MAX_TTL = timedelta(days=36_500)
+MAY_BE_EMPTY = {"metrics_listen", "health_listen"}
+
+
+def _duration(value: Any) -> Any:
+    """Return seconds as a timedelta; anything else is left to pydantic, which reads ISO 8601."""
+    try:
+        return timedelta(seconds=float(value))
+    except (TypeError, ValueError, OverflowError):
+        return value
+
+
+Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False)]
+Pause = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
+Duration = Annotated[timedelta, Field(gt=timedelta(0), le=MAX_TTL), BeforeValidator(_duration)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -145,8 +160,8 @@ class Settings(BaseSettings):
         "auto", description="json, or text for a terminal; auto tells by standard error"
     )
     slow_call: Seconds = Field(1, description="seconds after which a call is logged as a warning")
-    drain_pause: float = Field(
-        0, ge=0, description="seconds between NOT_SERVING and refusing calls, for load balancers to notice"
+    drain_pause: Pause = Field(
+        0, description="seconds between NOT_SERVING and refusing calls, for load balancers to notice"
     )
     grace: Seconds = Field(30, description="seconds a stop may take; calls in flight have that less 2")
 
@@ -158,16 +173,20 @@ class Settings(BaseSettings):
     pool_size: Count = Field(10, description="connections kept open for calls")
     max_overflow: int = Field(10, ge=0, description="connections more for a rush")
     pool_timeout: Seconds = Field(2, description="seconds a call waits for a connection")
-    pool_recycle: Seconds = Field(1800, description="seconds after which a connection is replaced")
-    pool_pre_ping: bool = Field(
-        default=False, description="test each connection before its use; halves the speed"
+    pool_recycle: Seconds = Field(
+        1800, description="seconds after which a connection to PostgreSQL is replaced"
     )
-    connect_timeout: Seconds = Field(5, description="seconds to open a connection")
-    database_wait: float = Field(30, ge=0, description="seconds the start waits for a database that is away")
+    pool_pre_ping: bool = Field(
+        default=False, description="test each connection to PostgreSQL before its use; halves the speed"
+    )
+    connect_timeout: Seconds = Field(5, description="seconds to open a connection to PostgreSQL")
+    database_wait: Pause = Field(30, description="seconds the start waits for a database that is away")
     statement_timeout: Seconds = Field(30, description="seconds one statement may take")
-    bulk_connections: Count = Field(5, description="connections for the bulk streams, apart from the pool")
+    bulk_connections: Count = Field(
+        5, description="connections to PostgreSQL for the bulk streams, apart from the pool"
+    )
 
-    bulk_load_ttl: timedelta = Field(
+    bulk_load_ttl: Duration = Field(
         timedelta(days=7),
         description="how long outcomes are kept after a load's last batch, in seconds or ISO 8601",
     )
@@ -181,11 +200,8 @@ class Settings(BaseSettings):
         64, description="hashings of one caller in hand; more are refused as overload"
     )
 
-    max_connection_age: float = Field(
-        600,
-        gt=0,
-        le=1_000_000,
-        description="seconds until a client is to connect anew, and finds new servers",
+    max_connection_age: Seconds = Field(
+        600, description="seconds until a client is to connect anew, and finds new servers"
     )
     max_calls: Count = Field(2000, description="calls in flight; more are refused as overload")
     caller_calls: Count = Field(500, description="calls of one method that a caller may have in flight")
@@ -203,6 +219,17 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, SecretFiles(settings_cls), FolderVariables(settings_cls)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _trimmed(cls, value: Any, info: ValidationInfo) -> Any:
+        """Accept what platforms leave around a value, such as a newline at its end."""
+        if not isinstance(value, str):
+            return value
+        value = value.strip()
+        if not value and info.field_name not in MAY_BE_EMPTY:
+            raise ValueError("is empty; give it a value, or leave it unset for its default")
+        return value
 
     @field_validator("database_url")
     @classmethod

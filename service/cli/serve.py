@@ -15,6 +15,7 @@ from service import logs, workers
 from service.cli.environment import settings, settings_help
 from service.cli.migrate import reported, trouble
 from service.cli.terminal import UsageError, echo
+from service.connections import raise_file_limit
 from service.db import migrations
 from service.db.engine import Database
 from service.db.errors import code_of
@@ -37,6 +38,7 @@ def serve(*, is_worker: bool) -> None:
     """Run the server until it gets SIGTERM or SIGINT; calls in flight are finished first."""
     chosen = settings()
     logs.configure(chosen.log_level, chosen.log_format)
+    raise_file_limit(chosen)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     for unknown in [] if is_worker else unknown_settings():
         log.warning(unknown)

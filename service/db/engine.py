@@ -5,6 +5,8 @@ import logging
 import sqlite3
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
+from math import ceil
 from typing import Any
 from urllib.parse import urlencode
 
@@ -13,6 +15,7 @@ from sqlalchemy import event, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from service.caller import current_share
+from service.db import interruptible
 from service.db.cancelled import keep_connections_of_cancelled_reads
 from service.db.errors import may_have_happened, translated
 from service.db.pool import MeasuredPool, measure_pool
@@ -135,7 +138,7 @@ class _PostgreSQL:
         planner: Mapping[str, str] | None = None,
         **pool: Any,
     ) -> AsyncEngine:
-        timeout = f"{settings.statement_timeout:g}s"
+        timeout = f"{ceil(settings.statement_timeout * 1000)}ms"  # 0 would be none
         return _measured(
             settings.database_url,
             name,
@@ -173,7 +176,11 @@ class _Sqlite:
     def __init__(self, settings: Settings) -> None:
         create_database(settings.database_url)
         options: dict[str, Any] = {
-            "connect_args": {"timeout": SQLITE_BUSY_TIMEOUT_SECONDS, "factory": _RollingBack},
+            "connect_args": {
+                "async_creator_fn": partial(interruptible.connect, settings.statement_timeout),
+                "timeout": min(SQLITE_BUSY_TIMEOUT_SECONDS, settings.statement_timeout),
+                "factory": _RollingBack,
+            },
         }
         self.writer = self.bulk = _measured(settings.database_url, "writer", pool_size=1, **options)
         self.reader = _measured(
@@ -188,6 +195,8 @@ class _Sqlite:
         event.listen(self.writer.sync_engine, "connect", _prepare_writer)
         event.listen(self.writer.sync_engine, "begin", _begin_immediate)
         event.listen(self.reader.sync_engine, "connect", _prepare_reader)
+        for engine in (self.writer, self.reader):
+            event.listen(engine.sync_engine, "handle_error", interruptible.discard_interrupted)
         readers = settings.pool_size + settings.max_overflow
         self._read_turns = _Turns("readers", readers, settings.pool_timeout, SQLITE_READERS_PART)
         self._write_turns = _Turns("writer", 1, settings.pool_timeout)

@@ -38,6 +38,7 @@ BY_CODE: dict[str, tuple[type[RosterError], str]] = {
     "SQLITE_BUSY": (DatabaseUnavailable, BUSY),
     "SQLITE_LOCKED": (DatabaseUnavailable, BUSY),
     "SQLITE_CANTOPEN": (DatabaseUnavailable, AWAY),
+    "SQLITE_INTERRUPT": (StatementTimeout, SLOW),
     "SQLITE_FULL": (DatabaseUnavailable, AWAY),
     "SQLITE_IOERR": (DatabaseUnavailable, AWAY),
     "SQLITE_READONLY": (DatabaseUnavailable, AWAY),

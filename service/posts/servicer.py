@@ -15,9 +15,10 @@ from service.bulk.operation import Operation
 from service.bulk.streams import BulkStreams
 from service.db.engine import Database
 from service.db.listing import Listing, batches
-from service.fields import check_choice, check_export, check_id, check_ids, check_version
+from service.fields import check_export, check_id, check_ids, check_version
 from service.interceptors.around import Context
 from service.once import once
+from service.policy import GET_POST, GET_USER
 from service.posts.convert import (
     WRITABLE,
     post_batch_from_messages,
@@ -31,6 +32,7 @@ from service.posts.model import Post
 from service.posts.reader import PostReader
 from service.posts.repository import FILTERABLE, SORTABLE, PostRepository
 from service.timeslice import add_in_slices
+from service.views import View, as_written
 
 CREATE_POSTS = Operation(
     method="roster.v1.PostService.BulkCreatePosts",
@@ -53,6 +55,7 @@ UPDATE_POSTS = Operation(
     write=lambda session, batch, options: PostRepository(session).update_many(batch, options),
     is_update=True,
 )
+WITH_AUTHOR = View(PostMessage.View, PostMessage.WITH_AUTHOR, needs=GET_USER)
 LISTING = Listing("posts", FILTERABLE, SORTABLE)
 
 
@@ -75,7 +78,7 @@ class PostServicer(PostServiceServicer):
 
     async def GetPost(self, request: pb.GetPostRequest, context: Context) -> PostMessage:
         id = check_id(request.id)
-        if not _with_author(request.view):
+        if not WITH_AUTHOR.is_asked(request.view):
             return PostMessage(**post_fields(await self.reader.get(id)))
         async with self.database.read() as session:
             post = await PostRepository(session, with_author=True).get(id)
@@ -85,7 +88,7 @@ class PostServicer(PostServiceServicer):
         self, request: pb.BatchGetPostsRequest, context: Context
     ) -> pb.BatchGetPostsResponse:
         ids = check_ids(request.ids)
-        with_author = _with_author(request.view)
+        with_author = WITH_AUTHOR.is_asked(request.view)
         async with self.database.read() as session:
             found = await _repository(session, with_author=with_author).get_many(ids)
         response = pb.BatchGetPostsResponse(
@@ -101,7 +104,7 @@ class PostServicer(PostServiceServicer):
         author_id = request.author_id and check_id(request.author_id, "author_id")
         scope = [Post.author_id == author_id] if author_id else []
         query = await LISTING.query(request, *scope, scope_key=author_id)
-        with_author = _with_author(request.view)
+        with_author = WITH_AUTHOR.is_asked(request.view)
         async with self.database.read() as session:
             posts, token = await query.page(_repository(session, with_author=with_author))
         response = pb.ListPostsResponse(next_page_token=token)
@@ -117,7 +120,8 @@ class PostServicer(PostServiceServicer):
             async def update() -> PostMessage:
                 return post_to_message(await PostRepository(session).update(id, changes, version))
 
-            return await once(session, request, PostMessage, update)
+            updated = await once(session, request, PostMessage, update)
+        return as_written(updated, changes, reads=GET_POST)
 
     async def DeletePost(self, request: pb.DeletePostRequest, context: Context) -> Empty:
         id, version = check_id(request.id), check_version(request.version)
@@ -152,11 +156,6 @@ class PostServicer(PostServiceServicer):
         async with aclosing(rows):
             async for posts in rows:
                 yield pb.ExportPostsResponse(posts=map(post_fields, posts), last_id=posts[-1].id)
-
-
-def _with_author(view: int) -> bool:
-    check_choice(view, PostMessage.View, "view")
-    return view == PostMessage.View.WITH_AUTHOR
 
 
 def _repository(session: AsyncSession, *, with_author: bool) -> PostRepository:

@@ -18,9 +18,10 @@ from service.caller import current_caller
 from service.db.engine import Database
 from service.db.listing import Listing, batches
 from service.errors import OutcomeUnknown, ResourceExhausted, StatementTimeout, Unavailable, UserNotFound
-from service.fields import check_choice, check_export, check_id, check_ids, check_version, normalise_email
+from service.fields import check_export, check_id, check_ids, check_version, normalise_email
 from service.interceptors.around import Context
 from service.once import once
+from service.policy import GET_USER, LIST_POSTS
 from service.timeslice import add_in_slices
 from service.users.convert import (
     BULK_WRITABLE,
@@ -37,6 +38,7 @@ from service.users.model import User
 from service.users.passwords import Passwords
 from service.users.reader import UserReader
 from service.users.repository import FILTERABLE, SORTABLE, UserRepository, email_taken
+from service.views import View, as_written
 
 CREATE_USERS = Operation(
     method="roster.v1.UserService.BulkCreateUsers",
@@ -60,6 +62,7 @@ UPDATE_USERS = Operation(
     write=lambda session, batch, options: UserRepository(session).update_many(batch, options),
     is_update=True,
 )
+WITH_POSTS = View(UserMessage.View, UserMessage.WITH_POSTS, needs=LIST_POSTS)
 LISTING = Listing("users", FILTERABLE, SORTABLE, {"email": normalise_email})
 
 
@@ -85,7 +88,7 @@ class UserServicer(UserServiceServicer):
 
     async def GetUser(self, request: pb.GetUserRequest, context: Context) -> UserMessage:
         key = key_from_message(request)
-        if not _with_posts(request.view):
+        if not WITH_POSTS.is_asked(request.view):
             return UserMessage(**user_fields(await self.reader.get(key)))
         async with self.database.read() as session:
             user = await UserRepository(session, with_posts=True).get_by(_is_key(key))
@@ -95,7 +98,7 @@ class UserServicer(UserServiceServicer):
         self, request: pb.BatchGetUsersRequest, context: Context
     ) -> pb.BatchGetUsersResponse:
         ids = check_ids(request.ids)
-        if not _with_posts(request.view):
+        if not WITH_POSTS.is_asked(request.view):
             rows = await self.reader.get_many(ids)
             return pb.BatchGetUsersResponse(
                 users=[user_fields(rows[id]) for id in ids if id in rows],
@@ -112,7 +115,7 @@ class UserServicer(UserServiceServicer):
 
     async def ListUsers(self, request: pb.ListUsersRequest, context: Context) -> pb.ListUsersResponse:
         query = await LISTING.query(request)
-        with_posts = _with_posts(request.view)
+        with_posts = WITH_POSTS.is_asked(request.view)
         async with self.database.read() as session:
             users, token = await query.page(_repository(session, with_posts=with_posts))
         response = pb.ListUsersResponse(next_page_token=token)
@@ -128,7 +131,8 @@ class UserServicer(UserServiceServicer):
             async def update() -> UserMessage:
                 return user_to_message(await UserRepository(session).update(id, changes, version))
 
-            return await once(session, request, UserMessage, update)
+            updated = await once(session, request, UserMessage, update)
+        return as_written(updated, changes, reads=GET_USER)
 
     async def DeleteUser(self, request: pb.DeleteUserRequest, context: Context) -> Empty:
         id, version = check_id(request.id), check_version(request.version)
@@ -197,11 +201,6 @@ class UserServicer(UserServiceServicer):
 
 def _is_key(key: int | str) -> ColumnElement[bool]:
     return User.email == key if isinstance(key, str) else User.id == key
-
-
-def _with_posts(view: int) -> bool:
-    check_choice(view, UserMessage.View, "view")
-    return view == UserMessage.View.WITH_POSTS
 
 
 def _repository(session: AsyncSession, *, with_posts: bool) -> UserRepository:

@@ -112,7 +112,7 @@ async def test_refuses_a_token_that_was_made_up(wire: Wire, order_by: str, key: 
 
 async def test_refuses_a_token_that_is_nested_too_deep(wire: Wire) -> None:
     """It is JSON inside, which Python reads recursively."""
-    body = fingerprint("users", "", "id", False, 0) + b"[" * 100_000
+    body = fingerprint("users", "", "id", False, 0) + b"[" * 40_000
     raw = VERSION + crc32(body).to_bytes(4, "big") + body
 
     await assert_refuses(wire, "ListUsers", {"page_token": urlsafe_b64encode(raw).decode().rstrip("=")})

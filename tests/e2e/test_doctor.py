@@ -77,7 +77,7 @@ async def test_too_many_connections_are_told(postgresql_url: str, tmp_path: Path
     ended = await doctor(tmp_path, ROSTER_DATABASE_URL=postgresql_url, ROSTER_WORKERS="1000")
 
     assert ended.status == 1
-    assert "wrong  database  up to 24000 connections are opened, and it has " in ended.out
+    assert "wrong  database  up to 25000 connections are opened, and it has " in ended.out
 
 
 async def test_a_database_that_is_away_is_told(tmp_path: Path) -> None:

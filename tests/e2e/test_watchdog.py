@@ -34,7 +34,7 @@ async def test_finds_a_handler_that_holds_the_event_loop(
 async def test_finds_a_callback_of_the_service_that_holds_the_event_loop() -> None:
     """Not only tasks: what a Turn does is a plain callback."""
     with watching() as recorder:
-        Turn[None](lambda _: compute()).add(None)
+        Turn[int](lambda _: compute()).add(1)
         await asyncio.sleep(0.001)
     (hold,) = recorder.holds
     assert hold.startswith("Turn.end held the event loop")

@@ -40,6 +40,7 @@ from roster.v1.users_pb2 import (
     VerifyPasswordRequest,
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
+from service.db.bulk.portable import ROWS_AT_ONCE
 from service.db.driver import DriverQuery
 from service.server import Server
 from service.settings import Settings
@@ -90,9 +91,13 @@ def statements(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     monkeypatch.setattr(DriverQuery, "_fetched", noted)
 
-    def note(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
-        if not statement.startswith(NOT_COUNTED):
+    full_part = ""  # SQLite's writer sends the rows of a statement in parts
+
+    def note(connection: Any, cursor: Any, statement: str, rows: Any, _: Any, executemany: bool) -> None:
+        nonlocal full_part
+        if not (statement.startswith(NOT_COUNTED) or statement == full_part):
             executed.append(statement)
+        full_part = statement if executemany and len(rows) == ROWS_AT_ONCE else ""
 
     event.listen(Engine, "before_cursor_execute", note)
     yield executed

@@ -1,6 +1,7 @@
 """Settings: from where they come, and what is said of wrong ones."""
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,45 @@ def test_a_pause_leaves_time_for_calls() -> None:
     assert Settings(drain_pause=5, grace=8).grace == 8
     with pytest.raises(ValidationError, match="at least 3 s more than ROSTER_DRAIN_PAUSE"):
         Settings(drain_pause=5, grace=7)
+
+
+IN_SECONDS = [name for name, field in Settings.model_fields.items() if "seconds" in str(field.description)]
+
+
+@pytest.mark.parametrize("name", IN_SECONDS)
+def test_every_setting_in_seconds_takes_the_same_texts(name: str, environment: pytest.MonkeyPatch) -> None:
+    """Whole or with a fraction, and with what files and platforms leave at the end; nothing else."""
+    variable = f"ROSTER_{name.upper()}"
+    environment.setenv("ROSTER_GRACE", "1000000")  # of which a pause may be a part
+    for text, seconds in {"604800": 604800, "90.5": 90.5, " 90\n": 90, "9e1": 90}.items():
+        environment.setenv(variable, text)
+        value = getattr(Settings(), name)
+        assert (value.total_seconds() if isinstance(value, timedelta) else value) == seconds
+    for text in ("30s", "", " ", "-1", "inf", "nan", "1e9", "1e99", "half a minute"):
+        environment.setenv(variable, text)
+        if name != "bulk_load_ttl" or text != "1e9":  # kept for up to a century
+            refused()
+
+
+def test_the_ttl_of_loads_takes_iso_8601_too(environment: pytest.MonkeyPatch) -> None:
+    """But no time in the past, and none before the calendar begins."""
+    environment.setenv("ROSTER_BULK_LOAD_TTL", "P30DT12H")
+    assert Settings().bulk_load_ttl == timedelta(days=30, hours=12)
+    for text in ("0", "-P1D", "P999999D"):
+        environment.setenv("ROSTER_BULK_LOAD_TTL", text)
+        refused()
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_an_empty_setting_is_refused_unless_its_help_says_what_empty_means(
+    name: str, environment: pytest.MonkeyPatch
+) -> None:
+    """It is neither taken for its default nor for the current folder."""
+    environment.setenv(f"ROSTER_{name.upper()}", " \n")
+    if "empty for none" in str(Settings.model_fields[name].description):
+        assert getattr(Settings(), name) == ""
+    else:
+        assert "is empty; give it a value, or leave it unset" in str(refused())
 
 
 @pytest.mark.parametrize(
@@ -207,7 +247,7 @@ def test_this_machine_may_always_call(listen: str) -> None:
 
 @pytest.mark.parametrize(
     "listen",
-    ["", "localhost", "50051", "127.0.0.1:", "127.0.0.1:http", "127.0.0.1:65536", "unix:", "::1:50051"],
+    ["localhost", "50051", "127.0.0.1:", "127.0.0.1:http", "127.0.0.1:65536", "unix:", "::1:50051"],
 )
 def test_an_address_to_listen_on_has_a_port_or_a_path(listen: str) -> None:
     """Of a port that is too large gRPC would take what is left modulo 65536."""

@@ -141,7 +141,7 @@ ATTACKS: dict[str, tuple[Attack, int]] = {
         600,
     ),
     "health checks without messages": (on_each_stream(CHECK, b""), 60),
-    "watches of names of 4 MiB": (on_each_stream(WATCH, framed(field(1, b"x" * 4 * MIB)), end=True), 200),
+    "watches of names of 4 MiB": (on_each_stream(WATCH, framed(field(1, b"x" * 4 * MIB)), end=True), 400),
     "watches of unknown names": (on_each_stream(WATCH, framed(field(1, b"nobody")), end=True), 60),
     "more watches than a connection has": (on_each_stream(WATCH, framed(b""), end=True), 60),
     "2 million empty rows": (bulk(field(3, b"") * (2 * MIB)), 200),

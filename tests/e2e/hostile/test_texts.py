@@ -61,7 +61,9 @@ def sqlite(folder: Path) -> str:
 @pytest.mark.parametrize("form", ["text", "json"])
 async def test_a_stranger_forges_no_line_and_leaves_no_value_in_the_log(tmp_path: Path, form: str) -> None:
     """With each header that a stranger can send damaged, and the log on DEBUG."""
-    async with victim(tmp_path, sqlite(tmp_path), ROSTER_LOG_LEVEL="DEBUG", ROSTER_LOG_FORMAT=form) as server:
+    async with victim(
+        tmp_path, sqlite(tmp_path), reads_log=True, ROSTER_LOG_LEVEL="DEBUG", ROSTER_LOG_FORMAT=form
+    ) as server:
         for header in HEADERS:
             async with http2(server.address, server.ca) as connection:
                 stream = connection.open(GET_USER, header)
@@ -82,7 +84,7 @@ async def test_a_stranger_forges_no_line_and_leaves_no_value_in_the_log(tmp_path
 async def test_an_id_of_a_caller_is_kept_if_it_is_printable_ascii(tmp_path: Path) -> None:
     """Others are replaced by a new one, so that it can be looked for."""
     async with victim(
-        tmp_path, sqlite(tmp_path), ROSTER_LOG_LEVEL="INFO", ROSTER_LOG_FORMAT="text"
+        tmp_path, sqlite(tmp_path), reads_log=True, ROSTER_LOG_LEVEL="INFO", ROSTER_LOG_FORMAT="text"
     ) as server:
         for sent in ("from the gateway", 'a"b=c', "é", "x" * 129):
             async with http2(server.address, server.ca) as connection:

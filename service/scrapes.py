@@ -1,0 +1,129 @@
+"""HTTP for Prometheus: whoever connects and dawdles costs a socket for a while, and keeps nobody out.
+
+`prometheus_client.start_http_server` makes a thread for each connection, and waits for ever.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable, Sequence
+from http.client import parse_headers
+from io import BytesIO
+from threading import Thread
+from time import perf_counter
+from urllib.parse import urlsplit
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+MAX_HEAD_BYTES = 16 << 10
+MAX_CONNECTIONS = 64
+SECONDS = 10  # for all of a request and its answer, as Prometheus waits by default
+
+ERRORS = {400: "400 Bad Request", 503: "503 Service Unavailable"}
+
+
+class ScrapeServer:
+    """Serves a registry on a host and port, in a thread of its own; raises OSError if it can't listen there.
+
+    It reads from 64 connections at most: of more, the one that has dawdled longest is closed. 64 requests at
+    most wait for their answer, and making these takes half of a core at most.
+    """
+
+    def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
+        family = socket.getaddrinfo(host or None, port, flags=socket.AI_PASSIVE)[0][0]
+        self._socket = socket.create_server((host, port), family=family)
+        self.port: int = self._socket.getsockname()[1]
+        self._application: Callable[..., Sequence[bytes]] = make_wsgi_app(registry)
+        self._reading: dict[asyncio.Task[None] | None, None] = {}  # the longest first
+        self._answering = 0
+        self._turn = asyncio.Lock()
+        self._loop = asyncio.new_event_loop()
+        self._stopping = asyncio.Event()
+        self._thread = Thread(target=self._run, name="metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening and close the connections."""
+        self._loop.call_soon_threadsafe(self._stopping.set)
+        self._thread.join()
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        server = await asyncio.start_server(self._connected, sock=self._socket, limit=MAX_HEAD_BYTES)
+        async with server:
+            await self._stopping.wait()
+            server.close()
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(SECONDS):
+                head = await self._head(reader)
+                writer.write(await self._answer(head))
+                await writer.drain()
+                writer.close()
+                await writer.wait_closed()
+        except (asyncio.CancelledError, TimeoutError, OSError, EOFError):
+            pass  # evicted, late, or gone
+        finally:
+            writer.transport.abort()
+
+    async def _head(self, reader: asyncio.StreamReader) -> bytes:
+        """Return the request up to its body, empty if it is too large."""
+        task = asyncio.current_task()
+        if len(self._reading) >= MAX_CONNECTIONS and (longest := next(iter(self._reading))):
+            longest.cancel()
+            del self._reading[longest]
+        self._reading[task] = None
+        try:
+            return await reader.readuntil(b"\r\n\r\n")
+        except asyncio.LimitOverrunError:
+            return b""
+        finally:
+            self._reading.pop(task, None)
+
+    async def _answer(self, head: bytes) -> bytes:
+        environ = _environ(head)
+        if environ is None:
+            return _response(ERRORS[400], [], b"")
+        if self._answering >= MAX_CONNECTIONS:
+            return _response(ERRORS[503], [], b"")
+        self._answering += 1
+        try:
+            async with self._turn:
+                began = perf_counter()
+                answer = self._call(environ)
+                await asyncio.sleep(perf_counter() - began)  # calls have the other half of a core
+                return answer
+        finally:
+            self._answering -= 1
+
+    def _call(self, environ: dict[str, str]) -> bytes:
+        started: list[tuple[str, list[tuple[str, str]]]] = []
+        body = b"".join(self._application(environ, lambda *said: started.append(said)))
+        return _response(*started[0], body)
+
+
+def _environ(head: bytes) -> dict[str, str] | None:
+    """Return what the application reads of a request (PEP 3333), None if it is not HTTP."""
+    lines = BytesIO(head)
+    try:
+        method, target, _ = lines.readline().decode("ascii").split()
+        headers = parse_headers(lines)
+        url = urlsplit(target)
+    except Exception:  # noqa: BLE001 - a stranger's bytes
+        return None
+    return {
+        "REQUEST_METHOD": method,
+        "PATH_INFO": url.path,
+        "QUERY_STRING": url.query,
+        "HTTP_ACCEPT": headers.get("accept", ""),
+        "HTTP_ACCEPT_ENCODING": headers.get("accept-encoding", ""),
+    }
+
+
+def _response(status: str, headers: list[tuple[str, str]], body: bytes) -> bytes:
+    headers = [*headers, ("Content-Length", str(len(body))), ("Connection", "close")]
+    lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in headers), "", ""]
+    return "\r\n".join(lines).encode("latin-1") + body
