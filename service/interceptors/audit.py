@@ -12,7 +12,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from roster.v1.bulk_pb2 import BulkWriteResponse
 from service.auth.caller import current_caller
 from service.errors import RosterError
-from service.interceptors.around import Around, Context
+from service.interceptors.chain import Around, Context
 from service.loads.repository import COUNTED
 from service.services import RPCS
 

@@ -13,7 +13,7 @@ from google.rpc.status_pb2 import Status
 
 from service import errors
 from service.errors import RosterError
-from service.interceptors.around import CODES, Around, Context, Proceed
+from service.interceptors.chain import CODES, Around, Context, Proceed
 
 log = logging.getLogger(__name__)
 

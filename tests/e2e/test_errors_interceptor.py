@@ -13,7 +13,7 @@ from grpc import StatusCode
 
 from service import errors
 from service.errors import InvalidField, RosterError, Violation
-from service.interceptors.around import Context
+from service.interceptors.chain import Context
 from service.interceptors.errors import Errors, status_code
 from service.interceptors.messages import Messages, Unread
 from tests.errors import Refusal, refusal
