@@ -24,7 +24,7 @@ PAGE = Path(__file__).parents[1] / "docs/reference.md"
 PACKAGE = ".roster.v1."
 HEAD = (
     "# Reference\n\nGenerated from the [protos](../protos/roster/v1) by `make reference`. "
-    "How to call it: [the API](api.md).\n"
+    "[The API](api.md) describes how to explore and call it.\n"
 )
 # The numbers of the fields of descriptors, by which comments are found.
 MESSAGES, SERVICES, SYNTAX = 4, 6, 12
@@ -57,7 +57,7 @@ class Reference:
         yield from self._text(MESSAGES, number)
         for position, oneof in enumerate(message.oneof_decl):
             if told := self._sentence(MESSAGES, number, ONEOFS, position):  # protobuf's own have none
-                yield f"\nOf `{oneof.name}` one is set: {told}"
+                yield f"\nExactly one field of `{oneof.name}` is set: {told}"
         yield "\n| | field | type | |\n|---|---|---|---|"
         for position, field in enumerate(message.field):
             told = self._sentence(MESSAGES, number, FIELDS, position)
