@@ -1,4 +1,4 @@
-"""To try again what may pass, for longer than a call's own retries do."""
+"""Retries with exponential backoff, for outages that outlast the retries of a single call."""
 
 import asyncio
 import logging
@@ -7,54 +7,61 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from service.client.errors import Disconnected, may_pass
+from service.client.errors import Disconnected, is_retryable
 from service.errors import RosterError
 
 log = logging.getLogger(__name__)
 
-TRIES = 20  # about two minutes
+MAX_RETRIES = 20  # about two minutes
 FIRST_PAUSE_SECONDS = 0.25
-LONGEST_PAUSE_SECONDS = 10.0
+MAX_PAUSE_SECONDS = 10.0
 
 
-class Patience:
-    """Tries again what may pass: after longer and longer pauses, with jitter, and not for ever.
+class Backoff:
+    """Waits between retries: each pause is twice the last, with jitter, up to `max_retries` in a row.
 
-    An address where nobody has answered yet may be a wrong one: it is tried again only if `is_known`.
+    Until a call has succeeded, a server that can't be reached may be a wrong address. That is retried only
+    with `retry_connect`.
     """
 
     def __init__(
-        self, tries: int = TRIES, first_pause_seconds: float = FIRST_PAUSE_SECONDS, *, is_known: bool = False
+        self,
+        max_retries: int = MAX_RETRIES,
+        first_pause_seconds: float = FIRST_PAUSE_SECONDS,
+        *,
+        retry_connect: bool = False,
     ) -> None:
-        self._tries = tries
+        self._max_retries = max_retries
         self._first_pause_seconds = first_pause_seconds
-        self._failed_tries = 0
-        self._is_known = is_known
+        self._retry_connect = retry_connect
+        self._retries = 0
 
-    def renew(self) -> None:
-        """Begin anew: a try got somewhere."""
-        self._failed_tries = 0
-        self._is_known = True
+    def reset(self) -> None:
+        """Start again with the shortest pause, after a call has succeeded."""
+        self._retries = 0
+        self._retry_connect = True
 
-    async def endure(self, failure: RosterError, raised: RosterError | None = None) -> None:
-        """Wait before the next try; raises the failure, or what stands for it."""
-        is_wrong = isinstance(failure, Disconnected) and not self._is_known
-        if is_wrong or not may_pass(failure) or self._failed_tries >= self._tries:
+    async def wait(self, failure: RosterError, raised: RosterError | None = None) -> None:
+        """Sleep before the next retry, or raise `raised` (by default the failure) if there is none."""
+        is_wrong_address = isinstance(failure, Disconnected) and not self._retry_connect
+        if is_wrong_address or not is_retryable(failure) or self._retries >= self._max_retries:
             raise raised or failure
-        longest = min(self._first_pause_seconds * 2**self._failed_tries, LONGEST_PAUSE_SECONDS)
-        self._failed_tries += 1
-        seconds = (failure.retry_after_seconds or 0) + random.uniform(longest / 2, longest)  # noqa: S311
-        told = "no server answers" if isinstance(failure, Disconnected) else failure
-        log.warning("%s; trying again in %.1f s", told, seconds)
+        longest = min(self._first_pause_seconds * 2**self._retries, MAX_PAUSE_SECONDS)
+        self._retries += 1
+        # The server's RetryInfo is the least that it wants a client to wait.
+        server_delay = failure.retry_after_seconds or 0
+        seconds = server_delay + random.uniform(longest / 2, longest)  # noqa: S311
+        cause = "no server answers" if isinstance(failure, Disconnected) else failure
+        log.warning("%s; trying again in %.1f s", cause, seconds)
         await asyncio.sleep(seconds)
 
     async def call(self, method: Any, request: Message) -> Any:
-        """Return the answer of a unary RPC that can be repeated; raises RosterError."""
+        """Return the response of a unary RPC that is safe to repeat; raises RosterError."""
         while True:
             try:
-                answer = await method(request)
+                response = await method(request)
             except RosterError as error:
-                await self.endure(error)
+                await self.wait(error)
             else:
-                self.renew()
-                return answer
+                self.reset()
+                return response
