@@ -101,9 +101,7 @@ class UnaryInterceptor(UnaryUnaryClientInterceptor):
     async def intercept_unary_unary(
         self, continuation: Callable[..., Any], client_call_details: ClientCallDetails, request: Any
     ) -> Any:
-        details = _with_wait_for_ready(client_call_details, default=self._wait_for_ready)
-        if details.timeout is None:
-            details = details._replace(timeout=self._timeout)
+        details = _with_defaults(client_call_details, self._timeout, wait_for_ready=self._wait_for_ready)
         repeatable = _with_request_id(request)
         try:
             return await self._call(continuation, details, repeatable)
@@ -135,7 +133,7 @@ class ResponseStreamInterceptor(UnaryStreamClientInterceptor):
     async def intercept_unary_stream(
         self, continuation: Callable[..., Any], client_call_details: ClientCallDetails, request: Any
     ) -> Any:
-        details = _with_wait_for_ready(client_call_details, default=self._wait_for_ready)
+        details = _with_defaults(client_call_details, None, wait_for_ready=self._wait_for_ready)
         return _responses(await continuation(details, request))
 
 
@@ -149,10 +147,15 @@ async def _responses(call: Any) -> AsyncGenerator[Any]:
         call.cancel()
 
 
-def _with_wait_for_ready(details: ClientCallDetails, *, default: bool) -> ClientCallDetails:
+def _with_defaults(
+    details: ClientCallDetails, timeout: float | None, *, wait_for_ready: bool
+) -> ClientCallDetails:
+    """Return the details of a call, with defaults for what the caller left open."""
+    if details.timeout is not None:
+        timeout = details.timeout
     if details.wait_for_ready is not None:
-        return details
-    return details._replace(wait_for_ready=default)
+        wait_for_ready = details.wait_for_ready
+    return ClientCallDetails(details.method, timeout, details.metadata, details.credentials, wait_for_ready)
 
 
 def _with_request_id(request: Any) -> Any:
