@@ -1,118 +1,121 @@
-"""What becomes of the rows of a load: counts, and a file of those that failed."""
+"""The report of a load: its counts and reasons, for people and for programs."""
 
-from collections import Counter, deque
-from collections.abc import Iterator
-from functools import partial
-from itertools import count, takewhile
-from pathlib import Path
-from typing import IO
+import time
+from collections import Counter
+from typing import Any
 
-from roster.v1.bulk_pb2 import BulkAck, RowFailure
-from service.cli.formats import FileFormat
+from roster.v1 import bulk_pb2 as pb
+from service.cli.rejects import RejectsFile
 from service.cli.rows import Row
-from service.files import create, is_written_in_place
+from service.cli.terminal import pluralize
 
-MAX_HELD_BYTES = 8 << 20
-COMPARED_BYTES = 1 << 20  # at once
-BATCH_FAILURE = RowFailure(reason="BATCH_FAILED", message="another row of its batch failed")
+TOP_REASONS = 5
 
 
-class Ledger:
-    """How many rows are settled, why some failed, and their rejects, in the order of the file.
+class LoadReport:
+    """What has become of the rows of a load so far."""
 
-    The file of rejects is made when the first one comes. One that is there already may be mended by now, so
-    only one that has all of it replaces it. Rows that could not be read wait for the server's answers about
-    those before them, 8 MiB at most; more are rejected before their turn.
-    """
-
-    def __init__(self, path: Path, file_format: FileFormat) -> None:
-        self.rejects: str | None = None  # where they are
+    def __init__(self, name: str, unit: str, options: pb.BulkOptions, rejects: RejectsFile) -> None:
         self.rows = 0
         self.failed = 0
-        self.unread = 0  # of those that failed; the server knows nothing of them
-        self.reasons: Counter[str] = Counter()
-        self.sentences: dict[str, str] = {}  # the first for each reason
-        self.path = path
-        self._format = file_format
-        self._file: IO[bytes] | None = None
-        self._waiting: deque[Row] = deque()
-        self._held_bytes = 0
+        self.skipped_rows = 0  # settled by an earlier run, and not sent again
+        self.was_finished = False  # by an earlier run
+        self.summary = pb.BulkSummary()
+        self._name = name
+        self._unit = unit
+        self._options = options
+        self._rejects = rejects
+        self._unparsed = 0  # of those that failed; they were not sent
+        self._reasons: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}  # the first failure of each reason
+        self._started = time.monotonic()
 
-    def note(self, row: Row) -> None:
-        """Take in a row, in the order of the file and before it is sent."""
-        self._waiting.append(row)
-        if row.failure:
-            self.rows += 1
-            self.failed += 1
-            self.unread += 1
-            self._held_bytes += row.size
-        if self._held_bytes > MAX_HELD_BYTES:
-            self._release_held()
-        self._release_foremost()
+    def add_unparsed(self) -> None:
+        """Count a row that could not be parsed."""
+        self.rows += 1
+        self.failed += 1
+        self._unparsed += 1
 
-    def settle(self, ack: BulkAck) -> None:
-        """Take in what became of the rows of an ack."""
-        size = ack.created + ack.updated + ack.skipped + ack.failed
-        self.rows += size
+    def add_ack(self, ack: pb.BulkAck) -> int:
+        """Count the rows of an ack, and return how many there are."""
+        rows = ack.created + ack.updated + ack.skipped + ack.failed
+        self.rows += rows
         self.failed += ack.failed
-        failures = {failure.offset: failure for failure in ack.failures}
-        for index in range(size):
-            row = self._waiting.popleft()
-            # Where one row fails its whole batch, the others have no failure, but no id either.
-            is_failed = ack.failed and ack.ids and not ack.ids[index]
-            if failure := failures.get(ack.offset + index, BATCH_FAILURE if is_failed else None):
-                self.reject(row, failure)
-            self._release_foremost()
+        return rows
 
-    def reject(self, row: Row, failure: RowFailure) -> None:
-        """Write a row to the rejects; raises OSError."""
+    def add_failure(self, row: Row, failure: pb.RowFailure) -> None:
+        """Count the reason of a failed row."""
         reason = f"{failure.reason} {failure.field}".rstrip()
-        self.reasons[reason] += 1
-        self.sentences.setdefault(reason, f"{self._format.unit} {row.number:,}: {failure.message}")
-        if self._file is None:
-            self._file = next(filter(None, map(_open_new, self._names())))
-            self.rejects = self._file.name
-            self._file.write(self._format.head())
-        self._file.write(self._format.rejected(row, failure))
+        self._reasons[reason] += 1
+        self._examples.setdefault(reason, f"{self._unit} {row.number:,}: {failure.message}")
 
-    def close(self) -> None:
-        """Write what is buffered, and take the place of an earlier file that has no more than this one."""
-        if self._file:
-            self._file.close()
-            written = Path(self._file.name)
-            earlier = filter(Path.is_file, takewhile(lambda path: path != written, self._names()))
-            if place := next(filter(partial(_begins_with, written), earlier), None):
-                self.rejects = str(written.replace(place))
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self._started, 0.001)
 
-    def _names(self) -> Iterator[Path]:
-        yield self.path
-        for number in count(2):
-            yield self.path.with_name(f"{self.path.stem}.{number}{self.path.suffix}")
+    @property
+    def rows_per_second(self) -> float:
+        return (self.rows - self.skipped_rows) / self.seconds
 
-    def _release_foremost(self) -> None:
-        while self._waiting and (failure := self._waiting[0].failure):
-            row = self._waiting.popleft()
-            self._held_bytes -= row.size
-            self.reject(row, failure)
+    def progress(self) -> str:
+        """Return the text of the progress bar."""
+        return f"{self.rows:,} rows, {self.rows_per_second:,.0f} rows/s, {self.failed:,} failed"
 
-    def _release_held(self) -> None:
-        for row in self._waiting:
-            if row.failure:
-                self.reject(row, row.failure)
-        self._waiting = deque(row for row in self._waiting if not row.failure)
-        self._held_bytes = 0
+    def unfinished(self, *, can_resume: bool) -> str:
+        """Return how far a load came that has not finished."""
+        outcome = "validated" if self._options.validate_only else "committed"
+        text = f"{pluralize(self.rows - self.failed, 'row')} {outcome}, {self.failed:,} failed"
+        if self._rejects.written_to:
+            text += f" (see {self._rejects.written_to})"
+        if can_resume and self._options.load_id:
+            text += "; run the same command to resume"
+        return text
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the summary for programs."""
+        return {
+            "file": self._name,
+            "load_id": self._options.load_id or None,
+            "was_finished": self.was_finished,
+            "rows": self.rows,
+            "created": self.summary.created,
+            "updated": self.summary.updated,
+            "skipped": self.summary.skipped,
+            "failed": self.failed,
+            "seconds": round(self.seconds, 3),
+            "reasons": self._reasons,
+            "rejects": str(self._rejects.written_to) if self._rejects.written_to else None,
+        }
 
-def _open_new(path: Path) -> IO[bytes] | None:
-    if is_written_in_place(path):
-        return path.open("wb")
-    try:
-        return create(path)
-    except FileExistsError:
-        return None
+    def lines(self) -> list[str]:
+        """Return the summary for people."""
+        lines = [f"{self._name}: {self._timing()}: {self._counts()}"]
+        for reason, count in self._reasons.most_common(TOP_REASONS):
+            lines.append(f"  {count:,} x {reason}, first at {self._examples[reason]}")
+        if self._unparsed:
+            rows = pluralize(self._unparsed, "row")
+            lines.append(f"  {rows} could not be parsed; `roster loads` counts only rows that were sent")
+        if self._options.validate_only:
+            lines.append("  validated only: nothing was written")
+        written_to = self._rejects.written_to
+        if written_to == self._rejects.path:
+            lines.append(f"  the failed rows are in {written_to}")
+        elif written_to:
+            kept = self._rejects.path
+            lines.append(f"  the failed rows are in {written_to}; {kept} has other content and was kept")
+        return lines
 
+    def _timing(self) -> str:
+        if self.was_finished:
+            return "already finished, nothing was sent (use another --load-id to load it again)"
+        rows = pluralize(self.rows, "row")
+        if self.skipped_rows:
+            rows += f", {self.rows - self.skipped_rows:,} of them in this run,"
+        return f"{rows} in {self.seconds:.1f} s ({self.rows_per_second:,.0f} rows/s)"
 
-def _begins_with(path: Path, earlier: Path) -> bool:
-    with path.open("rb") as longer, earlier.open("rb") as shorter:
-        parts = iter(partial(shorter.read, COMPARED_BYTES), b"")
-        return all(longer.read(len(part)) == part for part in parts)
+    def _counts(self) -> str:
+        summary = self.summary
+        return (
+            f"{summary.created:,} created, {summary.updated:,} updated, {summary.skipped:,} skipped, "
+            f"{self.failed:,} failed"
+        )
