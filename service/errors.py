@@ -1,4 +1,4 @@
-"""The domain errors. They know no transport; `interceptors/errors.py` has the table of statuses.
+"""The domain errors. They know no transport; `status.py` has the table of status codes.
 
 RosterError
 ├── InvalidArgument      InvalidField InvalidMask InvalidFilter InvalidOrder InvalidPageToken

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
-from roster.v1 import bulk_pb2, bulk_pb2_grpc, posts_pb2, posts_pb2_grpc, users_pb2, users_pb2_grpc
 from service import metrics
 from service.auth.policy import REFLECTION, Policy
 from service.auth.reloading import ReloadingFile
@@ -38,6 +37,7 @@ from service.memory import trim_forever
 from service.posts.reader import PostReader
 from service.posts.servicer import PostServicer
 from service.reflection import add_reflection
+from service.services import SERVICE_NAMES, add_servicer
 from service.settings import Settings
 from service.users.passwords import Passwords
 from service.users.reader import UserReader
@@ -113,29 +113,24 @@ class Server:
             interceptors=[Unread(), Errors(), Messages()],
             options=[*health_options, ("grpc.max_receive_message_length", MAX_PROBE_BYTES)],
         )
-        services = [
-            users_pb2.DESCRIPTOR.services_by_name["UserService"].full_name,
-            posts_pb2.DESCRIPTOR.services_by_name["PostService"].full_name,
-            bulk_pb2.DESCRIPTOR.services_by_name["BulkService"].full_name,
-        ]
         self.bulk = BulkStreams(self.database)
-        self.health = Health(self.database, services)
-        self._add_services([*services, "grpc.health.v1.Health"])
+        self.health = Health(self.database, SERVICE_NAMES)
+        self._add_services()
         self.address = self.health_address = self.metrics_address = ""
         self._close_metrics: Callable[[], None] = lambda: None
         self._chores: list[asyncio.Task[None]] = []
 
-    def _add_services(self, names: list[str]) -> None:
-        users = UserServicer(self.database, self.users, self.passwords, self.bulk)
-        users_pb2_grpc.add_UserServiceServicer_to_server(users, self.server)
-        posts = PostServicer(self.database, self.posts, self.bulk)
-        posts_pb2_grpc.add_PostServiceServicer_to_server(posts, self.server)
-        loads = BulkServicer(self.database, self.settings.bulk_load_ttl)
-        bulk_pb2_grpc.add_BulkServiceServicer_to_server(loads, self.server)
+    def _add_services(self) -> None:
+        for servicer in (
+            UserServicer(self.database, self.users, self.passwords, self.bulk),
+            PostServicer(self.database, self.posts, self.bulk),
+            BulkServicer(self.database, self.settings.bulk_load_ttl),
+        ):
+            add_servicer(servicer, self.server)
         for server in (self.server, self.health_server):
             health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         if self.settings.reflection:
-            add_reflection(self.server, names)
+            add_reflection(self.server, [*SERVICE_NAMES, "grpc.health.v1.Health"])
 
     async def start(self) -> None:
         """Listen; raises OSError where the address can't be had."""

@@ -1,4 +1,4 @@
-"""Status -> domain error: the way back of `interceptors/errors.py`."""
+"""Status -> domain error: the way back of `status.py`."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -7,29 +7,40 @@ from dataclasses import asdict, dataclass, field
 from operator import attrgetter
 from typing import Any
 
+from google.protobuf.descriptor import MethodDescriptor
+
 from roster.v1.bulk_pb2 import BulkWriteResponse
 from service.auth.caller import current_caller
 from service.errors import RosterError
-from service.interceptors.around import Around, Context
+from service.interceptors.chain import Around, Context
 from service.loads.repository import COUNTED
+from service.services import RPCS
 
 log = logging.getLogger("roster.audit")
 # Whatever ROSTER_LOG_LEVEL says: a logger's own level goes before the root's.
 log.setLevel(logging.INFO)
 
-# The writes, each with the path of its target in the request, "" where only the answer knows it.
+# An RPC with any other verb counts as a write.
+READ_PREFIXES = ("Get", "BatchGet", "List", "Export", "Verify")
+
+
+def _target_path(method: MethodDescriptor) -> str:
+    """Return where in its request a write names its target: "" if only the answer, or the stream, has it."""
+    request = method.input_type
+    if method.client_streaming or method.name.startswith("Create"):
+        return ""
+    for name in ("id", "load_id"):
+        if name in request.fields_by_name:
+            return name
+    for resource in request.fields:
+        if resource.message_type and "id" in resource.message_type.fields_by_name:
+            return f"{resource.name}.id"
+    return ""
+
+
+# The writes, each with the path of its target in the request.
 TARGETS = {
-    "/roster.v1.UserService/CreateUser": "",
-    "/roster.v1.UserService/UpdateUser": "user.id",
-    "/roster.v1.UserService/DeleteUser": "id",
-    "/roster.v1.UserService/BulkCreateUsers": "",
-    "/roster.v1.UserService/BulkUpdateUsers": "",
-    "/roster.v1.PostService/CreatePost": "",
-    "/roster.v1.PostService/UpdatePost": "post.id",
-    "/roster.v1.PostService/DeletePost": "id",
-    "/roster.v1.PostService/BulkCreatePosts": "",
-    "/roster.v1.PostService/BulkUpdatePosts": "",
-    "/roster.v1.BulkService/AbortBulkLoad": "load_id",
+    rpc: _target_path(method) for rpc, method in RPCS.items() if not method.name.startswith(READ_PREFIXES)
 }
 
 

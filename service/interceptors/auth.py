@@ -8,7 +8,7 @@ from service.auth.policy import ANONYMOUS, HEALTH, Policy
 from service.auth.reloading import ReloadingFile
 from service.auth.tokens import Tokens
 from service.errors import PermissionDenied, Refused, Unauthenticated
-from service.interceptors.around import Around, Context, Proceed
+from service.interceptors.chain import Around, Context, Proceed
 
 log = logging.getLogger(__name__)
 

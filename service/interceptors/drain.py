@@ -7,7 +7,7 @@ from typing import Any
 
 from service.db.engine import COMMITTED
 from service.errors import Draining, OutcomeUnknown
-from service.interceptors.around import Around, Context, Proceed
+from service.interceptors.chain import Around, Context, Proceed
 
 
 class Drain(Around):

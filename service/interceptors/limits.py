@@ -9,7 +9,7 @@ from typing import Any
 from service.auth.caller import current_share
 from service.auth.policy import HEALTH
 from service.errors import Overloaded, QuotaExceeded, RateLimited, RosterError
-from service.interceptors.around import Around, Context, Proceed
+from service.interceptors.chain import Around, Context, Proceed
 from service.settings import Settings
 from service.shares import FairSemaphore
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from service.auth.caller import current_caller
 from service.db.statements import LISTENERS
-from service.interceptors.around import Around, Context, Proceed, code_at_end
+from service.interceptors.chain import Around, Context, Proceed, code_at_end
 from service.logs import CALL
 from service.turns import Turn
 

@@ -15,7 +15,7 @@ from service.auth.caller import NOBODY, current_caller
 from service.auth.policy import HEALTH
 from service.errors import MalformedMessage, TooLarge
 from service.fields import MAX_CONTENT_BYTES
-from service.interceptors.around import Around, Context, Proceed, host_of, kind
+from service.interceptors.chain import Around, Context, Proceed, host_of, kind
 from service.requests import parse, request_class
 from service.waits import BoundedWaits
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from service.interceptors.around import Around, Context, Proceed, code_at_end, kind
+from service.interceptors.chain import Around, Context, Proceed, code_at_end, kind
 from service.metrics import CALLS, HANDLED, HANDLING, STARTED
 from service.turns import Turn
 

@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, StatusCode, format_trace_id
 
 from service.db.statements import LISTENERS
-from service.interceptors.around import Around, Context, Proceed, code_at_end
+from service.interceptors.chain import Around, Context, Proceed, code_at_end
 from service.logs import CALL
 
 MAX_STATEMENT = 2000

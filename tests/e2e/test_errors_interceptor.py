@@ -13,9 +13,10 @@ from grpc import StatusCode
 
 from service import errors
 from service.errors import InvalidField, RosterError, Violation
-from service.interceptors.around import Context
-from service.interceptors.errors import Errors, status_code
+from service.interceptors.chain import Context
+from service.interceptors.errors import Errors
 from service.interceptors.messages import Messages, Unread
+from service.status import status_code
 from tests.errors import Refusal, refusal
 
 SECRET = "postgresql://roster:hunter2@db/roster"

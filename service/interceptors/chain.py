@@ -10,10 +10,10 @@ from typing import Any
 
 import grpc
 
+from service.status import CODES
+
 Context = grpc.aio.ServicerContext[Any, Any]
 Proceed = Callable[[Any, Context], Awaitable[Any]]
-
-CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class Around(grpc.aio.ServerInterceptor):
