@@ -71,15 +71,15 @@ lock: ## Resolve and pin the dependencies; UPGRADE=1 takes the newest versions; 
 	$(LOCK) --group dev --all-extras --constraint requirements.lock --output-file requirements-dev.lock
 
 reference: $(VENV)/development ## Generate docs/reference.md from the protos
-	$(BIN)/python -m tests.contract_reference docs/reference.md
+	$(BIN)/python -m tools.contract_reference docs/reference.md
 
 contract: $(VENV)/development ## Record the protos as released; later versions are compared with them
-	$(BIN)/python -m tests.contract_image
+	$(BIN)/python -m tools.contract_image protos/released.binpb
 
 clean: ## Remove installed, generated and cached files; data is kept
 	rm -rf $(VENV) .tools dist $(NODE)/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find protos \( -name '*_pb2*' -o -name __init__.py -o -name py.typed \) -delete
-	find alembic hatch_build.py protos service tests -name __pycache__ -prune -exec rm -rf {} +
+	find alembic hatch_build.py protos service tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	@$(or $(PYTHON),false) -c '$(SUITABLE)' 2>/dev/null || { \

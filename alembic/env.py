@@ -54,7 +54,7 @@ def run(connection: Connection) -> None:
 
 
 async def run_online(url: str) -> None:
-    # Not the service's engine: on SQLite it enforces foreign keys, and replacing a table would cascade deletes.
+    # Not the service's engine: on SQLite it enforces foreign keys, and to replace a table would delete rows.
     options = {"async_creator_fn": connect}
     if url.startswith("sqlite"):
         options = {}

@@ -26,7 +26,7 @@ COMMAND = re.compile(r"^\$ (.*<<'END'\n(?:.*\n)*?END|.*)\n", re.MULTILINE)
 START = re.compile(r"^## Start$", re.MULTILINE)
 # Values that differ from run to run: times, durations, rates, and the row at which a killed load continues.
 VARIABLE = re.compile(
-    r"\d{4}-\d\d-\d\d[T ][\d:.]+Z?|\d[\d.,]* (?:s|rows/s)\b|(?<=at row )[\d,]+|[\d,]+(?= of them now)"
+    r"\d{4}-\d\d-\d\d[T ][\d:.]+Z?|\d[\d.,]* (?:s|rows/s)\b|(?<=at row )[\d,]+|[\d,]+(?= of them )"
 )
 
 
