@@ -24,7 +24,7 @@ from service.turns import Turn
 Format = Literal["auto", "json", "text"]
 
 # What every line of a call carries. A line's own fields come as `extra={"fields": {...}}`.
-CALL: ContextVar[Mapping[str, str]] = ContextVar("CALL", default={})  # noqa: B039  (nobody changes it)
+CALL_IDS: ContextVar[Mapping[str, str]] = ContextVar("CALL_IDS", default={})  # noqa: B039  (nobody changes it)
 
 # Loggers of libraries that log the values they were working on.
 TALKATIVE = ("grpc", "asyncio")
@@ -167,7 +167,7 @@ def _own_lines(chunk: str) -> Sequence[str]:
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    return {**CALL.get(), **getattr(record, "fields", {})}
+    return {**CALL_IDS.get(), **getattr(record, "fields", {})}
 
 
 def _text(value: Any) -> str:

@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 
 from service import logs
 from service.escape import MAX_CHARACTERS, escape
-from service.logs import CALL, drop_values
+from service.logs import CALL_IDS, drop_values
 from tests.log_lines import parse
 
 # Surrogates included. Two lone ones next to each other are one character in JSON.
@@ -154,8 +154,8 @@ def test_a_line_that_can_t_be_written_shows_no_arguments(monkeypatch: pytest.Mon
 
 def test_ids_of_a_call_are_escaped_like_fields() -> None:
     """Wherever they come from."""
-    token = CALL.set({"request_id": FORGED})
+    token = CALL_IDS.set({"request_id": FORGED})
     try:
         assert read(logged(text(), "call"))[1] == {"request_id": FORGED}
     finally:
-        CALL.reset(token)
+        CALL_IDS.reset(token)

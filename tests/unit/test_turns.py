@@ -8,7 +8,7 @@ from select import PIPE_BUF
 
 import pytest
 
-from service.logs import CALL, Together
+from service.logs import CALL_IDS, Together
 from service.turns import Turn
 
 
@@ -55,10 +55,10 @@ async def test_what_comes_in_a_turn_is_done_together() -> None:
 
     def work(things: Sequence[int]) -> None:
         done.append(things)
-        contexts.append(CALL.get())
+        contexts.append(CALL_IDS.get())
 
     turn = Turn(work)
-    CALL.set({"request_id": "ada's"})
+    CALL_IDS.set({"request_id": "ada's"})
     turn.add(1)
     turn.add(2)
     assert done == []
