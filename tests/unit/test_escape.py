@@ -144,10 +144,10 @@ def test_libraries_that_log_what_they_received_keep_only_the_kind_of_event(
 def test_a_line_that_can_t_be_written_shows_no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     """The standard library's handler prints them."""
     stream = io.StringIO()
-    handler = logs.Together()
+    handler = logs.BufferedStreamHandler()
     handler.setStream(stream)
     handler.setFormatter(text())
-    handler.emit(logging.LogRecord("service.test", logging.INFO, "", 0, "%d", ("secret",), None))
+    handler.handle(logging.LogRecord("service.test", logging.INFO, "", 0, "%d", ("secret",), None))
 
     assert stream.getvalue() == "a line of the logger service.test could not be written\n"
 
