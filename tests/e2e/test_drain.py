@@ -19,9 +19,10 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkOptions, BulkSummary
 from roster.v1.resources_pb2 import User
-from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, ListUsersRequest
+from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUserRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.client import BulkLoader, channel, pages
+from service.interceptors.chain import Rpc
 from service.interceptors.drain import Drain
 from service.server import Server
 from service.settings import Settings
@@ -93,10 +94,11 @@ async def test_bulk_stream_finishes_received_batches_before_server_stops(
 async def test_calls_that_come_while_others_end_are_waited_for_too() -> None:
     """GRPC hands on what it has accepted, also when a stop has begun."""
     drain, ends = Drain(), [asyncio.Event() for _ in range(2)]
+    get_user = Rpc("/roster.v1.UserService/GetUser", GetUserRequest, is_upload=False, is_download=False)
     context: Any = None
 
     async def call(end: asyncio.Event) -> None:
-        await drain.around("/roster.v1.UserService/GetUser", lambda *_: end.wait(), None, context)
+        await drain.intercept(get_user, lambda *_: end.wait())(None, context)
 
     calls = [asyncio.create_task(call(ends[0]))]
     await asyncio.sleep(0)
