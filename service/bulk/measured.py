@@ -3,7 +3,7 @@
 from time import perf_counter
 
 from service.bulk.operation import Operation
-from service.bulk.slot import Slot
+from service.bulk.pending import Slot
 from service.db.bulk.batch import Outcome
 from service.errors import RosterError
 from service.loads.repository import COUNTED

@@ -11,7 +11,7 @@ from sqlalchemy.orm import joinedload
 
 from service.db.base import BigInt
 from service.db.bulk.batch import Batch, Outcome, WriteOptions
-from service.db.bulk.resolve import Key, resolve_creates, resolve_updates
+from service.db.bulk.plan import Key, resolve_creates, resolve_updates
 from service.db.bulk.writer import FOR_UPDATE, BulkWriter, id_taken, stored
 from service.db.dialect import matched, octets
 from service.db.repository import Repository

@@ -14,7 +14,7 @@ from roster.v1.resources_pb2 import Post as PostMessage
 from service.auth.policy import GET_POST, GET_USER
 from service.auth.views import View, as_written
 from service.bulk.operation import Operation
-from service.bulk.streams import BulkStreams
+from service.bulk.stream import BulkStreams
 from service.db.engine import Database
 from service.db.listing import Listing, batches
 from service.fields import check_export, check_id, check_ids, check_version

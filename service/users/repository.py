@@ -12,7 +12,7 @@ from sqlalchemy.orm.attributes import set_committed_value
 
 from service.db.base import BigInt
 from service.db.bulk.batch import Batch, OnConflict, Outcome, WriteOptions
-from service.db.bulk.resolve import Key, resolve_creates, resolve_updates
+from service.db.bulk.plan import Key, resolve_creates, resolve_updates
 from service.db.bulk.writer import FOR_UPDATE, BulkWriter, id_taken, stored
 from service.db.dialect import insert, listed, octets
 from service.db.paging import Page

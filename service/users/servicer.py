@@ -16,7 +16,7 @@ from service.auth.caller import current_caller
 from service.auth.policy import GET_USER, LIST_POSTS
 from service.auth.views import View, as_written
 from service.bulk.operation import Operation
-from service.bulk.streams import BulkStreams
+from service.bulk.stream import BulkStreams
 from service.db.engine import Database
 from service.db.listing import Listing, batches
 from service.errors import OutcomeUnknown, ResourceExhausted, StatementTimeout, Unavailable, UserNotFound

@@ -17,8 +17,8 @@ from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, GetUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.bulk.message import MAX_BYTES, MAX_ROWS
-from service.bulk.slot import Slot
-from service.bulk.streams import BulkStreams
+from service.bulk.pending import Slot
+from service.bulk.stream import BulkStreams
 from service.db.engine import Database
 from service.server import Server
 from service.users.model import User as UserRow

@@ -73,7 +73,7 @@ def accidents(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(LoadRepository, "record", recorded)
     monkeypatch.setattr(engine, "_commit", accident_prone)
-    monkeypatch.setattr("service.bulk.recorder.FIRST_PAUSE_SECONDS", 0)
+    monkeypatch.setattr("service.bulk.committer.FIRST_PAUSE_SECONDS", 0)
     return planned
 
 

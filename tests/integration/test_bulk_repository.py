@@ -10,7 +10,7 @@ from sqlalchemy import Table, delete, insert, select
 from roster.v1.bulk_pb2 import BulkAck
 from service.auth.caller import set_caller
 from service.auth.policy import ANONYMOUS
-from service.bulk.streams import BulkStreams
+from service.bulk.stream import BulkStreams
 from service.db.engine import Database
 from service.posts.model import Post
 from service.users.model import User

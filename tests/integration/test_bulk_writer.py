@@ -16,7 +16,7 @@ from roster.v1.posts_pb2 import BulkCreatePostsRequest
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, BulkUpdateUsersRequest
 from service.bulk.operation import Operation
-from service.bulk.streams import BulkStreams
+from service.bulk.stream import BulkStreams
 from service.db.bulk import postgresql
 from service.db.bulk.batch import Batch, Outcome
 from service.db.bulk.writer import BulkWriter

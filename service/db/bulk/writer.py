@@ -13,9 +13,9 @@ from sqlalchemy.orm import InstrumentedAttribute
 from sqlalchemy.types import TypeEngine
 
 from service.db.base import BigInt, Entity, now
-from service.db.bulk import portable, postgresql
+from service.db.bulk import postgresql, sqlite
 from service.db.bulk.batch import Batch, Outcome, Result, WriteOptions
-from service.db.bulk.resolve import Creates
+from service.db.bulk.plan import Creates
 from service.db.dialect import is_sqlite, listed, matched
 from service.errors import DatabaseUnavailable, IdTaken
 
@@ -33,7 +33,7 @@ class BulkWriter:
     def __init__(self, session: AsyncSession, model: type[Entity]) -> None:
         self.session = session
         self.model = model
-        self._way = portable if is_sqlite(session) else postgresql
+        self._way = sqlite if is_sqlite(session) else postgresql
         self._drawn: Sequence[int] = ()
 
     async def settled(self, batch: Batch, attempt: Callable[[Batch], Awaitable[Outcome]]) -> Outcome:

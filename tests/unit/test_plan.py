@@ -9,7 +9,7 @@ from roster.v1.bulk_pb2 import BulkAck
 from service.bulk.convert import outcome_to_message
 from service.bulk.operation import StreamOptions
 from service.db.bulk.batch import Batch, Outcome, Result, WriteOptions
-from service.db.bulk.resolve import Key, resolve_creates, resolve_updates
+from service.db.bulk.plan import Key, resolve_creates, resolve_updates
 from service.errors import PostNotFound
 from service.users.repository import email_taken
 from tests.bulk_loads import LOADS

@@ -9,7 +9,7 @@ import asyncio
 import random
 
 from service.bulk.operation import Operation
-from service.bulk.slot import FAULTS, Slot, Superseded, committed
+from service.bulk.pending import FAULTS, Slot, Superseded, committed
 from service.db.bulk.batch import Outcome, WriteOptions
 from service.db.bulk.writer import BulkWriter
 from service.db.engine import Database
