@@ -42,7 +42,7 @@ class Recorder:
         """Record a message; raises OffsetGap or one of FAULTS where it can't be, or what ends the stream."""
         try:
             outcome = await self._first_attempt(slot)
-            slot.batch.has_drawn.set()
+            slot.batch.ids_drawn.set()
             slot.is_committed.set_result(outcome is not None)
             if outcome is None:
                 await self._require(slot.previous)
@@ -51,7 +51,7 @@ class Recorder:
         finally:
             if not slot.is_committed.done():
                 slot.is_committed.set_result(False)
-            slot.batch.has_drawn.set()
+            slot.batch.ids_drawn.set()
             slot.release()
         if not slot.replayed:
             return outcome
@@ -116,12 +116,11 @@ class Recorder:
             return Outcome()
         if self._options.restores and self._options.writes(slot.batch):
             async with self._database.bulk() as session:
-                await BulkWriter(session, self._operation.model).reserve(slot.batch)
+                await BulkWriter(session, self._operation.table).reserve_ids(slot.batch)
         async with self._database.bulk() as session:
             outcome = await self._operation.write(session, slot.batch, self._options)
             await committed(previous)
-            if self._operation.taken:
-                await slot.complete(outcome, self._options, self._operation.taken)
+            await slot.complete(outcome, self._options, self._operation.table.unique)
             if self._load:
                 loads = LoadRepository(session, self._load.caller)
                 await loads.record(self._load, slot.offset + slot.replayed, outcome)

@@ -1,12 +1,13 @@
 """A message that a stream has in hand."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
 from service.db.bulk.batch import Batch, OnConflict, Outcome, Result, WriteOptions
+from service.db.bulk.table import UniqueKey
 from service.errors import (
     InvalidField,
     OffsetGap,
@@ -36,7 +37,8 @@ class Slot:
     size: int
     previous: "Slot | None" = None
     batch: Batch = field(default_factory=lambda: Batch(0))
-    keys: Mapping[Any, int] = field(default_factory=dict)  # id or e-mail -> its first good row
+    # For the id and each unique key: value -> the first good row that has it.
+    keys: Mapping[str, Mapping[Any, int]] = field(default_factory=dict)
     awaited: "dict[int, tuple[Slot, int]]" = field(
         default_factory=dict
     )  # row -> the earlier one with its key
@@ -55,20 +57,25 @@ class Slot:
 
     def meets(self, other: "Slot") -> bool:
         """Tell whether the two have a key in common."""
-        return not self.keys.keys().isdisjoint(other.keys)
+        return any(
+            not values.keys().isdisjoint(other.keys.get(name, ())) for name, values in self.keys.items()
+        )
 
-    def wait_for(self, other: "Slot") -> None:
-        """Leave the rows whose keys an earlier slot has to `complete`; the others need not wait."""
+    def wait_for(self, other: "Slot", key: UniqueKey) -> None:
+        """Leave the rows whose key an earlier slot has to `complete`; the others need not wait."""
+        values, rows_of = self.batch.columns[key.name], other.keys.get(key.name, {})
         for row in self.batch.good_rows():
-            there = other.keys.get(self.batch.columns["email"][row])
+            there = rows_of.get(values[row])
             if there is not None:
                 self.awaited[row] = other, there
-        self.batch.awaited = self.awaited.keys()
+        self.batch.deferred = self.awaited.keys()
 
-    async def complete(
-        self, outcome: Outcome, options: WriteOptions, taken: Callable[[int], RosterError]
-    ) -> None:
+    async def complete(self, outcome: Outcome, options: WriteOptions, unique: Sequence[UniqueKey]) -> None:
         """Add what became of the rows whose keys are an earlier slot's, by now written."""
+        self.written = outcome
+        if not self.awaited:
+            return
+        (key,) = unique  # rows are deferred only if there is one
         results = bytearray(outcome.results)
         async for some in slices(list(self.awaited.items())):
             for row, (other, there) in some:
@@ -76,9 +83,8 @@ class Slot:
                 if options.on_conflict is OnConflict.SKIP:
                     results[row], outcome.ids[row] = Result.SKIPPED, id
                 else:
-                    outcome.failures[row] = taken(id)
+                    outcome.failures[row] = key.conflict_error(id)
         outcome.results = bytes(results)
-        self.written = outcome
 
     async def outcome(self) -> Outcome | RosterError:
         """Wait for what becomes of the message, or why it is refused; raises what ends the stream."""
@@ -95,7 +101,7 @@ class Slot:
         """Drop the rows, once they are written or will not be: a client may never read the ack."""
         self.previous = None
         self.awaited.clear()  # its batch looks at it too
-        self.batch = Batch(0, has_drawn=self.batch.has_drawn)  # the next slot waits for it
+        self.batch = Batch(0, ids_drawn=self.batch.ids_drawn)  # the next slot waits for it
 
     async def settled(self) -> None:
         """Wait until the message is recorded, or will not be."""

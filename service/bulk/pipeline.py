@@ -195,7 +195,7 @@ class Stream:
             slot.refusal = error.with_traceback(None)
         else:
             # Converted once: every access to a repeated field makes its wrappers again.
-            await self._start(slot, list(getattr(request, self._operation.rows)))
+            await self._start(slot, list(getattr(request, self._operation.rows_field)))
         self.slots.put_nowait(slot)
         return slot
 
@@ -210,7 +210,7 @@ class Stream:
         if is_too_large:
             raise TooLarge(
                 f"a message has at most {MAX_ROWS:,} rows and {MAX_BYTES:,} bytes; send these in several",
-                field=self._operation.rows,
+                field=self._operation.rows_field,
             )
         if slot.offset != self._expected:
             await self._settle_all()
@@ -239,18 +239,19 @@ class Stream:
     async def _start(self, slot: Slot, messages: list[Any]) -> None:
         await asyncio.sleep(0)  # a message of 4 MiB took 20 ms so far
         slot.batch = await self._operation.batch(messages[slot.replayed :], self.options.write)
-        if any(slot.batch.columns.get("hashed_password", ())):
-            self._caller.require("loader", "hashed_password")
+        for name, role in self._operation.required_roles.items():
+            if any(slot.batch.columns.get(name, ())):
+                self._caller.require(role, name)
         slot.batch.expects_conflicts = self._meets_conflicts
         await self._clear(slot)
         slot.previous, self._last = self._last, slot
-        slot.batch.draws_after = slot.previous.batch.has_drawn if slot.previous else None
+        slot.batch.ids_after = slot.previous.batch.ids_drawn if slot.previous else None
         self._expected = max(self._expected, slot.end)
         slot.task = asyncio.create_task(self._recorder.record(slot))
 
     async def _clear(self, slot: Slot) -> None:
         """Wait for the batches in hand that the new one can't be written beside."""
-        slot.keys = slot.batch.keys()
+        slot.keys = slot.batch.keys(self._operation.key_names)
         is_parallel = self._operation.is_parallel(self.options.write)
         can_defer = self._operation.can_defer(self.options.write)
         other = self._last
@@ -260,7 +261,7 @@ class Stream:
                 await other.settled()
                 return
             if meets:
-                slot.wait_for(other)
+                slot.wait_for(other, self._operation.table.unique[0])
             other = other.previous
 
 

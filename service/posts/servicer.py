@@ -31,28 +31,26 @@ from service.posts.convert import (
 )
 from service.posts.model import Post
 from service.posts.reader import PostReader
-from service.posts.repository import FILTERABLE, SORTABLE, PostRepository
+from service.posts.repository import FILTERABLE, POSTS, SORTABLE, PostRepository
 from service.timeslice import add_in_slices
 
 CREATE_POSTS = Operation(
     method="roster.v1.PostService.BulkCreatePosts",
     request=pb.BulkCreatePostsRequest,
-    rows="posts",
+    rows_field="posts",
     fields=(*WRITABLE, "author_id"),
     writable=WRITABLE,
     read=post_batch_from_messages,
-    model=Post,
-    write=lambda session, batch, options: PostRepository(session).create_many(batch, options),
+    table=POSTS,
 )
 UPDATE_POSTS = Operation(
     method="roster.v1.PostService.BulkUpdatePosts",
     request=pb.BulkUpdatePostsRequest,
-    rows="posts",
+    rows_field="posts",
     fields=("id", "version"),
     writable=WRITABLE,
     read=post_batch_from_messages,
-    model=Post,
-    write=lambda session, batch, options: PostRepository(session).update_many(batch, options),
+    table=POSTS,
     is_update=True,
 )
 WITH_AUTHOR = View(PostMessage.View, PostMessage.WITH_AUTHOR, needs=GET_USER)
