@@ -76,7 +76,8 @@ async def insert_rows(
     if not driver.is_in_transaction():
         raise RuntimeError("COPY outside a transaction would commit by itself")
     names = sorted(columns, key=lambda name: name != sort_key)  # the key first: sorting lines sorts by key
-    rows = _text([columns[name] for name in names], sort_key)
+    table = cast("Table", model.__table__)
+    rows = _text([(columns[name], bool(table.c[name].nullable)) for name in names], sort_key)
     try:
         with measured(f"COPY {model.__tablename__}"):
             await driver.copy_to_table(model.__tablename__, source=rows, columns=names)
@@ -88,11 +89,14 @@ async def insert_rows(
         raise ConnectionError("the connection broke before the COPY") from error
 
 
-async def _text(columns: Sequence[Sequence[Any]], sort_key: str | None) -> AsyncIterator[bytes]:
-    """Yield rows in COPY's text format: 0.9 µs a row with the sort. Binary records took 1.4 µs."""
+async def _text(columns: Sequence[tuple[Sequence[Any], bool]], sort_key: str | None) -> AsyncIterator[bytes]:
+    """Yield rows in COPY's text format: 0.9 µs a row with the sort. Binary records took 1.4 µs.
+
+    Each column comes with whether it is nullable.
+    """
     time_slice, texts = TimeSlice(), []
-    for column_values in columns:
-        texts.append(await _texts(column_values))
+    for values, is_nullable in columns:
+        texts.append(await _texts(values, is_nullable=is_nullable))
         await time_slice.pause()
     lines = list(map("\t".join, zip(*texts, strict=True)))
     await time_slice.pause()
@@ -104,10 +108,13 @@ async def _text(columns: Sequence[Sequence[Any]], sort_key: str | None) -> Async
         yield rows[start : start + CHUNK_BYTES]
 
 
-async def _texts(values: Sequence[Any]) -> Sequence[str]:
+async def _texts(values: Sequence[Any], *, is_nullable: bool) -> Sequence[str]:
     kind = type(next((value for value in values if value is not None), ""))
     if kind is not str:
-        return list(map(TEXT_OF[kind], values))
+        to_text = TEXT_OF[kind]
+        if is_nullable and None in values:
+            return [r"\N" if value is None else to_text(value) for value in values]
+        return list(map(to_text, values))
     joined = "".join(filter(None, values))
     if any(character in joined for character in ESCAPES):
         values = await map_in_slices(_escaped, values, step=1)
