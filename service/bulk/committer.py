@@ -1,65 +1,68 @@
-"""How the messages of a stream are recorded: in order, exactly once, and again where the database fails.
+"""BatchCommitter: writes the batches of one stream in order, exactly once, and again if the database fails.
 
-Batches are copied at the same time, each in a transaction of its own, and committed in the order of
-their offsets: each waits for the one before it. When one fails, those behind it roll back; then they
-are tried again one at a time.
+Several batches are written at the same time, each in a transaction of its own. They commit in the order of
+their offsets: before its commit, each waits for that of the batch before. If a commit fails, the batches
+after it roll back, and all of them are tried again one at a time. If the answer to a commit is lost, the
+watermark in the database says whether it happened.
 """
 
 import asyncio
 import random
 
 from service.bulk.operation import Operation
-from service.bulk.pending import FAULTS, Slot, Superseded, committed
+from service.bulk.pending import FAULTS, BatchState, PendingBatch, PreviousNotCommitted
 from service.db.bulk.batch import Outcome, WriteOptions
 from service.db.bulk.writer import BulkWriter
 from service.db.engine import Database
-from service.errors import (
-    DatabaseUnavailable,
-    LoadExpired,
-    OffsetGap,
-    OutcomeUnknown,
-)
+from service.errors import DatabaseUnavailable, LoadExpired, OffsetGap, OutcomeUnknown
 from service.loads.repository import Load, LoadRepository
 
 ATTEMPTS = 3
 FIRST_PAUSE_SECONDS = 0.1
 
 
-class Recorder:
-    """Records the messages of one stream and, where its load has a name, their outcomes."""
+class BatchCommitter:
+    """Commits the batches of one stream and, if its load has a name, records their outcomes."""
 
     def __init__(
         self, database: Database, operation: Operation, options: WriteOptions, load: Load | None
     ) -> None:
-        self.watermark = load.next_offset if load else 0  # behind the last row that is recorded
+        self.watermark = load.next_offset if load else 0  # the offset after the last committed row
         self._database = database
         self._operation = operation
         self._options = options
         self._load = load
-        self._is_uncertain = False  # a commit's answer was lost
+        self._is_uncertain = False  # the answer to a commit was lost
 
-    async def record(self, slot: Slot) -> Outcome:
-        """Record a message; raises OffsetGap or one of FAULTS where it can't be, or what ends the stream."""
+    async def commit(self, pending: PendingBatch) -> Outcome:
+        """Commit a batch and return the outcome of its message.
+
+        Raises OffsetGap or one of FAULTS if the message is refused, and errors that end the stream.
+        """
         try:
-            outcome = await self._first_attempt(slot)
-            slot.batch.ids_drawn.set()
-            slot.is_committed.set_result(outcome is not None)
+            # First attempt: at the same time as other batches.
+            pending.move_to(BatchState.WRITING)
+            outcome = await self._first_attempt(pending)
             if outcome is None:
-                await self._require(slot.previous)
-                outcome = await self._again(slot)
-                self.watermark = max(self.watermark, slot.end)
+                # The batches after this one roll back. It is tried alone once those before are settled.
+                pending.move_to(BatchState.RETRYING)
+                await self._require_commit_of(pending.previous)
+                pending.previous = None
+                outcome = await self._retry(pending)
+            self.watermark = max(self.watermark, pending.end)
+            pending.move_to(BatchState.COMMITTED)
         finally:
-            if not slot.is_committed.done():
-                slot.is_committed.set_result(False)
-            slot.batch.ids_drawn.set()
-            slot.release()
-        if not slot.replayed:
+            # Whatever happened, wake the next batch and drop the rows.
+            if not pending.is_committed:
+                pending.move_to(BatchState.REFUSED)
+            pending.release()
+        if not pending.replayed:
             return outcome
-        slot.first_outcome.extend(outcome)
-        return slot.first_outcome
+        pending.replayed_outcome.extend(outcome)
+        return pending.replayed_outcome
 
-    async def recorded(self, start: int, end: int) -> Outcome:
-        """Return the first outcome of rows that are recorded; raises LoadExpired."""
+    async def replay(self, start: int, end: int) -> Outcome:
+        """Return the first outcome of committed rows; raises LoadExpired."""
         if self._load is None or start == end:
             return Outcome()
         async with self._database.read() as session:
@@ -68,80 +71,85 @@ class Recorder:
             raise expired()
         return outcome
 
-    async def be_certain(self) -> None:
-        """Find out whether a commit whose answer was lost is in."""
+    async def resolve_uncertainty(self) -> None:
+        """Read the watermark if the answer to a commit was lost: the commit may have happened."""
         if self._load and self._is_uncertain:
             async with self._database.read() as session:
                 self.watermark = await LoadRepository(session, self._load.caller).watermark(self._load)
             self._is_uncertain = False
 
-    async def _first_attempt(self, slot: Slot) -> Outcome | None:
-        """Write a slot behind the one before it; return None where it is to be tried again on its own."""
+    async def _first_attempt(self, pending: PendingBatch) -> Outcome | None:
+        """Write a batch and commit it after the one before; return None if it has to be tried alone."""
         if self._is_uncertain:
             return None
         try:
-            outcome = await self._write(slot, slot.previous)
-        except (Superseded, *FAULTS):
+            return await self._write(pending)
+        except (PreviousNotCommitted, *FAULTS):
             return None
         except OutcomeUnknown:
+            # Only a named load has a watermark that says whether the batch is committed.
             if self._load is None:
                 raise
             self._is_uncertain = True
             return None
-        self.watermark = max(self.watermark, slot.end)
-        return outcome
 
-    async def _again(self, slot: Slot) -> Outcome:
-        """Try a batch on its own, with pauses; raises the last fault."""
+    async def _retry(self, pending: PendingBatch) -> Outcome:
+        """Try a batch alone, with pauses; raises the last fault."""
         for attempt in range(1, ATTEMPTS):
             await asyncio.sleep(FIRST_PAUSE_SECONDS * attempt * random.uniform(0.5, 1.5))  # noqa: S311
             try:
-                await self.be_certain()
-                if slot.end <= self.watermark:
-                    return await self.recorded(slot.offset + slot.replayed, slot.end)
-                return await self._write(slot, None)
+                await self.resolve_uncertainty()
+                if pending.end <= self.watermark:  # it was committed, only the answer was lost
+                    return await self.replay(pending.offset + pending.replayed, pending.end)
+                return await self._write(pending)
             except FAULTS as error:
-                if attempt == ATTEMPTS - 1:  # a timeout too is worth another try later
+                if attempt == ATTEMPTS - 1:  # also for a timeout: it may succeed later
                     raise DatabaseUnavailable(error.message) from error
             except OutcomeUnknown:
                 if self._load is None:
                     raise
                 self._is_uncertain = True
-        raise DatabaseUnavailable("a commit's answer was lost; send the message again to learn its outcome")
+        raise DatabaseUnavailable(
+            "the answer to a commit was lost; send the message again to learn its outcome"
+        )
 
-    async def _write(self, slot: Slot, previous: Slot | None) -> Outcome:
-        """Write the new rows of a slot in a transaction that commits behind the previous one's."""
-        if not slot.batch.size:
-            await self._require(previous)
+    async def _write(self, pending: PendingBatch) -> Outcome:
+        """Write the new rows of a batch in a transaction that commits after the one before."""
+        if not pending.batch.size:
+            await self._require_commit_of(pending.previous)
             return Outcome()
-        if self._options.restores and self._options.writes(slot.batch):
+        # Reserve restored ids in a short transaction of their own: it locks out other writers.
+        if self._options.restores and self._options.writes(pending.batch):
             async with self._database.bulk() as session:
-                await BulkWriter(session, self._operation.table).reserve_ids(slot.batch)
+                await BulkWriter(session, self._operation.table).reserve_ids(pending.batch)
         async with self._database.bulk() as session:
-            outcome = await self._operation.write(session, slot.batch, self._options)
-            await committed(previous)
-            await slot.complete(outcome, self._options, self._operation.table.unique)
+            # Write the rows. This is the long part, and runs beside other batches.
+            outcome = await self._operation.write(session, pending.batch, self._options)
+            # Commits follow offset order, so that one watermark describes the load.
+            await pending.wait_for_previous()
+            # Rows and outcome commit together. The load's row is locked only now, for a short time.
+            await pending.complete(outcome, self._options, self._operation.table.unique)
             if self._load:
                 loads = LoadRepository(session, self._load.caller)
-                await loads.record(self._load, slot.offset + slot.replayed, outcome)
+                await loads.record(self._load, pending.offset + pending.replayed, outcome)
         return outcome
 
-    async def _require(self, previous: Slot | None) -> None:
+    async def _require_commit_of(self, previous: PendingBatch | None) -> None:
         if previous:
-            await previous.settled()
-            if previous.has_failed():
+            await previous.settle()
+            if not previous.is_committed:
                 raise gap(self.watermark)
 
 
 def expired() -> LoadExpired:
-    """Return the error for a load whose outcomes were dropped."""
-    return LoadExpired("the load has expired, its outcomes are gone; use another load_id for new rows")
+    """Return the error for a load whose outcomes have been deleted."""
+    return LoadExpired("the load has expired and its outcomes are deleted; use another load_id for new rows")
 
 
 def gap(expected: int) -> OffsetGap:
-    """Return the error for a message that is not the next one."""
+    """Return the error for a message that does not continue the load."""
     return OffsetGap(
-        f"the rows from offset {expected} on are missing; go back there",
+        f"the rows from offset {expected} on are missing; send those first",
         field="offset",
         expected_offset=expected,
     )

@@ -1,8 +1,9 @@
-"""A message that a stream has in hand."""
+"""PendingBatch: a message of a bulk stream from its receipt to its acknowledgement."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from time import perf_counter
 from typing import Any
 
@@ -19,114 +20,129 @@ from service.errors import (
 )
 from service.timeslice import slices
 
-# Of the database; the message is tried again.
+# Failures of the database, after which a batch is tried again.
 FAULTS = (Unavailable, ResourceExhausted, StatementTimeout)
-# What a message is answered with when nothing of it is recorded; the stream stays open.
+# Errors that refuse one message, of which nothing is recorded. The stream stays open.
 REFUSALS = (InvalidField, TooLarge, OffsetGap, *FAULTS)
 
 
-class Superseded(Exception):
-    """The batch before this one did not commit at its first attempt."""
+class BatchState(Enum):
+    """The state of a pending batch; pipeline.py has the diagram."""
+
+    RECEIVED = auto()
+    WRITING = auto()  # its first attempt, maybe beside those of other batches
+    RETRYING = auto()  # alone, after the batch before it
+    COMMITTED = auto()
+    REFUSED = auto()  # nothing of it is recorded
+
+
+class PreviousNotCommitted(Exception):
+    """The first attempt at the batch before has failed, so this one can't commit either."""
 
 
 @dataclass(eq=False)
-class Slot:
-    """A message in hand. Its rows from `replayed` on are new."""
+class PendingBatch:
+    """A message that is not acknowledged yet. Its rows from `replayed` on are new."""
 
     offset: int
     size: int
-    previous: "Slot | None" = None
-    batch: Batch = field(default_factory=lambda: Batch(0))
+    has_finish: bool = False
+    state: BatchState = BatchState.RECEIVED
+    received_at: float = field(default_factory=perf_counter)
+    previous: "PendingBatch | None" = None  # the batch that has to commit before this one
+    replayed: int = 0
+    replayed_outcome: Outcome = field(default_factory=Outcome)  # of the rows that were committed before
+    batch: Batch = field(default_factory=lambda: Batch(0))  # the new rows
+    outcome: Outcome = field(default_factory=Outcome)  # of the new rows, once they are written
     # For the id and each unique key: value -> the first good row that has it.
     keys: Mapping[str, Mapping[Any, int]] = field(default_factory=dict)
-    awaited: "dict[int, tuple[Slot, int]]" = field(
-        default_factory=dict
-    )  # row -> the earlier one with its key
-    written: Outcome = field(default_factory=Outcome)  # of the new rows, not yet committed
-    replayed: int = 0
-    received_at: float = field(default_factory=perf_counter)
-    first_outcome: Outcome = field(default_factory=Outcome)  # of the rows that were recorded before
-    is_last: bool = False  # the message had `finish`
-    refusal: RosterError | None = None  # why it was never tried
-    is_committed: asyncio.Future[bool] = field(default_factory=asyncio.Future)  # by its first attempt
-    task: "asyncio.Task[Outcome] | None" = None
+    # Row -> the earlier batch that has its unique key, and the row of that batch.
+    deferred: "dict[int, tuple[PendingBatch, int]]" = field(default_factory=dict)
+    task: "asyncio.Task[Outcome] | None" = None  # commits the batch
+    refusal: RosterError | None = None  # why there is no task
+    attempted: asyncio.Event = field(default_factory=asyncio.Event)  # the first attempt is over
 
     @property
     def end(self) -> int:
+        """The offset after its last row."""
         return self.offset + self.size
 
-    def meets(self, other: "Slot") -> bool:
-        """Tell whether the two have a key in common."""
-        return any(
-            not values.keys().isdisjoint(other.keys.get(name, ())) for name, values in self.keys.items()
-        )
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is committed, or will not be."""
+        return self.task is None or self.task.done()
 
-    def wait_for(self, other: "Slot", key: UniqueKey) -> None:
-        """Leave the rows whose key an earlier slot has to `complete`; the others need not wait."""
-        values, rows_of = self.batch.columns[key.name], other.keys.get(key.name, {})
-        for row in self.batch.good_rows():
-            there = rows_of.get(values[row])
-            if there is not None:
-                self.awaited[row] = other, there
-        self.batch.deferred = self.awaited.keys()
+    @property
+    def is_committed(self) -> bool:
+        """Whether its rows are durable."""
+        return self.state is BatchState.COMMITTED
 
-    async def complete(self, outcome: Outcome, options: WriteOptions, unique: Sequence[UniqueKey]) -> None:
-        """Add what became of the rows whose keys are an earlier slot's, by now written."""
-        self.written = outcome
-        if not self.awaited:
+    def move_to(self, state: BatchState) -> None:
+        """Change the state, and wake the next batch once the first attempt is over."""
+        self.state = state
+        if state is not BatchState.WRITING:
+            self.attempted.set()
+            # A batch that has drawn no ids by now will draw none that must come before the next one's.
+            self.batch.ids_drawn.set()
+
+    async def settle(self) -> None:
+        """Wait until the batch is committed, or will not be."""
+        if self.task:
+            await asyncio.wait([self.task])
+
+    async def wait_for_previous(self) -> None:
+        """Wait for the commit of the batch before; raises PreviousNotCommitted if it was not committed."""
+        if self.previous is None:
             return
-        (key,) = unique  # rows are deferred only if there is one
-        results = bytearray(outcome.results)
-        async for some in slices(list(self.awaited.items())):
-            for row, (other, there) in some:
-                id = other.written.id_of(there)
-                if options.on_conflict is OnConflict.SKIP:
-                    results[row], outcome.ids[row] = Result.SKIPPED, id
-                else:
-                    outcome.failures[row] = key.conflict_error(id)
-        outcome.results = bytes(results)
+        await self.previous.attempted.wait()
+        if not self.previous.is_committed:
+            raise PreviousNotCommitted
 
-    async def outcome(self) -> Outcome | RosterError:
-        """Wait for what becomes of the message, or why it is refused; raises what ends the stream."""
+    async def result(self) -> Outcome | RosterError:
+        """Wait for the outcome, or the error that refuses the message; raises errors that end the stream."""
         if self.task is None:
             if self.refusal is None:
-                raise RuntimeError("a message is refused or tried")
+                raise RuntimeError("a pending batch has a task or a refusal")
             return self.refusal
         try:
             return await self.task
         except REFUSALS as error:
             return error.with_traceback(None)
 
+    def overlaps(self, other: "PendingBatch") -> bool:
+        """Return whether the two batches have a key in common."""
+        return any(
+            not values.keys().isdisjoint(other.keys.get(name, ())) for name, values in self.keys.items()
+        )
+
+    def defer(self, other: "PendingBatch", key: UniqueKey) -> None:
+        """Leave out the rows whose key an earlier batch has, until that batch is written."""
+        values, rows_of_other = self.batch.columns[key.name], other.keys.get(key.name, {})
+        for row in self.batch.good_rows():
+            row_of_other = rows_of_other.get(values[row])
+            if row_of_other is not None:
+                self.deferred[row] = other, row_of_other
+        self.batch.deferred = self.deferred.keys()
+
+    async def complete(self, outcome: Outcome, options: WriteOptions, unique: Sequence[UniqueKey]) -> None:
+        """Keep the outcome, with the results of deferred rows added: the earlier batches are written."""
+        self.outcome = outcome
+        if not self.deferred:
+            return
+        (key,) = unique  # otherwise no rows are deferred
+        results = bytearray(outcome.results)
+        async for some in slices(list(self.deferred.items())):
+            for row, (other, row_of_other) in some:
+                id = other.outcome.id_of(row_of_other)
+                if options.on_conflict is OnConflict.SKIP:
+                    results[row], outcome.ids[row] = Result.SKIPPED, id
+                else:
+                    outcome.failures[row] = key.conflict_error(id)
+        outcome.results = bytes(results)
+
     def release(self) -> None:
-        """Drop the rows, once they are written or will not be: a client may never read the ack."""
+        """Drop the rows and the links to other batches: a client may never read the acknowledgement."""
         self.previous = None
-        self.awaited.clear()  # its batch looks at it too
-        self.batch = Batch(0, ids_drawn=self.batch.ids_drawn)  # the next slot waits for it
-
-    async def settled(self) -> None:
-        """Wait until the message is recorded, or will not be."""
-        if self.task:
-            await asyncio.wait([self.task])
-
-    def is_settled(self) -> bool:
-        return self.task is None or self.task.done()
-
-    def has_failed(self) -> bool:
-        """Tell whether a settled message was not recorded."""
-        return self.task is None or self.task.cancelled() or self.task.exception() is not None
-
-    def is_in_trouble(self) -> bool:
-        """Tell whether the message is being tried again."""
-        return not self.is_settled() and self.is_committed.done() and not self.is_committed.result()
-
-
-async def committed(previous: Slot | None) -> None:
-    """Wait for the commit of the slot before, so that commits come in order; or raise Superseded."""
-    if previous is None:
-        return
-    if previous.is_settled():
-        has_committed = not previous.has_failed()
-    else:
-        has_committed = await asyncio.shield(previous.is_committed)
-    if not has_committed:
-        raise Superseded
+        self.deferred = {}
+        # The next batch may still wait for the ids of this one.
+        self.batch = Batch(0, ids_drawn=self.batch.ids_drawn)

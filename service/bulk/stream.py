@@ -1,25 +1,43 @@
-"""The bulk-stream protocol, written once for every entity.
+"""The bulk-stream protocol, for every entity: the generator behind each bulk RPC.
 
-A message = a batch = a transaction = an ack. A stream has a few messages in hand; then requests are
-no longer read, so that memory does not grow with the load.
+The first response says where the load is. Then every message is answered by one acknowledgement, in order.
+The last response is a summary. pipeline.py describes what happens to a message in between.
 """
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
-from roster.v1.bulk_pb2 import BulkOptions, BulkWriteResponse
-from service.auth.caller import current_caller
-from service.bulk.convert import error_to_message, opened_to_message, outcome_to_message
+from roster.v1.bulk_pb2 import BulkLoad, BulkOptions, BulkWriteResponse
+from service.auth.caller import Caller, current_caller
+from service.bulk.committer import BatchCommitter, expired
+from service.bulk.convert import (
+    error_to_message,
+    opened_to_message,
+    options_effect,
+    options_to_store,
+    outcome_to_message,
+    summary_to_message,
+)
 from service.bulk.message import MAX_BYTES, MAX_ROWS
-from service.bulk.operation import Operation
-from service.bulk.pending import Slot
-from service.bulk.pipeline import Stream
+from service.bulk.operation import Operation, StreamOptions
+from service.bulk.pending import PendingBatch
+from service.bulk.pipeline import Pipeline
+from service.db.bulk.batch import Outcome
 from service.db.engine import Database
-from service.errors import Draining, InvalidOptions, RosterError, TooManyFailures
+from service.errors import (
+    Draining,
+    InvalidOptions,
+    LoadAborted,
+    OptionsChanged,
+    RosterError,
+    TooManyFailures,
+)
+from service.fields import check_load_id, check_new_load_id
+from service.loads.repository import COUNTED, Load, LoadRepository, LoadState
 from service.shares import FairSemaphore
 
-# Of all streams: messages that are parsed and not yet written. Parsed they take about four times as much.
+# Of all streams: messages that are parsed and not yet written. Once parsed, they take four times as much.
 MAX_UNWRITTEN_BYTES = 64 << 20
 
 
@@ -33,7 +51,7 @@ class BulkStreams:
         self._is_draining = False
 
     def drain(self) -> None:
-        """Let every stream answer what it has in hand, and no more."""
+        """Stop receiving. Every stream still answers the messages that it has received."""
         self._is_draining = True
         for receiver in self._receivers:
             receiver.cancel()
@@ -41,67 +59,134 @@ class BulkStreams:
     async def run(
         self, requests: AsyncIterator[Any], operation: Operation
     ) -> AsyncGenerator[BulkWriteResponse]:
-        """Yield the events of one stream, whose messages come as bytes.
+        """Yield the responses of one stream, whose messages come as bytes.
 
-        Its end is no success: a cancelled or killed upload looks like one. Only `finish` completes a load.
-        Raises Draining, behind the summary, where the server stops first.
+        The end of the requests does not complete the load: a cancelled or killed upload looks the same. Only
+        `finish` completes it. Raises Draining, after the summary, if the server stops first.
         """
+        # Open: the first message has the options.
         first = await anext(requests, None)
         if first is None:
             raise InvalidOptions("the stream ended before its first message, which has options or rows")
         sent = operation.parser.parse(first).request.options
-        options = BulkOptions.FromString(sent.SerializeToString())
-        stream = await Stream.open(self._database, operation, options, current_caller())
-        yield opened_to_message(options.load_id, stream.watermark, MAX_ROWS, MAX_BYTES)
-        receiver = self._receive(stream, first, requests)
+        message = BulkOptions.FromString(sent.SerializeToString())
+        options, caller = StreamOptions.from_message(message, operation), current_caller()
+        load = await open_load(self._database, operation, message, caller)
+        committer = BatchCommitter(self._database, operation, options.write, load)
+        pipeline = Pipeline(operation, options, caller, load, committer)
+        yield opened_to_message(message.load_id, committer.watermark, MAX_ROWS, MAX_BYTES)
+
+        # Answer: the receiver fills the queue, this loop empties it.
+        receiver = self._receive(pipeline, first, requests)
         del first
         try:
-            while slot := await stream.slots.get():
-                response, is_recorded = await _answer(stream, slot)
-                if slot.size or not is_recorded:
+            while pending := await pipeline.pending.get():
+                result = await pending.result()
+                has_failed = isinstance(result, RosterError)
+                response = await _acknowledge(pipeline, committer, pending, result, options)
+                if pending.size or has_failed:
                     yield response
-                if stream.has_failed_too_often():
-                    receiver.cancel()  # what is in hand is still answered
-                elif is_recorded and slot.is_last:
-                    await stream.finish()
-                    yield await stream.summary(is_finished=True)
+                if pipeline.has_too_many_failures():
+                    receiver.cancel()  # the messages already received are still answered
+                elif pending.has_finish and not has_failed:
+                    await self._finish(load)
+                    yield await self._summary(pipeline, committer, load, is_finished=True)
                     return
-            if not (stream.has_failed_too_often() or receiver.cancelled()):
-                await receiver  # raises what it ended with
+            if not (pipeline.has_too_many_failures() or receiver.cancelled()):
+                await receiver  # raises the error that ended it, if any
         finally:
-            await stream.close(receiver)
-        yield await stream.summary(is_finished=False)
-        if stream.has_failed_too_often():
-            raise TooManyFailures("more rows failed than max_failures allows; what is acknowledged is in")
+            await pipeline.close(receiver)
+
+        # End without `finish`: the load stays open.
+        yield await self._summary(pipeline, committer, load, is_finished=False)
+        if pipeline.has_too_many_failures():
+            raise TooManyFailures("more rows failed than max_failures allows; acknowledged rows are kept")
         if receiver.cancelled():
             raise Draining(
-                "the server is stopping; what is acknowledged is in, go on elsewhere at next_offset",
-                next_offset=stream.watermark,
+                "the server is stopping; acknowledged rows are kept, go on at next_offset with a new stream",
+                next_offset=committer.watermark,
             )
 
-    def _receive(self, stream: Stream, first: bytes, requests: AsyncIterator[bytes]) -> asyncio.Task[None]:
-        receiver = asyncio.create_task(stream.receive(first, requests, self._unwritten))
-        receiver.add_done_callback(lambda _: stream.slots.put_nowait(None))
+    def _receive(
+        self, pipeline: Pipeline, first: bytes, requests: AsyncIterator[bytes]
+    ) -> asyncio.Task[None]:
+        receiver = asyncio.create_task(pipeline.receive(first, requests, self._unwritten))
+        receiver.add_done_callback(lambda _: pipeline.pending.put_nowait(None))
         receiver.add_done_callback(self._receivers.discard)
         self._receivers.add(receiver)
         if self._is_draining:
             receiver.cancel()
         return receiver
 
+    async def _finish(self, load: Load | None) -> None:
+        """Complete the load; raises LoadFenced if another stream has it."""
+        if load and load.state == LoadState.OPEN:
+            async with self._database.begin() as session:
+                await LoadRepository(session, load.caller).finish(load)
 
-async def _answer(stream: Stream, slot: Slot) -> tuple[BulkWriteResponse, bool]:
-    """Wait for a message's outcome; return its ack, and whether it was recorded."""
-    outcome = await slot.outcome()
-    if isinstance(outcome, RosterError):
-        stream.refused(slot, outcome)
-        return error_to_message(slot.offset, stream.watermark, outcome), False
-    stream.acknowledged(slot, outcome)
-    is_replayed = slot.replayed == slot.size
-    ack = await outcome_to_message(
-        slot.offset,
-        stream.watermark if is_replayed else slot.end,
-        outcome,
-        return_ids=stream.options.return_ids,
+    async def _summary(
+        self, pipeline: Pipeline, committer: BatchCommitter, load: Load | None, *, is_finished: bool
+    ) -> BulkWriteResponse:
+        """Return the last response; for a named load with the numbers of all its streams."""
+        if load is None:
+            state = BulkLoad.FINISHED if is_finished else BulkLoad.STATE_UNSPECIFIED
+            return summary_to_message(committer.watermark, pipeline.counts, state)
+        async with self._database.read() as session:
+            load = await LoadRepository(session, load.caller).get(load.load_id)
+        counts = {name: getattr(load, name) for name in COUNTED}
+        return summary_to_message(load.next_offset, counts, BulkLoad.State.ValueType(load.state))
+
+
+async def open_load(
+    database: Database, operation: Operation, message: BulkOptions, caller: Caller
+) -> Load | None:
+    """Begin or continue the load that the options name, and fence off its older streams.
+
+    Returns None if they name none, or if nothing is to be written.
+    """
+    if message.restore:
+        caller.require("admin", "restore")
+    if message.load_id:
+        check_load_id(message.load_id, "options.load_id")
+    if not message.load_id or message.validate_only:
+        return None
+    # An error in here rolls back: the load does not begin, and older streams are not fenced off.
+    async with database.begin() as session:
+        load = await LoadRepository(session, caller.identity).open(
+            message.load_id, operation.method, options_to_store(message)
+        )
+        if load.epoch == 1:  # it has just begun
+            check_new_load_id(message.load_id, "options.load_id")
+        if load.state == LoadState.EXPIRED:  # its options are deleted
+            raise expired()
+        first = BulkOptions.FromString(load.options)
+        if load.method != operation.method or options_effect(first) != options_effect(message):
+            raise OptionsChanged(
+                "the load began with another operation or other options; use those, or another load_id",
+                field="options",
+            )
+        if load.state == LoadState.ABORTED:
+            raise LoadAborted("the load was aborted; use another load_id")
+    return load
+
+
+async def _acknowledge(
+    pipeline: Pipeline,
+    committer: BatchCommitter,
+    pending: PendingBatch,
+    result: Outcome | RosterError,
+    options: StreamOptions,
+) -> BulkWriteResponse:
+    """Count a message and return its acknowledgement."""
+    if isinstance(result, RosterError):
+        pipeline.refuse(pending, result)
+        return error_to_message(pending.offset, committer.watermark, result)
+    pipeline.acknowledge(pending, result)
+    is_replayed = pending.replayed == pending.size
+    return await outcome_to_message(
+        pending.offset,
+        committer.watermark if is_replayed else pending.end,
+        result,
+        return_ids=options.return_ids,
         is_replayed=is_replayed,
     )
-    return ack, True
