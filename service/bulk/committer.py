@@ -15,7 +15,8 @@ from service.db.bulk.batch import Outcome, WriteOptions
 from service.db.bulk.writer import BulkWriter
 from service.db.engine import Database
 from service.errors import DatabaseUnavailable, LoadExpired, OffsetGap, OutcomeUnknown
-from service.loads.repository import Load, LoadRepository
+from service.loads.model import Load
+from service.loads.repository import LoadRepository
 
 ATTEMPTS = 3
 FIRST_PAUSE_SECONDS = 0.1

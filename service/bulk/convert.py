@@ -1,7 +1,6 @@
 """Bulk streams and loads: outcome -> message. Pure."""
 
 from collections.abc import Collection, Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 from roster.v1.bulk_pb2 import (
@@ -14,9 +13,8 @@ from roster.v1.bulk_pb2 import (
 )
 from service.db.bulk.batch import Batch, Outcome
 from service.errors import RosterError
-from service.fields import datetime_from, timestamp, wrong_id, wrong_timestamp, wrong_version
+from service.fields import datetime_from, wrong_id, wrong_timestamp, wrong_version
 from service.interceptors.errors import status_code, status_from_error
-from service.loads.repository import Load
 from service.timeslice import add_in_slices
 
 MAX_FAILURE_MESSAGE = 200
@@ -115,26 +113,3 @@ def _known(options: BulkOptions) -> BulkOptions:
     if not known.update_mask.paths:
         known.ClearField("update_mask")
     return known
-
-
-def load_to_message(load: Load, kept_for: timedelta) -> BulkLoad:
-    """Return a load as the API shows it."""
-    return BulkLoad(**load_fields(load, kept_for))
-
-
-def load_fields(load: Load, kept_for: timedelta) -> dict[str, Any]:
-    """Return a load as the fields of its message."""
-    return {
-        "load_id": load.load_id,
-        "method": load.method,
-        "state": load.state,
-        "options": BulkOptions.FromString(load.options),
-        "next_offset": load.next_offset,
-        "created": load.created,
-        "updated": load.updated,
-        "skipped": load.skipped,
-        "failed": load.failed,
-        "created_at": timestamp(load.created_at),
-        "updated_at": timestamp(load.updated_at),
-        "expires_at": timestamp(load.updated_at + kept_for),
-    }

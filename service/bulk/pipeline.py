@@ -46,7 +46,7 @@ from service.errors import (
     RosterError,
     TooLarge,
 )
-from service.loads.repository import COUNTED, Load, LoadState
+from service.loads.model import COUNTED, Load, LoadState
 from service.metrics import BULK_BATCH, BULK_BATCH_ROWS, BULK_LAG, BULK_REFUSED, BULK_ROWS
 from service.shares import FairSemaphore
 

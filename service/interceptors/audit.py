@@ -11,7 +11,7 @@ from roster.v1.bulk_pb2 import BulkWriteResponse
 from service.auth.caller import current_caller
 from service.errors import RosterError
 from service.interceptors.around import Around, Context
-from service.loads.repository import COUNTED
+from service.loads.model import COUNTED
 
 log = logging.getLogger("roster.audit")
 # Whatever ROSTER_LOG_LEVEL says: a logger's own level goes before the root's.

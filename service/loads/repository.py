@@ -1,100 +1,30 @@
-"""Loads that have a name: their watermark, and the outcome of every row until they expire."""
+"""LoadRepository: all SQL about bulk loads that have a name.
+
+A load has a watermark, and the outcome of every row below it until the load expires.
+"""
 
 import zlib
 from array import array
 from collections.abc import Sequence
 from datetime import datetime
-from enum import IntEnum
 from itertools import accumulate
 from operator import sub
 from typing import Any
 
 import orjson
-from sqlalchemy import (
-    ColumnElement,
-    ForeignKey,
-    Identity,
-    LargeBinary,
-    SmallInteger,
-    Update,
-    case,
-    delete,
-    func,
-    literal,
-    or_,
-    select,
-    update,
-)
+from sqlalchemy import ColumnElement, Update, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Mapped, column_property, mapped_column
 
-from service.db.base import Base, BigInt, UtcDateTime, now, text
+from service.db.base import now
 from service.db.bulk.batch import Outcome
 from service.db.dialect import insert
 from service.db.paging import Keyset, Page
 from service.errors import LoadFenced, LoadNotFound, RosterError, error_of
+from service.loads.model import COUNTED, Load, LoadBatch, LoadState
 from service.timeslice import TimeSlice, map_in_slices
 
 FAILED_BATCHES_AT_ONCE = 10
 BATCHES_AT_ONCE = 100
-# The options of a load need about 1,100 bytes at most, of which a load_id has 1,020. Earlier releases kept
-# what came with them too, megabytes in some cases: that is not read.
-MAX_OPTIONS_BYTES = 4 << 10
-COUNTED = ("created", "updated", "skipped", "failed")
-
-
-class LoadState(IntEnum):
-    """Where a load is in its life; the numbers are the contract's."""
-
-    OPEN = 1
-    FINISHED = 2
-    ABORTED = 3
-    EXPIRED = 4
-
-
-class Load(Base):
-    """A bulk load; `epoch` counts the streams that opened it, of which the last may write."""
-
-    __tablename__ = "bulk_loads"
-    __table_args__ = ({"sqlite_autoincrement": True},)
-
-    id: Mapped[int] = mapped_column(BigInt, Identity(), primary_key=True)
-    load_id: Mapped[str] = mapped_column(text(255), unique=True)
-    caller: Mapped[str] = mapped_column(text(255))
-    method: Mapped[str] = mapped_column(text(255))
-    stored_options: Mapped[bytes] = mapped_column(
-        "options", LargeBinary, deferred=True, deferred_raiseload=True
-    )
-    state: Mapped[int] = mapped_column(SmallInteger, server_default="1")
-    epoch: Mapped[int] = mapped_column(BigInt, server_default="1")
-    next_offset: Mapped[int] = mapped_column(BigInt, server_default="0")
-    created: Mapped[int] = mapped_column(BigInt, server_default="0")
-    updated: Mapped[int] = mapped_column(BigInt, server_default="0")
-    skipped: Mapped[int] = mapped_column(BigInt, server_default="0")
-    failed: Mapped[int] = mapped_column(BigInt, server_default="0")
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
-    updated_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
-    options: Mapped[bytes] = column_property(
-        case(
-            (func.length(stored_options) <= MAX_OPTIONS_BYTES, stored_options),
-            else_=literal(b"", LargeBinary),
-        )
-    )
-
-
-class LoadBatch(Base):
-    """The outcome of the rows from `first_offset` up to, but without, `next_offset`."""
-
-    __tablename__ = "bulk_batches"
-
-    load: Mapped[int] = mapped_column(ForeignKey(Load.id, ondelete="CASCADE"), primary_key=True)
-    first_offset: Mapped[int] = mapped_column(BigInt, primary_key=True)
-    next_offset: Mapped[int] = mapped_column(BigInt)
-    results: Mapped[bytes] = mapped_column(LargeBinary)
-    ids: Mapped[bytes] = mapped_column(LargeBinary)
-    failures: Mapped[bytes | None] = mapped_column(LargeBinary)
-
-
 BATCH_COLUMNS = (
     LoadBatch.first_offset,
     LoadBatch.next_offset,

@@ -8,13 +8,15 @@ from typing import Any, TypeVar
 from roster.v1 import bulk_pb2 as pb
 from roster.v1.bulk_pb2_grpc import BulkServiceServicer
 from service.auth.caller import current_caller
-from service.bulk.convert import failure_fields, load_fields, load_to_message
+from service.bulk.convert import failure_fields
 from service.db.engine import Database
 from service.db.paging import decode_token, encode_token, fingerprint, page_size
 from service.db.repository import MAX_ROWS_BYTES
 from service.fields import check_load_id
 from service.interceptors.around import Context
-from service.loads.repository import Load, LoadRepository
+from service.loads.convert import load_fields, load_to_message
+from service.loads.model import Load
+from service.loads.repository import LoadRepository
 from service.timeslice import TimeSlice
 
 LOADS = fingerprint("loads")
