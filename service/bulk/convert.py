@@ -1,4 +1,4 @@
-"""Bulk streams and loads: outcome -> message. Pure."""
+"""Bulk streams: the columns that all entities have, and outcome -> message. Pure."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ MAX_FAILURE_MESSAGE = 200
 
 
 def add_identity(batch: Batch, messages: Sequence[Any], fields: Collection[str]) -> None:
-    """Add what every entity has: the ids and versions of an update, or what a restored row brings."""
+    """Add the columns that every entity has: id and version, for restored rows the times too."""
     if "created_at" in fields:
         batch.add("id", [message.id or None for message in messages], wrong_id)
         batch.add("version", [message.version or 1 for message in messages], wrong_version)
@@ -38,7 +38,7 @@ def add_identity(batch: Batch, messages: Sequence[Any], fields: Collection[str])
 
 
 def opened_to_message(load_id: str, next_offset: int, max_rows: int, max_bytes: int) -> BulkWriteResponse:
-    """Return the answer to a stream's first message."""
+    """Return the first response of a stream."""
     return BulkWriteResponse(
         opened=BulkOpened(load_id=load_id, next_offset=next_offset, max_rows=max_rows, max_bytes=max_bytes)
     )
@@ -47,7 +47,7 @@ def opened_to_message(load_id: str, next_offset: int, max_rows: int, max_bytes: 
 async def outcome_to_message(
     offset: int, next_offset: int, outcome: Outcome, *, return_ids: bool, is_replayed: bool
 ) -> BulkWriteResponse:
-    """Return the acknowledgement of a message whose rows are recorded."""
+    """Return the acknowledgement of a message whose rows are committed."""
     response = BulkWriteResponse(
         ack=BulkAck(
             offset=offset,
@@ -66,14 +66,14 @@ async def outcome_to_message(
 
 
 def error_to_message(offset: int, next_offset: int, error: RosterError) -> BulkWriteResponse:
-    """Return the acknowledgement of a message of which nothing was recorded."""
+    """Return the acknowledgement of a message that is refused: nothing of it is recorded."""
     return BulkWriteResponse(
         ack=BulkAck(offset=offset, next_offset=next_offset, error=status_from_error(error))
     )
 
 
 def failure_fields(failure: tuple[int, RosterError]) -> dict[str, Any]:
-    """Return the offset of a row, and why it failed, as the fields of a RowFailure."""
+    """Return the offset and the error of a failed row as the fields of a RowFailure."""
     offset, error = failure
     return {
         "offset": offset,
@@ -88,17 +88,17 @@ def failure_fields(failure: tuple[int, RosterError]) -> dict[str, Any]:
 def summary_to_message(
     next_offset: int, counts: Mapping[str, int], state: BulkLoad.State.ValueType
 ) -> BulkWriteResponse:
-    """Return the end of a stream."""
+    """Return the last response of a stream."""
     return BulkWriteResponse(summary=BulkSummary(next_offset=next_offset, state=state, **counts))
 
 
 def options_to_store(options: BulkOptions) -> bytes:
-    """Return the options of a load as they are stored: without unknown fields, each path of the mask once."""
+    """Return the options of a load to store: without unknown fields, and without repeated paths."""
     return _known(options).SerializeToString(deterministic=True)
 
 
 def options_effect(options: BulkOptions) -> BulkOptions:
-    """Return what of the options decides what is written; the rest may change from stream to stream."""
+    """Return the options that affect the rows written. The others may differ between streams of a load."""
     effect = _known(options)
     for field_name in ("return_ids", "max_failures"):
         effect.ClearField(field_name)

@@ -9,12 +9,12 @@ from service.loads.model import Load
 
 
 def load_to_message(load: Load, kept_for: timedelta) -> BulkLoad:
-    """Return a load as the API shows it."""
+    """Return the message of a load."""
     return BulkLoad(**load_fields(load, kept_for))
 
 
 def load_fields(load: Load, kept_for: timedelta) -> dict[str, Any]:
-    """Return a load as the fields of its message."""
+    """Return the fields of a load's message."""
     return {
         "load_id": load.load_id,
         "method": load.method,

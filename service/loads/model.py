@@ -8,14 +8,14 @@ from sqlalchemy.orm import Mapped, column_property, mapped_column
 
 from service.db.base import Base, BigInt, UtcDateTime, now, text
 
-# The options of a load need about 1,100 bytes at most, of which a load_id has 1,020. Earlier releases kept
-# what came with them too, megabytes in some cases: that is not read.
+# The options of a load need about 1,100 bytes at most, of which a load_id takes 1,020. Earlier releases also
+# stored unknown fields, sometimes megabytes. Such options are not read.
 MAX_OPTIONS_BYTES = 4 << 10
 COUNTED = ("created", "updated", "skipped", "failed")
 
 
 class LoadState(IntEnum):
-    """Where a load is in its life; the numbers are the contract's."""
+    """The state of a load; the numbers are the contract's."""
 
     OPEN = 1
     FINISHED = 2
@@ -24,7 +24,7 @@ class LoadState(IntEnum):
 
 
 class Load(Base):
-    """A bulk load; `epoch` counts the streams that opened it, of which the last may write."""
+    """A bulk load. `epoch` counts the streams that opened it; only the newest may write."""
 
     __tablename__ = "bulk_loads"
     __table_args__ = ({"sqlite_autoincrement": True},)
@@ -54,7 +54,7 @@ class Load(Base):
 
 
 class LoadBatch(Base):
-    """The outcome of the rows from `first_offset` up to, but without, `next_offset`."""
+    """The outcome of the rows from `first_offset` to `next_offset`, exclusive."""
 
     __tablename__ = "bulk_batches"
 
