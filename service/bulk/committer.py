@@ -116,6 +116,7 @@ class BatchCommitter:
 
     async def _write(self, pending: PendingBatch) -> Outcome:
         """Write the new rows of a batch in a transaction that commits after the one before."""
+        # A message with `finish` alone, or one that is replayed, has no rows to write.
         if not pending.batch.size:
             await self._require_commit_of(pending.previous)
             return Outcome()
@@ -124,7 +125,7 @@ class BatchCommitter:
             async with self._database.bulk() as session:
                 await BulkWriter(session, self._operation.table).reserve_ids(pending.batch)
         async with self._database.bulk() as session:
-            # Write the rows. This is the long part, and runs beside other batches.
+            # Write the rows. This is the long part, and runs at the same time as other batches.
             outcome = await self._operation.write(session, pending.batch, self._options)
             # Commits follow offset order, so that one watermark describes the load.
             await pending.wait_for_previous()

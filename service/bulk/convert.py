@@ -22,6 +22,7 @@ MAX_FAILURE_MESSAGE = 200
 
 def add_identity(batch: Batch, messages: Sequence[Any], fields: Collection[str]) -> None:
     """Add the columns that every entity has: id and version, for restored rows the times too."""
+    # A restored row has its times, and may have its id and version.
     if "created_at" in fields:
         batch.add("id", [message.id or None for message in messages], wrong_id)
         batch.add("version", [message.version or 1 for message in messages], wrong_version)
@@ -32,6 +33,7 @@ def add_identity(batch: Batch, messages: Sequence[Any], fields: Collection[str])
                 None if moment is None or row in batch.failures else datetime_from(moment)
                 for row, moment in enumerate(given)
             ]
+    # An update names its row by id; a version of 0 matches any.
     elif "id" in fields:
         batch.add("id", [message.id for message in messages], wrong_id)
         batch.add("version", [message.version for message in messages], wrong_version)
@@ -60,6 +62,7 @@ async def outcome_to_message(
             ids=outcome.ids if return_ids else None,
         )
     )
+    # Added in place and in slices: there may be 5,000 of them.
     failures = [(offset + row, outcome.failures[row]) for row in sorted(outcome.failures)]
     await add_in_slices(response.ack.failures, failure_fields, failures)
     return response
@@ -100,6 +103,7 @@ def options_to_store(options: BulkOptions) -> bytes:
 def options_effect(options: BulkOptions) -> BulkOptions:
     """Return the options that affect the rows written. The others may differ between streams of a load."""
     effect = _known(options)
+    # These two only affect the answers to a stream.
     for field_name in ("return_ids", "max_failures"):
         effect.ClearField(field_name)
     return effect

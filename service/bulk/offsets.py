@@ -1,17 +1,16 @@
-"""Rules for the offsets of a bulk stream. Pure: no I/O, no errors of the contract.
-
-A row's offset is its position in the load. The rows below the watermark are committed, those above it are
-not. A message may begin anywhere up to the next new row:
-
-    committed rows | next new row
-    ---------------+-------------
-       [ Replay ]  |                 all rows are committed: their first outcomes are the answer
-            [ Straddle ]             the first rows are committed, the rest is new
-                   [   New   ]       all rows are new
-                   |    [  Gap  ]    rows are missing in between: nothing can be written
-"""
+"""Rules for the offsets of a bulk stream. Pure: no I/O, no errors of the contract."""
 
 from dataclasses import dataclass
+
+# A row's offset is its position in the load. The rows below the watermark are committed, those above it are
+# not. A message may begin anywhere up to the next new row:
+#
+#     committed rows | next new row
+#     ---------------+-------------
+#        [ Replay ]  |                 all rows are committed: their first outcomes are the answer
+#             [ Straddle ]             the first rows are committed, the rest is new
+#                    [   New   ]       all rows are new
+#                    |    [  Gap  ]    rows are missing in between: nothing can be written
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Operation:
 
     @cached_property
     def key_names(self) -> Sequence[str]:
-        """The columns that tell whether two batches meet the same rows."""
+        """The columns by which two batches can be in conflict."""
         return ["id", *(key.name for key in self.table.unique)]
 
     def is_parallel(self, options: WriteOptions) -> bool:
@@ -61,6 +61,7 @@ class Operation:
         Not if unique values are updated: a value that a batch takes may be one that the batch before frees.
         Not if ids are restored: to reserve them, a batch waits for all transactions that have drawn ids.
         """
+        # Two updates of one row are handled by their common id; this is about values that change owners.
         updates_keys = self.is_update and bool(self.table.unique_among(options.update_fields))
         return not (options.restores or updates_keys)
 
@@ -82,6 +83,7 @@ class Operation:
             fields = (*fields, *options.update_fields)
         elif options.restores:
             fields = (*fields, *RESTORED)
+        # In slices: 5,000 rows would hold up other calls.
         batch = Batch(0)
         async for some in slices(messages, ROWS_AT_ONCE):
             batch.extend(self.read(some, fields, options.update_fields))

@@ -30,7 +30,7 @@ class BatchState(Enum):
     """The state of a pending batch; pipeline.py has the diagram."""
 
     RECEIVED = auto()
-    WRITING = auto()  # its first attempt, maybe beside those of other batches
+    WRITING = auto()  # its first attempt, maybe at the same time as other batches
     RETRYING = auto()  # alone, after the batch before it
     COMMITTED = auto()
     REFUSED = auto()  # nothing of it is recorded
@@ -82,7 +82,8 @@ class PendingBatch:
         self.state = state
         if state is not BatchState.WRITING:
             self.attempted.set()
-            # A batch that has drawn no ids by now will draw none that must come before the next one's.
+            # The next batch may wait for this one to draw ids. If it has drawn none in its first attempt, it
+            # needs none, or the next batch rolls back anyway.
             self.batch.ids_drawn.set()
 
     async def settle(self) -> None:
@@ -122,6 +123,7 @@ class PendingBatch:
             row_of_other = rows_of_other.get(values[row])
             if row_of_other is not None:
                 self.deferred[row] = other, row_of_other
+        # A view: the batch leaves out all rows that are in `deferred`, those of later calls too.
         self.batch.deferred = self.deferred.keys()
 
     async def complete(self, outcome: Outcome, options: WriteOptions, unique: Sequence[UniqueKey]) -> None:

@@ -1,28 +1,4 @@
-"""Pipeline: the pending batches of one bulk stream, their order, and which may be written together.
-
-A message is a batch, a transaction, and an acknowledgement. The life of a batch:
-
-                        parse, place, convert            write rows, wait for the
-                                                         commit of the batch before
-    message ──> RECEIVED ───────────────────> WRITING ──────────────────────────> COMMITTED ──> ack
-                   │                            │ fault, or the batch               ▲
-                   │ negative offset, gap,      │ before did not commit             │
-                   │ too large, fault           ▼                                   │
-                   │                         RETRYING ──────────────────────────────┤
-                   │                            │ alone, up to twice                │
-                   │                            │ gap, or the last fault      the watermark says
-                   ▼                            ▼                             it was committed
-                REFUSED <───────────────────────┘
-                   └──> ack with an error: nothing of the message is recorded
-
-`receive` runs in a task of its own and does the part up to WRITING, for one message after the other, so
-that batches ask for connections in order. `BatchCommitter.commit` is a task per batch. The stream waits for
-the batches in the order of their messages, and sends their acknowledgements.
-
-Two limits keep memory from growing with the load. A stream has at most MAX_PENDING messages that are not
-acknowledged. All streams together have a budget of bytes for messages that are not written. A message
-that exceeds either is left in gRPC's buffers, which slows the client down.
-"""
+"""Pipeline: the pending batches of one bulk stream, their order, and which may be written together."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -49,6 +25,29 @@ from service.errors import (
 from service.loads.model import COUNTED, Load, LoadState
 from service.metrics import BULK_BATCH, BULK_BATCH_ROWS, BULK_LAG, BULK_REFUSED, BULK_ROWS
 from service.shares import FairSemaphore
+
+# A message is a batch, a transaction, and an acknowledgement. The life of a batch:
+#
+#                         parse, place, convert            write rows, wait for the
+#                                                          commit of the batch before
+#     message ──> RECEIVED ───────────────────> WRITING ──────────────────────────> COMMITTED ──> ack
+#                    │                            │ fault, or the batch               ▲
+#                    │ negative offset, gap,      │ before did not commit             │
+#                    │ too large, fault           ▼                                   │
+#                    │                         RETRYING ──────────────────────────────┤
+#                    │                            │ alone, up to twice                │
+#                    │                            │ gap, or the last fault      the watermark says
+#                    ▼                            ▼                             it was committed
+#                 REFUSED <───────────────────────┘
+#                    └──> ack with an error: nothing of the message is recorded
+#
+# `receive` runs in a task of its own and does the part up to WRITING, for one message after the other, so
+# that batches ask for connections in order. `BatchCommitter.commit` is a task per batch. The stream waits for
+# the batches in the order of their messages, and sends their acknowledgements.
+#
+# Two limits keep memory from growing with the load. A stream has at most MAX_PENDING messages that are not
+# acknowledged. All streams together have a budget of bytes for messages that are not written. A message
+# that exceeds either is left in gRPC's buffers, which slows the client down.
 
 # Messages read and not yet acknowledged. On two cores, three batches at a time reached 1.13 of the rate of
 # \copy, two 1.04, one 0.69.
@@ -242,7 +241,7 @@ class Pipeline:
         pending.task = asyncio.create_task(self._committer.commit(pending))
 
     async def _wait_for_dependencies(self, pending: PendingBatch) -> None:
-        """Wait for the pending batches that the new one can't be written beside.
+        """Wait for the pending batches that can't be written at the same time as the new one.
 
         If it were the first of two batches to insert a key that both have, the earlier batch would wait for
         it in the database, and it would wait for the commit of the earlier batch here: a deadlock that the

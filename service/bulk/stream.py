@@ -85,6 +85,7 @@ class BulkStreams:
                 result = await pending.result()
                 has_failed = isinstance(result, RosterError)
                 response = await _acknowledge(pipeline, committer, pending, result, options)
+                # A message with `finish` alone has no acknowledgement of its own.
                 if pending.size or has_failed:
                     yield response
                 if pipeline.has_too_many_failures():
@@ -112,9 +113,11 @@ class BulkStreams:
         self, pipeline: Pipeline, first: bytes, requests: AsyncIterator[bytes]
     ) -> asyncio.Task[None]:
         receiver = asyncio.create_task(pipeline.receive(first, requests, self._unwritten))
+        # The end of the queue comes after all messages, however the receiver ends.
         receiver.add_done_callback(lambda _: pipeline.pending.put_nowait(None))
         receiver.add_done_callback(self._receivers.discard)
         self._receivers.add(receiver)
+        # A stream that opens during a drain still gets its summary.
         if self._is_draining:
             receiver.cancel()
         return receiver
