@@ -8,7 +8,7 @@ from sqlalchemy import Connection, NullPool
 from sqlalchemy.ext.asyncio import create_async_engine
 
 import service.db.requests
-import service.loads.repository
+import service.loads.model
 import service.posts.model
 import service.users.model  # noqa: F401  (importing a module registers its tables)
 from service.db.base import Base, UtcDateTime

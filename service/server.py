@@ -17,7 +17,7 @@ from service.auth.policy import Policy
 from service.auth.reloading import ReloadingFile
 from service.auth.tls import server_credentials
 from service.auth.tokens import Tokens
-from service.bulk.streams import BulkStreams
+from service.bulk.stream import BulkStreams
 from service.connections import MAX_HEALTH_CONNECTIONS, connection_options, max_connections
 from service.db.engine import Database
 from service.db.requests import forget_requests

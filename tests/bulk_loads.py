@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from roster.v1.bulk_pb2 import BulkOptions
 from roster.v1.resources_pb2 import Post, User
 from tests.bulk_model import ADA, BAD, BOB, CYD, EMAILS, HASHES, Load, Values
+from tests.items import Item
 
 UNKNOWN = 7
 # What COPY, JSON and UTF-16 each have their own opinion of.
@@ -73,10 +74,30 @@ NEW_POSTS = _rows(
     "title content author_id author_email",
 )
 CHANGED_POSTS = _rows(Post, st.fixed_dictionaries(KEYS | POST), "id version title content")
-LOADS = {
-    "create users": loads(
-        "create users", NEW_USERS, on_conflict=st.sampled_from([BulkOptions.FAIL, BulkOptions.SKIP])
+ITEM = {
+    "slug": st.sampled_from("abcdef"),
+    "code": st.sampled_from([0, 1, 2, 3, 4, 5]),
+    "times": st.integers(0, 9),
+    "expected": st.sampled_from(["", "0", "1"]),
+}
+NEW_ITEMS = _rows(Item, st.fixed_dictionaries(ITEM), "slug")
+CHANGED_ITEMS = _rows(Item, st.fixed_dictionaries(KEYS | ITEM), "id version slug")
+ITEM_MOVES = st.builds(
+    Item,
+    id=st.sampled_from([ADA, BOB, CYD]),
+    slug=st.sampled_from("abcd"),
+    code=st.sampled_from([0, 1, 2, 3]),
+)
+RESTORED_ITEMS = _rows(
+    Item,
+    st.fixed_dictionaries(
+        ITEM | {"id": st.sampled_from([ADA, BOB, 11, 12, 13, 14]), "version": st.integers(0, 5)}
     ),
+    "slug",
+)
+FAIL_OR_SKIP = st.sampled_from([BulkOptions.FAIL, BulkOptions.SKIP])
+LOADS = {
+    "create users": loads("create users", NEW_USERS, on_conflict=FAIL_OR_SKIP),
     "create or update users": loads(
         "create users", NEW_USERS, on_conflict=st.just(BulkOptions.UPDATE), update_mask=masks(*NAMED)
     ),
@@ -84,4 +105,18 @@ LOADS = {
     "swap e-mails": loads("update users", MOVES, update_mask=masks("email")),
     "create posts": loads("create posts", NEW_POSTS),
     "update posts": loads("update posts", CHANGED_POSTS, update_mask=masks("title", "content")),
+    "create items": loads("create items", NEW_ITEMS, on_conflict=FAIL_OR_SKIP),
+    "create or update items": loads(
+        "create items",
+        NEW_ITEMS,
+        on_conflict=st.just(BulkOptions.UPDATE),
+        update_mask=masks("times", "expected"),
+    ),
+    "restore items": loads(
+        "create items", RESTORED_ITEMS, on_conflict=FAIL_OR_SKIP, restore=st.just(value=True)
+    ),
+    "update items": loads(
+        "update items", CHANGED_ITEMS, update_mask=masks("slug", "code", "times", "expected")
+    ),
+    "swap slugs and codes": loads("update items", ITEM_MOVES, update_mask=masks("slug", "code")),
 }

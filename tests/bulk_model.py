@@ -14,6 +14,7 @@ from roster.v1.users_pb2 import BulkCreateUsersRequest, BulkUpdateUsersRequest
 from service.bulk.operation import Operation
 from service.posts.servicer import CREATE_POSTS, UPDATE_POSTS
 from service.users.servicer import CREATE_USERS, UPDATE_USERS
+from tests.items import CREATE_ITEMS, UPDATE_ITEMS, BulkWriteItemsRequest
 
 Values = dict[str, Any]
 Tables = dict[str, dict[int, Values]]
@@ -44,6 +45,7 @@ BAD: Mapping[str, Sequence[Any]] = {
     "content": ["nul\0"],
     "author_id": [-1, 2**53 + 1],
     "author_email": ["nobody"],
+    "slug": [""],
 }
 CODES = {
     "INVALID_FIELD": Code.INVALID_ARGUMENT,
@@ -52,6 +54,10 @@ CODES = {
     "POST_NOT_FOUND": Code.NOT_FOUND,
     "AUTHOR_NOT_FOUND": Code.FAILED_PRECONDITION,
     "VERSION_MISMATCH": Code.ABORTED,
+    "ID_TAKEN": Code.ALREADY_EXISTS,
+    "SLUG_TAKEN": Code.ALREADY_EXISTS,
+    "CODE_TAKEN": Code.ALREADY_EXISTS,
+    "ITEM_NOT_FOUND": Code.NOT_FOUND,
 }
 
 
@@ -81,7 +87,7 @@ class Load:
         """Return the messages of the stream."""
         for number, rows in enumerate(self.batches):
             options = self.options if number == 0 else None
-            yield KINDS[self.kind].request(options=options, **{self.operation.rows: rows})
+            yield KINDS[self.kind].request(options=options, **{self.operation.rows_field: rows})
 
 
 def stored() -> Tables:
@@ -96,7 +102,12 @@ def stored() -> Tables:
         BOB: {"author_id": ADA, "title": "More", "content": "\U0001d49c", "version": 2},
         CYD: {"author_id": BOB, "title": "Last", "content": "...", "version": 1},
     }
-    return {"users": users, "posts": posts}
+    items: dict[int, Values] = {
+        ADA: {"slug": "a", "code": 1, "times": 7, "expected": "first", "version": 1},
+        BOB: {"slug": "b", "code": 2, "times": 0, "expected": "", "version": 2},
+        CYD: {"slug": "c", "code": None, "times": 0, "expected": "", "version": 1},
+    }
+    return {"users": users, "posts": posts, "items": items}
 
 
 def applied(tables: Tables, load: Load) -> tuple[list[BulkAck], Tables]:
@@ -121,7 +132,7 @@ def _applied_batch(tables: Tables, load: Load, offset: int, rows: list[Any]) -> 
             ack.failures.append(refused.to_message(position))
         setattr(ack, what, getattr(ack, what) + 1)
         ack.ids.append(id)
-    known = {0, *tables[load.operation.rows]}
+    known = {0, *tables[load.operation.rows_field]}
     if load.options.atomicity == BulkOptions.BATCH and ack.failures:
         failed = BulkAck(offset=offset, next_offset=ack.next_offset, failed=len(rows), ids=[0] * len(rows))
         failed.failures.extend(ack.failures)
@@ -204,12 +215,58 @@ def _update_post(tables: Tables, row: Post, options: BulkOptions) -> tuple[str, 
     return "updated", row.id
 
 
+def _create_item(tables: Tables, row: Any, options: BulkOptions) -> tuple[str, int]:
+    _check(row, ["slug"])
+    items, id = tables["items"], row.id or min(0, *tables["items"]) - 1
+    values = {"slug": row.slug, "code": row.code or None, "times": row.times, "expected": row.expected}
+    conflict = _item_conflict(items, values)
+    if options.restore and row.id in items:
+        conflict = Refused("ID_TAKEN", "id", row.id)
+    if conflict is None:
+        items[id] = {**values, "version": row.version or 1}
+        return "created", id
+    if options.on_conflict == BulkOptions.FAIL:
+        raise conflict
+    if options.on_conflict == BulkOptions.SKIP:
+        return "skipped", conflict.existing_id
+    _change_item(items[conflict.existing_id], row, options.update_mask.paths)
+    return "updated", conflict.existing_id
+
+
+def _update_item(tables: Tables, row: Any, options: BulkOptions) -> tuple[str, int]:
+    mask = options.update_mask.paths
+    _check(row, ["id", "version", *(name for name in ("slug",) if name in mask)])
+    item = _current(tables["items"], row, "ITEM_NOT_FOUND")
+    wanted = {"slug": row.slug, "code": row.code or None}
+    others = {id: values for id, values in tables["items"].items() if id != row.id}
+    conflict = _item_conflict(others, {name: value for name, value in wanted.items() if name in mask})
+    if conflict:
+        raise conflict
+    _change_item(item, row, mask)
+    return "updated", row.id
+
+
+def _item_conflict(items: dict[int, Values], wanted: Values) -> "Refused | None":
+    """Return why an item can't have unique values; the slug counts first."""
+    for name in ("slug", "code"):
+        for id, values in items.items():
+            if wanted.get(name) is not None and values[name] == wanted[name]:
+                return Refused(f"{name.upper()}_TAKEN", name, id)
+    return None
+
+
+def _change_item(values: Values, row: Any, mask: Iterable[str]) -> None:
+    for name in mask:
+        values[name] = (row.code or None) if name == "code" else getattr(row, name)
+    values["version"] += 1
+
+
 def _check(row: Any, fields: Sequence[str], required: Sequence[str] = ()) -> None:
     for field in fields:
         value = getattr(row, field)
         is_given = bool(value) or (field == "is_active" and row.HasField(field))
         is_missing = field in required and field != "full_name" and not is_given
-        must_be_given = field in ("id", "email", "title")
+        must_be_given = field in ("id", "email", "title", "slug")
         if is_missing or (value in BAD.get(field, ()) and (is_given or must_be_given)):
             raise Refused("INVALID_FIELD", field)
 
@@ -248,4 +305,6 @@ KINDS = {
     "update users": Kind(UPDATE_USERS, BulkUpdateUsersRequest, _update_user),
     "create posts": Kind(CREATE_POSTS, BulkCreatePostsRequest, _create_post),
     "update posts": Kind(UPDATE_POSTS, BulkUpdatePostsRequest, _update_post),
+    "create items": Kind(CREATE_ITEMS, BulkWriteItemsRequest, _create_item),
+    "update items": Kind(UPDATE_ITEMS, BulkWriteItemsRequest, _update_item),
 }

@@ -1,7 +1,6 @@
-"""Bulk streams and loads: outcome -> message. Pure."""
+"""Bulk streams: the columns that all entities have, and outcome -> message. Pure."""
 
 from collections.abc import Collection, Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 from roster.v1.bulk_pb2 import (
@@ -14,8 +13,7 @@ from roster.v1.bulk_pb2 import (
 )
 from service.db.bulk.batch import Batch, Outcome
 from service.errors import RosterError
-from service.fields import datetime_from, timestamp, wrong_id, wrong_timestamp, wrong_version
-from service.loads.repository import Load
+from service.fields import datetime_from, wrong_id, wrong_timestamp, wrong_version
 from service.status import status_code, status_from_error
 from service.timeslice import add_in_slices
 
@@ -23,7 +21,8 @@ MAX_FAILURE_MESSAGE = 200
 
 
 def add_identity(batch: Batch, messages: Sequence[Any], fields: Collection[str]) -> None:
-    """Add what every entity has: the ids and versions of an update, or what a restored row brings."""
+    """Add the columns that every entity has: id and version, for restored rows the times too."""
+    # A restored row has its times, and may have its id and version.
     if "created_at" in fields:
         batch.add("id", [message.id or None for message in messages], wrong_id)
         batch.add("version", [message.version or 1 for message in messages], wrong_version)
@@ -34,13 +33,14 @@ def add_identity(batch: Batch, messages: Sequence[Any], fields: Collection[str])
                 None if moment is None or row in batch.failures else datetime_from(moment)
                 for row, moment in enumerate(given)
             ]
+    # An update names its row by id; a version of 0 matches any.
     elif "id" in fields:
         batch.add("id", [message.id for message in messages], wrong_id)
         batch.add("version", [message.version for message in messages], wrong_version)
 
 
 def opened_to_message(load_id: str, next_offset: int, max_rows: int, max_bytes: int) -> BulkWriteResponse:
-    """Return the answer to a stream's first message."""
+    """Return the first response of a stream."""
     return BulkWriteResponse(
         opened=BulkOpened(load_id=load_id, next_offset=next_offset, max_rows=max_rows, max_bytes=max_bytes)
     )
@@ -49,7 +49,7 @@ def opened_to_message(load_id: str, next_offset: int, max_rows: int, max_bytes: 
 async def outcome_to_message(
     offset: int, next_offset: int, outcome: Outcome, *, return_ids: bool, is_replayed: bool
 ) -> BulkWriteResponse:
-    """Return the acknowledgement of a message whose rows are recorded."""
+    """Return the acknowledgement of a message whose rows are committed."""
     response = BulkWriteResponse(
         ack=BulkAck(
             offset=offset,
@@ -62,20 +62,21 @@ async def outcome_to_message(
             ids=outcome.ids if return_ids else None,
         )
     )
+    # Added in place and in slices: there may be 5,000 of them.
     failures = [(offset + row, outcome.failures[row]) for row in sorted(outcome.failures)]
     await add_in_slices(response.ack.failures, failure_fields, failures)
     return response
 
 
 def error_to_message(offset: int, next_offset: int, error: RosterError) -> BulkWriteResponse:
-    """Return the acknowledgement of a message of which nothing was recorded."""
+    """Return the acknowledgement of a message that is refused: nothing of it is recorded."""
     return BulkWriteResponse(
         ack=BulkAck(offset=offset, next_offset=next_offset, error=status_from_error(error))
     )
 
 
 def failure_fields(failure: tuple[int, RosterError]) -> dict[str, Any]:
-    """Return the offset of a row, and why it failed, as the fields of a RowFailure."""
+    """Return the offset and the error of a failed row as the fields of a RowFailure."""
     offset, error = failure
     return {
         "offset": offset,
@@ -90,18 +91,19 @@ def failure_fields(failure: tuple[int, RosterError]) -> dict[str, Any]:
 def summary_to_message(
     next_offset: int, counts: Mapping[str, int], state: BulkLoad.State.ValueType
 ) -> BulkWriteResponse:
-    """Return the end of a stream."""
+    """Return the last response of a stream."""
     return BulkWriteResponse(summary=BulkSummary(next_offset=next_offset, state=state, **counts))
 
 
 def options_to_store(options: BulkOptions) -> bytes:
-    """Return the options of a load as they are stored: without unknown fields, each path of the mask once."""
+    """Return the options of a load to store: without unknown fields, and without repeated paths."""
     return _known(options).SerializeToString(deterministic=True)
 
 
 def options_effect(options: BulkOptions) -> BulkOptions:
-    """Return what of the options decides what is written; the rest may change from stream to stream."""
+    """Return the options that affect the rows written. The others may differ between streams of a load."""
     effect = _known(options)
+    # These two only affect the answers to a stream.
     for field_name in ("return_ids", "max_failures"):
         effect.ClearField(field_name)
     return effect
@@ -115,26 +117,3 @@ def _known(options: BulkOptions) -> BulkOptions:
     if not known.update_mask.paths:
         known.ClearField("update_mask")
     return known
-
-
-def load_to_message(load: Load, kept_for: timedelta) -> BulkLoad:
-    """Return a load as the API shows it."""
-    return BulkLoad(**load_fields(load, kept_for))
-
-
-def load_fields(load: Load, kept_for: timedelta) -> dict[str, Any]:
-    """Return a load as the fields of its message."""
-    return {
-        "load_id": load.load_id,
-        "method": load.method,
-        "state": load.state,
-        "options": BulkOptions.FromString(load.options),
-        "next_offset": load.next_offset,
-        "created": load.created,
-        "updated": load.updated,
-        "skipped": load.skipped,
-        "failed": load.failed,
-        "created_at": timestamp(load.created_at),
-        "updated_at": timestamp(load.updated_at),
-        "expires_at": timestamp(load.updated_at + kept_for),
-    }

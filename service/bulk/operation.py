@@ -1,7 +1,7 @@
-"""What a bulk stream does to one entity, and the options that it accepts."""
+"""The operation of a bulk stream on one entity, and the options of a stream."""
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -10,66 +10,94 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from roster.v1.bulk_pb2 import BulkOptions
 from service.bulk.message import BulkParser
-from service.db.base import Entity
 from service.db.bulk.batch import Batch, OnConflict, Outcome, WriteOptions
-from service.errors import InvalidOptions, RosterError
+from service.db.bulk.table import BulkTable
+from service.db.bulk.writer import BulkWriter
+from service.errors import InvalidOptions
 from service.fields import check_choice, mask_paths
 from service.timeslice import slices
 
 RESTORED = ("id", "version", "created_at", "updated_at")
-# To read a row takes 1 µs, or 100 if its e-mail has nothing but combining marks.
+# Reading a row takes 1 µs, but 100 µs if it has a text of nothing but combining marks.
 ROWS_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One of the bulk RPCs: where its rows are, how they are read, how they are written."""
+    """One of the bulk RPCs, as data: its messages, its table, and how to convert rows."""
 
     method: str  # the full name of the RPC
     request: type[Message]
-    rows: str  # the field of the request that has them
-    fields: Sequence[str]  # what is read of each row, for an update beside what its mask names
-    writable: Sequence[str]  # what an update mask may name
+    rows_field: str  # the field of the request with the rows
+    fields: Sequence[str]  # the fields to read of each row; an update adds those that its mask names
+    writable: Sequence[str]  # the fields that an update mask may name; for new rows without unique keys
     read: Callable[[Sequence[Any], Collection[str], Collection[str]], Batch]
-    model: type[Entity]
-    write: Callable[[AsyncSession, Batch, WriteOptions], Awaitable[Outcome]]
+    table: BulkTable
     is_update: bool = False
-    taken: Callable[[int | None], RosterError] | None = None  # where rows have a key: that it is taken
+    required_roles: Mapping[str, str] = field(default_factory=dict)  # column -> role that a caller needs
 
     @cached_property
     def parser(self) -> BulkParser:
-        """What parses the messages of its streams."""
-        return BulkParser(self.request, self.rows)
+        """The parser of its messages."""
+        return BulkParser(self.request, self.rows_field)
+
+    @cached_property
+    def updatable(self) -> Sequence[str]:
+        """The fields that an update mask may name. New rows are matched by unique keys, and keep those."""
+        if self.is_update:
+            return self.writable
+        keys = self.table.unique_among(self.writable)
+        names = [key.name for key in keys]
+        return [name for name in self.writable if name not in names]
+
+    @cached_property
+    def key_names(self) -> Sequence[str]:
+        """The columns by which two batches can be in conflict."""
+        return ["id", *(key.name for key in self.table.unique)]
 
     def is_parallel(self, options: WriteOptions) -> bool:
-        """Tell whether batches with different keys can be written at the same time.
+        """Return whether batches without a key in common can be written at the same time.
 
-        Not where e-mails are updated: one that a batch takes may be one that the batch before gives up.
-        Nor where ids are restored: to reserve them a batch waits for all that have drawn some.
+        Not if unique values are updated: a value that a batch takes may be one that the batch before frees.
+        Not if ids are restored: to reserve them, a batch waits for all transactions that have drawn ids.
         """
-        return not (options.restores or (self.is_update and "email" in options.update_fields))
+        # Two updates of one row are handled by their common id; this is about values that change owners.
+        updates_keys = self.is_update and bool(self.table.unique_among(options.update_fields))
+        return not (options.restores or updates_keys)
 
     def can_defer(self, options: WriteOptions) -> bool:
-        """Tell whether rows whose keys an earlier batch has can be left until that is written."""
-        is_insert = bool(self.taken) and options.on_conflict is not OnConflict.UPDATE
-        return is_insert and not (options.is_atomic or options.validate_only or options.restores)
+        """Return whether a batch can go ahead without the rows whose unique key an uncommitted batch has.
+
+        Such a row fails or is skipped, whatever becomes of the other row: either way a row with that key is
+        stored. With several unique keys it is not so simple: if the other row fails by one key, another key
+        of it is free. Then the batch waits.
+        """
+        is_create = not self.is_update and len(self.table.unique) == 1
+        is_rewritten = options.is_atomic or options.validate_only or options.restores
+        return is_create and options.on_conflict is not OnConflict.UPDATE and not is_rewritten
 
     async def batch(self, messages: Sequence[Any], options: WriteOptions) -> Batch:
-        """Return the messages of a request as columns, read in time slices."""
+        """Return the rows of a request as columns."""
         fields = self.fields
         if self.is_update:
             fields = (*fields, *options.update_fields)
         elif options.restores:
             fields = (*fields, *RESTORED)
+        # In slices: 5,000 rows would hold up other calls.
         batch = Batch(0)
         async for some in slices(messages, ROWS_AT_ONCE):
             batch.extend(self.read(some, fields, options.update_fields))
         return batch
 
+    async def write(self, session: AsyncSession, batch: Batch, options: WriteOptions) -> Outcome:
+        """Write a batch in the session's transaction."""
+        writer = BulkWriter(session, self.table)
+        return await (writer.update if self.is_update else writer.create)(batch, options)
+
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """The options of one stream, checked."""
+    """The validated options of one stream."""
 
     write: WriteOptions
     return_ids: bool
@@ -84,11 +112,12 @@ class StreamOptions:
             raise _invalid("max_failures", "must not be negative; 0 means any number")
         on_conflict = OnConflict(message.on_conflict)
         if message.restore and operation.is_update:
-            raise _invalid("restore", "makes no sense for an update")
-        if on_conflict is not OnConflict.FAIL and not (operation.taken or message.restore):
-            raise _invalid("on_conflict", "makes no sense here: there is no key that could be taken")
+            raise _invalid("restore", "is not allowed in an update")
+        can_conflict = message.restore or (operation.table.unique and not operation.is_update)
+        if on_conflict is not OnConflict.FAIL and not can_conflict:
+            raise _invalid("on_conflict", "must be FAIL: these rows can't be in conflict with stored ones")
         if on_conflict is OnConflict.UPDATE and message.restore:
-            raise _invalid("on_conflict", "must be FAIL or SKIP where rows are restored")
+            raise _invalid("on_conflict", "must be FAIL or SKIP if rows are restored")
         return cls(
             write=WriteOptions(
                 on_conflict=on_conflict,
@@ -105,12 +134,12 @@ class StreamOptions:
 def _update_fields(message: BulkOptions, operation: Operation, on_conflict: OnConflict) -> list[str]:
     is_needed = operation.is_update or on_conflict is OnConflict.UPDATE
     if is_needed and not message.update_mask.paths:
-        raise _invalid("update_mask", f"is required; it may name {', '.join(operation.writable)}")
+        raise _invalid("update_mask", f"is required; it may name {', '.join(operation.updatable)}")
     if not is_needed and message.update_mask.paths:
         raise _invalid(
-            "update_mask", "makes no sense where nothing is updated; set on_conflict to UPDATE, or drop it"
+            "update_mask", "must be empty if nothing is updated; clear it, or set on_conflict to UPDATE"
         )
-    return mask_paths(message.update_mask, operation.writable, "options.update_mask")
+    return mask_paths(message.update_mask, operation.updatable, "options.update_mask")
 
 
 def _invalid(field: str, wrong: str) -> InvalidOptions:

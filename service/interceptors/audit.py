@@ -13,7 +13,7 @@ from roster.v1.bulk_pb2 import BulkWriteResponse
 from service.auth.caller import current_caller
 from service.errors import RosterError
 from service.interceptors.chain import Context, Proceed, Rpc
-from service.loads.repository import COUNTED
+from service.loads.model import COUNTED
 from service.services import RPCS
 
 log = logging.getLogger("roster.audit")

@@ -1,100 +1,30 @@
-"""Loads that have a name: their watermark, and the outcome of every row until they expire."""
+"""LoadRepository: all SQL about bulk loads that have a name.
+
+A load has a watermark, and the outcome of every row below it until the load expires.
+"""
 
 import zlib
 from array import array
 from collections.abc import Sequence
 from datetime import datetime
-from enum import IntEnum
 from itertools import accumulate
 from operator import sub
 from typing import Any
 
 import orjson
-from sqlalchemy import (
-    ColumnElement,
-    ForeignKey,
-    Identity,
-    LargeBinary,
-    SmallInteger,
-    Update,
-    case,
-    delete,
-    func,
-    literal,
-    or_,
-    select,
-    update,
-)
+from sqlalchemy import ColumnElement, Update, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Mapped, column_property, mapped_column
 
-from service.db.base import Base, BigInt, UtcDateTime, now, text
+from service.db.base import now
 from service.db.bulk.batch import Outcome
 from service.db.dialect import insert
 from service.db.paging import Keyset, Page
 from service.errors import LoadFenced, LoadNotFound, RosterError, error_of
+from service.loads.model import COUNTED, Load, LoadBatch, LoadState
 from service.timeslice import TimeSlice, map_in_slices
 
 FAILED_BATCHES_AT_ONCE = 10
 BATCHES_AT_ONCE = 100
-# The options of a load need about 1,100 bytes at most, of which a load_id has 1,020. Earlier releases kept
-# what came with them too, megabytes in some cases: that is not read.
-MAX_OPTIONS_BYTES = 4 << 10
-COUNTED = ("created", "updated", "skipped", "failed")
-
-
-class LoadState(IntEnum):
-    """Where a load is in its life; the numbers are the contract's."""
-
-    OPEN = 1
-    FINISHED = 2
-    ABORTED = 3
-    EXPIRED = 4
-
-
-class Load(Base):
-    """A bulk load; `epoch` counts the streams that opened it, of which the last may write."""
-
-    __tablename__ = "bulk_loads"
-    __table_args__ = ({"sqlite_autoincrement": True},)
-
-    id: Mapped[int] = mapped_column(BigInt, Identity(), primary_key=True)
-    load_id: Mapped[str] = mapped_column(text(255), unique=True)
-    caller: Mapped[str] = mapped_column(text(255))
-    method: Mapped[str] = mapped_column(text(255))
-    stored_options: Mapped[bytes] = mapped_column(
-        "options", LargeBinary, deferred=True, deferred_raiseload=True
-    )
-    state: Mapped[int] = mapped_column(SmallInteger, server_default="1")
-    epoch: Mapped[int] = mapped_column(BigInt, server_default="1")
-    next_offset: Mapped[int] = mapped_column(BigInt, server_default="0")
-    created: Mapped[int] = mapped_column(BigInt, server_default="0")
-    updated: Mapped[int] = mapped_column(BigInt, server_default="0")
-    skipped: Mapped[int] = mapped_column(BigInt, server_default="0")
-    failed: Mapped[int] = mapped_column(BigInt, server_default="0")
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
-    updated_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
-    options: Mapped[bytes] = column_property(
-        case(
-            (func.length(stored_options) <= MAX_OPTIONS_BYTES, stored_options),
-            else_=literal(b"", LargeBinary),
-        )
-    )
-
-
-class LoadBatch(Base):
-    """The outcome of the rows from `first_offset` up to, but without, `next_offset`."""
-
-    __tablename__ = "bulk_batches"
-
-    load: Mapped[int] = mapped_column(ForeignKey(Load.id, ondelete="CASCADE"), primary_key=True)
-    first_offset: Mapped[int] = mapped_column(BigInt, primary_key=True)
-    next_offset: Mapped[int] = mapped_column(BigInt)
-    results: Mapped[bytes] = mapped_column(LargeBinary)
-    ids: Mapped[bytes] = mapped_column(LargeBinary)
-    failures: Mapped[bytes | None] = mapped_column(LargeBinary)
-
-
 BATCH_COLUMNS = (
     LoadBatch.first_offset,
     LoadBatch.next_offset,
@@ -105,16 +35,16 @@ BATCH_COLUMNS = (
 
 
 class LoadRepository:
-    """The loads of one caller; with None those of all callers."""
+    """The loads of one caller, or of all callers if `caller` is None."""
 
     def __init__(self, session: AsyncSession, caller: str | None) -> None:
         self.session = session
         self.caller = caller
 
     async def open(self, load_id: str, method: str, options: bytes) -> Load:
-        """Begin a load or go on with it; every older stream of it is fenced off.
+        """Begin or continue a load, and fence off its older streams.
 
-        Method and options are those it began with. Raises LoadNotFound for somebody else's load.
+        A load keeps the method and the options it began with. Raises LoadNotFound for another caller's load.
         """
         begun = insert(self.session, Load).values(
             load_id=load_id, caller=self.caller, method=method, stored_options=options
@@ -129,7 +59,7 @@ class LoadRepository:
 
     async def get(self, load_id: str) -> Load:
         """Return a load; raises LoadNotFound."""
-        load = await self.session.scalar(select(Load).where(Load.load_id == load_id, *self._mine()))
+        load = await self.session.scalar(select(Load).where(Load.load_id == load_id, *self._of_caller()))
         if load is None:
             raise _missing()
         return load
@@ -137,19 +67,20 @@ class LoadRepository:
     async def page(self, after: Sequence[int] | None, limit: int) -> Page[Load]:
         """Return a page of loads, the newest first."""
         keyset = Keyset([Load.__table__.c.id], descending=True)
-        conditions = [*self._mine(), *([keyset.after(after)] if after else [])]
+        conditions = [*self._of_caller(), *([keyset.after(after)] if after else [])]
         loads = select(Load).where(*conditions).order_by(*keyset.order()).limit(limit + 1)
         found = (await self.session.scalars(loads)).all()
         return Page(found[:limit], [found[limit - 1].id] if len(found) > limit else None)
 
     async def record(self, load: Load, offset: int, outcome: Outcome) -> None:
-        """Keep the outcome of a batch and move the watermark behind it; the last statements before a commit.
+        """Record the outcome of a batch and move the watermark past it, just before the commit.
 
-        Raises LoadFenced where a newer stream has the load, or it is open no more.
+        Raises LoadFenced if a newer stream has the load, or if it is no longer open.
         """
         end = offset + len(outcome.ids)
         failures = await _packed_failures(outcome)
-        # A stream that is fenced off meets what the newer one has recorded here; the watermark tells it so.
+        # If the newer stream has recorded this offset, nothing is inserted. Then the watermark has moved
+        # too, and the update below finds no row.
         await self.session.execute(
             insert(self.session, LoadBatch)
             .values(
@@ -163,18 +94,18 @@ class LoadRepository:
             .on_conflict_do_nothing()
         )
         counted = {name: getattr(Load, name) + getattr(outcome, name) for name in COUNTED}
-        moved = await self.session.scalar(
+        updated = await self.session.scalar(
             self._fenced(load)
             .where(Load.next_offset == offset)
             .values(next_offset=end, **counted, updated_at=now())
             .returning(Load.id)
         )
-        if moved is None:
+        if updated is None:
             raise _fenced()
 
     async def watermark(self, load: Load) -> int:
-        """Return where a load is, behind a commit that may still be under way; raises LoadFenced."""
-        found = select(Load.next_offset).where(*self._ours(load)).with_for_update()
+        """Return the watermark, after waiting for a commit that may be in progress; raises LoadFenced."""
+        found = select(Load.next_offset).where(*self._if_current(load)).with_for_update()
         offset = await self.session.scalar(found)
         if offset is None:
             raise _fenced()
@@ -187,16 +118,16 @@ class LoadRepository:
             raise _fenced()
 
     async def abort(self, load_id: str) -> Load:
-        """End a load that is open, and fence its stream off; others stay as they are. Raises LoadNotFound."""
+        """Abort a load if it is open, and fence off its stream; raises LoadNotFound."""
         await self.session.execute(
             update(Load)
-            .where(Load.load_id == load_id, Load.state == LoadState.OPEN, *self._mine())
+            .where(Load.load_id == load_id, Load.state == LoadState.OPEN, *self._of_caller())
             .values(state=LoadState.ABORTED, epoch=Load.epoch + 1, updated_at=now())
         )
         return await self.get(load_id)
 
     async def outcome(self, load: Load, start: int, end: int) -> Outcome:
-        """Return the first outcome of rows that are recorded, however their batches were cut."""
+        """Return the first outcome of committed rows, which may be in any number of batches."""
         whole, time_slice = Outcome(), TimeSlice()
         connection = await self.session.connection()
         batches = await connection.execute(
@@ -214,7 +145,7 @@ class LoadRepository:
         """Return the failed rows with offsets after `after`, at most `limit` of them."""
         found: list[tuple[int, RosterError]] = []
         end, time_slice = after + 1, TimeSlice()
-        # A batch has at least one failed row; of the first it may come before those wanted.
+        # Each batch has at least one failed row, but that of the first batch may come before `start`.
         while batches := await self._failed_batches(load, end, min(limit, FAILED_BATCHES_AT_ONCE)):
             for batch in batches:
                 start = max(after + 1 - batch.first_offset, 0)
@@ -237,25 +168,26 @@ class LoadRepository:
         )
         return (await self.session.execute(batches)).all()
 
-    def _mine(self) -> list[ColumnElement[bool]]:
+    def _of_caller(self) -> list[ColumnElement[bool]]:
         return [] if self.caller is None else [Load.caller == self.caller]
 
     @staticmethod
-    def _ours(load: Load) -> list[ColumnElement[bool]]:
+    def _if_current(load: Load) -> list[ColumnElement[bool]]:
         return [Load.id == load.id, Load.epoch == load.epoch, Load.state == LoadState.OPEN]
 
     def _fenced(self, load: Load) -> Update:
-        return update(Load).where(*self._ours(load)).execution_options(synchronize_session=False)
+        return update(Load).where(*self._if_current(load)).execution_options(synchronize_session=False)
 
 
 async def expire_loads(session: AsyncSession, before: datetime) -> None:
-    """Drop the outcomes and the options of loads whose last batch came before.
+    """Delete the outcomes and options of loads that were last updated before a time.
 
-    The loads themselves stay, so that none begins twice.
+    The loads themselves stay, so that none can begin a second time.
     """
-    # First the loads: a batch that arrives now waits for them. Or they wait for it, and stay.
+    # Update the loads first: a batch that is written meanwhile waits for this transaction and finds its load
+    # expired. Or this transaction waits for the batch, and then the load is no longer old.
     is_late = (Load.updated_at < before) & (Load.state != LoadState.EXPIRED)
-    # Earlier releases kept the options.
+    # Earlier releases did not delete the options.
     has_options = (Load.state == LoadState.EXPIRED) & (func.length(Load.stored_options) > 0)
     expired = (
         update(Load)
@@ -269,7 +201,7 @@ async def expire_loads(session: AsyncSession, before: datetime) -> None:
 
 
 def _pack(ids: list[int]) -> bytes:
-    # Ids drawn together differ by one, so that their differences compress to next to nothing.
+    # Ids drawn together differ by one, so their differences compress to a few bytes.
     return zlib.compress(array("q", map(sub, ids, [0, *ids[:-1]])).tobytes(), 1)
 
 
@@ -290,7 +222,7 @@ def _parts(failure: tuple[int, RosterError]) -> tuple[Any, ...]:
 
 
 def _unpack_failures(packed: bytes | None) -> list[list[Any]]:
-    """Return the parts of failed rows; of 5,000, the most that a batch has, it takes 2 ms."""
+    """Return the parts of failed rows. 5,000, the most that a batch can have, take 2 ms."""
     rows: list[list[Any]] = orjson.loads(zlib.decompress(packed)) if packed else []
     return rows
 
@@ -301,7 +233,7 @@ def _error(parts: Sequence[Any]) -> tuple[int, RosterError]:
 
 
 async def _outcome(batch: Any, start: int, end: int) -> Outcome:
-    """Return the part of a batch's outcome that belongs to the rows from `start` to `end`."""
+    """Return the outcome of the rows of a batch that are between `start` and `end`."""
     first = batch.first_offset
     start, end = max(start - first, 0), min(end, batch.next_offset) - first
     rows = [row for row in _unpack_failures(batch.failures) if start <= row[0] < end]
@@ -314,4 +246,4 @@ def _missing() -> LoadNotFound:
 
 
 def _fenced() -> LoadFenced:
-    return LoadFenced("a newer stream has opened this load, or it was aborted; this stream can't go on")
+    return LoadFenced("a newer stream has opened this load, or it was aborted; this stream can't continue")

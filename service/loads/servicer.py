@@ -1,4 +1,4 @@
-"""BulkService: what became of the loads that have a name."""
+"""BulkService: progress, failures and abort of named loads."""
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -8,23 +8,25 @@ from typing import Any, TypeVar
 from roster.v1 import bulk_pb2 as pb
 from roster.v1.bulk_pb2_grpc import BulkServiceServicer
 from service.auth.caller import current_caller
-from service.bulk.convert import failure_fields, load_fields, load_to_message
+from service.bulk.convert import failure_fields
 from service.db.engine import Database
 from service.db.paging import decode_token, encode_token, fingerprint, page_size
 from service.db.repository import MAX_ROWS_BYTES
 from service.fields import check_load_id
 from service.interceptors.chain import Context
-from service.loads.repository import Load, LoadRepository
+from service.loads.convert import load_fields, load_to_message
+from service.loads.model import Load
+from service.loads.repository import LoadRepository
 from service.timeslice import TimeSlice
 
 LOADS = fingerprint("loads")
-FRAME_BYTES = 5  # before each message of a repeated field: its tag and its length
+FRAME_BYTES = 5  # tag and length in front of each message of a repeated field
 
 RowT = TypeVar("RowT")
 
 
 class BulkServicer(BulkServiceServicer):
-    """BulkService: progress, failures and the abort of bulk loads, while they run and after."""
+    """BulkService: progress, failures and abort of bulk loads, during a load and after it."""
 
     def __init__(self, database: Database, kept_for: timedelta) -> None:
         self.database = database
@@ -74,7 +76,7 @@ class BulkServicer(BulkServiceServicer):
 async def _add_fitting(
     messages: Any, fields_of: Callable[[RowT], dict[str, Any]], rows: Sequence[RowT]
 ) -> Sequence[RowT]:
-    """Add a message for each row until the answer has 3 MiB; return the rows that were added."""
+    """Add a message for each row until the response has 3 MiB; return the rows that were added."""
     size, time_slice = 0, TimeSlice()
     for number, row in enumerate(rows):
         size += messages.add(**fields_of(row)).ByteSize() + FRAME_BYTES

@@ -10,9 +10,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import joinedload
 
 from service.db.base import BigInt
-from service.db.bulk.batch import Batch, Outcome, WriteOptions
-from service.db.bulk.resolve import Key, resolve_creates, resolve_updates
-from service.db.bulk.writer import FOR_UPDATE, BulkWriter, id_taken, stored
+from service.db.bulk.batch import Batch
+from service.db.bulk.table import BulkTable
 from service.db.dialect import matched, octets
 from service.db.repository import Repository
 from service.errors import AuthorNotFound, PostNotFound
@@ -49,59 +48,30 @@ class PostRepository(Repository[Post]):
         except IntegrityError:
             raise author_not_found("author_id") from None
 
-    async def create_many(self, batch: Batch, options: WriteOptions) -> Outcome:
-        """Insert the rows of a batch, whose authors are known by id or by e-mail."""
-        writer = BulkWriter(self.session, Post)
 
-        async def attempt(batch: Batch) -> Outcome:
-            columns = dict(batch.columns)
-            emails = columns.pop("author_email")
-            columns["author_id"] = await self._author_ids(batch, columns["author_id"], emails)
-            batch = replace(batch, columns=columns)
-            keys = []
-            if options.restores:
-                asks = options.asks_first(batch)
-                keys = [Key("id", await writer.ids_by(Post.id, batch) if asks else {}, id_taken)]
-            creates = await resolve_creates(batch, keys, options.on_conflict)
-            return await writer.create(batch, creates, options)
+async def resolve_authors(session: AsyncSession, batch: Batch) -> Batch:
+    """Return new posts with the ids of their authors, who are given by id or e-mail; fail posts without one.
 
-        return await writer.settled(batch, attempt)
-
-    async def update_many(self, batch: Batch, options: WriteOptions) -> Outcome:
-        """Update the posts of a batch by id, in file order."""
-        writer = BulkWriter(self.session, Post)
-
-        async def attempt(batch: Batch) -> Outcome:
-            if updated := await writer.update_unseen(batch, options):
-                return updated
-            ids = batch.take("id", batch.good_rows())
-            rows = await stored(self.session, Post.id, ids, Post.version, lock=FOR_UPDATE)
-            updates = await resolve_updates(batch, {row.id: row.version for row in rows}, self.missing)
-            return await writer.update(batch, updates, options)
-
-        return await writer.settled(batch, attempt)
-
-    async def _author_ids(
-        self, batch: Batch, ids: list[int | None], emails: list[str | None]
-    ) -> list[int | None]:
-        """Return the ids of the authors; fails the rows that have none.
-
-        They are not locked, which the foreign key does in any case: one that is deleted in between
-        is an IntegrityError.
-        """
-        good = batch.good_rows()
-        by_id = [id for row in good if (id := ids[row])]
-        by_email = [email for row in good if (email := emails[row])]
-        known: dict[int | str | None, int | None] = {}
-        known.update(zip(by_id, await matched(self.session, User.id, by_id, BigInt), strict=True))
-        known.update(zip(by_email, await matched(self.session, User.email, by_email, Text()), strict=True))
-        authors = [known.get(id or email) for id, email in zip(ids, emails, strict=True)]
-        for position in good:
-            if authors[position] is None:
-                batch.fail(position, author_not_found("author_id" if ids[position] else "author_email"))
-        return authors
+    The authors are not locked. If one is deleted meanwhile, the foreign key raises an IntegrityError.
+    """
+    columns = dict(batch.columns)
+    ids, emails = columns["author_id"], columns.pop("author_email")
+    good = batch.good_rows()
+    by_id = [id for row in good if (id := ids[row])]
+    by_email = [email for row in good if (email := emails[row])]
+    known: dict[int | str | None, int | None] = {}
+    known.update(zip(by_id, await matched(session, User.id, by_id, BigInt), strict=True))
+    known.update(zip(by_email, await matched(session, User.email, by_email, Text()), strict=True))
+    authors = [known.get(id or email) for id, email in zip(ids, emails, strict=True)]
+    for row in good:
+        if authors[row] is None:
+            batch.fail(row, author_not_found("author_id" if ids[row] else "author_email"))
+    return replace(batch, columns=columns | {"author_id": authors})
 
 
 def author_not_found(field: str) -> AuthorNotFound:
     """Return the error for a post whose author does not exist."""
     return AuthorNotFound("there is no user for this author", field=field)
+
+
+POSTS = BulkTable(Post, PostRepository.missing, prepare=resolve_authors)

@@ -14,7 +14,7 @@ from roster.v1.resources_pb2 import Post as PostMessage
 from service.auth.policy import GET_POST, GET_USER
 from service.auth.views import View, as_written
 from service.bulk.operation import Operation
-from service.bulk.streams import BulkStreams
+from service.bulk.stream import BulkStreams
 from service.db.engine import Database
 from service.db.listing import Listing, batches
 from service.fields import check_export, check_id, check_ids, check_version
@@ -31,28 +31,26 @@ from service.posts.convert import (
 )
 from service.posts.model import Post
 from service.posts.reader import PostReader
-from service.posts.repository import FILTERABLE, SORTABLE, PostRepository
+from service.posts.repository import FILTERABLE, POSTS, SORTABLE, PostRepository
 from service.timeslice import add_in_slices
 
 CREATE_POSTS = Operation(
     method="roster.v1.PostService.BulkCreatePosts",
     request=pb.BulkCreatePostsRequest,
-    rows="posts",
+    rows_field="posts",
     fields=(*WRITABLE, "author_id"),
     writable=WRITABLE,
     read=post_batch_from_messages,
-    model=Post,
-    write=lambda session, batch, options: PostRepository(session).create_many(batch, options),
+    table=POSTS,
 )
 UPDATE_POSTS = Operation(
     method="roster.v1.PostService.BulkUpdatePosts",
     request=pb.BulkUpdatePostsRequest,
-    rows="posts",
+    rows_field="posts",
     fields=("id", "version"),
     writable=WRITABLE,
     read=post_batch_from_messages,
-    model=Post,
-    write=lambda session, batch, options: PostRepository(session).update_many(batch, options),
+    table=POSTS,
     is_update=True,
 )
 WITH_AUTHOR = View(PostMessage.View, PostMessage.WITH_AUTHOR, needs=GET_USER)

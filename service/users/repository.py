@@ -12,9 +12,7 @@ from sqlalchemy.orm import aliased
 from sqlalchemy.orm.attributes import set_committed_value
 
 from service.db.base import BigInt
-from service.db.bulk.batch import Batch, OnConflict, Outcome, WriteOptions
-from service.db.bulk.resolve import Key, resolve_creates, resolve_updates
-from service.db.bulk.writer import FOR_UPDATE, BulkWriter, id_taken, stored
+from service.db.bulk.table import BulkTable, UniqueKey
 from service.db.dialect import insert, listed, octets
 from service.db.paging import Page
 from service.db.repository import Repository, shown
@@ -88,43 +86,6 @@ class UserRepository(Repository[User]):
             .execution_options(synchronize_session=False)
         )
 
-    async def create_many(self, batch: Batch, options: WriteOptions) -> Outcome:
-        """Insert the rows of a batch; those whose e-mail is taken fail, are skipped, or update its user."""
-        writer = BulkWriter(self.session, User)
-
-        async def attempt(batch: Batch) -> Outcome:
-            asks = options.asks_first(batch)
-            lock = FOR_UPDATE if options.on_conflict is OnConflict.UPDATE else None
-            keys = [Key("email", await writer.ids_by(User.email, batch, lock) if asks else {}, email_taken)]
-            if options.restores:
-                keys.insert(0, Key("id", await writer.ids_by(User.id, batch) if asks else {}, id_taken))
-            creates = await resolve_creates(batch, keys, options.on_conflict)
-            return await writer.create(batch, creates, options, sort_key="email")
-
-        return await writer.settled(batch, attempt)
-
-    async def update_many(self, batch: Batch, options: WriteOptions) -> Outcome:
-        """Update the users of a batch by id, in file order."""
-        writer = BulkWriter(self.session, User)
-
-        async def attempt(batch: Batch) -> Outcome:
-            if updated := await writer.update_unseen(batch, options):
-                return updated
-            ids = batch.take("id", batch.good_rows())
-            rows = await stored(self.session, User.id, ids, User.version, User.email, lock=FOR_UPDATE)
-            owners = await self._owners(batch, {row.id: row.email for row in rows}, options)
-            updates = await resolve_updates(
-                batch, {row.id: row.version for row in rows}, self.missing, owners.refusal
-            )
-            return await writer.update(batch, updates, options, moved="email" if owners.moved else None)
-
-        return await writer.settled(batch, attempt)
-
-    async def _owners(self, batch: Batch, emails: dict[int, str], options: WriteOptions) -> "_Owners":
-        wanted = batch.take("email", batch.good_rows()) if "email" in options.update_fields else []
-        taken = await stored(self.session, User.email, wanted, User.id)
-        return _Owners(batch if wanted else None, emails, {row.email: row.id for row in taken})
-
     async def _id_by_email(self, email: str) -> int | None:
         return await self.session.scalar(select(User.id).where(User.email == email))
 
@@ -156,35 +117,18 @@ class UserRepository(Repository[User]):
         return posts
 
 
-class _Owners:
-    """Who has which e-mail while the rows of a batch are applied one after the other."""
-
-    def __init__(self, batch: Batch | None, emails: dict[int, str], taken: Mapping[str, int]) -> None:
-        self.wanted = batch.columns["email"] if batch else None
-        self.emails = dict(emails)
-        self.owners: dict[str, int | None] = {**taken, **{email: id for id, email in emails.items()}}
-        self.moved = False  # an e-mail went from one user of the batch to another
-
-    def refusal(self, row: int, id: int) -> EmailTaken | None:
-        """Return why the row can't have the e-mail it wants; otherwise note that it has it."""
-        if self.wanted is None:
-            return None
-        email, was = self.wanted[row], self.emails[id]
-        owner = self.owners.get(email)
-        if owner not in (None, id):
-            return email_taken(owner)
-        if email != was:
-            self.moved = self.moved or email in self.owners
-            self.owners[was] = None
-            self.owners[email] = id
-            self.emails[id] = email
-        return None
-
-
 def email_taken(existing_id: int | None) -> EmailTaken:
     """Return the error for an e-mail that belongs to another user."""
     facts = {"existing_id": existing_id} if existing_id else {}
     return EmailTaken("email belongs to another user", field="email", **facts)
+
+
+USERS = BulkTable(
+    User,
+    UserRepository.missing,
+    unique=[UniqueKey(User.email, email_taken)],
+    sort_by=User.email,
+)
 
 
 def _size_with_posts() -> ColumnElement[int]:

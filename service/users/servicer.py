@@ -16,7 +16,7 @@ from service.auth.caller import current_caller
 from service.auth.policy import GET_USER, LIST_POSTS
 from service.auth.views import View, as_written
 from service.bulk.operation import Operation
-from service.bulk.streams import BulkStreams
+from service.bulk.stream import BulkStreams
 from service.db.engine import Database
 from service.db.listing import Listing, batches
 from service.errors import OutcomeUnknown, ResourceExhausted, StatementTimeout, Unavailable, UserNotFound
@@ -38,29 +38,29 @@ from service.users.convert import (
 from service.users.model import User
 from service.users.passwords import Passwords
 from service.users.reader import UserReader
-from service.users.repository import FILTERABLE, SORTABLE, UserRepository, email_taken
+from service.users.repository import FILTERABLE, SORTABLE, USERS, UserRepository
 
+REQUIRED_ROLES = {"hashed_password": "loader"}
 CREATE_USERS = Operation(
     method="roster.v1.UserService.BulkCreateUsers",
     request=pb.BulkCreateUsersRequest,
-    rows="users",
+    rows_field="users",
     fields=BULK_WRITABLE,
-    writable=BULK_WRITABLE[1:],  # the e-mail is the key
+    writable=BULK_WRITABLE,
     read=user_batch_from_messages,
-    model=User,
-    write=lambda session, batch, options: UserRepository(session).create_many(batch, options),
-    taken=email_taken,
+    table=USERS,
+    required_roles=REQUIRED_ROLES,
 )
 UPDATE_USERS = Operation(
     method="roster.v1.UserService.BulkUpdateUsers",
     request=pb.BulkUpdateUsersRequest,
-    rows="users",
+    rows_field="users",
     fields=("id", "version"),
     writable=BULK_WRITABLE,
     read=user_batch_from_messages,
-    model=User,
-    write=lambda session, batch, options: UserRepository(session).update_many(batch, options),
+    table=USERS,
     is_update=True,
+    required_roles=REQUIRED_ROLES,
 )
 WITH_POSTS = View(UserMessage.View, UserMessage.WITH_POSTS, needs=LIST_POSTS)
 LISTING = Listing("users", FILTERABLE, SORTABLE, {"email": normalise_email})

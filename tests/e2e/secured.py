@@ -13,7 +13,7 @@ from sqlalchemy import func, select
 
 from service.client import tls_credentials
 from service.db.requests import Request
-from service.loads.repository import Load
+from service.loads.model import Load
 from service.server import Server
 from service.settings import Settings
 from service.users.model import User

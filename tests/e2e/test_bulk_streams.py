@@ -17,8 +17,8 @@ from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, GetUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.bulk.message import MAX_BYTES, MAX_ROWS
-from service.bulk.slot import Slot
-from service.bulk.streams import BulkStreams
+from service.bulk.pending import PendingBatch
+from service.bulk.stream import BulkStreams
 from service.db.engine import Database
 from service.server import Server
 from service.users.model import User as UserRow
@@ -306,7 +306,9 @@ async def test_keeps_nothing_of_what_it_has_answered(database: Database) -> None
             ).SerializeToString()
         gc.collect()
         # In a thread: this generator runs in the service's task, and the watchdog counts what that does.
-        kept = await asyncio.to_thread(lambda: sum(isinstance(found, Slot) for found in gc.get_objects()))
+        kept = await asyncio.to_thread(
+            lambda: sum(isinstance(found, PendingBatch) for found in gc.get_objects())
+        )
 
     async with aclosing(BulkStreams(database).run(requests(), CREATE_USERS)) as events:
         last = [event async for event in events][-1]

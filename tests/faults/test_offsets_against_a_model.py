@@ -27,7 +27,8 @@ from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db import engine
 from service.db.bulk.batch import Outcome
 from service.errors import DatabaseUnavailable, OutcomeUnknown
-from service.loads.repository import Load, LoadRepository
+from service.loads.model import Load
+from service.loads.repository import LoadRepository
 from service.server import Server
 from service.settings import Settings
 from tests.errors import refusal
@@ -73,7 +74,7 @@ def accidents(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(LoadRepository, "record", recorded)
     monkeypatch.setattr(engine, "_commit", accident_prone)
-    monkeypatch.setattr("service.bulk.recorder.FIRST_PAUSE_SECONDS", 0)
+    monkeypatch.setattr("service.bulk.committer.FIRST_PAUSE_SECONDS", 0)
     return planned
 
 

@@ -10,14 +10,17 @@ from sqlalchemy import Table, delete, insert, select
 from roster.v1.bulk_pb2 import BulkAck
 from service.auth.caller import set_caller
 from service.auth.policy import ANONYMOUS
-from service.bulk.streams import BulkStreams
+from service.bulk.stream import BulkStreams
+from service.db.base import Entity
 from service.db.engine import Database
 from service.posts.model import Post
 from service.users.model import User
 from tests.bulk_loads import LOADS
 from tests.bulk_model import ADA, Load, Tables, applied, stored
+from tests.items import ItemRow, create_table
 
-TABLES = {"users": cast("Table", User.__table__), "posts": cast("Table", Post.__table__)}
+MODELS: dict[str, type[Entity]] = {"users": User, "posts": Post, "items": ItemRow}
+TABLES = {name: cast("Table", model.__table__) for name, model in MODELS.items()}
 EXAMPLES = 30
 FAILURE_CHARACTERS = 200
 
@@ -26,6 +29,7 @@ async def refill(database: Database) -> None:
     """Put back what the model begins with."""
     async with database.begin() as session:
         await session.execute(delete(User))
+        await session.execute(delete(ItemRow))
         for name, rows in stored().items():
             await session.execute(insert(TABLES[name]), [{"id": id, **values} for id, values in rows.items()])
 
@@ -92,6 +96,7 @@ async def test_a_load_does_what_its_rows_do_one_after_the_other(
 ) -> None:
     """Acks and tables after a random load, cut anyhow, are those of the model."""
     load = data.draw(LOADS[kind])
+    await create_table(database)
     await refill(database)
 
     acks = await loaded(database, load)
@@ -99,7 +104,7 @@ async def test_a_load_does_what_its_rows_do_one_after_the_other(
     expected, tables = applied(stored(), load)
     names = new_ids(acks, expected)
     found = await contents(database)
-    rows = found[load.operation.rows]
-    found[load.operation.rows] = {names.get(id, id): values for id, values in rows.items()}
+    rows = found[load.operation.rows_field]
+    found[load.operation.rows_field] = {names.get(id, id): values for id, values in rows.items()}
     assert told_by_model(acks, names) == expected
     assert found == tables

@@ -16,7 +16,7 @@ from roster.v1.posts_pb2 import BulkCreatePostsRequest
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, BulkUpdateUsersRequest
 from service.bulk.operation import Operation
-from service.bulk.streams import BulkStreams
+from service.bulk.stream import BulkStreams
 from service.db.bulk import postgresql
 from service.db.bulk.batch import Batch, Outcome
 from service.db.bulk.writer import BulkWriter
@@ -25,6 +25,7 @@ from service.errors import DatabaseUnavailable
 from service.posts.servicer import CREATE_POSTS
 from service.settings import Settings
 from service.users.model import User as UserRow
+from service.users.repository import USERS
 from service.users.servicer import CREATE_USERS, UPDATE_USERS
 from tests.rival import Rival, rival
 from tests.rows import add_users
@@ -116,7 +117,7 @@ async def test_no_text_and_no_time_changes_on_its_way(database: Database) -> Non
 
     async with database.bulk() as session:
         await session.execute(select(1))
-        await BulkWriter(session, UserRow)._way.insert_rows(session, UserRow, columns, "email")
+        await BulkWriter(session, USERS)._dialect.insert_rows(session, UserRow, columns, "email")
 
     async with database.read() as session:
         found = (await session.execute(stored)).all()
@@ -138,8 +139,8 @@ async def test_an_attempt_that_met_another_write_leaves_nothing(database: Databa
         return Outcome.of_failed_batch(batch)
 
     async with database.bulk() as session:
-        writer = BulkWriter(session, UserRow)
-        outcome = await writer.settled(batch, attempt)
+        writer = BulkWriter(session, USERS)
+        outcome = await writer.retry_on_conflict(batch, attempt)
 
     assert await emails(database) == ["2@example.org"]
     assert (len(attempts), outcome.failures) == (2, attempts[1].failures)
@@ -153,7 +154,7 @@ async def test_attempts_are_bounded(database: Database) -> None:
 
     with pytest.raises(DatabaseUnavailable):
         async with database.bulk() as session:
-            await BulkWriter(session, UserRow).settled(Batch(1), attempt)
+            await BulkWriter(session, USERS).retry_on_conflict(Batch(1), attempt)
 
 
 RACES = [

@@ -14,7 +14,8 @@ from service.db.base import MAX_ID
 from service.db.bulk.batch import Outcome, Result
 from service.db.engine import Database
 from service.errors import EmailTaken, InvalidField, LoadFenced, LoadNotFound, RosterError
-from service.loads.repository import Load, LoadRepository, LoadState, expire_loads
+from service.loads.model import Load, LoadState
+from service.loads.repository import LoadRepository, expire_loads
 from service.settings import Settings
 from tests.rival import until
 

@@ -40,7 +40,7 @@ from roster.v1.users_pb2 import (
     VerifyPasswordRequest,
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.db.bulk.portable import ROWS_AT_ONCE
+from service.db.bulk.sqlite import ROWS_AT_ONCE
 from service.db.driver import DriverQuery
 from service.server import Server
 from service.settings import Settings

@@ -1,7 +1,7 @@
-"""The rows of one message as columns, how they are to be written, and what became of them."""
+"""The rows of one message as columns, the options to write them with, and their outcome."""
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Any
@@ -10,7 +10,7 @@ from service.errors import InvalidField, RosterError
 
 
 class OnConflict(Enum):
-    """What happens to a row whose key is taken; the values are the contract's."""
+    """The action for a new row whose unique key another row has; the values are the contract's."""
 
     FAIL = 0
     SKIP = 1
@@ -19,16 +19,16 @@ class OnConflict(Enum):
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """How the batches of a load are written."""
+    """How to write the batches of a load."""
 
     on_conflict: OnConflict = OnConflict.FAIL
     is_atomic: bool = False  # one failed row fails the batch
     validate_only: bool = False
     restores: bool = False  # rows may bring their ids, times and versions
-    update_fields: Sequence[str] = ()  # what the update mask names
+    update_fields: Sequence[str] = ()  # the fields that the update mask names
 
-    def asks_first(self, batch: "Batch") -> bool:
-        """Tell whether to ask which keys are taken before writing; a load without trouble need not."""
+    def looks_up_first(self, batch: "Batch") -> bool:
+        """Return whether to look up stored rows before writing. A load without conflicts need not."""
         return (
             batch.expects_conflicts
             or self.is_atomic
@@ -37,23 +37,22 @@ class WriteOptions:
         )
 
     def writes(self, batch: "Batch") -> bool:
-        """Tell whether anything of a batch that is sorted out is written."""
+        """Return whether a batch, once its failures are known, writes anything."""
         return not (self.validate_only or (self.is_atomic and batch.failures))
 
 
 @dataclass
 class Batch:
-    """Rows 0 to `size` - 1 as columns; the rows in `failures` are not to be written."""
+    """Rows 0 to `size` - 1 as columns. Rows in `failures` and in `deferred` are not written."""
 
     size: int
     columns: dict[str, list[Any]] = field(default_factory=dict)
     failures: dict[int, RosterError] = field(default_factory=dict)
-    expects_conflicts: bool = False  # the load met a key that is taken
-    # Batches are written at the same time and draw their ids one after the other: ids rise in file order.
-    draws_after: asyncio.Event | None = None
-    has_drawn: asyncio.Event = field(default_factory=asyncio.Event)
-
-    awaited: Collection[int] = ()  # rows that are left out: an earlier batch has their keys
+    expects_conflicts: bool = False  # an earlier batch of the load, or an attempt at this one, met a conflict
+    # Batches are written at the same time, but draw their ids in turn, so that ids rise in file order.
+    ids_after: asyncio.Event | None = None
+    ids_drawn: asyncio.Event = field(default_factory=asyncio.Event)
+    deferred: Collection[int] = ()  # rows whose unique key an earlier, uncommitted batch has
 
     def extend(self, other: "Batch") -> None:
         """Append the rows of another batch, which has the same columns."""
@@ -62,15 +61,16 @@ class Batch:
         self.failures.update((self.size + row, error) for row, error in other.failures.items())
         self.size += other.size
 
-    def keys(self) -> dict[Any, int]:
-        """Return the ids and e-mails of the good rows, each with the first row that has it."""
-        rows = self.good_rows()[::-1]  # so that the first of several comes last, and stays
-        found: dict[Any, int] = {}
-        for name in ("id", "email"):
+    def keys(self, names: Iterable[str]) -> dict[str, dict[Any, int]]:
+        """Return the values of good rows in each of these columns, with the first row of each."""
+        rows = self.good_rows()[::-1]  # backwards, so that the first row of several is the one that stays
+        keys = {}
+        for name in names:
             if name in self.columns:
-                found.update(zip(self.take(name, rows), rows, strict=True))
-        found.pop(None, None)
-        return found
+                first_rows = dict(zip(self.take(name, rows), rows, strict=True))
+                first_rows.pop(None, None)  # unset and null values are in conflict with none
+                keys[name] = first_rows
+        return keys
 
     def add(
         self,
@@ -81,30 +81,32 @@ class Batch:
         is_required: bool = False,
         is_sound: bool = False,
     ) -> None:
-        """Add a column and fail the rows that break its rule; None is a value not given.
+        """Add a column and fail the rows that break its rule; None stands for an unset value.
 
-        A column that was found sound as a whole is not looked at row by row.
+        With `is_sound` the column was checked as a whole, and the rule is not applied to each row.
         """
         self.columns[name] = values
-        if (is_sound or not rule) and not (is_required and None in values):
+        is_checked = is_sound or rule is None
+        if is_checked and not (is_required and None in values):
             return
         for row, value in enumerate(values):
-            if value is None:
-                wrong = "is required where update_mask names it" if is_required else None
-            else:
-                wrong = rule(value) if rule else None
-            if wrong:
-                self.fail(row, InvalidField(f"{name} {wrong}", field=name))
+            error = None
+            if value is not None:
+                error = rule(value) if rule else None
+            elif is_required:
+                error = "is required where update_mask names it"
+            if error:
+                self.fail(row, InvalidField(f"{name} {error}", field=name))
 
     def fail(self, row: int, error: RosterError) -> None:
-        """Fail a row; its first failure is the one told."""
+        """Fail a row; its first failure is the one reported."""
         self.failures.setdefault(row, error)
 
     def good_rows(self) -> Sequence[int]:
-        """Return the rows that have not failed, in file order."""
-        if not (self.failures or self.awaited):
+        """Return the rows to write, in file order."""
+        if not (self.failures or self.deferred):
             return range(self.size)
-        return [row for row in range(self.size) if row not in self.failures and row not in self.awaited]
+        return [row for row in range(self.size) if row not in self.failures and row not in self.deferred]
 
     def take(self, name: str, rows: Sequence[int]) -> list[Any]:
         """Return some rows of a column."""
@@ -113,7 +115,7 @@ class Batch:
 
 
 class Result(IntEnum):
-    """What became of one row."""
+    """The result of one row."""
 
     FAILED = 0
     CREATED = 1
@@ -123,15 +125,16 @@ class Result(IntEnum):
 
 @dataclass
 class Outcome:
-    """What became of the rows of a batch: `results[i]` and `ids[i]` belong to row i; no id is 0."""
+    """The results of a batch: `results[i]` and `ids[i]` belong to row i. An id of 0 means none."""
 
     results: bytes = b""
     ids: list[int] = field(default_factory=list)
-    failures: dict[int, RosterError] = field(default_factory=dict)  # with is_atomic only of the culprits
+    # If an atomic batch fails, all its rows fail, but only those that caused it are in here.
+    failures: dict[int, RosterError] = field(default_factory=dict)
 
     @classmethod
     def of_failed_batch(cls, batch: Batch) -> "Outcome":
-        """Return the outcome of a batch that fails as a whole, for the rows that are to blame."""
+        """Return the outcome of a batch that fails as a whole."""
         return cls(bytes(batch.size), [0] * batch.size, batch.failures)
 
     created = property(lambda self: self.results.count(Result.CREATED))
@@ -140,7 +143,7 @@ class Outcome:
     failed = property(lambda self: self.results.count(Result.FAILED))
 
     def id_of(self, row: int) -> int:
-        """Return the id of the stored row that has this row's key, put there by this row or not."""
+        """Return the id of the stored row that has this row's key, whether this row created it or not."""
         return self.ids[row] or int(self.failures[row].facts["existing_id"])
 
     def part(self, start: int, end: int) -> "Outcome":

@@ -1,9 +1,18 @@
-"""How many rows are written at once: each database in its own way, behind one class."""
+"""BulkWriter: writes the batches of any entity, on either database.
+
+    create: prepare -> look up stored keys -> plan -> insert, update -> outcome
+    update: lock the rows                  -> plan -> update         -> outcome
+
+A batch of a load that has met no conflict skips the look-up and writes at once, under a savepoint. If
+that fails, or if another writer's commit comes between the look-up and the write, the attempt is rolled
+back and made again, with a look-up.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Row, Text, select
@@ -12,144 +21,243 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 from sqlalchemy.types import TypeEngine
 
-from service.db.base import BigInt, Entity, now
-from service.db.bulk import portable, postgresql
-from service.db.bulk.batch import Batch, Outcome, Result, WriteOptions
-from service.db.bulk.resolve import Creates
+from service.db.base import BigInt, now
+from service.db.bulk import postgresql, sqlite
+from service.db.bulk.batch import Batch, OnConflict, Outcome, Result, WriteOptions
+from service.db.bulk.plan import StoredKey, UniqueValues, plan_creates, plan_updates
+from service.db.bulk.table import BulkTable, UniqueKey
 from service.db.dialect import is_sqlite, listed, matched
 from service.errors import DatabaseUnavailable, IdTaken
 
-RACES = 3
-FOR_UPDATE: Mapping[str, Any] = {"key_share": True}  # posts may refer to the user meanwhile
+MAX_RETRIES = 3
 
 
-class Contested(Exception):
-    """Some row was not as an attempt took it to be, without having looked."""
+class LookupNeeded(Exception):
+    """The batch can't be written without a look-up of stored rows first."""
 
 
 class BulkWriter:
-    """Writes the batches of one model in the session's transaction."""
+    """Writes batches of one entity in the session's transaction."""
 
-    def __init__(self, session: AsyncSession, model: type[Entity]) -> None:
+    def __init__(self, session: AsyncSession, table: BulkTable) -> None:
         self.session = session
-        self.model = model
-        self._way = portable if is_sqlite(session) else postgresql
-        self._drawn: Sequence[int] = ()
+        self.table = table
+        self.model = table.model
+        self._dialect = sqlite if is_sqlite(session) else postgresql
+        self._drawn_ids: Sequence[int] = ()
 
-    async def settled(self, batch: Batch, attempt: Callable[[Batch], Awaitable[Outcome]]) -> Outcome:
-        """Return the outcome of an attempt, made again where another writer's commit got in its way."""
-        for _ in range(1 + RACES):
+    async def create(self, batch: Batch, options: WriteOptions) -> Outcome:
+        """Insert the rows of a batch; one whose unique key is taken fails, is skipped, or updates the row."""
+        return await self.retry_on_conflict(batch, partial(self._create, options=options))
+
+    async def update(self, batch: Batch, options: WriteOptions) -> Outcome:
+        """Update stored rows by id, as if in file order."""
+        return await self.retry_on_conflict(batch, partial(self._update, options=options))
+
+    async def reserve_ids(self, batch: Batch) -> None:
+        """Keep other writers from drawing a batch's ids once this transaction, a short one, has committed."""
+        if largest := max((id for id in batch.take("id", batch.good_rows()) if id), default=0):
+            await self._dialect.reserve_ids(self.session, self.model, largest)
+
+    async def retry_on_conflict(
+        self, batch: Batch, attempt: Callable[[Batch], Awaitable[Outcome]]
+    ) -> Outcome:
+        """Return the outcome of an attempt; roll back and repeat it if another writer got in its way."""
+        for _ in range(1 + MAX_RETRIES):
             try:
                 async with self.session.begin_nested():
+                    # Each attempt gets failures of its own: those of the last one may no longer be true.
                     return await attempt(replace(batch, failures=dict(batch.failures)))
-            except (IntegrityError, Contested):
+            except (IntegrityError, LookupNeeded):
                 batch.expects_conflicts = True
-        raise DatabaseUnavailable("other writes keep taking the same keys; nothing was done, try again")
+        raise DatabaseUnavailable("other writers keep taking the same keys; nothing was written, try again")
 
-    async def create(
-        self, batch: Batch, creates: Creates, options: WriteOptions, sort_key: str | None = None
-    ) -> Outcome:
-        """Write what was resolved; ids are given in file order, rows are written in the order of `sort_key`.
-
-        Two writers with crossing keys then wait for each other instead of dying of each other.
-        """
+    async def _create(self, batch: Batch, options: WriteOptions) -> Outcome:
+        if self.table.prepare:
+            batch = await self.table.prepare(self.session, batch)
+        keys = await self._stored_keys(batch, options)
+        plan = await plan_creates(batch, keys, options.on_conflict)
+        if plan.repeated and len(keys) > 1 and not options.looks_up_first(batch):
+            # A row that repeats one key of the batch is not inserted, so no error would show that it is
+            # also in conflict with a stored row, by a key that comes first.
+            raise LookupNeeded
         if options.is_atomic and batch.failures:
             return Outcome.of_failed_batch(batch)
         if options.validate_only:
-            return creates.outcome(batch, options, [])
-        ids = await self._insert(batch, creates.columns(batch, options), len(creates.inserted), sort_key)
-        await self._update(batch, creates.updated, options.update_fields)
-        return creates.outcome(batch, options, ids)
+            return plan.outcome(batch, options, [])
+        ids = await self._insert(batch, plan.columns(batch, options), len(plan.inserted))
+        await self._write_updates(batch, plan.updated, options.update_fields)
+        return plan.outcome(batch, options, ids)
 
-    async def update(
-        self, batch: Batch, updates: Mapping[int, list[int]], options: WriteOptions, moved: str | None = None
-    ) -> Outcome:
-        """Write updates that were resolved, in id order, each the last of its rows in the batch.
-
-        `moved` is a unique column whose values go from one of the rows to another.
-        """
+    async def _update(self, batch: Batch, options: WriteOptions) -> Outcome:
+        changed_keys = self.table.unique_among(options.update_fields)
+        if not (changed_keys or options.looks_up_first(batch)) and _ids_differ(batch):
+            return await self._update_without_lookup(batch, options)
+        # Lock the rows, then plan with the versions and unique values that they have now.
+        columns = [key.column for key in changed_keys]
+        ids = batch.take("id", batch.good_rows())
+        rows = await lock_rows(self.session, self.model.id, ids, self.model.version, *columns)
+        versions = {row[0]: row[1] for row in rows}
+        unique = [
+            await self._unique_values(batch, key, {row[0]: row[position] for row in rows})
+            for position, key in enumerate(changed_keys, 2)
+        ]
+        updates = await plan_updates(batch, versions, self.table.not_found, unique)
         if options.is_atomic and batch.failures:
             return Outcome.of_failed_batch(batch)
         await asyncio.sleep(0)  # 5,000 rows were resolved just now
         if not options.validate_only:
-            if moved:
-                await self._set_aside(moved, list(updates))
-            await self._update(batch, updates, options.update_fields)
+            await self._set_aside(unique, list(updates))
+            await self._write_updates(batch, updates, options.update_fields)
         return _updated(batch)
 
-    async def update_unseen(self, batch: Batch, options: WriteOptions) -> Outcome | None:
-        """Update all good rows of a batch without a look at them first; None where their order may matter.
+    async def _update_without_lookup(self, batch: Batch, options: WriteOptions) -> Outcome:
+        """Update all good rows of a batch, in id order, and count the rows that were there.
 
-        Raises Contested where one of them is not there, or has another version.
+        Raises LookupNeeded if one of them does not exist, or has another version.
         """
         rows = sorted(batch.good_rows(), key=batch.columns["id"].__getitem__)
         ids, expected = batch.take("id", rows), batch.take("version", rows)
-        is_simple = len(set(ids)) == len(ids) and "email" not in options.update_fields
-        if options.asks_first(batch) or not is_simple:
-            return None
         columns = {field: batch.take(field, rows) for field in options.update_fields}
-        columns |= {"id": ids, "times": [1] * len(ids)} | ({"expected": expected} if any(expected) else {})
-        if ids and await self._way.update_rows(self.session, self.model, columns) < len(ids):
-            raise Contested
+        checked = expected if any(expected) else None
+        if ids and await self._write_rows(ids, columns, [1] * len(ids), checked) < len(ids):
+            raise LookupNeeded
         return _updated(batch)
 
-    async def reserve(self, batch: Batch) -> None:
-        """Let no other writer draw a batch's ids, from the commit on; for a short transaction of its own."""
-        if largest := max((id for id in batch.take("id", batch.good_rows()) if id), default=0):
-            await self._way.reserve_ids(self.session, self.model, largest)
+    async def _stored_keys(self, batch: Batch, options: WriteOptions) -> list[StoredKey]:
+        """Return the keys to plan new rows by, with the stored rows that have one of the batch's values."""
+        keys = list(self.table.unique)
+        if options.restores:
+            keys.insert(0, UniqueKey(self.model.id, id_taken))
+        if not options.looks_up_first(batch):
+            return [StoredKey(key, {}) for key in keys]
+        if options.on_conflict is OnConflict.UPDATE:
+            return await self._lock_stored_keys(batch, keys)
+        return [StoredKey(key, await self._ids_by(key, batch)) for key in keys]
 
-    async def ids_by(
-        self, key: InstrumentedAttribute[Any], batch: Batch, lock: Mapping[str, Any] | None = None
-    ) -> dict[Any, int]:
-        """Return, by the unique key, the ids of the rows that have one of the batch's values."""
-        values = [value for value in batch.take(key.key, batch.good_rows()) if value is not None]
-        if lock is not None:
-            rows = await stored(self.session, key, values, self.model.id.label("stored_id"), lock=lock)
-            return {row[0]: row.stored_id for row in rows}
-        ids = await matched(self.session, key, values, _kind(values))
+    async def _lock_stored_keys(self, batch: Batch, keys: Sequence[UniqueKey]) -> list[StoredKey]:
+        """Lock the rows that new ones may update. All in one statement: locks are taken in id order."""
+        if len(keys) == 1:
+            column = keys[0].column
+            values = batch.take(keys[0].name, batch.good_rows())
+            rows = await lock_rows(self.session, column, values, self.model.id)
+            return [StoredKey(keys[0], {row[0]: row[1] for row in rows})]
+        # With several keys: find the ids first, then read the values once the rows are locked.
+        ids: set[int] = set()
+        for key in keys:
+            ids.update((await self._ids_by(key, batch)).values())
+        columns = [key.column for key in keys]
+        rows = await lock_rows(self.session, self.model.id, sorted(ids), *columns)
+        return [
+            StoredKey(key, {row[position]: row[0] for row in rows if row[position] is not None})
+            for position, key in enumerate(keys, 1)
+        ]
+
+    async def _ids_by(self, key: UniqueKey, batch: Batch) -> dict[Any, int]:
+        """Return, by value, the ids of the rows that have one of the batch's values of a key."""
+        values = [value for value in batch.take(key.name, batch.good_rows()) if value is not None]
+        ids = await matched(self.session, key.column, values, _type_of(values))
         return {value: id for value, id in zip(values, ids, strict=True) if id is not None}
 
-    async def _insert(
-        self, batch: Batch, columns: Mapping[str, list[Any]], size: int, sort_key: str | None
-    ) -> Sequence[int]:
+    async def _unique_values(self, batch: Batch, key: UniqueKey, current: Mapping[int, Any]) -> UniqueValues:
+        return UniqueValues(key, batch.columns[key.name], current, await self._ids_by(key, batch))
+
+    async def _insert(self, batch: Batch, columns: Mapping[str, list[Any]], size: int) -> Sequence[int]:
         if not size:
             return []
-        ids = await self._ids(batch, columns.get("id"), size)
-        rows = {**columns, "id": ids, **await self._times(columns)}
-        await self._way.insert_rows(self.session, self.model, rows, sort_key)
+        ids = await self._draw_ids(batch, columns.get("id"), size)
+        rows = {**columns, "id": ids, **await self._restored_times(columns)}
+        sort_by = self.table.sort_by
+        await self._dialect.insert_rows(self.session, self.model, rows, sort_by.key if sort_by else None)
         return ids
 
-    async def _ids(self, batch: Batch, given: Sequence[int | None] | None, size: int) -> Sequence[int]:
+    async def _draw_ids(self, batch: Batch, given: Sequence[int | None] | None, size: int) -> Sequence[int]:
+        """Return the ids of new rows: their own if they are restored, otherwise new ones, in file order."""
         missing = size if given is None else given.count(None)
-        if len(self._drawn) < missing:  # otherwise an attempt that failed has drawn them
-            if batch.draws_after:
-                await batch.draws_after.wait()
-            self._drawn = await self._way.next_ids(self.session, self.model, missing)
-            batch.has_drawn.set()
-        rest = iter(self._drawn)
-        return self._drawn[:size] if given is None else [id or next(rest) for id in given]
+        # An attempt that was rolled back has drawn ids; the next one uses them.
+        if len(self._drawn_ids) < missing:
+            if batch.ids_after:
+                await batch.ids_after.wait()
+            self._drawn_ids = await self._dialect.next_ids(self.session, self.model, missing)
+            batch.ids_drawn.set()
+        if given is None:
+            return self._drawn_ids[:size]
+        rest = iter(self._drawn_ids)
+        return [id or next(rest) for id in given]
 
-    async def _times(self, columns: Mapping[str, list[Any]]) -> dict[str, list[datetime]]:
-        """Return the times of restored rows, with the transaction's own for those that bring none."""
+    async def _restored_times(self, columns: Mapping[str, list[Any]]) -> dict[str, list[datetime]]:
+        """Return the times of restored rows, with the transaction's own for rows that have none."""
         restored = {name: columns[name] for name in ("created_at", "updated_at") if name in columns}
         if not any(None in column for column in restored.values()):
             return restored
         at = (await self.session.execute(select(now()))).scalar_one()
-        return {name: [moment or at for moment in column] for name, column in restored.items()}
+        return {name: [time or at for time in column] for name, column in restored.items()}
 
-    async def _update(self, batch: Batch, updates: Mapping[int, list[int]], fields: Sequence[str]) -> None:
+    async def _set_aside(self, unique: Sequence[UniqueValues], ids: list[int]) -> None:
+        """Give rows placeholders, so that the update can give the values they had to others of them."""
+        columns = {
+            values.key.name: [values.key.placeholder(id) for id in ids]
+            for values in unique
+            if values.has_moves
+        }
+        if columns:
+            await self._write_rows(ids, columns, [0] * len(ids))
+
+    async def _write_updates(
+        self, batch: Batch, updates: Mapping[int, list[int]], fields: Sequence[str]
+    ) -> None:
+        """Update stored rows in id order, each to the last row that updates it."""
         if not updates:
             return
         ids = sorted(updates)
         last = [updates[id][-1] for id in ids]
         columns = {field: batch.take(field, last) for field in fields}
-        times = [len(updates[id]) for id in ids]
-        await self._way.update_rows(self.session, self.model, {"id": ids, "times": times, **columns})
+        await self._write_rows(ids, columns, [len(updates[id]) for id in ids])
 
-    async def _set_aside(self, column: str, ids: list[int]) -> None:
-        """Give rows values that nobody has, until the batch's own update, which may want their old ones."""
-        rows = {"id": ids, "times": [0] * len(ids), column: [f"moving {id}" for id in ids]}
-        await self._way.update_rows(self.session, self.model, rows)
+    async def _write_rows(
+        self,
+        ids: Sequence[int],
+        columns: Mapping[str, Sequence[Any]],
+        increments: Sequence[int],
+        expected: Sequence[int] | None = None,
+    ) -> int:
+        updated: int = await self._dialect.update_rows(
+            self.session, self.model, ids, columns, increments=increments, expected=expected
+        )
+        return updated
+
+
+async def lock_rows(
+    session: AsyncSession, key: InstrumentedAttribute[Any], values: Sequence[Any], *columns: Any
+) -> Sequence[Row[*tuple[Any, ...]]]:
+    """Lock the rows that have one of the values, in id order; return their key and the columns.
+
+    The locks last until the transaction ends. SQLite ignores them: its writer is alone.
+    """
+    given = sorted({value for value in values if value is not None})
+    if not given:
+        return []
+    wanted = listed(session, given, _type_of(given))
+    # FOR NO KEY UPDATE: other transactions can still insert rows that refer to these.
+    rows = (
+        select(key, *columns)
+        .join(wanted, wanted.c.value == key)
+        .order_by(key.class_.id)
+        .with_for_update(of=key.class_, key_share=True)
+    )
+    # Through the connection: a session would look for entities in each row.
+    return (await (await session.connection()).execute(rows)).all()
+
+
+def id_taken(existing_id: int | None) -> IdTaken:
+    """Return the error for an id that another row has."""
+    facts = {"existing_id": existing_id} if existing_id else {}
+    return IdTaken("id belongs to another row", field="id", **facts)
+
+
+def _ids_differ(batch: Batch) -> bool:
+    ids = batch.take("id", batch.good_rows())
+    return len(set(ids)) == len(ids)
 
 
 def _updated(batch: Batch) -> Outcome:
@@ -159,32 +267,5 @@ def _updated(batch: Batch) -> Outcome:
     return Outcome(bytes(results), ids, batch.failures)
 
 
-def _kind(values: Sequence[Any]) -> TypeEngine[Any]:
+def _type_of(values: Sequence[Any]) -> TypeEngine[Any]:
     return BigInt if values and isinstance(values[0], int) else Text()
-
-
-def id_taken(existing_id: int | None) -> IdTaken:
-    """Return the error for an id that another row has."""
-    facts = {"existing_id": existing_id} if existing_id else {}
-    return IdTaken("id belongs to another row", field="id", **facts)
-
-
-async def stored(
-    session: AsyncSession,
-    key: InstrumentedAttribute[Any],
-    values: Sequence[Any],
-    *columns: Any,
-    lock: Mapping[str, Any] | None = None,
-) -> Sequence[Row[Any]]:
-    """Return the key and the columns of the rows that have one of the values.
-
-    With `lock` the rows are locked, in id order, until the transaction ends; SQLite's writer has them all.
-    """
-    if not values:
-        return []
-    wanted = listed(session, sorted(set(values)), _kind(values))
-    rows = select(key, *columns).join(wanted, wanted.c.value == key)
-    if lock is not None:
-        rows = rows.order_by(key.class_.id).with_for_update(of=key.class_, **lock)
-    # On the connection, not the session, which would look at each row as a part of an object.
-    return (await (await session.connection()).execute(rows)).all()

@@ -22,7 +22,8 @@ from roster.v1.bulk_pb2_grpc import BulkServiceStub
 from roster.v1.users_pb2 import BulkCreateUsersRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db.engine import Database
-from service.loads.repository import MAX_OPTIONS_BYTES, Load, expire_loads
+from service.loads.model import MAX_OPTIONS_BYTES, Load
+from service.loads.repository import expire_loads
 from service.server import Server
 from tests.e2e.hostile.support import MIB, SCALE, bystander, victim
 from tests.errors import refusal

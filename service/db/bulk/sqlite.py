@@ -1,29 +1,42 @@
-"""The portable writer: SQLAlchemy's executemany. SQLite's, whose writer is alone while it writes."""
+"""Writes to SQLite: SQLAlchemy's executemany. There is no other writer meanwhile."""
 
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any, cast
 
-from sqlalchemy import Dialect, Integer, String, Table, bindparam, column, func, insert, select, table, update
+from sqlalchemy import (
+    ColumnElement,
+    Dialect,
+    Integer,
+    String,
+    Table,
+    bindparam,
+    column,
+    func,
+    insert,
+    select,
+    table,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.types import TypeEngine
 
-from service.db.base import Entity, now
+from service.db.base import BigInt, Entity, now
 from service.timeslice import map_in_slices, slices
 
 ROWS_AT_ONCE = 250
-# Where SQLite keeps the largest id ever used of each AUTOINCREMENT table.
+# The table in which SQLite keeps the largest id ever used of each AUTOINCREMENT table.
 SEQUENCES = table("sqlite_sequence", column("name", String), column("seq", Integer))
 
 
 async def next_ids(session: AsyncSession, model: type[Entity], count: int) -> Sequence[int]:
-    """Return the ids after the largest ever used; nobody else can take them before the commit."""
+    """Return the ids after the largest ever used. No other writer can take them before the commit."""
     last = await session.scalar(select(SEQUENCES.c.seq).where(SEQUENCES.c.name == model.__tablename__)) or 0
     return range(last + 1, last + 1 + count)
 
 
 async def reserve_ids(session: AsyncSession, model: type[Entity], largest: int) -> None:
-    """Move the sequence past an id; SQLite would do so with the first row, but ids are drawn before."""
+    """Move the sequence past an id. SQLite would do so on insert, but other ids are drawn before that."""
     name = model.__tablename__
     moved = update(SEQUENCES).where(SEQUENCES.c.name == name).values(seq=func.max(SEQUENCES.c.seq, largest))
     if not (await session.execute(moved.returning(SEQUENCES.c.seq))).all():
@@ -35,7 +48,7 @@ async def insert_rows(
 ) -> None:
     """Insert rows; raises IntegrityError.
 
-    The driver gets tuples: SQLAlchemy would make a dict of each row, and another of its parameters.
+    The driver gets tuples. SQLAlchemy would make a dict of each row, and another one of its parameters.
     """
     connection = await session.connection()
     table = cast("Table", model.__table__)
@@ -51,24 +64,37 @@ async def insert_rows(
 
 
 async def update_rows(
-    session: AsyncSession, model: type[Entity], columns: Mapping[str, Sequence[Any]]
+    session: AsyncSession,
+    model: type[Entity],
+    ids: Sequence[int],
+    columns: Mapping[str, Sequence[Any]],
+    *,
+    increments: Sequence[int],
+    expected: Sequence[int] | None = None,
 ) -> int:
-    """Set columns of the rows with the ids in `id`, whose versions grow by `times`; return how many.
+    """Set columns of the rows with these ids, add `increments` to their versions; return how many there were.
 
-    Those with another version than `expected`, where that is given and not 0, stay. Raises IntegrityError.
+    With `expected`, a row with another version is left as it is, unless 0 is expected. Raises IntegrityError.
     """
+    # The parameters of the entity's columns are numbered, so that no column of an entity can have the name
+    # of one of the three that control the update.
     values: dict[str, Any] = {
-        name: bindparam(f"new_{name}") for name in columns if name not in ("id", "times", "expected")
+        name: bindparam(f"_column_{number}", type_=model.__table__.c[name].type)
+        for number, name in enumerate(columns)
     }
-    values |= {"version": model.version + bindparam("new_times"), "updated_at": now()}
-    statement = update(model).where(model.id == bindparam("new_id")).values(values)
-    if "expected" in columns:
-        expected: Any = bindparam("new_expected")
-        statement = statement.where((expected == 0) | (expected == model.version))
+    values |= {"version": model.version + bindparam("_increment"), "updated_at": now()}
+    statement = update(model).where(model.id == bindparam("_id")).values(values)
+    names = [*(f"_column_{number}" for number in range(len(columns))), "_id", "_increment"]
+    given = [*columns.values(), ids, increments]
+    if expected is not None:
+        wanted: ColumnElement[int] = bindparam("_expected", type_=BigInt)
+        statement = statement.where((wanted == 0) | (wanted == model.version))
+        names.append("_expected")
+        given.append(expected)
     connection = await session.connection()
-    names, updated = [f"new_{name}" for name in columns], 0
-    # Some at a time: SQLAlchemy prepares the parameters of a statement's rows at once, with 8 µs for each.
-    async for some in slices(list(zip(*columns.values(), strict=True)), ROWS_AT_ONCE):
+    updated = 0
+    # Some rows at a time: SQLAlchemy prepares all parameters of a statement at once, and takes 8 µs a row.
+    async for some in slices(list(zip(*given, strict=True)), ROWS_AT_ONCE):
         parameters = [dict(zip(names, row, strict=True)) for row in some]
         updated += (await connection.execute(statement, parameters)).rowcount
     return updated

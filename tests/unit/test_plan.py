@@ -9,9 +9,9 @@ from roster.v1.bulk_pb2 import BulkAck
 from service.bulk.convert import outcome_to_message
 from service.bulk.operation import StreamOptions
 from service.db.bulk.batch import Batch, Outcome, Result, WriteOptions
-from service.db.bulk.resolve import Key, resolve_creates, resolve_updates
+from service.db.bulk.plan import StoredKey, plan_creates, plan_updates
 from service.errors import PostNotFound
-from service.users.repository import email_taken
+from service.users.repository import USERS
 from tests.bulk_loads import LOADS
 from tests.bulk_model import Load, Tables, Values, applied, stored
 
@@ -24,7 +24,7 @@ async def written(tables: Tables, load: Load) -> list[BulkAck]:
     offset = 0
     for rows in load.batches:
         batch = await load.operation.batch(rows, options)
-        outcome = await write(tables[load.operation.rows], batch, options)
+        outcome = await write(tables[load.operation.rows_field], batch, options)
         end = offset + len(rows)
         message = await outcome_to_message(offset, end, outcome, return_ids=True, is_replayed=False)
         acks.append(message.ack)
@@ -34,7 +34,7 @@ async def written(tables: Tables, load: Load) -> list[BulkAck]:
 
 async def write_creates(users: dict[int, Values], batch: Batch, options: WriteOptions) -> Outcome:
     ids = {user["email"]: id for id, user in users.items()}
-    creates = await resolve_creates(batch, [Key("email", ids, email_taken)], options.on_conflict)
+    creates = await plan_creates(batch, [StoredKey(USERS.unique[0], ids)], options.on_conflict)
     if options.is_atomic and batch.failures:
         return Outcome.of_failed_batch(batch)
     if options.validate_only:
@@ -52,7 +52,7 @@ async def write_creates(users: dict[int, Values], batch: Batch, options: WriteOp
 
 async def write_updates(posts: dict[int, Values], batch: Batch, options: WriteOptions) -> Outcome:
     versions = {id: post["version"] for id, post in posts.items()}
-    updates = await resolve_updates(batch, versions, lambda: PostNotFound("there is no such post"))
+    updates = await plan_updates(batch, versions, lambda: PostNotFound("there is no such post"))
     if options.is_atomic and batch.failures:
         return Outcome.of_failed_batch(batch)
     results, ids = bytearray(batch.size), [0] * batch.size

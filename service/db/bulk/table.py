@@ -1,0 +1,58 @@
+"""An entity as the bulk code sees it: its model, its unique keys, and the order to insert in."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from secrets import token_hex
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import InstrumentedAttribute
+
+from service.db.base import Entity
+from service.db.bulk.batch import Batch
+from service.errors import NotFound, RosterError
+
+
+def random_text(id: int) -> str:
+    """Return a text that no other row has, nor can a caller guess it and take it first."""
+    return f"moving {id} {token_hex(8)}"
+
+
+@dataclass(frozen=True)
+class UniqueKey:
+    """A unique column, of texts or integers.
+
+    `conflict_error` makes the error for a value that another row has, from that row's id if it is known.
+    `placeholder` makes a value that no row has, from a row's id. When two rows swap their values, both get
+    placeholders first. The default suits texts of 64 characters or more.
+    """
+
+    column: InstrumentedAttribute[Any]
+    conflict_error: Callable[[int | None], RosterError]
+    placeholder: Callable[[int], Any] = random_text
+
+    @property
+    def name(self) -> str:
+        """The name of the column."""
+        return self.column.key
+
+
+@dataclass(frozen=True)
+class BulkTable:
+    """All that the generic bulk code knows of an entity.
+
+    A new row that has a value of another row in one of the `unique` keys is in conflict with it; with
+    several such rows, the first key in this order decides. Rows are inserted in the order of `sort_by`, so
+    that two batches with the same keys wait for each other instead of ending in a deadlock. `prepare`
+    completes new rows from other tables; it fails those that it can't complete.
+    """
+
+    model: type[Entity]
+    not_found: Callable[[], NotFound]
+    unique: Sequence[UniqueKey] = ()
+    sort_by: InstrumentedAttribute[Any] | None = None
+    prepare: Callable[[AsyncSession, Batch], Awaitable[Batch]] | None = None
+
+    def unique_among(self, fields: Sequence[str]) -> list[UniqueKey]:
+        """Return the unique keys among some columns."""
+        return [key for key in self.unique if key.name in fields]

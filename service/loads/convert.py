@@ -1,0 +1,31 @@
+"""Loads: model -> message. Pure."""
+
+from datetime import timedelta
+from typing import Any
+
+from roster.v1.bulk_pb2 import BulkLoad, BulkOptions
+from service.fields import timestamp
+from service.loads.model import Load
+
+
+def load_to_message(load: Load, kept_for: timedelta) -> BulkLoad:
+    """Return the message of a load."""
+    return BulkLoad(**load_fields(load, kept_for))
+
+
+def load_fields(load: Load, kept_for: timedelta) -> dict[str, Any]:
+    """Return the fields of a load's message."""
+    return {
+        "load_id": load.load_id,
+        "method": load.method,
+        "state": load.state,
+        "options": BulkOptions.FromString(load.options),
+        "next_offset": load.next_offset,
+        "created": load.created,
+        "updated": load.updated,
+        "skipped": load.skipped,
+        "failed": load.failed,
+        "created_at": timestamp(load.created_at),
+        "updated_at": timestamp(load.updated_at),
+        "expires_at": timestamp(load.updated_at + kept_for),
+    }
