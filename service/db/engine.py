@@ -40,7 +40,10 @@ WRITE_BUFFER_BYTES = 8 << 20
 
 # On DEBUG it logs parameters: hashes of passwords, and contents.
 logging.getLogger("aiosqlite").setLevel(logging.WARNING)
-COMMITTED = "what was to be written is in"  # said by a cancellation that came during the commit
+
+
+class CancelledAfterCommit(asyncio.CancelledError):
+    """The caller was cancelled during its commit, which succeeded: what it wrote is stored."""
 
 
 class Database:
@@ -315,7 +318,7 @@ async def _commit(session: AsyncSession) -> None:
             with suppress(asyncio.CancelledError):
                 await asyncio.wait([task])
         if task.exception() is None:
-            raise asyncio.CancelledError(COMMITTED) from None
+            raise CancelledAfterCommit from None
         raise
     except Exception as error:
         if may_have_committed(error):

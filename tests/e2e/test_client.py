@@ -28,8 +28,8 @@ from service.errors import (
     UserNotFound,
     VersionMismatch,
 )
-from service.interceptors.errors import status_from_error
 from service.server import Server
+from service.status import status_from_error
 
 ADA = User(email="ada@example.org")
 

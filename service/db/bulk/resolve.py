@@ -4,6 +4,7 @@ The result is as if the rows were applied one after the other; a statement that 
 would fail (INSERT) or apply one of them in silence (UPDATE). Pure: the database is asked before.
 """
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,6 +142,7 @@ async def resolve_updates(
     `versions` has the stored version of each id there is. `refusal(row, id)` is asked last, and in
     file order, so that it may keep count of what earlier rows changed.
     """
+    await asyncio.sleep(0)  # 5,000 rows were read just now
     updates: dict[int, list[int]] = {}
     current = dict(versions)
     ids, expected = batch.columns["id"], batch.columns["version"]

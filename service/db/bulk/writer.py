@@ -70,6 +70,7 @@ class BulkWriter:
         """
         if options.is_atomic and batch.failures:
             return Outcome.of_failed_batch(batch)
+        await asyncio.sleep(0)  # 5,000 rows were resolved just now
         if not options.validate_only:
             if moved:
                 await self._set_aside(moved, list(updates))
@@ -139,7 +140,6 @@ class BulkWriter:
     async def _update(self, batch: Batch, updates: Mapping[int, list[int]], fields: Sequence[str]) -> None:
         if not updates:
             return
-        await asyncio.sleep(0)  # 5,000 rows were resolved just now
         ids = sorted(updates)
         last = [updates[id][-1] for id in ids]
         columns = {field: batch.take(field, last) for field in fields}

@@ -1,6 +1,6 @@
 """The contract as a page: what its files say, with their comments.
 
-`python -m tests.contract_reference docs/reference.md` writes it anew.
+`python -m tools.contract_reference docs/reference.md` writes it anew.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from google.protobuf.descriptor_pb2 import (
     MethodDescriptorProto,
 )
 
-from tests.contract_image import PROTOS, write_image
+from tools.contract_image import PROTOS, write_image
 
 PAGE = Path(__file__).parents[1] / "docs/reference.md"
 PACKAGE = ".roster.v1."
