@@ -161,8 +161,9 @@ def export(
 ) -> None:
     """Export users or posts, ordered by id. `roster load --restore` loads them again.
 
-    The file is written as FILE.part and renamed when it is complete. Times are in UTC, with microseconds. An
-    unset field is null in NDJSON and Parquet; in CSV it is an empty cell, and an empty string is "".
+    The output file gets its name when it is complete; until then it ends in .part. Times are in UTC, with
+    microseconds. An unset field is null in NDJSON and Parquet; in CSV it is an empty cell, and an empty
+    string is "".
     """
     job = Export(ENTITIES[entity], filter_, after_id)
     kind = WRITERS[format_ or format_name(output)]

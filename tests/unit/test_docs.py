@@ -9,7 +9,10 @@ import pytest
 
 CHECKOUT = Path(__file__).parents[2]
 PAGES = [
-    *(CHECKOUT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "deploy/README.md")),
+    *(
+        CHECKOUT / name
+        for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "deploy/README.md", "examples/README.md")
+    ),
     *sorted((CHECKOUT / "docs").glob("*.md")),
 ]
 LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)")

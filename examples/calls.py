@@ -1,0 +1,55 @@
+"""Create, read and update a user, and handle the errors that a program can act on."""
+
+import asyncio
+import os
+from uuid import uuid4
+
+from roster.v1.resources_pb2 import User
+from roster.v1.users_pb2 import CreateUserRequest, GetUserRequest, UpdateUserRequest
+from roster.v1.users_pb2_grpc import UserServiceStub
+from service.client import channel
+from service.errors import EmailTaken, RosterError, Unavailable, UserNotFound, VersionMismatch
+
+ADDRESS = os.environ.get("ROSTER_ADDRESS", "127.0.0.1:50051")
+
+
+async def create(users: UserServiceStub, email: str, request_id: str) -> str:
+    """Create a user. Calls with the same request_id create it once and get the same response."""
+    request = CreateUserRequest(user=User(email=email, full_name="Ada Lovelace"), request_id=request_id)
+    try:
+        user = await users.CreateUser(request)
+    except EmailTaken as error:
+        return f"user {error.facts['existing_id']} already has this e-mail"
+    return f"created user {user.id}, version {user.version}"
+
+
+async def rename(users: UserServiceStub, email: str, name: str) -> str:
+    """Rename a user, unless somebody else changes it between the read and the update."""
+    try:
+        user = await users.GetUser(GetUserRequest(email=email), timeout=2)
+        update = User(id=user.id, full_name=name, version=user.version)
+        updated = await users.UpdateUser(UpdateUserRequest(user=update))
+    except UserNotFound:
+        return f"nobody has the e-mail {email}"
+    except VersionMismatch:
+        return "somebody else changed the user: read it again, then decide"
+    except Unavailable:
+        return "the server is not available, in spite of retries"
+    except RosterError as error:
+        return f"{error.reason}: {error.message}"
+    return f"{updated.full_name}, version {updated.version}"
+
+
+async def main() -> None:
+    request_id = str(uuid4())
+    async with channel(ADDRESS) as connection:
+        users = UserServiceStub(connection)
+        print(await create(users, "ada@example.org", request_id))
+        print(await create(users, "ada@example.org", request_id))
+        print(await create(users, "ada@example.org", str(uuid4())))
+        print(await rename(users, "ada@example.org", "Ada King"))
+        print(await rename(users, "nobody@example.org", "Nobody"))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

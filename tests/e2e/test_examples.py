@@ -1,0 +1,95 @@
+"""The programs in `examples/`, against a real server."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from service.server import Server
+from tests.e2e.clients import CHECKOUT
+from tests.e2e.command import Ended, run
+from tests.rows import add_users
+
+EXAMPLES = CHECKOUT / "examples"
+MAX_LINES = 60
+
+
+@pytest.fixture
+def database_url(sqlite_url: str) -> str:
+    """One database is enough: the examples are independent of it."""
+    return sqlite_url
+
+
+async def example(server: Server, name: str, *arguments: str) -> Ended:
+    """Run an example to its end."""
+    return await run(sys.executable, EXAMPLES / name, *arguments, ROSTER_ADDRESS=server.address)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_examples_are_short_and_listed(path: Path) -> None:
+    """A reader sees an example at a glance, and finds it in the index."""
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+    assert f"[{path.name}]({path.name})" in (EXAMPLES / "README.md").read_text()
+
+
+async def test_calls(server: Server) -> None:
+    """A repeated request gets the first response; errors are told apart by class."""
+    ended = await example(server, "calls.py")
+
+    assert (ended.status, ended.err) == (0, "")
+    assert ended.out.splitlines() == [
+        "created user 1, version 1",
+        "created user 1, version 1",
+        "user 1 already has this e-mail",
+        "Ada King, version 2",
+        "nobody has the e-mail nobody@example.org",
+    ]
+
+
+async def test_list_users(server: Server) -> None:
+    """All pages are listed; an invalid filter is reported."""
+    ids = await add_users(server.database, 101)
+
+    listed = await example(server, "list_users.py")
+    invalid = await example(server, "list_users.py", "(")
+
+    assert len(listed.out.splitlines()) == len(ids)
+    assert (invalid.status, invalid.out) == (1, "")
+    assert invalid.err.startswith("invalid filter: ")
+
+
+async def test_bulk_load_resumes_after_a_kill(server: Server) -> None:
+    """The second run starts where the server is, and each row is written once."""
+    killed = await asyncio.create_subprocess_exec(
+        sys.executable,
+        EXAMPLES / "bulk_load.py",
+        "20000",
+        env={**os.environ, "ROSTER_ADDRESS": server.address},
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert killed.stdout
+    async for line in killed.stdout:
+        if line.endswith(b"rows committed\n"):
+            killed.kill()
+            break
+    await killed.wait()
+
+    resumed = await example(server, "bulk_load.py", "20000")
+
+    first, *_, last = resumed.out.splitlines()
+    assert (resumed.status, last) == (0, "finished: 19999 created, 1 failed")
+    assert first != "starting at row 0"
+
+
+async def test_export_users(server: Server) -> None:
+    """The export has a header and the active users."""
+    ids = await add_users(server.database, 3)
+
+    ended = await example(server, "export_users.py")
+
+    assert (ended.status, ended.err) == (0, "")
+    header, *rows = ended.out.splitlines()
+    assert header == "id,email,full_name"
+    assert [int(row.split(",")[0]) for row in rows] == ids
