@@ -1,4 +1,4 @@
-"""Health: ready where the database answers, apart from alive, which the process is as long as it answers."""
+"""Health checks: readiness follows the database, liveness only the process."""
 
 import asyncio
 import logging
@@ -21,14 +21,14 @@ log = logging.getLogger(__name__)
 
 LIVENESS = "live"
 INTERVAL_SECONDS = 2
-# One failed query may be a failover's blink; two in a row are an outage.
-FAILURES_TO_TELL = 2
-# Watches have no end of their own, and would hold up a stop for all its grace. NOT_SERVING goes out first.
+# One failed query can be a short failover; two in a row are an outage.
+FAILURES_BEFORE_NOT_SERVING = 2
+# Watches don't end by themselves and would delay a stop until its grace is over. NOT_SERVING is sent first.
 WATCHES_END_SECONDS = 0.1
 # A watch takes 30 KiB, and anybody can open one.
 MAX_WATCHES = 1000
 MAX_CONNECTION_WATCHES = 16
-SURPLUS = f"health has more than {MAX_WATCHES:,} watches, and most of them from this address"
+TOO_MANY = f"health has more than {MAX_WATCHES:,} watches, most of them from this address"
 
 
 class Health(aio.HealthServicer):  # type: ignore[misc]
@@ -44,15 +44,15 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
         self._failures = 0
         self._task: asyncio.Task[None] | None = None
         self._watches: set[asyncio.Timeout] = set()
-        self._connections: Counter[str] = Counter()  # watches by connection
-        self._bounds = BoundedWaits(SURPLUS, MAX_WATCHES)
-        self._changed = asyncio.Event()  # set, and replaced, with every change
+        self._watches_by_connection: Counter[str] = Counter()
+        self._bounds = BoundedWaits(TOO_MANY, MAX_WATCHES)
+        self._changed = asyncio.Event()  # set and replaced by every change
 
     async def start(self) -> None:
-        """Look at the database once, then every two seconds."""
+        """Check the database once, then every two seconds."""
         await self.set(LIVENESS, HealthCheckResponse.SERVING)
-        await self.look()
-        self._task = asyncio.create_task(self._watch())
+        await self.check_database()
+        self._task = asyncio.create_task(self._check_forever())
 
     async def stop(self) -> None:
         """Answer NOT_SERVING from now on, and end all watches."""
@@ -62,7 +62,7 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
             watch.reschedule(end)
 
     async def enter_graceful_shutdown(self) -> None:
-        """Answer NOT_SERVING from now on; the process is alive as long as it answers."""
+        """Answer NOT_SERVING from now on; `live` stays SERVING."""
         if self._task:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -70,17 +70,17 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
         for service in self._services:
             await self.set(service, HealthCheckResponse.NOT_SERVING)
 
-    async def look(self) -> None:
-        """Ask the database once, and tell what it means."""
+    async def check_database(self) -> None:
+        """Query the database once, and set the status of all services."""
         try:
             async with asyncio.timeout(INTERVAL_SECONDS):
                 await self._database.ping()
             self._failures = 0
         except PoolExhausted:
-            pass  # busy is not away; taking a busy server out makes the others busier
+            pass  # busy, not down; without this server the others would be busier
         except (RosterError, TimeoutError):
             self._failures += 1
-        serving = self._failures < FAILURES_TO_TELL
+        serving = self._failures < FAILURES_BEFORE_NOT_SERVING
         status = HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
         READY.set(serving)
         for service in self._services:
@@ -91,29 +91,31 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
         return HealthListResponse(statuses=statuses)
 
     async def set(self, service: str, status: int) -> None:
-        """Tell a status from now on."""
+        """Set the status of a service, and report it to its watches."""
         await super().set(service, status)
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def Watch(self, request: Any, context: Any) -> None:
-        # The library's own writes while it holds a lock: one client that does not read would stop all. It
-        # also keeps every name that anybody asks for.
+        # The library's own Watch writes while it holds a lock: one client that does not read would block all
+        # others. It also stores every name that is asked for.
         if request.service not in self._server_status:
             await context.write(HealthCheckResponse(status=HealthCheckResponse.SERVICE_UNKNOWN))
-            raise ServiceNotFound("health knows no service of this name, and none is added while it runs")
+            raise ServiceNotFound(
+                "health has no service of this name, and none is added while the server runs"
+            )
         connection = context.peer()
-        if self._connections[connection] >= MAX_CONNECTION_WATCHES:
+        if self._watches_by_connection[connection] >= MAX_CONNECTION_WATCHES:
             raise QuotaExceeded(f"a connection has at most {MAX_CONNECTION_WATCHES} watches")
-        self._connections[connection] += 1
+        self._watches_by_connection[connection] += 1
         try:
             await self._bounds.bound(
                 self._watch_until_stop(request.service, context), partial(host_of, context)
             )
         finally:
-            self._connections[connection] -= 1
-            if not self._connections[connection]:
-                del self._connections[connection]
+            self._watches_by_connection[connection] -= 1
+            if not self._watches_by_connection[connection]:
+                del self._watches_by_connection[connection]
 
     async def _watch_until_stop(self, service: str, context: Any) -> None:
         with suppress(TimeoutError):
@@ -125,7 +127,7 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
                     self._watches.discard(watch)
 
     async def _report(self, service: str, context: Any) -> None:
-        """Write the status of a service now, and whenever it changes."""
+        """Write the status of a service now and after each change."""
         reported = None
         while True:
             changed = self._changed
@@ -135,10 +137,10 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
                 reported = status
             await changed.wait()
 
-    async def _watch(self) -> None:
+    async def _check_forever(self) -> None:
         while True:
             await asyncio.sleep(INTERVAL_SECONDS)
             try:
-                await self.look()
+                await self.check_database()
             except Exception:
                 log.exception("the health check itself failed")

@@ -1,29 +1,29 @@
-"""Gives memory that was freed back to the system."""
+"""Returns freed memory to the operating system."""
 
 import asyncio
 import ctypes
 from pathlib import Path
 
-# It takes up to 20 ms, in a thread of its own, where much is free in small pieces.
-EVERY_SECONDS = 10
-WORTH_BYTES = 32 << 20
+# A trim takes up to 20 ms, in a thread, if the free memory is in many small pieces.
+INTERVAL_SECONDS = 10
+MIN_GROWTH_BYTES = 32 << 20
 PAGE_BYTES = 4096
 
 
 async def trim_forever() -> None:
-    """Return freed memory to the system while the process has more than at its start.
+    """Trim the heap from time to time while the process is larger than at its start.
 
-    The C library keeps what gRPC's threads free, for themselves: after a burst of large messages hundreds of
-    MiB. Does nothing where the library is not glibc.
+    glibc keeps freed memory for the thread that freed it: after a burst of large messages, hundreds of MiB
+    for gRPC's threads. With another C library this does nothing.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    usual = _resident_bytes()
+    at_start = _resident_bytes()
     while trim:
-        await asyncio.sleep(EVERY_SECONDS)
-        if _resident_bytes() > usual + WORTH_BYTES:
+        await asyncio.sleep(INTERVAL_SECONDS)
+        if _resident_bytes() > at_start + MIN_GROWTH_BYTES:
             await asyncio.to_thread(trim, 0)
 
 
 def _resident_bytes() -> int:
-    """Return what the process has in memory (proc(5), statm)."""
+    """Return the resident set size of the process (proc(5), statm)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES

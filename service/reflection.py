@@ -1,11 +1,11 @@
-"""Server reflection, v1 and v1alpha, that knows method symbols and error details too."""
+"""Server reflection, v1 and v1alpha, including method symbols and error details."""
 
 from typing import Any
 
 import grpc
 from google.protobuf import descriptor_pool, text_format
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
-from google.rpc import error_details_pb2  # noqa: F401  (in the pool, so that grpcurl can print error details)
+from google.rpc import error_details_pb2  # noqa: F401  (its import adds it to the pool: grpcurl can print error details)
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.reflection import aio
 
@@ -13,7 +13,7 @@ METHOD = "ServerReflectionInfo"
 
 
 class Reflection(aio.ReflectionServicer):  # type: ignore[misc]
-    """The library's servicer; it can't find a method by its name, so it gets the service's."""
+    """The library's servicer, which can't look up methods: it is asked for their services instead."""
 
     def _file_containing_symbol(self, request: Any, fully_qualified_name: str) -> Any:
         service, _, _ = fully_qualified_name.rpartition(".")
@@ -22,7 +22,7 @@ class Reflection(aio.ReflectionServicer):  # type: ignore[misc]
 
 
 def describe_v1(pool: descriptor_pool.DescriptorPool) -> None:
-    """Add the file of v1, which the library lacks: clients that describe every service want it."""
+    """Add the file of v1, which the library lacks, to a pool: some clients describe every service."""
     alpha = FileDescriptorProto.FromString(reflection_pb2.DESCRIPTOR.serialized_pb)
     renamed = text_format.MessageToString(alpha).replace("v1alpha", "v1")
     pool.AddSerializedFile(text_format.Parse(renamed, FileDescriptorProto()).SerializeToString())

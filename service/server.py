@@ -1,4 +1,4 @@
-"""The server on one page: the services, the interceptors in order, start, drain, stop."""
+"""The server on one page: services, interceptors in order, start, drain, stop."""
 
 import asyncio
 import logging
@@ -51,23 +51,24 @@ log = logging.getLogger(__name__)
 
 Clock = Callable[[], datetime]
 
-# A bulk message has at most 4 MiB. One that is larger by a row should reach the servicer, which says what
-# is right; gRPC refuses others by the length that they announce.
+# A bulk message has at most 4 MiB. A message that is larger by one row should reach the servicer, whose error
+# says what to do; gRPC refuses larger ones by the length that they announce.
 MAX_RECEIVED_BYTES = 5 << 20
 MAX_PROBE_BYTES = 4 << 10
-FORGET_EVERY_SECONDS = 600
-QUIET_SECONDS = 2  # for answers that are on their way
-CUT_OFF_SECONDS = 2  # of the grace, for calls that are cut off to say so and to roll back
+EXPIRY_INTERVAL_SECONDS = 600
+QUIET_SECONDS = 2  # without a call in flight, for responses that are still being sent
+CUT_OFF_SECONDS = 2  # of the grace, in which calls that are cut off roll back and get their status
 
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_RECEIVED_BYTES),
-    # Calls on one connection. gRPC counts a call until its handler is gone, which is after the client has its
-    # answer, and refuses a client that keeps to the limit (REFUSED_STREAM, UNAVAILABLE without details): with
-    # 128 calls allowed and 128 in flight 58 % of 6,000 calls. A caller may have 500 in flight; twice as many
-    # leaves room for those answered. More would let one connection's resets delay the others for longer.
+    # Calls on one connection. gRPC counts a call until its handler has returned, which is after the client
+    # has the response, and so refuses a client that keeps to the limit (REFUSED_STREAM, UNAVAILABLE without
+    # details): with a limit of 128 and 128 calls in flight, 58 % of 6,000 calls. A caller may have 500 calls
+    # in flight; twice as many leaves room for answered ones. A higher limit would let the resets of one
+    # connection delay the others for longer.
     ("grpc.max_concurrent_streams", 1024),
-    # Calls that no handler has taken yet. By default gRPC cancels some of them above 1,000 (CANCELLED without
-    # details) before ROSTER_MAX_CALLS can refuse them with a reason, also those of callers who sent few.
+    # Calls that wait for a handler. By default gRPC cancels some of them above 1,000 (CANCELLED without
+    # details), also those of callers who sent few, before ROSTER_MAX_CALLS can refuse them with a reason.
     ("grpc.server.max_pending_requests", 8_000),
     ("grpc.server.max_pending_requests_hard_limit", 16_000),
     # Clients ping every 30 s, also between calls; half-open ones are found in 80 s instead of 2 h.
@@ -79,12 +80,12 @@ OPTIONS = [
 
 
 def utc_now() -> datetime:
-    """Return the time."""
+    """Return the current time."""
     return datetime.now(UTC)
 
 
 class Server:
-    """Roster's gRPC server; `address` is where it listens, once started.
+    """Roster's gRPC server; `address` is where it listens once it is started.
 
     Raises OSError for a certificate, a key or a policy that can't be used.
     """
@@ -99,7 +100,7 @@ class Server:
         self.posts = PostReader(self.database)
         self.passwords = Passwords(settings)
         self.drain = Drain()
-        # By default a second server takes the same port in silence.
+        # With gRPC's default a second server would silently share the port.
         shared = [*OPTIONS, ("grpc.so_reuseport", int(settings.workers > 1))]
         options = [*shared, *connection_options(settings, max_connections(settings))]
         health_options = [*shared, *connection_options(settings, MAX_HEALTH_CONNECTIONS)]
@@ -143,7 +144,7 @@ class Server:
             add_reflection(self.server, [*SERVICE_NAMES, "grpc.health.v1.Health"])
 
     async def start(self) -> None:
-        """Listen; raises OSError where the address can't be had."""
+        """Start to serve; raises OSError if it can't listen on an address."""
         self.address = _bind(self.server, self.settings.listen, "ROSTER_LISTEN", self.credentials)
         if self.settings.health_listen:
             self.health_address = _bind(
@@ -153,13 +154,13 @@ class Server:
         await self.health.start()
         await self.health_server.start()
         await self.server.start()
-        self._chores = [asyncio.create_task(self._forget()), asyncio.create_task(trim_forever())]
+        self._chores = [asyncio.create_task(self._delete_expired()), asyncio.create_task(trim_forever())]
 
     async def stop(self, grace: float | None = None) -> None:
-        """Refuse new calls, let those in flight end, and close the database, in `grace` seconds at most.
+        """Refuse new calls, finish those in flight, and close the database, within `grace` seconds.
 
-        Load balancers are told first, and have a pause to notice. Bulk streams end behind what they have in
-        hand; other calls go on until they are cut off, and told to try again.
+        Health says NOT_SERVING first, so that load balancers have `drain_pause` to notice. Bulk streams
+        finish the batches already received; other calls go on until they are cut off with a retryable error.
         """
         loop = asyncio.get_running_loop()
         grace = self.settings.grace if grace is None else grace
@@ -170,31 +171,32 @@ class Server:
         stopped = asyncio.create_task(self.server.stop(max(end - loop.time(), CUT_OFF_SECONDS)))
         self.messages.drain()
         self.bulk.drain()
-        await self._ended(stopped, end - CUT_OFF_SECONDS)
+        await self._wait_for_calls(stopped, end - CUT_OFF_SECONDS)
         if self.drain.is_busy:
             self.drain.cut_off()
-            await self._ended(stopped, loop.time() + CUT_OFF_SECONDS)
+            await self._wait_for_calls(stopped, loop.time() + CUT_OFF_SECONDS)
         await self.server.stop(None)
         await stopped
         for chore in self._chores:
             chore.cancel()
-            await asyncio.wait([chore], timeout=CUT_OFF_SECONDS)  # it may be in the middle of a commit
-        await self.health_server.stop(1)  # its watches are ending
+            await asyncio.wait([chore], timeout=CUT_OFF_SECONDS)  # it may be committing
+        await self.health_server.stop(1)  # its watches have been told to end
         await asyncio.to_thread(self._close_metrics)
         self.passwords.close()
         await self.users.close()
         await self.posts.close()
         await self.database.close()
         for tracing in self.tracing:
-            closing = threading.Thread(target=tracing.close, daemon=True)  # a collector may never answer
+            closing = threading.Thread(target=tracing.close, daemon=True)  # the collector may not answer
             closing.start()
             await asyncio.to_thread(closing.join, CUT_OFF_SECONDS)
 
-    async def _ended(self, stopped: asyncio.Task[None], end: float) -> None:
-        """Wait until gRPC and all calls have ended, till `end` at most.
+    async def _wait_for_calls(self, stopped: asyncio.Task[None], end: float) -> None:
+        """Wait until gRPC has stopped and all calls have ended, at most until `end`.
 
-        gRPC also waits for calls that have sent no message, and for some that it never hands on. When for a
-        moment there are no others, their clients hear sooner than at their deadline that they may try again.
+        gRPC also waits for streams of reflection, for calls that have sent no message, and for some that it
+        never hands on. Once no other call has been in flight for a moment, the wait is over: their clients
+        learn before their deadline that they can try again.
         """
         loop = asyncio.get_running_loop()
         while not stopped.done() and loop.time() < end:
@@ -203,20 +205,20 @@ class Server:
             if not self.drain.is_busy:
                 return
 
-    async def _forget(self) -> None:
-        """Drop, now and then, the answers and outcomes that were kept long enough."""
+    async def _delete_expired(self) -> None:
+        """Delete stored responses and outcomes from time to time, once they are old enough."""
         while True:
             try:
                 async with self.database.begin() as session:
                     await forget_requests(session, self.clock())
                     await expire_loads(session, self.clock() - self.settings.bulk_load_ttl)
             except RosterError as error:
-                log.warning("what has expired was not deleted: %s", error.message)
-            await asyncio.sleep(FORGET_EVERY_SECONDS)
+                log.warning("expired rows were not deleted: %s", error.message)
+            await asyncio.sleep(EXPIRY_INTERVAL_SECONDS)
 
 
 def authentication(settings: Settings, clock: Clock = utc_now) -> Auth:
-    """Return the interceptor that knows callers and their rights; raises OSError for files it can't use."""
+    """Return the interceptor for authentication; raises OSError for files that can't be used."""
     tokens = None
     if settings.jwt_issuer and settings.jwt_audience and settings.jwt_keys_file:
         tokens = Tokens(settings.jwt_issuer, settings.jwt_audience, settings.jwt_keys_file, clock)
@@ -225,13 +227,13 @@ def authentication(settings: Settings, clock: Clock = utc_now) -> Auth:
 
 
 def _tracing(protocol: str | None) -> "list[Tracing]":
-    """Return the interceptor that makes traces, where OpenTelemetry is installed and has an endpoint."""
+    """Return the interceptor for traces, if OpenTelemetry is installed and has an endpoint."""
     if protocol is None:
         return []
     try:
         from service.interceptors.tracing import Tracing, exporting_provider  # noqa: PLC0415
     except ImportError as error:
-        log.warning("no traces, though there is an endpoint: %s; install the extra `tracing`", error)
+        log.warning("traces have an endpoint but can't be sent: %s; install the extra `tracing`", error)
         return []
     return [Tracing(exporting_provider(protocol))]
 
@@ -239,7 +241,7 @@ def _tracing(protocol: str | None) -> "list[Tracing]":
 def _bind(
     server: grpc.aio.Server, listen: str, setting: str, credentials: grpc.ServerCredentials | None = None
 ) -> str:
-    """Return the address where the server is going to listen; raises OSError where it can't be had."""
+    """Bind a server to an address and return it, with its port; raises OSError if that fails."""
     _require_unused(listen)
     try:
         if credentials:
@@ -248,17 +250,19 @@ def _bind(
             port = server.add_insecure_port(listen)
     except RuntimeError as error:
         raise OSError(
-            f"can't listen on {listen}; is another server there already? {setting} names another address"
+            f"can't listen on {listen}; is another server listening there? {setting} sets the address"
         ) from error
     return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
 
 
 def _require_unused(listen: str) -> None:
-    """Raise OSError for a Unix socket that is in use, which gRPC would take over, or that has no folder."""
+    """Raise OSError for a Unix socket in use, which gRPC would take over, or one whose folder is missing."""
     if listen.startswith("unix:"):
         path = Path(listen.removeprefix("unix:"))
         if not path.parent.is_dir():
-            raise OSError(f"can't listen on {listen}: there is no folder {path.parent}; make it first")
+            raise OSError(
+                f"can't listen on {listen}: the folder {path.parent} does not exist; create it first"
+            )
         with socket.socket(socket.AF_UNIX) as probe:
             if probe.connect_ex(str(path)) == 0:
-                raise OSError(f"can't listen on {listen}; another server is there already")
+                raise OSError(f"can't listen on {listen}; another server is listening there")

@@ -1,4 +1,4 @@
-"""Bounds on how many calls wait for their peers, and for how long."""
+"""Bounds how many calls wait for their peers, and for how long."""
 
 import asyncio
 from collections import deque
@@ -10,42 +10,42 @@ from service.errors import Draining, QuotaExceeded, RosterError
 
 T = TypeVar("T")
 
-SWEEP_SECONDS = 0.5
+SWEEP_INTERVAL_SECONDS = 0.5
 
 
 @dataclass(eq=False, slots=True)
 class Wait:
-    """A call that has waited since `began`; `group` is asked only when there are too many waits."""
+    """A call that has waited since `began`; `group` is called only if there are too many waits."""
 
     task: "asyncio.Task[Any]"
     group: Callable[[], str]
     began: float
-    refusal: RosterError | None = None  # why it was ended
+    refusal: RosterError | None = None  # the error that ended it
 
     def end(self, refusal: RosterError) -> None:
-        """End the wait with an error, once: a second cancellation would cut the call's cleanup off."""
+        """End the wait with an error, once: a second cancellation would interrupt the call's cleanup."""
         if self.refusal is None:
             self.refusal = refusal
             self.task.cancel()
 
 
 class BoundedWaits:
-    """Waits of calls for their peers: at most `most` at a time, each of at most `seconds`.
+    """Waits of calls for their peers: at most `most` at a time, each for at most `seconds`.
 
-    Twice a second the waits that last too long are ended. While there are still too many, the group with
-    the most waits loses its oldest: a group that opens thousands takes no place from the others. Waits
-    shorter than half a second are not counted, since a burst of calls has hundreds of them.
+    Twice a second the waits that have lasted too long are ended. If there are still too many, the group with
+    the most waits loses its oldest one, again and again: a group that opens thousands does not displace the
+    others. Waits of less than half a second don't count, since a burst of calls has hundreds of them.
     """
 
     def __init__(self, refusal: str, most: int, seconds: float | None = None) -> None:
         self._refusal = refusal
         self._most = most
         self._seconds = seconds
-        self._waits: dict[Wait, None] = {}  # the oldest first
+        self._waits: dict[Wait, None] = {}  # in order of age, the oldest first
         self._is_sweeping = False
 
     async def bound(self, awaitable: Awaitable[T], group: Callable[[], str]) -> T:
-        """Return what the awaitable returns; raises QuotaExceeded if the wait is ended."""
+        """Await something within the bounds; raises QuotaExceeded if the wait is ended."""
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("a call runs in a task")
@@ -70,11 +70,11 @@ class BoundedWaits:
 
     def _sweep_later(self) -> None:
         self._is_sweeping = True
-        asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
+        asyncio.get_running_loop().call_later(SWEEP_INTERVAL_SECONDS, self._sweep)
 
     def _sweep(self) -> None:
         now = asyncio.get_running_loop().time()
-        counted = [wait for wait in self._waits if now - wait.began >= SWEEP_SECONDS]
+        counted = [wait for wait in self._waits if now - wait.began >= SWEEP_INTERVAL_SECONDS]
         if self._seconds is not None:
             while counted and now - counted[0].began >= self._seconds:
                 counted.pop(0).end(QuotaExceeded(self._refusal))
@@ -86,7 +86,7 @@ class BoundedWaits:
 
 
 def _surplus(waits: Sequence[Wait], most: int) -> Iterator[Wait]:
-    """Yield the waits above `most`, each the oldest of the group that then has the most."""
+    """Yield the waits in excess of `most`: each is the oldest of the group that then has the most."""
     if len(waits) <= most:
         return
     groups: dict[str, deque[Wait]] = {}

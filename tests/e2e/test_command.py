@@ -88,7 +88,7 @@ async def test_names_the_setting_of_a_missing_file(tmp_path: Path) -> None:
     ended = await run(ROSTER, "serve", folder=tmp_path, ROSTER_DATABASE_URL_FILE="./nope")
 
     assert ended.status == 2
-    assert ended.err.startswith("Error: ROSTER_DATABASE_URL_FILE: can't be read: ")
+    assert ended.err.startswith("Error: ROSTER_DATABASE_URL_FILE can't be read: ")
 
 
 @pytest.mark.parametrize(("log_format", "is_printed"), [("text", True), ("json", False)])
@@ -204,7 +204,7 @@ async def test_refuses_a_port_in_use(tmp_path: Path) -> None:
         second = await run(ROSTER, "serve", folder=tmp_path, ROSTER_LISTEN=server.address)
 
         assert second.status == 2
-        error = f"Error: can't listen on {server.address}; is another server there already?"
+        error = f"Error: can't listen on {server.address}; is another server listening there?"
         assert second.err.splitlines()[-1].startswith(error)
         assert (await create(server.address, ADA)).email == ADA.email
 

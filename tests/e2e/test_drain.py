@@ -279,7 +279,7 @@ async def test_a_socket_without_a_folder_is_refused(tmp_path: Path) -> None:
     ended = await run(ROSTER, "serve", folder=tmp_path, ROSTER_LISTEN=f"unix:{tmp_path}/run/roster.sock")
 
     assert ended.status == 2
-    assert f"there is no folder {tmp_path}/run; make it first" in ended.err
+    assert f"the folder {tmp_path}/run does not exist; create it first" in ended.err
 
 
 async def started(database_url: str, **values: Any) -> Server:

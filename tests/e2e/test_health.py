@@ -54,7 +54,7 @@ async def test_a_database_that_hangs_is_not_waited_for(monkeypatch: pytest.Monke
     monkeypatch.setattr(health, "INTERVAL_SECONDS", 0.01)
     looks = health.Health(Frozen(), [])  # type: ignore[arg-type]
     for status in (SERVING, NOT_SERVING):
-        await looks.look()
+        await looks.check_database()
         assert looks._server_status[""] == status
         assert READY._value.get() == (status == SERVING)
 
@@ -123,6 +123,6 @@ async def test_a_health_port_that_is_taken_is_named(server: Server, sqlite_url: 
     """The message says which setting it was."""
     taken = Settings(database_url=sqlite_url, listen=FREE, health_listen=server.health_address)
     second = Server(taken)
-    with pytest.raises(OSError, match="ROSTER_HEALTH_LISTEN names another address"):
+    with pytest.raises(OSError, match="ROSTER_HEALTH_LISTEN sets the address"):
         await second.start()
     await second.database.close()

@@ -216,7 +216,7 @@ async def test_one_failed_look_is_not_told(sqlite_url: str) -> None:
             (True, SERVING),
         ]:
             database.is_away = is_away
-            await health.look()
+            await health.check_database()
             assert await statuses(channel) == dict.fromkeys(["", *SERVICES], expected)
     await server.stop(grace=None)
     await database.close()

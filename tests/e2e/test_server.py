@@ -25,7 +25,7 @@ async def test_refuses_a_port_that_is_taken(server: Server) -> None:
     """A second server on the same port says so instead of sharing it in silence."""
     second = Server(Settings(database_url=server.settings.database_url, listen=server.address))
 
-    with pytest.raises(OSError, match="is another server there already"):
+    with pytest.raises(OSError, match="is another server listening there"):
         await second.start()
     await second.database.close()
 
@@ -36,7 +36,7 @@ async def test_refuses_a_unix_socket_that_is_taken(sqlite_url: str, tmp_path: Pa
     first, second = Server(settings), Server(settings)
     await first.start()
 
-    with pytest.raises(OSError, match="another server is there already"):
+    with pytest.raises(OSError, match="another server is listening there"):
         await second.start()
     await second.database.close()
     await first.stop()
