@@ -12,8 +12,8 @@ from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
 from service.settings import Settings
-from tests.command import Roster
 from tests.postgres import Postgres
+from tests.support.command import Roster
 from tests.wire import Wire
 
 
