@@ -20,6 +20,7 @@ from service.server import Server
 from service.settings import Settings
 from tests.rows import add_posts, add_users
 from tests.support.command import Roster, ended
+from tests.support.server import serve
 
 NOON = datetime(2024, 1, 31, 12, tzinfo=UTC)
 AWKWARD = [
@@ -56,10 +57,8 @@ async def fill(database: Database) -> None:
 @asynccontextmanager
 async def serving(url: str, folder: Path) -> AsyncIterator[Roster]:
     """Yield the command, as a client of a server on a database."""
-    server = Server(Settings(database_url=url, listen="127.0.0.1:0"))
-    await server.start()
-    yield Roster(folder, server.address)
-    await server.stop(grace=0)
+    async with serve(url) as server:
+        yield Roster(folder, server.address)
 
 
 async def moved(source: Roster, target: Roster, names: list[str]) -> None:
