@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install run migrate lint format test tools lock reference contract clean bench-bulk bench-read \
+.PHONY: help install run migrate lint format check test tools lock reference contract clean bench-bulk bench-read \
 	bench-workers test-crash test-hostile test-timing test-go audit sbom
 
 VENV := .venv
@@ -10,6 +10,10 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUILD_INPUTS := pyproject.toml hatch_build.py $(wildcard protos/*/*/*.proto)
 NODE := tests/e2e/node
+# What `make check` runs besides lint: the unit tests, and at least one file of each layer above them.
+CHECKED := tests/unit $(addprefix tests/integration/test_,user_repository.py post_repository.py repository.py \
+	requests.py bulk_repository.py) \
+	$(addprefix tests/e2e/test_,users.py posts.py lists.py bulk_create.py bulk_update.py bad_input.py)
 GRPCURL := v1.9.4
 LOCK := uv pip compile pyproject.toml --quiet $(if $(UPGRADE),--upgrade) --universal \
 	--generate-hashes --no-header --no-emit-index-url --no-emit-find-links
@@ -39,7 +43,10 @@ format: $(VENV)/development ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-test: lint tools ## Run all checks and tests, on SQLite and on a temporary PostgreSQL
+check: lint ## Check format, style, types, the unit tests and a part of the others on SQLite, in a minute
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -k 'not postgresql' $(CHECKED)
+
+test: lint tools ## Run all tests, on SQLite and on a PostgreSQL server of their own; takes ten minutes
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-crash: $(VENV)/development ## Test loads through crashes for 10 minutes; SECONDS=3600 for an hour

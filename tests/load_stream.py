@@ -1,6 +1,8 @@
-"""A named load of users, as a client holds it: one stream, message by message."""
+"""Bulk streams that create users, message by message."""
 
 from typing import Any, Self
+
+from google.rpc.error_details_pb2 import ErrorInfo
 
 from roster.v1.bulk_pb2 import BulkAck, BulkOpened, BulkOptions, BulkSummary, BulkWriteResponse
 from roster.v1.resources_pb2 import User
@@ -16,8 +18,15 @@ def named(*names: str, **fields: Any) -> list[User]:
     return [User(email=f"{name}@example.org", **fields) for name in names]
 
 
+def gap(ack: BulkAck) -> tuple[int, str, str]:
+    """Return code, reason and expected offset of an ack's error."""
+    info = ErrorInfo()
+    ack.error.details[0].Unpack(info)
+    return ack.error.code, info.reason, info.metadata["expected_offset"]
+
+
 class LoadStream:
-    """An open stream of a load; `opened` is what it was told first."""
+    """A bulk stream; `opened` is the server's first message, if `open` made the stream."""
 
     opened: BulkOpened
 
@@ -36,6 +45,10 @@ class LoadStream:
         """Send a message."""
         await self.call.write(BulkCreateUsersRequest(**fields))
 
+    async def send(self, *names: str, **fields: Any) -> None:
+        """Send rows."""
+        await self.write(users=named(*names), **fields)
+
     async def answer(self) -> BulkWriteResponse:
         """Return the next event; raises AioRpcError."""
         event = await self.call.read()
@@ -44,7 +57,7 @@ class LoadStream:
 
     async def acknowledged(self, *names: str, **fields: Any) -> BulkAck:
         """Send rows and return their ack."""
-        await self.write(users=named(*names), **fields)
+        await self.send(*names, **fields)
         event = await self.answer()
         assert event.HasField("ack")
         return event.ack
@@ -67,7 +80,7 @@ class LoadStream:
 
     async def refused(self, *names: str, **fields: Any) -> Refusal:
         """Send rows that end the stream, and return why."""
-        await self.write(users=named(*names), **fields)
+        await self.send(*names, **fields)
         return await refusal(self.answer())
 
 

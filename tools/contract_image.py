@@ -1,7 +1,7 @@
-"""The contract as one descriptor image, the form in which buf reads it.
+"""Compile the protos into one descriptor image, the input format of buf.
 
-buf by itself can't find google/rpc; protoc finds it in the wheel of googleapis-common-protos.
-`python -m tools.contract_image protos/released.binpb` keeps the contract as the released one.
+buf alone does not find google/rpc; protoc finds it in the wheel of googleapis-common-protos.
+`make contract` runs `python -m tools.contract_image protos/released.binpb` at a release.
 """
 
 import argparse
@@ -17,9 +17,9 @@ GOOGLEAPIS = Path(status_pb2.__file__).parents[2]
 
 
 def write_image(out: Path, protos: Path = PROTOS, *, comments: bool = False) -> Path:
-    """Compile every proto under `protos` and what it imports into `out`, where wanted with the comments.
+    """Compile every proto under `protos`, and its imports, into `out`; `comments` are optional.
 
-    Raises CalledProcessError; protoc's messages are on standard error.
+    Raises CalledProcessError; protoc prints its messages on standard error.
     """
     sources = sorted(path.resolve() for path in protos.rglob("*.proto"))
     subprocess.run(
@@ -35,7 +35,7 @@ def write_image(out: Path, protos: Path = PROTOS, *, comments: bool = False) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the contract as an image, without comments.")
+    parser = argparse.ArgumentParser(description="Compile the protos into an image without comments.")
     parser.add_argument("out", type=Path)
     write_image(parser.parse_args().out)
 

@@ -1,6 +1,6 @@
-"""The contract as a page: what its files say, with their comments.
+"""Write the API reference, a Markdown page, from the protos and their comments.
 
-`python -m tools.contract_reference docs/reference.md` writes it anew.
+`make reference` runs `python -m tools.contract_reference docs/reference.md`.
 """
 
 import argparse
@@ -26,20 +26,20 @@ HEAD = (
     "# Reference\n\nGenerated from the [protos](../protos/roster/v1) by `make reference`. "
     "[The API](api.md) describes how to explore and call it.\n"
 )
-# The numbers of the fields of descriptors, by which comments are found.
+# Field numbers of descriptor messages; the path of a comment consists of them.
 MESSAGES, SERVICES, SYNTAX = 4, 6, 12
 FIELDS, NESTED_ENUMS, ONEOFS, METHODS, VALUES = 2, 4, 8, 2, 2
 
 
 class Reference:
-    """One file of the contract as a part of the page."""
+    """The section of the page about one proto file."""
 
     def __init__(self, file: FileDescriptorProto) -> None:
         self.file = file
         self._comments = {tuple(each.path): each.leading_comments for each in file.source_code_info.location}
 
     def lines(self) -> Iterator[str]:
-        """The file's own comment, its services, its messages."""
+        """Yield the comment of the file, then its services and its messages."""
         yield f"\n## {Path(self.file.name).name}\n"
         yield from self._text(SYNTAX)
         for number, service in enumerate(self.file.service):
@@ -56,12 +56,13 @@ class Reference:
         yield f"\n### {message.name}\n"
         yield from self._text(MESSAGES, number)
         for position, oneof in enumerate(message.oneof_decl):
-            if told := self._sentence(MESSAGES, number, ONEOFS, position):  # protobuf's own have none
-                yield f"\nExactly one field of `{oneof.name}` is set: {told}"
+            # Those that protoc makes for optional fields have no comment.
+            if comment := self._sentence(MESSAGES, number, ONEOFS, position):
+                yield f"\nExactly one field of `{oneof.name}` is set: {comment}"
         yield "\n| | field | type | |\n|---|---|---|---|"
         for position, field in enumerate(message.field):
-            told = self._sentence(MESSAGES, number, FIELDS, position)
-            yield f"| {field.number} | `{field.name}` | {kind(field)} | {told} |"
+            comment = self._sentence(MESSAGES, number, FIELDS, position)
+            yield f"| {field.number} | `{field.name}` | {kind(field)} | {comment} |"
         for position, enum in enumerate(message.enum_type):
             yield from self._enum(message, enum, MESSAGES, number, NESTED_ENUMS, position)
 
@@ -73,7 +74,7 @@ class Reference:
             yield f"| {value.number} | `{value.name}` | {self._sentence(*path, VALUES, position)} |"
 
     def _text(self, *path: int) -> Iterator[str]:
-        """A comment; its indented lines, which are tables and examples, are kept as they are."""
+        """Yield the lines of a comment; indented lines, which are tables and examples, become code blocks."""
         lines = [line.removeprefix(" ") for line in self._comments.get(path, "").splitlines()]
         inside = False
         for line, following in zip(lines, [*lines[1:], ""], strict=False):
@@ -86,19 +87,19 @@ class Reference:
             yield "```"
 
     def _sentence(self, *path: int) -> str:
-        """A comment as one cell of a table."""
+        """Return a comment as one cell of a table."""
         return re.sub(r"\s+", " ", self._comments.get(path, "")).strip().replace("|", "\\|")
 
 
 def signature(method: MethodDescriptorProto) -> str:
-    """What an RPC takes and answers, as links."""
+    """Return the request and response types of an RPC, as links."""
     sides = [(method.client_streaming, method.input_type), (method.server_streaming, method.output_type)]
     takes, answers = (("stream of " if streams else "") + link(name) for streams, name in sides)
     return f"Takes {takes}, answers {answers}."
 
 
 def kind(field: FieldDescriptorProto) -> str:
-    """The type of a field, as a link where it is one of the contract's."""
+    """Return the type of a field, as a link if the contract defines it."""
     name = (
         link(field.type_name) if field.type_name else FieldDescriptorProto.Type.Name(field.type)[5:].lower()
     )
@@ -108,7 +109,7 @@ def kind(field: FieldDescriptorProto) -> str:
 
 
 def link(name: str) -> str:
-    """A type's name, which leads to its section; one of protobuf's own is just named."""
+    """Return a link to the section of a type, or just the name of a type of protobuf itself."""
     if not name.startswith(PACKAGE):
         return f"`{name.removeprefix('.')}`"
     short = name.removeprefix(PACKAGE)
@@ -116,18 +117,18 @@ def link(name: str) -> str:
 
 
 def page(protos: Path = PROTOS) -> str:
-    """The whole page, for the protos as they are now."""
+    """Return the page for the current protos."""
     with TemporaryDirectory() as folder:
         image = write_image(Path(folder) / "contract.binpb", protos, comments=True)
         found = {file.name: file for file in FileDescriptorSet.FromString(image.read_bytes()).file}
     files = sorted(str(path.relative_to(protos)) for path in protos.rglob("*.proto"))
-    files.sort(key=lambda name: "resources" not in name)  # they come first: the others speak of them
+    files.sort(key=lambda name: "resources" not in name)  # first, since the others refer to them
     parts = ["\n".join(Reference(found[name]).lines()) for name in files]
     return re.sub(r"\n{3,}", "\n\n", "\n".join([HEAD, *parts, ""]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the contract as a page.")
+    parser = argparse.ArgumentParser(description="Write the API reference from the protos.")
     parser.add_argument("out", type=Path)
     parser.parse_args().out.write_text(page())
 

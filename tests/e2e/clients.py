@@ -21,7 +21,7 @@ from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2
 from google.rpc.status_pb2 import Status
 
-from tests.e2e.command import Ended, run
+from tests.support.command import Ended, run
 from tests.wire import RPCS
 
 CHECKOUT = Path(__file__).parents[2]

@@ -11,19 +11,17 @@ import pytest
 from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
-from service.settings import Settings
-from tests.command import Roster
 from tests.postgres import Postgres
+from tests.support.command import Roster
+from tests.support.server import serve
 from tests.wire import Wire
 
 
 @pytest.fixture
 async def server(database_url: str) -> AsyncIterator[Server]:
     """A server of the test's own."""
-    server = Server(Settings(database_url=database_url, listen="127.0.0.1:0"))
-    await server.start()
-    yield server
-    await server.stop(grace=0)
+    async with serve(database_url) as server:
+        yield server
 
 
 @pytest.fixture
@@ -65,7 +63,5 @@ async def wire(
             url = f"sqlite:///{shutil.copy(sqlite_template, tmp_path_factory.mktemp('wire'))}"
         else:
             url = await stack.enter_async_context(postgres.database(postgresql_template))
-        server = Server(Settings(database_url=url, listen="127.0.0.1:0"))
-        await server.start()
-        stack.push_async_callback(server.stop, grace=0)
+        server = await stack.enter_async_context(serve(url))
         yield Wire(stack.enter_context(grpc.insecure_channel(server.address)))

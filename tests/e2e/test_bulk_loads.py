@@ -8,7 +8,6 @@ import grpc
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.rpc.code_pb2 import OUT_OF_RANGE
-from google.rpc.error_details_pb2 import ErrorInfo
 from sqlalchemy import text
 
 from roster.v1.bulk_pb2 import (
@@ -36,7 +35,7 @@ from roster.v1.users_pb2_grpc import UserServiceStub
 from service.loads.repository import expire_loads
 from service.server import Server
 from tests.errors import refusal
-from tests.load_stream import LOAD_ID, LoadStream, named, refused_to_open
+from tests.load_stream import LOAD_ID, LoadStream, gap, named, refused_to_open
 from tests.rival import until
 
 # What a transaction that has written its rows, and waits for its turn to commit, looks like.
@@ -68,13 +67,6 @@ async def emails(users: UserServiceStub) -> list[str]:
 async def state(loads: BulkServiceStub) -> str:
     load = await loads.GetBulkLoad(GetBulkLoadRequest(load_id=LOAD_ID))
     return BulkLoad.State.Name(load.state)
-
-
-def gap(ack: BulkAck) -> tuple[int, str, str]:
-    """Return code, reason and expected offset of an ack's error."""
-    info = ErrorInfo()
-    ack.error.details[0].Unpack(info)
-    return ack.error.code, info.reason, info.metadata["expected_offset"]
 
 
 def rows(acks: list[BulkAck]) -> tuple[list[int], list[RowFailure], list[int]]:

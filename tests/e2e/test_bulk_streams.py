@@ -4,15 +4,13 @@ import asyncio
 import gc
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any
 
 import grpc
 import pytest
 from google.rpc.code_pb2 import INVALID_ARGUMENT, OUT_OF_RANGE
-from google.rpc.error_details_pb2 import ErrorInfo
 from sqlalchemy import func, select
 
-from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkOptions, BulkSummary, BulkWriteResponse
+from roster.v1.bulk_pb2 import BulkLoad, BulkOptions, BulkSummary, BulkWriteResponse
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, GetUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
@@ -24,42 +22,16 @@ from service.server import Server
 from service.users.model import User as UserRow
 from service.users.servicer import CREATE_USERS
 from tests.errors import refusal
+from tests.load_stream import LoadStream, gap, named
 
-# Messages that a stream may have read and not yet answered: three batches, and one that waits for room.
-IN_HAND = 4
-
-
-def named(*names: str) -> list[User]:
-    """Return rows that can be created."""
-    return [User(email=f"{name}@example.org") for name in names]
-
-
-class Stream:
-    """A bulk stream that creates users, message by message."""
-
-    def __init__(self, users: UserServiceStub) -> None:
-        self.call = users.BulkCreateUsers()
-
-    async def send(self, *names: str, **fields: Any) -> None:
-        """Send rows."""
-        await self.call.write(BulkCreateUsersRequest(users=named(*names), **fields))
-
-    async def answer(self) -> BulkWriteResponse:
-        """Return the next event; raises AioRpcError."""
-        event = await self.call.read()
-        assert isinstance(event, BulkWriteResponse)
-        return event
-
-    async def acknowledged(self, *names: str, **fields: Any) -> BulkAck:
-        """Send rows and return their ack."""
-        await self.send(*names, **fields)
-        return (await self.answer()).ack
+# Messages that a stream may have read and not yet answered.
+IN_HAND = 3
 
 
 @pytest.fixture
-async def stream(users: UserServiceStub) -> Stream:
+async def stream(users: UserServiceStub) -> LoadStream:
     """A stream that is open."""
-    stream = Stream(users)
+    stream = LoadStream(users)
     await stream.send()
     await stream.answer()
     return stream
@@ -76,13 +48,6 @@ async def stored(server: Server) -> int:
         return await session.scalar(select(func.count()).select_from(UserRow)) or 0
 
 
-def gap(ack: BulkAck) -> tuple[int, str, str]:
-    """Return code, reason and expected offset of an ack's error."""
-    info = ErrorInfo()
-    ack.error.details[0].Unpack(info)
-    return ack.error.code, info.reason, info.metadata["expected_offset"]
-
-
 async def test_opens_with_the_limits(users: UserServiceStub) -> None:
     """The first event says where to begin and how large a message may be."""
     opened, *_ = await answered(users, BulkCreateUsersRequest(finish=True))
@@ -93,7 +58,7 @@ async def test_opens_with_the_limits(users: UserServiceStub) -> None:
 
 async def test_opens_before_any_row_is_sent(users: UserServiceStub) -> None:
     """Options alone are answered at once: the client may wait for it."""
-    stream = Stream(users)
+    stream = LoadStream(users)
     await stream.send(options=BulkOptions())
 
     assert (await stream.answer()).HasField("opened")
@@ -128,14 +93,14 @@ async def test_counts_each_row_once(users: UserServiceStub) -> None:
     assert last.summary == BulkSummary(next_offset=5, created=3, skipped=1, failed=1, state=BulkLoad.FINISHED)
 
 
-async def test_takes_explicit_offsets(stream: Stream) -> None:
+async def test_takes_explicit_offsets(stream: LoadStream) -> None:
     """A client may number its rows itself."""
     await stream.acknowledged("a", "b", offset=0)
 
     assert (await stream.acknowledged("c", offset=2)).next_offset == 3
 
 
-async def test_refuses_a_gap_and_stays_open(stream: Stream) -> None:
+async def test_refuses_a_gap_and_stays_open(stream: LoadStream) -> None:
     """Rows ahead of the watermark aren't written; the stream says where to go on, and does."""
     await stream.acknowledged("a")
 
@@ -147,7 +112,7 @@ async def test_refuses_a_gap_and_stays_open(stream: Stream) -> None:
     assert (back.next_offset, back.created) == (2, 1)
 
 
-async def test_refuses_rows_below_the_watermark(server: Server, stream: Stream) -> None:
+async def test_refuses_rows_below_the_watermark(server: Server, stream: LoadStream) -> None:
     """Without load_id outcomes aren't kept, so rows sent again can't be answered; nor are they written."""
     await stream.acknowledged("a", "b")
 
@@ -159,7 +124,7 @@ async def test_refuses_rows_below_the_watermark(server: Server, stream: Stream) 
     assert (await stream.acknowledged("c", offset=2)).next_offset == 3
 
 
-async def test_what_was_sent_behind_a_refused_message_is_a_gap(server: Server, stream: Stream) -> None:
+async def test_what_was_sent_behind_a_refused_message_is_a_gap(server: Server, stream: LoadStream) -> None:
     """Messages without an offset follow the one before, written or not, until the client goes back."""
     await stream.acknowledged("a")
     await stream.send("b", offset=2)
@@ -180,7 +145,7 @@ async def test_what_was_sent_behind_a_refused_message_is_a_gap(server: Server, s
     assert await stored(server) == 3
 
 
-async def test_takes_5000_rows_and_no_more(stream: Stream) -> None:
+async def test_takes_5000_rows_and_no_more(stream: LoadStream) -> None:
     """One row more is told, and the stream stays open at the same place."""
     names = [f"user{number}" for number in range(MAX_ROWS + 1)]
 
@@ -191,7 +156,7 @@ async def test_takes_5000_rows_and_no_more(stream: Stream) -> None:
     assert (written.created, written.next_offset) == (MAX_ROWS, MAX_ROWS)
 
 
-async def test_takes_4_mib_and_no_more(stream: Stream) -> None:
+async def test_takes_4_mib_and_no_more(stream: LoadStream) -> None:
     """The limit is the size of the message on the wire, to the byte."""
     largest = BulkCreateUsersRequest(users=[*named("a"), User(full_name="")])
     largest.users[1].full_name = "x" * (MAX_BYTES - largest.ByteSize() - 6)
@@ -219,7 +184,7 @@ async def test_a_half_close_is_no_success(users: UserServiceStub, server: Server
 
 
 async def test_finish_behind_rows_that_were_not_written_completes_nothing(
-    server: Server, stream: Stream
+    server: Server, stream: LoadStream
 ) -> None:
     """A load with a gap isn't complete: the stream stays open for the rows that are missing."""
     ahead = await stream.acknowledged("b", offset=1, finish=True)
@@ -239,7 +204,7 @@ async def test_refuses_a_stream_without_messages(users: UserServiceStub) -> None
     assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_OPTIONS")
 
 
-async def test_refuses_options_after_the_first_message(server: Server, stream: Stream) -> None:
+async def test_refuses_options_after_the_first_message(server: Server, stream: LoadStream) -> None:
     """The stream ends, and what was acknowledged stays."""
     await stream.acknowledged("a")
     await stream.send("b", options=BulkOptions())
@@ -252,7 +217,7 @@ async def test_refuses_options_after_the_first_message(server: Server, stream: S
 
 async def test_too_many_failures_end_the_stream(server: Server, users: UserServiceStub) -> None:
     """A summary comes first; what was acknowledged stays."""
-    stream = Stream(users)
+    stream = LoadStream(users)
     await stream.send("a", "a", "b", options=BulkOptions(max_failures=1))
     await stream.send("a", "c")
 

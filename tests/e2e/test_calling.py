@@ -12,7 +12,7 @@ import pytest
 from google.rpc import error_details_pb2
 
 from tests.e2e.clients import CHECKOUT, NODE, installed
-from tests.e2e.command import Ended, run, serving
+from tests.support.command import Ended, run, serving
 
 PAGE = (CHECKOUT / "docs/calling.md").read_text()
 GO = Path(__file__).with_name("go")

@@ -10,7 +10,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from tests.authority import DAY, Authority
-from tests.e2e.command import ROSTER, Ended, run
+from tests.support.command import ROSTER, Ended, run
 
 
 async def doctor(folder: Path, **environment: Any) -> Ended:

@@ -18,8 +18,9 @@ import pytest
 from service.db.engine import Database
 from service.server import Server
 from service.settings import Settings
-from tests.command import Roster, ended
 from tests.rows import add_posts, add_users
+from tests.support.command import Roster, ended
+from tests.support.server import serve
 
 NOON = datetime(2024, 1, 31, 12, tzinfo=UTC)
 AWKWARD = [
@@ -55,11 +56,9 @@ async def fill(database: Database) -> None:
 
 @asynccontextmanager
 async def serving(url: str, folder: Path) -> AsyncIterator[Roster]:
-    """Run a server on a database, and yield the command as its client."""
-    server = Server(Settings(database_url=url, listen="127.0.0.1:0"))
-    await server.start()
-    yield Roster(folder, server.address)
-    await server.stop(grace=0)
+    """Yield the command, as a client of a server on a database."""
+    async with serve(url) as server:
+        yield Roster(folder, server.address)
 
 
 async def move(source: Roster, target: Roster, names: list[str]) -> None:

@@ -16,6 +16,7 @@ from service.metrics import READY
 from service.server import Server
 from service.settings import Settings
 from tests.errors import refusal
+from tests.support.server import serve
 
 FREE = "127.0.0.1:0"
 SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
@@ -24,10 +25,8 @@ SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERV
 @pytest.fixture
 async def server(sqlite_url: str) -> AsyncIterator[Server]:
     """A server with a port for probes."""
-    server = Server(Settings(database_url=sqlite_url, listen=FREE, health_listen=FREE))
-    await server.start()
-    yield server
-    await server.stop(grace=0)
+    async with serve(sqlite_url, health_listen=FREE) as server:
+        yield server
 
 
 @pytest.fixture

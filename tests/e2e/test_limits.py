@@ -16,9 +16,9 @@ from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, ExportUsersRequest, GetUserRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
-from service.settings import Settings
 from service.users.reader import UserReader
 from tests.errors import refusal
+from tests.support.server import serve
 
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 TIMEOUT_SECONDS = 20
@@ -33,10 +33,8 @@ def limits(request: pytest.FixtureRequest) -> dict[str, Any]:
 @pytest.fixture
 async def server(sqlite_url: str, limits: dict[str, Any]) -> AsyncIterator[Server]:
     """A server with small limits."""
-    server = Server(Settings(database_url=sqlite_url, listen="127.0.0.1:0", **limits))
-    await server.start()
-    yield server
-    await server.stop(grace=0)
+    async with serve(sqlite_url, **limits) as server:
+        yield server
 
 
 @pytest.fixture

@@ -42,20 +42,10 @@ async def server(database_url: str) -> AsyncIterator[Server]:
     """A server that tells its metrics, with one connection for calls and room for one password."""
     for level in (metrics.POOL_SIZE, metrics.POOL_IN_USE):
         level.clear()  # of databases that other tests have left to the garbage collector
-    server = Server(
-        Settings(
-            database_url=database_url,
-            listen=FREE,
-            metrics_listen=FREE,
-            pool_size=1,
-            max_overflow=0,
-            pool_timeout=0.5,
-            password_queue=1,
-        )
-    )
-    await server.start()
-    yield server
-    await server.stop(grace=0)
+    async with serve(
+        database_url, metrics_listen=FREE, pool_size=1, max_overflow=0, pool_timeout=0.5, password_queue=1
+    ) as server:
+        yield server
 
 
 async def test_calls_are_counted_by_method_and_code(server: Server, users: UserServiceStub) -> None:

@@ -15,11 +15,10 @@ import pytest
 from service.server import Server
 from service.settings import Settings
 from tests.authority import Authority
-from tests.command import ended
 from tests.e2e.clients import CHECKOUT
-from tests.e2e.command import ROSTER, Ended, run, serving
 from tests.e2e.secured import Secured, secured
 from tests.e2e.test_readme import PATH
+from tests.support.command import ROSTER, Ended, ended, run, serving
 
 PAGE = CHECKOUT / "docs/security.md"
 POLICY = '[identities]\n"jwt:ada" = ["admin"]\n'
@@ -146,7 +145,7 @@ async def command(server: Secured, *words: str, **environment: str) -> Ended:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    return await ended(process)  # type: ignore[return-value]
+    return await ended(process)
 
 
 async def test_clients_take_files_from_options_or_the_environment(served: Secured) -> None:

@@ -33,6 +33,7 @@ from service.interceptors import tracing
 from service.server import Server
 from service.settings import Settings
 from tests.errors import refusal
+from tests.support.server import serve
 
 TRACE_ID, PARENT_ID = 0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331
 CALLER = [("traceparent", f"00-{TRACE_ID:032x}-{PARENT_ID:016x}-01")]
@@ -53,10 +54,8 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
 @pytest.fixture
 async def server(exporter: InMemorySpanExporter, database_url: str) -> AsyncIterator[Server]:
     """A server that makes traces."""
-    server = Server(Settings(database_url=database_url, listen="127.0.0.1:0"))
-    await server.start()
-    yield server
-    await server.stop(grace=0)
+    async with serve(database_url) as server:
+        yield server
 
 
 async def spans(exporter: InMemorySpanExporter) -> list[ReadableSpan]:

@@ -43,8 +43,8 @@ from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db.bulk.sqlite import ROWS_AT_ONCE
 from service.db.driver import DriverQuery
 from service.server import Server
-from service.settings import Settings
 from tests.rows import add_posts, add_users
+from tests.support.server import serve
 
 # Beside calls a server asks whether the database is there, and forgets old requests.
 NOT_COUNTED = ("BEGIN", "SAVEPOINT", "RELEASE", "SELECT 1", "DELETE FROM requests")
@@ -64,10 +64,8 @@ class Api:
 @pytest.fixture
 async def server(database_url: str) -> AsyncIterator[Server]:
     """A server of the test's own."""
-    server = Server(Settings(database_url=database_url, listen="127.0.0.1:0"))
-    await server.start()
-    yield server
-    await server.stop(grace=0)
+    async with serve(database_url) as server:
+        yield server
 
 
 @pytest.fixture(params=[1, 1000])

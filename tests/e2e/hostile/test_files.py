@@ -17,8 +17,8 @@ from roster.v1.users_pb2 import CreateUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
 from service.settings import Settings
-from tests.e2e.command import ROSTER, Ended, run, serving, waiting_to_serve
 from tests.e2e.hostile.support import Victim, victim
+from tests.support.command import ROSTER, Ended, run, serving, waiting_to_serve
 
 OTHER_USER = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")

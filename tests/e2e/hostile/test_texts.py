@@ -25,11 +25,11 @@ from service.loads.model import Load
 from service.loads.repository import LoadRepository
 from service.server import Server
 from tests.e2e.clients import Grpcurl
-from tests.e2e.command import ROSTER, run
 from tests.e2e.hostile.support import victim
 from tests.errors import refusal
 from tests.log_lines import parse
 from tests.raw_http2 import framed, http2
+from tests.support.command import ROSTER, run
 
 SECRET = b"s3cr3t-value"
 GET_USER = "/roster.v1.UserService/GetUser"
