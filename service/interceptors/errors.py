@@ -8,35 +8,38 @@ import grpc
 from google.rpc.status_pb2 import Status
 
 from service.errors import RosterError
-from service.interceptors.chain import Around, Context, Proceed
+from service.interceptors.chain import Context, Proceed, Rpc
 from service.status import CODES, status_from_error
 
 log = logging.getLogger(__name__)
 
 
-class Errors(Around):
-    """The outermost interceptor: a caller gets a status with details, or an opaque INTERNAL."""
+def answer_errors(rpc: Rpc, proceed: Proceed) -> Proceed:
+    """Turn exceptions into statuses; the log has those that are faults of the server."""
 
-    async def around(self, method: str, proceed: Proceed, request: Any, context: Context) -> Any:
+    async def answer(request: Any, context: Context) -> Any:
         try:
             return await proceed(request, context)
         except RosterError as error:
             status = status_from_error(error)
-        except grpc.aio.AbortError:  # health's own answer
+        except grpc.aio.AbortError:  # the health service aborts by itself
             raise
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            # Nobody cancelled this call. Without a status the caller would wait for its deadline.
-            log.exception("%s was cut off by a cancellation inside", method)
+            # Nobody cancelled this call: grpc.aio would send no status, and the caller would wait for its
+            # deadline (grpc#29248).
+            log.exception("%s was cut off by a cancellation inside", rpc.path)
             status = _opaque()
         except Exception:
-            log.exception("%s failed", method)
+            log.exception("%s failed", rpc.path)
             status = _opaque()
-        # Not inside `except`: the context keeps what `abort` raises, that would keep the error, and its
-        # traceback the request, until the garbage collector finds the circle.
+        # Not inside `except`: the context keeps the exception that `abort` raises. That would keep the error,
+        # and its traceback the request, until the garbage collector finds the cycle.
         return await _abort(context, status)
+
+    return answer
 
 
 async def _abort(context: Context, status: Status) -> NoReturn:
