@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import service
@@ -53,7 +52,7 @@ def _work() -> float:
 
 def _slowness() -> float:
     """Return how many times as long as undisturbed the machine takes for its work now, at least 1."""
-    return max(1.0, median(_work() for _ in range(5)) / WORK_SECONDS)
+    return max(1.0, *(_work() / WORK_SECONDS for _ in range(3)))
 
 
 class _Collector:
