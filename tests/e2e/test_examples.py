@@ -9,8 +9,8 @@ import pytest
 
 from service.server import Server
 from tests.e2e.clients import CHECKOUT
-from tests.e2e.command import Ended, run
 from tests.rows import add_users
+from tests.support.command import Ended, run
 
 EXAMPLES = CHECKOUT / "examples"
 MAX_LINES = 60
