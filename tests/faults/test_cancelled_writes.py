@@ -17,7 +17,7 @@ async def write(database: Database, name: str) -> None:
         await session.scalars(insert(User).returning(User.id), rows)
 
 
-async def test_whoever_goes_away_leaves_no_lock(database: Database) -> None:
+async def test_cancelled_write_leaves_no_lock(database: Database) -> None:
     """Cancelled at any moment of its write, a call holds up none of those that come next."""
     for number in range(ROUNDS):
         turns = 1
