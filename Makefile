@@ -14,7 +14,7 @@ GRPCURL := v1.9.4
 LOCK := uv pip compile pyproject.toml --quiet $(if $(UPGRADE),--upgrade) --universal \
 	--generate-hashes --no-header --no-emit-index-url --no-emit-find-links
 
-# The first Python that will do; `make PYTHON=/path/to/python3 …` names another.
+# The first suitable Python; `make PYTHON=/path/to/python3 …` selects another one.
 SUITABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(firstword $(foreach python,python3 python3.14 python3.13 python3.12 python3.11,\
 	$(shell $(python) -c '$(SUITABLE)' 2>/dev/null && echo $(python))))
@@ -27,7 +27,7 @@ install: $(VENV)/installed ## Install the service into .venv
 run: install ## Install, then serve on 127.0.0.1:50051 with the data in roster.db
 	@exec $(BIN)/roster serve
 
-migrate: install ## Bring the database's schema to what this release needs
+migrate: install ## Upgrade the database schema to this release
 	@$(BIN)/roster migrate
 
 lint: $(VENV)/development ## Check format, style and types
@@ -35,57 +35,58 @@ lint: $(VENV)/development ## Check format, style and types
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-format: $(VENV)/development ## Format the code, and mend what ruff can mend
+format: $(VENV)/development ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-test: lint tools ## Check everything, on SQLite and on a PostgreSQL of its own
+test: lint tools ## Run all checks and tests, on SQLite and on a temporary PostgreSQL
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
-test-crash: $(VENV)/development ## Load through crashes for 10 minutes; SECONDS=3600 for an hour
+test-crash: $(VENV)/development ## Test loads through crashes for 10 minutes; SECONDS=3600 for an hour
 	SECONDS=$(or $(SECONDS),600) $(BIN)/python -m tests.faults.soak
 
-test-hostile: $(VENV)/development ## Attack a server for half an hour; SCALE=3 for attacks three times as large as in the tests
+test-hostile: $(VENV)/development ## Attack a server for half an hour; SCALE=3 for attacks three times as large as in `make test`
 	ROSTER_TEST_SCALE=$(or $(SCALE),10) $(BIN)/python -m pytest tests/e2e/hostile --timeout 1800
 
-test-timing: $(VENV)/development ## Check that VerifyPassword's time does not tell who exists; takes minutes
+test-timing: $(VENV)/development ## Check that response times of VerifyPassword do not reveal which users exist; takes minutes
 	$(BIN)/python -m pytest --capture=no tests/e2e/timing_of_passwords.py
 
-audit: $(VENV)/development ## Look the pinned dependencies up among known vulnerabilities; needs the network
+audit: $(VENV)/development ## Check the pinned dependencies for known vulnerabilities; needs the network
 	$(BIN)/pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock
 
-sbom: $(VENV)/development ## List the pinned dependencies, with their hashes, as CycloneDX in dist/roster.cdx.json
+sbom: $(VENV)/development ## Write the pinned dependencies with their hashes to dist/roster.cdx.json (CycloneDX)
 	@mkdir -p dist
 	$(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
 		--output-file dist/roster.cdx.json requirements.lock
-test-go: $(VENV)/development ## Try the Go example of docs/calling.md; needs Go, and a minute the first time
+
+test-go: $(VENV)/development ## Run the Go example of docs/calling.md; needs Go, and a minute the first time
 	ROSTER_TEST_GO=1 $(BIN)/python -m pytest tests/e2e/test_calling.py --timeout 600
 
-tools: .tools/grpcurl-$(GRPCURL) $(NODE)/node_modules/.package-lock.json ## Install the clients in other languages that tests use
+tools: .tools/grpcurl-$(GRPCURL) $(NODE)/node_modules/.package-lock.json ## Install grpcurl and the Node client, which some tests use
 
-lock: ## Pin the dependencies anew, the newest with UPGRADE=1; needs uv
+lock: ## Resolve and pin the dependencies; UPGRADE=1 takes the newest versions; needs uv
 	@command -v uv >/dev/null || { echo 'make: uv is not on PATH: pip install uv' >&2; exit 1; }
 	$(LOCK) --group build --output-file requirements.lock
 	$(LOCK) --group build --extra tracing --constraint requirements.lock --output-file deploy/requirements.lock
 	$(LOCK) --group dev --all-extras --constraint requirements.lock --output-file requirements-dev.lock
 
-reference: $(VENV)/development ## Write docs/reference.md from the protos
-	$(BIN)/python -m tests.contract_reference docs/reference.md
+reference: $(VENV)/development ## Generate docs/reference.md from the protos
+	$(BIN)/python -m tools.contract_reference docs/reference.md
 
-contract: $(VENV)/development ## Take the protos as released: later ones are compared with them
-	$(BIN)/python -m tests.contract_image
+contract: $(VENV)/development ## Record the protos as released; later versions are compared with them
+	$(BIN)/python -m tools.contract_image protos/released.binpb
 
-clean: ## Remove what was installed, generated and cached; data stays
+clean: ## Remove installed, generated and cached files; data is kept
 	rm -rf $(VENV) .tools dist $(NODE)/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find protos \( -name '*_pb2*' -o -name __init__.py -o -name py.typed \) -delete
-	find alembic hatch_build.py protos service tests -name __pycache__ -prune -exec rm -rf {} +
+	find alembic hatch_build.py protos service tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	@$(or $(PYTHON),false) -c '$(SUITABLE)' 2>/dev/null || { \
-		echo 'make: $(or $(PYTHON),no Python here) will not do: Roster needs Python 3.11 or newer, with venv' \
-			'and ensurepip (on Debian: apt install python3-venv). Name one: make PYTHON=/path/to/python3 …' >&2; \
+		echo 'make: $(or $(PYTHON),no Python found) is not suitable: Roster needs Python 3.11 or newer, with venv' \
+			'and ensurepip (on Debian: apt install python3-venv). Select one: make PYTHON=/path/to/python3 …' >&2; \
 		exit 1; }
-	@echo 'Installing into $(VENV); the first time takes a minute.'
+	@echo 'Installing into $(VENV); this takes a minute the first time.'
 	$(PYTHON) -m venv --clear $(VENV)
 
 $(VENV)/installed: requirements.lock $(BUILD_INPUTS) | $(BIN)/python
@@ -100,18 +101,18 @@ $(VENV)/development: $(VENV)/installed requirements-dev.lock
 .tools/grpcurl-$(GRPCURL):
 	@if command -v go >/dev/null; then \
 		GOBIN='$(CURDIR)/.tools/bin' go install github.com/fullstorydev/grpcurl/cmd/grpcurl@$(GRPCURL) && touch $@; \
-	else echo 'WARNING: no go on PATH: the tests with grpcurl can not run' >&2; fi
+	else echo 'WARNING: no go on PATH: tests that use grpcurl are skipped' >&2; fi
 
 $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json
 	@if command -v npm >/dev/null; then \
 		npm ci --prefix $(NODE) --ignore-scripts --no-audit --no-fund --loglevel=error; \
-	else echo 'WARNING: no npm on PATH: the tests with a Node client can not run' >&2; fi
+	else echo 'WARNING: no npm on PATH: tests that use the Node client are skipped' >&2; fi
 
-bench-bulk: $(VENV)/development ## Measure the bulk streams; OPTIONS='--only create --rounds 5' narrows it
+bench-bulk: $(VENV)/development ## Benchmark the bulk streams; OPTIONS='--only create --rounds 5' runs a part
 	$(BIN)/python -m bench.bulk $(OPTIONS)
 
-bench-read: $(VENV)/development ## Measure reads; OPTIONS='--only GetUser --rounds 5' narrows it
+bench-read: $(VENV)/development ## Benchmark reads; OPTIONS='--only GetUser --rounds 5' runs a part
 	$(BIN)/python -m bench.read $(OPTIONS)
 
-bench-workers: $(VENV)/development ## Measure several workers beside one; OPTIONS='--workers 4' for more
+bench-workers: $(VENV)/development ## Benchmark several workers against one; OPTIONS='--workers 4' for more workers
 	$(BIN)/python -m bench.workers $(OPTIONS)

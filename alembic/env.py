@@ -1,4 +1,4 @@
-"""Alembic runs this for each of its commands; `service/db/migrations.py` hands over the URL."""
+"""Configure Alembic, which runs this module for each command; `service/db/migrations.py` passes the URL."""
 
 import asyncio
 from typing import Any
@@ -10,14 +10,14 @@ from sqlalchemy.ext.asyncio import create_async_engine
 import service.db.requests
 import service.loads.model
 import service.posts.model
-import service.users.model  # noqa: F401  (a table is known once its module is imported)
+import service.users.model  # noqa: F401  (importing a module registers its tables)
 from service.db.base import Base, UtcDateTime
 from service.db.engine import connect
 from service.files import create_database
 from service.settings import Settings
 
-# A run waits for one under way (the number is arbitrary, and the same for all). From then on no statement
-# waits long for a table, as calls would queue behind it.
+# A second run waits for the first (the number of the lock is arbitrary, but all runs use the same one). After
+# that, no statement waits long for the lock on a table, because calls would queue up after it.
 OPENING = {
     "postgresql": ["SELECT pg_advisory_xact_lock(7238001)", "SET LOCAL lock_timeout = '5s'"],
     "sqlite": ["BEGIN IMMEDIATE"],
@@ -31,7 +31,7 @@ def numbered(migration: Any, revision: Any, directives: list[Any]) -> None:  # n
 
 
 def plain(kind: str, item: Any, _: Any) -> str | bool:
-    """Write our own type as what it is in SQL: a migration imports nothing of the service."""
+    """Render our own type as its SQL type, because migrations import nothing from the service."""
     return "sa.DateTime(timezone=True)" if kind == "type" and isinstance(item, UtcDateTime) else False
 
 
@@ -40,7 +40,7 @@ OPTIONS: dict[str, Any] = {
     "render_as_batch": True,
     "render_item": plain,
     "process_revision_directives": numbered,
-    # SQLite can undo DDL as well.
+    # SQLite can roll back DDL too.
     "transactional_ddl": True,
 }
 
@@ -54,7 +54,7 @@ def run(connection: Connection) -> None:
 
 
 async def run_online(url: str) -> None:
-    # Not the service's engine: on SQLite it enforces foreign keys, and replacing a table would cascade.
+    # Not the service's engine: on SQLite it enforces foreign keys, and to replace a table would delete rows.
     options = {"async_creator_fn": connect}
     if url.startswith("sqlite"):
         options = {}

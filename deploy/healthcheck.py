@@ -1,4 +1,4 @@
-"""Ends with 0 where the server in this container is ready for calls; Docker asks by this."""  # noqa: INP001
+"""Exit with 0 if the server in this container is ready for calls. Docker's health check runs this."""  # noqa: INP001
 
 import os
 import sys

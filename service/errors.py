@@ -1,4 +1,4 @@
-"""The domain errors. They know no transport; `interceptors/errors.py` has the table of statuses.
+"""Domain errors. They are independent of the transport; `status.py` maps each to a gRPC status.
 
 RosterError
 ├── InvalidArgument      InvalidField InvalidMask InvalidFilter InvalidOrder InvalidPageToken
@@ -23,16 +23,17 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One thing wrong with a request: the path of the field, and a sentence."""
+    """One invalid field of a request: its path, and a sentence."""
 
     field: str
     message: str
 
 
 class RosterError(Exception):
-    """What a caller is told: a reason to switch on, a sentence to read, facts to act on.
+    """Base class of the errors that callers see: a reason for programs, a message for people, and facts.
 
-    `field` is the path of the field at fault, "" where there is none. No message echoes a value.
+    `field` is the path of the invalid field, "" if there is none. Messages never contain values of the
+    request or of rows.
     """
 
     reason: str = "INTERNAL"
@@ -46,31 +47,30 @@ class RosterError(Exception):
 
     @property
     def violations(self) -> list[Violation]:
-        """The fields at fault."""
+        """The invalid fields."""
         return [Violation(self.field, self.message)] if self.field else []
 
 
 class InvalidArgument(RosterError):
-    """The request is wrong whatever the state of the system."""
+    """The request is invalid, whatever the state of the system."""
 
 
 class InvalidField(InvalidArgument):
-    """One or more fields have values that can't be accepted."""
+    """One or more fields have invalid values."""
 
     reason = "INVALID_FIELD"
-
-    @classmethod
-    def of(cls, violations: list[Violation]) -> "InvalidField":
-        """Return one error for several fields; its message is the first one's."""
-        error = cls(violations[0].message, field=violations[0].field)
-        error._violations = violations
-        return error
-
     _violations: list[Violation] | None = None
 
     @property
     def violations(self) -> list[Violation]:
         return self._violations or super().violations
+
+    @classmethod
+    def of(cls, violations: list[Violation]) -> "InvalidField":
+        """Return one error for several fields, with the message of the first."""
+        error = cls(violations[0].message, field=violations[0].field)
+        error._violations = violations
+        return error
 
 
 class InvalidMask(InvalidArgument):
@@ -102,7 +102,7 @@ class TooLarge(InvalidArgument):
 
 
 class NotFound(RosterError):
-    """The resource named does not exist."""
+    """The requested resource does not exist."""
 
 
 class UserNotFound(NotFound):
@@ -118,13 +118,13 @@ class LoadNotFound(NotFound):
 
 
 class ServiceNotFound(NotFound):
-    """Health was asked for a service that this server does not have."""
+    """A health check named a service that this server does not have."""
 
     reason = "SERVICE_NOT_FOUND"
 
 
 class AlreadyExists(RosterError):
-    """A unique key is taken; the fact `existing_id` says by which row, where it may be told."""
+    """A unique key is taken. The fact `existing_id` is the row that has it, if the caller may know."""
 
 
 class EmailTaken(AlreadyExists):
@@ -140,7 +140,7 @@ class RequestIdReused(AlreadyExists):
 
 
 class FailedPrecondition(RosterError):
-    """The state of the system forbids it; trying again changes nothing."""
+    """The state of the system forbids the request; retrying does not help."""
 
 
 class AuthorNotFound(FailedPrecondition):
@@ -168,7 +168,7 @@ class TooManyFailures(FailedPrecondition):
 
 
 class Aborted(RosterError):
-    """Somebody else was first; read again, then decide."""
+    """A concurrent change came first: read the resource again, then decide whether to retry."""
 
 
 class VersionMismatch(Aborted):
@@ -180,7 +180,7 @@ class LoadFenced(Aborted):
 
 
 class OutOfRange(RosterError):
-    """The position asked for is not reachable now."""
+    """The requested position does not exist yet."""
 
 
 class OffsetGap(OutOfRange):
@@ -188,7 +188,7 @@ class OffsetGap(OutOfRange):
 
 
 class ResourceExhausted(RosterError):
-    """The caller has taken all that one may; nothing was done, try again after `retry_after_seconds`."""
+    """The caller has used up its share. Nothing was done; retry after `retry_after_seconds`."""
 
     retry_after_seconds = 1.0
 
@@ -202,7 +202,7 @@ class QuotaExceeded(ResourceExhausted):
 
 
 class Unavailable(RosterError):
-    """Nothing was done; safe to try again after `retry_after_seconds`."""
+    """Nothing was done; it is safe to retry after `retry_after_seconds`."""
 
     retry_after_seconds = 1.0
 
@@ -221,45 +221,49 @@ class DatabaseUnavailable(Unavailable):
 
 class Draining(Unavailable):
     reason = "DRAINING"
-    retry_after_seconds = 0.1  # elsewhere; the address of this server may have another behind it
+    retry_after_seconds = 0.1  # on another server, which the same address may lead to
 
 
 class Refused(RosterError):
-    """A call that is not let in; `cause` is for the log, as it would tell a stranger what to try next."""
+    """A call without the necessary identity or role.
 
-    sentence = ""
+    The caller always gets the same message. The `cause` is for the log only: it would show an attacker what
+    to try next.
+    """
+
+    public_message = ""
     cause = ""
 
     @classmethod
     def because(cls, cause: str) -> Self:
-        """Return the error with what its caller is told, whatever the cause."""
-        error = cls(cls.sentence)
+        """Return the error with its public message, and the cause to log."""
+        error = cls(cls.public_message)
         error.cause = cause
         return error
 
 
 class Unauthenticated(Refused):
-    """Nobody knows who calls."""
+    """The caller could not be identified."""
 
     reason = "UNAUTHENTICATED"
-    sentence = "a valid token or client certificate is required"
+    public_message = "a valid token or client certificate is required"
 
 
 class PermissionDenied(Refused):
-    """The caller has no role that allows it."""
+    """The caller has no role that allows the call."""
 
     reason = "PERMISSION_DENIED"
-    sentence = "the caller has no role that allows this"
+    public_message = "the caller has no role that allows this"
 
 
 class StatementTimeout(RosterError):
-    """The database gave up on a statement that took too long."""
+    """A statement exceeded its time limit and was cancelled."""
 
     reason = "STATEMENT_TIMEOUT"
 
 
 class OutcomeUnknown(RosterError):
-    """The connection broke during a commit: the write is in, or it is not."""
+    """The connection broke during a commit: the write may or may not have been applied."""
 
     reason = "OUTCOME_UNKNOWN"
 
@@ -267,17 +271,20 @@ class OutcomeUnknown(RosterError):
 def error_of(
     reason: str, message: str, field: str = "", facts: dict[str, int | str] | None = None
 ) -> RosterError:
-    """Return an error that was stored, or sent, as its parts; raises KeyError for a reason not known here."""
-    return _kind(reason)(message, field=field, **(facts or {}))
+    """Return an error rebuilt from its stored or received parts; raises KeyError for an unknown reason."""
+    return _class_of(reason)(message, field=field, **(facts or {}))
 
 
+# Cached because a load's page of failures asks for each row. An unknown reason is looked up each time:
+# a subclass that knows it may be defined later, as the client's are.
 @cache
-def _kind(reason: str) -> type[RosterError]:
-    return _kinds(RosterError)[reason]
+def _class_of(reason: str) -> type[RosterError]:
+    return _classes_by_reason(RosterError)[reason]
 
 
-def _kinds(base: type[RosterError]) -> dict[str, type[RosterError]]:
-    kinds = {base.reason: base}
-    for kind in base.__subclasses__():
-        kinds = _kinds(kind) | kinds
-    return kinds
+def _classes_by_reason(base: type[RosterError]) -> dict[str, type[RosterError]]:
+    """Return the classes below `base`; one without a reason of its own yields to its base class."""
+    classes = {base.reason: base}
+    for subclass in base.__subclasses__():
+        classes = _classes_by_reason(subclass) | classes
+    return classes

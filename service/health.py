@@ -13,7 +13,7 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse, HealthListResponse
 
 from service.db.engine import Database
 from service.errors import PoolExhausted, QuotaExceeded, RosterError, ServiceNotFound
-from service.interceptors.around import host_of
+from service.interceptors.chain import host_of
 from service.metrics import READY
 from service.waits import BoundedWaits
 

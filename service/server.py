@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
-from roster.v1 import bulk_pb2, bulk_pb2_grpc, posts_pb2, posts_pb2_grpc, users_pb2, users_pb2_grpc
 from service import metrics
-from service.auth.policy import REFLECTION, Policy
+from service.auth.policy import Policy
 from service.auth.reloading import ReloadingFile
 from service.auth.tls import server_credentials
 from service.auth.tokens import Tokens
@@ -24,20 +23,22 @@ from service.db.engine import Database
 from service.db.requests import forget_requests
 from service.errors import RosterError
 from service.health import Health
-from service.interceptors.audit import Audit
+from service.interceptors.audit import audit_writes
 from service.interceptors.auth import Auth
+from service.interceptors.chain import Chain
 from service.interceptors.drain import Drain
-from service.interceptors.errors import Errors
+from service.interceptors.errors import answer_errors
 from service.interceptors.limits import Limits
-from service.interceptors.logs import Logs
-from service.interceptors.messages import Messages, Unread
-from service.interceptors.metrics import Metrics
+from service.interceptors.logs import log_calls
+from service.interceptors.messages import Messages
+from service.interceptors.metrics import measure_calls
 from service.loads.repository import expire_loads
 from service.loads.servicer import BulkServicer
 from service.memory import trim_forever
 from service.posts.reader import PostReader
 from service.posts.servicer import PostServicer
 from service.reflection import add_reflection
+from service.services import SERVICE_NAMES, add_servicer
 from service.settings import Settings
 from service.users.passwords import Passwords
 from service.users.reader import UserReader
@@ -56,7 +57,6 @@ MAX_RECEIVED_BYTES = 5 << 20
 MAX_PROBE_BYTES = 4 << 10
 FORGET_EVERY_SECONDS = 600
 QUIET_SECONDS = 2  # for answers that are on their way
-LOOK_UP_SECONDS = 0.5  # for clients that look up what they were told last
 CUT_OFF_SECONDS = 2  # of the grace, for calls that are cut off to say so and to roll back
 
 OPTIONS = [
@@ -103,39 +103,44 @@ class Server:
         shared = [*OPTIONS, ("grpc.so_reuseport", int(settings.workers > 1))]
         options = [*shared, *connection_options(settings, max_connections(settings))]
         health_options = [*shared, *connection_options(settings, MAX_HEALTH_CONNECTIONS)]
-        # Those that watch are outside of Errors, which gives a call its code.
         self.tracing = _tracing(settings.otlp_protocol)
-        watching = [*self.tracing, Logs(settings.slow_call), Metrics()]
         self.messages = Messages()
-        guarding = [Errors(), self.drain, auth, Limits(settings), self.messages, Audit()]
-        self.server = grpc.aio.server(interceptors=[Unread(), *watching, *guarding], options=options)
+        chain = Chain(
+            # These observe calls, from outside of `answer_errors`, which gives a call its code.
+            *(tracing.intercept for tracing in self.tracing),
+            log_calls(settings.slow_call),
+            measure_calls,
+            # These can end a call, each before the next spends anything on it.
+            answer_errors,
+            self.drain.intercept,
+            auth.intercept,
+            Limits(settings).intercept,
+            self.messages.intercept,
+            audit_writes,
+        )
+        self.server = grpc.aio.server(interceptors=[chain], options=options)
         self.health_server = grpc.aio.server(
-            interceptors=[Unread(), Errors(), Messages()],
+            interceptors=[Chain(answer_errors, Messages().intercept)],
             options=[*health_options, ("grpc.max_receive_message_length", MAX_PROBE_BYTES)],
         )
-        services = [
-            users_pb2.DESCRIPTOR.services_by_name["UserService"].full_name,
-            posts_pb2.DESCRIPTOR.services_by_name["PostService"].full_name,
-            bulk_pb2.DESCRIPTOR.services_by_name["BulkService"].full_name,
-        ]
         self.bulk = BulkStreams(self.database)
-        self.health = Health(self.database, services)
-        self._add_services([*services, "grpc.health.v1.Health"])
+        self.health = Health(self.database, SERVICE_NAMES)
+        self._add_services()
         self.address = self.health_address = self.metrics_address = ""
         self._close_metrics: Callable[[], None] = lambda: None
         self._chores: list[asyncio.Task[None]] = []
 
-    def _add_services(self, names: list[str]) -> None:
-        users = UserServicer(self.database, self.users, self.passwords, self.bulk)
-        users_pb2_grpc.add_UserServiceServicer_to_server(users, self.server)
-        posts = PostServicer(self.database, self.posts, self.bulk)
-        posts_pb2_grpc.add_PostServiceServicer_to_server(posts, self.server)
-        loads = BulkServicer(self.database, self.settings.bulk_load_ttl)
-        bulk_pb2_grpc.add_BulkServiceServicer_to_server(loads, self.server)
+    def _add_services(self) -> None:
+        for servicer in (
+            UserServicer(self.database, self.users, self.passwords, self.bulk),
+            PostServicer(self.database, self.posts, self.bulk),
+            BulkServicer(self.database, self.settings.bulk_load_ttl),
+        ):
+            add_servicer(servicer, self.server)
         for server in (self.server, self.health_server):
             health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         if self.settings.reflection:
-            add_reflection(self.server, names)
+            add_reflection(self.server, [*SERVICE_NAMES, "grpc.health.v1.Health"])
 
     async def start(self) -> None:
         """Listen; raises OSError where the address can't be had."""
@@ -165,10 +170,6 @@ class Server:
         stopped = asyncio.create_task(self.server.stop(max(end - loop.time(), CUT_OFF_SECONDS)))
         self.messages.drain()
         self.bulk.drain()
-        await self.drain.wait(end - CUT_OFF_SECONDS - loop.time(), besides=REFLECTION)
-        # grpcurl has a stream of reflection for as long as its own input lasts, and looks up errors by it.
-        await self.drain.wait(min(LOOK_UP_SECONDS, end - CUT_OFF_SECONDS - loop.time()))
-        self.drain.cut_off(REFLECTION)
         await self._ended(stopped, end - CUT_OFF_SECONDS)
         if self.drain.is_busy:
             self.drain.cut_off()
@@ -228,11 +229,11 @@ def _tracing(protocol: str | None) -> "list[Tracing]":
     if protocol is None:
         return []
     try:
-        from service.interceptors.tracing import Tracing, exporting  # noqa: PLC0415
+        from service.interceptors.tracing import Tracing, exporting_provider  # noqa: PLC0415
     except ImportError as error:
         log.warning("no traces, though there is an endpoint: %s; install the extra `tracing`", error)
         return []
-    return [Tracing(exporting(protocol))]
+    return [Tracing(exporting_provider(protocol))]
 
 
 def _bind(

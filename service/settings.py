@@ -1,18 +1,29 @@
-"""Settings: the only reader of the environment."""
+"""Settings of the service, from the environment, secret files and `.env`."""
 
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from difflib import get_close_matches
 from ipaddress import ip_address
 from pathlib import Path
 from stat import S_IWOTH
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from dotenv import dotenv_values
-from pydantic import AliasChoices, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import (
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
+from pydantic_core import InitErrorDetails
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -30,7 +41,7 @@ DRIVERS = {
     "sqlite": "sqlite+aiosqlite",
     "sqlite+aiosqlite": "sqlite+aiosqlite",
 }
-# Variables of the commands that are clients of a server, and of `roster token`, with their options.
+# Variables of the client commands, with the option that each is the default of; then those of `roster token`.
 FOR_CLIENTS = {
     f"{PREFIX}ADDRESS": "address",
     f"{PREFIX}TLS_CA_FILE": "tls_ca",
@@ -41,11 +52,11 @@ FOR_CLIENTS = {
 }
 FOR_TOKENS = {f"{PREFIX}JWT_ISSUER": "issuer", f"{PREFIX}JWT_AUDIENCE": "audience"}
 DATABASE_URLS = {f"{PREFIX}DATABASE_URL", f"{PREFIX}DATABASE_URL_FILE", "DATABASE_URL"}
-# Of tests, and what Kubernetes sets for a service that is named roster.
+# Variables of the tests, and those that Kubernetes sets for a service named roster.
 FOREIGN = re.compile(rf"{PREFIX}(TEST_|SERVICE_|PORT(_|$))")
 ADDRESS = re.compile(r"unix:.+|(\[.+\]|[^:\[]*):([0-9]{1,5})")
 MAX_PORT = 65535
-MIN_GRACE_SECONDS = 3  # behind the pause; 2 of them are for calls that are cut off
+MIN_GRACE_SECONDS = 3  # after the pause; the last 2 are for calls that are cut off
 
 MAX_SECONDS = 1_000_000  # gRPC and PostgreSQL count milliseconds in 32 bits
 MAX_TTL = timedelta(days=36_500)
@@ -67,7 +78,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 def folder_variables() -> dict[str, str]:
-    """Return the variables in the file `.env` of the current folder, in capitals, as they stand there.
+    """Return the variables in the file `.env` of the current folder, with their names in capitals.
 
     Nothing is expanded: `${ROSTER_TOKEN}` in an address would send the token to it. Raises OSError if another
     user can have written the file.
@@ -95,7 +106,7 @@ class FolderVariables(EnvSettingsSource):
 
 
 class SecretFiles(PydanticBaseSettingsSource):
-    """`ROSTER_X_FILE` names a file whose content is `ROSTER_X`, as container platforms hand out secrets."""
+    """`ROSTER_X_FILE` names a file that contains the value of `ROSTER_X`, as platforms mount secrets."""
 
     def __init__(self, settings_cls: type[BaseSettings]) -> None:
         super().__init__(settings_cls)
@@ -104,12 +115,13 @@ class SecretFiles(PydanticBaseSettingsSource):
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         variable = f"{PREFIX}{field_name.upper()}"
         path = self._variables.get(f"{variable}_FILE")
-        # A field that has aliases goes by the first of them in every source: otherwise none beats the other.
+        # All sources use the first alias of a field as its key: otherwise pydantic would not see that one
+        # source overrides another.
         key = variable if field.validation_alias else field_name
         try:
             return (Path(path).read_text().strip() if path else None), key, False
         except OSError as error:
-            raise OSError(f"{variable}_FILE: can't be read: {error}") from None
+            raise OSError(f"{variable}_FILE can't be read: {error}") from None
 
     def __call__(self) -> dict[str, Any]:
         fields = self.settings_cls.model_fields.items()
@@ -118,7 +130,7 @@ class SecretFiles(PydanticBaseSettingsSource):
 
 
 class Settings(BaseSettings):
-    """Every setting of the service; `ROSTER_` and the name in capitals is its environment variable."""
+    """Every setting; `ROSTER_` and its name in capitals is its environment variable."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -127,43 +139,40 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,  # it can be a password
     )
 
-    tls_cert_file: Path | None = Field(None, description="certificate chain of the server, in PEM")
-    tls_key_file: Path | None = Field(None, validate_default=True, description="its private key, in PEM")
+    tls_cert_file: Path | None = Field(None, description="server certificate chain, in PEM")
+    tls_key_file: Path | None = Field(None, description="private key of the certificate, in PEM")
     tls_client_ca_file: Path | None = Field(
-        None, description="CA of the certificates that callers then must have, in PEM"
+        None, description="CA of client certificates, in PEM; callers must then present one"
     )
-    jwt_issuer: str | None = Field(None, description="`iss` of the bearer tokens that are accepted")
-    jwt_audience: str | None = Field(None, description="`aud` of the same")
-    jwt_keys_file: Path | None = Field(
-        None, validate_default=True, description="public keys of the issuer, as JWKS or PEM"
+    jwt_issuer: str | None = Field(None, description="required `iss` claim of bearer tokens")
+    jwt_audience: str | None = Field(None, description="required `aud` claim of bearer tokens")
+    jwt_keys_file: Path | None = Field(None, description="public keys of the issuer, as JWKS or PEM")
+    policy_file: Path | None = Field(None, description="roles of callers, in TOML")
+    insecure: bool = Field(
+        default=False, description="allow non-loopback addresses without TLS and authentication"
     )
-    policy_file: Path | None = Field(
-        None, validate_default=True, description="TOML that says which caller has which roles"
-    )
-    insecure: bool = Field(default=False, description="listen beyond this machine without these")
-    listen: str = Field("127.0.0.1:50051", description="host:port, or unix:/path; port 0 takes a free one")
+    listen: str = Field("127.0.0.1:50051", description="host:port, or unix:/path; port 0 picks a free port")
     reflection: bool | None = Field(
         None,
-        validate_default=True,
-        description="let grpcurl and others ask for the contract; by default on this machine only",
+        description="serve gRPC reflection, which grpcurl needs; by default only on a loopback address",
     )
     metrics_listen: str = Field(
-        "127.0.0.1:9464", description="host:port where Prometheus finds the metrics; empty for none"
+        "127.0.0.1:9464", description="address of the Prometheus metrics, host:port; empty for none"
     )
     health_listen: str = Field(
-        "", description="host:port of the health service alone, always without TLS; empty for none"
+        "", description="additional address for health checks, host:port, never with TLS; empty for none"
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        "INFO", description="least severe line logged"
+        "INFO", description="lowest level that is logged"
     )
     log_format: Literal["auto", "json", "text"] = Field(
-        "auto", description="json, or text for a terminal; auto tells by standard error"
+        "auto", description="json or text; auto is text on a terminal, otherwise json"
     )
     slow_call: Seconds = Field(1, description="seconds after which a call is logged as a warning")
     drain_pause: Pause = Field(
-        0, description="seconds between NOT_SERVING and refusing calls, for load balancers to notice"
+        0, description="seconds between NOT_SERVING and refusing calls, so that load balancers notice"
     )
-    grace: Seconds = Field(30, description="seconds a stop may take; calls in flight have that less 2")
+    grace: Seconds = Field(30, description="seconds that shutdown may take; calls in flight have 2 less")
 
     database_url: str = Field(
         "sqlite:///roster.db",
@@ -171,19 +180,17 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("ROSTER_DATABASE_URL", "DATABASE_URL"),
     )
     pool_size: Count = Field(10, description="connections kept open for calls")
-    max_overflow: int = Field(10, ge=0, description="connections more for a rush")
-    pool_timeout: Seconds = Field(2, description="seconds a call waits for a connection")
-    pool_recycle: Seconds = Field(
-        1800, description="seconds after which a connection to PostgreSQL is replaced"
-    )
+    max_overflow: int = Field(10, ge=0, description="extra connections under load")
+    pool_timeout: Seconds = Field(2, description="seconds that a call waits for a connection")
+    pool_recycle: Seconds = Field(1800, description="seconds after which a PostgreSQL connection is replaced")
     pool_pre_ping: bool = Field(
-        default=False, description="test each connection to PostgreSQL before its use; halves the speed"
+        default=False, description="test a PostgreSQL connection before each use; halves the throughput"
     )
-    connect_timeout: Seconds = Field(5, description="seconds to open a connection to PostgreSQL")
-    database_wait: Pause = Field(30, description="seconds the start waits for a database that is away")
-    statement_timeout: Seconds = Field(30, description="seconds one statement may take")
+    connect_timeout: Seconds = Field(5, description="seconds to open a PostgreSQL connection")
+    database_wait: Pause = Field(30, description="seconds that startup waits for an unreachable database")
+    statement_timeout: Seconds = Field(30, description="seconds that a statement may take")
     bulk_connections: Count = Field(
-        5, description="connections to PostgreSQL for the bulk streams, apart from the pool"
+        5, description="PostgreSQL connections for bulk streams, in addition to the pool"
     )
 
     bulk_load_ttl: Duration = Field(
@@ -191,23 +198,23 @@ class Settings(BaseSettings):
         description="how long outcomes are kept after a load's last batch, in seconds or ISO 8601",
     )
 
-    workers: Count = Field(1, description="processes that share the port; more than one need PostgreSQL")
-    password_memory: int = Field(19_456, ge=1024, le=1 << 20, description="KiB that hashing one takes")
-    password_passes: int = Field(2, ge=1, le=16, description="how often hashing goes over its memory")
-    password_lanes: int = Field(1, ge=1, le=16, description="cores that hashing one may take")
+    workers: Count = Field(1, description="processes that share the port; more than 1 requires PostgreSQL")
+    password_memory: int = Field(19_456, ge=1024, le=1 << 20, description="argon2 memory per hash, in KiB")
+    password_passes: int = Field(2, ge=1, le=16, description="argon2 iterations")
+    password_lanes: int = Field(1, ge=1, le=16, description="argon2 parallelism: cores that a hash may use")
     password_workers: Count = Field(2, description="threads that hash passwords")
     password_queue: Count = Field(
-        64, description="hashings of one caller in hand; more are refused as overload"
+        64, description="pending password hashes per caller; more are refused as overload"
     )
 
     max_connection_age: Seconds = Field(
-        600, description="seconds until a client is to connect anew, and finds new servers"
+        600, description="maximum age of a connection in seconds, so that clients rebalance"
     )
     max_calls: Count = Field(2000, description="calls in flight; more are refused as overload")
-    caller_calls: Count = Field(500, description="calls of one method that a caller may have in flight")
-    caller_streams: Count = Field(16, description="streams of one method that a caller may have open")
-    caller_rate: Count = Field(20_000, description="calls of one method that a caller may begin in a second")
-    stream_idle_timeout: Seconds = Field(300, description="seconds a stream waits for its client")
+    caller_calls: Count = Field(500, description="calls in flight per caller and method")
+    caller_streams: Count = Field(16, description="open streams per caller and method")
+    caller_rate: Count = Field(20_000, description="calls per second, per caller and method")
+    stream_idle_timeout: Seconds = Field(300, description="seconds that a stream waits for its client")
 
     @classmethod
     def settings_customise_sources(
@@ -222,115 +229,73 @@ class Settings(BaseSettings):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _trimmed(cls, value: Any, info: ValidationInfo) -> Any:
-        """Accept what platforms leave around a value, such as a newline at its end."""
+    def _strip(cls, value: Any, info: ValidationInfo) -> Any:
+        """Strip white space, such as a newline at the end of a secret, and refuse empty values."""
         if not isinstance(value, str):
             return value
         value = value.strip()
         if not value and info.field_name not in MAY_BE_EMPTY:
-            raise ValueError("is empty; give it a value, or leave it unset for its default")
+            raise ValueError("is empty; give it a value, or leave it unset to use the default")
         return value
 
     @field_validator("database_url")
     @classmethod
-    def _with_driver(cls, value: str) -> str:
+    def _add_driver(cls, value: str) -> str:
         try:
             url = make_url(value)
         except (ArgumentError, ValueError):
-            raise ValueError("is no URL; write postgresql://user@host/name or sqlite:///file") from None
+            raise ValueError("is not a URL; write postgresql://user@host/name or sqlite:///file") from None
         if url.drivername not in DRIVERS:
             raise ValueError(f"has the scheme {url.drivername}; postgresql and sqlite are supported")
         if url.drivername.startswith("sqlite") and url.database in (None, "", ":memory:"):
-            raise ValueError("names no file: SQLite in memory can't be shared by readers and the writer")
+            raise ValueError("names no file; connections can't share an in-memory SQLite database")
         return url.set(drivername=DRIVERS[url.drivername]).render_as_string(hide_password=False)
-
-    @field_validator("tls_key_file")
-    @classmethod
-    def _with_certificate(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        return _together(value, info, "tls_cert_file")
-
-    @field_validator("tls_client_ca_file")
-    @classmethod
-    def _with_tls(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        if value and not info.data.get("tls_cert_file"):
-            raise ValueError("works with ROSTER_TLS_CERT_FILE and ROSTER_TLS_KEY_FILE only; set these too")
-        return value
-
-    @field_validator("jwt_keys_file")
-    @classmethod
-    def _with_claims(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        return _together(value, info, "jwt_issuer", "jwt_audience")
-
-    @field_validator("policy_file")
-    @classmethod
-    def _with_identities(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        knows = _knows_callers(info)
-        # Where one of these is wrong, that is told already.
-        is_sure = knows or {"tls_client_ca_file", "jwt_keys_file"} <= info.data.keys()
-        if is_sure and bool(value) != knows:
-            raise ValueError(
-                "goes with ROSTER_TLS_CLIENT_CA_FILE or ROSTER_JWT_KEYS_FILE: those say who calls, it says "
-                "what they may do, and none of them is of use alone"
-            )
-        return value
 
     @field_validator("metrics_listen", "health_listen")
     @classmethod
-    def _is_address_or_none(cls, value: str) -> str:
+    def _check_optional_address(cls, value: str) -> str:
         if value.startswith("unix:"):
             raise ValueError("must be host:port, or empty")
-        return value and cls._is_address(value)
+        return value and cls._check_address(value)
 
     @field_validator("listen")
     @classmethod
-    def _is_address(cls, value: str) -> str:
+    def _check_address(cls, value: str) -> str:
         address = ADDRESS.fullmatch(value)
-        # gRPC would take a larger port modulo 65536.
+        # gRPC takes a larger port modulo 65536.
         if not address or int(address[2] or 0) > MAX_PORT:
             raise ValueError(f"must be host:port, with a port up to {MAX_PORT}, or unix:/path")
         return value
 
-    @field_validator("listen")
+    @model_validator(mode="wrap")
     @classmethod
-    def _local_unless_safe(cls, value: str, info: ValidationInfo) -> str:
-        is_safe = info.data.get("tls_cert_file") and _knows_callers(info)
-        if not (is_safe or info.data.get("insecure") or is_local(value)):
-            raise ValueError(
-                "without TLS and authentication the server listens on this machine only; set "
-                "ROSTER_TLS_CERT_FILE and ROSTER_TLS_CLIENT_CA_FILE or ROSTER_JWT_KEYS_FILE, or use "
-                "127.0.0.1, [::1] or unix:/path, or set ROSTER_INSECURE=true if the network keeps "
-                "strangers out"
-            )
-        return value
-
-    @field_validator("grace")
-    @classmethod
-    def _beyond_pause(cls, value: float, info: ValidationInfo) -> float:
-        pause = info.data.get("drain_pause", 0)
-        if pause and value < pause + MIN_GRACE_SECONDS:
-            raise ValueError(
-                f"must be at least {MIN_GRACE_SECONDS} s more than ROSTER_DRAIN_PAUSE, which it includes: "
-                "the rest is for calls in flight"
-            )
-        return value
-
-    @field_validator("reflection")
-    @classmethod
-    def _on_this_machine(cls, value: bool | None, info: ValidationInfo) -> bool:
-        return is_local(info.data.get("listen", "")) if value is None else value
-
-    @field_validator("workers")
-    @classmethod
-    def _can_share(cls, value: int, info: ValidationInfo) -> int:
-        if value > 1 and info.data.get("database_url", "").startswith("sqlite"):
-            raise ValueError("must be 1 on SQLite, which has one writer at a time; several need PostgreSQL")
-        if value > 1 and info.data.get("listen", "").startswith("unix:"):
-            raise ValueError("must be 1 on a Unix socket, which can't be shared; several need host:port")
-        return value
+    def _report_everything(cls, values: dict[str, Any], validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """Report everything that is wrong at once: values by themselves, and contradictions among them."""
+        problems: list[InitErrorDetails] = []
+        wrong: set[str] = set()
+        try:
+            settings = validate(values)
+        except ValidationError as error:
+            problems = [_problem(each["loc"], each["type"], each.get("ctx", {})) for each in error.errors()]
+            wrong = {_field_name(problem) for problem in problems}
+            # The other settings may contradict each other: look at them with defaults for the wrong ones.
+            rest = {key: value for key, value in values.items() if _without_prefix(key) not in wrong}
+            settings = validate(rest)
+        for found in _contradictions(settings):
+            if wrong.isdisjoint(found.fields):
+                context = {"error": ValueError(found.message)}
+                problems.append(_problem((found.fields[0],), "value_error", context))
+        if problems:
+            order = [*cls.model_fields]
+            problems.sort(key=lambda problem: order.index(_field_name(problem)))
+            raise ValidationError.from_exception_data(cls.__name__, problems, hide_input=True)
+        if settings.reflection is None:
+            settings.reflection = is_local(settings.listen)
+        return settings
 
     @property
     def otlp_protocol(self) -> str | None:
-        """How traces are sent, "grpc" or "http/protobuf"; None where OpenTelemetry was given no endpoint."""
+        """The protocol for sending traces, "grpc" or "http/protobuf"; None if no endpoint is set."""
         traces, all_signals = "OTEL_EXPORTER_OTLP_TRACES_", "OTEL_EXPORTER_OTLP_"
         if not any(os.environ.get(f"{prefix}ENDPOINT") for prefix in (traces, all_signals)):
             return None
@@ -339,18 +304,18 @@ class Settings(BaseSettings):
 
     @property
     def is_embedded(self) -> bool:
-        """Tell whether the database is SQLite, the embedded default."""
+        """Whether the database is SQLite."""
         return self.database_url.startswith("sqlite")
 
 
 def folder_options(options: Mapping[str, str]) -> dict[str, Any]:
-    """Return the defaults that `.env` has for options, by their variables; raises OSError."""
+    """Return the defaults of command-line options in `.env`, given their variables; raises OSError."""
     variables = folder_variables()
     return {option: variables[name] for name, option in options.items() if variables.get(name)}
 
 
 def is_password_redirected(database_url: str) -> bool:
-    """Tell whether `.env` names the database to which a password of the environment would be sent."""
+    """Return whether PGPASSWORD, from the environment, would be sent to a database named in `.env`."""
     url = make_url(database_url)
     if "PGPASSWORD" not in os.environ or url.password or url.get_backend_name() != "postgresql":
         return False
@@ -359,7 +324,7 @@ def is_password_redirected(database_url: str) -> bool:
 
 
 def unknown_settings() -> Iterator[str]:
-    """Yield a sentence for each variable with our prefix, in the environment or .env, that says nothing."""
+    """Yield a warning for each variable, in the environment or .env, with our prefix and no meaning."""
     known = FOR_CLIENTS.keys() | {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
     for name in sorted(set(map(str.upper, os.environ.keys() | folder_variables().keys()))):
         is_ours = name.startswith(PREFIX) and not FOREIGN.match(name)
@@ -369,7 +334,7 @@ def unknown_settings() -> Iterator[str]:
 
 
 def is_local(listen: str) -> bool:
-    """Tell whether only this machine can reach an address."""
+    """Return whether only this machine can reach an address."""
     host = listen.rpartition(":")[0]
     if listen.startswith("unix:") or host == "localhost":
         return True
@@ -379,12 +344,73 @@ def is_local(listen: str) -> bool:
         return False
 
 
-def _knows_callers(info: ValidationInfo) -> bool:
-    return bool(info.data.get("tls_client_ca_file") or info.data.get("jwt_keys_file"))
+@dataclass(frozen=True)
+class Contradiction:
+    """Settings that don't work together; the first of `fields` is the one to report."""
+
+    fields: tuple[str, ...]
+    message: str
 
 
-def _together(value: Path | None, info: ValidationInfo, *others: str) -> Path | None:
-    if len({bool(value), *(bool(info.data.get(name)) for name in others)}) > 1:
-        names = " and ".join(f"{PREFIX}{name.upper()}" for name in others)
-        raise ValueError(f"goes with {names}; set all of them, or none")
-    return value
+def _contradictions(settings: Settings) -> Iterator[Contradiction]:
+    has_tls = bool(settings.tls_cert_file)
+    authenticates = bool(settings.tls_client_ca_file or settings.jwt_keys_file)
+    if has_tls != bool(settings.tls_key_file):
+        yield Contradiction(
+            ("tls_key_file", "tls_cert_file"),
+            "must be set together with ROSTER_TLS_CERT_FILE; set both, or neither",
+        )
+    if settings.tls_client_ca_file and not has_tls:
+        yield Contradiction(
+            ("tls_client_ca_file", "tls_cert_file"),
+            "needs ROSTER_TLS_CERT_FILE and ROSTER_TLS_KEY_FILE; set these too",
+        )
+    if len({bool(settings.jwt_keys_file), bool(settings.jwt_issuer), bool(settings.jwt_audience)}) > 1:
+        yield Contradiction(
+            ("jwt_keys_file", "jwt_issuer", "jwt_audience"),
+            "must be set together with ROSTER_JWT_ISSUER and ROSTER_JWT_AUDIENCE; set all of them, or none",
+        )
+    if bool(settings.policy_file) != authenticates:
+        yield Contradiction(
+            ("policy_file", "tls_client_ca_file", "jwt_keys_file"),
+            "must be set together with ROSTER_TLS_CLIENT_CA_FILE or ROSTER_JWT_KEYS_FILE: these say who a "
+            "caller is, the policy says what the caller may do",
+        )
+    is_safe = settings.insecure or is_local(settings.listen) or (has_tls and authenticates)
+    if not is_safe:
+        yield Contradiction(
+            ("listen", "insecure", "tls_cert_file", "tls_client_ca_file", "jwt_keys_file"),
+            "without TLS and authentication the server listens on this machine only; set "
+            "ROSTER_TLS_CERT_FILE and ROSTER_TLS_CLIENT_CA_FILE or ROSTER_JWT_KEYS_FILE, or use 127.0.0.1, "
+            "[::1] or unix:/path, or set ROSTER_INSECURE=true if the network keeps strangers out",
+        )
+    if settings.drain_pause and settings.grace < settings.drain_pause + MIN_GRACE_SECONDS:
+        yield Contradiction(
+            ("grace", "drain_pause"),
+            f"must be at least {MIN_GRACE_SECONDS} s more than ROSTER_DRAIN_PAUSE, which it includes: the "
+            "rest is for calls in flight",
+        )
+    if settings.workers > 1 and settings.is_embedded:
+        yield Contradiction(
+            ("workers", "database_url"),
+            "must be 1 with SQLite, which has one writer at a time; more than one need PostgreSQL",
+        )
+    if settings.workers > 1 and settings.listen.startswith("unix:"):
+        yield Contradiction(
+            ("workers", "listen"),
+            "must be 1 with a Unix socket, which can't be shared; more than one need host:port",
+        )
+
+
+def _problem(loc: tuple[int | str, ...], kind: str, context: dict[str, Any]) -> InitErrorDetails:
+    # Without the value, which can be a password.
+    return InitErrorDetails(type=kind, loc=loc, input=None, ctx=context)
+
+
+def _field_name(problem: InitErrorDetails) -> str:
+    return _without_prefix(str(problem["loc"][0]))
+
+
+def _without_prefix(key: str) -> str:
+    """Return the name of the field that a source's key means: of `ROSTER_DATABASE_URL` `database_url`."""
+    return key.lower().removeprefix(PREFIX.lower())

@@ -9,14 +9,9 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from roster.v1 import bulk_pb2, posts_pb2, users_pb2
+from service import services
 
-RPCS: dict[str, MethodDescriptor] = {
-    method.name: method
-    for contract in (users_pb2, posts_pb2, bulk_pb2)
-    for service in contract.DESCRIPTOR.services_by_name.values()
-    for method in service.methods
-}
+RPCS: dict[str, MethodDescriptor] = {method.name: method for method in services.RPCS.values()}
 TIMEOUT_SECONDS = 20
 
 

@@ -1,4 +1,4 @@
-"""users, posts, requests."""
+"""Create users, posts and requests."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""bulk loads and the outcomes of their batches."""
+"""Create bulk loads and the outcomes of their batches."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
--- Gives the roles of roles.sql the passwords that are in psql's environment; psql 14 or newer.
+-- Sets the passwords of the roles from psql's environment variables. Needs psql 14 or newer.
 \getenv migrator MIGRATOR_PASSWORD
 \getenv service SERVICE_PASSWORD
 ALTER ROLE roster_migrator PASSWORD :'migrator';

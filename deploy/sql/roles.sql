@@ -1,9 +1,9 @@
 -- The roles of Roster on PostgreSQL: one for migrations, which owns the schema, and one for the service,
--- which reads and writes rows and nothing else.
+-- which can only read and write rows.
 --
--- Run it as a superuser, in Roster's own database, before the first migration; again is fine:
+-- Run this as a superuser in Roster's own database before the first migration. Running it again is safe:
 --   psql --set=ON_ERROR_STOP=1 --file=deploy/sql/roles.sql roster
--- Then give each a password with \password, or a certificate in pg_hba.conf.
+-- Then give each role a password with \password, or a certificate in pg_hba.conf.
 
 BEGIN;
 
@@ -16,25 +16,25 @@ BEGIN
             EXECUTE format('CREATE ROLE %I LOGIN', name);
         END IF;
     END LOOP;
-    -- By default everybody may connect, and make temporary tables.
+    -- By default, everybody may connect and create temporary tables.
     EXECUTE format('REVOKE ALL ON DATABASE %I FROM PUBLIC', current_database());
     EXECUTE format('GRANT CONNECT ON DATABASE %I TO roster_migrator, roster_service', current_database());
 END
 $$;
 
--- Before PostgreSQL 15 everybody may create tables in it.
+-- Before PostgreSQL 15, everybody may create tables in this schema.
 REVOKE ALL ON SCHEMA public FROM PUBLIC;
 GRANT USAGE, CREATE ON SCHEMA public TO roster_migrator;
 GRANT USAGE ON SCHEMA public TO roster_service;
 
--- What migrations make from now on. UPDATE on sequences is for `restore`, which moves them.
+-- Privileges on everything that migrations create from now on. `restore` needs UPDATE on sequences to move them.
 ALTER DEFAULT PRIVILEGES FOR ROLE roster_migrator IN SCHEMA public
     GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO roster_service;
 ALTER DEFAULT PRIVILEGES FOR ROLE roster_migrator IN SCHEMA public
     GRANT USAGE, UPDATE ON SEQUENCES TO roster_service;
 
--- The service asks which revision the schema is at; only migrations say so. Alembic would make the same
--- table, and the service could write to it.
+-- The service reads the revision of the schema, but only migrations may write it. If Alembic created this table
+-- itself, the default privileges would let the service write to it.
 CREATE TABLE IF NOT EXISTS alembic_version (
     version_num varchar(32) CONSTRAINT alembic_version_pkc PRIMARY KEY
 );
@@ -42,8 +42,8 @@ ALTER TABLE alembic_version OWNER TO roster_migrator;
 REVOKE ALL ON alembic_version FROM roster_service;
 GRANT SELECT ON alembic_version TO roster_service;
 
--- What PostgreSQL logs of the service's statements has neither parameters nor rows. Only a superuser can set
--- it; where you are none, ask for it in the server's configuration.
+-- PostgreSQL logs the service's statements without parameters and rows. Only a superuser can set this; if you are
+-- not one, have it set in the server's configuration.
 ALTER ROLE roster_service SET log_parameter_max_length = 0;
 ALTER ROLE roster_service SET log_error_verbosity = 'terse';
 

@@ -1,36 +1,68 @@
-"""Who may do what: from identities to roles, from roles to RPCs, and nothing that is not said here."""
+"""Authorisation: identities have roles, roles allow RPCs, and everything else is denied."""
 
 import re
 import tomllib
 
 from pydantic import BaseModel
 
+from service import services
 from service.auth.caller import ANONYMOUS_IDENTITY, NOBODY, Caller
 
-
-def _methods(service: str, names: str) -> frozenset[str]:
-    return frozenset(f"/{service}/{name}" for name in names.split())
-
-
-USERS, POSTS, BULK = "roster.v1.UserService", "roster.v1.PostService", "roster.v1.BulkService"
-ROLES = {
-    "reader": _methods(USERS, "GetUser BatchGetUsers ListUsers ExportUsers")
-    | _methods(POSTS, "GetPost BatchGetPosts ListPosts ExportPosts"),
-    "writer": _methods(USERS, "CreateUser UpdateUser DeleteUser")
-    | _methods(POSTS, "CreatePost UpdatePost DeletePost"),
-    "loader": _methods(USERS, "BulkCreateUsers BulkUpdateUsers")
-    | _methods(POSTS, "BulkCreatePosts BulkUpdatePosts")
-    | _methods(BULK, "GetBulkLoad ListBulkLoads ListBulkLoadFailures AbortBulkLoad"),
-    "verifier": _methods(USERS, "VerifyPassword"),
+# The role that an RPC needs follows from its name; the first prefix that fits decides.
+ROLES_BY_PREFIX = {
+    "reader": ("Get", "BatchGet", "List", "Export"),
+    "writer": ("Create", "Update", "Delete"),
+    "loader": ("Bulk",),
 }
-# What a view or the answer of an update shows besides needs the RPC that reads it.
-GET_USER, GET_POST, LIST_POSTS = f"/{USERS}/GetUser", f"/{POSTS}/GetPost", f"/{POSTS}/ListPosts"
+# These RPCs need another role than their names suggest, or have another verb.
+EXCEPTIONS = {
+    "/roster.v1.UserService/VerifyPassword": "verifier",
+    "/roster.v1.BulkService/GetBulkLoad": "loader",
+    "/roster.v1.BulkService/ListBulkLoads": "loader",
+    "/roster.v1.BulkService/ListBulkLoadFailures": "loader",
+    "/roster.v1.BulkService/AbortBulkLoad": "loader",
+}
+
+
+def role_of(rpc: str) -> str | None:
+    """Return the built-in role that allows an RPC besides `admin`; None if there is none.
+
+    No role allows an RPC with an unknown verb, and nobody can call it, until EXCEPTIONS names it.
+    """
+    if rpc in EXCEPTIONS:
+        return EXCEPTIONS[rpc]
+    name = rpc.rpartition("/")[2]
+    for role, prefixes in ROLES_BY_PREFIX.items():
+        if name.startswith(prefixes):
+            return role
+    return None
+
+
+def _roles() -> dict[str, frozenset[str]]:
+    """Return the RPCs that each built-in role allows."""
+    roles: dict[str, set[str]] = {}
+    for rpc in services.RPCS:
+        if role := role_of(rpc):
+            roles.setdefault(role, set()).add(rpc)
+    return {role: frozenset(rpcs) for role, rpcs in roles.items()}
+
+
+def _methods(service: str, *names: str) -> frozenset[str]:
+    return frozenset(f"/{service}/{name}" for name in names)
+
+
+ROLES = _roles()
 RPCS = frozenset().union(*ROLES.values())
 ROLES["admin"] = RPCS
 
-# For probes, which bring nothing.
-HEALTH = _methods("grpc.health.v1.Health", "Check List Watch")
-# For everybody who has a role.
+# A view, or the answer of an update, that shows another entity needs the right to call these.
+GET_USER = "/roster.v1.UserService/GetUser"
+GET_POST = "/roster.v1.PostService/GetPost"
+LIST_POSTS = "/roster.v1.PostService/ListPosts"
+
+# Probes have no credentials.
+HEALTH = _methods("grpc.health.v1.Health", "Check", "List", "Watch")
+# Every caller that has a role may use reflection.
 REFLECTION = _methods("grpc.reflection.v1.ServerReflection", "ServerReflectionInfo") | _methods(
     "grpc.reflection.v1alpha.ServerReflection", "ServerReflectionInfo"
 )
@@ -42,17 +74,17 @@ IDENTITY = re.compile(r"jwt:.+|dns:[^A-Z]+|spiffe://[^*]+/(?:[^*/]+|\*)")
 
 
 class PolicyFile(BaseModel, extra="forbid", strict=True):
-    """The policy as it is written, in TOML."""
+    """The policy file, in TOML."""
 
     identities: dict[str, list[str]]
     roles: dict[str, list[str]] = {}
 
 
 class Policy:
-    """The roles of identities; raises ValueError for a name that means nothing."""
+    """The roles of identities; raises ValueError for an unknown role, RPC or kind of identity."""
 
     def __init__(self, file: PolicyFile) -> None:
-        roles = {**ROLES, **{name: _own(name, rpcs) for name, rpcs in file.roles.items()}}
+        roles = {**ROLES, **{name: _custom_role(name, rpcs) for name, rpcs in file.roles.items()}}
         self._entries = {name: _entry(name, of, roles) for name, of in file.identities.items()}
 
     @classmethod
@@ -61,27 +93,29 @@ class Policy:
         return cls(PolicyFile.model_validate(tomllib.loads(data.decode())))
 
     def caller(self, identity: str) -> Caller:
-        """Return what an identity may do: by its own name, or by the longest that ends in `/*` and fits."""
+        """Return an identity with its roles: of its own entry, or of the longest `/*` that matches."""
         names = [identity]
         if identity.startswith("spiffe://"):
-            ends = [at + 1 for at, letter in enumerate(identity) if letter == "/"]
-            names += [identity[:end] + WILDCARD for end in reversed(ends)]
+            slashes = [at for at, letter in enumerate(identity) if letter == "/"]
+            names += [identity[: at + 1] + WILDCARD for at in reversed(slashes)]
         entry = next((self._entries[name] for name in names if name in self._entries), NOBODY)
         return Caller(identity, entry.roles, entry.rpcs)
 
 
-def _own(name: str, rpcs: list[str]) -> frozenset[str]:
+def _custom_role(name: str, rpcs: list[str]) -> frozenset[str]:
     if name in ROLES:
-        raise ValueError(f"the role {name} is built in, and can't be another")
+        raise ValueError(f"the role {name} is built in and can't be redefined")
     methods = frozenset(f"/{rpc}" for rpc in rpcs)
     if unknown := methods - RPCS:
-        raise ValueError(f"the role {name} has no RPC: {', '.join(sorted(unknown))}")
+        raise ValueError(f"the role {name} names unknown RPCs: {', '.join(sorted(unknown))}")
     return methods
 
 
 def _entry(name: str, roles: list[str], known: dict[str, frozenset[str]]) -> Caller:
     if not IDENTITY.fullmatch(name):
-        raise ValueError(f"{name} is no identity; write jwt:SUBJECT, dns:name, spiffe://domain/path or …/*")
+        raise ValueError(
+            f"{name} is not an identity; write jwt:SUBJECT, dns:name, spiffe://domain/path or …/*"
+        )
     if unknown := set(roles) - known.keys():
         raise ValueError(f"{name} has unknown roles: {', '.join(sorted(unknown))}")
     rpcs = frozenset().union(*(known[role] for role in roles))

@@ -14,7 +14,7 @@ from roster.v1.bulk_pb2 import (
 from service.db.bulk.batch import Batch, Outcome
 from service.errors import RosterError
 from service.fields import datetime_from, wrong_id, wrong_timestamp, wrong_version
-from service.interceptors.errors import status_code, status_from_error
+from service.status import status_code, status_from_error
 from service.timeslice import add_in_slices
 
 MAX_FAILURE_MESSAGE = 200

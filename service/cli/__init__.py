@@ -13,25 +13,24 @@ from service.escape import escape
 from service.logs import escape_failures
 from service.settings import FOR_CLIENTS, FOR_TOKENS, folder_options
 
-# gRPC's core writes lines of its own to standard error; a caller's headers can cause some. It reads this when
-# it is imported.
+# gRPC reads these when it is imported. Its core logs to standard error, and headers of callers can trigger
+# some of its messages; its fork handlers can kill the worker processes that `serve` starts.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-# Its fork handlers can kill the children that `serve` starts for its workers.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 COMMANDS = ["serve", "migrate", "doctor", "load", "loads", "export", "token", "completion"]
 
 
-class FolderError(click.ClickException):
-    """A file `.env` that can't be used."""
+class EnvFileError(click.ClickException):
+    """The `.env` file of the current directory can't be used."""
 
     exit_code = 2
 
 
-class Commands(click.Group):
-    """Imports the command that is asked for: a client need not wait for the imports of the server."""
+class LazyGroup(click.Group):
+    """Imports only the command that runs, so that clients don't import the server."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        # Until a command says otherwise. The first process of a container would not hear it at all.
+        # The first process of a container ignores SIGTERM unless it has a handler. Commands replace this one.
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         escape_failures()
         return super().main(*args, **kwargs)
@@ -40,7 +39,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except click.ClickException as error:
-            # Messages of click's own repeat arguments, such as names of files.
+            # Click's own messages repeat arguments, such as file names.
             error.message = "\n".join(map(escape, error.message.split("\n")))  # type: ignore[misc]
             raise
 
@@ -55,7 +54,7 @@ class Commands(click.Group):
 
 
 @click.command(
-    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
 @click.version_option(__version__, prog_name="roster")
 @click.pass_context
@@ -64,6 +63,6 @@ def main(context: click.Context) -> None:
     try:
         clients, tokens = folder_options(FOR_CLIENTS), folder_options(FOR_TOKENS)
     except OSError as error:
-        raise FolderError(str(error)) from None
-    # Not into the environment: an option knows then where its value is from.
+        raise EnvFileError(str(error)) from None
+    # As defaults, not in the environment: click then reports where the value of an option comes from.
     context.default_map = {**dict.fromkeys(COMMANDS, clients), "token": {"issue": tokens}}

@@ -1,4 +1,4 @@
-"""`roster doctor`: is all there that the server needs?"""
+"""`roster doctor`: check what the server needs before it starts."""
 
 import asyncio
 import socket
@@ -13,9 +13,9 @@ from sqlalchemy import func, make_url, select
 from sqlalchemy.exc import DBAPIError
 
 from service.auth.tls import expiry, server_credentials
-from service.cli.environment import settings
-from service.cli.migrate import missing_folder, trouble
-from service.cli.terminal import UsageError, echo
+from service.cli.environment import read_settings
+from service.cli.migrate import folder_problem, schema_problem
+from service.cli.terminal import UsageError, echo, pluralize
 from service.db import migrations
 from service.db.engine import Database
 from service.files import exposed, sqlite_path
@@ -25,116 +25,142 @@ from service.settings import Settings, unknown_settings
 MAX_SKEW_SECONDS = 2.0
 
 
-class Diagnosis:
-    """What was found, told as it is found."""
+class Report:
+    """Prints each check as it is done, and remembers whether one has failed."""
 
-    is_well = True
+    def __init__(self) -> None:
+        self.is_ok = True
 
-    def tell(self, subject: str, wrong: str, right: str) -> None:
-        """Say what is wrong with a subject, or that all is right."""
-        self.is_well = self.is_well and not wrong
-        mark = click.style("wrong", fg="red", bold=True) if wrong else click.style("ok   ", fg="green")
-        first, *others = (wrong or right).split("\n")
-        click.echo(f"{mark}  {subject:8}  ", nl=False)
-        echo(first, *(" " * 17 + line for line in others))
+    def ok(self, subject: str, text: str) -> None:
+        """Print a check that has passed."""
+        self._print(click.style("ok  ", fg="green"), subject, text)
 
+    def fail(self, subject: str, problem: str) -> None:
+        """Print a check that has failed."""
+        self.is_ok = False
+        self._print(click.style("FAIL", fg="red", bold=True), subject, problem)
 
-@click.command(short_help="Look whether `roster serve` has what it needs.")
-def doctor() -> None:
-    """Look whether `roster serve` has what it needs: settings, files of TLS and rights, database, clock.
-
-    The status is 0 if all is well, 1 if something is wrong.
-    """
-    diagnosis = Diagnosis()
-    for wrong in unknown_settings():
-        diagnosis.tell("settings", wrong, "")
-    try:
-        chosen = settings()
-    except UsageError as error:
-        diagnosis.tell("settings", "\n".join(error.lines), "")
-    else:
-        told = f"{chosen.listen}, {chosen.workers} worker" + "s" * (chosen.workers > 1)
-        diagnosis.tell("settings", "", told)
-        for listen in filter(None, (chosen.listen, chosen.health_listen, chosen.metrics_listen)):
-            if not listen.startswith("unix:"):
-                _examine_port(listen, diagnosis)
-        _examine_files(chosen, diagnosis)
-        file = sqlite_path(chosen.database_url)
-        for danger in exposed(chosen.database_url) if chosen.is_embedded else ():
-            diagnosis.tell("database", danger, "")
-        if chosen.is_embedded and not file.exists():
-            diagnosis.tell("database", missing_folder(chosen), f"{file} is made by `roster serve`")
+    def check(self, subject: str, problem: str, text: str) -> None:
+        """Print the problem, or if there is none, the text."""
+        if problem:
+            self.fail(subject, problem)
         else:
-            asyncio.run(_examine(chosen, diagnosis))
-    sys.exit(0 if diagnosis.is_well else 1)
+            self.ok(subject, text)
+
+    @contextmanager
+    def failures_of(self, subject: str) -> Iterator[None]:
+        """Print an OSError as a failed check."""
+        try:
+            yield
+        except OSError as error:
+            self.fail(subject, str(error))
+
+    @staticmethod
+    def _print(mark: str, subject: str, text: str) -> None:
+        first, *others = text.split("\n")
+        click.echo(f"{mark}  {subject:8}  ", nl=False)
+        echo(first, *(" " * 16 + line for line in others))
 
 
-def _examine_port(listen: str, diagnosis: Diagnosis) -> None:
+@click.command(short_help="Check that `roster serve` can run with these settings.")
+def doctor() -> None:
+    """Check that `roster serve` can run: settings, ports, TLS and policy files, database, schema, clock.
+
+    The exit status is 0 if every check passes, otherwise 1.
+    """
+    report = Report()
+    for unknown in unknown_settings():
+        report.fail("settings", unknown)
+    try:
+        settings = read_settings()
+    except UsageError as error:
+        report.fail("settings", "\n".join(error.lines))
+    else:
+        report.ok("settings", f"{settings.listen}, {pluralize(settings.workers, 'worker')}")
+        _check(settings, report)
+    sys.exit(0 if report.is_ok else 1)
+
+
+def _check(settings: Settings, report: Report) -> None:
+    for listen in filter(None, (settings.listen, settings.health_listen, settings.metrics_listen)):
+        if not listen.startswith("unix:"):
+            _check_port(listen, report)
+    _check_files(settings, report)
+    if settings.is_embedded:
+        for danger in exposed(settings.database_url):
+            report.fail("database", danger)
+        file = sqlite_path(settings.database_url)
+        if not file.exists():
+            # To connect would create the file.
+            report.check("database", folder_problem(settings), f"`roster serve` will create {file}")
+            return
+    asyncio.run(_check_database(settings, report))
+
+
+def _check_port(listen: str, report: Report) -> None:
     host, _, port = listen.rpartition(":")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         socket.create_server((host.strip("[]"), int(port)), family=family).close()
     except OSError as error:
-        # Nothing wrong beside a server that runs, which is where a doctor is called.
-        in_use = error.errno == EADDRINUSE
-        wrong = "" if in_use else f"can't listen on {listen}: {error.strerror}"
-        diagnosis.tell("port", wrong, f"{listen} is taken: does the server run already?")
+        # Not a failure: people run this next to the running server.
+        if error.errno == EADDRINUSE:
+            report.ok("port", f"{listen} is in use, maybe by the running server")
+        else:
+            report.fail("port", f"can't listen on {listen}: {error.strerror}")
 
 
-def _examine_files(chosen: Settings, diagnosis: Diagnosis) -> None:
-    if chosen.tls_cert_file:
-        with _told(diagnosis, "tls"):
-            server_credentials(chosen)
-            end = expiry(chosen.tls_cert_file)
-            wrong = f"the certificate expired on {end:%Y-%m-%d}" if end < datetime.now(UTC) else ""
-            diagnosis.tell("tls", wrong, f"the certificate is good until {end:%Y-%m-%d}")
-    if chosen.policy_file:
-        with _told(diagnosis, "rights"):
-            authentication(chosen)
-            diagnosis.tell("rights", "", f"{chosen.policy_file} says who may do what")
+def _check_files(settings: Settings, report: Report) -> None:
+    if settings.tls_cert_file:
+        with report.failures_of("tls"):
+            server_credentials(settings)
+            end = expiry(settings.tls_cert_file)
+            problem = f"the certificate expired on {end:%Y-%m-%d}" if end < datetime.now(UTC) else ""
+            report.check("tls", problem, f"the certificate is valid until {end:%Y-%m-%d}")
+    if settings.policy_file:
+        with report.failures_of("policy"):
+            authentication(settings)
+            report.ok("policy", f"{settings.policy_file} is valid")
 
 
-@contextmanager
-def _told(diagnosis: Diagnosis, subject: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        diagnosis.tell(subject, str(error), "")
-
-
-async def _examine(chosen: Settings, diagnosis: Diagnosis) -> None:
-    url = make_url(chosen.database_url)
-    database = Database(chosen)
+async def _check_database(settings: Settings, report: Report) -> None:
+    url = make_url(settings.database_url)
+    database = Database(settings)
     try:
         revision = await migrations.current(database.engine)
-        diagnosis.tell("database", "", f"{url.set(drivername=url.get_backend_name(), query={})!r} answers")
-        diagnosis.tell("schema", trouble(revision), f"revision {revision}")
+        report.ok("database", f"connected to {url.set(drivername=url.get_backend_name(), query={})!r}")
+        report.check("schema", schema_problem(revision), f"revision {revision}")
         if not database.is_sqlite:
-            await _count_connections(database, chosen, diagnosis)
-            await _compare_clocks(database, diagnosis)
+            await _check_connections(database, settings, report)
+            await _check_clock(database, report)
     except (DBAPIError, OSError) as error:
         cause = getattr(error, "orig", None) or error
-        diagnosis.tell("database", f"it can't be reached: {cause}; check ROSTER_DATABASE_URL", "")
+        report.fail("database", f"the database can't be reached: {cause}; check ROSTER_DATABASE_URL")
     finally:
         await database.close()
 
 
-async def _count_connections(database: Database, chosen: Settings, diagnosis: Diagnosis) -> None:
+async def _check_connections(database: Database, settings: Settings, report: Report) -> None:
+    names = "max_connections", "superuser_reserved_connections"
     async with database.read() as session:
-        names = "max_connections", "superuser_reserved_connections"
         row = (await session.execute(select(*map(func.current_setting, names)))).one()
-    needed = chosen.workers * (chosen.pool_size + chosen.max_overflow + chosen.bulk_connections)
-    if needed > (free := int(row[0]) - int(row[1])):
-        wrong = f"up to {needed} connections are opened, and it has {free}; see docs/scaling.md"
-        diagnosis.tell("database", wrong, "")
+    available = int(row[0]) - int(row[1])
+    needed = settings.workers * (settings.pool_size + settings.max_overflow + settings.bulk_connections)
+    if needed > available:
+        report.fail(
+            "database",
+            f"the server may open {needed} connections, but the database allows {available}; "
+            "see docs/scaling.md",
+        )
 
 
-async def _compare_clocks(database: Database, diagnosis: Diagnosis) -> None:
+async def _check_clock(database: Database, report: Report) -> None:
     async with database.read() as session:
         before = datetime.now(UTC)
-        there = (await session.scalars(select(func.clock_timestamp()))).one()
-        here = before + (datetime.now(UTC) - before) / 2
-    skew = (here - there).total_seconds()
-    told = f"{abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} the database's"
-    is_off = abs(skew) > MAX_SKEW_SECONDS
-    diagnosis.tell("clock", f"it is {told}; set both by NTP" if is_off else "", told)
+        database_time = (await session.scalars(select(func.clock_timestamp()))).one()
+        local_time = before + (datetime.now(UTC) - before) / 2
+    skew = (local_time - database_time).total_seconds()
+    direction = "ahead of" if skew > 0 else "behind"
+    text = f"{abs(skew):.1f} s {direction} the database"
+    problem = f"{text}; synchronize both with NTP" if abs(skew) > MAX_SKEW_SECONDS else ""
+    report.check("clock", problem, text)

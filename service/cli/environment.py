@@ -1,4 +1,4 @@
-"""Settings for a person at a terminal: every one explained, everything wrong told at once."""
+"""Settings at a terminal: their help, and all errors at once."""
 
 from pydantic import ValidationError
 from pydantic_core import to_json
@@ -7,46 +7,47 @@ from service.cli.terminal import UsageError
 from service.settings import PREFIX, Settings, is_password_redirected
 
 
-def settings() -> Settings:
-    """Return the settings of the environment; ends the command with status 2 where they are wrong."""
+def read_settings() -> Settings:
+    """Return the settings; raises UsageError, which lists every invalid one."""
     try:
-        chosen = Settings()
+        settings = Settings()
     except ValidationError as error:
-        lines = [_line(problem["loc"], problem["msg"]) for problem in error.errors()]
+        lines = [_error_line(problem["loc"], problem["msg"]) for problem in error.errors()]
         raise UsageError(*lines) from None
     except OSError as error:
         raise UsageError(str(error)) from None
-    if is_password_redirected(chosen.database_url):
+    if is_password_redirected(settings.database_url):
         raise UsageError(
-            "PGPASSWORD of the environment would be sent to the database in the .env of this folder; set "
-            "ROSTER_DATABASE_URL in the environment, or keep both in one place"
+            "PGPASSWORD of the environment would be sent to the database in the .env of this directory; "
+            "set ROSTER_DATABASE_URL in the environment, or set both in the same place"
         )
-    return chosen
+    return settings
 
 
 def settings_help() -> str:
-    """Return a table of all settings with their defaults, as `roster serve --help` shows it."""
+    """Return a table of all settings with their defaults, for `roster serve --help`."""
     rows = [
-        (f"{PREFIX}{name.upper()}", f"{field.description}  [{_shown(field.default)}]")
+        (f"{PREFIX}{name.upper()}", f"{field.description}  [{_format_default(field.default)}]")
         for name, field in Settings.model_fields.items()
     ]
     width = max(len(name) for name, _ in rows)
     table = "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
     return (
-        f"\b\nSettings, from the environment or a file .env:\n{table}\n\n\b\n"
-        "DATABASE_URL stands in for ROSTER_DATABASE_URL. ROSTER_X_FILE names a file that has the value\n"
-        "of ROSTER_X, as secrets are handed out."
+        f"\b\nSettings, from the environment or a file named .env:\n{table}\n\n\b\n"
+        "DATABASE_URL is used if ROSTER_DATABASE_URL is not set. ROSTER_X_FILE names a file that contains\n"
+        "the value of ROSTER_X, for mounted secrets."
     )
 
 
-def _shown(default: object) -> str:
-    told = to_json(default).decode().strip('"')
-    return "unset" if told in ("", "null") else told
+def _format_default(default: object) -> str:
+    text = to_json(default).decode().strip('"')
+    return "unset" if text in ("", "null") else text
 
 
-def _line(where: tuple[int | str, ...], message: str) -> str:
+def _error_line(location: tuple[int | str, ...], message: str) -> str:
     message = message.removeprefix("Value error, ")
-    if not where:
+    if not location:
         return message
-    name = str(where[0])
-    return f"{name if name.isupper() else PREFIX + name.upper()}: {message}"
+    name = str(location[0])
+    variable = name if name.isupper() else PREFIX + name.upper()
+    return f"{variable}: {message}"

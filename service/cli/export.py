@@ -1,4 +1,4 @@
-"""`roster export`: all users or posts, or those that match a filter, into a file."""
+"""`roster export`: export users or posts to a file."""
 
 import asyncio
 import gzip
@@ -16,15 +16,22 @@ from google.protobuf.descriptor import FieldDescriptor
 
 from service.cli.formats import csv_line, format_name, json_line, pyarrow
 from service.cli.rows import ENTITIES, Entity, values_of
-from service.cli.terminal import Target, UsageError, counted, echo, progress, server_options, stoppable
-from service.client import Patience
+from service.cli.terminal import (
+    Target,
+    UsageError,
+    echo,
+    exit_on_signal,
+    pluralize,
+    server_options,
+    show_progress,
+)
+from service.client import Backoff
 from service.errors import RosterError
 from service.escape import escape
 from service.files import replacing
 
 STDOUT = "-"
-GROUP_ROWS, GROUP_BYTES = 100_000, 64 << 20  # of a row group of Parquet
-
+GROUP_ROWS, GROUP_BYTES = 100_000, 64 << 20  # of a Parquet row group
 
 Write = Callable[[list[dict[str, Any]]], None]
 
@@ -42,7 +49,7 @@ def _csv(file: Any, entity: Entity) -> Iterator[Write]:
 
 @contextmanager
 def _parquet(file: Any, entity: Entity) -> Iterator[Write]:
-    """Write times as microseconds of UTC, and rows when they are worth a row group."""
+    """Write times as UTC microseconds, and rows in groups large enough to compress well."""
     arrow = pyarrow()
     types = {
         FieldDescriptor.TYPE_INT64: arrow.int64(),
@@ -56,7 +63,9 @@ def _parquet(file: Any, entity: Entity) -> Iterator[Write]:
 
     def write(rows: list[dict[str, Any]]) -> None:
         group.append(arrow.RecordBatch.from_pylist(rows, schema))
-        if sum(map(len, group)) >= GROUP_ROWS or sum(batch.nbytes for batch in group) >= GROUP_BYTES:
+        is_long = sum(map(len, group)) >= GROUP_ROWS
+        is_large = sum(batch.nbytes for batch in group) >= GROUP_BYTES
+        if is_long or is_large:
             writer.write_table(arrow.Table.from_batches(group))
             group.clear()
 
@@ -69,8 +78,8 @@ def _parquet(file: Any, entity: Entity) -> Iterator[Write]:
 WRITERS = {"ndjson": _ndjson, "csv": _csv, "parquet": _parquet}
 
 
-class Terminal(io.RawIOBase):
-    """Standard output where people read it: lines are escaped, as `echo` does."""
+class EscapedOutput(io.RawIOBase):
+    """Standard output on a terminal: lines are escaped, as by `echo`."""
 
     def write(self, text: Any) -> int:
         lines = map(escape, bytes(text).decode(errors="backslashreplace").split("\n"))
@@ -79,7 +88,7 @@ class Terminal(io.RawIOBase):
 
 
 class Export:
-    """One export, and how far it is."""
+    """One export and its progress."""
 
     def __init__(self, entity: Entity, filter_: str | None, after_id: int) -> None:
         self.entity = entity
@@ -87,84 +96,94 @@ class Export:
         self.rows = 0
         self._filter = filter_
         self._first_id = after_id
-        self._patience = Patience()
+        self._backoff = Backoff()
         self._started = time.monotonic()
 
     async def run(self, target: Target, write: Write) -> None:
-        """Write all rows, and go on behind the last one after a break; raises RosterError, OSError."""
+        """Write all rows, and resume after the last one if a stream breaks; raises RosterError, OSError."""
         async with target.channel() as connection:
             largest_id = await self._largest_id(connection)
-            async with progress(largest_id - self._first_id, self._state):
+            async with show_progress(largest_id - self._first_id, self._state):
                 while True:
                     try:
                         await self._stream(connection, write)
                     except RosterError as error:
-                        await self._patience.endure(error)
+                        await self._backoff.wait(error)
                     else:
                         return
 
     async def _largest_id(self, connection: grpc.aio.Channel) -> int:
         lists, request = self.entity.rpc(connection, "List")
-        page = await self._patience.call(lists, request(order_by="id desc", page_size=1))
+        page = await self._backoff.call(lists, request(order_by="id desc", page_size=1))
         return max((row.id for row in getattr(page, self.entity.name)), default=0)
 
     async def _stream(self, connection: grpc.aio.Channel, write: Write) -> None:
         exports, request = self.entity.rpc(connection, "Export")
-        async for answer in exports(request(filter=self._filter, after_id=self.last_id)):
-            messages = getattr(answer, self.entity.name)
+        async for response in exports(request(filter=self._filter, after_id=self.last_id)):
+            messages = getattr(response, self.entity.name)
             write([values_of(message, self.entity.exported) for message in messages])
             self.rows += len(messages)
-            self.last_id = answer.last_id
-            self._patience.renew()
+            self.last_id = response.last_id
+            self._backoff.reset()
 
     def _state(self) -> tuple[int, str]:
-        return self.last_id - self._first_id, self.told()
+        return self.last_id - self._first_id, self.progress()
 
-    def stopped(self) -> str:
-        """Return how far it came."""
-        return f" behind id {self.last_id}: {self.told()}"
+    def position(self) -> str:
+        """Return where an interrupted export can be resumed."""
+        return f" after id {self.last_id}: {self.progress()}"
 
-    def told(self) -> str:
-        """Return how far it is."""
+    def progress(self) -> str:
+        """Return the text of the progress bar."""
         rate = self.rows / max(time.monotonic() - self._started, 0.001)
-        return f"{counted(self.rows, self.entity.name[:-1])}, {rate:,.0f} rows/s"
+        return f"{pluralize(self.rows, self.entity.name[:-1])}, {rate:,.0f} rows/s"
 
 
-@click.command(short_help="Export users or posts into a file.", context_settings={"show_default": True})
+@click.command(short_help="Export users or posts to a file.", context_settings={"show_default": True})
 @click.argument("entity", type=click.Choice(list(ENTITIES)))
 @server_options
-@click.option("--output", "-o", default=STDOUT, help="A file, gzip if its name ends in .gz; - is stdout.")
-@click.option("--format", "format_", type=click.Choice(list(WRITERS)), help="Default: by the file's name.")
-@click.option("--filter", "filter_", help="Which rows, such as 'is_active = true'.")
-@click.option("--after-id", type=click.IntRange(0), default=0, help="Only rows with greater ids.")
+@click.option(
+    "--output",
+    "-o",
+    default=STDOUT,
+    help="Output file, compressed if its name ends in .gz; - is standard output.",
+)
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(list(WRITERS)),
+    help="Format of the file.  [default: from the file name]",
+)
+@click.option("--filter", "filter_", help="Export only matching rows, such as 'is_active = true'.")
+@click.option("--after-id", type=click.IntRange(0), default=0, help="Export only rows with greater ids.")
 def export(
     entity: str, target: Target, output: str, format_: str | None, filter_: str | None, after_id: int
 ) -> None:
-    """Export users or posts, in the order of their ids; `roster load --restore` takes them back.
+    """Export users or posts, ordered by id. `roster load --restore` loads them again.
 
-    The file has its name only when it is complete; before, `.part` is added. Times are in UTC, with
-    microseconds. What is not set is null in NDJSON and Parquet; in CSV it is nothing, an empty text "".
+    The file is written as FILE.part and renamed when it is complete. Times are in UTC, with microseconds. An
+    unset field is null in NDJSON and Parquet; in CSV it is an empty cell, and an empty string is "".
     """
     job = Export(ENTITIES[entity], filter_, after_id)
     kind = WRITERS[format_ or format_name(output)]
     if kind is _parquet:
-        pyarrow()  # where it is missing no file is begun
+        pyarrow()  # if it is missing, fail before the file is created
     try:
-        with stoppable(job.stopped), _file(output) as file, kind(file, job.entity) as write:
+        with exit_on_signal(job.position), _open_output(output) as file, kind(file, job.entity) as write:
             asyncio.run(job.run(target, write))
-    except BrokenPipeError:  # whoever reads has enough
+    except BrokenPipeError:  # the reader has closed the pipe
         raise
     except (RosterError, OSError) as error:
-        told = target.explained(error) if isinstance(error, RosterError) else str(error)
-        hint = f"; go on with --after-id {job.last_id}" if job.rows else ""
-        raise UsageError(f"{told}{hint}") from None
-    echo(job.told(), err=True)
+        message = target.explain(error) if isinstance(error, RosterError) else str(error)
+        hint = f"; resume with --after-id {job.last_id}" if job.rows else ""
+        raise UsageError(f"{message}{hint}") from None
+    echo(job.progress(), err=True)
 
 
 @contextmanager
-def _file(output: str) -> Iterator[Any]:
+def _open_output(output: str) -> Iterator[Any]:
     if output == STDOUT:
-        yield Terminal() if sys.stdout.isatty() else sys.stdout.buffer
+        yield EscapedOutput() if sys.stdout.isatty() else sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
     with replacing(Path(output)) as file:

@@ -1,11 +1,10 @@
-"""`roster load`: a file of users or posts into the service, going on where an earlier run of it stopped."""
+"""`roster load`: load a file of users or posts, or resume where an earlier run stopped."""
 
 import asyncio
 import json
 import os
 import re
 import sys
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, closing
 from functools import partial
@@ -20,163 +19,127 @@ from google.protobuf.message import Message
 from roster.v1 import bulk_pb2 as pb
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
 from service.cli.formats import FORMATS, STDIN, SourceError, format_name
-from service.cli.ledger import Ledger
+from service.cli.rejects import RejectsFile
+from service.cli.report import LoadReport
 from service.cli.rows import ENTITIES, Columns, Entity
 from service.cli.source import Source
 from service.cli.terminal import (
     PAGE_SIZE,
     Target,
     UsageError,
-    counted,
     echo,
-    progress,
+    exit_on_signal,
     server_options,
-    stoppable,
+    show_progress,
 )
-from service.client import BATCH_ROWS, BulkLoader, LoadInterrupted, Patience, pages
-from service.client.errors import may_pass
+from service.cli.tracker import RowTracker
+from service.client import BATCH_ROWS, Backoff, BulkLoader, LoadInterrupted, pages
+from service.client.errors import is_retryable
 from service.errors import LoadAborted, LoadExpired, RosterError, TooManyFailures
 
-TOP_REASONS = 5
-LOAD_ID = (
-    "Name of the load; the same one goes on with it.  [default: by what is in the file, and the options]"
-)
-ON_CONFLICT = "What to do with a row whose key is taken."
-UPDATE_MASK = "What --update and --on-conflict update write, such as full_name,is_active."
-ATOMICITY = "What a failed row takes with it: itself, or its batch."
-RESTORE = "Create rows with the id, created_at, updated_at and version that the file has, as exported."
+LOAD_ID = "Load ID; reuse it to resume a load.  [default: derived from the file and the options]"
+ON_CONFLICT = "What to do with a row whose key already exists."
+UPDATE_MASK = "Columns that --update and --on-conflict update write, such as full_name,is_active."
+ATOMICITY = "Whether a failed row fails only itself or its whole batch."
+RESTORE = "Create rows with the id, created_at, updated_at and version of an export."
+FORMAT = "Format of the file.  [default: from the file name]"
+REJECTS = "File for the rows that fail.  [default: NAME.rejects.FORMAT, next to FILE]"
 PATH = click.Path(dir_okay=False, path_type=Path)
 OPTION = re.compile(r"\b(?:options\.(\w+)|(load_id))\b")
 
 
 class Load:
-    """One load of one file, and what is told about it."""
+    """One run of a load."""
 
-    def __init__(self, entity: Entity, source: Source, options: pb.BulkOptions, ledger: Ledger) -> None:
-        self.entity = entity
-        self.source = source
-        self.options = options
-        self.ledger = ledger
-        self.summary = pb.BulkSummary()
-        self.is_open = self.was_finished = False
-        self._skipped = 0  # rows that an earlier run has sent, and that are not sent again
-        self._patience = Patience()
-        self._started = time.monotonic()
+    def __init__(
+        self,
+        entity: Entity,
+        source: Source,
+        options: pb.BulkOptions,
+        report: LoadReport,
+        rejects: RejectsFile,
+    ) -> None:
+        self.is_open = False
+        self._entity = entity
+        self._source = source
+        self._options = options
+        self._report = report
+        self._tracker = RowTracker(report, rejects)
+        self._backoff = Backoff()
 
     async def run(self, target: Target, verb: str, batch_rows: int) -> None:
-        """Send the rows; raises what BulkLoader and Source do, and TooManyFailures."""
-        await self.source.look_ahead()  # a load that can't be read is not opened
-        async with target.channel() as connection, progress(self.source.bytes_total, self._state):
-            method, request = self.entity.rpc(connection, verb)
-            loader = BulkLoader(method, request, self.options, batch_rows=batch_rows, is_known=False)
+        """Send the rows; raises the errors of BulkLoader and Source, and TooManyFailures."""
+        await self._source.prefetch()  # a file that can't be read must not open a load
+        async with target.channel() as connection, show_progress(self._source.bytes_total, self._progress):
+            method, request = self._entity.rpc(connection, verb)
+            loader = BulkLoader(method, request, self._options, batch_rows=batch_rows, retry_connect=False)
             loads = BulkServiceStub(connection)
-            rows = self._messages(loads)
+            messages = self._messages(loads)
             try:
-                async with aclosing(rows), aclosing(loader.run(rows)) as events:
+                async with aclosing(messages), aclosing(loader.run(messages)) as events:
                     async for event in events:
                         if isinstance(event, pb.BulkSummary):
-                            self.summary = event
+                            self._report.summary = event
                         elif isinstance(event, pb.BulkAck):
-                            self.ledger.settle(event)
+                            self._tracker.settle(event)
                         elif not self.is_open:
-                            await self._opened(event, loads)
+                            await self._on_open(event, loads)
             except LoadInterrupted as failure:
                 if not self.is_open and isinstance(failure.cause, LoadAborted | LoadExpired):
-                    found = await self._found(loads)
-                    self.is_open, self.ledger.rows, self.ledger.failed = True, found.next_offset, found.failed
+                    # The load can't be opened, but it exists: report how far it came.
+                    self._set_counts(await self._get_load(loads))
+                    self.is_open = True
                 raise
 
-    async def _opened(self, opened: pb.BulkOpened, loads: BulkServiceStub) -> None:
+    async def _on_open(self, opened: pb.BulkOpened, loads: BulkServiceStub) -> None:
         self.is_open = True
-        self._patience.renew()
+        self._backoff.reset()
         if not opened.next_offset:
             return
-        found = await self._found(loads)
-        self.was_finished = found.state == pb.BulkLoad.FINISHED
-        if not self.was_finished:
-            echo(f"going on at row {opened.next_offset + 1:,}", err=True)
-        if not self.options.return_ids:
-            self._skipped = self.ledger.rows = opened.next_offset
-            self.ledger.failed = found.failed
+        load = await self._get_load(loads)
+        self._report.was_finished = load.state == pb.BulkLoad.FINISHED
+        if not self._report.was_finished:
+            echo(f"resuming at row {opened.next_offset + 1:,}", err=True)
+        # With return_ids the loader sends every row again, and their acks are counted instead.
+        if not self._options.return_ids:
+            self._set_counts(load)
+            self._report.rows = self._report.skipped_rows = opened.next_offset
 
-    async def _found(self, loads: BulkServiceStub) -> pb.BulkLoad:
-        request = pb.GetBulkLoadRequest(load_id=self.options.load_id)
-        found: pb.BulkLoad = await self._patience.call(loads.GetBulkLoad, request)
-        return found
+    async def _get_load(self, loads: BulkServiceStub) -> pb.BulkLoad:
+        request = pb.GetBulkLoadRequest(load_id=self._options.load_id)
+        load: pb.BulkLoad = await self._backoff.call(loads.GetBulkLoad, request)
+        return load
+
+    def _set_counts(self, load: pb.BulkLoad) -> None:
+        self._report.rows = load.next_offset
+        self._report.failed = load.failed
 
     async def _messages(self, loads: BulkServiceStub) -> AsyncGenerator[Message, None]:
-        """Yield the rows that can be read; the loader leaves out those that are skipped."""
-        request = pb.ListBulkLoadFailuresRequest(load_id=self.options.load_id, page_size=PAGE_SIZE)
-        failures = pages(partial(self._patience.call, loads.ListBulkLoadFailures), request)
-        async with aclosing(failures), aclosing(self.source.rows()) as rows:
-            failure = await anext(failures, None) if self._skipped else None
+        """Yield the rows that can be parsed, from the first one.
+
+        The loader skips rows that an earlier run has settled. Those that failed then are written to the
+        rejects again, with the failures that the server has stored.
+        """
+        request = pb.ListBulkLoadFailuresRequest(load_id=self._options.load_id, page_size=PAGE_SIZE)
+        failures = pages(partial(self._backoff.call, loads.ListBulkLoadFailures), request)
+        async with aclosing(failures), aclosing(self._source.rows()) as rows:
+            skipped_rows = self._report.skipped_rows
+            failure = await anext(failures, None) if skipped_rows else None
             offset = 0
             async for row in rows:
-                if row.message is None or offset >= self._skipped:
-                    self.ledger.note(row)
+                if row.message is None or offset >= skipped_rows:
+                    self._tracker.add(row)
                 elif failure and failure.offset == offset:
-                    self.ledger.reject(row, failure)
+                    self._tracker.reject(row, failure)
                     failure = await anext(failures, None)
-                if 0 < self.options.max_failures < self.ledger.failed:
-                    raise TooManyFailures(f"more than {self.options.max_failures:,} rows failed")
+                if 0 < self._options.max_failures < self._report.failed:
+                    raise TooManyFailures(f"more than {self._options.max_failures:,} rows failed")
                 if row.message is not None:
                     offset += 1
                     yield row.message
 
-    def _state(self) -> tuple[int, str]:
-        rows, failed = self.ledger.rows, self.ledger.failed
-        return self.source.bytes_read, f"{rows:,} rows, {self._rate():,.0f} rows/s, {failed:,} failed"
-
-    def _seconds(self) -> float:
-        return max(time.monotonic() - self._started, 0.001)
-
-    def _rate(self) -> float:
-        return (self.ledger.rows - self._skipped) / self._seconds()
-
-    def settled(self, *, may_go_on: bool) -> str:
-        """Return how many rows are in, for a load that did not get to its end."""
-        ledger = self.ledger
-        rows = ledger.rows - ledger.failed
-        done = "validated" if self.options.validate_only else "in and durable"
-        where = f" (see {ledger.rejects})" if ledger.rejects else ""
-        again = "; the same command goes on from there" if may_go_on and self.options.load_id else ""
-        verb = "is" if rows == 1 else "are"
-        return f"{counted(rows, 'row')} {verb} {done}, {ledger.failed:,} failed{where}{again}"
-
-    def told(self) -> dict[str, Any]:
-        """Return the summary for programs."""
-        return {
-            "file": self.source.name,
-            "load_id": self.options.load_id or None,
-            "was_finished": self.was_finished,
-            "rows": self.ledger.rows,
-            **{name: getattr(self.summary, name) for name in ("created", "updated", "skipped")},
-            "failed": self.ledger.failed,
-            "seconds": round(self._seconds(), 3),
-            "reasons": self.ledger.reasons,
-            "rejects": self.ledger.rejects,
-        }
-
-    def lines(self) -> list[str]:
-        """Return the summary for people, line by line."""
-        told = self.told()
-        counts = ", ".join(f"{told[name]:,} {name}" for name in ("created", "updated", "skipped", "failed"))
-        now = f", {told['rows'] - self._skipped:,} of them now," if self._skipped else ""
-        took = f"{counted(told['rows'], 'row')}{now} in {self._seconds():.1f} s ({self._rate():,.0f} rows/s)"
-        if self.was_finished:
-            took = "finished before; nothing was sent (another --load-id loads it again)"
-        lines = [f"{told['file']}: {took}: {counts}"]
-        for reason, count in self.ledger.reasons.most_common(TOP_REASONS):
-            lines.append(f"  {count:,} x {reason}, first in {self.ledger.sentences[reason]}")
-        if unread := self.ledger.unread:
-            lines.append(f"  {counted(unread, 'row')} could not be read; `roster loads` does not count them")
-        if self.options.validate_only:
-            lines.append("  only validated: nothing was written")
-        if told["rejects"]:
-            kept = str(self.ledger.path)
-            hint = f"; {kept} is another's, or mended, and stays" if told["rejects"] != kept else ""
-            lines.append(f"  the failed rows are in {told['rejects']}{hint}")
-        return lines
+    def _progress(self) -> tuple[int, str]:
+        return self._source.bytes_read, self._report.progress()
 
 
 def _choice(enum: Any) -> click.Choice[str]:
@@ -188,19 +151,21 @@ def _choice(enum: Any) -> click.Choice[str]:
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @server_options
 @click.option("--load-id", help=LOAD_ID)
-@click.option("--update", "operation", flag_value="update", help="Update rows, by id.")
+@click.option("--update", "operation", flag_value="update", help="Update existing rows, by id.")
 @click.option("--restore", "operation", flag_value="restore", help=RESTORE)
 @click.option("--update-mask", help=UPDATE_MASK)
 @click.option("--on-conflict", type=_choice(pb.BulkOptions.OnConflict), default="fail", help=ON_CONFLICT)
-@click.option("--batch-rows", type=click.IntRange(1), default=BATCH_ROWS, help="Rows a transaction, at most.")
-@click.option("--atomicity", type=_choice(pb.BulkOptions.Atomicity), default="row", help=ATOMICITY)
-@click.option("--validate-only", is_flag=True, help="Run every check and write nothing.")
-@click.option("--max-failures", type=click.IntRange(0), default=0, help="Stop when more failed; 0: never.")
 @click.option(
-    "--format", "file_format", type=click.Choice(list(FORMATS)), help="Default: by the file's name."
+    "--batch-rows", type=click.IntRange(1), default=BATCH_ROWS, help="Maximum rows per transaction."
 )
-@click.option("--rejects", type=PATH, help="Default: NAME.rejects.FORMAT, beside the file.")
-@click.option("--json", "is_json", is_flag=True, help="Print the summary as one JSON object.")
+@click.option("--atomicity", type=_choice(pb.BulkOptions.Atomicity), default="row", help=ATOMICITY)
+@click.option("--validate-only", is_flag=True, help="Run all checks, but write nothing.")
+@click.option(
+    "--max-failures", type=click.IntRange(0), default=0, help="Stop if more rows fail; 0 means no limit."
+)
+@click.option("--format", "file_format", type=click.Choice(list(FORMATS)), help=FORMAT)
+@click.option("--rejects", type=PATH, help=REJECTS)
+@click.option("--json", "is_json", is_flag=True, help="Print the summary as a JSON object.")
 def load(
     entity: str,
     file: str,
@@ -214,73 +179,84 @@ def load(
     is_json: bool,
     **options: Any,
 ) -> None:
-    """Load a FILE of users or posts: NDJSON, CSV or Parquet, plain or gzip; - is standard input.
+    """Load users or posts from FILE: NDJSON, CSV or Parquet, plain or gzip. - is standard input.
 
-    A row that fails does not stop the others. It goes to a file of rejects with the reason as `_error`;
-    mend it there, and load that file. A file of rejects that is there already is not overwritten.
+    A row that fails does not affect the others. It is written to a file of rejects, with the reason as
+    `_error`. Fix the rows there, and load that file. An existing file of rejects is never overwritten.
 
-    A load that was stopped goes on when the same command is typed again. With standard input it needs a
-    --load-id for that, and the same rows.
+    To resume a load that was stopped, run the same command again. From standard input, this requires
+    --load-id and the same rows.
 
-    The status is 0 if all rows are in, 1 if some failed, 2 if the load could not run or came to no end.
+    The exit status is 0 if all rows were loaded, 1 if some failed, 2 if the load did not start or finish.
     """
     kind, operation = ENTITIES[entity], operation or "create"
     masked = update_mask.replace(" ", "").split(",") if update_mask else []
     if not masked and (operation == "update" or options["on_conflict"] == "UPDATE"):
         option = "--update" if operation == "update" else "--on-conflict update"
-        raise click.UsageError(f"{option} needs --update-mask")
+        raise click.UsageError(f"{option} requires --update-mask")
     columns = Columns(kind.message, kind.columns(operation, masked))
     source = Source(file, FORMATS[file_format or format_name(file)](columns))
-    ledger = Ledger(_rejects_path(rejects, file, source.format.suffix), source.format)
-    chosen = pb.BulkOptions(
+    bulk_options = pb.BulkOptions(
         restore=operation == "restore",
         update_mask=FieldMask(paths=masked),
-        # Of a batch that failed as a whole only they tell, when it is sent again, which rows it had.
+        # When a batch that failed as a whole is replayed, only the ids show which of its rows were written.
         return_ids=options["atomicity"] == "BATCH",
         **options,
     )
-    if chosen.validate_only:
-        chosen.load_id = ""  # nothing is kept that could be gone on with
-    elif not chosen.load_id:
-        chosen.load_id = _load_id(source, f"{entity}-{operation}", chosen)
-    job = Load(kind, source, chosen, ledger)
+    if bulk_options.validate_only:
+        bulk_options.load_id = ""  # nothing is stored, so there is nothing to resume
+    elif not bulk_options.load_id:
+        bulk_options.load_id = _derive_load_id(source, f"{entity}-{operation}", bulk_options)
+    rejects_file = RejectsFile(_rejects_path(rejects, file, source.format.suffix), source.format)
+    report = LoadReport(source.name, source.format.unit, bulk_options, rejects_file)
+    job = Load(kind, source, bulk_options, report, rejects_file)
+    verb = "BulkUpdate" if operation == "update" else "BulkCreate"
     try:
-        with stoppable(lambda: f": {job.settled(may_go_on=True)}"), closing(ledger):
-            asyncio.run(job.run(target, "BulkUpdate" if operation == "update" else "BulkCreate", batch_rows))
+        with exit_on_signal(lambda: f": {report.unfinished(can_resume=True)}"), closing(rejects_file):
+            asyncio.run(job.run(target, verb, batch_rows))
     except (SourceError, TooManyFailures, OSError) as error:
-        raise UsageError(f"{source.name}: {error}; {job.settled(may_go_on=False)}") from None
+        raise UsageError(f"{source.name}: {error}; {report.unfinished(can_resume=False)}") from None
     except RosterError as failure:
         cause = failure.cause if isinstance(failure, LoadInterrupted) else failure
         if not job.is_open:
-            raise UsageError(f"nothing was loaded: {_typed(target.explained(cause))}") from None
-        settled = job.settled(may_go_on=may_pass(cause))
-        raise UsageError(f"{source.name}: the load stopped: {_typed(failure.message)}; {settled}") from None
+            raise UsageError(f"nothing was loaded: {_name_options(target.explain(cause))}") from None
+        state = report.unfinished(can_resume=is_retryable(cause))
+        raise UsageError(
+            f"{source.name}: the load stopped: {_name_options(failure.message)}; {state}"
+        ) from None
     finally:
         if columns.ignored:
             echo(f"ignored columns: {', '.join(columns.ignored)}", err=True)
-    echo(*([json.dumps(job.told())] if is_json else job.lines()))
-    sys.exit(1 if ledger.failed else 0)
+    if is_json:
+        echo(json.dumps(report.as_dict()))
+    else:
+        echo(*report.lines())
+    sys.exit(1 if report.failed else 0)
 
 
-def _typed(message: str) -> str:
+def _name_options(message: str) -> str:
+    """Replace the fields of BulkOptions in a server's message by the options of this command."""
     return OPTION.sub(lambda found: f"--{found[1] or found[2]}".replace("_", "-"), message)
 
 
-def _load_id(source: Source, kind: str, options: pb.BulkOptions) -> str:
-    """Return a name that stays the same as long as the same would be written."""
-    effect = pb.BulkOptions()
-    effect.CopyFrom(options)
-    effect.ClearField("max_failures")
-    content, form = source.digest(), type(source.format).__name__
-    parts = (content, form.encode(), effect.SerializeToString(deterministic=True))
-    return f"{kind}-{sha256(b'/'.join(parts)).hexdigest()[:32]}" if content else ""
+def _derive_load_id(source: Source, prefix: str, options: pb.BulkOptions) -> str:
+    """Return an id that is the same whenever the same rows would be written; "" for standard input."""
+    content = source.digest()
+    if not content:
+        return ""
+    effective = pb.BulkOptions()
+    effective.CopyFrom(options)
+    effective.ClearField("max_failures")
+    format_class = type(source.format).__name__
+    parts = (content, format_class.encode(), effective.SerializeToString(deterministic=True))
+    return f"{prefix}-{sha256(b'/'.join(parts)).hexdigest()[:32]}"
 
 
 def _rejects_path(rejects: Path | None, file: str, suffix: str) -> Path:
-    whole = Path("stdin" if file == STDIN else file.removesuffix(".gz"))
-    path = rejects or whole.with_name(f"{whole.stem}.rejects.{suffix}")
+    source = Path("stdin" if file == STDIN else file.removesuffix(".gz"))
+    path = rejects or source.with_name(f"{source.stem}.rejects.{suffix}")
     if path.exists() and file != STDIN and path.samefile(file):
-        raise click.UsageError(f"{path} is the file to load; name another one with --rejects")
+        raise click.UsageError(f"{path} is the file to load; choose another file with --rejects")
     if not os.access(path.parent, os.W_OK):
-        raise click.UsageError(f"there is no folder {path.parent} to write to; name a file with --rejects")
+        raise click.UsageError(f"can't write to directory {path.parent}; choose another file with --rejects")
     return path

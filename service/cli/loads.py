@@ -1,4 +1,4 @@
-"""`roster loads`: what became of the loads that have a name, and how to stop one."""
+"""`roster loads`: list, show and abort named bulk loads."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
@@ -17,59 +17,76 @@ from service.client import pages
 from service.errors import RosterError
 from service.escape import escape
 
-LINE = "{:8}  {:>13}  {:>11}  {:19}  {:15}  {}"
-HEAD = LINE.format("state", "rows", "failed", "changed", "method", "load")
+ROW = "{:8}  {:>13}  {:>11}  {:19}  {:15}  {}"
+HEADER = ROW.format("state", "rows", "failed", "changed", "method", "load")
 
 
 @click.command(short_help="List bulk loads, show one with its failures, or abort one.")
 @click.argument("action", type=click.Choice(["list", "show", "abort"]), default="list")
 @click.argument("load_id", default="")
 @server_options
-@click.option("--yes", is_flag=True, help="Abort without a question.")
-@click.option("--json", "is_json", is_flag=True, help="Print JSON as grpcurl does, an object a line.")
+@click.option("--yes", is_flag=True, help="Abort without asking.")
+@click.option("--json", "is_json", is_flag=True, help="Print JSON, one object per line.")
 def loads(action: str, load_id: str, target: Target, *, yes: bool, is_json: bool) -> None:
-    """List the bulk loads that have a name, the newest first; show one with its failures; abort one.
+    """List named bulk loads, newest first, show one with its failures, or abort one.
 
-    An aborted load takes no more rows; those that are in stay.
+    An aborted load accepts no more rows. The rows already written stay.
     """
     if (action == "list") == bool(load_id):
-        raise click.UsageError("write `roster loads`, `roster loads show LOAD_ID` or `… abort LOAD_ID`")
+        raise click.UsageError(
+            "run `roster loads`, `roster loads show LOAD_ID` or `roster loads abort LOAD_ID`"
+        )
     if action == "abort" and not yes:
-        click.confirm(f"Abort the load {escape(load_id)} for good?", abort=True, err=True)
+        click.confirm(f"Abort load {escape(load_id)}? It can't be resumed.", abort=True, err=True)
     try:
         asyncio.run(_run(target, action, load_id, is_json=is_json))
     except RosterError as failure:
-        raise UsageError(target.explained(failure)) from None
+        raise UsageError(target.explain(failure)) from None
 
 
 async def _run(target: Target, action: str, load_id: str, *, is_json: bool) -> None:
     async with target.channel() as connection:
         stub = BulkServiceStub(connection)
         if action == "list":
-            every = pages(stub.ListBulkLoads, pb.ListBulkLoadsRequest(page_size=PAGE_SIZE))
-            await _print_all(every, _json if is_json else _line, "" if is_json else HEAD)
-            return
-        if action == "abort":
+            await _list(stub, is_json=is_json)
+        elif action == "show":
+            _print_load(await stub.GetBulkLoad(pb.GetBulkLoadRequest(load_id=load_id)), is_json=is_json)
+            request = pb.ListBulkLoadFailuresRequest(load_id=load_id, page_size=PAGE_SIZE)
+            await _print_all(pages(stub.ListBulkLoadFailures, request), _json if is_json else _failure_line)
+        else:
             load = await stub.AbortBulkLoad(pb.AbortBulkLoadRequest(load_id=load_id))
             if load.state != pb.BulkLoad.ABORTED:
                 state = pb.BulkLoad.State.Name(load.state).lower()
-                raise click.ClickException(f"it is {state}; nothing to abort")
-        else:
-            load = await stub.GetBulkLoad(pb.GetBulkLoadRequest(load_id=load_id))
-        echo(*([_json(load)] if is_json else _story(load)))
-        if action == "show":
-            request = pb.ListBulkLoadFailuresRequest(load_id=load_id, page_size=PAGE_SIZE)
-            await _print_all(pages(stub.ListBulkLoadFailures, request), _json if is_json else _why)
+                raise click.ClickException(f"the load is already {state} and can't be aborted")
+            _print_load(load, is_json=is_json)
 
 
-async def _print_all(messages: AsyncGenerator[Any], text: Callable[[Any], str], head: str = "") -> None:
+async def _list(stub: BulkServiceStub, *, is_json: bool) -> None:
+    found = pages(stub.ListBulkLoads, pb.ListBulkLoadsRequest(page_size=PAGE_SIZE))
+    if is_json:
+        await _print_all(found, _json)
+    else:
+        await _print_all(found, _table_row, HEADER)
+
+
+async def _print_all(
+    messages: AsyncGenerator[Any], format_line: Callable[[Any], str], header: str = ""
+) -> None:
     async with aclosing(messages):
+        # The first page is fetched before the header is printed: an error prints nothing but itself.
         message = await anext(messages, None)
-        if head:
-            echo(head)
+        if header:
+            echo(header)
         while message is not None:
-            echo(text(message))
+            echo(format_line(message))
             message = await anext(messages, None)
+
+
+def _print_load(load: pb.BulkLoad, *, is_json: bool) -> None:
+    if is_json:
+        echo(_json(load))
+    else:
+        echo(*_details(load))
 
 
 def _json(message: Message) -> str:
@@ -78,18 +95,18 @@ def _json(message: Message) -> str:
     )
 
 
-def _line(load: pb.BulkLoad) -> str:
+def _table_row(load: pb.BulkLoad) -> str:
     changed = f"{load.updated_at.ToDatetime():%Y-%m-%d %H:%M:%S}"
     state, method = pb.BulkLoad.State.Name(load.state), load.method.rpartition(".")[2]
-    return LINE.format(state, f"{load.next_offset:,}", f"{load.failed:,}", changed, method, load.load_id)
+    return ROW.format(state, f"{load.next_offset:,}", f"{load.failed:,}", changed, method, load.load_id)
 
 
-def _story(load: pb.BulkLoad) -> list[str]:
-    told = orjson.loads(_json(load))
-    told["options"] = MessageToJson(load.options, preserving_proto_field_name=True, indent=None)
+def _details(load: pb.BulkLoad) -> list[str]:
+    values = orjson.loads(_json(load))
+    values["options"] = MessageToJson(load.options, preserving_proto_field_name=True, indent=None)
     names = [field.name for field in load.DESCRIPTOR.fields]
-    return [f"{name:11}  {told.get(name, '')}" for name in names]
+    return [f"{name:11}  {values.get(name, '')}" for name in names]
 
 
-def _why(failure: pb.RowFailure) -> str:
+def _failure_line(failure: pb.RowFailure) -> str:
     return f"offset {failure.offset:,}: {failure.reason} {failure.field}: {failure.message}"

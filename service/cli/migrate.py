@@ -1,4 +1,4 @@
-"""`roster migrate`: bring the database's schema to what this release needs."""
+"""`roster migrate`: migrate the database schema."""
 
 import asyncio
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import click
 from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError
 
-from service.cli.environment import settings
+from service.cli.environment import read_settings
 from service.cli.terminal import UsageError, echo
 from service.db import migrations
 from service.db.engine import Database
@@ -20,73 +20,81 @@ UNKNOWN_DATABASE = "3D000"  # https://www.postgresql.org/docs/current/errcodes-a
 
 
 @contextmanager
-def reported(chosen: Settings) -> Iterator[None]:
-    """Tell in one line what kept a migration from being done."""
-    if wrong := missing_folder(chosen):
-        raise UsageError(wrong)
+def report_migration_errors(settings: Settings) -> Iterator[None]:
+    """Raise UsageError if a migration fails."""
+    if problem := folder_problem(settings):
+        raise UsageError(problem)
     try:
         yield
-    except BrokenPipeError:  # whoever reads has enough
+    except BrokenPipeError:  # the reader of --sql has closed the pipe
         raise
     except (CommandError, DBAPIError, OSError) as error:
         if "Can't locate revision" in str(error):
-            raise UsageError(f"{error}; a newer release has it, so use that, or go back with it") from None
-        hint = "; make it first, as `createdb` does" if code_of(error) == UNKNOWN_DATABASE else ""
-        told = getattr(error, "orig", None) or error
-        raise UsageError(f"the schema was left as it was: {told}{hint}") from None
+            raise UsageError(
+                f"{error}; a newer release created it: use that release, or downgrade with it"
+            ) from None
+        hint = "; create the database first, as with `createdb`" if code_of(error) == UNKNOWN_DATABASE else ""
+        cause = getattr(error, "orig", None) or error
+        raise UsageError(f"the schema was not changed: {cause}{hint}") from None
 
 
-def missing_folder(chosen: Settings) -> str:
-    """Return what is wrong with the place of SQLite's file; "" where nothing is."""
-    folder = sqlite_path(chosen.database_url).parent
-    return f"there is no folder {folder}; make it first" if chosen.is_embedded and not folder.is_dir() else ""
+def folder_problem(settings: Settings) -> str:
+    """Return why SQLite can't create its file, "" if it can."""
+    folder = sqlite_path(settings.database_url).parent
+    if settings.is_embedded and not folder.is_dir():
+        return f"directory {folder} does not exist; create it first"
+    return ""
 
 
-def trouble(revision: str | None) -> str:
-    """Return what is wrong with a schema at this revision, and what to do; "" where it is this release's."""
+def schema_problem(revision: str | None) -> str:
+    """Return why this release can't use a schema at this revision, and what to do; "" if it can."""
     needed = migrations.head()
     if revision == needed:
         return ""
     if revision in (None, *migrations.revisions()):
         return (
-            f"the schema is at revision {revision or 'none'}, this release needs {needed}; "
+            f"the schema is at revision {revision or 'none'}, but this release needs {needed}; "
             "run `roster migrate` with the same ROSTER_DATABASE_URL"
         )
     return (
-        f"the schema is at revision {revision}, which is newer than this release, that needs {needed}; "
-        f"run the newer release, or go back with its `roster migrate --down {needed}`"
+        f"the schema is at revision {revision}, which is newer than this release, which needs {needed}; "
+        f"run the newer release, or downgrade with its `roster migrate --down {needed}`"
     )
 
 
-@click.command()
-@click.option("--sql", is_flag=True, help="Print the SQL, for a DBA to run, and run none of it.")
-@click.option("--down", metavar="REVISION", help="Go back to this revision; drops the data it did not have.")
+@click.command(short_help="Migrate the database schema to this release.")
+@click.option("--sql", is_flag=True, help="Print the SQL without running it.")
+@click.option(
+    "--down", metavar="REVISION", help="Downgrade to this revision; data that it can't hold is dropped."
+)
 def migrate(down: str | None, *, sql: bool) -> None:
-    """Bring the database's schema to what this release needs.
+    """Migrate the schema of the database in ROSTER_DATABASE_URL to what this release needs.
 
-    ROSTER_DATABASE_URL names the database. Of two runs at once the second waits for the first.
+    It is safe to run this more than once, and at the same time: the second run waits for the first.
     """
-    chosen = settings()
-    url = chosen.database_url
+    settings = read_settings()
+    url = settings.database_url
     known = ["base", *migrations.revisions()]
     if down and down not in known and not down.startswith("-"):
         raise UsageError(f"this release has no revision {down}; it has {', '.join(known)}")
-    with reported(chosen):
-        before = None if sql else asyncio.run(_revision(chosen))
+    with report_migration_errors(settings):
         if sql:
             migrations.sql(url)
-        elif down:
+            return
+        before = asyncio.run(_revision(settings))
+        if down:
             migrations.downgrade(url, down)
         else:
             migrations.upgrade(url)
-    if not sql:
-        after = asyncio.run(_revision(chosen))
-        did = "nothing was to be done" if after == before else f"migrated from {before or 'none'}"
-        echo(f"{did}: the schema is at revision {after or 'none'}")
+    after = asyncio.run(_revision(settings))
+    if after == before:
+        echo(f"schema is up to date (revision {after or 'none'})")
+    else:
+        echo(f"schema migrated from revision {before or 'none'} to {after or 'none'}")
 
 
-async def _revision(chosen: Settings) -> str | None:
-    database = Database(chosen)
+async def _revision(settings: Settings) -> str | None:
+    database = Database(settings)
     try:
         return await migrations.current(database.engine)
     finally:

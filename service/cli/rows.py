@@ -1,4 +1,4 @@
-"""Rows of files: what they can be, and values <-> message."""
+"""Rows of files: the columns of each entity, and conversion between values and messages."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.errors import InvalidField, RosterError, TooLarge
 
-# A row that the server could take has little more than 1 MiB of content.
+# A row that the server accepts has little more than 1 MiB of content.
 MAX_ROW_BYTES = 2 << 20
 MAX_IGNORED_NAMES = 100
 
@@ -29,7 +29,7 @@ ERROR = "_error"
 
 @dataclass(frozen=True)
 class Entity:
-    """A kind of rows: its message, its RPCs, and the fields that files have."""
+    """An entity: its message, its RPCs, and the columns of its files."""
 
     name: str
     message: type[Message]
@@ -39,13 +39,16 @@ class Entity:
     exported: Sequence[str]
 
     def columns(self, operation: str, masked: Sequence[str]) -> Sequence[str]:
-        """Return what is read of a row to `create`, `update` or `restore`."""
-        if operation == "update":
-            return ("id", "version", *(name for name in self.loaded if name in masked or "*" in masked))
-        return self.loaded if operation == "create" else (*RESTORED, *self.loaded)
+        """Return the columns that `create`, `update` or `restore` reads."""
+        if operation == "create":
+            return self.loaded
+        if operation == "restore":
+            return (*RESTORED, *self.loaded)
+        updated = [name for name in self.loaded if name in masked or "*" in masked]
+        return ("id", "version", *updated)
 
     def rpc(self, connection: Any, verb: str) -> tuple[Any, Any]:
-        """Return an RPC, such as that to `Export`, and what it takes."""
+        """Return the RPC of a verb such as `Export`, and its request type."""
         name = f"{verb}{self.name.title()}"
         return getattr(self.stub(connection), name), getattr(self.requests, f"{name}Request")
 
@@ -72,10 +75,10 @@ ENTITIES = {"users": USERS, "posts": POSTS}
 
 @dataclass(slots=True)
 class Row:
-    """A row of a file: its message, or why it has none.
+    """A row of a file: its message, or the reason why it could not be read.
 
-    `number` is that of its first line, from 1, `size` is in bytes. `original` is what the file has: bytes, or
-    the values of Parquet.
+    `number` is the number of its first line, from 1; `size` is in bytes. `original` is the row as it is in
+    the file: bytes, or a dict of values for Parquet.
     """
 
     number: int
@@ -85,17 +88,17 @@ class Row:
     failure: RowFailure | None = None
 
     @classmethod
-    def of(cls, number: int, size: int, original: Any, read: Callable[[Any], Message]) -> "Row":
-        """Return a row as it can be read, or can't."""
+    def parse(cls, number: int, size: int, original: Any, parser: Callable[[Any], Message]) -> "Row":
+        """Return a row with the message that `parser` returns, or the failure that it raises."""
         try:
-            return cls(number, size, original, read(original))
+            return cls(number, size, original, parser(original))
         except RosterError as error:
-            why = RowFailure(reason=error.reason, field=error.field, message=error.message)
-            return cls(number, size, original, failure=why)
+            failure = RowFailure(reason=error.reason, field=error.field, message=error.message)
+            return cls(number, size, original, failure=failure)
 
 
 class Columns:
-    """What is read of a row; `ignored` are the names met beside."""
+    """Maps the columns of a file to fields; `ignored` collects the names of unknown columns."""
 
     def __init__(self, message: type[Message], names: Sequence[str]) -> None:
         self.names = names
@@ -103,8 +106,11 @@ class Columns:
         self._message = message
         self._types = {name: message.DESCRIPTOR.fields_by_name[name].type for name in names}
 
-    def message(self, fields: Mapping[str, Any]) -> Message:
-        """Return a row's message; only a text can be empty and set. Raises InvalidField, TooLarge."""
+    def to_message(self, fields: Mapping[str, Any]) -> Message:
+        """Return the message of a row; raises InvalidField, TooLarge.
+
+        An empty value is unset, unless the field is a string.
+        """
         values = {}
         for name, value in fields.items():
             if name not in self._types:
@@ -122,7 +128,7 @@ class Columns:
 
 
 def values_of(message: Any, names: Sequence[str]) -> dict[str, Any]:
-    """Return the fields of a message; None is one that is not set."""
+    """Return the values of a message's fields, None for unset ones."""
     values = {}
     for name in names:
         value = getattr(message, name)
@@ -135,11 +141,11 @@ def values_of(message: Any, names: Sequence[str]) -> dict[str, Any]:
 def _text(name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
-    raise InvalidField(f"{name} must be a text", field=name)
+    raise InvalidField(f"{name} must be a string", field=name)
 
 
 def _integer(name: str, value: Any) -> int:
-    # As in protobuf's JSON, a text of digits is an integer too.
+    # As in protobuf's JSON, a string of digits is an integer too.
     if isinstance(value, str) and INTEGER.fullmatch(value):
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63:
@@ -155,17 +161,17 @@ def _boolean(name: str, value: Any) -> bool:
     raise InvalidField(f"{name} must be true or false", field=name)
 
 
-def _moment(name: str, value: Any) -> Any:
+def _timestamp(name: str, value: Any) -> Any:
     with suppress(TypeError, ValueError, OverflowError):
-        moment = value if isinstance(value, datetime) else datetime.fromisoformat(value)
-        if moment.tzinfo:
-            return moment.astimezone(UTC)
-    raise InvalidField(f"{name} must be a time as in RFC 3339, with its zone", field=name)
+        time = value if isinstance(value, datetime) else datetime.fromisoformat(value)
+        if time.tzinfo:
+            return time.astimezone(UTC)
+    raise InvalidField(f"{name} must be an RFC 3339 time with a time zone", field=name)
 
 
 PARSERS: Mapping[int, Callable[[str, Any], Any]] = {
     FieldDescriptor.TYPE_STRING: _text,
     FieldDescriptor.TYPE_INT64: _integer,
     FieldDescriptor.TYPE_BOOL: _boolean,
-    FieldDescriptor.TYPE_MESSAGE: _moment,
+    FieldDescriptor.TYPE_MESSAGE: _timestamp,
 }

@@ -1,4 +1,4 @@
-"""`roster serve`: run the server until it is told to stop."""
+"""`roster serve`: run the server until a signal stops it."""
 
 import asyncio
 import gc
@@ -12,8 +12,8 @@ import uvloop
 from sqlalchemy.exc import DBAPIError
 
 from service import logs, workers
-from service.cli.environment import settings, settings_help
-from service.cli.migrate import reported, trouble
+from service.cli.environment import read_settings, settings_help
+from service.cli.migrate import report_migration_errors, schema_problem
 from service.cli.terminal import UsageError, echo
 from service.connections import raise_file_limit
 from service.db import migrations
@@ -28,107 +28,119 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 USERS = "roster.v1.UserService"
 FIRST_PAUSE_SECONDS = 0.5
-LONGEST_PAUSE_SECONDS = 5.0
-REFUSED = ("28", "3D")  # SQLSTATE: a role, a password or a database that waiting doesn't mend
+MAX_PAUSE_SECONDS = 5.0
+# Classes of SQLSTATE for a wrong role, password or database: waiting does not help.
+PERMANENT_ERRORS = ("28", "3D")
 
 
-@click.command(short_help="Run the server until it gets SIGTERM or SIGINT.", epilog=settings_help())
+@click.command(short_help="Run the server until SIGTERM or SIGINT.", epilog=settings_help())
 @click.option("--worker", "is_worker", is_flag=True, hidden=True)
 def serve(*, is_worker: bool) -> None:
-    """Run the server until it gets SIGTERM or SIGINT; calls in flight are finished first."""
-    chosen = settings()
-    logs.configure(chosen.log_level, chosen.log_format)
-    raise_file_limit(chosen)
+    """Run the server until SIGTERM or SIGINT. Calls in flight are finished before it exits."""
+    settings = read_settings()
+    logs.configure(settings.log_level, settings.log_format)
+    raise_file_limit(settings)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    for unknown in [] if is_worker else unknown_settings():
-        log.warning(unknown)
-    if chosen.is_embedded:
-        with reported(chosen):
-            migrations.upgrade(chosen.database_url)
-        for danger in exposed(chosen.database_url):
+    if not is_worker:
+        for unknown in unknown_settings():
+            log.warning(unknown)
+    if settings.is_embedded:
+        with report_migration_errors(settings):
+            migrations.upgrade(settings.database_url)
+        for danger in exposed(settings.database_url):
             log.warning("%s", danger)
     try:
-        sys.exit(uvloop.run(_run(chosen, is_worker=is_worker)))
+        sys.exit(uvloop.run(_run(settings, is_worker=is_worker)))
     except OSError as error:
         raise UsageError(str(error)) from None
 
 
-async def _run(chosen: Settings, *, is_worker: bool) -> int:
+async def _run(settings: Settings, *, is_worker: bool) -> int:
     stopping, loop = workers.Stop(), asyncio.get_running_loop()
-    supervises = chosen.workers > 1 and not is_worker
+    supervises = settings.workers > 1 and not is_worker
 
     def stop() -> None:
         stopping.asked.set()
-        for number in SIGNALS:  # a second one ends it at once, with its workers
+        for number in SIGNALS:  # a second signal ends the process at once, with its workers
             loop.remove_signal_handler(number)
             if supervises:
                 loop.add_signal_handler(number, stopping.forced.set)
         if is_worker:
             loop.remove_reader(sys.stdin)
         else:
-            echo("stopping: no new calls, those in flight are finished", err=True)
+            echo("stopping: new calls are refused, calls in flight are finished", err=True)
 
     for number in SIGNALS:
         loop.add_signal_handler(number, stop)
     if is_worker:
+        # The supervisor stops a worker by closing its standard input, also when the supervisor dies.
         loop.add_reader(sys.stdin, stop)
     if supervises:
-        return await workers.supervise(chosen, stopping, partial(_announce, chosen))
-    await _serve(chosen, stopping.asked, is_worker=is_worker)
+        return await workers.supervise(settings, stopping, partial(_announce, settings))
+    await _serve(settings, stopping.asked, is_worker=is_worker)
     return 0
 
 
-async def _serve(chosen: Settings, stopping: asyncio.Event, *, is_worker: bool) -> None:
-    server = Server(chosen)
+async def _serve(settings: Settings, stopping: asyncio.Event, *, is_worker: bool) -> None:
+    server = Server(settings)
     try:
-        await _require_schema(server.database, chosen.database_wait, stopping)
+        await _wait_for_schema(server.database, settings.database_wait, stopping)
         if not stopping.is_set():
             await server.start()
-            # What is loaded by now stays. To look through it again with every few messages took 0.6 of the
-            # 6 µs that a row of a bulk stream cost; to look through the 5,000 rows of each message, 0.3 more.
+            # Everything loaded so far is permanent. Without freeze, collections of the oldest generation took
+            # 0.6 of the 6 µs that a row of a bulk stream costs; with the default threshold, collections of
+            # the 5,000 rows of each message took another 0.3.
             gc.freeze()
             gc.set_threshold(20_000)
             if is_worker:
                 echo("serving")
             else:
-                _announce(chosen, server.address)
+                _announce(settings, server.address)
         await stopping.wait()
     finally:
         await server.stop(None if server.address and stopping.is_set() else 0)
 
 
-async def _require_schema(database: Database, patience: float, stopping: asyncio.Event) -> None:
-    """Wait for the database, and look whether its schema is this release's; raises UsageError."""
+async def _wait_for_schema(database: Database, max_seconds: float, stopping: asyncio.Event) -> None:
+    """Wait for the database, and check that its schema fits this release; raises UsageError."""
     loop, pause = asyncio.get_running_loop(), FIRST_PAUSE_SECONDS
-    end = loop.time() + patience
+    end = loop.time() + max_seconds
     while not stopping.is_set():
         try:
-            if wrong := trouble(await migrations.current(database.engine)):
-                raise UsageError(wrong)
+            if problem := schema_problem(await migrations.current(database.engine)):
+                raise UsageError(problem)
         except (DBAPIError, OSError) as error:
             cause = getattr(error, "orig", None) or error
-            if code_of(error).startswith(REFUSED) or loop.time() + pause > end:
-                told = f"the database can't be reached: {cause}; check ROSTER_DATABASE_URL"
-                raise UsageError(told) from None
+            is_permanent = code_of(error).startswith(PERMANENT_ERRORS)
+            if is_permanent or loop.time() + pause > end:
+                raise UsageError(
+                    f"the database can't be reached: {cause}; check ROSTER_DATABASE_URL"
+                ) from None
             log.warning("the database can't be reached: %s; trying again in %g s", cause, pause)
         else:
             return
         await asyncio.wait([asyncio.ensure_future(stopping.wait())], timeout=pause)
-        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+        pause = min(2 * pause, MAX_PAUSE_SECONDS)
 
 
-def _announce(chosen: Settings, address: str) -> None:
+def _announce(settings: Settings, address: str) -> None:
     echo(f"listening on {address}", err=True)
-    if chosen.insecure and not is_local(chosen.listen):
-        log.warning("ROSTER_INSECURE: whoever reaches %s may read, change and delete everything", address)
-    is_read = sys.stderr.isatty() if chosen.log_format == "auto" else chosen.log_format == "text"
-    if chosen.tls_cert_file or chosen.policy_file or not is_read:
+    if settings.insecure and not is_local(settings.listen):
+        log.warning(
+            "ROSTER_INSECURE: anyone who can reach %s can read, change and delete everything", address
+        )
+    is_secured = settings.tls_cert_file or settings.policy_file
+    if is_secured or not _is_read_by_people(settings.log_format):
         return
     ada = '{"user": {"email": "ada@example.org"}}'
     echo(
-        "try, in another terminal:",
+        "try in another terminal:",
         f"  grpcurl -plaintext {address} list",
         f"  grpcurl -plaintext -d '{ada}' {address} {USERS}/CreateUser",
         f"  grpcurl -plaintext {address} {USERS}/ListUsers",
         err=True,
     )
+
+
+def _is_read_by_people(log_format: str) -> bool:
+    return sys.stderr.isatty() if log_format == "auto" else log_format == "text"

@@ -1,4 +1,4 @@
-"""Where rows come from: a file or standard input, plain or gzip."""
+"""Row sources: a file or standard input, plain or gzip."""
 
 import asyncio
 import gzip
@@ -23,9 +23,9 @@ CHUNK_BYTES = 1 << 20
 
 
 class Source:
-    """The rows of a file, or of standard input (`-`), read a line at a time by a thread of their own.
+    """The rows of a file, or of standard input (`-`). They are read and parsed in threads.
 
-    `bytes_read` of `bytes_total` is how far it is; both are 0 where the size is unknown. Raises OSError.
+    `bytes_read` of `bytes_total` have been read; both are 0 if the size is unknown. Raises OSError.
     """
 
     def __init__(self, path: str, file_format: FileFormat) -> None:
@@ -36,28 +36,30 @@ class Source:
         self.bytes_total = status.st_size if status and stat.S_ISREG(status.st_mode) else 0
         self.bytes_read = 0
         self._rows = self._read()
-        self._ahead: list[Row] = []
+        self._prefetched: list[Row] = []
 
     def digest(self) -> bytes:
-        """Return what tells the content from any other, b"" where it can be read only once."""
+        """Return a digest of the content, b"" if the source can be read only once."""
         if not self.bytes_total:
             return b""
         with Path(self._path).open("rb") as file:
             return file_digest(file, "sha256").digest()
 
-    async def look_ahead(self) -> None:
-        """Read the first rows, and the header before them; raises SourceError, OSError."""
-        self._ahead = await _in_daemon_thread(lambda: _chunk(self._rows))
+    async def prefetch(self) -> None:
+        """Read the header and the first rows; raises SourceError, OSError."""
+        self._prefetched = await _run_in_daemon_thread(lambda: _read_chunk(self._rows))
 
     async def rows(self) -> AsyncGenerator[Row, None]:
         """Yield the rows; raises SourceError, OSError."""
         try:
-            while chunk := self._ahead or await _in_daemon_thread(lambda: _chunk(self._rows)):
-                self._ahead = []
+            chunk = self._prefetched or await _run_in_daemon_thread(lambda: _read_chunk(self._rows))
+            self._prefetched = []
+            while chunk:
                 for row in chunk:
                     yield row
+                chunk = await _run_in_daemon_thread(lambda: _read_chunk(self._rows))
         finally:
-            with suppress(ValueError):  # it waits for its next line, and can't be ended
+            with suppress(ValueError):  # the thread is blocked in a read, which can't be interrupted
                 self._rows.close()
 
     def _read(self) -> Generator[Row, None, None]:
@@ -73,7 +75,8 @@ class Source:
                 raise SourceError(f"the gzip data is damaged: {error}") from None
 
 
-def _chunk(rows: Iterator[Row]) -> list[Row]:
+def _read_chunk(rows: Iterator[Row]) -> list[Row]:
+    """Return the next rows: a thread hop for each row would cost more than parsing it."""
     chunk: list[Row] = []
     size = 0
     for row in rows:
@@ -84,15 +87,18 @@ def _chunk(rows: Iterator[Row]) -> list[Row]:
     return chunk
 
 
-async def _in_daemon_thread(work: Callable[[], T]) -> T:
-    """Do as asyncio.to_thread, but don't hold up the exit: standard input may never say another word."""
+async def _run_in_daemon_thread(work: Callable[[], T]) -> T:
+    """Run work in a thread, like asyncio.to_thread, but one that does not block the exit of the process.
+
+    A read of standard input may never return.
+    """
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
             future.set_result(work())
-        except Exception as error:  # noqa: BLE001 - it is raised where the result is awaited
+        except Exception as error:  # noqa: BLE001 - raised by the await
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()

@@ -1,4 +1,4 @@
-"""What the commands share that are clients of a server: its address, its errors, how far they are."""
+"""Shared by the client commands: connection options, errors, output, signals, and progress."""
 
 import asyncio
 import signal
@@ -27,18 +27,28 @@ PAGE_SIZE = 1000
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 option = partial(click.option, show_envvar=True, show_default=True)
 SERVER = (
-    option("--address", envvar="ROSTER_ADDRESS", default="127.0.0.1:50051", help="host:port or unix:/path."),
-    option("--tls-ca", envvar="ROSTER_TLS_CA_FILE", type=FILE, help="CA of the server, in PEM; means TLS."),
-    option("--tls-cert", envvar="ROSTER_TLS_CLIENT_CERT_FILE", type=FILE, help="Own certificate, in PEM."),
+    option(
+        "--address",
+        envvar="ROSTER_ADDRESS",
+        default="127.0.0.1:50051",
+        help="Server address: host:port or unix:/path.",
+    ),
+    option("--tls-ca", envvar="ROSTER_TLS_CA_FILE", type=FILE, help="CA of the server, in PEM; enables TLS."),
+    option("--tls-cert", envvar="ROSTER_TLS_CLIENT_CERT_FILE", type=FILE, help="Client certificate, in PEM."),
     option("--tls-key", envvar="ROSTER_TLS_CLIENT_KEY_FILE", type=FILE, help="Its private key, in PEM."),
-    option("--token-file", envvar="ROSTER_TOKEN_FILE", type=FILE, help="Bearer token; or set ROSTER_TOKEN."),
-    # As an argument everybody on the machine could see it.
+    option(
+        "--token-file",
+        envvar="ROSTER_TOKEN_FILE",
+        type=FILE,
+        help="File with a bearer token; ROSTER_TOKEN sets the token itself.",
+    ),
+    # Hidden, because every user of the machine can read the arguments of a process.
     option("--token", envvar="ROSTER_TOKEN", hidden=True),
 )
 
 
 class Target:
-    """The server that a command is a client of, and how to get in there."""
+    """The server that a command connects to, and the credentials to use."""
 
     def __init__(
         self,
@@ -60,55 +70,56 @@ class Target:
             ca, key, cert = (path.read_bytes() if path else None for path in (tls_ca, tls_key, tls_cert))
             self._credentials = tls_credentials(ca, key, cert, token=read_token)
         elif tls_cert or tls_key or read_token:
-            raise UsageError("a token or certificate is sent over TLS only; --tls-ca names the server's CA")
+            raise UsageError(
+                "tokens and certificates are sent over TLS only; pass the CA of the server with --tls-ca"
+            )
 
     def channel(self) -> grpc.aio.Channel:
-        return channel(self.address, self._credentials, is_patient=False)
+        return channel(self.address, self._credentials, wait_for_ready=False)
 
-    def explained(self, failure: RosterError) -> str:
-        """Return a sentence about a call that failed before anything was done."""
+    def explain(self, failure: RosterError) -> str:
+        """Return what to print about a failed call."""
         if not isinstance(failure, Disconnected):
             return failure.message
-        told = f"no server answers at {self.address}"
+        message = f"no server answers at {self.address}"
         if self._credentials:
-            return f"{told} with the TLS that was asked for: {failure.message}"
-        named = "name it with --address or ROSTER_ADDRESS, and its CA with --tls-ca"
-        return f"{told}; start one with `roster serve`, or {named}"
+            return f"{message} over TLS: {failure.message}"
+        return f"{message}; start one with `roster serve`, or set --address and, if it uses TLS, --tls-ca"
 
 
 def server_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of a client; the command gets them as its `target`."""
+    """Add the connection options; the command receives them as `target`."""
 
     @wraps(command)
     def with_target(**options: Any) -> None:
-        chosen = {name: options.pop(name) for name in FOR_CLIENTS.values()}
-        _require_one_source(chosen)
-        command(target=Target(**chosen), **options)
+        connection = {name: options.pop(name) for name in FOR_CLIENTS.values()}
+        _require_one_source(connection)
+        command(target=Target(**connection), **options)
 
     for add in reversed(SERVER):
         with_target = add(with_target)
     return with_target
 
 
-def _require_one_source(chosen: Mapping[str, Any]) -> None:
-    """Refuse to send a token or use a key of one's own where only the current folder's `.env` says to."""
+def _require_one_source(connection: Mapping[str, Any]) -> None:
+    """Refuse to send the user's token, or use the user's key, for a server that only a `.env` file names."""
     source = click.get_current_context().get_parameter_source
-    from_folder = {name for name in chosen if source(name) is ParameterSource.DEFAULT_MAP}
-    if "token_file" in from_folder and not chosen["token_file"].resolve().is_relative_to(Path.cwd()):
-        from_folder.remove("token_file")  # the secret itself is not the folder's
-    token = "token_file" if chosen["token_file"] else "token"
-    secrets = [name for name in (token, "tls_key") if chosen[name] and name not in from_folder]
+    from_folder = {name for name in connection if source(name) is ParameterSource.DEFAULT_MAP}
+    if "token_file" in from_folder and not connection["token_file"].resolve().is_relative_to(Path.cwd()):
+        from_folder.remove("token_file")  # the `.env` file names it, but the secret is stored elsewhere
+    token = "token_file" if connection["token_file"] else "token"
+    secrets = [name for name in (token, "tls_key") if connection[name] and name not in from_folder]
     if secrets and (named := from_folder & {"address", "tls_ca"}):
         variables = [variable for variable, name in FOR_CLIENTS.items() if name in named]
         options = [f"--{name}".replace("_", "-") for name in sorted(named)]
         raise UsageError(
-            f"{' and '.join(variables)} in the .env of this folder would get a token or key from elsewhere; "
-            f"add {' and '.join(options)}, or keep all of them in one place"
+            f"{' and '.join(variables)} in the .env of this directory would receive a token or key that is "
+            f"set elsewhere; pass {' and '.join(options)}, or set all of them in one place"
         )
 
 
 class UsageError(click.ClickException):
-    """An error that keeps a command from running or from finishing; each text is one line."""
+    """An error that stops a command, with exit status 2. Each argument is one line."""
 
     exit_code = 2
 
@@ -118,40 +129,42 @@ class UsageError(click.ClickException):
 
 
 def echo(*lines: str, err: bool = False) -> None:
-    """Print lines for people; each stays on its line, and controls no terminal, whoever wrote it."""
+    """Print lines, escaped: text from elsewhere can't add lines or control the terminal."""
     click.echo("\n".join(map(escape, lines)), err=err)
 
 
-def counted(number: int, noun: str) -> str:
-    """Return how many there are of something."""
-    return f"{number:,} {noun}" + "s" * (number != 1)
+def pluralize(count: int, noun: str) -> str:
+    """Return a count with its noun, such as `1 row` or `1,000 rows`."""
+    return f"{count:,} {noun}" + "s" * (count != 1)
 
 
 @contextmanager
-def stoppable(told: Callable[[], str]) -> Iterator[None]:
-    """End the command at SIGINT or SIGTERM, and say then how far it is."""
+def exit_on_signal(describe: Callable[[], str]) -> Iterator[None]:
+    """Exit on SIGINT or SIGTERM, and print `interrupted` with what `describe` returns."""
     received = [int(signal.SIGINT)]
 
-    def terminate(number: int, _: Any) -> None:
+    def interrupt(number: int, _: Any) -> None:
         received.append(number)
-        signal.raise_signal(signal.SIGINT)  # asyncio knows how to end for that one
+        signal.raise_signal(signal.SIGINT)  # asyncio cancels its main task on SIGINT only
 
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     except KeyboardInterrupt:
-        echo(f"interrupted{told()}", err=True)
-        sys.exit(128 + received[-1])  # as shells have it
+        echo(f"interrupted{describe()}", err=True)
+        sys.exit(128 + received[-1])  # the status that shells use
 
 
 @asynccontextmanager
-async def progress(total: int, state: Callable[[], tuple[int, str]]) -> AsyncGenerator[None]:
-    """Show meanwhile how far a command is, on standard error: a bar on a terminal, otherwise some lines.
+async def show_progress(total: int, state: Callable[[], tuple[int, str]]) -> AsyncGenerator[None]:
+    """Show progress on standard error: a bar on a terminal, otherwise a line every few seconds.
 
-    `state` returns how much of `total` is done, and a text. A total of 0 is one that nobody knows.
+    `state` returns how much of `total` is done, and a description. A total of 0 means unknown.
     """
     console = Console(stderr=True)
-    task = asyncio.create_task(_bar(console, total, state) if console.is_terminal else _lines(state))
+    task = asyncio.create_task(
+        _draw_bar(console, total, state) if console.is_terminal else _print_lines(state)
+    )
     try:
         yield
     finally:
@@ -159,7 +172,7 @@ async def progress(total: int, state: Callable[[], tuple[int, str]]) -> AsyncGen
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _bar(console: Console, total: int, state: Callable[[], tuple[int, str]]) -> None:
+async def _draw_bar(console: Console, total: int, state: Callable[[], tuple[int, str]]) -> None:
     columns = (
         BarColumn(),
         TextColumn("{task.description}", markup=False),
@@ -174,7 +187,8 @@ async def _bar(console: Console, total: int, state: Callable[[], tuple[int, str]
             await asyncio.sleep(DRAW_EVERY_SECONDS)
 
 
-async def _lines(state: Callable[[], tuple[int, str]]) -> None:
+async def _print_lines(state: Callable[[], tuple[int, str]]) -> None:
     while True:
         await asyncio.sleep(REPORT_EVERY_SECONDS)
-        echo(state()[1], err=True)
+        _, description = state()
+        echo(description, err=True)

@@ -15,15 +15,15 @@ from service.cli.terminal import FILE, UsageError, echo, option
 from service.files import create
 
 
-@click.group(short_help="Make keys and bearer tokens for development.")
+@click.group(short_help="Create keys and bearer tokens for development.")
 def token() -> None:
-    """Make keys and bearer tokens for development; otherwise an identity provider does."""
+    """Create keys and bearer tokens for development. In production, use an identity provider."""
 
 
-@token.command(short_help="Make a pair of keys in a folder.")
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@token.command(short_help="Create a key pair in a directory.")
+@click.argument("folder", metavar="DIRECTORY", type=click.Path(path_type=Path, file_okay=False))
 def keys(folder: Path) -> None:
-    """Make FOLDER/private.pem, for `roster token issue`, and FOLDER/jwks.json, for ROSTER_JWT_KEYS_FILE."""
+    """Create a key pair: private.pem, for `roster token issue`, and jwks.json, for ROSTER_JWT_KEYS_FILE."""
     private = Ed25519PrivateKey.generate()
     public = private.public_key()
     jwk = OKPAlgorithm.to_jwk(public, as_dict=True) | {"kid": _key_id(public), "alg": "EdDSA", "use": "sig"}
@@ -37,26 +37,26 @@ def keys(folder: Path) -> None:
             with create(path, mode) as file:
                 file.write(data)
         except FileExistsError:
-            raise UsageError(f"{path} is there already; it is not overwritten") from None
+            raise UsageError(f"{path} already exists and was not overwritten") from None
         echo(str(path))
 
 
-@token.command(short_help="Print a token for a subject.")
+@token.command(short_help="Print a bearer token for a subject.")
 @click.argument("subject")
-@click.option("--key", type=FILE, required=True, help="The private.pem that `roster token keys` made.")
-@option("--issuer", envvar="ROSTER_JWT_ISSUER", required=True, help="As the server has it.")
-@option("--audience", envvar="ROSTER_JWT_AUDIENCE", required=True, help="As the server has it.")
+@click.option("--key", type=FILE, required=True, help="The private.pem of `roster token keys`.")
+@option("--issuer", envvar="ROSTER_JWT_ISSUER", required=True, help="Issuer; must match the server's.")
+@option("--audience", envvar="ROSTER_JWT_AUDIENCE", required=True, help="Audience; must match the server's.")
 @click.option(
-    "--minutes", type=click.IntRange(1), default=60, show_default=True, help="How long it is valid."
+    "--minutes", type=click.IntRange(1), default=60, show_default=True, help="Lifetime of the token."
 )
 def issue(subject: str, key: Path, issuer: str, audience: str, minutes: int) -> None:
-    """Print a token for SUBJECT, whom the policy knows as jwt:SUBJECT."""
+    """Print a bearer token for SUBJECT. The server's policy refers to it as jwt:SUBJECT."""
     try:
         private = OKPAlgorithm().prepare_key(key.read_bytes())
     except (OSError, ValueError, jwt.InvalidKeyError) as error:
         raise UsageError(f"{key} can't be used: {error}") from None
     if not isinstance(private, Ed25519PrivateKey):
-        raise UsageError(f"{key} is no private key of `roster token keys`")
+        raise UsageError(f"{key} is not a private key of `roster token keys`")
     end = datetime.now(UTC) + timedelta(minutes=minutes)
     claims = {"iss": issuer, "aud": audience, "sub": subject, "exp": end}
     headers = {"kid": _key_id(private.public_key())}

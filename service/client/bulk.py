@@ -1,7 +1,6 @@
-"""BulkLoader: any number of rows through one bulk stream after the other, each row once."""
+"""BulkLoader: loads any number of rows, each exactly once, over as many bulk streams as it takes."""
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, Generic, TypeVar
@@ -13,8 +12,9 @@ from google.rpc.code_pb2 import INTERNAL, UNKNOWN
 from google.rpc.status_pb2 import Status
 
 from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkOpened, BulkOptions, BulkSummary, BulkWriteResponse
-from service.client.errors import error_from_status, may_pass, status_of
-from service.client.patience import FIRST_PAUSE_SECONDS, TRIES, Patience
+from service.client.backoff import FIRST_PAUSE_SECONDS, MAX_RETRIES, Backoff
+from service.client.errors import error_from_status, is_retryable, status_of_ended_call
+from service.client.window import Window
 from service.errors import FailedPrecondition, RosterError
 
 BATCH_ROWS = 5000
@@ -28,7 +28,7 @@ Event = BulkOpened | BulkAck | BulkSummary
 
 
 class LoadInterrupted(RosterError):
-    """A load that can't go on, and the `cause`; the first `acknowledged` of its rows are settled for good."""
+    """The load can't continue, because of `cause`; its first `acknowledged` rows are settled."""
 
     def __init__(self, cause: RosterError, acknowledged: int) -> None:
         super().__init__(cause.message, field=cause.field, **cause.facts)
@@ -41,18 +41,19 @@ class LoadInterrupted(RosterError):
 
 
 class BulkLoader(Generic[Request]):
-    """Sends rows through a bulk RPC and hands on what the server answers. A loader makes one load.
+    """Sends rows through a bulk RPC and yields the server's events. One loader runs one load.
 
-    `request` is the message type of `method`. A message has at most `batch_rows` rows, and no more rows and
-    bytes than the server allows; at most `window` of them wait for their acks, and only the rows of these
-    and of the next one are kept.
+    `request` is the request type of `method`. Messages have at most `batch_rows` rows, and never more rows or
+    bytes than the server allows. At most `window` messages wait for their acks, so memory is bounded by the
+    window and the message being filled.
 
-    What was not written for a fault that passes is sent again, `tries` times in a row with growing pauses.
-    With `load_id` in the options that holds for a stream that breaks too, and a load that an earlier loader
-    began is gone on with: its rows have to come again, in the same order, and those that are settled are
-    skipped; ListBulkLoadFailures has their failures. With `return_ids` they are not skipped but sent again,
-    so that each row has its ack, with its first outcome. Without any options the load gets a name of its own.
-    Where no server has ever answered it is tried again too, unless the address is not known to be right.
+    Messages that the server refuses with a retryable error are sent again, with increasing pauses, up to
+    `max_retries` times in a row. If the options have a `load_id`, a broken stream is reopened too, and a load
+    that an earlier loader began is resumed: pass the same rows in the same order, and those already settled
+    are skipped (ListBulkLoadFailures returns their failures). With `return_ids` they are sent again instead,
+    so that each row has its ack, with its first outcome. Without options, the load gets a random `load_id`.
+
+    `retry_connect` decides what happens if no server has answered yet: retry, or fail at once.
     """
 
     def __init__(
@@ -63,80 +64,80 @@ class BulkLoader(Generic[Request]):
         *,
         batch_rows: int = BATCH_ROWS,
         window: int = WINDOW,
-        tries: int = TRIES,
+        max_retries: int = MAX_RETRIES,
         first_pause_seconds: float = FIRST_PAUSE_SECONDS,
-        is_known: bool = True,
+        retry_connect: bool = True,
     ) -> None:
         self._method = method
         self._request = request
         self._rows_field = next(field.name for field in request.DESCRIPTOR.fields if field.is_repeated)
         self._options = options or BulkOptions(load_id=str(uuid4()))
         self._batch_rows = batch_rows
-        self._window = window
-        self._patience = Patience(tries, first_pause_seconds, is_known=is_known)
+        self._backoff = Backoff(max_retries, first_pause_seconds, retry_connect=retry_connect)
 
-        self._unsettled: deque[Any] = deque()  # messages without an ack, the oldest first
-        self._sent = 0  # how many of them the stream was sent
-        self._stale = 0  # answers to come for messages that were sent behind one that was refused
-        self._acknowledged = 0
+        self._window: Window[Any] = Window(window)
+        self._window_changed = asyncio.Event()
+        self._acknowledged = 0  # rows
+        self._is_finished = False  # the summary has arrived
         self._call: grpc.aio.StreamStreamCall[Request, BulkWriteResponse] | None = None
-        self._filling: asyncio.Task[None] | None = None
-        self._is_summarised = False
-        self._changed = asyncio.Event()
+        self._filling: asyncio.Task[None] | None = None  # reads the rows; outlives the streams
 
     async def run(self, rows: AsyncIterable[Message]) -> AsyncGenerator[Event, None]:
         """Yield `opened` for each stream, an ack for each message, in order, and the summary.
 
-        The first row is asked for when the load is open. Close it (`contextlib.aclosing`) where it is left
-        early: that cancels the call. Raises LoadInterrupted where the load can't go on, and whatever `rows`
-        raises.
+        The first row is read once the load is open. If you leave the iteration early, close it
+        (`contextlib.aclosing`): that cancels the call. Raises LoadInterrupted if the load can't continue, and
+        any exception of `rows`.
         """
         try:
-            while not self._is_summarised:
+            while not self._is_finished:
                 try:
                     async with aclosing(self._stream()) as events:
                         async for event in events:
                             yield event
                             if isinstance(event, BulkOpened) and not self._filling:
-                                self._patience.renew()
-                                self._filling = self._task(self._fill(rows, event))
+                                self._backoff.reset()
+                                self._filling = self._start(self._fill(rows, event))
                 except LoadInterrupted as failure:
-                    await self._reopen_after(failure)
+                    await self._wait_to_reopen(failure)
         finally:
             if self._filling:
                 self._filling.cancel()
                 await asyncio.gather(self._filling, return_exceptions=True)
 
-    async def _reopen_after(self, failure: LoadInterrupted) -> None:
-        if self._is_summarised and may_pass(failure.cause):
+    async def _wait_to_reopen(self, failure: LoadInterrupted) -> None:
+        # A connection that breaks after the summary has lost nothing.
+        if self._is_finished and is_retryable(failure.cause):
             return
         if not self._options.load_id or self._options.validate_only:
             raise failure
-        await self._patience.endure(failure.cause, failure)
+        await self._backoff.wait(failure.cause, failure)
 
     async def _stream(self) -> AsyncGenerator[Event, None]:
-        """Yield the events of one stream, until the summary; raises LoadInterrupted where it breaks."""
+        """Yield the events of one stream, until the summary; raises LoadInterrupted if it breaks."""
         if self._filling and self._filling.done():
-            self._filling.result()  # it may have failed while there was no call to end
-        self._sent = self._stale = 0
+            self._filling.result()  # raises, if the rows failed between two streams
+        self._window.restart()
         call = self._call = self._method()
-        first_told: list[Status] = []
-        call.add_done_callback(lambda ended: first_told.append(_status_now(ended)))
-        sending = self._task(self._send(call))
+        # A write that fails while the call ends replaces the call's status by INTERNAL (grpc#36066), so keep
+        # the status that it has first.
+        first_status: list[Status] = []
+        call.add_done_callback(lambda ended: first_status.append(status_of_ended_call(ended)))
+        sending = self._start(self._send(call))
         try:
             async for response in call:
-                event = await self._event(response)
-                self._changed.set()
+                event = await self._receive(response)
+                self._window_changed.set()
                 if event:
                     yield event
-            if not self._is_summarised:
-                raise self._broken("the server ended the stream without a summary")
+            if not self._is_finished:
+                raise self._protocol_error("the server ended the stream without a summary")
         except grpc.aio.AioRpcError:
-            # A write that fails as the call ends puts INTERNAL in the place of its status (grpc#36066).
-            status = next((told for told in first_told if told.code != INTERNAL), _status_now(call))
+            statuses = [*first_status, status_of_ended_call(call)]
+            status = next((status for status in statuses if status.code != INTERNAL), statuses[-1])
             raise self._interrupted(error_from_status(status)) from None
         except asyncio.CancelledError:
-            # An error in one of the tasks has cancelled the call; it is the one to raise.
+            # A task that failed has cancelled the call: raise its error instead.
             for task in filter(None, (self._filling, sending)):
                 if task.done() and not task.cancelled() and (error := task.exception()):
                     raise error from None
@@ -146,63 +147,68 @@ class BulkLoader(Generic[Request]):
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
 
-    def _task(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """Do some work beside the call; where it fails the call ends."""
+    def _start(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Run work in a task that cancels the call if it fails."""
 
-        def check(done: "asyncio.Task[None]") -> None:
+        def cancel_call(done: "asyncio.Task[None]") -> None:
             if self._call and (done.cancelled() or done.exception()):
                 self._call.cancel()
 
         task = asyncio.create_task(work)
-        task.add_done_callback(check)
+        task.add_done_callback(cancel_call)
         return task
 
     async def _send(self, call: "grpc.aio.StreamStreamCall[Request, BulkWriteResponse]") -> None:
-        # A call that has ended refuses to write; the side that reads knows why.
+        # A call that has ended refuses writes; the reading side raises the reason.
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             await call.write(self._request(options=self._options))
             while True:
-                await self._until(lambda: not self._stale and self._sent < len(self._unsettled))
-                self._sent += 1
-                await call.write(self._unsettled[self._sent - 1])
+                await self._wait_until(lambda: self._window.can_send)
+                await call.write(self._window.next_unsent())
 
-    async def _event(self, response: BulkWriteResponse) -> Event | None:
+    async def _receive(self, response: BulkWriteResponse) -> Event | None:
+        """Apply a response to the window; return the event to yield, if it is one."""
         if response.HasField("opened"):
             return response.opened
-        if response.HasField("summary"):
-            # A server that stops has one too, of a load that is to go on. And where a message was refused
-            # that an earlier stream had recorded, those behind it were taken: their acks are to come yet.
-            is_settled = len(self._unsettled) <= 1
-            self._is_summarised = is_settled and response.summary.state == BulkLoad.FINISHED
-            return response.summary if self._is_summarised else None
-        return response.ack if await self._is_settled(response.ack) else None
+        if response.HasField("ack"):
+            is_settled = await self._apply(response.ack)
+            return response.ack if is_settled else None
+        # A summary ends the load only if it is FINISHED (a server that stops sends one too) and nothing but
+        # the finish message is pending: if a message was refused that an earlier stream had recorded, the
+        # acks of those after it are still to come.
+        has_acks_to_come = len(self._window) > 1
+        self._is_finished = response.summary.state == BulkLoad.FINISHED and not has_acks_to_come
+        return response.summary if self._is_finished else None
 
-    async def _is_settled(self, ack: BulkAck) -> bool:
-        """Take in the answer to a message; one that was refused is sent again, and those behind it."""
-        if self._stale:
-            self._stale -= 1
+    async def _apply(self, ack: BulkAck) -> bool:
+        """Return whether the ack settles the oldest message; otherwise it is stale, or a refusal."""
+        if self._window.drop_stale_answer():
             return False
-        if not self._sent or ack.offset != self._unsettled[0].offset:
-            raise self._broken(f"the server answered for row {ack.offset} out of turn")
+        oldest = self._window.oldest
+        if oldest is None or ack.offset != oldest.offset:
+            raise self._protocol_error(f"the server sent an unexpected ack for row {ack.offset}")
         if ack.HasField("error"):
             cause = error_from_status(ack.error)
-            await self._patience.endure(cause, self._interrupted(cause))
-            self._stale, self._sent = self._sent - 1, 0
+            # Messages sent during the pause are refused as well, so the window is rewound after it.
+            await self._backoff.wait(cause, self._interrupted(cause))
+            self._window.refuse()
             return False
-        self._acknowledged += len(getattr(self._unsettled.popleft(), self._rows_field))
-        self._sent -= 1
-        self._patience.renew()
+        message = self._window.acknowledge()
+        self._acknowledged += len(getattr(message, self._rows_field))
+        self._backoff.reset()
         return True
 
     async def _fill(self, rows: AsyncIterable[Message], opened: BulkOpened) -> None:
-        async with aclosing(self._cut(rows, opened)) as messages:
+        async with aclosing(self._messages(rows, opened)) as messages:
             async for message in messages:
-                await self._until(lambda: len(self._unsettled) < self._window)
-                self._unsettled.append(message)
-                self._changed.set()
+                await self._wait_until(lambda: not self._window.is_full)
+                self._window.add(message)
+                self._window_changed.set()
 
-    async def _cut(self, rows: AsyncIterable[Message], opened: BulkOpened) -> AsyncGenerator[Request, None]:
-        """Yield messages as large as they may be, and at last the one that completes the load."""
+    async def _messages(
+        self, rows: AsyncIterable[Message], opened: BulkOpened
+    ) -> AsyncGenerator[Request, None]:
+        """Yield messages that are as large as allowed, then the one that finishes the load."""
         start = self._acknowledged = 0 if self._options.return_ids else opened.next_offset
         max_rows = min(self._batch_rows, opened.max_rows)
         max_bytes = min(BATCH_BYTES, opened.max_bytes) - MESSAGE_FRAMING_BYTES
@@ -222,8 +228,8 @@ class BulkLoader(Generic[Request]):
                 yield self._message(end, batch)
                 batch, size = [], 0
         if end < start:
-            told = f"the load has {start:,} rows already, and here are only {end:,}"
-            raise self._interrupted(FailedPrecondition(told))
+            message = f"the source has only {end:,} rows, but the load already has {start:,}"
+            raise self._interrupted(FailedPrecondition(message))
         if batch:
             yield self._message(end, batch)
         yield self._request(offset=end, finish=True)
@@ -231,26 +237,13 @@ class BulkLoader(Generic[Request]):
     def _message(self, end: int, rows: list[Message]) -> Request:
         return self._request(offset=end - len(rows), **{self._rows_field: rows})
 
-    async def _until(self, condition: Callable[[], bool]) -> None:
+    async def _wait_until(self, condition: Callable[[], bool]) -> None:
         while not condition():
-            self._changed.clear()
-            await self._changed.wait()
+            self._window_changed.clear()
+            await self._window_changed.wait()
 
     def _interrupted(self, cause: RosterError) -> LoadInterrupted:
         return LoadInterrupted(cause, self._acknowledged)
 
-    def _broken(self, message: str) -> LoadInterrupted:
+    def _protocol_error(self, message: str) -> LoadInterrupted:
         return self._interrupted(error_from_status(Status(code=UNKNOWN, message=message)))
-
-
-def _status_now(call: grpc.aio.Call) -> Status:
-    """Return the status of a call that has ended, as it is at this moment: grpc.aio may replace it."""
-    try:
-        _status_of(call).send(None)
-    except StopIteration as done:
-        return done.value
-    raise AssertionError("a call that has ended waits for nothing")
-
-
-async def _status_of(call: grpc.aio.Call) -> Status:
-    return status_of(await call.code(), await call.details(), await call.trailing_metadata())

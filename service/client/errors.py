@@ -1,4 +1,4 @@
-"""Status -> domain error: the way back of `interceptors/errors.py`."""
+"""Status -> domain error: the inverse of the server's mapping."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,73 +11,93 @@ from service.errors import OutcomeUnknown, RosterError, Unavailable, error_of
 
 
 class Disconnected(Unavailable):
-    """No server answers, or the call broke on its way, before anybody could give a reason."""
+    """No server was reached, or the connection broke before the server gave a reason."""
 
     reason = "DISCONNECTED"
     retry_after_seconds = 0.0
 
 
 class DeadlineExceeded(RosterError):
-    """No answer came in time; a write may have happened, and its request_id makes it safe to repeat."""
+    """The call timed out. A write may have been applied; its request_id makes it safe to repeat."""
 
     reason = "DEADLINE_EXCEEDED"
 
 
-# Of statuses that no server of Roster has sent.
+class UnknownError(RosterError):
+    """A status that this release of the client has no class for."""
+
+
+# For statuses without ErrorInfo, which gRPC itself or a proxy has made.
 WITHOUT_REASON: Mapping[int, type[RosterError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED.value[0]: DeadlineExceeded,
-    **{
-        code.value[0]: Disconnected
-        for code in (
-            grpc.StatusCode.UNAVAILABLE,
-            grpc.StatusCode.CANCELLED,
-            grpc.StatusCode.INTERNAL,
-            grpc.StatusCode.UNKNOWN,
-        )
-    },
+    grpc.StatusCode.UNAVAILABLE.value[0]: Disconnected,
+    grpc.StatusCode.CANCELLED.value[0]: Disconnected,
+    grpc.StatusCode.INTERNAL.value[0]: Disconnected,
+    grpc.StatusCode.UNKNOWN.value[0]: Disconnected,
 }
 
 
 def error_from_call(error: grpc.aio.AioRpcError) -> RosterError:
-    """Return what a failed call means."""
-    return error_from_status(status_of(error.code(), error.details(), error.trailing_metadata()))
+    """Return the domain error of a failed call."""
+    return error_from_status(status_from_call(error.code(), error.details(), error.trailing_metadata()))
 
 
 def error_from_status(status: Status) -> RosterError:
-    """Return what a status means; an error of this release where its reason is known to it."""
-    info, bad, retry = (_detail(status, kind) for kind in (ErrorInfo, BadRequest, RetryInfo))
-    error = (
-        _with_reason(status, info, bad) if info else WITHOUT_REASON.get(status.code, _Other)(status.message)
-    )
-    if info or retry:
-        error.retry_after_seconds = retry.retry_delay.ToMilliseconds() / 1000 if retry else None
+    """Return the domain error of a status: the class of its reason, or UnknownError."""
+    info = _detail(status, ErrorInfo)
+    retry = _detail(status, RetryInfo)
+    if info:
+        error = _error_from_info(status, info)
+    else:
+        error = WITHOUT_REASON.get(status.code, UnknownError)(status.message)
+    # With details, they decide whether to retry; without any, the default of the class does.
+    if retry:
+        error.retry_after_seconds = retry.retry_delay.ToMilliseconds() / 1000
+    elif info:
+        error.retry_after_seconds = None
     return error
 
 
-def may_pass(error: RosterError) -> bool:
-    """Tell whether it makes sense to try again."""
+def is_retryable(error: RosterError) -> bool:
+    """Return whether repeating the call can succeed."""
     return isinstance(error, Unavailable | OutcomeUnknown) or error.retry_after_seconds is not None
 
 
-def status_of(code: grpc.StatusCode, message: str | None, metadata: Any) -> Status:
-    """Return the status of a call, with the details that it came with."""
+def status_from_call(code: grpc.StatusCode, message: str | None, metadata: Any) -> Status:
+    """Return the status of a call, with its details."""
     details = dict(metadata or ()).get("grpc-status-details-bin")
     if isinstance(details, bytes):
         return Status.FromString(details)
     return Status(code=code.value[0], message=message)
 
 
-class _Other(RosterError):
-    """A status that nobody here has a name for."""
+def status_of_ended_call(call: grpc.aio.Call) -> Status:
+    """Return the status of a call that has ended, as it is at this moment.
+
+    grpc.aio offers the status through coroutines only, and may replace it between two iterations of the event
+    loop (grpc#36066). On a call that has ended they never suspend, so one step runs them to their result.
+    """
+    try:
+        _read_status(call).send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("the call has not ended")
 
 
-def _with_reason(status: Status, info: ErrorInfo, bad: BadRequest | None) -> RosterError:
-    field = bad.field_violations[0].field if bad and bad.field_violations else ""
+async def _read_status(call: grpc.aio.Call) -> Status:
+    return status_from_call(await call.code(), await call.details(), await call.trailing_metadata())
+
+
+def _error_from_info(status: Status, info: ErrorInfo) -> RosterError:
+    bad_request = _detail(status, BadRequest)
+    field = ""
+    if bad_request and bad_request.field_violations:
+        field = bad_request.field_violations[0].field
     facts = {name: int(fact) if fact.isdecimal() else fact for name, fact in info.metadata.items()}
     try:
         return error_of(info.reason, status.message, field, facts)
     except KeyError:
-        error = _Other(status.message, field=field, **facts)
+        error = UnknownError(status.message, field=field, **facts)
         error.reason = info.reason
         return error
 

@@ -1,4 +1,4 @@
-"""What a channel takes for TLS, and how it tells the server who calls."""
+"""TLS and bearer-token credentials for a channel."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,17 +13,18 @@ def tls_credentials(
     *,
     token: Callable[[], str] | None = None,
 ) -> grpc.ChannelCredentials:
-    """Return what `channel` takes for TLS: the CA of the server, PEM, and what tells the server who calls.
+    """Return credentials for `channel`.
 
-    That is a key with its certificate, or what returns a bearer token. It is asked for each call, in a thread
-    of gRPC's, so that it can hand out a new one before the old one expires.
+    `ca` is the CA of the server, in PEM. The client authenticates with a key and its certificate, also in
+    PEM, or with a bearer token. `token` is called for each RPC, in a thread of gRPC's, so it can return a
+    new token before the old one expires.
     """
     tls = grpc.ssl_channel_credentials(ca, key, certificate)
     if token is None:
         return tls
 
-    def bearer(_: grpc.AuthMetadataContext, tell: grpc.AuthMetadataPluginCallback) -> None:
-        tell((("authorization", f"Bearer {token()}"),), None)
+    def add_token(_: grpc.AuthMetadataContext, callback: grpc.AuthMetadataPluginCallback) -> None:
+        callback((("authorization", f"Bearer {token()}"),), None)
 
-    plugin: Any = bearer
+    plugin: Any = add_token
     return grpc.composite_channel_credentials(tls, grpc.metadata_call_credentials(plugin))

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from service.auth.caller import current_share
 from service.db import interruptible
 from service.db.cancelled import keep_connections_of_cancelled_reads
-from service.db.errors import may_have_happened, translated
+from service.db.errors import may_have_committed, translate_errors
 from service.db.pool import MeasuredPool, measure_pool
 from service.db.statements import measure_statements
 from service.errors import OutcomeUnknown, PoolExhausted, QuotaExceeded, RosterError
@@ -40,7 +40,10 @@ WRITE_BUFFER_BYTES = 8 << 20
 
 # On DEBUG it logs parameters: hashes of passwords, and contents.
 logging.getLogger("aiosqlite").setLevel(logging.WARNING)
-COMMITTED = "what was to be written is in"  # said by a cancellation that came during the commit
+
+
+class CancelledAfterCommit(asyncio.CancelledError):
+    """The caller was cancelled during its commit, which succeeded: what it wrote is stored."""
 
 
 class Database:
@@ -68,7 +71,7 @@ class Database:
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncSession]:
         """Open a read-write unit of work; raises domain errors for driver errors."""
-        with translated():
+        with translate_errors():
             async with self._engines.turn(), _session(self._engines.writer) as session:
                 yield session
                 await _commit(session)
@@ -76,7 +79,7 @@ class Database:
     @asynccontextmanager
     async def bulk(self) -> AsyncIterator[AsyncSession]:
         """Open a unit of work for a batch; it waits for its turn for a minute."""
-        with translated():
+        with translate_errors():
             async with (
                 self._engines.bulk_turn(),
                 _session(self._engines.bulk) as session,
@@ -87,7 +90,7 @@ class Database:
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
         """Open a session for reading; it holds a connection, but no transaction."""
-        with translated():
+        with translate_errors():
             async with self._engines.read_turn(), _session(self._engines.reader) as session:
                 yield session
 
@@ -315,10 +318,10 @@ async def _commit(session: AsyncSession) -> None:
             with suppress(asyncio.CancelledError):
                 await asyncio.wait([task])
         if task.exception() is None:
-            raise asyncio.CancelledError(COMMITTED) from None
+            raise CancelledAfterCommit from None
         raise
     except Exception as error:
-        if may_have_happened(error):
+        if may_have_committed(error):
             raise OutcomeUnknown(
                 "the connection to the database broke during the commit; read before you write again, "
                 "or send a request_id, with which it is safe to repeat"

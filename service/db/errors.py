@@ -1,6 +1,6 @@
 """Driver error -> domain error: by SQLSTATE on PostgreSQL, by error name on SQLite.
 
-What a violated constraint means only a repository knows; it catches IntegrityError itself.
+Only a repository knows the meaning of a violated constraint, so repositories catch IntegrityError themselves.
 """
 
 import logging
@@ -16,37 +16,38 @@ from service.errors import DatabaseUnavailable, PoolExhausted, RosterError, Stat
 log = logging.getLogger(__name__)
 
 BUSY = "the database is busy with other writes; nothing was done, try again"
-AWAY = "the database can't be reached; nothing was done, try again"
-MIGRATED = "the database was just migrated; nothing was done, try again"
-SLOW = "the database took too long over this call; ask for less, or try later"
+UNREACHABLE = "the database can't be reached; nothing was done, try again"
+MIGRATED = "the database schema has just changed; nothing was done, try again"
+SLOW = "the database took too long; request less, or try again later"
 
-# In a DETAIL of PostgreSQL's, as `Key (email)=(ada@example.org) already exists`, and of asyncpg's own.
+# Row values in messages: PostgreSQL's DETAIL, such as `Key (email)=(ada@example.org) already exists`, and
+# asyncpg's own errors about arguments.
 VALUES = re.compile(r"\nDETAIL:.*|(?<=invalid input for query argument ).*", re.DOTALL)
 
 # The longest prefix wins. https://www.postgresql.org/docs/current/errcodes-appendix.html
 BY_CODE: dict[str, tuple[type[RosterError], str]] = {
-    "08": (DatabaseUnavailable, AWAY),  # connection exceptions
-    "0A000": (DatabaseUnavailable, MIGRATED),  # a cached plan is invalid
-    "25006": (DatabaseUnavailable, AWAY),  # read-only: a standby, until the failover is through
-    "25P03": (DatabaseUnavailable, AWAY),  # idle in transaction for too long
-    "28": (DatabaseUnavailable, AWAY),  # a role or a password that the server refuses
-    "40": (DatabaseUnavailable, BUSY),  # deadlock or serialization failure: rolled back whole
-    "53": (DatabaseUnavailable, AWAY),  # too many connections, disk or memory full
+    "08": (DatabaseUnavailable, UNREACHABLE),  # connection exceptions
+    "0A000": (DatabaseUnavailable, MIGRATED),  # a cached plan no longer fits the schema
+    "25006": (DatabaseUnavailable, UNREACHABLE),  # read-only: a standby, during a failover
+    "25P03": (DatabaseUnavailable, UNREACHABLE),  # idle_in_transaction_session_timeout
+    "28": (DatabaseUnavailable, UNREACHABLE),  # invalid role or password
+    "40": (DatabaseUnavailable, BUSY),  # deadlock or serialization failure: rolled back
+    "53": (DatabaseUnavailable, UNREACHABLE),  # too many connections, disk or memory full
     "55P03": (DatabaseUnavailable, BUSY),  # lock_timeout
-    "57": (DatabaseUnavailable, AWAY),  # shut down, or starting up
+    "57": (DatabaseUnavailable, UNREACHABLE),  # shutting down, or starting up
     "57014": (StatementTimeout, SLOW),
     "SQLITE_BUSY": (DatabaseUnavailable, BUSY),
     "SQLITE_LOCKED": (DatabaseUnavailable, BUSY),
-    "SQLITE_CANTOPEN": (DatabaseUnavailable, AWAY),
+    "SQLITE_CANTOPEN": (DatabaseUnavailable, UNREACHABLE),
     "SQLITE_INTERRUPT": (StatementTimeout, SLOW),
-    "SQLITE_FULL": (DatabaseUnavailable, AWAY),
-    "SQLITE_IOERR": (DatabaseUnavailable, AWAY),
-    "SQLITE_READONLY": (DatabaseUnavailable, AWAY),
+    "SQLITE_FULL": (DatabaseUnavailable, UNREACHABLE),
+    "SQLITE_IOERR": (DatabaseUnavailable, UNREACHABLE),
+    "SQLITE_READONLY": (DatabaseUnavailable, UNREACHABLE),
 }
 
 
 def code_of(error: BaseException) -> str:
-    """Return the SQLSTATE or the name of SQLite's error code, "" where there is neither."""
+    """Return the SQLSTATE, or the name of SQLite's error code; "" if there is neither."""
     for cause in _chain(error):
         code: Any = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorname", None)
         if code:
@@ -55,30 +56,31 @@ def code_of(error: BaseException) -> str:
 
 
 def domain_error(error: BaseException) -> RosterError | None:
-    """Return what a caller is told of a driver's error, None where it is a fault of ours."""
+    """Return the domain error for a driver's error; None if the error is a bug."""
     if isinstance(error, PoolTimeoutError):
         return PoolExhausted("all connections to the database are in use; nothing was done, try again")
     code = code_of(error)
     for length in range(len(code), 1, -1):
-        if kind := BY_CODE.get(code[:length]):
-            return kind[0](kind[1])
+        if code[:length] in BY_CODE:
+            error_class, message = BY_CODE[code[:length]]
+            return error_class(message)
     if isinstance(error, TimeoutError):  # command_timeout
         return StatementTimeout(SLOW)
-    is_connection = isinstance(error, OSError) or (
-        isinstance(error, DBAPIError) and error.connection_invalidated
-    )
-    return DatabaseUnavailable(AWAY) if is_connection else None
+    is_disconnected = isinstance(error, DBAPIError) and error.connection_invalidated
+    if is_disconnected or isinstance(error, OSError):
+        return DatabaseUnavailable(UNREACHABLE)
+    return None
 
 
-def may_have_happened(error: BaseException) -> bool:
-    """Tell whether a commit that ended so may be in all the same: its answer was lost, not a refusal."""
+def may_have_committed(error: BaseException) -> bool:
+    """Return whether a commit that raised this error may have succeeded: its answer was lost."""
     code = code_of(error)
     return not code or code.startswith(("08", "57", "SQLITE_IOERR"))
 
 
 @contextmanager
-def translated() -> Iterator[None]:
-    """Raise the domain error for a driver's error, which is logged."""
+def translate_errors() -> Iterator[None]:
+    """Turn a driver's error into the domain error, and log its cause."""
     try:
         yield
     except RosterError:
@@ -93,7 +95,7 @@ def translated() -> Iterator[None]:
 
 
 def _hide_values(error: BaseException) -> None:
-    """Take out what a driver's error repeats of rows and parameters, before anybody logs it."""
+    """Remove row values and parameters from a driver's error, before it can be logged."""
     for cause in _chain(error):
         if isinstance(getattr(cause, "detail", None), str):
             cause.detail = None  # type: ignore[attr-defined]

@@ -1,41 +1,52 @@
-"""The audit log: one line for each write, with who, what, which and how it ended; never what was written."""
+"""Audit log: one line for each write, with the caller, the target and the outcome; never the values."""
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from operator import attrgetter
 from typing import Any
 
+from google.protobuf.descriptor import MethodDescriptor
+
 from roster.v1.bulk_pb2 import BulkWriteResponse
 from service.auth.caller import current_caller
 from service.errors import RosterError
-from service.interceptors.around import Around, Context
+from service.interceptors.chain import Context, Proceed, Rpc
 from service.loads.model import COUNTED
+from service.services import RPCS
 
 log = logging.getLogger("roster.audit")
-# Whatever ROSTER_LOG_LEVEL says: a logger's own level goes before the root's.
+# A logger's own level takes precedence over the root's, which ROSTER_LOG_LEVEL sets.
 log.setLevel(logging.INFO)
 
-# The writes, each with the path of its target in the request, "" where only the answer knows it.
+# An RPC with any other verb counts as a write.
+READ_PREFIXES = ("Get", "BatchGet", "List", "Export", "Verify")
+
+
+def _target_path(method: MethodDescriptor) -> str:
+    """Return where in its request a write names its target: "" if only the response has it."""
+    request = method.input_type
+    if method.client_streaming or method.name.startswith("Create"):
+        return ""
+    for name in ("id", "load_id"):
+        if name in request.fields_by_name:
+            return name
+    for resource in request.fields:
+        if resource.message_type and "id" in resource.message_type.fields_by_name:
+            return f"{resource.name}.id"
+    return ""
+
+
+# The writes, each with the path of its target in the request.
 TARGETS = {
-    "/roster.v1.UserService/CreateUser": "",
-    "/roster.v1.UserService/UpdateUser": "user.id",
-    "/roster.v1.UserService/DeleteUser": "id",
-    "/roster.v1.UserService/BulkCreateUsers": "",
-    "/roster.v1.UserService/BulkUpdateUsers": "",
-    "/roster.v1.PostService/CreatePost": "",
-    "/roster.v1.PostService/UpdatePost": "post.id",
-    "/roster.v1.PostService/DeletePost": "id",
-    "/roster.v1.PostService/BulkCreatePosts": "",
-    "/roster.v1.PostService/BulkUpdatePosts": "",
-    "/roster.v1.BulkService/AbortBulkLoad": "load_id",
+    path: _target_path(method) for path, method in RPCS.items() if not method.name.startswith(READ_PREFIXES)
 }
 
 
 @dataclass
 class Entry:
-    """The fields of one line; the counts are of the rows that this stream was the first to settle."""
+    """The fields of one line; the counts are of rows that this stream was the first to write."""
 
     caller: str
     method: str
@@ -43,56 +54,55 @@ class Entry:
     counts: dict[str, int] = field(default_factory=dict)
     outcome: str = "OK"
 
-    def note(self, answer: Any) -> None:
-        """Take from an answer what the request did not tell."""
-        if not isinstance(answer, BulkWriteResponse):
-            self.target = self.target or getattr(answer, "id", "")
-        elif answer.HasField("opened"):
-            self.target = answer.opened.load_id
-        elif answer.HasField("ack") and not answer.ack.replayed:
-            self.counts = {name: self.counts.get(name, 0) + getattr(answer.ack, name) for name in COUNTED}
+    def note(self, response: Any) -> None:
+        """Add what a response says of the target or the rows."""
+        if not isinstance(response, BulkWriteResponse):
+            self.target = self.target or getattr(response, "id", "")
+        elif response.HasField("opened"):
+            self.target = response.opened.load_id
+        elif response.HasField("ack") and not response.ack.replayed:
+            self.counts = {name: self.counts.get(name, 0) + getattr(response.ack, name) for name in COUNTED}
 
 
-class Audit(Around):
-    """Logs the writes of callers who may write; the innermost, so that it sees messages parsed."""
+class NotingContext:
+    """A stream's context whose responses are noted in an entry before they are written."""
 
-    def wrap(self, method: str, handler: Any) -> Any:
-        if method not in TARGETS:
-            return handler
-        if handler.stream_stream:
-            return handler._replace(stream_stream=_stream(method, handler.stream_stream))
-        return handler._replace(unary_unary=_call(method, handler.unary_unary))
+    def __init__(self, context: Context, entry: Entry) -> None:
+        self._context = context
+        self._entry = entry
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
 
-def _call(method: str, behaviour: Callable[..., Awaitable[Any]]) -> Any:
-    target = attrgetter(TARGETS[method]) if TARGETS[method] else lambda _: ""
-
-    async def audited(request: Any, context: Context) -> Any:
-        with _logged(method, target(request)) as entry:
-            answer = await behaviour(request, context)
-            entry.note(answer)
-            return answer
-
-    return audited
+    async def write(self, response: Any) -> None:
+        self._entry.note(response)
+        await self._context.write(response)
 
 
-def _stream(method: str, behaviour: Callable[..., AsyncGenerator[Any]]) -> Any:
-    async def audited(requests: Any, context: Context) -> AsyncIterator[Any]:
-        with _logged(method, "") as entry:
-            async with aclosing(behaviour(requests, context)) as events:
-                async for event in events:
-                    entry.note(event)
-                    yield event
+def audit_writes(rpc: Rpc, proceed: Proceed) -> Proceed:
+    """Log the writes of callers who may write; the innermost interceptor, since it reads parsed requests."""
+    if rpc.path not in TARGETS:
+        return proceed
+    target = attrgetter(TARGETS[rpc.path]) if TARGETS[rpc.path] else None
 
-    return audited
+    async def audit(request: Any, context: Context) -> Any:
+        entry = Entry(current_caller().identity, rpc.path, target(request) if target else "")
+        with _logged(entry):
+            if rpc.is_download:
+                noting: Any = NotingContext(context, entry)
+                return await proceed(request, noting)
+            response = await proceed(request, context)
+            entry.note(response)
+            return response
+
+    return audit
 
 
 @contextmanager
-def _logged(method: str, target: int | str) -> Iterator[Entry]:
-    """Write the line at the end, however it comes."""
-    entry = Entry(current_caller().identity, method, target)
+def _logged(entry: Entry) -> Iterator[None]:
+    """Write the line of an entry when the call ends, in whatever way."""
     try:
-        yield entry
+        yield
     except RosterError as error:
         entry.outcome = error.reason
         raise
@@ -100,5 +110,6 @@ def _logged(method: str, target: int | str) -> Iterator[Entry]:
         entry.outcome = "INTERNAL" if isinstance(error, Exception) else "CANCELLED"
         raise
     finally:
+        fields = asdict(entry)
         line = "%(method)s of %(target)r by %(caller)r: %(outcome)s %(counts)s"
-        log.info(line, fields := asdict(entry), extra={"fields": fields})
+        log.info(line, fields, extra={"fields": fields})

@@ -1,56 +1,70 @@
-"""The calls in flight, so that a stop can wait for each one's last `finally`."""
+"""Tracks calls in flight, so that shutdown can wait for their cleanup."""
 
 import asyncio
-from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
-from service.db.engine import COMMITTED
+from service.auth.policy import REFLECTION
+from service.db.engine import CancelledAfterCommit
 from service.errors import Draining, OutcomeUnknown
-from service.interceptors.around import Around, Context, Proceed
+from service.interceptors.chain import Context, Proceed, Rpc
 
 
-class Drain(Around):
-    """Knows the tasks of all calls: grpc.aio's own stop doesn't wait for them (grpc#37239)."""
+class Drain:
+    """Knows the tasks of all calls, since grpc.aio's own stop doesn't wait for them (grpc#37239).
+
+    Streams of reflection are not tracked: grpcurl keeps one open as long as its own input lasts, and it has
+    nothing to clean up.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
-        self._tasks: dict[asyncio.Task[Any], str] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._cut_off: set[asyncio.Task[Any]] = set()
 
-    async def around(self, method: str, proceed: Proceed, request: Any, context: Context) -> Any:
-        task = asyncio.current_task()
-        if task is None:
-            raise RuntimeError("a call runs in a task")
-        self._tasks[task] = method
-        try:
-            return await proceed(request, context)
-        except asyncio.CancelledError as cancelled:
-            if task not in self._cut_off:
-                raise
-            task.uncancel()
-            if COMMITTED in cancelled.args:  # not to be repeated by a client that knows no request_id
-                raise OutcomeUnknown("the server stopped behind the commit; the write is in") from None
-            raise Draining("the server stopped before this call was done; send it again") from None
-        finally:
-            del self._tasks[task]
-            self._cut_off.discard(task)
+    def intercept(self, rpc: Rpc, proceed: Proceed) -> Proceed:
+        """Track the calls of an RPC; a call that is cut off fails with an error that says so."""
+        if rpc.path in REFLECTION:
+            return proceed
+
+        async def track(request: Any, context: Context) -> Any:
+            task = asyncio.current_task()
+            if task is None:
+                raise RuntimeError("a call runs in a task")
+            self._tasks.add(task)
+            try:
+                return await proceed(request, context)
+            except asyncio.CancelledError as cancelled:
+                if task not in self._cut_off:
+                    raise
+                task.uncancel()
+                raise _error(cancelled) from None
+            finally:
+                self._tasks.discard(task)
+                self._cut_off.discard(task)
+
+        return track
 
     @property
     def is_busy(self) -> bool:
         """Whether any call is in flight."""
         return bool(self._tasks)
 
-    async def wait(self, timeout: float, besides: Collection[str] = ()) -> None:
-        """Wait until no call is in flight besides those of some methods, so many seconds at most."""
+    async def wait(self, timeout: float) -> None:
+        """Wait until no call is in flight, for at most `timeout` seconds."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                while tasks := [task for task, method in self._tasks.items() if method not in besides]:
-                    await asyncio.wait(tasks)
+                while self._tasks:
+                    await asyncio.wait(self._tasks)
 
-    def cut_off(self, methods: Collection[str] | None = None) -> None:
-        """End the calls in flight, all or those of some methods; each is told to try again."""
-        tasks = {task for task, method in self._tasks.items() if methods is None or method in methods}
-        self._cut_off |= tasks
-        for task in tasks:
+    def cut_off(self) -> None:
+        """Cancel the calls in flight; their callers get an error that says what to do."""
+        self._cut_off |= self._tasks
+        for task in self._tasks:
             task.cancel()
+
+
+def _error(cancelled: asyncio.CancelledError) -> Draining | OutcomeUnknown:
+    # A client that sent no request_id would write twice if it sent the call again.
+    if isinstance(cancelled, CancelledAfterCommit):
+        return OutcomeUnknown("the server stopped after the commit; the write is stored")
+    return Draining("the server stopped before this call was done; send it again")

@@ -1,4 +1,4 @@
-"""Limits of what one caller may take, and of what the server takes on: a guard against runaways."""
+"""Limits calls in flight and call rates, by caller and method and in all: a guard against runaways."""
 
 import asyncio
 import time
@@ -9,66 +9,64 @@ from typing import Any
 from service.auth.caller import current_share
 from service.auth.policy import HEALTH
 from service.errors import Overloaded, QuotaExceeded, RateLimited, RosterError
-from service.interceptors.around import Around, Context, Proceed
+from service.interceptors.chain import Context, Proceed, Rpc
 from service.settings import Settings
 from service.shares import FairSemaphore
 
 BURST_SECONDS = 1
-# Those of callers who stay away are forgotten once there are so many.
-MANY_USES = 1000
+# Idle callers are evicted above this many entries.
+MAX_IDLE_USES = 1000
 
-Key = tuple[str, str]  # who calls what
+CallerAndPath = tuple[str, str]
 
 
 @dataclass(slots=True)
 class Use:
-    """What one caller takes of one method: calls in flight, and until when tokens are spent (GCRA)."""
+    """One caller's use of one RPC: calls in flight, and the time until which the rate is used up (GCRA)."""
 
     in_flight: int = 0
     spent_until: float = 0.0
 
 
-class Limits(Around):
-    """Bounds calls in flight and calls a second by caller and method, and calls in flight in all.
+class Limits:
+    """Refuses calls above the limits of a caller, or of the server; nothing of a refused call was done.
 
-    A caller's own limit is QuotaExceeded or RateLimited, the server's is Overloaded; nothing was done.
-    Of the calls in flight in all a caller may have its fair share, whatever the methods.
+    A caller's own limit is QuotaExceeded or RateLimited, the server's is Overloaded. Of the calls in flight
+    a caller may have its fair share, whatever the RPCs.
     A stream whose client sends nothing for too long is QuotaExceeded. One whose client does not read keeps
-    its place instead: gRPC sends no status past messages that wait. Health is never refused.
+    its place: gRPC sends no status past messages that wait to be read. Health checks are never refused.
     """
 
     def __init__(self, settings: Settings, now: Callable[[], float] = time.monotonic) -> None:
-        super().__init__()
         self._settings = settings
         self._now = now
-        self._streams: set[str] = set()
-        self._uploads: set[str] = set()
         self._calls = FairSemaphore(settings.max_calls)
-        self._uses: dict[Key, Use] = {}
+        self._uses: dict[CallerAndPath, Use] = {}
 
-    def wrap(self, method: str, handler: Any) -> Any:
-        if method in HEALTH:
-            return handler
-        if handler.request_streaming or handler.response_streaming:
-            self._streams.add(method)
-        if handler.request_streaming:
-            self._uploads.add(method)
-        return super().wrap(method, handler)
+    def intercept(self, rpc: Rpc, proceed: Proceed) -> Proceed:
+        """Apply the limits to the calls of an RPC."""
+        if rpc.path in HEALTH:
+            return proceed
+        max_in_flight = self._settings.caller_streams if rpc.is_stream else self._settings.caller_calls
 
-    async def around(self, method: str, proceed: Proceed, request: Any, context: Context) -> Any:
-        caller = current_share()
-        use = self._use((caller, method))
-        self._admit(method, use)
-        if not self._calls.try_acquire(caller):
-            raise self._refusal(caller)
-        use.in_flight += 1
-        try:
-            return await proceed(self._patient(request) if method in self._uploads else request, context)
-        finally:
-            self._calls.release(caller)
-            use.in_flight -= 1
+        async def limit(request: Any, context: Context) -> Any:
+            caller = current_share()
+            use = self._use((caller, rpc.path))
+            self._admit(use, max_in_flight)
+            if not self._calls.try_acquire(caller):
+                raise self._refusal(caller)
+            use.in_flight += 1
+            if rpc.is_upload:
+                request = self._end_when_idle(request)
+            try:
+                return await proceed(request, context)
+            finally:
+                self._calls.release(caller)
+                use.in_flight -= 1
 
-    async def _patient(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        return limit
+
+    async def _end_when_idle(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         seconds = self._settings.stream_idle_timeout
         while True:
             try:
@@ -80,27 +78,28 @@ class Limits(Around):
                 return
             yield request
 
-    def _use(self, key: Key) -> Use:
+    def _use(self, key: CallerAndPath) -> Use:
         use = self._uses.get(key)
         if use is None:
-            if len(self._uses) >= MANY_USES:
-                now = self._now()
-                self._uses = {k: u for k, u in self._uses.items() if u.in_flight or u.spent_until > now}
+            if len(self._uses) >= MAX_IDLE_USES:
+                self._evict_idle()
             use = self._uses[key] = Use()
         return use
 
-    def _admit(self, method: str, use: Use) -> None:
-        is_stream = method in self._streams
-        most = self._settings.caller_streams if is_stream else self._settings.caller_calls
-        if use.in_flight >= most:
+    def _evict_idle(self) -> None:
+        now = self._now()
+        self._uses = {key: use for key, use in self._uses.items() if use.in_flight or use.spent_until > now}
+
+    def _admit(self, use: Use, max_in_flight: int) -> None:
+        if use.in_flight >= max_in_flight:
             raise QuotaExceeded(
-                f"{most} calls of this method are in flight already; wait until some have ended"
+                f"{max_in_flight} calls of this method are in flight already; wait until some have ended"
             )
         now, rate = self._now(), self._settings.caller_rate
-        until = max(use.spent_until, now)
-        if until - now >= BURST_SECONDS:
+        spent_until = max(use.spent_until, now)
+        if spent_until - now >= BURST_SECONDS:
             raise RateLimited(f"this method was called more than {rate} times a second; slow down")
-        use.spent_until = until + 1 / rate
+        use.spent_until = spent_until + 1 / rate
 
     def _refusal(self, caller: str) -> RosterError:
         if self._calls.free:

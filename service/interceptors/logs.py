@@ -1,28 +1,26 @@
-"""One line in the log for every call; the lines written meanwhile carry its ids."""
+"""Writes one log line for each call, and gives the other lines of the call its ids."""
 
 import logging
 import re
-from collections.abc import Sequence
 from random import getrandbits
 from time import perf_counter
 from typing import Any
 
 from service.auth.caller import current_caller
+from service.auth.policy import HEALTH
 from service.db.statements import LISTENERS
-from service.interceptors.around import Around, Context, Proceed, code_at_end
-from service.logs import CALL
-from service.turns import Turn
+from service.interceptors.chain import Context, Interceptor, Proceed, Rpc, code_at_end
+from service.logs import CALL_IDS
 
 log = logging.getLogger("service.calls")
 
-# As HTTP/2 carries text in gRPC; no raw byte of a header reaches the log.
+# Printable ASCII, as HTTP/2 carries text in gRPC; no raw byte of a header reaches the log.
 REQUEST_ID = re.compile(r"[ -~]{1,128}")
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}.*")
-QUIET = "/grpc.health.v1.Health/"  # probes come every few seconds
 
 
-class Statements:
-    """How many statements a call had, and what they took together."""
+class StatementTotals:
+    """The number of statements of a call, and the seconds that they took."""
 
     __slots__ = ("count", "seconds")
 
@@ -35,66 +33,58 @@ class Statements:
         self.seconds += seconds
 
 
-class Logs(Around):
-    """Logs each call when it has ended, never what was in it; as a warning where it was slow.
+def log_calls(slow_seconds: float) -> Interceptor:
+    """Return an interceptor that logs each call when it has ended, as a warning if it was slow.
 
-    The request id is the caller's `x-request-id`, 1 to 128 printable ASCII characters, otherwise a new one;
-    the trace id is that of `traceparent`.
+    No line has anything of a request or a response. The request id is the caller's `x-request-id`, 1 to 128
+    printable ASCII characters, otherwise a random one; the trace id is that of `traceparent`.
     """
 
-    def __init__(self, slow_seconds: float) -> None:
-        super().__init__()
-        self._slow_seconds = slow_seconds
-        self._streams: set[str] = set()
-        self._ended = Turn(_write)
-
-    def wrap(self, method: str, handler: Any) -> Any:
-        if handler.request_streaming or handler.response_streaming:
-            self._streams.add(method)
-        return super().wrap(method, handler)
-
-    async def around(self, method: str, proceed: Proceed, request: Any, context: Context) -> Any:
-        # Each call is a task with a context of its own, so nothing is put back.
-        CALL.set(_ids(context))
-        statements = Statements()
-        LISTENERS.set((*LISTENERS.get(), statements.add))
-        began = perf_counter()
-        try:
-            return await proceed(request, context)
-        finally:
-            seconds = perf_counter() - began
-            if log.isEnabledFor(level := self._level(method, seconds)):
-                fields = {
-                    **CALL.get(),
-                    "method": method,
-                    "code": code_at_end(context).name,
-                    "seconds": round(seconds, 6),
-                    "statements": statements.count,
-                    "statement_seconds": round(statements.seconds, 6),
-                    "caller": current_caller().identity,
-                    "peer": context.peer(),
-                }
-                self._ended.add((level, fields))
-
-    def _level(self, method: str, seconds: float) -> int:
-        if method.startswith(QUIET):
-            return logging.DEBUG
+    def intercept(rpc: Rpc, proceed: Proceed) -> Proceed:
+        # Probes come every few seconds.
+        normal_level = logging.DEBUG if rpc.path in HEALTH else logging.INFO
         # A stream lasts as long as its client wants.
-        is_slow = seconds > self._slow_seconds and method not in self._streams
-        return logging.WARNING if is_slow else logging.INFO
+        can_be_slow = rpc.path not in HEALTH and not rpc.is_stream
 
+        async def log_call(request: Any, context: Context) -> Any:
+            # Each call is a task with a context of its own, so nothing has to be reset.
+            ids = _ids(context)
+            CALL_IDS.set(ids)
+            statements = StatementTotals()
+            LISTENERS.set((*LISTENERS.get(), statements.add))
+            began = perf_counter()
+            try:
+                return await proceed(request, context)
+            finally:
+                seconds = perf_counter() - began
+                is_slow = can_be_slow and seconds > slow_seconds
+                level = logging.WARNING if is_slow else normal_level
+                if log.isEnabledFor(level):
+                    fields = {
+                        **ids,
+                        "method": rpc.path,
+                        "code": code_at_end(context).name,
+                        "seconds": round(seconds, 6),
+                        "statements": statements.count,
+                        "statement_seconds": round(statements.seconds, 6),
+                        "caller": current_caller().identity,
+                        "peer": context.peer(),
+                    }
+                    log.log(level, "call", extra={"fields": fields})
 
-def _write(calls: Sequence[tuple[int, dict[str, Any]]]) -> None:
-    for level, fields in calls:
-        log.log(level, "call", extra={"fields": fields})
+        return log_call
+
+    return intercept
 
 
 def _ids(context: Context) -> dict[str, str]:
     metadata: dict[str, Any] = dict(context.invocation_metadata() or ())
     request_id = metadata.get("x-request-id", "")
-    # Nobody gains by guessing one, and uuid4 asks the system for each: 8 µs.
-    ids = {"request_id": request_id if REQUEST_ID.fullmatch(request_id) else f"{getrandbits(128):032x}"}
+    if not REQUEST_ID.fullmatch(request_id):
+        # Nobody gains by guessing one, and uuid4 takes 8 µs, since it asks the system for each.
+        request_id = f"{getrandbits(128):032x}"
+    ids = {"request_id": request_id}
     # https://www.w3.org/TR/trace-context/#traceparent-header
     if trace := TRACEPARENT.fullmatch(metadata.get("traceparent", "")):
         ids["trace_id"] = trace[1]
-    return {**ids, **CALL.get()}
+    return {**ids, **CALL_IDS.get()}

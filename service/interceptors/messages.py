@@ -1,7 +1,6 @@
 """Reads and parses the messages of a call, once the call is admitted.
 
-gRPC itself would receive the one message of a unary call before anybody asks who calls: a hundred calls on
-one connection take a gigabyte. So every call is handed on as a stream, and its message is read here.
+`Chain` hands every call on as a stream of bytes, and says why.
 """
 
 import asyncio
@@ -15,7 +14,7 @@ from service.auth.caller import NOBODY, current_caller
 from service.auth.policy import HEALTH
 from service.errors import MalformedMessage, TooLarge
 from service.fields import MAX_CONTENT_BYTES
-from service.interceptors.around import Around, Context, Proceed, host_of, kind
+from service.interceptors.chain import Context, Proceed, Rpc, host_of
 from service.requests import parse, request_class
 from service.waits import BoundedWaits
 
@@ -26,28 +25,16 @@ LARGER = {
     "/roster.v1.PostService/CreatePost": MAX_CONTENT_BYTES + MAX_BYTES,
     "/roster.v1.PostService/UpdatePost": MAX_CONTENT_BYTES + MAX_BYTES,
 }
-# gRPC receives a message whole, and there are its own 5 MiB for one that is too large for its method.
+# gRPC receives a message whole, up to its own limit of 5 MiB, even if it is too large for its method.
 MAX_UNFINISHED = 64
 ARRIVAL_SECONDS = 10
 CANCELLATION_SECONDS = 0.01
 SLOW = f"the message did not arrive within {ARRIVAL_SECONDS} s, or too many are on their way; try again"
 
-
 Parser = Callable[[bytes], Any]
 
 
-class Unread(Around):
-    """The outermost interceptor: hands each call on before its message is read."""
-
-    def wrap(self, method: str, handler: Any) -> Any:  # noqa: ARG002
-        if handler.request_streaming:
-            return handler
-        behaviour = getattr(handler, kind(handler))
-        stream = handler._replace(request_streaming=True, **{kind(handler): None})
-        return stream._replace(**{kind(stream): behaviour})
-
-
-class Messages(Around):
+class Messages:
     """Parses messages; the interceptors before it look at none.
 
     Raises TooLarge and MalformedMessage, and QuotaExceeded for a message that does not arrive. Bulk streams
@@ -55,32 +42,35 @@ class Messages(Around):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self._unfinished = BoundedWaits(SLOW, MAX_UNFINISHED, ARRIVAL_SECONDS)
-        self._arounds: dict[str, Callable[[Proceed, Any, Context], Any]] = {}
 
     def drain(self) -> None:
-        """End the calls whose messages have not arrived; their clients may send them elsewhere."""
+        """End the calls whose messages have not arrived; their clients may send them to another server."""
         self._unfinished.end_all()
 
-    def wrap(self, method: str, handler: Any) -> Any:
-        read = self._stream if handler.request_streaming else self._call
-        self._arounds[method] = partial(read, _parser(method, handler))
-        return super().wrap(method, handler)._replace(request_deserializer=None)
+    def intercept(self, rpc: Rpc, proceed: Proceed) -> Proceed:
+        """Give an RPC its parsed request, or an iterator over the requests of an upload."""
+        if rpc.is_upload and rpc.path.startswith("/roster.v1."):  # a bulk stream
+            return proceed
+        parser = _parser(rpc)
 
-    async def around(self, method: str, proceed: Proceed, request: Any, context: Context) -> Any:
-        return await self._arounds[method](proceed, request, context)
+        async def parse_stream(requests: AsyncIterator[bytes], context: Context) -> Any:
+            return await proceed(_parse_all(parser, requests), context)
 
-    async def _call(self, parser: Parser, proceed: Proceed, _: Any, context: Context) -> Any:
-        message = await self._unfinished.bound(context.read(), partial(_group, context))
+        async def parse_request(_: AsyncIterator[bytes], context: Context) -> Any:
+            message = await self._read(context)
+            return await proceed(parser(message), context)
+
+        return parse_stream if rpc.is_upload else parse_request
+
+    async def _read(self, context: Context) -> bytes:
+        """Return the one message of a call."""
+        message: Any = await self._unfinished.bound(context.read(), partial(_group, context))
         if message is grpc.aio.EOF:
-            # So ends, as seen from here, a call that was cancelled: then the cancellation comes next.
+            # A call that was cancelled looks like this at first; its cancellation comes next.
             await asyncio.sleep(CANCELLATION_SECONDS)
             raise MalformedMessage("the call ended without its message")
-        return await proceed(parser(message), context)
-
-    async def _stream(self, parser: Parser, proceed: Proceed, requests: Any, context: Context) -> Any:
-        return await proceed(_parse_all(parser, requests), context)
+        return bytes(message)
 
 
 async def _parse_all(parser: Parser, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
@@ -88,25 +78,22 @@ async def _parse_all(parser: Parser, requests: AsyncIterator[bytes]) -> AsyncIte
         yield parser(request)
 
 
-def _parser(method: str, handler: Any) -> Parser:
-    """Return what makes a request of the bytes of one message."""
-    is_bulk = handler.request_streaming and method.startswith("/roster.v1.")
-    if is_bulk:
-        return lambda message: message
-    sent = handler.request_deserializer.__self__  # a generated class, whose FromString it is
-    most = MAX_HEALTH_BYTES if method in HEALTH else LARGER.get(method, MAX_BYTES)
-    return partial(_checked, request_class(sent), most)
+def _parser(rpc: Rpc) -> Parser:
+    """Return the function that parses a message of an RPC."""
+    limit = MAX_HEALTH_BYTES if rpc.path in HEALTH else LARGER.get(rpc.path, MAX_BYTES)
+    return partial(_parse, request_class(rpc.request_type), limit)
 
 
-def _checked(sent: Any, most: int, message: bytes) -> Any:
-    if len(message) > most:
-        raise TooLarge(f"a {sent.DESCRIPTOR.name} has at most {most:,} bytes, this one has {len(message):,}")
-    request = parse(sent, message)
+def _parse(request_type: Any, limit: int, message: bytes) -> Any:
+    if len(message) > limit:
+        name = request_type.DESCRIPTOR.name
+        raise TooLarge(f"a {name} has at most {limit:,} bytes, this one has {len(message):,}")
+    request = parse(request_type, message)
     request.DiscardUnknownFields()
     return request
 
 
 def _group(context: Context) -> str:
-    """Return whose share of the unfinished messages a call takes: its caller's, or its host's."""
+    """Return who is charged for an unfinished message: the caller, or the host of an unknown one."""
     identity = current_caller().identity
     return host_of(context) if identity == NOBODY.identity else identity

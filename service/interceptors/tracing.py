@@ -1,6 +1,7 @@
-"""Traces, for whoever installs the extra `tracing` and names an endpoint: a span a call, a span a statement.
+"""OpenTelemetry traces, if the extra `tracing` is installed and an endpoint is set.
 
-OpenTelemetry's own variables set all of it: endpoint, protocol, headers, sampler, the service's name.
+There is a span for each call and for each of its statements. OpenTelemetry's own variables set everything:
+endpoint, protocol, headers, sampler, the service's name.
 https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
 """
 
@@ -16,12 +17,12 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, StatusCode, format_trace_id
 
 from service.db.statements import LISTENERS
-from service.interceptors.around import Around, Context, Proceed, code_at_end
-from service.logs import CALL
+from service.interceptors.chain import Context, Proceed, Rpc, code_at_end
+from service.logs import CALL_IDS
 
 MAX_STATEMENT = 2000
 # https://opentelemetry.io/docs/specs/semconv/rpc/grpc/
-FAULTS = {
+SERVER_FAULTS = {
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.UNIMPLEMENTED,
@@ -31,56 +32,60 @@ FAULTS = {
 }
 
 
-def exporting(protocol: str) -> TracerProvider:
-    """Return a provider whose spans go to an OTLP collector, by `grpc` or by `http/protobuf`."""
+def exporting_provider(protocol: str) -> TracerProvider:
+    """Return a provider that sends spans to an OTLP collector, by `grpc` or by `http/protobuf`."""
     resource = Resource.create({"service.name": "roster", **OTELResourceDetector().detect().attributes})
-    provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # see `close`
-    way = "grpc" if protocol == "grpc" else "http"
-    exporters = import_module(f"opentelemetry.exporter.otlp.proto.{way}.trace_exporter")
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # see `Tracing.close`
+    transport = "grpc" if protocol == "grpc" else "http"
+    exporters = import_module(f"opentelemetry.exporter.otlp.proto.{transport}.trace_exporter")
     provider.add_span_processor(BatchSpanProcessor(exporters.OTLPSpanExporter()))
     return provider
 
 
-class Tracing(Around):
+class Tracing:
     """Makes each call a span, a child of the caller's, and each of its statements a child of that."""
 
     def __init__(self, provider: TracerProvider) -> None:
-        super().__init__()
         self._provider = provider
         self._tracer = provider.get_tracer("roster")
 
     def close(self) -> None:
-        """Send the spans that are left; it may take seconds."""
+        """Send the remaining spans; this may take seconds."""
         self._provider.shutdown()
 
-    async def around(self, method: str, proceed: Proceed, request: Any, context: Context) -> Any:
-        _, service, name = method.split("/")
-        with self._tracer.start_as_current_span(
-            f"{service}/{name}",
-            propagate.extract(dict(context.invocation_metadata() or ())),
-            SpanKind.SERVER,
-            {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name},
-            record_exception=False,
-            set_status_on_exception=False,
-        ) as span:
-            CALL.set({"trace_id": format_trace_id(span.get_span_context().trace_id)})
-            LISTENERS.set((self._add_statement,))
-            try:
-                return await proceed(request, context)
-            finally:
-                _end(span, code_at_end(context))
+    def intercept(self, rpc: Rpc, proceed: Proceed) -> Proceed:
+        """Trace the calls of an RPC."""
+        attributes = {"rpc.system": "grpc", "rpc.service": rpc.service, "rpc.method": rpc.name}
+
+        async def trace(request: Any, context: Context) -> Any:
+            with self._tracer.start_as_current_span(
+                f"{rpc.service}/{rpc.name}",
+                propagate.extract(dict(context.invocation_metadata() or ())),
+                SpanKind.SERVER,
+                attributes,
+                record_exception=False,
+                set_status_on_exception=False,
+            ) as span:
+                CALL_IDS.set({"trace_id": format_trace_id(span.get_span_context().trace_id)})
+                LISTENERS.set((self._add_statement,))
+                try:
+                    return await proceed(request, context)
+                finally:
+                    _set_code(span, code_at_end(context))
+
+        return trace
 
     def _add_statement(self, statement: str, seconds: float) -> None:
         now = time_ns()
         self._tracer.start_span(
             statement.partition(" ")[0],
             kind=SpanKind.CLIENT,
-            attributes={"db.query.text": statement[:MAX_STATEMENT]},  # its values are parameters
+            attributes={"db.query.text": statement[:MAX_STATEMENT]},  # values are parameters, so not in it
             start_time=now - int(seconds * 1e9),
         ).end(now)
 
 
-def _end(span: Span, code: grpc.StatusCode) -> None:
+def _set_code(span: Span, code: grpc.StatusCode) -> None:
     span.set_attribute("rpc.grpc.status_code", code.value[0])
-    if code in FAULTS:
+    if code in SERVER_FAULTS:
         span.set_status(StatusCode.ERROR, code.name)

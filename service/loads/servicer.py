@@ -13,7 +13,7 @@ from service.db.engine import Database
 from service.db.paging import decode_token, encode_token, fingerprint, page_size
 from service.db.repository import MAX_ROWS_BYTES
 from service.fields import check_load_id
-from service.interceptors.around import Context
+from service.interceptors.chain import Context
 from service.loads.convert import load_fields, load_to_message
 from service.loads.model import Load
 from service.loads.repository import LoadRepository

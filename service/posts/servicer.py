@@ -19,7 +19,7 @@ from service.db.engine import Database
 from service.db.listing import Listing, batches
 from service.fields import check_export, check_id, check_ids, check_version
 from service.idempotency import once
-from service.interceptors.around import Context
+from service.interceptors.chain import Context
 from service.posts.convert import (
     WRITABLE,
     post_batch_from_messages,

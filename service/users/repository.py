@@ -1,5 +1,6 @@
 """UserRepository: all SQL about users."""
 
+import asyncio
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -91,6 +92,7 @@ class UserRepository(Repository[User]):
     async def _complete(self, rows: Sequence[User]) -> None:
         if not self.with_posts or not rows:
             return
+        await asyncio.sleep(0)  # 1,000 entities were made just now
         posts = await self._newest_posts([row.id for row in rows])
         async for some in slices(rows, MESSAGES):
             for row in some:

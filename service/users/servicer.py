@@ -22,7 +22,7 @@ from service.db.listing import Listing, batches
 from service.errors import OutcomeUnknown, ResourceExhausted, StatementTimeout, Unavailable, UserNotFound
 from service.fields import check_export, check_id, check_ids, check_version, normalise_email
 from service.idempotency import once
-from service.interceptors.around import Context
+from service.interceptors.chain import Context
 from service.timeslice import add_in_slices
 from service.users.convert import (
     BULK_WRITABLE,

@@ -25,8 +25,8 @@ from service.users.model import User as UserRow
 from service.users.servicer import CREATE_USERS
 from tests.errors import refusal
 
-# What a stream may have taken beyond what it has answered: one in hand, and a few more to be ready.
-IN_HAND = 8
+# Messages that a stream may have read and not yet answered: three batches, and one that waits for room.
+IN_HAND = 4
 
 
 def named(*names: str) -> list[User]:

@@ -1,4 +1,4 @@
-"""What an internal service gets from `service.client`, against a real server."""
+"""The client library against a real server."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -28,21 +28,21 @@ from service.errors import (
     UserNotFound,
     VersionMismatch,
 )
-from service.interceptors.errors import status_from_error
 from service.server import Server
+from service.status import status_from_error
 
 ADA = User(email="ada@example.org")
 
 
 @pytest.fixture
 async def users(server: Server) -> AsyncIterator[UserServiceStub]:
-    """The typed stub on the client's own channel."""
+    """The typed stub on a channel of the client library."""
     async with channel(server.address) as connection:
         yield UserServiceStub(connection)
 
 
-async def test_errors_are_those_of_the_domain(users: UserServiceStub) -> None:
-    """Each reason is a class, with the facts; no status codes."""
+async def test_calls_raise_domain_errors(users: UserServiceStub) -> None:
+    """Each reason is a class, with its facts."""
     ada = await users.CreateUser(CreateUserRequest(user=ADA))
 
     with pytest.raises(EmailTaken) as taken:
@@ -57,14 +57,14 @@ async def test_errors_are_those_of_the_domain(users: UserServiceStub) -> None:
         await users.UpdateUser(UpdateUserRequest(user=User(id=ada.id, full_name="Ada", version=7)))
 
 
-async def test_a_stream_of_answers_raises_them_too(users: UserServiceStub) -> None:
-    """Where it is read."""
+async def test_response_streams_raise_domain_errors(users: UserServiceStub) -> None:
+    """The error is raised by the iteration."""
     with pytest.raises(InvalidFilter):
         [answer async for answer in users.ExportUsers(ExportUsersRequest(filter="("))]
 
 
-class Forgetful:
-    """Hands a call on to a server, and loses the first answer."""
+class LossyProxy:
+    """A proxy that loses the first response."""
 
     def __init__(self, users: UserServiceStub, code: grpc.StatusCode, details: Any = ()) -> None:
         self.users = users
@@ -73,7 +73,7 @@ class Forgetful:
         self.request_ids: list[str] = []
 
     async def create(self, request: CreateUserRequest, context: Any) -> User:
-        """Answer a CreateUser."""
+        """Forward the call; drop the response to the first."""
         self.request_ids.append(request.request_id)
         created = await self.users.CreateUser(request)
         if len(self.request_ids) == 1:
@@ -82,57 +82,57 @@ class Forgetful:
 
 
 @asynccontextmanager
-async def behind(forgetful: Forgetful) -> AsyncIterator[UserServiceStub]:
-    """The client of a proxy."""
-    proxy = grpc.aio.server()
+async def proxied(lossy: LossyProxy) -> AsyncIterator[UserServiceStub]:
+    """Yield a stub that calls through the proxy."""
+    server = grpc.aio.server()
     handler = grpc.unary_unary_rpc_method_handler(
-        forgetful.create, CreateUserRequest.FromString, User.SerializeToString
+        lossy.create, CreateUserRequest.FromString, User.SerializeToString
     )
-    proxy.add_generic_rpc_handlers(
+    server.add_generic_rpc_handlers(
         [grpc.method_handlers_generic_handler("roster.v1.UserService", {"CreateUser": handler})]
     )
-    port = proxy.add_insecure_port("127.0.0.1:0")
-    await proxy.start()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
     async with channel(f"127.0.0.1:{port}") as connection:
         yield UserServiceStub(connection)
-    await proxy.stop(None)
+    await server.stop(None)
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
-async def test_a_write_that_is_sent_again_happens_once(users: UserServiceStub, code: grpc.StatusCode) -> None:
-    """The answer was lost on its way, or with its server; the second try gets it: both have the same id."""
-    forgetful = Forgetful(users, code)
-    async with behind(forgetful) as forgotten:
-        created = await forgotten.CreateUser(CreateUserRequest(user=ADA))
+async def test_a_retried_write_is_applied_once(users: UserServiceStub, code: grpc.StatusCode) -> None:
+    """The response was lost; the retry has the same request_id, so it gets the first response."""
+    lossy = LossyProxy(users, code)
+    async with proxied(lossy) as stub:
+        created = await stub.CreateUser(CreateUserRequest(user=ADA))
 
-    first, second = forgetful.request_ids
+    first, second = lossy.request_ids
     assert first == second != ""
     assert await users.GetUser(GetUserRequest(email=ADA.email)) == created
 
 
-async def test_a_write_whose_outcome_is_unknown_is_sent_once_more(users: UserServiceStub) -> None:
-    """The same one: the server answers as it did when it happened."""
+async def test_retries_a_write_with_an_unknown_outcome(users: UserServiceStub) -> None:
+    """The retry has the same request_id, so it gets the first response."""
     status = status_from_error(OutcomeUnknown("the connection broke during the commit"))
     details = (("grpc-status-details-bin", status.SerializeToString()),)
-    forgetful = Forgetful(users, grpc.StatusCode.INTERNAL, details)
-    async with behind(forgetful) as forgotten:
-        created = await forgotten.CreateUser(CreateUserRequest(user=ADA))
+    lossy = LossyProxy(users, grpc.StatusCode.INTERNAL, details)
+    async with proxied(lossy) as stub:
+        created = await stub.CreateUser(CreateUserRequest(user=ADA))
 
-    first, second = forgetful.request_ids
+    first, second = lossy.request_ids
     assert first == second != ""
     assert await users.GetUser(GetUserRequest(email=ADA.email)) == created
 
 
-async def test_a_write_without_an_answer_can_be_sent_again() -> None:
-    """The error has its id, which the caller did not give."""
+async def test_the_error_of_a_timed_out_write_has_its_request_id() -> None:
+    """The caller can repeat the write, although the client has made up the id."""
     async with channel("unix:/nowhere/roster.sock", timeout=0.1) as connection:
         with pytest.raises(DeadlineExceeded) as late:
             await UserServiceStub(connection).CreateUser(CreateUserRequest(user=ADA))
     assert UUID(str(late.value.facts["request_id"]))
 
 
-async def test_a_request_id_of_the_caller_is_kept(users: UserServiceStub) -> None:
-    """What the caller sends is what is sent, and is left as it was."""
+async def test_keeps_a_request_id_of_the_caller(users: UserServiceStub) -> None:
+    """The request of the caller is never modified."""
     named = CreateUserRequest(user=ADA, request_id=str(uuid4()))
     assert await users.CreateUser(named) == await users.CreateUser(named)
 
@@ -141,18 +141,18 @@ async def test_a_request_id_of_the_caller_is_kept(users: UserServiceStub) -> Non
     assert unnamed.request_id == ""
 
 
-async def test_pages_are_walked(users: UserServiceStub) -> None:
-    """Row by row, whatever the size of a page."""
+async def test_yields_the_rows_of_all_pages(users: UserServiceStub) -> None:
+    """Rows come one by one, whatever the page size."""
     emails = [f"{number}@example.org" for number in range(5)]
     for email in emails:
         await users.CreateUser(CreateUserRequest(user=User(email=email)))
 
-    walked = [user.email async for user in pages(users.ListUsers, ListUsersRequest(page_size=2))]
-    assert walked == emails
+    listed = [user.email async for user in pages(users.ListUsers, ListUsersRequest(page_size=2))]
+    assert listed == emails
 
 
-async def test_a_load_without_options_has_a_name(users: UserServiceStub) -> None:
-    """So that it survives a restart of the server."""
+async def test_a_load_without_options_gets_a_load_id(users: UserServiceStub) -> None:
+    """It can be resumed after the server restarts."""
 
     async def rows() -> AsyncIterator[User]:
         yield ADA
@@ -166,11 +166,11 @@ async def test_a_load_without_options_has_a_name(users: UserServiceStub) -> None
     assert summary.created == 1
 
 
-async def test_an_impatient_channel_says_at_once_that_nobody_is_there() -> None:
-    """A patient one waits for a server, as long as the call has time."""
-    async with channel("unix:/nowhere/roster.sock", is_patient=False) as connection:
+async def test_fails_at_once_without_wait_for_ready() -> None:
+    """With it, the call waits for a server until its deadline."""
+    async with channel("unix:/nowhere/roster.sock", wait_for_ready=False) as connection:
         with pytest.raises(Disconnected):
             await UserServiceStub(connection).GetUser(GetUserRequest(id=1))
     async with channel("unix:/nowhere/roster.sock", timeout=0.1) as connection:
-        with pytest.raises(DeadlineExceeded, match="sock did not answer in 0"):
+        with pytest.raises(DeadlineExceeded, match="sock did not answer within 0"):
             await UserServiceStub(connection).GetUser(GetUserRequest(id=1))

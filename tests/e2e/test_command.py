@@ -1,4 +1,4 @@
-"""The command `roster` as a person starts it: what it says, what it refuses, and how it ends."""
+"""The command `roster` as its own process: help, errors, exit statuses, signals."""
 
 import re
 import signal
@@ -35,7 +35,7 @@ async def empty_url(postgres: Postgres) -> AsyncIterator[str]:
 
 @pytest.fixture
 def nowhere() -> Iterator[str]:
-    """An address of this machine where nothing answers."""
+    """An address on this machine that does not answer."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"127.0.0.1:{taken.getsockname()[1]}"
@@ -53,18 +53,18 @@ async def get(address: str, email: str) -> User:
 
 @pytest.mark.parametrize("command", [[ROSTER], [sys.executable, "-m", "service"]], ids=["roster", "module"])
 async def test_help_lists_every_setting_with_its_default(command: list[str | Path], tmp_path: Path) -> None:
-    """By the name that it has in the environment, however the command is started."""
-    told = await run(*command, "serve", "--help", folder=tmp_path)
+    """By its environment variable, however the command is started."""
+    ended = await run(*command, "serve", "--help", folder=tmp_path)
 
-    assert told.out.startswith("Usage: roster serve ")
-    listed = dict(re.findall(r"^ +ROSTER_(\w+) .* \[(.*)\]$", told.out, re.MULTILINE))
+    assert ended.out.startswith("Usage: roster serve ")
+    listed = dict(re.findall(r"^ +ROSTER_(\w+) .* \[(.*)\]$", ended.out, re.MULTILINE))
     defaults = {name.upper(): str(field.default) for name, field in Settings.model_fields.items()}
     readable = {"None": "unset", "": "unset", "False": "false", "7 days, 0:00:00": "P7D"}
     assert listed == {name: readable.get(default, default) for name, default in defaults.items()}
 
 
-async def test_help_tells_each_command_in_a_line(tmp_path: Path) -> None:
-    """Nothing is cut off in 80 columns, and the variables of a client are told."""
+async def test_help_describes_each_command_in_one_line(tmp_path: Path) -> None:
+    """Nothing is truncated in 80 columns; help lists the variables of clients."""
     commands = await run(ROSTER, "--help", folder=tmp_path, COLUMNS="80")
     load = await run(ROSTER, "load", "--help", folder=tmp_path)
 
@@ -76,33 +76,33 @@ async def test_help_tells_each_command_in_a_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["serve", "migrate"])
-async def test_a_missing_folder_is_told(command: str, tmp_path: Path) -> None:
-    """As `roster doctor` tells it."""
+async def test_reports_a_missing_directory(command: str, tmp_path: Path) -> None:
+    """SQLite does not create directories."""
     ended = await run(ROSTER, command, folder=tmp_path, ROSTER_DATABASE_URL="sqlite:///no/roster.db")
 
-    assert ended == Ended(2, "", "Error: there is no folder no; make it first\n")
+    assert ended == Ended(2, "", "Error: directory no does not exist; create it first\n")
 
 
-async def test_the_setting_of_a_missing_file_is_named(tmp_path: Path) -> None:
-    """Of all the files that there may be."""
+async def test_names_the_setting_of_a_missing_file(tmp_path: Path) -> None:
+    """Several settings can name files."""
     ended = await run(ROSTER, "serve", folder=tmp_path, ROSTER_DATABASE_URL_FILE="./nope")
 
     assert ended.status == 2
     assert ended.err.startswith("Error: ROSTER_DATABASE_URL_FILE: can't be read: ")
 
 
-@pytest.mark.parametrize(("log_format", "is_told"), [("text", True), ("json", False)])
-async def test_people_are_told_what_to_try(log_format: str, is_told: bool, tmp_path: Path) -> None:
-    """A program that reads the log is not."""
+@pytest.mark.parametrize(("log_format", "is_printed"), [("text", True), ("json", False)])
+async def test_suggests_commands_to_people(log_format: str, is_printed: bool, tmp_path: Path) -> None:
+    """Not to programs that parse the log."""
     async with serving(tmp_path, ROSTER_LOG_FORMAT=log_format) as server:
         server.signal(signal.SIGTERM)
         ended = await server.ended()
 
-    assert ("try, in another terminal" in ended.err) == is_told
+    assert ("try in another terminal" in ended.err) == is_printed
 
 
-async def test_every_wrong_setting_is_told_at_once(tmp_path: Path) -> None:
-    """By the name of its variable, wherever it comes from, and without its value."""
+async def test_reports_all_invalid_settings_at_once(tmp_path: Path) -> None:
+    """By variable, whatever their source, and without values."""
     (tmp_path / ".env").write_text("ROSTER_GRACE=-1\nROSTER_POOL_SIZE=many\n")
     ended = await run(
         ROSTER,
@@ -122,10 +122,8 @@ async def test_every_wrong_setting_is_told_at_once(tmp_path: Path) -> None:
     assert "secret" not in ended.err
 
 
-async def test_a_schema_that_is_behind_is_refused_until_it_is_migrated(
-    empty_url: str, tmp_path: Path
-) -> None:
-    """The refusal names the command that mends it."""
+async def test_refuses_an_old_schema_until_it_is_migrated(empty_url: str, tmp_path: Path) -> None:
+    """The error names the command to run."""
     url = empty_url.replace("postgresql+asyncpg://", "postgres://")
     refused = await run(ROSTER, "serve", folder=tmp_path, ROSTER_LISTEN="127.0.0.1:0", DATABASE_URL=url)
     assert refused.status == 2
@@ -133,30 +131,30 @@ async def test_a_schema_that_is_behind_is_refused_until_it_is_migrated(
 
     migrated = await run(ROSTER, "migrate", folder=tmp_path, DATABASE_URL=url)
     again = await run(ROSTER, "migrate", folder=tmp_path, DATABASE_URL=url)
-    told = f"the schema is at revision {migrations.head()}\n"
-    assert migrated == Ended(0, f"migrated from none: {told}", "")
-    assert again == Ended(0, f"nothing was to be done: {told}", "")
+    head = migrations.head()
+    assert migrated == Ended(0, f"schema migrated from revision none to {head}\n", "")
+    assert again == Ended(0, f"schema is up to date (revision {head})\n", "")
 
     async with serving(tmp_path, DATABASE_URL=url) as server:
         assert (await create(server.address, ADA)).id == 1
 
 
-async def test_a_revision_that_is_not_there_is_told(tmp_path: Path) -> None:
-    """With those that are."""
+async def test_reports_an_unknown_revision(tmp_path: Path) -> None:
+    """The error lists the known ones."""
     ended = await run(ROSTER, "migrate", "--down", "9999", folder=tmp_path)
 
     assert ended.status == 2
     assert ended.err.startswith("Error: this release has no revision 9999; it has base, 0001, ")
 
 
-async def test_unknown_settings_are_told_at_the_start(tmp_path: Path) -> None:
-    """One that is misspelt would be its default in silence."""
+async def test_warns_about_unknown_settings_at_start(tmp_path: Path) -> None:
+    """A misspelt setting would silently keep its default."""
     async with waiting_to_serve(tmp_path, ROSTER_GRACEE="3") as server:
         await server.said("unknown setting ROSTER_GRACEE; did you mean ROSTER_GRACE?")
 
 
-async def test_clients_read_the_file_of_settings_too(tmp_path: Path) -> None:
-    """What the environment says goes before it."""
+async def test_clients_read_the_env_file_too(tmp_path: Path) -> None:
+    """The environment has precedence."""
     async with serving(tmp_path) as server:
         (tmp_path / ".env").write_text(f"ROSTER_ADDRESS={server.address}\n")
         listed = await run(ROSTER, "loads", folder=tmp_path)
@@ -166,8 +164,8 @@ async def test_clients_read_the_file_of_settings_too(tmp_path: Path) -> None:
     assert "no server answers at unix:/nowhere/roster.sock" in elsewhere.err
 
 
-async def test_printed_sql_is_nothing_but_sql_and_is_not_run(empty_url: str, tmp_path: Path) -> None:
-    """So that it can go to a DBA, or into a pipe."""
+async def test_prints_sql_without_running_it(empty_url: str, tmp_path: Path) -> None:
+    """The output is only SQL, so it can be piped."""
     printed = await run(ROSTER, "migrate", "--sql", folder=tmp_path, ROSTER_DATABASE_URL=empty_url)
     assert (printed.status, printed.err) == (0, "")
     assert printed.out.startswith("BEGIN;\n")
@@ -179,40 +177,40 @@ async def test_printed_sql_is_nothing_but_sql_and_is_not_run(empty_url: str, tmp
     await engine.dispose()
 
 
-async def test_a_database_that_is_away_is_waited_for_and_told(nowhere: str, tmp_path: Path) -> None:
-    """Not for ever; with what to check, and without the password."""
+async def test_waits_for_an_unreachable_database(nowhere: str, tmp_path: Path) -> None:
+    """The wait is bounded; the error says what to check, without the password."""
     url = f"postgresql://ada:secret@{nowhere}/roster"
     ended = await run(ROSTER, "serve", folder=tmp_path, ROSTER_DATABASE_URL=url, ROSTER_DATABASE_WAIT="0.6")
 
     assert (ended.status, ended.out) == (2, "")
-    waited, told = ended.err.splitlines()
+    waited, error = ended.err.splitlines()
     assert "trying again in 0.5 s" in waited
-    assert re.fullmatch(r"Error: the database can't be reached: .*; check ROSTER_DATABASE_URL", told)
+    assert re.fullmatch(r"Error: the database can't be reached: .*; check ROSTER_DATABASE_URL", error)
     assert "secret" not in ended.err
 
 
-async def test_a_file_that_is_no_database_is_told_in_one_line(tmp_path: Path) -> None:
-    """Also where the server migrates by itself; the file is left alone."""
+async def test_reports_a_file_that_is_not_a_database(tmp_path: Path) -> None:
+    """The server, which migrates SQLite by itself, leaves the file unchanged."""
     (tmp_path / "roster.db").write_text("Dear diary")
     ended = await run(ROSTER, "serve", folder=tmp_path, ROSTER_LOG_LEVEL="WARNING")
 
-    assert ended == Ended(2, "", "Error: the schema was left as it was: file is not a database\n")
+    assert ended == Ended(2, "", "Error: the schema was not changed: file is not a database\n")
     assert (tmp_path / "roster.db").read_text() == "Dear diary"
 
 
-async def test_a_port_in_use_is_refused(tmp_path: Path) -> None:
-    """And the server that has it goes on."""
+async def test_refuses_a_port_in_use(tmp_path: Path) -> None:
+    """The server that uses it is not affected."""
     async with serving(tmp_path) as server:
         second = await run(ROSTER, "serve", folder=tmp_path, ROSTER_LISTEN=server.address)
 
         assert second.status == 2
-        told = f"Error: can't listen on {server.address}; is another server there already?"
-        assert second.err.splitlines()[-1].startswith(told)
+        error = f"Error: can't listen on {server.address}; is another server there already?"
+        assert second.err.splitlines()[-1].startswith(error)
         assert (await create(server.address, ADA)).email == ADA.email
 
 
-async def test_what_was_stored_is_there_at_the_next_start(tmp_path: Path) -> None:
-    """In `roster.db`, where the command was started; all that it says goes to standard error."""
+async def test_keeps_data_across_restarts(tmp_path: Path) -> None:
+    """The data is in `roster.db` in the working directory; messages go to standard error."""
     async with serving(tmp_path) as server:
         created = await create(server.address, ADA)
         server.signal(signal.SIGTERM)
@@ -226,7 +224,7 @@ async def test_what_was_stored_is_there_at_the_next_start(tmp_path: Path) -> Non
 
 @asynccontextmanager
 async def open_load(server: Serving) -> AsyncIterator[Any]:
-    """A bulk stream that the server has opened, and that waits for rows."""
+    """Yield an open bulk stream without rows."""
     async with grpc.aio.insecure_channel(server.address) as channel:
         load: Any = UserServiceStub(channel).BulkCreateUsers()
         await load.write(BulkCreateUsersRequest(options=BulkOptions()))
@@ -235,8 +233,8 @@ async def open_load(server: Serving) -> AsyncIterator[Any]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_ends_streams_well(number: signal.Signals, tmp_path: Path) -> None:
-    """A load is told how far it is, and that it can go on; then the command ends with status 0."""
+async def test_a_signal_ends_streams_cleanly(number: signal.Signals, tmp_path: Path) -> None:
+    """The stream gets its progress and a retryable error; the exit status is 0."""
     async with serving(tmp_path) as server, open_load(server) as load:
         await load.write(BulkCreateUsersRequest(users=[ADA]))
         assert (await load.read()).ack.created == 1

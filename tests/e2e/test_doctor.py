@@ -1,4 +1,4 @@
-"""`roster doctor`, and the completion of shells."""
+"""`roster doctor`, and shell completion."""
 
 import os
 import socket
@@ -14,87 +14,87 @@ from tests.e2e.command import ROSTER, Ended, run
 
 
 async def doctor(folder: Path, **environment: Any) -> Ended:
-    """What it says of some settings; any number of servers may be there."""
+    """Run the command with these settings, on a free port."""
     return await run(ROSTER, "doctor", folder=folder, **{"ROSTER_LISTEN": "127.0.0.1:0", **environment})
 
 
-async def test_all_is_well(postgresql_url: str, tmp_path: Path) -> None:
-    """Each thing that was looked at is told, without colours where nobody sees them, and no password."""
+async def test_reports_each_check(postgresql_url: str, tmp_path: Path) -> None:
+    """Without colours in a pipe, and without passwords."""
     url = postgresql_url.replace("postgres@", "postgres:secret@")
     ended = await doctor(tmp_path, ROSTER_DATABASE_URL=url)
 
     assert (ended.status, ended.err) == (0, "")
-    looked_at = [line.split()[:2] for line in ended.out.splitlines()]
-    assert looked_at == [["ok", "settings"], ["ok", "database"], ["ok", "schema"], ["ok", "clock"]]
+    checks = [line.split()[:2] for line in ended.out.splitlines()]
+    assert checks == [["ok", "settings"], ["ok", "database"], ["ok", "schema"], ["ok", "clock"]]
     assert "secret" not in ended.out
     assert "\x1b" not in ended.out
 
 
-async def test_nothing_is_made_where_nothing_is_yet(tmp_path: Path) -> None:
-    """To look is not to serve."""
+async def test_creates_no_database(tmp_path: Path) -> None:
+    """A check changes nothing."""
     ended = await doctor(tmp_path)
 
     assert (ended.status, os.listdir(tmp_path)) == (0, [])  # noqa: PTH208  (a Path would block)
 
 
-async def test_all_wrong_settings_are_told(tmp_path: Path) -> None:
-    """With status 1, as for all that is wrong."""
+async def test_reports_all_invalid_settings(tmp_path: Path) -> None:
+    """All are reported at once, with status 1."""
     ended = await doctor(tmp_path, ROSTER_GRACE="-1", ROSTER_POOL_SIZE="many")
 
     assert ended.status == 1
-    assert ended.out.startswith("wrong  settings  ")
+    assert ended.out.startswith("FAIL  settings  ")
     assert ["ROSTER_GRACE:" in ended.out, "ROSTER_POOL_SIZE:" in ended.out] == [True, True]
 
 
-async def test_unknown_settings_are_told(tmp_path: Path) -> None:
-    """Wherever they stand, with the one that may be meant; those of clients and of others are known."""
+async def test_reports_unknown_settings(tmp_path: Path) -> None:
+    """With a suggestion; variables of clients, tests and Kubernetes are known."""
     (tmp_path / ".env").write_text("ROSTER_POOL_SIZES=3\n")
     known = {"ROSTER_ADDRESS": "x", "ROSTER_TOKEN": "x", "ROSTER_TLS_CA_FILE": "x", "ROSTER_TEST_SEED": "1"}
     known |= {"ROSTER_PORT_50051_TCP": "x", "ROSTER_GRACE_FILE": "/dev/null", "ROSTER_GRACE": "3"}
     known |= {"ROSTER_TLS_CERT_FILE": "", "ROSTER_POLICY_FILE": ""}
     ended = await doctor(tmp_path, ROSTER_LISEN="x", **known)
 
-    told = [line for line in ended.out.splitlines() if "unknown setting" in line]
-    assert told == [
-        "wrong  settings  unknown setting ROSTER_LISEN; did you mean ROSTER_LISTEN?",
-        "wrong  settings  unknown setting ROSTER_POOL_SIZES; did you mean ROSTER_POOL_SIZE?",
+    unknown = [line for line in ended.out.splitlines() if "unknown setting" in line]
+    assert unknown == [
+        "FAIL  settings  unknown setting ROSTER_LISEN; did you mean ROSTER_LISTEN?",
+        "FAIL  settings  unknown setting ROSTER_POOL_SIZES; did you mean ROSTER_POOL_SIZE?",
     ]
     assert ended.status == 1
 
 
-async def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
-    """It is right where the server runs already."""
+async def test_reports_a_port_in_use(tmp_path: Path) -> None:
+    """That is not a failure: the server may be running."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         ended = await doctor(tmp_path, ROSTER_LISTEN=address)
 
     assert ended.status == 0
-    assert f"ok     port      {address} is taken: does the server run already?" in ended.out
+    assert f"ok    port      {address} is in use, maybe by the running server" in ended.out
 
 
-async def test_too_many_connections_are_told(postgresql_url: str, tmp_path: Path) -> None:
-    """Those of all workers, of which the database keeps some for superusers."""
+async def test_reports_too_many_connections(postgresql_url: str, tmp_path: Path) -> None:
+    """It counts those of all workers; the database reserves some for superusers."""
     ended = await doctor(tmp_path, ROSTER_DATABASE_URL=postgresql_url, ROSTER_WORKERS="1000")
 
     assert ended.status == 1
-    assert "wrong  database  up to 25000 connections are opened, and it has " in ended.out
+    assert "FAIL  database  the server may open 25000 connections, but the database allows " in ended.out
 
 
-async def test_a_database_that_is_away_is_told(tmp_path: Path) -> None:
-    """At once: nobody waits for it here."""
+async def test_reports_an_unreachable_database(tmp_path: Path) -> None:
+    """It fails at once, without waiting for the database."""
     ended = await doctor(tmp_path, ROSTER_DATABASE_URL="postgresql://x@127.0.0.1:1/roster")
 
     assert ended.status == 1
-    assert "wrong  database  it can't be reached" in ended.out
+    assert "FAIL  database  the database can't be reached" in ended.out
 
 
 @pytest.mark.parametrize(
     ("revision", "advice"), [("0001", "run `roster migrate`"), ("9999", "newer than this release")]
 )
-async def test_another_schema_is_told(
+async def test_reports_another_schema(
     revision: str, advice: str, postgresql_url: str, tmp_path: Path
 ) -> None:
-    """One that is behind needs a migration, one that is ahead a newer release."""
+    """An older schema needs a migration, a newer one a newer release."""
     engine = create_async_engine(postgresql_url)
     async with engine.begin() as connection:
         await connection.execute(text(f"UPDATE alembic_version SET version_num = '{revision}'"))
@@ -102,26 +102,26 @@ async def test_another_schema_is_told(
     ended = await doctor(tmp_path, ROSTER_DATABASE_URL=postgresql_url)
 
     assert ended.status == 1
-    (told,) = (line for line in ended.out.splitlines() if line.startswith("wrong  schema"))
-    assert advice in told
+    (failure,) = (line for line in ended.out.splitlines() if line.startswith("FAIL  schema"))
+    assert advice in failure
 
 
-async def test_a_shell_completes_the_commands(tmp_path: Path) -> None:
-    """By what `roster completion` prints, which asks the command."""
+async def test_completes_commands_in_a_shell(tmp_path: Path) -> None:
+    """The script of `roster completion` asks the command for completions."""
     script = await run(ROSTER, "completion", "zsh", folder=tmp_path)
     assert "_ROSTER_COMPLETE=zsh_complete" in script.out
 
-    asked: dict[str, Any] = {
+    request: dict[str, Any] = {
         "_ROSTER_COMPLETE": "bash_complete",
         "COMP_WORDS": "roster lo",
         "COMP_CWORD": "1",
     }
-    completed = await run(ROSTER, folder=tmp_path, **asked)
+    completed = await run(ROSTER, folder=tmp_path, **request)
     assert completed.out.splitlines() == ["plain,load", "plain,loads"]
 
 
-async def test_files_of_tls_and_rights_are_looked_at(tmp_path: Path) -> None:
-    """A certificate that has expired, a key that is another's, a policy that nobody can read."""
+async def test_checks_tls_and_policy_files(tmp_path: Path) -> None:
+    """It reports an expired certificate, the key of another one, and an invalid policy."""
     authority = Authority()
     authority.issue("localhost", valid_for=-DAY).write(tmp_path)
     policy = tmp_path / "policy.toml"
@@ -134,14 +134,14 @@ async def test_files_of_tls_and_rights_are_looked_at(tmp_path: Path) -> None:
     }
     expired = await doctor(tmp_path, **files)
     authority.issue("localhost").write(tmp_path)
-    well = await doctor(tmp_path, **files)
+    valid = await doctor(tmp_path, **files)
     (tmp_path / "key.pem").write_bytes(authority.issue("localhost").key)
     policy.write_text("who?")
-    wrong = await doctor(tmp_path, **files)
+    invalid = await doctor(tmp_path, **files)
 
-    assert (expired.status, well.status, wrong.status) == (1, 0, 1)
-    assert "wrong  tls       the certificate expired on" in expired.out
-    assert "ok     tls       the certificate is good until" in well.out
-    assert f"ok     rights    {policy} says who may do what" in well.out
-    assert "the first certificate is not of this key" in wrong.out
-    assert "wrong  rights    can't use" in wrong.out
+    assert (expired.status, valid.status, invalid.status) == (1, 0, 1)
+    assert "FAIL  tls       the certificate expired on" in expired.out
+    assert "ok    tls       the certificate is valid until" in valid.out
+    assert f"ok    policy    {policy} is valid" in valid.out
+    assert "the first certificate is not of this key" in invalid.out
+    assert "FAIL  policy    can't use" in invalid.out

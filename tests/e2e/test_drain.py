@@ -4,7 +4,7 @@ import asyncio
 import signal
 import socket
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,23 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
+from prometheus_client import generate_latest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkOptions, BulkSummary
 from roster.v1.resources_pb2 import User
-from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, ListUsersRequest
+from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUserRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.client import BulkLoader, channel, pages
+from service.interceptors.chain import Rpc
 from service.interceptors.drain import Drain
 from service.server import Server
 from service.settings import Settings
 from tests.e2e.command import ROSTER, run, serving, waiting_to_serve
 from tests.errors import refusal
 from tests.rival import rival
+from tests.scrape import Scrape
 
 ADA = User(email="ada@example.org")
 RESTARTS = 2
@@ -64,13 +67,22 @@ async def test_a_start_that_waits_for_the_database_ends_without_a_pause(tmp_path
                 assert (await server.ended()).status == 0
 
 
-async def test_a_bulk_stream_ends_behind_what_it_has_in_hand(server: Server, users: UserServiceStub) -> None:
-    """What was received is acknowledged; then comes the watermark, and that it can go on elsewhere."""
+async def test_bulk_stream_finishes_received_batches_before_server_stops(
+    server: Server, users: UserServiceStub
+) -> None:
+    """It acknowledges a batch that waits for its commit, then reports the watermark to continue from."""
     load = await opened(users)
-    await load.write(BulkCreateUsersRequest(users=[ADA]))
-    assert (await load.read()).ack.created == 1
-    stopping = asyncio.create_task(server.stop())
+    async with AsyncExitStack() as stack:
+        # All connections for loads are taken, so that the stop comes before the commit.
+        for _ in range(1 if server.database.is_sqlite else server.settings.bulk_connections):
+            await stack.enter_async_context(server.database.bulk())
+        await load.write(BulkCreateUsersRequest(users=[ADA]))
+        while not Scrape(generate_latest().decode()).value("roster_bulk_rows_uncommitted"):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        stopping = asyncio.create_task(server.stop())
+        await asyncio.wait([stopping], timeout=0)
 
+    assert (await load.read()).ack.created == 1
     summary = (await load.read()).summary
     assert (summary.next_offset, summary.state) == (1, BulkLoad.OPEN)
     refused = await refusal(load.read())
@@ -82,10 +94,11 @@ async def test_a_bulk_stream_ends_behind_what_it_has_in_hand(server: Server, use
 async def test_calls_that_come_while_others_end_are_waited_for_too() -> None:
     """GRPC hands on what it has accepted, also when a stop has begun."""
     drain, ends = Drain(), [asyncio.Event() for _ in range(2)]
+    get_user = Rpc("/roster.v1.UserService/GetUser", GetUserRequest, is_upload=False, is_download=False)
     context: Any = None
 
     async def call(end: asyncio.Event) -> None:
-        await drain.around("/roster.v1.UserService/GetUser", lambda *_: end.wait(), None, context)
+        await drain.intercept(get_user, lambda *_: end.wait())(None, context)
 
     calls = [asyncio.create_task(call(ends[0]))]
     await asyncio.sleep(0)

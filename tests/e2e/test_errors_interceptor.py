@@ -13,9 +13,10 @@ from grpc import StatusCode
 
 from service import errors
 from service.errors import InvalidField, RosterError, Violation
-from service.interceptors.around import Context
-from service.interceptors.errors import Errors, status_code
-from service.interceptors.messages import Messages, Unread
+from service.interceptors.chain import Chain, Context
+from service.interceptors.errors import answer_errors
+from service.interceptors.messages import Messages
+from service.status import status_code
 from tests.errors import Refusal, refusal
 
 SECRET = "postgresql://roster:hunter2@db/roster"
@@ -79,7 +80,7 @@ KINDS = {
 async def serving(kind: str, behaviour: Any) -> AsyncIterator[Callable[..., Any]]:
     """Serve one method, with the interceptor around it, and yield the way to call it."""
     handler = KINDS[kind](behaviour, Empty.FromString, Empty.SerializeToString)
-    server = grpc.aio.server(interceptors=[Unread(), Errors(), Messages()])
+    server = grpc.aio.server(interceptors=[Chain(answer_errors, Messages().intercept)])
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler("test.Service", {"Call": handler}),)
     )

@@ -1,4 +1,4 @@
-"""`roster export`, and `roster load --restore` of what it wrote, as a person runs them."""
+"""`roster export`, and `roster load --restore` of its files, as their own processes."""
 
 import asyncio
 import csv
@@ -41,7 +41,7 @@ FIRST, LAST = datetime(1, 1, 1, tzinfo=UTC), datetime(9999, 12, 31, 23, 59, 59, 
 
 
 async def fill(database: Database) -> None:
-    """Store users and posts that are hard to write down: ids have gaps, times microseconds."""
+    """Store users and posts that are hard to serialize; ids have gaps, times have microseconds."""
     ids = [number * number * 7 for number in range(1, len(AWKWARD) + 1)]
     for number, (id, name) in enumerate(zip(ids, AWKWARD, strict=True)):
         user: dict[str, Any] = {"id": id, "email": f"é{number}@example.org", "full_name": name}
@@ -55,15 +55,15 @@ async def fill(database: Database) -> None:
 
 @asynccontextmanager
 async def serving(url: str, folder: Path) -> AsyncIterator[Roster]:
-    """Yield the command, as a client of a server on a database."""
+    """Run a server on a database, and yield the command as its client."""
     server = Server(Settings(database_url=url, listen="127.0.0.1:0"))
     await server.start()
     yield Roster(folder, server.address)
     await server.stop(grace=0)
 
 
-async def moved(source: Roster, target: Roster, names: list[str]) -> None:
-    """Export everything from one server, and restore it in another."""
+async def move(source: Roster, target: Roster, names: list[str]) -> None:
+    """Export everything from one server, and restore it into another."""
     for entity, name in zip(("users", "posts"), names, strict=True):
         exported = await source.run("export", entity, "--output", name)
         assert (exported.status, exported.out) == (0, "")
@@ -72,10 +72,10 @@ async def moved(source: Roster, target: Roster, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize("ending", ["ndjson", "csv.gz", "parquet"])
-async def test_what_is_exported_is_restored_to_the_byte(
+async def test_exports_are_restored_byte_for_byte(
     sqlite_url: str, postgresql_url: str, sqlite_template: Path, tmp_path: Path, ending: str
 ) -> None:
-    """From SQLite to PostgreSQL and back: the third database exports the same bytes as the first."""
+    """SQLite to PostgreSQL and back: the third database exports the same bytes as the first."""
     if ending == "parquet":
         pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
     another_url = f"sqlite:///{shutil.copy(sqlite_template, tmp_path / 'another.db')}"
@@ -90,8 +90,8 @@ async def test_what_is_exported_is_restored_to_the_byte(
             await stack.enter_async_context(serving(url, folder))
             for url, folder in zip(urls, folders, strict=True)
         ]
-        await moved(first, second, names)
-        await moved(second, third, names)
+        await move(first, second, names)
+        await move(second, third, names)
         for entity in ("users", "posts"):
             await third.run("export", entity, "--output", f"{entity}.{ending}")
 
@@ -102,18 +102,18 @@ async def test_what_is_exported_is_restored_to_the_byte(
 
 
 def unpacked(content: bytes) -> bytes:
-    """Return what is in a file; the head of gzip has the time."""
+    """Return the content of a file, without the header of gzip, which has a time."""
     return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
 
 
 @pytest.fixture
 def database_url(sqlite_url: str) -> str:
-    """One database is enough: the command does not know which it is."""
+    """One database is enough: the command is independent of it."""
     return sqlite_url
 
 
 async def test_exports_lines_of_json(roster: Roster, server: Server) -> None:
-    """Every field but the password's hash; null is not the empty text; times have microseconds and a Z."""
+    """All fields except the password hash; null differs from the empty string; times end in Z."""
     await fill(server.database)
 
     users = await roster.run("export", "users")
@@ -143,8 +143,8 @@ async def test_exports_lines_of_json(roster: Roster, server: Server) -> None:
     }
 
 
-async def test_exports_csv_that_others_read(roster: Roster, server: Server) -> None:
-    """Null is nothing and the empty text is quoted, as in PostgreSQL's COPY."""
+async def test_exports_csv_for_other_readers(roster: Roster, server: Server) -> None:
+    """Null is an empty cell and the empty string is quoted, as in PostgreSQL's COPY."""
     await fill(server.database)
 
     done = await roster.run("export", "users", "--format", "csv")
@@ -157,8 +157,8 @@ async def test_exports_csv_that_others_read(roster: Roster, server: Server) -> N
     assert [row["full_name"] for row in read] == [name or "" for name in AWKWARD]
 
 
-async def test_exports_what_was_asked_for(roster: Roster, server: Server) -> None:
-    """Rows that match a filter, behind an id."""
+async def test_exports_rows_by_filter_and_id(roster: Roster, server: Server) -> None:
+    """`--filter` and `--after-id` can be combined."""
     ids = await add_users(server.database, 9)
     filter_ = 'email != "user4@example.org"'
 
@@ -167,8 +167,8 @@ async def test_exports_what_was_asked_for(roster: Roster, server: Server) -> Non
     assert [json.loads(line)["id"] for line in done.out.splitlines()] == [ids[3], *ids[5:]]
 
 
-async def test_an_export_without_rows_is_a_file(roster: Roster) -> None:
-    """Complete, if empty; CSV has its header line."""
+async def test_exports_no_rows(roster: Roster) -> None:
+    """The file is complete: CSV has its header line."""
     done = await roster.run("export", "posts", "--output", "posts.csv")
 
     assert done.status == 0
@@ -177,28 +177,28 @@ async def test_an_export_without_rows_is_a_file(roster: Roster) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
-        (["--output", "posts.txt"], "does not say what is in it; add --format"),
+        (["--output", "posts.txt"], "can't tell the format of posts.txt from its name; add --format"),
         (["--output", "nowhere/posts.csv"], "No such file or directory: 'nowhere/posts.csv.part'"),
         (["--output", "posts.csv", "--filter", "title"], "at character 6"),
         (["--output", "posts.csv", "--address", "127.0.0.1:1"], "no server answers at 127.0.0.1:1"),
     ],
 )
-async def test_says_why_it_can_not_run(roster: Roster, arguments: list[str], told: str) -> None:
-    """Status 2 and one sentence; a file of an earlier export is left as it was."""
+async def test_reports_why_it_can_not_run(roster: Roster, arguments: list[str], expected: str) -> None:
+    """The status is 2; the file of an earlier export is not changed."""
     (roster.folder / "posts.csv").write_text("earlier")
 
     done = await roster.run("export", "posts", *arguments)
 
     assert (done.status, done.out, roster.read("posts.csv")) == (2, "", b"earlier")
-    assert told in " ".join(done.err.split())
+    assert expected in " ".join(done.err.split())
     assert "Traceback" not in done.err
     assert "--after-id" not in done.err
 
 
-async def test_no_file_is_begun_without_pyarrow(roster: Roster) -> None:
-    """The command says what to install."""
+async def test_creates_no_file_without_pyarrow(roster: Roster) -> None:
+    """The error says what to install."""
     (roster.folder / "pyarrow.py").write_text("raise ImportError")
 
     done = await roster.run("export", "posts", "--output", "posts.parquet")
@@ -208,7 +208,7 @@ async def test_no_file_is_begun_without_pyarrow(roster: Roster) -> None:
 
 
 async def exporting(roster: Roster, server: Server) -> asyncio.subprocess.Process:
-    """Return an export of 30 MiB that has begun, and waits for whoever reads it."""
+    """Start an export of 30 MiB that blocks on its reader."""
     authors = await add_users(server.database)
     await add_posts(server.database, authors * 30, content="x" * (1 << 20))
     process = await roster.start("export", "posts")
@@ -217,8 +217,8 @@ async def exporting(roster: Roster, server: Server) -> asyncio.subprocess.Proces
     return process
 
 
-async def test_goes_on_through_a_restart_of_the_server(roster: Roster, server: Server) -> None:
-    """Each row comes once, in order."""
+async def test_continues_after_a_restart_of_the_server(roster: Roster, server: Server) -> None:
+    """Each row is exported once, in order."""
     process = await exporting(roster, server)
     await server.stop(grace=0)
     another = Server(Settings(database_url=server.settings.database_url, listen=server.address))
@@ -232,8 +232,8 @@ async def test_goes_on_through_a_restart_of_the_server(roster: Roster, server: S
     assert titles == [f"Post {number}" for number in range(30)]
 
 
-async def test_an_error_says_how_to_go_on(roster: Roster, server: Server, tmp_path: Path) -> None:
-    """Behind the last row that was written; here the server comes back with a database that is empty."""
+async def test_an_error_says_how_to_resume(roster: Roster, server: Server, tmp_path: Path) -> None:
+    """It names the last row written. Here the server comes back with an empty database."""
     process = await exporting(roster, server)
     await server.stop(grace=0)
     another = Server(Settings(database_url=f"sqlite:///{tmp_path}/empty.db", listen=server.address))
@@ -243,11 +243,11 @@ async def test_an_error_says_how_to_go_on(roster: Roster, server: Server, tmp_pa
 
     last_id = json.loads(f"{{{done.out}".splitlines()[-1])["id"]
     assert done.status == 2
-    assert done.err.endswith(f"; go on with --after-id {last_id}\n")
+    assert done.err.endswith(f"; resume with --after-id {last_id}\n")
 
 
-async def test_a_reader_may_have_enough(roster: Roster, server: Server) -> None:
-    """As with `roster export posts | head -1`: no traceback, no complaint."""
+async def test_ends_quietly_if_the_reader_closes_the_pipe(roster: Roster, server: Server) -> None:
+    """As in `roster export posts | head -1`."""
     process = await exporting(roster, server)
     transport: Any = process
     transport._transport.get_pipe_transport(1).close()
@@ -258,10 +258,8 @@ async def test_a_reader_may_have_enough(roster: Roster, server: Server) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_an_interrupt_says_where_it_stopped(
-    roster: Roster, server: Server, number: signal.Signals
-) -> None:
-    """`--after-id` goes on from there; here while the server is away."""
+async def test_a_signal_reports_the_last_id(roster: Roster, server: Server, number: signal.Signals) -> None:
+    """`--after-id` resumes from there. Here the server is away."""
     process = await exporting(roster, server)
     await server.stop(grace=0)
     assert process.stdout
@@ -273,5 +271,5 @@ async def test_an_interrupt_says_where_it_stopped(
     err = (await process.stderr.read()).decode()
 
     last_id = json.loads((b"{" + await rows).splitlines()[-1])["id"]
-    assert f"interrupted behind id {last_id}: {last_id} posts, " in err
+    assert f"interrupted after id {last_id}: {last_id} posts, " in err
     assert await process.wait() == 128 + number

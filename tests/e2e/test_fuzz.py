@@ -1,10 +1,12 @@
-"""Whatever is sent to whatever RPC, the answer is one of those that the contract names."""
+"""Random messages and random bytes to every RPC get only statuses that the contract names."""
 
 from typing import Any
 
 import grpc
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import DecodeError
+from google.protobuf.message_factory import GetMessageClass
 from grpc import StatusCode
 from hypothesis import given, settings, strategies as st
 
@@ -12,7 +14,7 @@ from tests.bad_input import HASH
 from tests.errors import Refusal
 from tests.wire import RPCS, Wire
 
-# Not among them: UNKNOWN, INTERNAL, UNAVAILABLE, and DEADLINE_EXCEEDED, which would be a hang.
+# Excluded are UNKNOWN, INTERNAL, UNAVAILABLE, and DEADLINE_EXCEEDED, which would mean a hang.
 EXPECTED = {
     StatusCode.OK,
     StatusCode.INVALID_ARGUMENT,
@@ -24,7 +26,7 @@ EXPECTED = {
 }
 FUZZ = settings(deadline=None, max_examples=10)
 
-# What gets past the first check of a field, so that the next one is reached.
+# Texts that pass the first check of a field and reach the next one.
 PLAUSIBLE = ["ada@example.org", "id", "created_at desc", "email", "*", 'email : "a" OR NOT id < 3', HASH]
 TEXTS = st.sampled_from(PLAUSIBLE) | st.text(st.characters(codec="utf-8"), max_size=20)
 VALUES: dict[int, st.SearchStrategy[Any]] = {
@@ -37,7 +39,7 @@ VALUES: dict[int, st.SearchStrategy[Any]] = {
 
 
 def messages(kind: Descriptor, depth: int = 3) -> st.SearchStrategy[dict[str, Any]]:
-    """Return the fields of any message of a type, with messages in it that many levels down."""
+    """Return a strategy for the fields of a message, nested at most `depth` levels deep."""
     chosen: dict[str, st.SearchStrategy[Any]] = {}
     for field in kind.fields:
         if field.message_type and not depth:
@@ -59,7 +61,7 @@ async def code_of(wire: Wire, rpc: str, *sent: Any) -> Any:
 @FUZZ
 @given(data=st.data())
 async def test_any_fields_get_a_status_of_the_contract(wire: Wire, rpc: str, data: st.DataObject) -> None:
-    """Fields of the right types with any values; in a stream up to three messages."""
+    """Fields have the right types and any values; a stream has up to three messages."""
     sent = data.draw(st.lists(messages(RPCS[rpc].input_type), min_size=1, max_size=3))
 
     assert await code_of(wire, rpc, *sent) in EXPECTED
@@ -69,5 +71,15 @@ async def test_any_fields_get_a_status_of_the_contract(wire: Wire, rpc: str, dat
 @FUZZ
 @given(bytes_=st.binary(max_size=100))
 async def test_any_bytes_get_a_status_of_the_contract(wire: Wire, rpc: str, bytes_: bytes) -> None:
-    """Bytes that may or may not be a message."""
-    assert await code_of(wire, rpc, bytes_) in EXPECTED
+    """Bytes that are a message are treated as one; all others are refused as invalid."""
+    expected = EXPECTED if is_message(rpc, bytes_) else {StatusCode.INVALID_ARGUMENT}
+
+    assert await code_of(wire, rpc, bytes_) in expected
+
+
+def is_message(rpc: str, bytes_: bytes) -> bool:
+    try:
+        GetMessageClass(RPCS[rpc].input_type).FromString(bytes_)
+    except DecodeError:
+        return False
+    return True

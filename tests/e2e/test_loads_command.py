@@ -1,4 +1,4 @@
-"""`roster loads` as a person runs it."""
+"""`roster loads` as its own process."""
 
 import json
 
@@ -14,18 +14,18 @@ from tests.load_stream import LoadStream
 
 @pytest.fixture
 def database_url(sqlite_url: str) -> str:
-    """One database is enough: the command does not know which it is."""
+    """One database is enough: the command is independent of it."""
     return sqlite_url
 
 
 async def state(channel: grpc.aio.Channel, load_id: str) -> str:
-    """Return where a load is in its life."""
+    """Return the state of a load."""
     load = await BulkServiceStub(channel).GetBulkLoad(GetBulkLoadRequest(load_id=load_id))
     return BulkLoad.State.Name(load.state)
 
 
-async def test_lists_loads_the_newest_first(roster: Roster, users: UserServiceStub) -> None:
-    """A line each: where it is, how far, what failed; or an object each for programs."""
+async def test_lists_loads_newest_first(roster: Roster, users: UserServiceStub) -> None:
+    """One line for each load, or one JSON object."""
     for load_id in ("first", "second"):
         stream = await LoadStream.open(users, load_id)
         await stream.acknowledged("a", "no one", "b")
@@ -43,14 +43,14 @@ async def test_lists_loads_the_newest_first(roster: Roster, users: UserServiceSt
 
 
 async def test_shows_a_load_with_its_failures(roster: Roster, users: UserServiceStub) -> None:
-    """The numbers, the options, and why each row failed that did."""
+    """It prints the counts, the options, and the failures of rows."""
     stream = await LoadStream.open(users, on_conflict="SKIP")
     await stream.acknowledged("a", "no one", "a")
 
-    story = await roster.run("loads", "show", "staff")
+    details = await roster.run("loads", "show", "staff")
     load, failure = (await roster.run("loads", "show", "staff", "--json")).out.splitlines()
 
-    lines = dict(line.split(maxsplit=1) for line in story.out.splitlines())
+    lines = dict(line.split(maxsplit=1) for line in details.out.splitlines())
     assert (lines["state"], lines["next_offset"], lines["created"], lines["failed"]) == (
         "OPEN",
         "3",
@@ -67,19 +67,19 @@ async def test_shows_a_load_with_its_failures(roster: Roster, users: UserService
 async def test_asks_before_it_aborts(
     roster: Roster, users: UserServiceStub, channel: grpc.aio.Channel, answer: str, status: int, then: str
 ) -> None:
-    """Only yes aborts."""
+    """Only `y` aborts."""
     await LoadStream.open(users)
 
     done = await roster.run("loads", "abort", "staff", stdin=f"{answer}\n".encode())
 
-    assert "Abort the load staff for good?" in done.err
+    assert "Abort load staff?" in done.err
     assert (done.status, await state(channel, "staff")) == (status, then)
 
 
-async def test_aborts_without_a_question(
+async def test_aborts_without_asking(
     roster: Roster, users: UserServiceStub, channel: grpc.aio.Channel
 ) -> None:
-    """A script says yes beforehand, and reads the load as it is then."""
+    """`--yes` is for scripts; the load is printed after the abort."""
     await LoadStream.open(users)
 
     done = await roster.run("loads", "abort", "staff", "--yes", "--json")
@@ -88,31 +88,31 @@ async def test_aborts_without_a_question(
     assert json.loads(done.out)["state"] == await state(channel, "staff") == "ABORTED"
 
 
-async def test_a_finished_load_has_nothing_to_abort(roster: Roster, users: UserServiceStub) -> None:
-    """Status 1, and nothing on standard output."""
+async def test_can_not_abort_a_finished_load(roster: Roster, users: UserServiceStub) -> None:
+    """The status is 1, and standard output is empty."""
     stream = await LoadStream.open(users)
     await stream.finished()
 
     done = await roster.run("loads", "abort", "staff", "--yes")
 
     assert (done.status, done.out) == (1, "")
-    assert "it is finished; nothing to abort" in done.err
+    assert "the load is already finished" in done.err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
-        (["show"], "write `roster loads`, `roster loads show LOAD_ID`"),
-        (["list", "staff"], "write `roster loads`, `roster loads show LOAD_ID`"),
+        (["show"], "run `roster loads`, `roster loads show LOAD_ID`"),
+        (["list", "staff"], "run `roster loads`, `roster loads show LOAD_ID`"),
         (["show", "staff"], "there is no such load"),
         (["abort", "staff", "--yes"], "there is no such load"),
         (["--address", "127.0.0.1:1"], "no server answers at 127.0.0.1:1"),
     ],
 )
-async def test_says_what_is_wrong(roster: Roster, arguments: list[str], told: str) -> None:
-    """Status 2 and one sentence."""
+async def test_reports_errors(roster: Roster, arguments: list[str], expected: str) -> None:
+    """The status is 2, and no traceback is printed."""
     done = await roster.run("loads", *arguments)
 
     assert (done.status, done.out) == (2, "")
-    assert told in " ".join(done.err.split())
+    assert expected in " ".join(done.err.split())
     assert "Traceback" not in done.err

@@ -1,4 +1,4 @@
-"""The command `roster` with TLS and tokens: to serve with, to make, and to be a client with."""
+"""The command `roster` with TLS and tokens, as a server and as a client."""
 
 import asyncio
 import os
@@ -26,8 +26,8 @@ POLICY = '[identities]\n"jwt:ada" = ["admin"]\n'
 
 
 @asynccontextmanager
-async def typed(script: str, folder: Path) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Type lines into a shell, and end what they have started."""
+async def run_script(script: str, folder: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Run lines in a shell, and end the processes that they have started."""
     process = await asyncio.create_subprocess_exec(
         *("bash", "-ec", script),
         cwd=folder,
@@ -42,16 +42,16 @@ async def typed(script: str, folder: Path) -> AsyncIterator[asyncio.subprocess.P
     await process.communicate()
 
 
-async def test_ten_lines_are_enough_to_serve_beyond_this_machine(tmp_path: Path) -> None:
-    """Those of the page, typed as they stand there, but for the address."""
+async def test_documented_commands_serve_beyond_this_machine(tmp_path: Path) -> None:
+    """The commands of the page run as they are, except for the address."""
     if not (shutil.which("openssl") and shutil.which("grpcurl", path=PATH)):
-        pytest.skip("openssl or grpcurl is missing, so nobody has checked what the page shows")
+        pytest.skip("openssl or grpcurl is missing, so the page was not checked")
     setup, use = re.findall(r"^```sh\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)[:2]
-    async with typed(setup.replace("0.0.0.0:50051", "127.0.0.1:0"), tmp_path) as server:
+    async with run_script(setup.replace("0.0.0.0:50051", "127.0.0.1:0"), tmp_path) as server:
         assert server.stderr
         said = [line.decode() async for line in until(b"listening on ", server.stderr)]
         address = said[-1].split()[-1]
-        async with typed(use.replace("127.0.0.1:50051", address), tmp_path) as client:
+        async with run_script(use.replace("127.0.0.1:50051", address), tmp_path) as client:
             out, err = await client.communicate()
 
     assert (client.returncode, err.decode()) == (0, "0 users, 0 rows/s\n")
@@ -76,10 +76,10 @@ async def until(words: bytes, lines: asyncio.StreamReader) -> AsyncIterator[byte
         ("policy.toml", None, "No such file"),
     ],
 )
-def test_a_file_that_can_t_be_used_keeps_the_server_from_starting(
+def test_an_unusable_file_keeps_the_server_from_starting(
     name: str, content: bytes | None, sentence: str, sqlite_url: str, tmp_path: Path
 ) -> None:
-    """It says which, and why."""
+    """The error names the file and the reason."""
     settings = protection(tmp_path)
     (tmp_path / name).write_bytes(content) if content else (tmp_path / name).unlink()
 
@@ -88,7 +88,7 @@ def test_a_file_that_can_t_be_used_keeps_the_server_from_starting(
 
 
 def protection(folder: Path) -> dict[str, Any]:
-    """Write what a server needs that wants certificates, and return the settings that name it."""
+    """Write TLS and policy files, and return the settings for them."""
     (authority := Authority()).issue("127.0.0.1").write(folder)
     authority.write(folder)
     (folder / "policy.toml").write_text(POLICY)
@@ -100,14 +100,14 @@ def protection(folder: Path) -> dict[str, Any]:
     }
 
 
-async def test_a_server_that_lets_everybody_in_says_so_loudly(tmp_path: Path) -> None:
-    """Where it was told to; on this machine it need not."""
+async def test_warns_if_the_server_lets_everybody_in(tmp_path: Path) -> None:
+    """ROSTER_INSECURE allows it; no setting is needed on loopback."""
     async with serving(tmp_path, ROSTER_LISTEN="0.0.0.0:0", ROSTER_INSECURE="true") as server:
-        await server.said("ROSTER_INSECURE: whoever reaches ")
+        await server.said("ROSTER_INSECURE: anyone who can reach ")
 
 
-async def test_serve_says_in_one_line_what_it_can_t_use(tmp_path: Path) -> None:
-    """Status 2, and no traceback."""
+async def test_serve_reports_an_unusable_file_in_one_line(tmp_path: Path) -> None:
+    """The status is 2, and no traceback is printed."""
     settings: dict[str, Any] = {
         f"ROSTER_{name.upper()}": str(path) for name, path in protection(tmp_path).items()
     }
@@ -120,7 +120,7 @@ async def test_serve_says_in_one_line_what_it_can_t_use(tmp_path: Path) -> None:
 
 
 async def test_serve_refuses_to_let_everybody_in(tmp_path: Path) -> None:
-    """It names the settings that would make it safe, and the one that makes it do it all the same."""
+    """The error names the settings that secure it, and the one that allows it anyway."""
     refused = await run(ROSTER, "serve", folder=tmp_path, ROSTER_LISTEN="0.0.0.0:0")
 
     assert refused.status == 2
@@ -130,7 +130,7 @@ async def test_serve_refuses_to_let_everybody_in(tmp_path: Path) -> None:
 
 @pytest.fixture
 async def served(sqlite_url: str, tmp_path: Path) -> Any:
-    """A server that wants a certificate, and a token over that."""
+    """A server that requires a client certificate and accepts tokens."""
     async with secured(sqlite_url, tmp_path, client_ca=True, tokens=True) as server:
         yield server
 
@@ -149,8 +149,8 @@ async def command(server: Secured, *words: str, **environment: str) -> Ended:
     return await ended(process)  # type: ignore[return-value]
 
 
-async def test_a_client_names_its_files_or_has_them_in_the_environment(served: Secured) -> None:
-    """CA, certificate and key, and a token from a file or a variable."""
+async def test_clients_take_files_from_options_or_the_environment(served: Secured) -> None:
+    """These are CA, certificate, key, and a token from a file or a variable."""
     (served.folder / "client").mkdir()
     served.authority.issue("spiffe://example.org/prod/loads").write(served.folder / "client")
     (served.folder / "users.ndjson").write_text('{"email": "ada@example.org"}\n')
@@ -176,7 +176,7 @@ async def test_a_client_names_its_files_or_has_them_in_the_environment(served: S
 
 
 async def test_a_token_is_not_sent_in_plain_text(served: Secured) -> None:
-    """Without a CA there is no TLS."""
+    """Without a CA, the command does not use TLS."""
     refused = await command(served, "loads", ROSTER_TOKEN=served.issuer.token("loader"))
 
     assert refused.status == 2

@@ -42,8 +42,8 @@ async def test_refuses_a_unix_socket_that_is_taken(sqlite_url: str, tmp_path: Pa
     await first.stop()
 
 
-async def test_an_old_connection_is_replaced_and_its_stream_goes_on(database_url: str) -> None:
-    """Its client looks for servers anew, and finds one that was added."""
+async def test_replaces_old_connection_but_not_its_streams(database_url: str) -> None:
+    """Its client connects again for new calls, and a load goes on over the old connection."""
     settings = Settings(database_url=database_url, listen="127.0.0.1:0", max_connection_age=0.2)
     server = Server(settings)
     await server.start()

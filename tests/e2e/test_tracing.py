@@ -46,7 +46,7 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
-    monkeypatch.setattr(tracing, "exporting", lambda _: provider)
+    monkeypatch.setattr(tracing, "exporting_provider", lambda _: provider)
     return exporter
 
 

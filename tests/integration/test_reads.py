@@ -29,6 +29,7 @@ from service.users.model import User
 from service.users.reader import UserReader
 from service.users.repository import UserRepository
 from tests.rows import add_posts, add_users
+from tests.support.server import serve
 
 CALLER: ContextVar[str] = ContextVar("CALLER")
 
@@ -408,11 +409,9 @@ async def test_close_ends_what_is_under_way(database: Database, users: UserReade
 
 @pytest.fixture
 async def server(database_url: str) -> AsyncIterator[Server]:
-    """A server of the test's own."""
-    server = Server(Settings(database_url=database_url, listen="127.0.0.1:0"))
-    await server.start()
-    yield server
-    await server.stop(grace=0)
+    """A server for the test alone."""
+    async with serve(database_url) as server:
+        yield server
 
 
 async def test_many_calls_of_get_user_take_few_statements(server: Server, gate: Gate) -> None:
@@ -484,16 +483,19 @@ def reads(channel: grpc.aio.Channel, user: int, post: int) -> dict[str, Awaitabl
 
 
 async def test_reads_need_no_writer(database: Database, database_url: str) -> None:
-    """Each is answered where nothing can be written, without a lock; so a replica could serve it."""
+    """Every read is answered the same where nothing can be written, so that a replica could serve it."""
     [user] = await add_users(database)
     [post] = await add_posts(database, [user])
+    answers = await answers_to_reads(database_url, user, post)
     async with frozen(database_url):
-        server = Server(Settings(database_url=database_url, listen="127.0.0.1:0"))
-        await server.start()
-        async with grpc.aio.insecure_channel(server.address) as channel:
-            refused = [name for name, call in reads(channel, user, post).items() if not await call]
-    await server.stop(grace=0)
-    assert refused == []
+        assert await answers_to_reads(database_url, user, post) == answers
+    assert [name for name, answer in answers.items() if not answer.ByteSize()] == ["VerifyPassword"]
+
+
+async def answers_to_reads(database_url: str, user: int, post: int) -> dict[str, Any]:
+    """Return what a new server answers to every RPC that reads."""
+    async with serve(database_url) as server, grpc.aio.insecure_channel(server.address) as channel:
+        return {name: await call for name, call in reads(channel, user, post).items()}
 
 
 def id_of(error: RosterError) -> int:

@@ -1,20 +1,27 @@
-"""Pages while rows come and go between them: a page is one statement, so in between is all there is."""
+"""Pages of ListUsers while rows are created and deleted between them.
 
-from collections.abc import Callable, Iterator
+A page is one statement, so that nothing can change within it.
+"""
+
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import Any
 
+import grpc
+import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from roster.v1.resources_pb2 import User as UserMessage
 from roster.v1.users_pb2 import ListUsersRequest
+from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db.engine import Database
 from service.users.model import User
-from service.users.repository import SORTABLE, UserRepository
-from service.users.servicer import LISTING
+from service.users.repository import SORTABLE
+from tests.support.server import serve
 
 MOST_PAGES = 12 + 6 * 3 + 1  # one user a page, and an empty one
 NOON = datetime(2024, 1, 31, 12, tzinfo=UTC)
@@ -38,13 +45,31 @@ new_users = st.fixed_dictionaries(
 
 @dataclass(frozen=True)
 class Change:
-    """What happens between two pages; whom it deletes is counted round the users there are."""
+    """The users to create between two pages, and the positions of those to delete, modulo their number."""
 
     created: list[dict[str, Any]]
     deleted: list[int]
 
 
 changes = st.builds(Change, st.lists(new_users, max_size=3), st.lists(st.integers(0, 99), max_size=3))
+
+
+@pytest.fixture
+async def users(database_url: str) -> AsyncIterator[UserServiceStub]:
+    """A client of a server on the database."""
+    async with serve(database_url) as server, grpc.aio.insecure_channel(server.address) as channel:
+        yield UserServiceStub(channel)
+
+
+def row(message: UserMessage) -> User:
+    """Return the row that a message shows."""
+    return User(
+        id=message.id,
+        email=message.email,
+        full_name=message.full_name if message.HasField("full_name") else None,
+        is_active=message.is_active,
+        created_at=message.created_at.ToDatetime(UTC),
+    )
 
 
 async def add(session: AsyncSession, rows: list[dict[str, Any]], numbers: Iterator[int]) -> None:
@@ -74,8 +99,9 @@ async def remove(session: AsyncSession, numbers: list[int]) -> set[int]:
     page_size=st.integers(1, 4),
     with_posts=st.booleans(),
 )
-async def test_a_user_that_stays_is_met_once_whoever_comes_and_goes(
+async def test_pages_show_each_remaining_user_once(
     database: Database,
+    users: UserServiceStub,
     there: list[dict[str, Any]],
     between: list[Change],
     field: str,
@@ -84,7 +110,7 @@ async def test_a_user_that_stays_is_met_once_whoever_comes_and_goes(
     page_size: int,
     with_posts: bool,
 ) -> None:
-    """In every order and direction; none is met twice, and all come in order."""
+    """Other users may be created and deleted between pages; holds in every order and direction."""
     numbers = count()
     async with database.begin() as session:
         await session.execute(delete(User))
@@ -93,13 +119,13 @@ async def test_a_user_that_stays_is_met_once_whoever_comes_and_goes(
 
     order_by = f"{field} desc" if descending else field
     request = ListUsersRequest(filter=text, order_by=order_by, page_size=page_size)
+    if with_posts:
+        request.view = UserMessage.WITH_POSTS
     met: list[User] = []
     for change in [*between, *[Change([], [])] * MOST_PAGES]:
-        async with database.read() as session:
-            repository = UserRepository(session, with_posts=with_posts)
-            query = await LISTING.query(request)
-            users, request.page_token = await query.page(repository)
-        met += users
+        page = await users.ListUsers(request)
+        request.page_token = page.next_page_token
+        met += map(row, page.users)
         if not request.page_token:
             break
         async with database.begin() as session:

@@ -1,4 +1,4 @@
-"""BulkLoader against a server whose faults are scripted."""
+"""BulkLoader against a server with scripted faults."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
@@ -24,7 +24,7 @@ WINDOW = 4
 
 
 def status(reason: str, *, retry: bool = False) -> Status:
-    """Return an error as the server sends it."""
+    """Return a status as the server sends it."""
     details: list[Message] = [ErrorInfo(reason=reason, domain="roster"), *([RetryInfo()] if retry else [])]
     packed = [AnyMessage() for _ in details]
     for each, detail in zip(packed, details, strict=True):
@@ -35,14 +35,14 @@ def status(reason: str, *, retry: bool = False) -> Status:
 BUSY = status("DATABASE_UNAVAILABLE", retry=True)
 FENCED = status("LOAD_FENCED")
 UNKNOWN = status("OUTCOME_UNKNOWN")
-# The stream ends, without a reason: before a message is taken, and when it is, but for its ack.
+# The stream breaks without a reason, before a message is written, or between the write and its ack.
 CUT = Status(code=1)
-CUT_BEHIND = Status(code=2)
+CUT_AFTER_WRITE = Status(code=2)
 NAMED = {"options": BulkOptions(load_id="staff")}
 
 
 class ScriptedServer:
-    """Takes rows as the contract says, but for the faults of the messages that `faults` numbers from 0."""
+    """Follows the contract, except for the messages that `faults` lists by number, from 0."""
 
     def __init__(
         self, faults: dict[int, Status] | None = None, max_rows: int = 5000, max_bytes: int = 4 << 20
@@ -63,7 +63,7 @@ class ScriptedServer:
     async def answer(
         self, requests: AsyncIterator[BulkCreateUsersRequest], context: Any
     ) -> AsyncGenerator[BulkWriteResponse, None]:
-        """Run one stream."""
+        """Serve one stream."""
         is_named = False
         try:
             async for request in requests:
@@ -76,61 +76,61 @@ class ScriptedServer:
                     continue
                 if request.finish and self.finish_fault:
                     fault, self.finish_fault = self.finish_fault, None
-                    yield self.refused(request.offset, fault)
+                    yield self.refusal(request.offset, fault)
                 elif request.finish and request.offset == len(self.emails):
                     self.is_finished = True
                     summary = BulkSummary(next_offset=len(self.emails), state=BulkLoad.FINISHED)
                     yield BulkWriteResponse(summary=summary)
                     if not self.ends_with:
                         return
-                    await aborted(context, self.ends_with)
-                elif response := await self.take(request, context, is_named=is_named):
+                    await abort(context, self.ends_with)
+                elif response := await self.answer_batch(request, context, is_named=is_named):
                     yield response
         finally:
             self.ended.set()
 
-    async def take(
+    async def answer_batch(
         self, request: BulkCreateUsersRequest, context: Any, *, is_named: bool
     ) -> BulkWriteResponse | None:
-        """Return the answer to a message."""
+        """Return the answer to a message of rows."""
         fault = self.faults.get(len(self.sizes))
         self.sizes.append(request.ByteSize())
         self.got_rows.set()
         if self.is_silent:
             return None
         if fault in (CUT, UNKNOWN, FENCED):
-            await aborted(context, fault)
+            await abort(context, fault)
         is_replay = is_named and request.offset < len(self.emails)
-        if fault in (None, CUT_BEHIND) and request.offset != len(self.emails) and not is_replay:
+        if fault in (None, CUT_AFTER_WRITE) and request.offset != len(self.emails) and not is_replay:
             fault = status("OFFSET_GAP")
-        if fault not in (None, CUT_BEHIND):
-            return self.refused(request.offset, fault)
+        if fault not in (None, CUT_AFTER_WRITE):
+            return self.refusal(request.offset, fault)
         emails = [user.email for user in request.users]
         end = request.offset + len(emails)
         if is_replay:
             assert self.emails[request.offset : end] == emails
         else:
             self.emails += emails
-        if fault == CUT_BEHIND:
-            await aborted(context, fault)
+        if fault == CUT_AFTER_WRITE:
+            await abort(context, fault)
         ack = BulkAck(offset=request.offset, next_offset=len(self.emails), created=len(emails))
         ack.replayed = is_replay
         return BulkWriteResponse(ack=ack)
 
-    def refused(self, offset: int, fault: Status) -> BulkWriteResponse:
-        """Return the answer to a message of which nothing was written."""
+    def refusal(self, offset: int, fault: Status) -> BulkWriteResponse:
+        """Return the ack of a message that was not written."""
         return BulkWriteResponse(ack=BulkAck(offset=offset, next_offset=len(self.emails), error=fault))
 
 
-async def aborted(context: Any, fault: Status) -> None:
-    """End a stream, as a server does that has a reason or as one that goes away."""
+async def abort(context: Any, fault: Status) -> None:
+    """End a stream with the reason of a fault, or like a server that disappears."""
     trailer = (("grpc-status-details-bin", fault.SerializeToString()),) if fault.details else ()
     await context.abort(grpc.StatusCode.UNAVAILABLE, fault.message or "the server is gone", trailer)
 
 
 @asynccontextmanager
 async def loading(scripted: ScriptedServer, **options: Any) -> AsyncIterator[BulkLoader[Any]]:
-    """Yield a loader that is connected to a server which follows the script."""
+    """Yield a loader connected to a scripted server."""
     server = grpc.aio.server()
     handler = grpc.stream_stream_rpc_method_handler(
         scripted.answer,
@@ -150,12 +150,12 @@ async def loading(scripted: ScriptedServer, **options: Any) -> AsyncIterator[Bul
 
 
 def users(count: int) -> list[User]:
-    """Return so many users."""
+    """Return this many users."""
     return [User(email=f"{number}@example.org") for number in range(count)]
 
 
 def emails(count: int) -> list[str]:
-    """Return their e-mails."""
+    """Return the e-mails of this many users."""
     return [user.email for user in users(count)]
 
 
@@ -173,7 +173,7 @@ async def events_of(loader: BulkLoader[Any], rows: AsyncIterator[Message] | Iter
 
 
 async def test_yields_opened_then_acks_in_order_then_the_summary() -> None:
-    """A consumer sees how far the load is, and its end."""
+    """A consumer can follow the progress of the load to its end."""
     async with loading(ScriptedServer()) as loader:
         first, *acks, last = await events_of(loader, users(25))
 
@@ -183,7 +183,7 @@ async def test_yields_opened_then_acks_in_order_then_the_summary() -> None:
 
 
 async def test_takes_rows_from_an_async_iterator() -> None:
-    """A source that waits for its rows is one too."""
+    """The source may wait for its rows."""
 
     async def source() -> AsyncIterator[User]:
         for user in users(25):
@@ -198,7 +198,7 @@ async def test_takes_rows_from_an_async_iterator() -> None:
 
 
 async def test_finishes_a_load_without_rows() -> None:
-    """Nothing to send is a load that is complete."""
+    """A source without rows completes the load."""
     scripted = ScriptedServer()
     async with loading(scripted) as loader:
         assert len(await events_of(loader, [])) == 2
@@ -206,8 +206,8 @@ async def test_finishes_a_load_without_rows() -> None:
     assert scripted.is_finished
 
 
-async def test_keeps_no_more_rows_than_the_window_and_one_message() -> None:
-    """However long the source is, it is read only as far as acks let it."""
+async def test_buffers_at_most_the_window_and_one_message() -> None:
+    """The source is read only as fast as acks arrive."""
     pulled = 0
 
     def source() -> Iterator[User]:
@@ -226,8 +226,8 @@ async def test_keeps_no_more_rows_than_the_window_and_one_message() -> None:
     assert acknowledged == 50 * BATCH
 
 
-async def test_sends_no_more_messages_than_the_window_before_an_ack() -> None:
-    """A server that answers nothing gets four messages, and the fifth is only kept ready."""
+async def test_sends_at_most_the_window_before_an_ack() -> None:
+    """A silent server gets four messages; the fifth is filled but not sent."""
     pulled = 0
     ready = asyncio.Event()
 
@@ -253,8 +253,8 @@ async def test_sends_no_more_messages_than_the_window_before_an_ack() -> None:
     assert (len(scripted.sizes), pulled) == (WINDOW, (WINDOW + 1) * BATCH)
 
 
-async def test_cuts_messages_by_what_the_server_allows() -> None:
-    """Neither rows nor bytes of a message exceed what `opened` says."""
+async def test_limits_messages_to_what_the_server_allows() -> None:
+    """No message exceeds the rows or bytes in `opened`."""
     scripted = ScriptedServer(max_rows=7, max_bytes=1000)
     rows = [User(email=f"{number}@example.org", full_name="x" * (number * 13 % 300)) for number in range(99)]
     async with loading(scripted) as loader:
@@ -268,15 +268,15 @@ async def test_cuts_messages_by_what_the_server_allows() -> None:
 @pytest.mark.parametrize(
     ("faults", "count"),
     [
-        pytest.param({0: BUSY}, 95, id="the first message can't be written"),
-        pytest.param({1: BUSY}, 95, id="one in the middle"),
-        pytest.param({1: BUSY, 5: BUSY, 6: BUSY}, 95, id="the same again and again"),
-        pytest.param({9: BUSY}, 95, id="the last"),
-        pytest.param({2: BUSY, 3: BUSY}, 25, id="so that the last message is sent behind it"),
+        pytest.param({0: BUSY}, 95, id="the first message"),
+        pytest.param({1: BUSY}, 95, id="a message in the middle"),
+        pytest.param({1: BUSY, 5: BUSY, 6: BUSY}, 95, id="the same message repeatedly"),
+        pytest.param({9: BUSY}, 95, id="the last message"),
+        pytest.param({2: BUSY, 3: BUSY}, 25, id="the message before the last"),
     ],
 )
-async def test_goes_back_to_what_was_not_written(faults: dict[int, Status], count: int) -> None:
-    """Every row arrives once and in order, in the same stream, and the consumer sees no fault."""
+async def test_resends_refused_messages_on_the_same_stream(faults: dict[int, Status], count: int) -> None:
+    """Each row arrives once and in order, and the consumer sees no fault."""
     scripted = ScriptedServer(faults)
     async with loading(scripted) as loader:
         _, *acks, _ = await events_of(loader, users(count))
@@ -285,8 +285,8 @@ async def test_goes_back_to_what_was_not_written(faults: dict[int, Status], coun
     assert sum(ack.created for ack in acks if isinstance(ack, BulkAck)) == count
 
 
-async def test_finishes_again_what_could_not_be_finished() -> None:
-    """A fault that passes may meet the last message too, which has no rows."""
+async def test_resends_a_refused_finish() -> None:
+    """The last message, which has no rows, is retried too."""
     scripted = ScriptedServer()
     scripted.finish_fault = BUSY
     async with loading(scripted) as loader:
@@ -297,13 +297,14 @@ async def test_finishes_again_what_could_not_be_finished() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.dictionaries(st.integers(0, 40), st.sampled_from([BUSY, CUT, CUT_BEHIND, UNKNOWN])), st.integers(1, 6)
+    st.dictionaries(st.integers(0, 40), st.sampled_from([BUSY, CUT, CUT_AFTER_WRITE, UNKNOWN])),
+    st.integers(1, 6),
 )
-@example({8: CUT_BEHIND, 9: BUSY}, 3)
-async def test_every_row_arrives_once_whatever_fails(faults: dict[int, Status], window: int) -> None:
-    """The order of faults, acks and stale messages does not matter; each row is acknowledged once."""
+@example({8: CUT_AFTER_WRITE, 9: BUSY}, 3)
+async def test_each_row_arrives_once_whatever_fails(faults: dict[int, Status], window: int) -> None:
+    """Each row is also acknowledged once, whatever the order of faults, acks and stale answers."""
     scripted = ScriptedServer(faults)
-    async with loading(scripted, window=window, tries=50, **NAMED) as loader:
+    async with loading(scripted, window=window, max_retries=50, **NAMED) as loader:
         events = await events_of(loader, users(95))
 
     acks = [event for event in events if isinstance(event, BulkAck)]
@@ -312,9 +313,9 @@ async def test_every_row_arrives_once_whatever_fails(faults: dict[int, Status], 
     assert sum(ack.created for ack in acks) == 95
 
 
-async def test_a_load_with_a_name_survives_its_stream() -> None:
-    """It is opened again, and the consumer sees that; the ack that was lost comes as a replay."""
-    scripted = ScriptedServer({3: CUT_BEHIND})
+async def test_reopens_a_named_load_after_its_stream_breaks() -> None:
+    """The consumer sees a second `opened`, and the lost ack as a replay."""
+    scripted = ScriptedServer({3: CUT_AFTER_WRITE})
     async with loading(scripted, **NAMED) as loader:
         events = await events_of(loader, users(95))
 
@@ -324,8 +325,8 @@ async def test_a_load_with_a_name_survives_its_stream() -> None:
     assert scripted.emails == emails(95)
 
 
-async def test_goes_on_with_what_another_loader_began() -> None:
-    """Rows that are settled are skipped; the source has to bring them all the same."""
+async def test_resumes_the_load_of_another_loader() -> None:
+    """Settled rows are skipped; the source yields them again."""
     scripted = ScriptedServer({3: FENCED})
     async with loading(scripted, **NAMED) as first:
         with pytest.raises(LoadInterrupted, match="LOAD_FENCED"):
@@ -339,8 +340,8 @@ async def test_goes_on_with_what_another_loader_began() -> None:
     assert scripted.emails == emails(95)
 
 
-async def test_sends_settled_rows_again_for_their_ids() -> None:
-    """With `return_ids` each row has its ack, also where another loader sent it."""
+async def test_resends_settled_rows_for_their_ids() -> None:
+    """With `return_ids` each row has its ack, even if another loader sent it."""
     scripted = ScriptedServer()
     scripted.emails = emails(30)
     async with loading(scripted, options=BulkOptions(load_id="staff", return_ids=True)) as loader:
@@ -352,11 +353,11 @@ async def test_sends_settled_rows_again_for_their_ids() -> None:
 
 
 async def test_refuses_to_finish_a_load_with_fewer_rows_than_it_has() -> None:
-    """They are not the rows that it began with."""
+    """They can't be the rows that the load began with."""
     scripted = ScriptedServer()
     scripted.emails = emails(30)
     async with loading(scripted, **NAMED) as loader:
-        with pytest.raises(LoadInterrupted, match="has 30 rows already, and here are only 29"):
+        with pytest.raises(LoadInterrupted, match="the source has only 29 rows, but the load already has 30"):
             await events_of(loader, users(29))
 
     assert not scripted.is_finished
@@ -365,10 +366,10 @@ async def test_refuses_to_finish_a_load_with_fewer_rows_than_it_has() -> None:
 @pytest.mark.parametrize(
     ("fault", "streams"), [(CUT, 4), (UNKNOWN, 4), (FENCED, 1), (status("LOAD_ABORTED"), 1)]
 )
-async def test_opens_a_load_again_only_where_that_helps(fault: Status, streams: int) -> None:
-    """A server that stays away is tried so many times, one that has a reason to refuse once."""
+async def test_reopens_a_load_only_if_that_can_help(fault: Status, streams: int) -> None:
+    """A server that is away is retried up to the limit; a definite refusal is not."""
     scripted = ScriptedServer(dict.fromkeys(range(2, 99), fault))
-    async with loading(scripted, tries=3, window=1, **NAMED) as loader:
+    async with loading(scripted, max_retries=3, window=1, **NAMED) as loader:
         with pytest.raises(LoadInterrupted) as caught:
             await events_of(loader, users(95))
 
@@ -376,8 +377,8 @@ async def test_opens_a_load_again_only_where_that_helps(fault: Status, streams: 
     assert scripted.opened == streams
 
 
-async def test_a_stream_that_breaks_behind_the_summary_is_no_matter() -> None:
-    """Everything is told by then."""
+async def test_ignores_a_stream_that_breaks_after_the_summary() -> None:
+    """The load is complete."""
     scripted = ScriptedServer()
     scripted.ends_with = CUT
     async with loading(scripted, **NAMED) as loader:
@@ -386,8 +387,8 @@ async def test_a_stream_that_breaks_behind_the_summary_is_no_matter() -> None:
     assert scripted.opened == 1
 
 
-async def test_a_reason_behind_the_summary_is_raised() -> None:
-    """The summary of a load with too many failures is not its end."""
+async def test_raises_a_reason_that_follows_the_summary() -> None:
+    """A load with too many failures has a summary, but is not complete."""
     scripted = ScriptedServer()
     scripted.ends_with = status("TOO_MANY_FAILURES")
     async with loading(scripted, **NAMED) as loader:
@@ -395,8 +396,8 @@ async def test_a_reason_behind_the_summary_is_raised() -> None:
             await events_of(loader, users(25))
 
 
-async def test_an_error_of_the_source_is_raised_though_the_server_is_away() -> None:
-    """It may come while there is no stream that it could end."""
+async def test_raises_an_error_of_the_source_between_streams() -> None:
+    """There is no call to cancel while the server is away."""
     is_away = asyncio.Event()
 
     async def source() -> AsyncIterator[User]:
@@ -415,10 +416,10 @@ async def test_an_error_of_the_source_is_raised_though_the_server_is_away() -> N
 
 
 @pytest.mark.parametrize(("fault", "messages"), [(BUSY, 4), (FENCED, 1)])
-async def test_gives_up_where_trying_does_not_help(fault: Status, messages: int) -> None:
-    """A fault that passes is tried so many times, one that doesn't once."""
+async def test_gives_up_if_retrying_does_not_help(fault: Status, messages: int) -> None:
+    """A retryable fault is retried up to the limit, any other not at all."""
     scripted = ScriptedServer(dict.fromkeys(range(2, 99), fault))
-    async with loading(scripted, tries=3, window=1) as loader:
+    async with loading(scripted, max_retries=3, window=1) as loader:
         with pytest.raises(LoadInterrupted) as caught:
             await events_of(loader, users(95))
 
@@ -427,8 +428,8 @@ async def test_gives_up_where_trying_does_not_help(fault: Status, messages: int)
     assert len(scripted.sizes) == 2 + messages
 
 
-async def test_says_how_many_rows_were_acknowledged_when_the_stream_dies() -> None:
-    """The caller knows where to go on."""
+async def test_reports_acknowledged_rows_when_the_stream_breaks() -> None:
+    """The caller knows where to continue."""
     scripted = ScriptedServer({3: CUT})
     async with loading(scripted) as loader:
         with pytest.raises(
@@ -439,22 +440,22 @@ async def test_says_how_many_rows_were_acknowledged_when_the_stream_dies() -> No
     assert (caught.value.reason, caught.value.acknowledged) == ("DISCONNECTED", 30)
 
 
-async def test_tells_the_status_of_the_server_though_a_write_fails_with_it() -> None:
-    """grpc.aio puts INTERNAL in its place where both happen at once, as they do in every second load here."""
+async def test_keeps_the_status_of_the_server_if_a_write_fails_too() -> None:
+    """grpc.aio replaces it by INTERNAL if both happen at once, as in every second load here."""
     rows = [User(email=email, full_name="x" * 2000) for email in emails(950)]
-    told = set()
+    messages = set()
     for _ in range(20):
         scripted = ScriptedServer({3: CUT})
         async with loading(scripted) as loader:
             with pytest.raises(LoadInterrupted) as caught:
                 await events_of(loader, rows)
-        told.add(caught.value.message)
+        messages.add(caught.value.message)
 
-    assert told == {"the server is gone"}
+    assert messages == {"the server is gone"}
 
 
-async def test_says_that_no_server_is_there() -> None:
-    """An address where nobody listens is an interrupted load, with nothing acknowledged."""
+async def test_reports_that_no_server_answers() -> None:
+    """The load is interrupted, with no rows acknowledged."""
     async with channel("unix:/nowhere/roster.sock") as connection:
         loader = BulkLoader(
             UserServiceStub(connection).BulkCreateUsers, BulkCreateUsersRequest, BulkOptions()
@@ -465,8 +466,8 @@ async def test_says_that_no_server_is_there() -> None:
     assert (caught.value.reason, caught.value.acknowledged) == ("DISCONNECTED", 0)
 
 
-async def test_raises_what_the_source_raises() -> None:
-    """An error in the source cancels the call; rows that were sent don't complete the load."""
+async def test_raises_errors_of_the_source() -> None:
+    """An error cancels the call, and does not complete the load."""
 
     def source() -> Iterator[User]:
         yield from users(25)
@@ -481,8 +482,8 @@ async def test_raises_what_the_source_raises() -> None:
     assert not scripted.is_finished
 
 
-async def test_a_source_that_is_cancelled_hangs_nothing() -> None:
-    """A cancellation inside the source ends the load like an error."""
+async def test_ends_if_the_source_is_cancelled() -> None:
+    """A cancellation inside the source ends the load like an error does."""
 
     async def source() -> AsyncIterator[User]:
         yield users(1)[0]
@@ -499,7 +500,7 @@ async def test_a_source_that_is_cancelled_hangs_nothing() -> None:
 
 @pytest.mark.parametrize("leave", ["cancel", "close"])
 async def test_ends_the_call_when_the_caller_leaves(leave: str) -> None:
-    """A caller who is cancelled, or closes the iterator, leaves no call behind."""
+    """A caller that is cancelled or closes the iterator leaves no open call."""
     scripted = ScriptedServer()
     scripted.is_silent = True
     async with loading(scripted) as loader:
@@ -508,14 +509,14 @@ async def test_ends_the_call_when_the_caller_leaves(leave: str) -> None:
         if leave == "close":
             await events.aclose()
         else:
-            await cancelled(anext(events), scripted.got_rows)
+            await cancel(anext(events), scripted.got_rows)
         await scripted.ended.wait()
 
     assert not scripted.is_finished
 
 
-async def cancelled(work: Any, when: asyncio.Event) -> None:
-    """Cancel work at an event, and wait for its end."""
+async def cancel(work: Any, when: asyncio.Event) -> None:
+    """Cancel work at an event, and wait until it has ended."""
     task = asyncio.ensure_future(work)
     await when.wait()
     task.cancel()

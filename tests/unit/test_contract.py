@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
-from tests.contract_image import PROTOS, RELEASED, write_image
+from tools.contract_image import PROTOS, RELEASED, write_image
 
 BUF = Path(sys.executable).with_name("buf")  # the command of the wheel buf-bin
 FULL_NAME = "  optional string full_name = 3;\n"

@@ -1,4 +1,4 @@
-"""Driver error -> domain error: what is told, what is logged, and what stays an error of ours."""
+"""Driver error -> domain error: what callers see, what is logged, and what remains a bug."""
 
 import sqlite3
 from typing import Any
@@ -7,7 +7,7 @@ import asyncpg
 import pytest
 from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError as PoolTimeoutError
 
-from service.db.errors import domain_error, may_have_happened, translated
+from service.db.errors import domain_error, may_have_committed, translate_errors
 from service.errors import DatabaseUnavailable, PoolExhausted, RosterError, StatementTimeout, UserNotFound
 
 SECRET = "postgresql://roster:hunter2@db/roster"
@@ -24,7 +24,7 @@ def wrapped(error: Exception, *, is_connection_gone: bool = False) -> DBAPIError
     return DBAPIError("SELECT secret", {}, error, connection_invalidated=is_connection_gone)
 
 
-TOLD: list[tuple[Exception, type[RosterError]]] = [
+TRANSLATED: list[tuple[Exception, type[RosterError]]] = [
     (asyncpg.ConnectionDoesNotExistError(SECRET), DatabaseUnavailable),
     (asyncpg.CannotConnectNowError(SECRET), DatabaseUnavailable),
     (asyncpg.AdminShutdownError(SECRET), DatabaseUnavailable),
@@ -47,7 +47,7 @@ TOLD: list[tuple[Exception, type[RosterError]]] = [
     (sqlite_error("SQLITE_IOERR_FSYNC"), DatabaseUnavailable),
     (sqlite_error("SQLITE_READONLY"), DatabaseUnavailable),
 ]
-UNTOLD: list[Exception] = [
+BUGS: list[Exception] = [
     asyncpg.UniqueViolationError(SECRET),
     asyncpg.UndefinedTableError(SECRET),
     asyncpg.CharacterNotInRepertoireError(SECRET),
@@ -59,22 +59,22 @@ UNTOLD: list[Exception] = [
 ]
 
 
-@pytest.mark.parametrize(("error", "kind"), TOLD)
-def test_a_code_says_what_the_caller_is_told(error: Exception, kind: type[RosterError]) -> None:
-    """Bare or wrapped by SQLAlchemy, the code decides, its longest known prefix first."""
+@pytest.mark.parametrize(("error", "kind"), TRANSLATED)
+def test_translates_errors_by_code(error: Exception, kind: type[RosterError]) -> None:
+    """The longest known prefix of the code decides, whether or not SQLAlchemy wraps the error."""
     for raised in (error, wrapped(error)):
-        told = domain_error(raised)
+        translated = domain_error(raised)
 
-        assert type(told) is kind
-        assert SECRET not in str(told)
+        assert type(translated) is kind
+        assert SECRET not in str(translated)
 
 
-@pytest.mark.parametrize("error", UNTOLD)
-def test_other_errors_are_ours(error: Exception) -> None:
-    """A caller can't do anything about them: they come out as they are, for the log."""
+@pytest.mark.parametrize("error", BUGS)
+def test_leaves_other_errors_as_they_are(error: Exception) -> None:
+    """They are bugs, which no caller can fix: they are raised unchanged, and logged."""
     assert domain_error(error) is None
     assert domain_error(wrapped(error)) is None
-    with pytest.raises(type(error), match="hunter2"), translated():
+    with pytest.raises(type(error), match="hunter2"), translate_errors():
         raise error
 
 
@@ -88,8 +88,8 @@ def test_other_errors_are_ours(error: Exception) -> None:
         (wrapped(asyncpg.InterfaceError(SECRET), is_connection_gone=True), DatabaseUnavailable),
     ],
 )
-def test_an_error_without_a_code_is_told_by_its_kind(error: Exception, kind: type[RosterError]) -> None:
-    """The pool's, a time-out, and a connection that is gone."""
+def test_translates_errors_without_a_code_by_class(error: Exception, kind: type[RosterError]) -> None:
+    """The pool's timeout, the driver's timeout, and a lost connection."""
     assert type(domain_error(error)) is kind
 
 
@@ -108,14 +108,14 @@ def test_an_error_without_a_code_is_told_by_its_kind(error: Exception, kind: typ
         (wrapped(sqlite_error("SQLITE_FULL")), False),
     ],
 )
-def test_a_commit_may_have_happened_unless_it_was_refused(error: Exception, expected: bool) -> None:
-    """Who got no answer doesn't know; who got a refusal does."""
-    assert may_have_happened(error) is expected
+def test_a_commit_may_have_succeeded_unless_it_was_refused(error: Exception, expected: bool) -> None:
+    """A lost answer leaves the outcome open; a refusal does not."""
+    assert may_have_committed(error) is expected
 
 
-def test_what_is_told_is_logged_with_its_cause(caplog: pytest.LogCaptureFixture) -> None:
-    """The log has what the caller must not see."""
-    with pytest.raises(DatabaseUnavailable) as caught, translated():
+def test_logs_the_cause_of_a_translated_error(caplog: pytest.LogCaptureFixture) -> None:
+    """The log has the details that the caller must not see."""
+    with pytest.raises(DatabaseUnavailable) as caught, translate_errors():
         raise wrapped(asyncpg.TooManyConnectionsError("too many clients"))
 
     assert "too many clients" not in str(caught.value)
@@ -123,10 +123,10 @@ def test_what_is_told_is_logged_with_its_cause(caplog: pytest.LogCaptureFixture)
     assert "too many clients" in caplog.text
 
 
-def test_a_domain_error_passes_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
-    """It was raised inside the unit of work on purpose."""
+def test_raises_domain_errors_unchanged(caplog: pytest.LogCaptureFixture) -> None:
+    """The unit of work has raised them on purpose."""
     error: Any = UserNotFound("there is no such user")
-    with pytest.raises(UserNotFound) as caught, translated():
+    with pytest.raises(UserNotFound) as caught, translate_errors():
         raise error
 
     assert caught.value is error

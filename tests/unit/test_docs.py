@@ -1,4 +1,4 @@
-"""What the documentation points at is there."""
+"""Check the links of the documentation."""
 
 import ast
 import re
@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).parents[2]
-PAGES = [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
-LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)([^)#]+)[^)]*\)")
+PAGES = [
+    *(CHECKOUT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "deploy/README.md")),
+    *sorted((CHECKOUT / "docs").glob("*.md")),
+]
+LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 CODE = re.compile(r"`([\w.]+)`")
 
 
 def names(node: ast.AST, path: str = "") -> Iterator[str]:
-    """What a module defines: its functions, classes and constants, and those of its classes."""
+    """Yield the names that a module defines: functions, classes and constants, and those of its classes."""
     for child in ast.iter_child_nodes(node):
         match child:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
@@ -25,16 +29,32 @@ def names(node: ast.AST, path: str = "") -> Iterator[str]:
                 yield path + name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = HEADING.findall(page.read_text())
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(CHECKOUT)))
 def test_links_lead_to_what_they_say(page: Path) -> None:
-    """To a file that exists; one in code style that leads to a module names what it defines."""
+    """Links lead to existing files and headings, labels in code style to names that the module defines."""
     missing = []
-    for label, target in LINK.findall(page.read_text()):
-        file = page.parent / target
+    for label, target, anchor in LINK.findall(page.read_text()):
+        file = page.parent / target if target else page
         name = CODE.fullmatch(label)
         if not file.exists():
             missing.append(target)
+        elif anchor and anchor not in anchors(file):
+            missing.append(f"{target}#{anchor}")
         elif name and file.suffix == ".py" and not file.name.startswith(name[1]):
             known = set(names(ast.parse(file.read_text())))
             missing += [f"{name[1]} in {target}"] if name[1] not in known else []
     assert missing == []
+
+
+def test_the_index_lists_every_page() -> None:
+    """A page that the index of docs/ does not link to is not found by readers."""
+    index = CHECKOUT / "docs/README.md"
+    linked = {target for _, target, _ in LINK.findall(index.read_text())}
+    pages = {page.name for page in index.parent.glob("*.md")} - {index.name}
+    assert pages - linked == set()

@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 
 from service import logs
 from service.escape import MAX_CHARACTERS, escape
-from service.logs import CALL, drop_values
+from service.logs import CALL_IDS, drop_values
 from tests.log_lines import parse
 
 # Surrogates included. Two lone ones next to each other are one character in JSON.
@@ -144,18 +144,18 @@ def test_libraries_that_log_what_they_received_keep_only_the_kind_of_event(
 def test_a_line_that_can_t_be_written_shows_no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     """The standard library's handler prints them."""
     stream = io.StringIO()
-    handler = logs.Together()
+    handler = logs.BufferedStreamHandler()
     handler.setStream(stream)
     handler.setFormatter(text())
-    handler.emit(logging.LogRecord("service.test", logging.INFO, "", 0, "%d", ("secret",), None))
+    handler.handle(logging.LogRecord("service.test", logging.INFO, "", 0, "%d", ("secret",), None))
 
     assert stream.getvalue() == "a line of the logger service.test could not be written\n"
 
 
 def test_ids_of_a_call_are_escaped_like_fields() -> None:
     """Wherever they come from."""
-    token = CALL.set({"request_id": FORGED})
+    token = CALL_IDS.set({"request_id": FORGED})
     try:
         assert read(logged(text(), "call"))[1] == {"request_id": FORGED}
     finally:
-        CALL.reset(token)
+        CALL_IDS.reset(token)

@@ -2,9 +2,11 @@
 
 import asyncio
 
+from roster.v1.users_pb2 import GetUserRequest
 from service.auth.caller import Caller, set_caller
 from service.errors import RosterError
 from service.interceptors import limits
+from service.interceptors.chain import Rpc
 from service.interceptors.limits import Limits
 from service.settings import Settings
 
@@ -18,6 +20,11 @@ class Clock:
         return self.now
 
 
+def rpc(path: str) -> Rpc:
+    """A unary RPC."""
+    return Rpc(path, GetUserRequest, is_upload=False, is_download=False)
+
+
 async def answered(*_: object) -> str:
     return ""
 
@@ -26,7 +33,7 @@ async def admitted(guard: Limits, caller: str, method: str = METHOD) -> str:
     """Make a call; return "" or the reason for which it was refused."""
     set_caller(Caller(caller))
     try:
-        return str(await guard.around(method, answered, None, None))  # type: ignore[arg-type]
+        return str(await guard.intercept(rpc(method), answered)(None, None))  # type: ignore[arg-type]
     except RosterError as error:
         return error.reason
 
@@ -49,7 +56,7 @@ async def test_callers_who_stay_away_are_forgotten() -> None:
     """Memory is bounded by those of the last second, not by all there ever were; an empty bucket is kept."""
     clock = Clock()
     guard = Limits(Settings(caller_rate=1), clock)
-    for number in range(limits.MANY_USES - 1):
+    for number in range(limits.MAX_IDLE_USES - 1):
         await admitted(guard, f"caller {number}")
     clock.now += 1
     await admitted(guard, "ada")
@@ -69,7 +76,7 @@ async def test_a_caller_can_not_take_all_calls_with_several_methods() -> None:
 
     async def hold(caller: str, method: str) -> None:
         set_caller(Caller(caller))
-        await guard.around(method, held, None, None)  # type: ignore[arg-type]
+        await guard.intercept(rpc(method), held)(None, None)  # type: ignore[arg-type]
 
     calls = [asyncio.create_task(hold("greedy", f"/method/{number}")) for number in range(4)]
     await asyncio.sleep(0)

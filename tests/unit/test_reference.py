@@ -4,8 +4,8 @@ import re
 import shutil
 from pathlib import Path
 
-from tests.contract_image import PROTOS
-from tests.contract_reference import PAGE, page
+from tools.contract_image import PROTOS
+from tools.contract_reference import PAGE, page
 
 SHOWN = PAGE.read_text()
 

@@ -1,11 +1,12 @@
-"""Rows of files: what becomes a message, what does not, and how rejects come back."""
+"""Rows of files: parsing, failures, and rejects."""
 
 import gzip
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given, settings, strategies as st
 
-from roster.v1.bulk_pb2 import BulkAck, RowFailure
+from roster.v1.bulk_pb2 import BulkAck, BulkOptions, RowFailure
 from roster.v1.resources_pb2 import Post, User
 from service.cli.formats import (
     MAX_LINE_BYTES,
@@ -26,10 +27,12 @@ from service.cli.formats import (
     csv_line,
     json_line,
 )
-from service.cli.ledger import MAX_HELD_BYTES, Ledger
+from service.cli.rejects import RejectsFile
+from service.cli.report import LoadReport
 from service.cli.rows import POSTS, USERS, Columns, Row, values_of
 from service.cli.source import Source
 from service.cli.terminal import UsageError
+from service.cli.tracker import MAX_HELD_BYTES, RowTracker
 
 ANY_FAILURE = RowFailure(reason="EMAIL_TAKEN", field="email", message="email belongs to another user")
 
@@ -40,7 +43,7 @@ def columns(message: type[Message], operation: str = "create") -> Columns:
 
 
 def rows_of(file_format: FileFormat, data: bytes) -> list[Row]:
-    """Return the rows of a file's lines."""
+    """Return the rows of a file's content."""
     return list(file_format.rows(io.BytesIO(data)))
 
 
@@ -50,7 +53,7 @@ async def rows_in(path: Path, file_format: FileFormat) -> list[Row]:
 
 
 def emails(rows: Sequence[Row]) -> list[str]:
-    """Return the e-mails of rows that are users, "" for those that failed."""
+    """Return the e-mails of rows of users, "" for rows that failed."""
     return [getattr(row.message, "email", "") for row in rows]
 
 
@@ -73,7 +76,7 @@ GOOD_JSON = [
 
 @pytest.mark.parametrize(("message", "line", "expected"), GOOD_JSON)
 def test_json_becomes_a_message(message: type[Message], line: str, expected: Message | None) -> None:
-    """The fields that are known are taken as they are; null is unset."""
+    """Known fields are copied; null is unset."""
     [row] = rows_of(Ndjson(columns(message)), line.encode())
 
     assert row.failure is None
@@ -81,8 +84,8 @@ def test_json_becomes_a_message(message: type[Message], line: str, expected: Mes
 
 
 BAD_JSON = [
-    (User, b'{"email": 7}', "INVALID_FIELD", "email", "email must be a text"),
-    (User, b'{"email": ["a@x"]}', "INVALID_FIELD", "email", "email must be a text"),
+    (User, b'{"email": 7}', "INVALID_FIELD", "email", "email must be a string"),
+    (User, b'{"email": ["a@x"]}', "INVALID_FIELD", "email", "email must be a string"),
     (User, b'{"is_active": "maybe"}', "INVALID_FIELD", "is_active", "is_active must be true or false"),
     (User, b'{"is_active": 1}', "INVALID_FIELD", "is_active", "is_active must be true or false"),
     (Post, b'{"author_id": "x"}', "INVALID_FIELD", "author_id", "author_id must be an integer"),
@@ -100,17 +103,17 @@ BAD_JSON = [
 
 
 @pytest.mark.parametrize(
-    ("message", "line", "reason", "field", "told"), BAD_JSON, ids=[str(case[1][:30]) for case in BAD_JSON]
+    ("message", "line", "reason", "field", "expected"), BAD_JSON, ids=[str(case[1][:30]) for case in BAD_JSON]
 )
-def test_json_that_can_not_be_read_fails_its_row(
-    message: type[Message], line: bytes, reason: str, field: str, told: str
+def test_invalid_json_fails_its_row(
+    message: type[Message], line: bytes, reason: str, field: str, expected: str
 ) -> None:
-    """The row has a reason, the field at fault, and a sentence; the row behind it is read."""
+    """The failure has a reason, the invalid field, and a message; the next row is parsed."""
     bad, good = rows_of(Ndjson(columns(message)), line + b"\n{}\n")
 
     assert bad.failure is not None
     assert (bad.failure.reason, bad.failure.field) == (reason, field)
-    assert told in bad.failure.message
+    assert expected in bad.failure.message
     assert good.message == message()
 
 
@@ -135,7 +138,7 @@ GOOD_CSV = [
 
 @pytest.mark.parametrize(("line", "expected"), GOOD_CSV)
 def test_csv_becomes_a_message(line: bytes, expected: User) -> None:
-    """An empty cell is unset, one that is quoted an empty text; quotes hold commas and lines together."""
+    """An empty cell is unset, a quoted one an empty string; quotes can contain commas and line ends."""
     [row] = rows_of(Csv(columns(User)), CSV_HEADER + line)
 
     assert (row.message, row.failure) == (expected, None)
@@ -143,8 +146,8 @@ def test_csv_becomes_a_message(line: bytes, expected: User) -> None:
 
 BAD_CSV = [
     (b"a@x,,maybe\n", "INVALID_FIELD", "is_active", "is_active must be true or false"),
-    (b"a@x\n", "MALFORMED_MESSAGE", "", "1 cell, but the header has 3"),
-    (b"a@x,,,\n", "MALFORMED_MESSAGE", "", "4 cells, but the header has 3"),
+    (b"a@x\n", "MALFORMED_MESSAGE", "", "the row has 1 cell, but the header has 3"),
+    (b"a@x,,,\n", "MALFORMED_MESSAGE", "", "the row has 4 cells, but the header has 3"),
     (b"\xff@x,,\n", "MALFORMED_MESSAGE", "", "the row is not UTF-8"),
     (b'"a"x,,\n', "MALFORMED_MESSAGE", "", "the row is not CSV"),
     (b'a@x,A"d"a,\n', "MALFORMED_MESSAGE", "", "the row is not CSV"),
@@ -160,20 +163,20 @@ BAD_CSV = [
 
 
 @pytest.mark.parametrize(
-    ("line", "reason", "field", "told"), BAD_CSV, ids=[str(case[0][:30]) for case in BAD_CSV]
+    ("line", "reason", "field", "expected"), BAD_CSV, ids=[str(case[0][:30]) for case in BAD_CSV]
 )
-def test_csv_that_can_not_be_read_fails_its_row(line: bytes, reason: str, field: str, told: str) -> None:
-    """As JSON does: a reason, a field, a sentence, and the row behind it is read."""
+def test_invalid_csv_fails_its_row(line: bytes, reason: str, field: str, expected: str) -> None:
+    """The failure has a reason, the invalid field, and a message; the next row is parsed."""
     bad, good = rows_of(Csv(columns(User)), CSV_HEADER + line + b"b@x,,\n")
 
     assert bad.failure is not None
     assert (bad.failure.reason, bad.failure.field) == (reason, field)
-    assert told in bad.failure.message
+    assert expected in bad.failure.message
     assert good.message == User(email="b@x")
 
 
-def test_a_quote_that_is_never_closed_fails_one_row() -> None:
-    """What is behind it belongs to the cell; nothing of it is lost."""
+def test_an_unclosed_quote_fails_one_row() -> None:
+    """The rest of the file belongs to the cell, and is kept in the rejects."""
     good, bad = rows_of(Csv(columns(User)), CSV_HEADER + b'a@x,,\nb@x,"Ada,\nc@x,,\n')
 
     assert good.message == User(email="a@x")
@@ -181,24 +184,24 @@ def test_a_quote_that_is_never_closed_fails_one_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "expected"),
     [
         (b"", "the file is empty"),
-        (b"email;full_name\n", "names none of email, .*; commas separate the columns"),
-        (b"a@x,Ada\n", "names none of email, full_name"),
-        (b"email,email\n", "a name twice"),
-        (b"email,\xff\n", "no CSV in UTF-8"),
-        (b'email,"foo\n', "no CSV in UTF-8"),
+        (b"email;full_name\n", "contains none of email, .*; columns must be separated by commas"),
+        (b"a@x,Ada\n", "contains none of email, full_name"),
+        (b"email,email\n", "a column name twice"),
+        (b"email,\xff\n", "not CSV in UTF-8"),
+        (b'email,"foo\n', "not CSV in UTF-8"),
     ],
 )
-def test_refuses_csv_whose_header_says_nothing(data: bytes, told: str) -> None:
-    """A file without a proper header line can't be loaded at all."""
-    with pytest.raises(SourceError, match=told):
+def test_refuses_csv_without_a_usable_header(data: bytes, expected: str) -> None:
+    """The whole file is refused."""
+    with pytest.raises(SourceError, match=expected):
         rows_of(Csv(columns(User)), data)
 
 
-def test_gathers_the_names_of_ignored_columns() -> None:
-    """Each once, in the order met; `_error` of an earlier load is not among them."""
+def test_collects_the_names_of_ignored_columns() -> None:
+    """Each name once, in file order; `_error` of earlier rejects is not reported."""
     known = columns(User)
     rows_of(Ndjson(known), b'{"id": 1, "email": "a@x", "_error": {}}\n{"foo": 1, "id": 2}\n')
 
@@ -206,7 +209,7 @@ def test_gathers_the_names_of_ignored_columns() -> None:
 
 
 def test_numbers_rows_by_their_first_line() -> None:
-    """Blank lines are no rows, but they are counted."""
+    """Blank lines are not rows, but they count as lines."""
     json_rows = rows_of(Ndjson(columns(User)), b"\n{}\n \n{}\n")
     csv_rows = rows_of(Csv(columns(User)), b'email,full_name\n\na@x,"1\n2"\n\nb@x,\n')
 
@@ -219,7 +222,7 @@ def test_numbers_rows_by_their_first_line() -> None:
 async def test_reads_plain_and_gzip_with_or_without_a_byte_order_mark(
     tmp_path: Path, packed: Any, mark: bytes
 ) -> None:
-    """What the file is packed in is seen from its first bytes, not from its name."""
+    """Compression is detected from the first bytes, not from the name."""
     path = tmp_path / "users"
     path.write_bytes(packed(mark + b'{"email": "a@x"}\n{"email": "b@x"}'))
     source = Source(str(path), Ndjson(columns(User)))
@@ -228,8 +231,8 @@ async def test_reads_plain_and_gzip_with_or_without_a_byte_order_mark(
     assert source.bytes_read == source.bytes_total == path.stat().st_size
 
 
-async def test_says_that_gzip_is_damaged(tmp_path: Path) -> None:
-    """A file that was cut off gives the rows that are whole, then an error."""
+async def test_reports_damaged_gzip(tmp_path: Path) -> None:
+    """A truncated file yields its complete rows, then an error."""
     path = tmp_path / "users.ndjson.gz"
     path.write_bytes(gzip.compress(b'{"email": "a@x"}\n' * 9)[:-9])
 
@@ -237,8 +240,8 @@ async def test_says_that_gzip_is_damaged(tmp_path: Path) -> None:
         await rows_in(path, Ndjson(columns(User)))
 
 
-async def test_a_line_that_is_too_long_is_one_failed_row(tmp_path: Path) -> None:
-    """It is not kept, and the lines behind it are read."""
+async def test_a_line_that_is_too_long_fails_as_one_row(tmp_path: Path) -> None:
+    """The line is not kept, and the lines after it are parsed."""
     path = tmp_path / "users.ndjson"
     path.write_bytes(b'{"email": "a@x"}\n' + b"x" * (3 * MAX_LINE_BYTES) + b'\n{"email": "b@x"}\n')
 
@@ -250,39 +253,39 @@ async def test_a_line_that_is_too_long_is_one_failed_row(tmp_path: Path) -> None
     assert rows[1].failure.reason == "TOO_LARGE"
 
 
-def test_json_rejects_have_the_row_and_why() -> None:
-    """A row keeps its own fields; a line that is none becomes text."""
+def test_json_rejects_have_the_row_and_its_error() -> None:
+    """A row keeps its fields; a line that is not JSON is kept as text."""
     ndjson = Ndjson(columns(User))
     rows = rows_of(ndjson, b'{"email": "a@x", "foo": [1.5], "_error": {"row": 3}}\nno \xff\xc3\xa9\n')
 
-    [taken, unread] = [json.loads(ndjson.rejected(row, ANY_FAILURE)) for row in rows]
+    [parsed, unparsed] = [json.loads(ndjson.reject(row, ANY_FAILURE)) for row in rows]
 
-    why = {"reason": "EMAIL_TAKEN", "field": "email", "message": "email belongs to another user"}
-    assert taken == {"email": "a@x", "foo": [1.5], "_error": {**why, "row": 1}}
-    assert unread == {"_line": "no \\xffé", "_error": {**why, "row": 2}}
+    error = {"reason": "EMAIL_TAKEN", "field": "email", "message": "email belongs to another user"}
+    assert parsed == {"email": "a@x", "foo": [1.5], "_error": {**error, "row": 1}}
+    assert unparsed == {"_line": "no \\xffé", "_error": {**error, "row": 2}}
 
 
-def test_json_that_is_nested_too_deep_to_be_written_is_rejected_as_text() -> None:
-    """What orjson reads it can't always write."""
+def test_deeply_nested_json_is_rejected_as_text() -> None:
+    """The JSON parser accepts deeper nesting than the writer."""
     ndjson = Ndjson(columns(User))
     line = b'{"foo": ' + b"[" * 500 + b"]" * 500 + b"}"
     [row] = rows_of(ndjson, line)
 
-    assert json.loads(ndjson.rejected(row, ANY_FAILURE))["_line"] == line.decode()
+    assert json.loads(ndjson.reject(row, ANY_FAILURE))["_line"] == line.decode()
 
 
 def test_csv_rejects_have_the_cells_as_they_were() -> None:
-    """The error comes first, so that too few or too many cells stay recognisable; bytes are kept."""
+    """The error is the first column, so that rows with missing cells keep their columns."""
     csv_format = Csv(columns(User))
     rows = rows_of(csv_format, b'email,foo\na@x,"1,2"\nb@x\nc@x,1,2\n\xff@x,\n')
 
-    rejected = [csv_format.rejected(row, row.failure or ANY_FAILURE) for row in rows]
+    rejected = [csv_format.reject(row, row.failure or ANY_FAILURE) for row in rows]
 
-    assert csv_format.head() == b"_error,email,foo\n"
+    assert csv_format.rejects_header() == b"_error,email,foo\n"
     assert rejected == [
         b'line 2: EMAIL_TAKEN email: email belongs to another user,a@x,"1,2"\n',
-        b'"line 3: MALFORMED_MESSAGE: 1 cell, but the header has 2",b@x\n',
-        b'"line 4: MALFORMED_MESSAGE: 3 cells, but the header has 2",c@x,1,2\n',
+        b'"line 3: MALFORMED_MESSAGE: the row has 1 cell, but the header has 2",b@x\n',
+        b'"line 4: MALFORMED_MESSAGE: the row has 3 cells, but the header has 2",c@x,1,2\n',
         b"line 5: MALFORMED_MESSAGE: the row is not UTF-8,\xff@x,\n",
     ]
 
@@ -294,85 +297,98 @@ FILES = {
 
 
 @pytest.mark.parametrize("kind", [Ndjson, Csv])
-@pytest.mark.parametrize("is_mended", [True, False])
-async def test_rejects_can_be_loaded_again(tmp_path: Path, kind: type[FileFormat], is_mended: bool) -> None:
-    """Mended, they are rows; as they are, they fail again in the same way, their old `_error` ignored."""
+@pytest.mark.parametrize("is_fixed", [True, False])
+async def test_rejects_can_be_loaded_again(
+    tmp_path: Path, kind: type[Ndjson] | type[Csv], is_fixed: bool
+) -> None:
+    """Once fixed, they load; unchanged, they fail in the same way. Their old `_error` is ignored."""
     path = tmp_path / "rejects"
     file_format = kind(columns(User))
-    ledger = Ledger(path, file_format)
-    for row in rows_of(file_format, FILES[kind]):
-        ledger.note(row)
-    ledger.close()
-    if is_mended:
+    TrackedRows(path, file_format, FILES[kind]).rejects.close()
+    if is_fixed:
         path.write_bytes(path.read_bytes().replace(b"maybe", b"false").replace(b'"false"', b"false"))
     known = columns(User)
 
     rows = await rows_in(path, kind(known))
 
     assert "_error" not in known.ignored
-    assert emails(rows) == (["a@x", "b@x"] if is_mended else ["", ""])
+    assert emails(rows) == (["a@x", "b@x"] if is_fixed else ["", ""])
 
 
-def ledger_of(tmp_path: Path, data: bytes) -> Ledger:
-    """Return a ledger that has noted all rows of a file."""
-    ndjson = Ndjson(columns(User))
-    ledger = Ledger(tmp_path / "rejects.ndjson", ndjson)
-    for row in rows_of(ndjson, data):
-        ledger.note(row)
-    return ledger
+class TrackedRows:
+    """The rows of a file, all sent to the server, with their report and rejects."""
+
+    def __init__(self, path: Path, file_format: FileFormat, data: bytes) -> None:
+        self.rejects = RejectsFile(path, file_format)
+        self.report = LoadReport("users", file_format.unit, BulkOptions(), self.rejects)
+        self.tracker = RowTracker(self.report, self.rejects)
+        for row in rows_of(file_format, data):
+            self.tracker.add(row)
+
+    def rejected_lines(self) -> list[int]:
+        """Close the rejects, and return their line numbers."""
+        self.rejects.close()
+        assert self.rejects.written_to
+        lines = self.rejects.written_to.read_bytes().splitlines()
+        return [json.loads(line)["_error"]["row"] for line in lines]
 
 
-def rejected_lines(ledger: Ledger) -> list[int]:
-    """Return from which lines the rejects are."""
-    ledger.close()
-    lines = Path(ledger.rejects or "").read_bytes().splitlines()
-    return [json.loads(line)["_error"]["row"] for line in lines]
+@pytest.fixture
+def track(tmp_path: Path) -> Callable[[bytes], TrackedRows]:
+    """Return a function that tracks the rows of NDJSON."""
+    return partial(TrackedRows, tmp_path / "rejects.ndjson", Ndjson(columns(User)))
 
 
-def test_rejects_keep_the_order_of_the_file(tmp_path: Path) -> None:
-    """A row that could not be read waits for the answers about the rows before it."""
-    ledger = ledger_of(tmp_path, b"1\n{}\n3\n{}\n{}\n6\n{}\n")
-
-    ledger.settle(BulkAck(offset=0, next_offset=2, created=1, failed=1, failures=[RowFailure(offset=1)]))
-    ledger.settle(BulkAck(offset=2, next_offset=4, skipped=1, failed=1, failures=[RowFailure(offset=3)]))
-
-    assert rejected_lines(ledger) == [1, 3, 4, 6, 7]
-    assert (ledger.rows, ledger.failed) == (7, 5)
+Track = Callable[[bytes], TrackedRows]
 
 
-def test_all_rows_of_a_batch_that_failed_are_rejected(tmp_path: Path) -> None:
-    """An ack names the culprits only; the others have no id, also where it has rows of another batch."""
-    ledger = ledger_of(tmp_path, b"{}\n{}\n{}\n{}\n{}\n")
+def test_rejects_keep_the_order_of_the_file(track: Track) -> None:
+    """A row that could not be parsed waits for the acks of the rows before it."""
+    rows = track(b"1\n{}\n3\n{}\n{}\n6\n{}\n")
 
-    culprit = RowFailure(offset=1, reason="R")
-    ledger.settle(BulkAck(offset=0, created=1, failed=3, failures=[culprit], ids=[0, 0, 0, 7]))
-    ledger.settle(BulkAck(offset=4, created=1, ids=[8]))
+    failure, another = RowFailure(offset=1), RowFailure(offset=3)
+    rows.tracker.settle(BulkAck(offset=0, next_offset=2, created=1, failed=1, failures=[failure]))
+    rows.tracker.settle(BulkAck(offset=2, next_offset=4, skipped=1, failed=1, failures=[another]))
 
-    assert rejected_lines(ledger) == [1, 2, 3]
-    assert ledger.reasons == {"BATCH_FAILED": 2, "R": 1}
+    assert rows.rejected_lines() == [1, 3, 4, 6, 7]
+    assert (rows.report.rows, rows.report.failed) == (7, 5)
 
 
-def test_what_waits_to_be_rejected_is_bounded(tmp_path: Path) -> None:
-    """Many rows that can't be read, behind one that is not answered, are rejected before it."""
+def test_all_rows_of_a_failed_batch_are_rejected(track: Track) -> None:
+    """An ack lists only the rows that failed the batch; the others have no id, even in a merged ack."""
+    rows = track(b"{}\n{}\n{}\n{}\n{}\n")
+
+    cause = RowFailure(offset=1, reason="R")
+    rows.tracker.settle(BulkAck(offset=0, created=1, failed=3, failures=[cause], ids=[0, 0, 0, 7]))
+    rows.tracker.settle(BulkAck(offset=4, created=1, ids=[8]))
+
+    assert rows.rejected_lines() == [1, 2, 3]
+    assert rows.report.as_dict()["reasons"] == {"BATCH_FAILED": 2, "R": 1}
+
+
+def test_bounds_the_rows_held_for_the_rejects(track: Track) -> None:
+    """Many unparsed rows after one without an ack are rejected before it."""
     bad = b"x" * (1 << 20) + b"\n"
-    ledger = ledger_of(tmp_path, b"{}\n" + bad * (MAX_HELD_BYTES // len(bad) + 1))
+    rows = track(b"{}\n" + bad * (MAX_HELD_BYTES // len(bad) + 1))
 
-    ledger.settle(BulkAck(offset=0, next_offset=1, failed=1, failures=[RowFailure(offset=0)]))
+    rows.tracker.settle(BulkAck(offset=0, next_offset=1, failed=1, failures=[RowFailure(offset=0)]))
 
-    assert rejected_lines(ledger) == [*range(2, 10), 1]
+    assert rows.rejected_lines() == [*range(2, 10), 1]
 
 
-def test_makes_no_file_without_rejects(tmp_path: Path) -> None:
-    """A file of an earlier load is left alone; the first reject replaces it."""
+def test_creates_the_rejects_with_the_first_failure(track: Track, tmp_path: Path) -> None:
+    """A file with other content is never replaced."""
     path = tmp_path / "rejects.ndjson"
     path.write_text("earlier\n")
-    ledger = ledger_of(tmp_path, b"{}\n")
+    rows = track(b"{}\n")
 
-    assert (ledger.rejects, path.read_text()) == (None, "earlier\n")
+    assert (rows.rejects.written_to, list(tmp_path.iterdir())) == (None, [path])
 
-    ledger.settle(BulkAck(offset=0, next_offset=1, failed=1, failures=[RowFailure(offset=0)]))
+    rows.tracker.settle(BulkAck(offset=0, next_offset=1, failed=1, failures=[RowFailure(offset=0)]))
 
-    assert rejected_lines(ledger) == [1]
+    assert rows.rejected_lines() == [1]
+    assert rows.rejects.written_to == tmp_path / "rejects.2.ndjson"
+    assert path.read_text() == "earlier\n"
 
 
 MOMENT = Timestamp(seconds=1_706_693_400, nanos=250_000)
@@ -392,8 +408,10 @@ TIMES = [
 
 @pytest.mark.parametrize(("text", "expected"), TIMES)
 @pytest.mark.parametrize("kind", [Ndjson, Csv])
-def test_times_are_read_as_rfc_3339(kind: type[FileFormat], text: Any, expected: Timestamp | None) -> None:
-    """To the microsecond; a time without a zone could be any, and fails its row. The server checks years."""
+def test_times_are_read_as_rfc_3339(
+    kind: type[Ndjson] | type[Csv], text: Any, expected: Timestamp | None
+) -> None:
+    """Times have microseconds; one without a time zone fails its row. The server checks the range."""
     line = json_line({"created_at": text}) if kind is Ndjson else f"created_at\n{text}\n".encode()
     [row] = rows_of(kind(columns(User, "restore")), line)
 
@@ -404,8 +422,8 @@ def test_times_are_read_as_rfc_3339(kind: type[FileFormat], text: Any, expected:
         assert row.message == User(created_at=expected)
 
 
-def test_reads_what_an_operation_needs() -> None:
-    """An update reads ids, versions and what the mask names; to restore, identity and times are read too."""
+def test_reads_the_columns_of_each_operation() -> None:
+    """Updates read ids, versions and the columns of the mask; restoring reads identity and times too."""
     assert USERS.columns("update", ["full_name", "nonsense"]) == ("id", "version", "full_name")
     assert USERS.columns("update", ["*"]) == ("id", "version", *USERS.loaded)
     assert POSTS.columns("restore", []) == ("id", "created_at", "updated_at", "version", *POSTS.loaded)
@@ -428,8 +446,8 @@ restored = st.builds(
 
 @settings(max_examples=200, derandomize=True, deadline=None)
 @given(st.lists(restored, min_size=1, max_size=5))
-def test_what_is_written_reads_the_same(rows: list[User]) -> None:
-    """Null, empty, quotes, line ends and times survive NDJSON and CSV."""
+def test_reads_back_what_it_writes(rows: list[User]) -> None:
+    """Null, empty strings, quotes, line ends and times survive NDJSON and CSV."""
     values = [values_of(row, USERS.exported) for row in rows]
     ndjson = b"".join(map(json_line, values))
     csv = csv_line(USERS.exported) + b"".join(csv_line(row.values()) for row in values)
@@ -448,7 +466,7 @@ def parquet_of(**table: list[Any]) -> io.BytesIO:
 
 
 def test_parquet_becomes_messages() -> None:
-    """Null is unset; a value of another type fails its row, whose reject is JSON."""
+    """Null is unset; a value of the wrong type fails its row, and the reject is JSON."""
     noon = datetime(2024, 1, 31, 12, tzinfo=UTC)
     names = ["", None]
     file = parquet_of(email=["a@x", "b@x"], full_name=names, created_at=[noon, noon], id=[7.5, None])
@@ -459,7 +477,7 @@ def test_parquet_becomes_messages() -> None:
     assert good.message == User(email="b@x", created_at=Timestamp(seconds=int(noon.timestamp())))
     assert bad.failure is not None
     assert bad.failure.field == "id"
-    assert json.loads(parquet.rejected(bad, bad.failure)) == {
+    assert json.loads(parquet.reject(bad, bad.failure)) == {
         "email": "a@x",
         "full_name": "",
         "created_at": "2024-01-31T12:00:00.000000Z",
@@ -473,15 +491,15 @@ def test_parquet_becomes_messages() -> None:
     }
 
 
-def test_says_that_a_file_is_no_parquet() -> None:
-    """One sentence, as for a header that says nothing."""
+def test_reports_a_file_that_is_not_parquet() -> None:
+    """The whole file is refused with one message."""
     pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
-    with pytest.raises(SourceError, match="no Parquet that can be read"):
+    with pytest.raises(SourceError, match="can't be read as Parquet"):
         rows_of(Parquet(columns(User)), b"email\n")
 
 
-def test_says_how_to_get_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is an extra."""
+def test_reports_how_to_install_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is an optional dependency."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UsageError, match="pip install pyarrow"):
         Parquet(columns(User))

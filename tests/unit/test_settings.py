@@ -150,9 +150,9 @@ def test_a_url_gets_the_driver_that_we_use(url: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("url", "sentence"),
     [
-        ("ada:secret@db/roster", "is no URL"),
-        ("postgresql://ada:secret/roster", "is no URL"),
-        ("postgresql://ada:secret@db:port/roster", "is no URL"),
+        ("ada:secret@db/roster", "is not a URL"),
+        ("postgresql://ada:secret/roster", "is not a URL"),
+        ("postgresql://ada:secret@db:port/roster", "is not a URL"),
         ("mysql://ada:secret@db/roster", "has the scheme mysql; postgresql and sqlite are supported"),
         ("postgresql+psycopg://ada:secret@db/roster", "has the scheme postgresql+psycopg"),
         ("sqlite://", "names no file"),
@@ -265,6 +265,20 @@ def test_everything_wrong_is_told_at_once() -> None:
         "pool_size",
         "pool_timeout",
     ]
+
+
+def test_reports_no_contradiction_with_a_wrong_value() -> None:
+    """Whether it would be one can't be known."""
+    wrong = refused(tls_cert_file="", tls_key_file="key.pem", drain_pause="soon", grace=1, workers=0)
+
+    assert [problem["loc"][0] for problem in wrong.errors()] == ["tls_cert_file", "drain_pause", "workers"]
+
+
+def test_default_of_reflection_follows_the_address_that_is_set(environment: pytest.MonkeyPatch) -> None:
+    """Whichever source has it."""
+    environment.setenv("ROSTER_INSECURE", "true")
+    environment.setenv("ROSTER_LISTEN", "0.0.0.0:1")
+    assert Settings().reflection is False
 
 
 def test_a_command_names_the_variables_that_are_wrong(environment: pytest.MonkeyPatch) -> None:

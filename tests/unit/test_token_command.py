@@ -17,7 +17,7 @@ NAMED = ("--issuer", ISSUER, "--audience", AUDIENCE)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with keys."""
+    """A directory with keys."""
     assert token("keys", str(tmp_path)).exit_code == 0
     return tmp_path
 
@@ -26,30 +26,30 @@ def token(*words: str) -> Result:
     return CliRunner().invoke(main, ["token", *words])
 
 
-def written(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """The files of a folder, with their modes."""
+def read_files(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Return the files of a directory, with their modes."""
     return {path.name: (stat.S_IMODE(path.stat().st_mode), path.read_bytes()) for path in folder.iterdir()}
 
 
-def test_keys_are_for_their_owner_and_are_not_overwritten(folder: Path) -> None:
-    """Whoever has the private one is whoever they like."""
-    before = written(folder)
+def test_creates_private_keys_and_never_overwrites_them(folder: Path) -> None:
+    """The private key can impersonate anyone, so only its owner can read it."""
+    before = read_files(folder)
     again = token("keys", str(folder))
 
     assert {name: mode for name, (mode, _) in before.items()} == {"private.pem": 0o600, "jwks.json": 0o644}
-    assert (again.exit_code, written(folder)) == (2, before)
-    assert "private.pem is there already" in again.output
+    assert (again.exit_code, read_files(folder)) == (2, before)
+    assert "private.pem already exists" in again.output
 
 
-def test_the_keys_that_a_server_gets_are_no_secret(folder: Path) -> None:
-    """They verify, and can't sign."""
+def test_the_keys_of_a_server_are_public(folder: Path) -> None:
+    """They can verify tokens, but not sign them."""
     [key] = jwt.PyJWKSet.from_json((folder / "jwks.json").read_text()).keys
 
     assert not hasattr(key.key, "sign")
 
 
-def test_a_token_says_whose_it_is_and_until_when(folder: Path) -> None:
-    """Issuer and audience are those of the server's settings."""
+def test_a_token_has_its_subject_and_expiry(folder: Path) -> None:
+    """Issuer and audience match the server's settings."""
     private = str(folder / "private.pem")
     made = token("issue", "ada", "--key", private, "--minutes", "5", *NAMED).output.strip()
 
@@ -61,8 +61,8 @@ def test_a_token_says_whose_it_is_and_until_when(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["jwks.json", "missing.pem", "public.pem"])
-def test_a_token_needs_the_private_key(name: str, folder: Path) -> None:
-    """Anything else is refused in one line."""
+def test_a_token_requires_the_private_key(name: str, folder: Path) -> None:
+    """Other files are refused in one line."""
     [key] = jwt.PyJWKSet.from_json((folder / "jwks.json").read_text()).keys
     public = key.key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     (folder / "public.pem").write_bytes(public)

@@ -5,6 +5,7 @@ statement that met a key twice would fail (INSERT) or silently apply only one of
 The functions here are pure: the writer looks up stored rows before.
 """
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -193,6 +194,7 @@ async def plan_updates(
 
     `versions` has the stored version of each id that exists.
     """
+    await asyncio.sleep(0)  # reading 5,000 rows has just taken its time
     updates: dict[int, list[int]] = {}
     current = dict(versions)
     ids, expected = batch.columns["id"], batch.columns["version"]

@@ -105,6 +105,7 @@ class BulkWriter:
         updates = await plan_updates(batch, versions, self.table.not_found, unique)
         if options.is_atomic and batch.failures:
             return Outcome.of_failed_batch(batch)
+        await asyncio.sleep(0)  # planning 5,000 rows has just taken its time
         if not options.validate_only:
             await self._set_aside(unique, list(updates))
             await self._write_updates(batch, updates, options.update_fields)
@@ -208,7 +209,7 @@ class BulkWriter:
         """Update stored rows in id order, each to the last row that updates it."""
         if not updates:
             return
-        await asyncio.sleep(0)  # planning 5,000 rows has just taken its time
+        await asyncio.sleep(0)
         ids = sorted(updates)
         last = [updates[id][-1] for id in ids]
         columns = {field: batch.take(field, last) for field in fields}

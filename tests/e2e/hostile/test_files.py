@@ -249,8 +249,8 @@ async def test_a_token_from_elsewhere_goes_to_no_server_that_only_a_folder_names
     overridden = await handed.loads(ROSTER_ADDRESS=address, ROSTER_TLS_CA_FILE=ca, ROSTER_TOKEN=token)
 
     assert [ended.status for ended in refused] == [2] * 5
-    assert all("in the .env of this folder" in ended.err and token not in ended.err for ended in refused)
-    assert "add --address and --tls-ca" in refused[0].err
+    assert all("in the .env of this directory" in ended.err and token not in ended.err for ended in refused)
+    assert "pass --address and --tls-ca" in refused[0].err
     assert (wanted.status, wanted.err, overridden.status) == (0, "", 0)
 
 

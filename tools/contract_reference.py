@@ -1,6 +1,6 @@
 """The contract as a page: what its files say, with their comments.
 
-`python -m tests.contract_reference docs/reference.md` writes it anew.
+`python -m tools.contract_reference docs/reference.md` writes it anew.
 """
 
 import argparse
@@ -18,13 +18,13 @@ from google.protobuf.descriptor_pb2 import (
     MethodDescriptorProto,
 )
 
-from tests.contract_image import PROTOS, write_image
+from tools.contract_image import PROTOS, write_image
 
 PAGE = Path(__file__).parents[1] / "docs/reference.md"
 PACKAGE = ".roster.v1."
 HEAD = (
     "# Reference\n\nGenerated from the [protos](../protos/roster/v1) by `make reference`. "
-    "How to call it: [the API](api.md).\n"
+    "[The API](api.md) describes how to explore and call it.\n"
 )
 # The numbers of the fields of descriptors, by which comments are found.
 MESSAGES, SERVICES, SYNTAX = 4, 6, 12
@@ -57,7 +57,7 @@ class Reference:
         yield from self._text(MESSAGES, number)
         for position, oneof in enumerate(message.oneof_decl):
             if told := self._sentence(MESSAGES, number, ONEOFS, position):  # protobuf's own have none
-                yield f"\nOf `{oneof.name}` one is set: {told}"
+                yield f"\nExactly one field of `{oneof.name}` is set: {told}"
         yield "\n| | field | type | |\n|---|---|---|---|"
         for position, field in enumerate(message.field):
             told = self._sentence(MESSAGES, number, FIELDS, position)

@@ -1,7 +1,7 @@
 """The contract as one descriptor image, the form in which buf reads it.
 
 buf by itself can't find google/rpc; protoc finds it in the wheel of googleapis-common-protos.
-`python -m tests.contract_image protos/released.binpb` keeps the contract as the released one.
+`python -m tools.contract_image protos/released.binpb` keeps the contract as the released one.
 """
 
 import argparse

@@ -1,0 +1,121 @@
+"""The report of a load: its counts and reasons, for people and for programs."""
+
+import time
+from collections import Counter
+from typing import Any
+
+from roster.v1 import bulk_pb2 as pb
+from service.cli.rejects import RejectsFile
+from service.cli.rows import Row
+from service.cli.terminal import pluralize
+
+TOP_REASONS = 5
+
+
+class LoadReport:
+    """What has become of the rows of a load so far."""
+
+    def __init__(self, name: str, unit: str, options: pb.BulkOptions, rejects: RejectsFile) -> None:
+        self.rows = 0
+        self.failed = 0
+        self.skipped_rows = 0  # settled by an earlier run, and not sent again
+        self.was_finished = False  # by an earlier run
+        self.summary = pb.BulkSummary()
+        self._name = name
+        self._unit = unit
+        self._options = options
+        self._rejects = rejects
+        self._unparsed = 0  # of those that failed; they were not sent
+        self._reasons: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}  # the first failure of each reason
+        self._started = time.monotonic()
+
+    def add_unparsed(self) -> None:
+        """Count a row that could not be parsed."""
+        self.rows += 1
+        self.failed += 1
+        self._unparsed += 1
+
+    def add_ack(self, ack: pb.BulkAck) -> int:
+        """Count the rows of an ack, and return how many there are."""
+        rows = ack.created + ack.updated + ack.skipped + ack.failed
+        self.rows += rows
+        self.failed += ack.failed
+        return rows
+
+    def add_failure(self, row: Row, failure: pb.RowFailure) -> None:
+        """Count the reason of a failed row."""
+        reason = f"{failure.reason} {failure.field}".rstrip()
+        self._reasons[reason] += 1
+        self._examples.setdefault(reason, f"{self._unit} {row.number:,}: {failure.message}")
+
+    @property
+    def seconds(self) -> float:
+        return max(time.monotonic() - self._started, 0.001)
+
+    @property
+    def rows_per_second(self) -> float:
+        return (self.rows - self.skipped_rows) / self.seconds
+
+    def progress(self) -> str:
+        """Return the text of the progress bar."""
+        return f"{self.rows:,} rows, {self.rows_per_second:,.0f} rows/s, {self.failed:,} failed"
+
+    def unfinished(self, *, can_resume: bool) -> str:
+        """Return how far a load came that has not finished."""
+        outcome = "validated" if self._options.validate_only else "committed"
+        text = f"{pluralize(self.rows - self.failed, 'row')} {outcome}, {self.failed:,} failed"
+        if self._rejects.written_to:
+            text += f" (see {self._rejects.written_to})"
+        if can_resume and self._options.load_id:
+            text += "; run the same command to resume"
+        return text
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the summary for programs."""
+        return {
+            "file": self._name,
+            "load_id": self._options.load_id or None,
+            "was_finished": self.was_finished,
+            "rows": self.rows,
+            "created": self.summary.created,
+            "updated": self.summary.updated,
+            "skipped": self.summary.skipped,
+            "failed": self.failed,
+            "seconds": round(self.seconds, 3),
+            "reasons": self._reasons,
+            "rejects": str(self._rejects.written_to) if self._rejects.written_to else None,
+        }
+
+    def lines(self) -> list[str]:
+        """Return the summary for people."""
+        lines = [f"{self._name}: {self._timing()}: {self._counts()}"]
+        for reason, count in self._reasons.most_common(TOP_REASONS):
+            lines.append(f"  {count:,} x {reason}, first at {self._examples[reason]}")
+        if self._unparsed:
+            rows = pluralize(self._unparsed, "row")
+            lines.append(f"  {rows} could not be parsed; `roster loads` counts only rows that were sent")
+        if self._options.validate_only:
+            lines.append("  validated only: nothing was written")
+        written_to = self._rejects.written_to
+        if written_to == self._rejects.path:
+            lines.append(f"  the failed rows are in {written_to}")
+        elif written_to:
+            kept = self._rejects.path
+            lines.append(f"  the failed rows are in {written_to}; {kept} has other content and was kept")
+        return lines
+
+    def _timing(self) -> str:
+        if self.was_finished:
+            return "already finished, nothing was sent (use another --load-id to load it again)"
+        rows = pluralize(self.rows, "row")
+        if self.skipped_rows:
+            rows += f", {self.rows - self.skipped_rows:,} of them in this run,"
+        return f"{rows} in {self.seconds:.1f} s ({self.rows_per_second:,.0f} rows/s)"
+
+    def _counts(self) -> str:
+        summary = self.summary
+        return (
+            f"{summary.created:,} created, {summary.updated:,} updated, {summary.skipped:,} skipped, "
+            f"{self.failed:,} failed"
+        )

@@ -1,0 +1,50 @@
+"""The services of the contract, listed once: for the server, health, reflection, rights and the audit log."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+
+from roster.v1 import bulk_pb2, bulk_pb2_grpc, posts_pb2, posts_pb2_grpc, users_pb2, users_pb2_grpc
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One service: its descriptor, its servicers' base class, and the function that adds one to a server."""
+
+    descriptor: ServiceDescriptor
+    base: type[Any]
+    add: Callable[[Any, grpc.aio.Server], None]
+
+    @classmethod
+    def of(cls, messages: ModuleType, stubs: ModuleType) -> "Service":
+        """Return the one service of a file of the contract, given its two generated modules."""
+        [descriptor] = messages.DESCRIPTOR.services_by_name.values()
+        servicer = f"{descriptor.name}Servicer"
+        return cls(descriptor, getattr(stubs, servicer), getattr(stubs, f"add_{servicer}_to_server"))
+
+
+SERVICES = (
+    Service.of(users_pb2, users_pb2_grpc),
+    Service.of(posts_pb2, posts_pb2_grpc),
+    Service.of(bulk_pb2, bulk_pb2_grpc),
+)
+SERVICE_NAMES = tuple(service.descriptor.full_name for service in SERVICES)
+
+
+def add_servicer(servicer: object, server: grpc.aio.Server) -> None:
+    """Add a servicer to a server; its base class says which service it is."""
+    [service] = [service for service in SERVICES if isinstance(servicer, service.base)]
+    service.add(servicer, server)
+
+
+def path(method: MethodDescriptor) -> str:
+    """Return the name of an RPC on the wire, such as `/roster.v1.UserService/GetUser`."""
+    return f"/{method.containing_service.full_name}/{method.name}"
+
+
+# Every RPC, by its name on the wire.
+RPCS = {path(method): method for service in SERVICES for method in service.descriptor.methods}

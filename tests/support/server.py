@@ -1,0 +1,31 @@
+"""A Roster server inside the test's process."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any
+
+from service.server import Server, utc_now
+from service.settings import Settings
+
+FREE_PORT = "127.0.0.1:0"
+
+
+@asynccontextmanager
+async def serve(
+    database_url: str, *, clock: Callable[[], datetime] = utc_now, **settings: Any
+) -> AsyncIterator[Server]:
+    """Serve the database on a free port until the block ends, without a grace period.
+
+    The settings are those of `Settings`. Raises OSError if an address is not available.
+    """
+    server = Server(Settings(database_url=database_url, **{"listen": FREE_PORT, **settings}), clock)
+    try:
+        await server.start()
+    except OSError:
+        await server.database.close()
+        raise
+    try:
+        yield server
+    finally:
+        await server.stop(grace=0)
