@@ -1,4 +1,4 @@
-"""Bulk streams when the database or the client goes away in the middle of a batch."""
+"""Bulk streams when the database or the client disappears during a batch."""
 
 import asyncio
 import socket
@@ -28,11 +28,11 @@ from service.users.model import User as UserRow
 from tests.postgres import PostgresServer
 from tests.rival import Rival, rival, until
 
-# What a backend says before it dies.
+# The last message of a backend that is terminated.
 REASON = b"SFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0"
-LAST_WORD = b"E" + (4 + len(REASON)).to_bytes(4, "big") + REASON
+LAST_MESSAGE = b"E" + (4 + len(REASON)).to_bytes(4, "big") + REASON
 
-# A client in a process of its own: one message acknowledged, another under way.
+# A client in a process of its own: one message acknowledged, another in progress.
 CLIENT = """
 import asyncio, sys, grpc
 from roster.v1.resources_pb2 import User
@@ -68,7 +68,7 @@ async def users(server: Server) -> AsyncIterator[UserServiceStub]:
 
 @pytest.fixture
 async def other(postgresql_url: str) -> AsyncIterator[Rival]:
-    """A session that holds up every batch with Bob in it."""
+    """A session that blocks every batch with Bob in it."""
     async with rival(postgresql_url) as other:
         await other.execute("INSERT INTO users (email) VALUES ('bob@example.org')")
         yield other
@@ -112,10 +112,10 @@ async def holds_no_connection(server: Server) -> bool:
     return bool(server.database._engines.bulk.pool.checkedout() == 0)  # type: ignore[attr-defined]
 
 
-async def test_a_batch_whose_connection_breaks_lands_once(
+async def test_broken_connection_commits_batch_once(
     server: Server, users: UserServiceStub, other: Rival
 ) -> None:
-    """The client sees one ack, as if nothing had happened."""
+    """The client gets one ack, as without the failure."""
     call = users.BulkCreateUsers()
     await call.write(batch("ada", "bob", "cyd"))
     await answer(call)
@@ -129,10 +129,10 @@ async def test_a_batch_whose_connection_breaks_lands_once(
     await until(lambda: holds_no_connection(server))
 
 
-async def test_a_connection_that_breaks_under_a_large_copy_is_no_different(
+async def test_connection_broken_during_large_copy(
     server: Server, users: UserServiceStub, other: Rival
 ) -> None:
-    """Also where PostgreSQL has taken only a part of the rows yet."""
+    """PostgreSQL has received only some of the rows."""
     names = ["bob", *(f"user{number}" for number in range(3800))]
     async with server.database.bulk() as session:
         driver: Any = (await (await session.connection()).get_raw_connection()).driver_connection
@@ -152,10 +152,10 @@ async def test_a_connection_that_breaks_under_a_large_copy_is_no_different(
     assert (ack.created, ack.next_offset) == (len(names), len(names))
 
 
-async def test_a_connection_that_breaks_while_rows_are_looked_up_is_no_different(
+async def test_connection_broken_during_look_up(
     server: Server, users: UserServiceStub, postgresql_url: str
 ) -> None:
-    """Also where the batch waits for a row that it is going to update."""
+    """The batch waits for the lock of a row that it will update."""
     await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org")))
     options = BulkOptions(on_conflict=BulkOptions.UPDATE, update_mask=FieldMask(paths=["full_name"]))
     async with rival(postgresql_url) as other:
@@ -171,10 +171,10 @@ async def test_a_connection_that_breaks_while_rows_are_looked_up_is_no_different
     assert (ack.created, ack.updated, ack.next_offset) == (1, 1, 2)
 
 
-async def test_a_connection_that_breaks_before_rows_are_copied_is_no_different(
+async def test_connection_broken_before_copy(
     server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where that is found out before a word of the rows was sent."""
+    """The failure is noticed before any row is sent."""
     copy = postgresql.insert_rows
 
     async def cut_off(session: AsyncSession, *rows: Any) -> None:
@@ -199,17 +199,17 @@ async def _is_closed(driver: Any) -> bool:
     return bool(driver.is_closed())
 
 
-async def test_a_connection_that_is_about_to_break_is_no_different(
+async def test_connection_terminated_but_not_closed_yet(
     server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PostgreSQL's last word has come, the end of the connection has not."""
+    """PostgreSQL's last message has arrived, the end of the connection has not."""
 
-    def told(driver: Any, where: str | None) -> str:
+    def terminated(driver: Any, where: str | None) -> str:
         monkeypatch.undo()
-        driver._protocol.data_received(LAST_WORD)
+        driver._protocol.data_received(LAST_MESSAGE)
         return str(driver._format_copy_where(where))
 
-    monkeypatch.setattr(asyncpg.Connection, "_format_copy_where", told)  # what it does just before COPY
+    monkeypatch.setattr(asyncpg.Connection, "_format_copy_where", terminated)  # called just before COPY
     call = users.BulkCreateUsers()
     await call.write(batch("ada", "bob"))
     await answer(call)
@@ -220,8 +220,8 @@ async def test_a_connection_that_is_about_to_break_is_no_different(
     await until(lambda: holds_no_connection(server))
 
 
-async def test_a_stream_survives_its_database(caplog: pytest.LogCaptureFixture) -> None:
-    """After three tries the ack says try again; when the database is back the same stream goes on."""
+async def test_stream_survives_restart_of_database(caplog: pytest.LogCaptureFixture) -> None:
+    """After three attempts the ack has an error. Once the database is back, the stream continues."""
     async with database_of_its_own() as (postgres, url), serving(url) as server:
         async with grpc.aio.insecure_channel(server.address) as channel:
             call = UserServiceStub(channel).BulkCreateUsers()
@@ -246,10 +246,10 @@ async def test_a_stream_survives_its_database(caplog: pytest.LogCaptureFixture) 
             assert await other.connection.fetchval("SELECT count(*) FROM users") == 3
 
 
-async def test_a_cancelled_load_leaves_what_was_acknowledged(
+async def test_cancelled_load_keeps_acknowledged_rows(
     server: Server, users: UserServiceStub, other: Rival
 ) -> None:
-    """And nothing of the batch in hand; its connection is free at once, for the next load."""
+    """Nothing of the pending batch is kept. Its connection is free at once."""
     call = users.BulkCreateUsers()
     await call.write(batch("ada"))
     _, acknowledged = await answer(call), await answer(call)
@@ -262,10 +262,10 @@ async def test_a_cancelled_load_leaves_what_was_acknowledged(
     await only_ada_is_left(server, users, other)
 
 
-async def test_a_killed_client_leaves_what_was_acknowledged(
+async def test_killed_client_keeps_acknowledged_rows(
     server: Server, users: UserServiceStub, other: Rival
 ) -> None:
-    """Its end looks to the server like that of any stream."""
+    """To the server it looks like the end of any stream."""
     client = await asyncio.create_subprocess_exec(sys.executable, "-c", CLIENT, server.address)
     await other.waiting()
 
@@ -276,7 +276,7 @@ async def test_a_killed_client_leaves_what_was_acknowledged(
 
 
 async def only_ada_is_left(server: Server, users: UserServiceStub, other: Rival) -> None:
-    # Free while the other session still holds up the batch: it was given up, not finished.
+    # Free while the other session still blocks the batch: it was cancelled, not completed.
     await until(lambda: holds_no_connection(server))
     await other.rollback()
     assert await emails(server) == ["ada@example.org"]

@@ -20,15 +20,15 @@ def mortal_postgres() -> Iterator[PostgresServer]:
 
 
 @pytest.mark.parametrize("history", kept("crash"))
-async def test_a_history_that_failed_once_goes_well(
+async def test_history_that_once_failed_passes(
     mortal_postgres: PostgresServer, tmp_path: Path, history: dict[str, Any]
 ) -> None:
-    """Each one that the tests have ever found is kept."""
+    """Every history that has failed is kept."""
     await replay(history, mortal_postgres, tmp_path)
 
 
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
-async def test_a_load_comes_through_all_faults(
+async def test_load_survives_all_faults(
     mortal_postgres: PostgresServer, tmp_path: Path, database: str
 ) -> None:
     """One after the other, in a random order; `make test-crash` goes on with other orders."""

@@ -1,4 +1,4 @@
-"""Whatever is sent where and when, each stream of a load is told what the model says."""
+"""Random histories of a load: each stream gets the answers of the model."""
 
 import asyncio
 import os
@@ -55,7 +55,7 @@ async def channel(database_url: str) -> AsyncIterator[grpc.aio.Channel]:
 
 @pytest.fixture
 def accidents(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What happens to the next commits of batches."""
+    """The faults of the next commits of batches."""
     planned: list[str] = []
     commit, record = engine._commit, LoadRepository.record
 
@@ -222,10 +222,10 @@ async def play(channel: grpc.aio.Channel, accidents: list[str], history: dict[st
 
 
 @pytest.mark.parametrize("history", kept("offsets"))
-async def test_a_history_that_failed_once_goes_well(
+async def test_history_that_once_failed_passes(
     channel: grpc.aio.Channel, accidents: list[str], history: dict[str, Any]
 ) -> None:
-    """Each one that the test below has ever found is kept."""
+    """Every history that has failed the test below is kept."""
     await play(channel, accidents, history)
 
 
@@ -237,8 +237,8 @@ async def test_a_history_that_failed_once_goes_well(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(history=HISTORIES)
-async def test_every_stream_is_told_what_the_model_says(
+async def test_streams_get_the_answers_of_the_model(
     channel: grpc.aio.Channel, accidents: list[str], history: dict[str, Any]
 ) -> None:
-    """And in the end each row has its outcome, and each user is there once."""
+    """In the end each row has its outcome, and each user exists once."""
     await play(channel, accidents, history)

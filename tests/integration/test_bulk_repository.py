@@ -1,4 +1,4 @@
-"""What a bulk load leaves on either database is what the model says, row by row."""
+"""Bulk loads on both databases, against the model."""
 
 from contextlib import aclosing
 from typing import Any, cast
@@ -26,7 +26,7 @@ FAILURE_CHARACTERS = 200
 
 
 async def refill(database: Database) -> None:
-    """Put back what the model begins with."""
+    """Restore the rows that the model starts with."""
     async with database.begin() as session:
         await session.execute(delete(User))
         await session.execute(delete(ItemRow))
@@ -35,7 +35,7 @@ async def refill(database: Database) -> None:
 
 
 async def contents(database: Database) -> Tables:
-    """Return what is stored, in the columns that the model has."""
+    """Return the stored rows, with the columns that the model has."""
     found: Tables = {}
     async with database.read() as session:
         for name, rows in stored().items():
@@ -72,8 +72,8 @@ def new_ids(acks: list[BulkAck], expected: list[BulkAck]) -> dict[int, int]:
     return names
 
 
-def told_by_model(acks: list[BulkAck], names: dict[int, int]) -> list[BulkAck]:
-    """Return acks with the model's ids, without sentences."""
+def as_model(acks: list[BulkAck], names: dict[int, int]) -> list[BulkAck]:
+    """Return acks with the ids of the model and without messages of failures."""
     for ack in acks:
         ack.ids[:] = [names.get(id, id) for id in ack.ids]
         for failure in ack.failures:
@@ -91,10 +91,10 @@ def told_by_model(acks: list[BulkAck], names: dict[int, int]) -> list[BulkAck]:
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # each example refills the database
 )
 @given(data=st.data())
-async def test_a_load_does_what_its_rows_do_one_after_the_other(
+async def test_load_has_the_result_of_rows_in_file_order(
     database: Database, kind: str, data: st.DataObject
 ) -> None:
-    """Acks and tables after a random load, cut anyhow, are those of the model."""
+    """The acks and tables after a random load are those of the model, however it is cut into messages."""
     load = data.draw(LOADS[kind])
     await create_table(database)
     await refill(database)
@@ -106,5 +106,5 @@ async def test_a_load_does_what_its_rows_do_one_after_the_other(
     found = await contents(database)
     rows = found[load.operation.rows_field]
     found[load.operation.rows_field] = {names.get(id, id): values for id, values in rows.items()}
-    assert told_by_model(acks, names) == expected
+    assert as_model(acks, names) == expected
     assert found == tables

@@ -1,4 +1,4 @@
-"""Batches that meet other writers, and a COPY that belongs to its transaction."""
+"""Conflicts of batches with other writers, and COPY within a transaction."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -43,7 +43,7 @@ async def served(postgresql_url: str) -> AsyncIterator[Database]:
 
 @pytest.fixture
 async def other(postgresql_url: str) -> AsyncIterator[Rival]:
-    """A session that gets in the way."""
+    """A concurrent session."""
     async with rival(postgresql_url) as other:
         yield other
 
@@ -68,9 +68,9 @@ def reasons(ack: BulkAck) -> list[tuple[int, str, int]]:
     return [(failure.offset, failure.reason, failure.existing_id) for failure in ack.failures]
 
 
-async def test_copied_rows_go_with_their_transaction(served: Database) -> None:
-    """COPY is the driver's, past SQLAlchemy; what it wrote is rolled back all the same."""
-    with pytest.raises(ZeroDivisionError):  # noqa: PT012  (what is raised inside is the point)
+async def test_rollback_removes_copied_rows(served: Database) -> None:
+    """COPY bypasses SQLAlchemy, but runs in its transaction."""
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012  (the error is raised inside)
         async with served.bulk() as session:
             await session.execute(select(1))
             await postgresql.insert_rows(session, UserRow, COLUMNS, None)
@@ -79,8 +79,8 @@ async def test_copied_rows_go_with_their_transaction(served: Database) -> None:
     assert await emails(served) == []
 
 
-async def test_a_copy_that_would_commit_by_itself_is_refused(served: Database) -> None:
-    """Before its first statement the session has sent no BEGIN."""
+async def test_refuses_copy_outside_a_transaction(served: Database) -> None:
+    """A session sends BEGIN with its first statement only."""
     with pytest.raises(RuntimeError, match="would commit by itself"):
         async with served.bulk() as session:
             await postgresql.insert_rows(session, UserRow, COLUMNS, None)
@@ -88,8 +88,8 @@ async def test_a_copy_that_would_commit_by_itself_is_refused(served: Database) -
     assert await emails(served) == []
 
 
-async def test_no_text_and_no_time_changes_on_its_way(database: Database) -> None:
-    """What separates or ends a field of COPY's text format is a text like any other, and so is its null."""
+async def test_insert_keeps_texts_and_times(database: Database) -> None:
+    """Also separators, escapes and the null of COPY's text format."""
     names = [
         "tab\t",
         "line\nline\r\n",
@@ -124,8 +124,8 @@ async def test_no_text_and_no_time_changes_on_its_way(database: Database) -> Non
     assert list(zip(*columns.values(), strict=True)) == [tuple(row) for row in found]
 
 
-async def test_an_attempt_that_met_another_write_leaves_nothing(database: Database) -> None:
-    """What it wrote before is undone, its failures are forgotten, and the next attempt begins anew."""
+async def test_retry_undoes_the_failed_attempt(database: Database) -> None:
+    """Its writes are rolled back, and its failures are dropped."""
     batch = Batch(1)
     attempts: list[Batch] = []
 
@@ -133,7 +133,7 @@ async def test_an_attempt_that_met_another_write_leaves_nothing(database: Databa
         attempts.append(batch)
         assert batch.failures == {}
         await session.execute(insert(UserRow).values(email=f"{len(attempts)}@example.org"))
-        batch.fail(0, DatabaseUnavailable("as it was then"))
+        batch.fail(0, DatabaseUnavailable("from this attempt"))
         if len(attempts) == 1:
             raise IntegrityError(None, None, Exception())
         return Outcome.of_failed_batch(batch)
@@ -146,8 +146,8 @@ async def test_an_attempt_that_met_another_write_leaves_nothing(database: Databa
     assert (len(attempts), outcome.failures) == (2, attempts[1].failures)
 
 
-async def test_attempts_are_bounded(database: Database) -> None:
-    """Where another writer is always faster, the batch gives up and can be sent again."""
+async def test_retries_are_limited(database: Database) -> None:
+    """A batch that always loses to another writer fails with an error that can be retried."""
 
     async def attempt(batch: Batch) -> Outcome:
         raise IntegrityError(None, None, Exception())
@@ -170,10 +170,10 @@ RACES = [
 
 
 @pytest.mark.parametrize(("options", "counts", "full_name"), RACES)
-async def test_a_key_taken_meanwhile_is_met(
+async def test_detects_key_taken_during_write(
     served: Database, other: Rival, options: BulkOptions, counts: dict[str, int], full_name: str | None
 ) -> None:
-    """Whoever inserts a row's e-mail after it was looked up has it: the row fails, is skipped, or updates."""
+    """If another writer inserts the e-mail first, the row fails, is skipped, or updates."""
     await other.execute("INSERT INTO users (email) VALUES ('bob@example.org')")
     rows = [User(email=f"{name}@example.org", full_name="Ours") for name in ("ada", "bob")]
     request = BulkCreateUsersRequest(options=options, users=rows)
@@ -193,8 +193,8 @@ async def test_a_key_taken_meanwhile_is_met(
     assert ("ada@example.org" in await emails(served)) == (ack.created == 1)
 
 
-async def test_a_key_given_up_meanwhile_is_free(served: Database, other: Rival) -> None:
-    """The row waits for the other transaction, and is created when that one rolls back."""
+async def test_creates_row_if_other_writer_rolls_back(served: Database, other: Rival) -> None:
+    """The row waits for the other transaction."""
     await other.execute("INSERT INTO users (email) VALUES ('ada@example.org')")
     request = BulkCreateUsersRequest(users=[User(email="ada@example.org")])
     load = asyncio.create_task(acknowledged(served, CREATE_USERS, request))
@@ -206,8 +206,8 @@ async def test_a_key_given_up_meanwhile_is_free(served: Database, other: Rival) 
     assert (ack.created, await emails(served)) == (1, ["ada@example.org"])
 
 
-async def test_an_email_moved_to_meanwhile_is_met(served: Database, other: Rival) -> None:
-    """An update that wants an e-mail which somebody has just taken fails alone, and names them."""
+async def test_detects_email_taken_during_update(served: Database, other: Rival) -> None:
+    """Only the row that wants the e-mail fails, with the id of its owner."""
     first, second = await add_users(served, 2)
     await other.execute("INSERT INTO users (id, email) VALUES (77, 'ada@example.org')")
     rows = [User(id=first, email="ada@example.org"), User(id=second, email="bob@example.org")]
@@ -222,8 +222,8 @@ async def test_an_email_moved_to_meanwhile_is_met(served: Database, other: Rival
     assert await emails(served) == ["user0@example.org", "bob@example.org", "ada@example.org"]
 
 
-async def test_a_version_passed_meanwhile_is_met(served: Database, other: Rival) -> None:
-    """A row that names a version waits for who changes the user now, and then fails."""
+async def test_detects_version_changed_during_update(served: Database, other: Rival) -> None:
+    """A row with an expected version waits for a concurrent update, then fails."""
     (id,) = await add_users(served)
     await other.execute("UPDATE users SET version = version + 1")
     options = BulkOptions(update_mask=FieldMask(paths=["is_active"]))
@@ -238,8 +238,8 @@ async def test_a_version_passed_meanwhile_is_met(served: Database, other: Rival)
     assert (ack.updated, reasons(ack)) == (1, [(0, "VERSION_MISMATCH", 0)])
 
 
-async def test_an_author_deleted_meanwhile_is_missed(served: Database, other: Rival) -> None:
-    """The posts of the others are written."""
+async def test_detects_author_deleted_during_write(served: Database, other: Rival) -> None:
+    """The posts of other authors are written."""
     first, second, third = await add_users(served, 3)
     await other.execute(f"DELETE FROM users WHERE id IN ({second}, {third})")
     authors = [Post(author_id=first), Post(author_id=second), Post(author_email="user2@example.org")]
@@ -256,10 +256,10 @@ async def test_an_author_deleted_meanwhile_is_missed(served: Database, other: Ri
     assert {failure.reason for failure in ack.failures} == {"AUTHOR_NOT_FOUND"}
 
 
-async def test_new_rows_with_crossing_keys_wait_for_each_other(
+async def test_creates_with_crossing_keys_do_not_deadlock(
     served: Database, other: Rival, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever the order in the file, the second load waits at its first key: there is no deadlock."""
+    """In any order of rows, the second load waits for the first at its first key."""
     await other.execute("INSERT INTO users (email) VALUES ('bob@example.org')")
     rows = [User(email=f"{name}@example.org") for name in ("ada", "bob", "cyd")]
     options = BulkOptions(on_conflict=BulkOptions.SKIP)
@@ -271,10 +271,10 @@ async def test_new_rows_with_crossing_keys_wait_for_each_other(
     assert caplog.messages == []
 
 
-async def test_updates_of_crossing_rows_wait_for_each_other(
+async def test_updates_of_crossing_rows_do_not_deadlock(
     served: Database, other: Rival, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Rows are locked in the order of their ids."""
+    """Rows are locked in id order."""
     ids = await add_users(served, 3)
     await other.execute(f"UPDATE users SET version = version WHERE id = {ids[1]}")
     rows = [User(id=id, is_active=False) for id in ids]
@@ -290,7 +290,7 @@ async def test_updates_of_crossing_rows_wait_for_each_other(
 async def crossing(
     database: Database, other: Rival, operation: Operation, messages: Sequence[Any]
 ) -> list[BulkAck]:
-    """Run two loads into a lock of the other session, which then goes away, and return their acks."""
+    """Run two loads that wait for a lock of the other session, release it, and return their acks."""
     first = asyncio.create_task(acknowledged(database, operation, messages[0]))
     waiting = await other.waiting()
     second = asyncio.create_task(acknowledged(database, operation, messages[1]))
@@ -299,13 +299,13 @@ async def crossing(
     return [*await first, *await second]
 
 
-async def test_a_key_that_stays_locked_fails_the_batch_and_not_the_load(
+async def test_locked_key_refuses_the_batch_only(
     postgresql_url: str, other: Rival, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After three tries the ack says try again: the watermark hasn't moved, and the stream goes on there."""
+    """After three attempts the ack has an error. The stream can continue at the watermark."""
     monkeypatch.setattr("service.db.engine.LOCK_TIMEOUT_SECONDS", 0.1)
-    hasty = Database(Settings(database_url=postgresql_url))
-    told = asyncio.Event()
+    impatient = Database(Settings(database_url=postgresql_url))
+    refused_once = asyncio.Event()
     await other.execute("INSERT INTO users (email) VALUES ('bob@example.org')")
 
     async def requests() -> AsyncIterator[bytes]:
@@ -313,16 +313,16 @@ async def test_a_key_that_stays_locked_fails_the_batch_and_not_the_load(
         yield BulkCreateUsersRequest(
             users=[User(email="bob@example.org"), User(email="cyd@example.org")]
         ).SerializeToString()
-        await told.wait()
+        await refused_once.wait()
         await other.rollback()
         yield BulkCreateUsersRequest(users=[User(email="bob@example.org")], offset=1).SerializeToString()
 
     events = []
-    async for event in BulkStreams(hasty).run(requests(), CREATE_USERS):
+    async for event in BulkStreams(impatient).run(requests(), CREATE_USERS):
         events.append(event)
         if event.ack.HasField("error"):
-            told.set()
-    await hasty.close()
+            refused_once.set()
+    await impatient.close()
 
     _, first, refused, last, _ = [event.ack for event in events]
     assert (refused.error.code, refused.offset, refused.next_offset) == (UNAVAILABLE, 1, 1)

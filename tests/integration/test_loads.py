@@ -1,4 +1,4 @@
-"""The records of bulk loads: the watermark, who may move it, and the outcome of every row."""
+"""LoadRepository: watermarks, fencing, and outcomes."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -28,7 +28,7 @@ TAKEN = EmailTaken("email belongs to another user", field="email", existing_id=1
 
 @pytest.fixture
 async def load(database: Database) -> Load:
-    """A load that has just begun."""
+    """A new load."""
     return await opened(database)
 
 
@@ -60,13 +60,13 @@ async def failures(database: Database, load: Load, after: int, limit: int) -> li
 
 
 def of(*results: Result, ids: list[int] | None = None, **failures: RosterError) -> Outcome:
-    """Return the outcome of a batch; `row2=…` is why its row 2 failed."""
+    """Return the outcome of a batch; `row2=…` is the error of row 2."""
     reasons = {int(name.removeprefix("row")): error for name, error in failures.items()}
     return Outcome(bytes(results), ids or [0] * len(results), reasons)
 
 
-def told(outcome: Outcome) -> tuple[bytes, list[int], dict[int, tuple[Any, ...]]]:
-    """Return all that an outcome tells, comparable."""
+def comparable(outcome: Outcome) -> tuple[bytes, list[int], dict[int, tuple[Any, ...]]]:
+    """Return an outcome in a form that can be compared."""
     reasons = {
         row: (error.reason, error.message, error.field, error.facts)
         for row, error in outcome.failures.items()
@@ -74,8 +74,8 @@ def told(outcome: Outcome) -> tuple[bytes, list[int], dict[int, tuple[Any, ...]]
     return outcome.results, outcome.ids, reasons
 
 
-async def test_a_load_begins_once(database: Database, load: Load) -> None:
-    """Opened again it is the same one, with what it began with, and counts its streams."""
+async def test_open_continues_existing_load(database: Database, load: Load) -> None:
+    """It keeps its method and options, and its epoch counts the streams."""
     async with database.begin() as session:
         again = await LoadRepository(session, "ada").open("staff", "another method", b"others")
 
@@ -83,8 +83,8 @@ async def test_a_load_begins_once(database: Database, load: Load) -> None:
     assert (again.id, again.epoch, again.method, again.options) == (load.id, 2, METHOD, OPTIONS)
 
 
-async def test_streams_that_open_a_load_at_once_are_told_apart(database: Database) -> None:
-    """Each has an epoch of its own, of which the last may write."""
+async def test_concurrent_opens_get_different_epochs(database: Database) -> None:
+    """Only the stream with the highest epoch may write."""
     loads = await asyncio.gather(*(opened(database) for _ in range(5)))
 
     assert sorted(load.epoch for load in loads) == [1, 2, 3, 4, 5]
@@ -96,8 +96,8 @@ async def test_streams_that_open_a_load_at_once_are_told_apart(database: Databas
             await recorded(database, load, 0, of(CREATED))
 
 
-async def test_a_load_belongs_to_its_caller(database: Database, load: Load) -> None:
-    """To others it isn't there, and they can't fence its stream off."""
+async def test_load_is_hidden_from_other_callers(database: Database, load: Load) -> None:
+    """They can't fence off its stream either."""
     with pytest.raises(LoadNotFound):
         await opened(database, caller="bob")
     async with database.begin() as session:
@@ -111,7 +111,7 @@ async def test_a_load_belongs_to_its_caller(database: Database, load: Load) -> N
     await recorded(database, load, 0, of(CREATED))
 
 
-async def test_an_admin_sees_the_loads_of_all(database: Database) -> None:
+async def test_admin_sees_loads_of_all_callers(database: Database) -> None:
     """The newest first."""
     await opened(database, "first", "ada")
     await opened(database, "second", "bob")
@@ -123,8 +123,8 @@ async def test_an_admin_sees_the_loads_of_all(database: Database) -> None:
     assert page.next_key is None
 
 
-async def test_a_batch_moves_the_watermark_and_is_counted(database: Database, load: Load) -> None:
-    """Whatever became of its rows."""
+async def test_record_moves_watermark_and_counts_rows(database: Database, load: Load) -> None:
+    """Whatever their results."""
     await recorded(database, load, 0, of(CREATED, Result.UPDATED, SKIPPED, FAILED, FAILED))
     await recorded(database, load, 5, of(CREATED))
 
@@ -133,8 +133,8 @@ async def test_a_batch_moves_the_watermark_and_is_counted(database: Database, lo
     assert (after.created, after.updated, after.skipped, after.failed) == (2, 1, 1, 2)
 
 
-async def test_a_batch_is_recorded_at_the_watermark_alone(database: Database, load: Load) -> None:
-    """Neither behind a gap nor a second time, and its refusal leaves nothing."""
+async def test_record_requires_offset_at_watermark(database: Database, load: Load) -> None:
+    """A batch after a gap, or one that is recorded, changes nothing."""
     await recorded(database, load, 0, of(CREATED, CREATED))
 
     for offset in (0, 1, 3):
@@ -142,12 +142,12 @@ async def test_a_batch_is_recorded_at_the_watermark_alone(database: Database, lo
             await recorded(database, load, offset, of(FAILED))
 
     assert (await got(database)).next_offset == 2
-    assert told(await outcome(database, load, 0, 9)) == told(of(CREATED, CREATED))
+    assert comparable(await outcome(database, load, 0, 9)) == comparable(of(CREATED, CREATED))
 
 
 @pytest.mark.parametrize("state", [LoadState.FINISHED, LoadState.ABORTED, LoadState.EXPIRED])
-async def test_only_an_open_load_is_written(database: Database, load: Load, state: LoadState) -> None:
-    """Once it is at its end nothing is recorded and nothing finished any more."""
+async def test_closed_load_refuses_writes(database: Database, load: Load, state: LoadState) -> None:
+    """A load that is finished, aborted or expired can't be recorded or finished."""
     async with database.begin() as session:
         loads = LoadRepository(session, "ada")
         if state == LoadState.FINISHED:
@@ -166,8 +166,8 @@ async def test_only_an_open_load_is_written(database: Database, load: Load, stat
     assert (await got(database)).state == state
 
 
-async def test_the_watermark_is_told_to_the_newest_stream(database: Database, load: Load) -> None:
-    """An older one learns that it was fenced off."""
+async def test_only_newest_stream_reads_watermark(database: Database, load: Load) -> None:
+    """An older stream gets LoadFenced."""
     await recorded(database, load, 0, of(CREATED, CREATED))
     newer = await opened(database)
 
@@ -178,8 +178,8 @@ async def test_the_watermark_is_told_to_the_newest_stream(database: Database, lo
             await loads.watermark(load)
 
 
-async def test_outcomes_are_told_however_they_are_cut(database: Database, load: Load) -> None:
-    """Any rows, from one batch or from several, with the failures where they belong."""
+async def test_outcome_of_any_range_of_rows(database: Database, load: Load) -> None:
+    """From one batch or several, with each failure at its row."""
     batches = [
         of(CREATED, FAILED, ids=[7, 0], row1=BAD),
         of(SKIPPED, ids=[1]),
@@ -191,13 +191,13 @@ async def test_outcomes_are_told_however_they_are_cut(database: Database, load: 
         whole.extend(batch)
 
     for start, end in combinations(range(len(whole.ids) + 1), 2):
-        assert told(await outcome(database, load, start, end)) == told(whole.part(start, end))
+        assert comparable(await outcome(database, load, start, end)) == comparable(whole.part(start, end))
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ids=st.lists(st.sampled_from([0, 1, MAX_ID]) | st.integers(0, MAX_ID), min_size=1, max_size=9))
-async def test_any_ids_are_kept(database: Database, ids: list[int]) -> None:
-    """In any order, the smallest beside the largest."""
+async def test_stores_ids_in_any_order(database: Database, ids: list[int]) -> None:
+    """Also the smallest next to the largest."""
     load = await opened(database)
     offset = (await got(database)).next_offset
     await recorded(database, load, offset, of(*[CREATED] * len(ids), ids=ids))
@@ -205,8 +205,8 @@ async def test_any_ids_are_kept(database: Database, ids: list[int]) -> None:
     assert (await outcome(database, load, offset, offset + len(ids))).ids == ids
 
 
-async def test_failures_come_in_the_order_of_their_offsets(database: Database, load: Load) -> None:
-    """From any place on, over batches with many, few and none of them."""
+async def test_failures_are_in_offset_order(database: Database, load: Load) -> None:
+    """From any offset, over batches with many, few and no failures."""
     expected: list[int] = []
     offset = 0
     for batch in range(40):
@@ -222,8 +222,8 @@ async def test_failures_come_in_the_order_of_their_offsets(database: Database, l
             assert await failures(database, load, after, limit) == behind[:limit]
 
 
-async def test_loads_expire_after_their_last_batch(database: Database) -> None:
-    """Their outcomes are dropped, their numbers stay; loads with a later batch are left alone."""
+async def test_loads_expire_some_time_after_their_last_batch(database: Database) -> None:
+    """Their outcomes are deleted, their counts stay. Loads with a later batch don't expire."""
     old, new = await opened(database, "old"), await opened(database, "new")
     await recorded(database, old, 0, of(FAILED, row0=BAD))
     between = (await got(database, "old")).updated_at
@@ -248,8 +248,8 @@ async def postgresql(postgresql_url: str) -> AsyncIterator[Database]:
     await database.close()
 
 
-async def test_a_load_does_not_expire_under_a_batch(postgresql: Database) -> None:
-    """Where its next batch comes just then, the load is alive, and all its outcomes are kept."""
+async def test_load_with_batch_in_progress_does_not_expire(postgresql: Database) -> None:
+    """If a batch commits during the expiry, all outcomes are kept."""
     load = await opened(postgresql)
     await recorded(postgresql, load, 0, of(CREATED))
     last = (await got(postgresql)).updated_at
@@ -266,8 +266,8 @@ async def test_a_load_does_not_expire_under_a_batch(postgresql: Database) -> Non
     assert (await outcome(postgresql, load, 0, 2)).created == 2
 
 
-async def test_the_watermark_waits_for_a_commit_that_is_under_way(postgresql: Database) -> None:
-    """The client of a commit whose answer is lost may be gone, and the commit may be at work."""
+async def test_watermark_waits_for_commit_in_progress(postgresql: Database) -> None:
+    """When the answer to a commit is lost, the database may still be committing."""
     load = await opened(postgresql)
 
     async with postgresql.begin() as batch:

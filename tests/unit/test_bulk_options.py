@@ -1,4 +1,4 @@
-"""The options of a bulk stream: what makes sense for which operation."""
+"""Validation of the options of a bulk stream."""
 
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -9,7 +9,7 @@ from service.errors import InvalidMask, InvalidOptions
 from service.posts.servicer import CREATE_POSTS, UPDATE_POSTS
 from service.users.servicer import CREATE_USERS, UPDATE_USERS
 
-NONSENSE = [
+UNFIT = [
     (UPDATE_USERS, BulkOptions(), "update_mask"),
     (UPDATE_POSTS, BulkOptions(), "update_mask"),
     (CREATE_USERS, BulkOptions(on_conflict=BulkOptions.UPDATE), "update_mask"),
@@ -31,9 +31,11 @@ UNWRITABLE = [
 ]
 
 
-@pytest.mark.parametrize(("operation", "options", "field"), NONSENSE)
-def test_refuses_options_that_make_no_sense(operation: Operation, options: BulkOptions, field: str) -> None:
-    """They are told before anything is written."""
+@pytest.mark.parametrize(("operation", "options", "field"), UNFIT)
+def test_refuses_options_that_do_not_fit_the_operation(
+    operation: Operation, options: BulkOptions, field: str
+) -> None:
+    """The error names the option."""
     with pytest.raises(InvalidOptions) as caught:
         StreamOptions.from_message(options, operation)
 
@@ -41,7 +43,7 @@ def test_refuses_options_that_make_no_sense(operation: Operation, options: BulkO
 
 
 @pytest.mark.parametrize(("operation", "options"), UNWRITABLE)
-def test_refuses_a_mask_with_what_cannot_be_written(operation: Operation, options: BulkOptions) -> None:
+def test_refuses_masks_with_fields_that_are_not_writable(operation: Operation, options: BulkOptions) -> None:
     """An output-only field, a password in clear, a post's author, the key itself."""
     with pytest.raises(InvalidMask):
         StreamOptions.from_message(options, operation)

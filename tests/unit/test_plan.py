@@ -1,4 +1,4 @@
-"""Rows in file order become sets, and nothing is lost or doubled on the way."""
+"""Plans of batches, against the model of the bulk streams."""
 
 from typing import Any
 
@@ -78,8 +78,8 @@ def without_sentences(acks: list[BulkAck]) -> list[BulkAck]:
 
 @pytest.mark.parametrize("kind", ["create users", "create or update users", "update posts"])
 @given(data=st.data())
-async def test_sets_do_what_the_rows_do_one_after_the_other(kind: str, data: Any) -> None:
-    """Inserting and updating what was resolved, at once, is what the model does row by row."""
+async def test_plan_has_the_result_of_rows_in_file_order(kind: str, data: Any) -> None:
+    """Writing the sets of a plan gives the acks and tables of the model, which applies row by row."""
     load = data.draw(LOADS[kind])
     tables = stored()
 

@@ -105,7 +105,7 @@ class BulkWriter:
         updates = await plan_updates(batch, versions, self.table.not_found, unique)
         if options.is_atomic and batch.failures:
             return Outcome.of_failed_batch(batch)
-        await asyncio.sleep(0)  # 5,000 rows were resolved just now
+        await asyncio.sleep(0)  # planning 5,000 rows has just taken its time
         if not options.validate_only:
             await self._set_aside(unique, list(updates))
             await self._write_updates(batch, updates, options.update_fields)
