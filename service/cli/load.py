@@ -5,8 +5,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import AsyncGenerator
-from contextlib import aclosing, closing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, closing, contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -212,18 +212,8 @@ def load(
     job = Load(kind, source, bulk_options, report, rejects_file)
     verb = "BulkUpdate" if operation == "update" else "BulkCreate"
     try:
-        with exit_on_signal(lambda: f": {report.unfinished(can_resume=True)}"), closing(rejects_file):
+        with _report_errors(job, report, source.name, target), closing(rejects_file):
             asyncio.run(job.run(target, verb, batch_rows))
-    except (SourceError, TooManyFailures, OSError) as error:
-        raise UsageError(f"{source.name}: {error}; {report.unfinished(can_resume=False)}") from None
-    except RosterError as failure:
-        cause = failure.cause if isinstance(failure, LoadInterrupted) else failure
-        if not job.is_open:
-            raise UsageError(f"nothing was loaded: {_name_options(target.explain(cause))}") from None
-        state = report.unfinished(can_resume=is_retryable(cause))
-        raise UsageError(
-            f"{source.name}: the load stopped: {_name_options(failure.message)}; {state}"
-        ) from None
     finally:
         if columns.ignored:
             echo(f"ignored columns: {', '.join(columns.ignored)}", err=True)
@@ -232,6 +222,23 @@ def load(
     else:
         echo(*report.lines())
     sys.exit(1 if report.failed else 0)
+
+
+@contextmanager
+def _report_errors(job: Load, report: LoadReport, name: str, target: Target) -> Iterator[None]:
+    """Exit on a signal, or raise UsageError if the load fails; both say how far it came."""
+    try:
+        with exit_on_signal(lambda: f": {report.unfinished(can_resume=True)}"):
+            yield
+    except (SourceError, TooManyFailures, OSError) as error:
+        raise UsageError(f"{name}: {error}; {report.unfinished(can_resume=False)}") from None
+    except RosterError as failure:
+        cause = failure.cause if isinstance(failure, LoadInterrupted) else failure
+        if not job.is_open:
+            raise UsageError(f"nothing was loaded: {_name_options(target.explain(cause))}") from None
+        state = report.unfinished(can_resume=is_retryable(cause))
+        message = _name_options(failure.message)
+        raise UsageError(f"{name}: the load stopped: {message}; {state}") from None
 
 
 def _name_options(message: str) -> str:
