@@ -143,5 +143,5 @@ async def test_files_of_tls_and_rights_are_looked_at(tmp_path: Path) -> None:
     assert "wrong  tls       the certificate expired on" in expired.out
     assert "ok     tls       the certificate is good until" in well.out
     assert f"ok     rights    {policy} says who may do what" in well.out
-    assert "the first certificate is not of this key" in wrong.out
+    assert "the first certificate does not match the key" in wrong.out
     assert "wrong  rights    can't use" in wrong.out
