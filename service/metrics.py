@@ -1,6 +1,6 @@
-"""What the service counts and measures, for Prometheus; docs/operating.md says what each is for.
+"""Prometheus metrics of the service; docs/operating.md explains each.
 
-In a worker of several `PROMETHEUS_MULTIPROC_DIR` names the folder where all of them keep their numbers.
+With several workers, `PROMETHEUS_MULTIPROC_DIR` names the folder that they share for their values.
 """
 
 import logging
@@ -26,7 +26,7 @@ from service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-# When each number began would be a line more for each, and nobody asks.
+# The creation time of each metric would double the number of lines.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 CALL_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -42,7 +42,7 @@ HANDLING = Histogram("grpc_server_handling_seconds", "How long calls took.", MET
 
 
 def _level(name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
-    """Return a gauge of how many there are now, in all living workers together."""
+    """Return a gauge whose value is the sum over all running workers."""
     return Gauge(name, text, labels, multiprocess_mode="livesum")
 
 
@@ -82,9 +82,10 @@ HASHING_REFUSED = Counter(
 
 
 def serve(settings: Settings, registry: CollectorRegistry = REGISTRY) -> tuple[str, Callable[[], None]]:
-    """Serve a registry over HTTP where the settings say; return the address, "" for none, and what ends it.
+    """Serve a registry over HTTP; return the address, "" for none, and a function that stops the server.
 
-    Raises OSError where an address was chosen and can't be had; the default may be another server's.
+    Raises OSError if an address that was set can't be used. The default address may be in use by another
+    server; then a warning is logged.
     """
     if not settings.metrics_listen:
         return "", lambda: None
@@ -92,21 +93,21 @@ def serve(settings: Settings, registry: CollectorRegistry = REGISTRY) -> tuple[s
     try:
         server = ScrapeServer(host.strip("[]"), int(port), registry)
     except OSError as error:
-        told = (
+        message = (
             f"can't serve metrics on {settings.metrics_listen}: {error.strerror}; "
             "ROSTER_METRICS_LISTEN names another address, or none"
         )
         if "metrics_listen" in settings.model_fields_set:
-            raise OSError(told) from None
-        log.warning(told)
+            raise OSError(message) from None
+        log.warning(message)
         return "", lambda: None
     return f"{host}:{server.port}", server.close
 
 
 def summed(folder: str, pids: Callable[[], Iterable[int]]) -> CollectorRegistry:
-    """Return the sums over the workers whose numbers are in a folder; `pids` are those that live.
+    """Return the sums over the workers that write to a folder; `pids` returns those that are running.
 
-    When one has died, `prometheus_client.multiprocess.mark_process_dead` takes its levels out.
+    When a worker has ended, `prometheus_client.multiprocess.mark_process_dead` removes its gauges.
     """
     registry = CollectorRegistry()
     MultiProcessCollector(registry, folder)  # type: ignore[no-untyped-call]
@@ -115,7 +116,7 @@ def summed(folder: str, pids: Callable[[], Iterable[int]]) -> CollectorRegistry:
 
 
 class _Processes(Collector):
-    """The figures of several processes as if they were one."""
+    """Process metrics, summed over several processes."""
 
     def __init__(self, pids: Callable[[], Iterable[int]]) -> None:
         self._pids = pids
@@ -130,7 +131,7 @@ class _Processes(Collector):
                         old._replace(value=old.value + new.value)
                         for old, new in zip(known.samples, family.samples, strict=True)
                     ]
-        if cpu := families.get("process_cpu_seconds"):  # a counter, which must not fall when a worker ends
+        if cpu := families.get("process_cpu_seconds"):  # a counter must not fall when a worker ends
             ended = sum(sum(getrusage(whose)[:2]) for whose in (RUSAGE_SELF, RUSAGE_CHILDREN))
             cpu.samples = [sample._replace(value=sample.value + ended) for sample in cpu.samples]
         return families.values()

@@ -1,6 +1,6 @@
-"""HTTP for Prometheus: whoever connects and dawdles costs a socket for a while, and keeps nobody out.
+"""HTTP server for Prometheus that slow or silent clients can't block.
 
-`prometheus_client.start_http_server` makes a thread for each connection, and waits for ever.
+`prometheus_client.start_http_server` uses a thread for each connection and has no timeout.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 MAX_HEAD_BYTES = 16 << 10
 MAX_CONNECTIONS = 64
-SECONDS = 10  # for all of a request and its answer, as Prometheus waits by default
+SECONDS = 10  # for a request and its response; the default timeout of Prometheus
 
 ERRORS = {400: "400 Bad Request", 503: "503 Service Unavailable"}
 
@@ -24,8 +24,8 @@ ERRORS = {400: "400 Bad Request", 503: "503 Service Unavailable"}
 class ScrapeServer:
     """Serves a registry on a host and port, in a thread of its own; raises OSError if it can't listen there.
 
-    It reads from 64 connections at most: of more, the one that has dawdled longest is closed. 64 requests at
-    most wait for their answer, and making these takes half of a core at most.
+    At most 64 connections may be sending their request: for another one, the oldest is closed. At most 64
+    requests wait for their response, and making responses takes at most half of a core.
     """
 
     def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
@@ -33,7 +33,7 @@ class ScrapeServer:
         self._socket = socket.create_server((host, port), family=family)
         self.port: int = self._socket.getsockname()[1]
         self._application: Callable[..., Sequence[bytes]] = make_wsgi_app(registry)
-        self._reading: dict[asyncio.Task[None] | None, None] = {}  # the longest first
+        self._reading: dict[asyncio.Task[None] | None, None] = {}  # the oldest first
         self._answering = 0
         self._turn = asyncio.Lock()
         self._loop = asyncio.new_event_loop()
@@ -72,9 +72,9 @@ class ScrapeServer:
     async def _head(self, reader: asyncio.StreamReader) -> bytes:
         """Return the request up to its body, empty if it is too large."""
         task = asyncio.current_task()
-        if len(self._reading) >= MAX_CONNECTIONS and (longest := next(iter(self._reading))):
-            longest.cancel()
-            del self._reading[longest]
+        if len(self._reading) >= MAX_CONNECTIONS and (oldest := next(iter(self._reading))):
+            oldest.cancel()
+            del self._reading[oldest]
         self._reading[task] = None
         try:
             return await reader.readuntil(b"\r\n\r\n")
@@ -94,7 +94,7 @@ class ScrapeServer:
             async with self._turn:
                 began = perf_counter()
                 answer = self._call(environ)
-                await asyncio.sleep(perf_counter() - began)  # calls have the other half of a core
+                await asyncio.sleep(perf_counter() - began)  # leave half of a core to calls
                 return answer
         finally:
             self._answering -= 1
@@ -106,13 +106,13 @@ class ScrapeServer:
 
 
 def _environ(head: bytes) -> dict[str, str] | None:
-    """Return what the application reads of a request (PEP 3333), None if it is not HTTP."""
+    """Return a request's variables for the WSGI application (PEP 3333); None if it is not HTTP."""
     lines = BytesIO(head)
     try:
         method, target, _ = lines.readline().decode("ascii").split()
         headers = parse_headers(lines)
         url = urlsplit(target)
-    except Exception:  # noqa: BLE001 - a stranger's bytes
+    except Exception:  # noqa: BLE001 - untrusted bytes
         return None
     return {
         "REQUEST_METHOD": method,

@@ -1,8 +1,8 @@
-"""Several processes on one port: started, watched, measured and stopped together.
+"""Worker processes that share one port: started, supervised, measured and stopped together.
 
-Each is a `roster serve --worker`; by SO_REUSEPORT the kernel spreads the connections over them. A worker
-says on its standard output when it serves, and stops when its standard input ends: so too when whoever
-started it was killed.
+Each is a `roster serve --worker`; with SO_REUSEPORT the kernel distributes the connections among them. A
+worker writes a line to standard output when it serves, and stops at the end of its standard input, so also
+when the supervisor is killed.
 """
 
 import asyncio
@@ -27,22 +27,22 @@ log = logging.getLogger(__name__)
 COMMAND = (sys.executable, "-P", "-m", "service", "serve", "--worker")
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
-SETTLED_SECONDS = 60  # after one that lived so long the next one starts without a longer pause
-KILL_AFTER_SECONDS = 5  # behind the grace
+SETTLED_SECONDS = 60  # a worker that ran for this long resets the pause before a restart
+KILL_AFTER_SECONDS = 5  # after the grace
 
 
 @dataclass(frozen=True)
 class Stop:
-    """What the workers are told: `asked` to end what they have in hand, or `forced` to end at once."""
+    """Signals to the workers: `asked` to finish calls and stop, or `forced` to end at once."""
 
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     forced: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 async def supervise(settings: Settings, stop: Stop, announce: Callable[[str], None]) -> int:
-    """Keep `settings.workers` processes serving until the stop; return the status to end with.
+    """Keep `settings.workers` processes serving until the stop; return the exit status.
 
-    That is the first one's where it can't serve at all. Raises OSError where a port is taken.
+    If the first worker can't start to serve, its status is returned. Raises OSError if a port is in use.
     """
     with ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory())
@@ -65,9 +65,9 @@ async def supervise(settings: Settings, stop: Stop, announce: Callable[[str], No
 
 
 class Worker:
-    """One place among the workers, and the process that has it now."""
+    """One of the workers: its current process, which is replaced when it ends."""
 
-    pid = 0  # while there is none
+    pid = 0  # while no process runs
     _process: Process
 
     def __init__(self, settings: Mapping[str, str], folder: str, stop: Stop, grace: float) -> None:
@@ -77,7 +77,7 @@ class Worker:
         self._grace = grace
 
     async def start(self) -> bool:
-        """Start a process, and tell whether it came to serve."""
+        """Start a process, and return whether it serves."""
         self._process = await asyncio.create_subprocess_exec(
             *COMMAND, stdin=PIPE, stdout=PIPE, env=self._environment, start_new_session=True
         )
@@ -86,7 +86,7 @@ class Worker:
         return bool(said and await _unless(self._stop.asked, said))
 
     async def keep(self) -> None:
-        """Start another process whenever one has ended, after a pause that grows; at the stop end it."""
+        """Replace the process whenever it ends, after a growing pause; end it at the stop."""
         loop, pause = asyncio.get_running_loop(), FIRST_PAUSE_SECONDS
         began = loop.time()
         while (status := await _unless(self._stop.asked, self._process.wait())) is not None:
@@ -94,7 +94,7 @@ class Worker:
             mark_process_dead(pid, self._folder)  # type: ignore[no-untyped-call]
             if loop.time() - began > SETTLED_SECONDS:
                 pause = FIRST_PAUSE_SECONDS
-            log.error("worker %d ended with status %d; another starts in %g s", pid, status, pause)
+            log.error("worker %d ended with status %d; restarting it in %g s", pid, status, pause)
             await _unless(self._stop.asked, asyncio.sleep(pause))
             if self._stop.asked.is_set():
                 return
@@ -103,7 +103,7 @@ class Worker:
         await self.end()
 
     async def end(self) -> int:
-        """Let the process end what it has in hand, kill it if it is there much longer; return its status."""
+        """Let the process finish, kill it if it takes much longer than the grace; return its status."""
         if self._process.stdin:
             self._process.stdin.close()
         patience = self._grace + KILL_AFTER_SECONDS
@@ -113,7 +113,7 @@ class Worker:
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, Any], timeout: float | None = None) -> Any:
-    """Return what comes of some work, None where an event, or the end of the time, comes first."""
+    """Return the result of work, or None if an event, or the timeout, comes first."""
     tasks = task, told = asyncio.create_task(work), asyncio.create_task(event.wait())
     await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
     told.cancel()
@@ -122,18 +122,18 @@ async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, Any], timeout:
 
 @contextmanager
 def reserved(listen: str, setting: str) -> Iterator[str]:
-    """Hold a port that only processes of ours can share, and yield the address; raises OSError."""
+    """Reserve a port for the workers and yield the address; raises OSError if it is in use."""
     host, _, port = listen.rpartition(":")
     with ExitStack() as stack:
         try:
             *kind, _, place = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
             with socket.socket(*kind) as probe:
-                # Fails also where another Roster shares the port among its workers.
+                # This also fails if the workers of another Roster share the port.
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(place)
                 place = probe.getsockname()
             held = stack.enter_context(socket.socket(*kind))
-            # Connections of a server that has ended keep the port for a minute from whoever doesn't say so.
+            # Otherwise connections of a server that has ended block the port for a minute.
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             held.bind(place)

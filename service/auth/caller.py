@@ -1,4 +1,4 @@
-"""Who makes the call, and what they may do."""
+"""The caller of the current call, and what it may do."""
 
 from collections.abc import Set as AbstractSet
 from contextvars import ContextVar
@@ -9,7 +9,7 @@ from service.errors import PermissionDenied
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Somebody with roles; `rpcs` are the methods, named as on the wire, that these allow together."""
+    """An identity with its roles; `rpcs` are the paths of the RPCs that these allow."""
 
     identity: str
     roles: AbstractSet[str] = frozenset()
@@ -19,40 +19,42 @@ class Caller:
         return role in self.roles
 
     def require(self, role: str, what: str) -> None:
-        """Raise PermissionDenied where something in a request, beside the RPC itself, needs a role."""
+        """Raise PermissionDenied unless the caller has the role that `what`, a part of a request, needs."""
         if role not in self.roles:
-            raise PermissionDenied.because(f"{self.identity} is no {role}, which {what} needs")
+            raise PermissionDenied.because(
+                f"{self.identity} does not have the role {role}, which {what} needs"
+            )
 
     def require_rpc(self, rpc: str, what: str) -> None:
-        """Raise PermissionDenied unless the caller may also call the RPC that part of a request needs."""
+        """Raise PermissionDenied unless the caller may call the RPC that `what`, part of a request, needs."""
         if rpc not in self.rpcs:
             raise PermissionDenied.because(f"{self.identity} may not call {rpc}, which {what} needs")
 
     @property
     def owner(self) -> str | None:
-        """Whose loads they see: their own, and an admin those of all, which is None."""
+        """The identity whose loads the caller may see; None, for an admin, means everyone's."""
         return None if self.has("admin") else self.identity
 
 
 ANONYMOUS_IDENTITY = "anonymous"
 NOBODY = Caller(ANONYMOUS_IDENTITY)  # no roles
-# Whose share pays for what no caller asked for, or many did. No identity is named so: theirs have prefixes.
+# The share of work for no caller or for several. No identity has this name: theirs have prefixes.
 SYSTEM = "system"
-# Set for each call by `interceptors/auth.py`. A call has a task of its own, and so a context.
+# Set by `interceptors/auth.py`. Each call has its own task, and so its own context.
 _current: ContextVar[Caller] = ContextVar("caller", default=NOBODY)
 
 
 def set_caller(caller: Caller) -> None:
-    """Tell for the rest of this call who makes it."""
+    """Set the caller for the rest of the current call."""
     _current.set(caller)
 
 
 def current_caller() -> Caller:
-    """Return who makes this call; before that is known, and outside of one, it is nobody."""
+    """Return the caller of the current call; NOBODY before authentication, and outside of calls."""
     return _current.get()
 
 
 def current_share() -> str:
-    """Return the name under which work of this task gets its share of a resource."""
+    """Return the name under which the current task gets its share of a resource."""
     caller = _current.get()
     return SYSTEM if caller is NOBODY else caller.identity

@@ -1,4 +1,4 @@
-"""Files that are replaced while the server runs: certificates, keys, the policy."""
+"""Files that are reloaded when they change: certificates, keys, the policy."""
 
 import logging
 import os
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 class ReloadingFile(Generic[T]):
-    """What `read` makes of some files' contents, anew whenever they change.
+    """The result of `read` for the contents of files, read again whenever one of them changes.
 
-    At first it raises OSError for files that can't be used. Later ones are logged, and what was there before
-    stays in use: a certificate and its key are not replaced at the same instant.
+    The first read raises OSError for files that can't be used. A later failure is logged, and the previous
+    content stays in use: a certificate and its key are not replaced at the same instant.
     """
 
     def __init__(self, read: Callable[..., T], *paths: Path) -> None:
@@ -25,12 +25,12 @@ class ReloadingFile(Generic[T]):
         self._content = self._load()
 
     def current(self) -> T:
-        """Return what is in the files now."""
+        """Return the current content."""
         self.update()
         return self._content
 
     def update(self) -> T | None:
-        """Return what is in the files now, None where that is what was there before."""
+        """Read changed files and return their content; None if nothing changed, or it can't be used."""
         seen = self._marks()
         if seen == self._seen:
             return None
@@ -38,15 +38,15 @@ class ReloadingFile(Generic[T]):
         try:
             self._content = self._load()
         except OSError as error:
-            log.error("%s; what was there before stays in use", error)  # noqa: TRY400 - it says all
+            log.error("%s; the previous content stays in use", error)  # noqa: TRY400 - the message says everything
             return None
-        log.info("read again: %s", self._names())
+        log.info("reloaded %s", self._names())
         return self._content
 
     def _load(self) -> T:
         try:
             return self._read(*(path.read_bytes() for path in self._paths))
-        except Exception as error:  # whatever a parser raises
+        except Exception as error:  # each parser raises errors of its own
             raise OSError(f"can't use {self._names()}: {error}") from error
 
     def _marks(self) -> list[tuple[int, ...] | None]:
@@ -58,7 +58,7 @@ class ReloadingFile(Generic[T]):
 
 def _mark(path: Path) -> tuple[int, ...] | None:
     try:
-        status = os.stat(path)  # noqa: PTH116 - on the way of every call
+        status = os.stat(path)  # noqa: PTH116 - faster, and done for every call
     except OSError:
         return None
     return status.st_mtime_ns, status.st_ino, status.st_size

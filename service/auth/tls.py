@@ -1,4 +1,4 @@
-"""TLS: the server's certificate, and by whom its callers' certificates are signed."""
+"""TLS: the server's certificate, and the CA of client certificates."""
 
 from datetime import datetime
 from pathlib import Path
@@ -12,10 +12,9 @@ from service.settings import Settings
 
 
 def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    """Return what the server listens with, None without TLS; raises OSError for files it can't use.
+    """Return the server's credentials, None without TLS; raises OSError for files that can't be used.
 
-    Each new connection gets the certificate that is in the files then; others keep theirs. TLS is 1.2 or 1.3,
-    which is gRPC's own minimum.
+    New connections use the current certificate, existing ones keep theirs. gRPC allows TLS 1.2 and 1.3.
     """
     cert, key, client_ca = settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file
     if not (cert and key):
@@ -23,22 +22,22 @@ def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
     watched = ReloadingFile(_configuration, cert, key, *filter(None, [client_ca]))
     return grpc.dynamic_ssl_server_credentials(
         watched.current(),
-        watched.update,  # type: ignore[arg-type]  # None is for no change
+        watched.update,  # type: ignore[arg-type]  # None means no change
         require_client_authentication=client_ca is not None,
     )
 
 
 def expiry(cert: Path) -> datetime:
-    """Return until when a server's certificate is good."""
+    """Return when a server's certificate expires."""
     return load_pem_x509_certificates(cert.read_bytes())[0].not_valid_after_utc
 
 
 def _configuration(
     cert: bytes, key: bytes, client_ca: bytes | None = None
 ) -> grpc.ServerCertificateConfiguration:
-    """Return a pair as gRPC takes it, which would say nothing of a wrong one but fail each handshake."""
+    """Return a certificate configuration; raises ValueError, since gRPC would only fail each handshake."""
     if load_pem_x509_certificates(cert)[0].public_key() != load_pem_private_key(key, None).public_key():
-        raise ValueError("the first certificate is not of this key")
+        raise ValueError("the first certificate does not match the key")
     if client_ca is not None:
         load_pem_x509_certificates(client_ca)
     return grpc.ssl_server_certificate_configuration([(key, cert)], client_ca)

@@ -1,4 +1,4 @@
-"""Bearer tokens: JWT as RFC 7519 has them, checked as RFC 8725 wants it."""
+"""Bearer tokens: JWTs (RFC 7519), validated by the best practices of RFC 8725."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -27,7 +27,7 @@ PEM_END = b"-----END PUBLIC KEY-----"
 
 @dataclass(frozen=True)
 class Key:
-    """A public key; the algorithms are its own, whatever a token says of itself."""
+    """A public key with the algorithms that it allows; the header of a token does not choose."""
 
     id: str | None
     public: Any
@@ -35,7 +35,7 @@ class Key:
 
 
 class Tokens:
-    """The tokens that one issuer made for us; the keys are read again when their file changes."""
+    """Validates the tokens of one issuer; its keys are reloaded when their file changes."""
 
     def __init__(self, issuer: str, audience: str, keys: Path, clock: Callable[[], datetime]) -> None:
         self._issuer = issuer
@@ -95,7 +95,7 @@ def read_keys(data: bytes) -> list[Key]:
         blocks = [block + PEM_END for block in data.split(PEM_END)[:-1]]
         keys = [Key(None, key, _algorithms(key)) for key in map(load_pem_public_key, blocks)]
     if not keys:
-        raise ValueError("it has no key: it must be a JWKS, or public keys in PEM")
+        raise ValueError("the file has no key; it must be a JWKS, or public keys in PEM")
     return keys
 
 

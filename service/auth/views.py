@@ -1,4 +1,4 @@
-"""What an answer shows of entities: no more than its caller may read."""
+"""Limits what a response shows to what its caller may read."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from service.fields import check_choice
 
 MessageT = TypeVar("MessageT", bound=Message)
 
-# What a write itself made, whichever fields it wrote.
+# Fields that the server sets in every write.
 WRITTEN = frozenset({"id", "version", "updated_at"})
 
 
 @dataclass(frozen=True)
 class View:
-    """A view that shows another entity too; `needs` is the RPC that reads that entity alone."""
+    """A view that includes another entity; `needs` is the RPC that reads that entity."""
 
     choices: Any
     value: int
     needs: str
 
     def is_asked(self, view: int) -> bool:
-        """Tell whether a request asks for this view.
+        """Return whether a request asks for this view.
 
         Raises InvalidField for an unknown view, PermissionDenied unless the caller may call `needs`.
         """
@@ -36,9 +36,9 @@ class View:
 
 
 def as_written(answer: MessageT, fields: Collection[str], reads: str) -> MessageT:
-    """Return the answer of an update: whole for callers who may call `reads`, otherwise what they wrote.
+    """Return the response of an update: complete for callers who may call `reads`, otherwise what they wrote.
 
-    An update that changes nothing would show everything.
+    Otherwise an update that changes nothing would show everything.
     """
     if reads in current_caller().rpcs:
         return answer

@@ -143,5 +143,5 @@ async def test_checks_tls_and_policy_files(tmp_path: Path) -> None:
     assert "FAIL  tls       the certificate expired on" in expired.out
     assert "ok    tls       the certificate is valid until" in valid.out
     assert f"ok    policy    {policy} is valid" in valid.out
-    assert "the first certificate is not of this key" in invalid.out
+    assert "the first certificate does not match the key" in invalid.out
     assert "FAIL  policy    can't use" in invalid.out

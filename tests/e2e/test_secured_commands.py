@@ -69,7 +69,7 @@ async def until(words: bytes, lines: asyncio.StreamReader) -> AsyncIterator[byte
     ("name", "content", "sentence"),
     [
         ("cert.pem", b"nothing", "Unable to load PEM"),
-        ("key.pem", Authority().issue("127.0.0.1").key, "the first certificate is not of this key"),
+        ("key.pem", Authority().issue("127.0.0.1").key, "the first certificate does not match the key"),
         ("ca.pem", b"nothing", "Unable to load PEM"),
         ("policy.toml", b'[identities]\n"jwt:ada" = ["raeder"]', "jwt:ada has unknown roles: raeder"),
         ("policy.toml", None, "No such file"),
