@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.auth.caller import current_caller
 from service.db.requests import RequestRepository
-from service.fields import check_request_id
+from service.validation import check_request_id
 
 AnswerT = TypeVar("AnswerT", bound=Message)
 

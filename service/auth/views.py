@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from service.auth.caller import current_caller
-from service.fields import check_choice
+from service.validation import check_choice
 
 MessageT = TypeVar("MessageT", bound=Message)
 

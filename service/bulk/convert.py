@@ -14,10 +14,10 @@ from roster.v1.bulk_pb2 import (
 )
 from service.db.bulk.batch import Batch, Outcome
 from service.errors import RosterError
-from service.fields import datetime_from, timestamp, wrong_id, wrong_timestamp, wrong_version
 from service.interceptors.errors import status_code, status_from_error
 from service.loads.repository import Load
 from service.timeslice import add_in_slices
+from service.validation import datetime_from, timestamp, wrong_id, wrong_timestamp, wrong_version
 
 MAX_FAILURE_MESSAGE = 200
 

@@ -13,8 +13,8 @@ from service.bulk.message import BulkParser
 from service.db.base import Entity
 from service.db.bulk.batch import Batch, OnConflict, Outcome, WriteOptions
 from service.errors import InvalidOptions, RosterError
-from service.fields import check_choice, mask_paths
 from service.timeslice import slices
+from service.validation import check_choice, mask_paths
 
 RESTORED = ("id", "version", "created_at", "updated_at")
 # To read a row takes 1 µs, or 100 if its e-mail has nothing but combining marks.

@@ -26,9 +26,9 @@ from service.errors import (
     RosterError,
     TooLarge,
 )
-from service.fields import check_load_id, check_new_load_id
 from service.loads.repository import COUNTED, Load, LoadRepository, LoadState
 from service.shares import FairSemaphore
+from service.validation import check_load_id, check_new_load_id
 
 # Messages read and not yet acknowledged. On two cores three copies at a time made 1.13 of \copy, two
 # 1.04, one 0.69.

@@ -18,7 +18,7 @@ from sqlalchemy import ColumnElement, FromClause, tuple_
 
 from service.db.base import MAX_ID, UtcDateTime
 from service.errors import InvalidField, InvalidPageToken
-from service.fields import EPOCH, MICROSECOND
+from service.validation import EPOCH, MICROSECOND
 
 VERSION = b"\x01"
 FINGERPRINT_BYTES = 8

@@ -14,9 +14,9 @@ import grpc
 from service.auth.caller import NOBODY, current_caller
 from service.auth.policy import HEALTH
 from service.errors import MalformedMessage, TooLarge
-from service.fields import MAX_CONTENT_BYTES
 from service.interceptors.around import Around, Context, Proceed, host_of, kind
 from service.requests import parse, request_class
+from service.validation import MAX_CONTENT_BYTES
 from service.waits import BoundedWaits
 
 # A user with its 50 posts, as a caller may send back what it has read, has 60 KiB.

@@ -12,10 +12,10 @@ from service.bulk.convert import failure_fields, load_fields, load_to_message
 from service.db.engine import Database
 from service.db.paging import decode_token, encode_token, fingerprint, page_size
 from service.db.repository import MAX_ROWS_BYTES
-from service.fields import check_load_id
 from service.interceptors.around import Context
 from service.loads.repository import Load, LoadRepository
 from service.timeslice import TimeSlice
+from service.validation import check_load_id
 
 LOADS = fingerprint("loads")
 FRAME_BYTES = 5  # before each message of a repeated field: its tag and its length

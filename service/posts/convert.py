@@ -10,7 +10,9 @@ from roster.v1.resources_pb2 import Post as PostMessage
 from service.bulk.convert import add_identity
 from service.db.bulk.batch import Batch
 from service.errors import InvalidField
-from service.fields import (
+from service.posts.model import Post
+from service.users.convert import columns_of as user_columns_of, user_fields
+from service.validation import (
     MAX_CONTENT_BYTES,
     MAX_TITLE,
     Violations,
@@ -25,8 +27,6 @@ from service.fields import (
     wrong_id,
     wrong_title,
 )
-from service.posts.model import Post
-from service.users.convert import columns_of as user_columns_of, user_fields
 
 columns_of = attrgetter("id", "title", "content", "author_id", "created_at", "updated_at", "version")
 WRITABLE = ("title", "content")

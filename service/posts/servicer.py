@@ -17,7 +17,6 @@ from service.bulk.operation import Operation
 from service.bulk.streams import BulkStreams
 from service.db.engine import Database
 from service.db.listing import Listing, batches
-from service.fields import check_export, check_id, check_ids, check_version
 from service.idempotency import once
 from service.interceptors.around import Context
 from service.posts.convert import (
@@ -33,6 +32,7 @@ from service.posts.model import Post
 from service.posts.reader import PostReader
 from service.posts.repository import FILTERABLE, SORTABLE, PostRepository
 from service.timeslice import add_in_slices
+from service.validation import check_export, check_id, check_ids, check_version
 
 CREATE_POSTS = Operation(
     method="roster.v1.PostService.BulkCreatePosts",

@@ -11,7 +11,10 @@ from roster.v1.users_pb2 import GetUserRequest, VerifyPasswordRequest
 from service.bulk.convert import add_identity
 from service.db.bulk.batch import Batch
 from service.errors import InvalidField
-from service.fields import (
+from service.posts.model import Post
+from service.users.hashes import wrong_password_hash
+from service.users.model import User
+from service.validation import (
     Violations,
     are_plain_emails,
     are_texts,
@@ -25,9 +28,6 @@ from service.fields import (
     wrong_id,
     wrong_password,
 )
-from service.posts.model import Post
-from service.users.hashes import wrong_password_hash
-from service.users.model import User
 
 WRITABLE = ("email", "full_name", "is_active", "password", "hashed_password")
 columns_of = attrgetter("id", "email", "full_name", "is_active", "created_at", "updated_at", "version")

@@ -20,7 +20,6 @@ from service.bulk.streams import BulkStreams
 from service.db.engine import Database
 from service.db.listing import Listing, batches
 from service.errors import OutcomeUnknown, ResourceExhausted, StatementTimeout, Unavailable, UserNotFound
-from service.fields import check_export, check_id, check_ids, check_version, normalise_email
 from service.idempotency import once
 from service.interceptors.around import Context
 from service.timeslice import add_in_slices
@@ -39,6 +38,7 @@ from service.users.model import User
 from service.users.passwords import Passwords
 from service.users.reader import UserReader
 from service.users.repository import FILTERABLE, SORTABLE, UserRepository, email_taken
+from service.validation import check_export, check_id, check_ids, check_version, normalise_email
 
 CREATE_USERS = Operation(
     method="roster.v1.UserService.BulkCreateUsers",

@@ -21,13 +21,13 @@ from service.db.driver import DriverQuery
 from service.db.engine import Database
 from service.db.statements import LISTENERS
 from service.errors import DatabaseUnavailable, PoolExhausted, PostNotFound, RosterError, UserNotFound
-from service.fields import EPOCH, MICROSECOND
 from service.posts.reader import PostReader
 from service.server import Server
 from service.settings import Settings
 from service.users.model import User
 from service.users.reader import UserReader
 from service.users.repository import UserRepository
+from service.validation import EPOCH, MICROSECOND
 from tests.rows import add_posts, add_users
 
 CALLER: ContextVar[str] = ContextVar("CALLER")

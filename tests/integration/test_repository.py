@@ -12,9 +12,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from service.db.engine import Database
 from service.db.paging import Keyset
 from service.errors import UserNotFound, VersionMismatch
-from service.fields import EPOCH, MICROSECOND
 from service.users.model import User
 from service.users.repository import SORTABLE, UserRepository
+from service.validation import EPOCH, MICROSECOND
 from tests.rows import add_users
 
 THEN = datetime(2024, 1, 31, 12, 30, 0, 123456, tzinfo=UTC)

@@ -11,7 +11,6 @@ from hypothesis import given, settings, strategies as st
 from roster.v1.resources_pb2 import Post as PostMessage, User as UserMessage
 from roster.v1.users_pb2 import GetUserRequest
 from service.errors import InvalidField, InvalidMask
-from service.fields import normalise_email
 from service.posts.convert import (
     post_batch_from_messages,
     post_changes_from_message,
@@ -28,6 +27,7 @@ from service.users.convert import (
     user_to_message,
 )
 from service.users.model import User
+from service.validation import normalise_email
 
 NOON = datetime(2024, 1, 31, 12, 0, 0, 123456, tzinfo=UTC)
 # What the database gives a row.

@@ -11,7 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given, settings, strategies as st
 
 from roster.v1.resources_pb2 import Post, User
-from service import fields
+from service import validation as fields
 from service.db.base import MAX_ID
 from service.errors import InvalidField, InvalidMask, TooLarge
 
