@@ -3,13 +3,14 @@
 from collections.abc import Awaitable, Callable
 from hashlib import sha256
 from typing import Any, TypeVar
+from uuid import UUID
 
 from google.protobuf.message import Message
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.auth.caller import current_caller
 from service.db.requests import RequestRepository
-from service.validation import check_request_id
+from service.errors import InvalidField
 
 AnswerT = TypeVar("AnswerT", bound=Message)
 
@@ -21,7 +22,7 @@ async def once(
 
     Raises InvalidField for an id that is no UUID, RequestIdReused where it came with another body.
     """
-    request_id = check_request_id(request.request_id)
+    request_id = request_id_from_text(request.request_id)
     if request_id is None:
         return await write()
     requests = RequestRepository(session, current_caller().identity, request.DESCRIPTOR.full_name)
@@ -40,3 +41,14 @@ def _fingerprint(request: Any) -> bytes:
     if "user" in body.DESCRIPTOR.fields_by_name:
         body.user.ClearField("password")
     return sha256(body.SerializeToString(deterministic=True)).digest()
+
+
+def request_id_from_text(text: str) -> UUID | None:
+    """Return a `request_id`, None for an empty one; raises InvalidField."""
+    if not text:
+        return None
+    try:
+        return UUID(text)
+    except ValueError:
+        message = "request_id must be a UUID such as 7d0f7c0e-1c43-4b5b-8d5c-2a4b4c1f6a10"
+        raise InvalidField(message, field="request_id") from None

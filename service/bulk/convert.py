@@ -17,7 +17,8 @@ from service.errors import RosterError
 from service.interceptors.errors import status_code, status_from_error
 from service.loads.repository import Load
 from service.timeslice import add_in_slices
-from service.validation import datetime_from, timestamp, wrong_id, wrong_timestamp, wrong_version
+from service.validation import id_error, version_error
+from service.wire import datetime_from_timestamp, timestamp_error, timestamp_fields
 
 MAX_FAILURE_MESSAGE = 200
 
@@ -25,18 +26,18 @@ MAX_FAILURE_MESSAGE = 200
 def add_identity(batch: Batch, messages: Sequence[Any], fields: Collection[str]) -> None:
     """Add what every entity has: the ids and versions of an update, or what a restored row brings."""
     if "created_at" in fields:
-        batch.add("id", [message.id or None for message in messages], wrong_id)
-        batch.add("version", [message.version or 1 for message in messages], wrong_version)
+        batch.add("id", [message.id or None for message in messages], id_error)
+        batch.add("version", [message.version or 1 for message in messages], version_error)
         for name in ("created_at", "updated_at"):
             given = [getattr(message, name) if message.HasField(name) else None for message in messages]
-            batch.add(name, given, wrong_timestamp)
+            batch.add(name, given, timestamp_error)
             batch.columns[name] = [
-                None if moment is None or row in batch.failures else datetime_from(moment)
+                None if moment is None or row in batch.failures else datetime_from_timestamp(moment)
                 for row, moment in enumerate(given)
             ]
     elif "id" in fields:
-        batch.add("id", [message.id for message in messages], wrong_id)
-        batch.add("version", [message.version for message in messages], wrong_version)
+        batch.add("id", [message.id for message in messages], id_error)
+        batch.add("version", [message.version for message in messages], version_error)
 
 
 def opened_to_message(load_id: str, next_offset: int, max_rows: int, max_bytes: int) -> BulkWriteResponse:
@@ -134,7 +135,7 @@ def load_fields(load: Load, kept_for: timedelta) -> dict[str, Any]:
         "updated": load.updated,
         "skipped": load.skipped,
         "failed": load.failed,
-        "created_at": timestamp(load.created_at),
-        "updated_at": timestamp(load.updated_at),
-        "expires_at": timestamp(load.updated_at + kept_for),
+        "created_at": timestamp_fields(load.created_at),
+        "updated_at": timestamp_fields(load.updated_at),
+        "expires_at": timestamp_fields(load.updated_at + kept_for),
     }

@@ -14,7 +14,8 @@ from service.db.base import Entity
 from service.db.bulk.batch import Batch, OnConflict, Outcome, WriteOptions
 from service.errors import InvalidOptions, RosterError
 from service.timeslice import slices
-from service.validation import check_choice, mask_paths
+from service.validation import check_choice
+from service.wire import mask_paths
 
 RESTORED = ("id", "version", "created_at", "updated_at")
 # To read a row takes 1 µs, or 100 if its e-mail has nothing but combining marks.

@@ -12,7 +12,6 @@ from service.bulk.message import MAX_BYTES, MAX_ROWS, BulkMessage
 from service.bulk.operation import Operation, StreamOptions
 from service.bulk.recorder import Recorder, expired, gap
 from service.bulk.slot import REFUSALS, Slot
-from service.db.base import MAX_ID
 from service.db.bulk.batch import Outcome
 from service.db.engine import Database
 from service.errors import (
@@ -27,8 +26,9 @@ from service.errors import (
     TooLarge,
 )
 from service.loads.repository import COUNTED, Load, LoadRepository, LoadState
+from service.loads.rules import check_load_id, check_new_load_id
 from service.shares import FairSemaphore
-from service.validation import check_load_id, check_new_load_id
+from service.validation import MAX_ID
 
 # Messages read and not yet acknowledged. On two cores three copies at a time made 1.13 of \copy, two
 # 1.04, one 0.69.

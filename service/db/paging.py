@@ -16,9 +16,10 @@ from typing import Any, Generic, TypeVar
 
 from sqlalchemy import ColumnElement, FromClause, tuple_
 
-from service.db.base import MAX_ID, UtcDateTime
+from service.db.base import UtcDateTime
 from service.errors import InvalidField, InvalidPageToken
-from service.validation import EPOCH, MICROSECOND
+from service.validation import MAX_ID
+from service.wire import EPOCH, MICROSECOND
 
 VERSION = b"\x01"
 FINGERPRINT_BYTES = 8

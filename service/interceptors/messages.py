@@ -15,8 +15,8 @@ from service.auth.caller import NOBODY, current_caller
 from service.auth.policy import HEALTH
 from service.errors import MalformedMessage, TooLarge
 from service.interceptors.around import Around, Context, Proceed, host_of, kind
+from service.posts.rules import MAX_CONTENT_BYTES
 from service.requests import parse, request_class
-from service.validation import MAX_CONTENT_BYTES
 from service.waits import BoundedWaits
 
 # A user with its 50 posts, as a caller may send back what it has read, has 60 KiB.

@@ -14,8 +14,8 @@ from service.db.paging import decode_token, encode_token, fingerprint, page_size
 from service.db.repository import MAX_ROWS_BYTES
 from service.interceptors.around import Context
 from service.loads.repository import Load, LoadRepository
+from service.loads.rules import check_load_id
 from service.timeslice import TimeSlice
-from service.validation import check_load_id
 
 LOADS = fingerprint("loads")
 FRAME_BYTES = 5  # before each message of a repeated field: its tag and its length

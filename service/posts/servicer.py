@@ -21,18 +21,20 @@ from service.idempotency import once
 from service.interceptors.around import Context
 from service.posts.convert import (
     WRITABLE,
+    author_id_from_request,
     post_batch_from_messages,
-    post_changes_from_message,
-    post_fields,
     post_from_message,
+    post_to_fields,
     post_to_message,
-    with_author_fields,
+    post_update_from_request,
+    post_with_author_to_fields,
 )
 from service.posts.model import Post
 from service.posts.reader import PostReader
 from service.posts.repository import FILTERABLE, SORTABLE, PostRepository
 from service.timeslice import add_in_slices
-from service.validation import check_export, check_id, check_ids, check_version
+from service.validation import check_id, check_ids
+from service.wire import deletion_from_request, export_from_request
 
 CREATE_POSTS = Operation(
     method="roster.v1.PostService.BulkCreatePosts",
@@ -79,7 +81,7 @@ class PostServicer(PostServiceServicer):
     async def GetPost(self, request: pb.GetPostRequest, context: Context) -> PostMessage:
         id = check_id(request.id)
         if not WITH_AUTHOR.is_asked(request.view):
-            return PostMessage(**post_fields(await self.reader.get(id)))
+            return PostMessage(**post_to_fields(await self.reader.get(id)))
         async with self.database.read() as session:
             post = await PostRepository(session, with_author=True).get(id)
         return post_to_message(post, with_author=True)
@@ -101,7 +103,7 @@ class PostServicer(PostServiceServicer):
         return response
 
     async def ListPosts(self, request: pb.ListPostsRequest, context: Context) -> pb.ListPostsResponse:
-        author_id = request.author_id and check_id(request.author_id, "author_id")
+        author_id = author_id_from_request(request)
         scope = [Post.author_id == author_id] if author_id else []
         query = await LISTING.query(request, *scope, scope_key=author_id)
         with_author = WITH_AUTHOR.is_asked(request.view)
@@ -112,19 +114,18 @@ class PostServicer(PostServiceServicer):
         return response
 
     async def UpdatePost(self, request: pb.UpdatePostRequest, context: Context) -> PostMessage:
-        id = check_id(request.post.id, "post.id")
-        version = check_version(request.post.version, "post.version")
-        changes = post_changes_from_message(request.post, request.update_mask)
+        update = post_update_from_request(request)
         async with self.database.begin() as session:
 
-            async def update() -> PostMessage:
-                return post_to_message(await PostRepository(session).update(id, changes, version))
+            async def write() -> PostMessage:
+                posts = PostRepository(session)
+                return post_to_message(await posts.update(update.id, update.changes, update.version))
 
-            updated = await once(session, request, PostMessage, update)
-        return as_written(updated, changes, reads=GET_POST)
+            updated = await once(session, request, PostMessage, write)
+        return as_written(updated, update.changes, reads=GET_POST)
 
     async def DeletePost(self, request: pb.DeletePostRequest, context: Context) -> Empty:
-        id, version = check_id(request.id), check_version(request.version)
+        id, version = deletion_from_request(request)
         async with self.database.begin() as session:
 
             async def delete() -> Empty:
@@ -151,11 +152,11 @@ class PostServicer(PostServiceServicer):
         self, request: pb.ExportPostsRequest, context: Context
     ) -> AsyncIterator[pb.ExportPostsResponse]:
         conditions = await LISTING.conditions(request.filter)
-        limit = check_export(request.after_id, request.batch_size)
-        rows = batches(self.database, PostRepository, conditions, request.after_id, limit)
+        after_id, limit = export_from_request(request)
+        rows = batches(self.database, PostRepository, conditions, after_id, limit)
         async with aclosing(rows):
             async for posts in rows:
-                yield pb.ExportPostsResponse(posts=map(post_fields, posts), last_id=posts[-1].id)
+                yield pb.ExportPostsResponse(posts=map(post_to_fields, posts), last_id=posts[-1].id)
 
 
 def _repository(session: AsyncSession, *, with_author: bool) -> PostRepository:
@@ -165,4 +166,4 @@ def _repository(session: AsyncSession, *, with_author: bool) -> PostRepository:
 
 
 def _fields_of(*, with_author: bool) -> Callable[[Any], dict[str, Any]]:
-    return with_author_fields if with_author else post_fields
+    return post_with_author_to_fields if with_author else post_to_fields

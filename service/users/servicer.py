@@ -1,6 +1,6 @@
 """UserService: users by id or e-mail, one at a time, in pages, and in bulk."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -25,20 +25,22 @@ from service.interceptors.around import Context
 from service.timeslice import add_in_slices
 from service.users.convert import (
     BULK_WRITABLE,
-    check_password,
-    key_from_message,
+    credentials_from_request,
+    key_from_request,
     user_batch_from_messages,
-    user_changes_from_message,
-    user_fields,
     user_from_message,
+    user_to_fields,
     user_to_message,
-    with_posts_fields,
+    user_update_from_request,
+    user_with_posts_to_fields,
 )
 from service.users.model import User
 from service.users.passwords import Passwords
 from service.users.reader import UserReader
 from service.users.repository import FILTERABLE, SORTABLE, UserRepository, email_taken
-from service.validation import check_export, check_id, check_ids, check_version, normalise_email
+from service.users.rules import normalise_email
+from service.validation import check_ids
+from service.wire import deletion_from_request, export_from_request
 
 CREATE_USERS = Operation(
     method="roster.v1.UserService.BulkCreateUsers",
@@ -87,9 +89,9 @@ class UserServicer(UserServiceServicer):
             return await once(session, request, UserMessage, create)
 
     async def GetUser(self, request: pb.GetUserRequest, context: Context) -> UserMessage:
-        key = key_from_message(request)
+        key = key_from_request(request)
         if not WITH_POSTS.is_asked(request.view):
-            return UserMessage(**user_fields(await self.reader.get(key)))
+            return UserMessage(**user_to_fields(await self.reader.get(key)))
         async with self.database.read() as session:
             user = await UserRepository(session, with_posts=True).get_by(_is_key(key))
         return user_to_message(user, with_posts=True)
@@ -101,7 +103,7 @@ class UserServicer(UserServiceServicer):
         if not WITH_POSTS.is_asked(request.view):
             rows = await self.reader.get_many(ids)
             return pb.BatchGetUsersResponse(
-                users=[user_fields(rows[id]) for id in ids if id in rows],
+                users=[user_to_fields(rows[id]) for id in ids if id in rows],
                 missing_ids=[id for id in ids if id not in rows],
             )
         async with self.database.read() as session:
@@ -110,7 +112,7 @@ class UserServicer(UserServiceServicer):
             missing_ids=[id for id, user in zip(ids, found, strict=False) if not user],
             remaining_ids=ids[len(found) :],
         )
-        await add_in_slices(response.users, with_posts_fields, [user for user in found if user])
+        await add_in_slices(response.users, user_with_posts_to_fields, [user for user in found if user])
         return response
 
     async def ListUsers(self, request: pb.ListUsersRequest, context: Context) -> pb.ListUsersResponse:
@@ -123,19 +125,19 @@ class UserServicer(UserServiceServicer):
         return response
 
     async def UpdateUser(self, request: pb.UpdateUserRequest, context: Context) -> UserMessage:
-        id = check_id(request.user.id, "user.id")
-        version = check_version(request.user.version, "user.version")
-        changes = await self._hashed(user_changes_from_message(request.user, request.update_mask))
+        update = user_update_from_request(request)
+        changes = await self._hashed(update.changes)
         async with self.database.begin() as session:
 
-            async def update() -> UserMessage:
-                return user_to_message(await UserRepository(session).update(id, changes, version))
+            async def write() -> UserMessage:
+                users = UserRepository(session)
+                return user_to_message(await users.update(update.id, changes, update.version))
 
-            updated = await once(session, request, UserMessage, update)
+            updated = await once(session, request, UserMessage, write)
         return as_written(updated, changes, reads=GET_USER)
 
     async def DeleteUser(self, request: pb.DeleteUserRequest, context: Context) -> Empty:
-        id, version = check_id(request.id), check_version(request.version)
+        id, version = deletion_from_request(request)
         async with self.database.begin() as session:
 
             async def delete() -> Empty:
@@ -147,10 +149,9 @@ class UserServicer(UserServiceServicer):
     async def VerifyPassword(
         self, request: pb.VerifyPasswordRequest, context: Context
     ) -> pb.VerifyPasswordResponse:
-        key = key_from_message(request)
-        check_password(request.password)
+        key, password = credentials_from_request(request)
         id, stored = await self.reader.password_hash(key)
-        is_valid, stronger = await self.passwords.check(stored, request.password)
+        is_valid, stronger = await self.passwords.check(stored, password)
         if stronger:
             with suppress(
                 Unavailable, ResourceExhausted, StatementTimeout, OutcomeUnknown
@@ -177,26 +178,26 @@ class UserServicer(UserServiceServicer):
         self, request: pb.ExportUsersRequest, context: Context
     ) -> AsyncIterator[pb.ExportUsersResponse]:
         conditions = await LISTING.conditions(request.filter)
-        limit = check_export(request.after_id, request.batch_size)
-        rows = batches(self.database, UserRepository, conditions, request.after_id, limit)
+        after_id, limit = export_from_request(request)
+        rows = batches(self.database, UserRepository, conditions, after_id, limit)
         async with aclosing(rows):
             async for users in rows:
-                yield pb.ExportUsersResponse(users=map(user_fields, users), last_id=users[-1].id)
+                yield pb.ExportUsersResponse(users=map(user_to_fields, users), last_id=users[-1].id)
 
-    async def _hashed(self, values: dict[str, Any]) -> dict[str, Any]:
+    async def _hashed(self, values: Mapping[str, Any]) -> dict[str, Any]:
         if "hashed_password" in values:
             current_caller().require("loader", "hashed_password")
-        password = values.pop("password", None)
-        if password is None:
-            return values
-        return {**values, "hashed_password": await self.passwords.hash(password)}
+        stored = dict(values)
+        if "password" in stored:
+            stored["hashed_password"] = await self.passwords.hash(stored.pop("password"))
+        return stored
 
     async def _verified(self, id: int) -> pb.VerifyPasswordResponse:
         try:
             user = await self.reader.get(id)
         except UserNotFound:  # deleted in between
             return pb.VerifyPasswordResponse()
-        return pb.VerifyPasswordResponse(valid=True, user=user_fields(user))
+        return pb.VerifyPasswordResponse(valid=True, user=user_to_fields(user))
 
 
 def _is_key(key: int | str) -> ColumnElement[bool]:
@@ -210,4 +211,4 @@ def _repository(session: AsyncSession, *, with_posts: bool) -> UserRepository:
 
 
 def _fields_of(*, with_posts: bool) -> Callable[[Any], dict[str, Any]]:
-    return with_posts_fields if with_posts else user_fields
+    return user_with_posts_to_fields if with_posts else user_to_fields

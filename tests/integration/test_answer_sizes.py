@@ -7,7 +7,6 @@ import pytest
 from google.protobuf.message import Message
 from sqlalchemy import insert, select
 
-from service.db.base import MAX_ID
 from service.db.engine import Database
 from service.posts.convert import post_to_message
 from service.posts.model import Post
@@ -15,6 +14,7 @@ from service.posts.repository import PostRepository
 from service.users.convert import user_to_message
 from service.users.model import User
 from service.users.repository import NEWEST_POSTS, UserRepository
+from service.validation import MAX_ID
 
 # What a message needs most bytes for: a negative number of seconds, all digits of a fraction, large ids.
 LONG_AGO = datetime(1, 1, 1, 0, 0, 0, 999_999, tzinfo=UTC)

@@ -27,7 +27,7 @@ from service.settings import Settings
 from service.users.model import User
 from service.users.reader import UserReader
 from service.users.repository import UserRepository
-from service.validation import EPOCH, MICROSECOND
+from service.wire import EPOCH, MICROSECOND
 from tests.rows import add_posts, add_users
 
 CALLER: ContextVar[str] = ContextVar("CALLER")

@@ -14,7 +14,7 @@ from service.db.paging import Keyset
 from service.errors import UserNotFound, VersionMismatch
 from service.users.model import User
 from service.users.repository import SORTABLE, UserRepository
-from service.validation import EPOCH, MICROSECOND
+from service.wire import EPOCH, MICROSECOND
 from tests.rows import add_users
 
 THEN = datetime(2024, 1, 31, 12, 30, 0, 123456, tzinfo=UTC)

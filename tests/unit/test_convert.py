@@ -20,14 +20,14 @@ from service.posts.convert import (
 from service.posts.model import Post
 from service.users.convert import (
     BULK_WRITABLE,
-    key_from_message,
+    key_from_request,
     user_batch_from_messages,
     user_changes_from_message,
     user_from_message,
     user_to_message,
 )
 from service.users.model import User
-from service.validation import normalise_email
+from service.users.rules import normalise_email
 
 NOON = datetime(2024, 1, 31, 12, 0, 0, 123456, tzinfo=UTC)
 # What the database gives a row.
@@ -263,8 +263,8 @@ def test_the_author_of_a_post_can_t_be_changed() -> None:
 
 def test_a_user_is_looked_up_by_id_or_by_email() -> None:
     """By the normalised e-mail; one of the two is required."""
-    assert key_from_message(GetUserRequest(id=7)) == 7
-    assert key_from_message(GetUserRequest(email=" ADA@example.org")) == "ada@example.org"
+    assert key_from_request(GetUserRequest(id=7)) == 7
+    assert key_from_request(GetUserRequest(email=" ADA@example.org")) == "ada@example.org"
     for request in (
         GetUserRequest(),
         GetUserRequest(id=0),
@@ -272,7 +272,7 @@ def test_a_user_is_looked_up_by_id_or_by_email() -> None:
         GetUserRequest(email="a"),
     ):
         with pytest.raises(InvalidField):
-            key_from_message(request)
+            key_from_request(request)
 
 
 def test_a_user_comes_with_the_posts_that_were_loaded() -> None:

@@ -21,8 +21,8 @@ from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest
 from roster.v1.users_pb2_grpc import UserServiceServicer, UserServiceStub, add_UserServiceServicer_to_server
 from service.escape import escape
 from service.loads.repository import Load, LoadRepository
+from service.loads.rules import PRINTABLE
 from service.server import Server
-from service.validation import PRINTABLE
 from tests.e2e.clients import Grpcurl
 from tests.e2e.command import ROSTER, run
 from tests.e2e.hostile.support import victim
