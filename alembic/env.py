@@ -7,7 +7,7 @@ from alembic import context
 from sqlalchemy import Connection, NullPool
 from sqlalchemy.ext.asyncio import create_async_engine
 
-import service.db.requests
+import service.idempotency
 import service.loads.repository
 import service.posts.model
 import service.users.model  # noqa: F401  (a table is known once its module is imported)

@@ -21,9 +21,9 @@ from service.auth.tokens import Tokens
 from service.bulk.streams import BulkStreams
 from service.connections import MAX_HEALTH_CONNECTIONS, connection_options, max_connections
 from service.db.engine import Database
-from service.db.requests import forget_requests
 from service.errors import RosterError
 from service.health import Health
+from service.idempotency import delete_expired_requests
 from service.interceptors.audit import Audit
 from service.interceptors.auth import Auth
 from service.interceptors.drain import Drain
@@ -207,7 +207,7 @@ class Server:
         while True:
             try:
                 async with self.database.begin() as session:
-                    await forget_requests(session, self.clock())
+                    await delete_expired_requests(session, self.clock())
                     await expire_loads(session, self.clock() - self.settings.bulk_load_ttl)
             except RosterError as error:
                 log.warning("what has expired was not deleted: %s", error.message)

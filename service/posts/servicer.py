@@ -17,7 +17,7 @@ from service.bulk.operation import Operation
 from service.bulk.streams import BulkStreams
 from service.db.engine import Database
 from service.db.listing import Listing, batches
-from service.idempotency import once
+from service.idempotency import idempotent
 from service.interceptors.around import Context
 from service.posts.convert import (
     WRITABLE,
@@ -34,7 +34,7 @@ from service.posts.reader import PostReader
 from service.posts.repository import FILTERABLE, SORTABLE, PostRepository
 from service.timeslice import add_in_slices
 from service.validation import check_id, check_ids
-from service.wire import deletion_from_request, export_from_request
+from service.wire import deleted_to_message, deletion_from_request, export_from_request
 
 CREATE_POSTS = Operation(
     method="roster.v1.PostService.BulkCreatePosts",
@@ -71,12 +71,13 @@ class PostServicer(PostServiceServicer):
 
     async def CreatePost(self, request: pb.CreatePostRequest, context: Context) -> PostMessage:
         values = post_from_message(request.post)
-        async with self.database.begin() as session:
-
-            async def create() -> PostMessage:
-                return post_to_message(await PostRepository(session).create(values))
-
-            return await once(session, request, PostMessage, create)
+        return await idempotent(
+            self.database,
+            request,
+            PostMessage,
+            lambda session: PostRepository(session).create(values),
+            post_to_message,
+        )
 
     async def GetPost(self, request: pb.GetPostRequest, context: Context) -> PostMessage:
         id = check_id(request.id)
@@ -115,24 +116,24 @@ class PostServicer(PostServiceServicer):
 
     async def UpdatePost(self, request: pb.UpdatePostRequest, context: Context) -> PostMessage:
         update = post_update_from_request(request)
-        async with self.database.begin() as session:
-
-            async def write() -> PostMessage:
-                posts = PostRepository(session)
-                return post_to_message(await posts.update(update.id, update.changes, update.version))
-
-            updated = await once(session, request, PostMessage, write)
+        updated = await idempotent(
+            self.database,
+            request,
+            PostMessage,
+            lambda session: PostRepository(session).update(update.id, update.changes, update.version),
+            post_to_message,
+        )
         return as_written(updated, update.changes, reads=GET_POST)
 
     async def DeletePost(self, request: pb.DeletePostRequest, context: Context) -> Empty:
         id, version = deletion_from_request(request)
-        async with self.database.begin() as session:
-
-            async def delete() -> Empty:
-                await PostRepository(session).delete(id, version)
-                return Empty()
-
-            return await once(session, request, Empty, delete)
+        return await idempotent(
+            self.database,
+            request,
+            Empty,
+            lambda session: PostRepository(session).delete(id, version),
+            deleted_to_message,
+        )
 
     async def BulkCreatePosts(
         self, requests: AsyncIterator[pb.BulkCreatePostsRequest], context: Context

@@ -20,7 +20,7 @@ from service.bulk.streams import BulkStreams
 from service.db.engine import Database
 from service.db.listing import Listing, batches
 from service.errors import OutcomeUnknown, ResourceExhausted, StatementTimeout, Unavailable, UserNotFound
-from service.idempotency import once
+from service.idempotency import idempotent
 from service.interceptors.around import Context
 from service.timeslice import add_in_slices
 from service.users.convert import (
@@ -40,7 +40,7 @@ from service.users.reader import UserReader
 from service.users.repository import FILTERABLE, SORTABLE, UserRepository, email_taken
 from service.users.rules import normalise_email
 from service.validation import check_ids
-from service.wire import deletion_from_request, export_from_request
+from service.wire import deleted_to_message, deletion_from_request, export_from_request
 
 CREATE_USERS = Operation(
     method="roster.v1.UserService.BulkCreateUsers",
@@ -81,12 +81,13 @@ class UserServicer(UserServiceServicer):
 
     async def CreateUser(self, request: pb.CreateUserRequest, context: Context) -> UserMessage:
         values = await self._hashed(user_from_message(request.user))
-        async with self.database.begin() as session:
-
-            async def create() -> UserMessage:
-                return user_to_message(await UserRepository(session).create(values))
-
-            return await once(session, request, UserMessage, create)
+        return await idempotent(
+            self.database,
+            request,
+            UserMessage,
+            lambda session: UserRepository(session).create(values),
+            user_to_message,
+        )
 
     async def GetUser(self, request: pb.GetUserRequest, context: Context) -> UserMessage:
         key = key_from_request(request)
@@ -127,24 +128,24 @@ class UserServicer(UserServiceServicer):
     async def UpdateUser(self, request: pb.UpdateUserRequest, context: Context) -> UserMessage:
         update = user_update_from_request(request)
         changes = await self._hashed(update.changes)
-        async with self.database.begin() as session:
-
-            async def write() -> UserMessage:
-                users = UserRepository(session)
-                return user_to_message(await users.update(update.id, changes, update.version))
-
-            updated = await once(session, request, UserMessage, write)
+        updated = await idempotent(
+            self.database,
+            request,
+            UserMessage,
+            lambda session: UserRepository(session).update(update.id, changes, update.version),
+            user_to_message,
+        )
         return as_written(updated, changes, reads=GET_USER)
 
     async def DeleteUser(self, request: pb.DeleteUserRequest, context: Context) -> Empty:
         id, version = deletion_from_request(request)
-        async with self.database.begin() as session:
-
-            async def delete() -> Empty:
-                await UserRepository(session).delete(id, version)
-                return Empty()
-
-            return await once(session, request, Empty, delete)
+        return await idempotent(
+            self.database,
+            request,
+            Empty,
+            lambda session: UserRepository(session).delete(id, version),
+            deleted_to_message,
+        )
 
     async def VerifyPassword(
         self, request: pb.VerifyPasswordRequest, context: Context
