@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
 from service.auth.caller import current_caller
-from service.db.base import Base, UtcDateTime, now, text
+from service.db.base import Base, Session, UtcDateTime, now, text
 from service.db.dialect import insert
 from service.db.engine import Database
 from service.errors import InvalidField, RequestIdReused
@@ -52,7 +52,7 @@ async def idempotent(
     database: Database,
     request: WriteRequest,
     answer: type[AnswerT],
-    write: Callable[[AsyncSession], Awaitable[ResultT]],
+    write: Callable[[Session], Awaitable[ResultT]],
     to_message: Callable[[ResultT], AnswerT],
 ) -> AnswerT:
     """Run `write` in a transaction and return its result as a message, or the answer stored for the request.

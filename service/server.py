@@ -21,6 +21,7 @@ from service.auth.tokens import Tokens
 from service.bulk.streams import BulkStreams
 from service.connections import MAX_HEALTH_CONNECTIONS, connection_options, max_connections
 from service.db.engine import Database
+from service.db.reads import Reader
 from service.errors import RosterError
 from service.health import Health
 from service.idempotency import delete_expired_requests
@@ -35,12 +36,13 @@ from service.interceptors.metrics import Metrics
 from service.loads.repository import expire_loads
 from service.loads.servicer import BulkServicer
 from service.memory import trim_forever
-from service.posts.reader import PostReader
+from service.posts.repository import PostRepository
 from service.posts.servicer import PostServicer
 from service.reflection import add_reflection
 from service.settings import Settings
+from service.users.model import User
 from service.users.passwords import Passwords
-from service.users.reader import UserReader
+from service.users.repository import UserRepository
 from service.users.servicer import UserServicer
 
 if TYPE_CHECKING:
@@ -95,8 +97,8 @@ class Server:
         auth = authentication(settings, clock)
         self.credentials = server_credentials(settings)
         self.database = Database(settings)
-        self.users = UserReader(self.database)
-        self.posts = PostReader(self.database)
+        self.users = Reader(self.database, UserRepository, by=(User.id, User.email))
+        self.posts = Reader(self.database, PostRepository)
         self.passwords = Passwords(settings)
         self.drain = Drain()
         # By default a second server takes the same port in silence.

@@ -6,6 +6,7 @@ begins with the name of the field. The sentence never repeats the value.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from service.errors import InvalidField, TooLarge, Violation
@@ -30,6 +31,11 @@ def text_error(text: str, max_length: int) -> str | None:
     if len(text) > max_length:
         return f"is longer than {max_length:,} characters"
     return "must not contain NUL" if "\0" in text else None
+
+
+def text_rule(max_length: int) -> Rule:
+    """Return the rule of a text of at most this many characters."""
+    return partial(text_error, max_length=max_length)
 
 
 def are_valid_texts(texts: Iterable[str | None], max_length: int) -> bool:

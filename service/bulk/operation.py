@@ -6,11 +6,10 @@ from functools import cached_property
 from typing import Any
 
 from google.protobuf.message import Message
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from roster.v1.bulk_pb2 import BulkOptions
 from service.bulk.message import BulkParser
-from service.db.base import Entity
+from service.db.base import Entity, Session
 from service.db.bulk.batch import Batch, OnConflict, Outcome, WriteOptions
 from service.errors import InvalidOptions, RosterError
 from service.timeslice import slices
@@ -33,7 +32,7 @@ class Operation:
     writable: Sequence[str]  # what an update mask may name
     read: Callable[[Sequence[Any], Collection[str], Collection[str]], Batch]
     model: type[Entity]
-    write: Callable[[AsyncSession, Batch, WriteOptions], Awaitable[Outcome]]
+    write: Callable[[Session, Batch, WriteOptions], Awaitable[Outcome]]
     is_update: bool = False
     taken: Callable[[int | None], RosterError] | None = None  # where rows have a key: that it is taken
 

@@ -1,13 +1,18 @@
 """Base of all models: the naming convention, the column types, the mixins."""
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NewType
 
 from sqlalchemy import BigInteger, DateTime, Dialect, Identity, Integer, MetaData, String, Text, inspect
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
+
+# A session of `Database.read()`, and one of `Database.begin()` or `bulk()`, through which one can write too.
+ReadSession = NewType("ReadSession", AsyncSession)
+Session = NewType("Session", ReadSession)
 
 BigInt = BigInteger().with_variant(Integer(), "sqlite")  # SQLite autoincrements INTEGER only
 

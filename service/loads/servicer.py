@@ -11,7 +11,7 @@ from service.auth.caller import current_caller
 from service.bulk.convert import failure_fields, load_fields, load_to_message
 from service.db.engine import Database
 from service.db.paging import decode_token, encode_token, fingerprint, page_size
-from service.db.repository import MAX_ROWS_BYTES
+from service.db.selection import MAX_ROWS_BYTES
 from service.interceptors.around import Context
 from service.loads.repository import Load, LoadRepository
 from service.loads.rules import check_load_id

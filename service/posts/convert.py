@@ -1,7 +1,6 @@
 """Posts: messages <-> values. Pure functions; all checks of a request happen here."""
 
 from collections.abc import Collection, Sequence
-from operator import attrgetter
 from typing import Any
 
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -11,6 +10,7 @@ from roster.v1.resources_pb2 import Post as PostMessage
 from service.bulk.convert import add_identity
 from service.db.base import column_names
 from service.db.bulk.batch import Batch
+from service.db.selection import Row
 from service.errors import InvalidField
 from service.posts.model import Post
 from service.posts.rules import (
@@ -21,7 +21,7 @@ from service.posts.rules import (
     content_error,
     title_error,
 )
-from service.users.convert import entity_to_fields as user_entity_to_fields
+from service.users.convert import user_to_fields
 from service.users.rules import are_plain_emails, email_error, normalise_email
 from service.validation import are_valid_texts, check_id, collect_violations, id_error
 from service.wire import (
@@ -35,24 +35,19 @@ from service.wire import (
 )
 
 WRITABLE = tuple(RULES)
+POST_COLUMNS = column_names(Post)
 
-post_to_fields = row_converter(column_names(Post), PostMessage)
-post_columns = attrgetter(*column_names(Post))
-
-
-def post_to_message(post: Post, *, with_author: bool = False) -> PostMessage:
-    """Return a stored post as the API shows it."""
-    return PostMessage(**(post_with_author_to_fields(post) if with_author else entity_to_fields(post)))
+post_to_fields = row_converter(POST_COLUMNS, PostMessage)
 
 
-def entity_to_fields(post: Post) -> Fields:
-    """Return a stored post as the fields of its message."""
-    return post_to_fields(post_columns(post))
+def post_to_message(row: Row) -> PostMessage:
+    """Return a post as the API shows it."""
+    return PostMessage(**post_to_fields(row))
 
 
-def post_with_author_to_fields(post: Post) -> Fields:
-    """Return a stored post and its author as the fields of its message."""
-    return {**entity_to_fields(post), "author": user_entity_to_fields(post.author)}
+def post_with_author_to_fields(row: Row) -> Fields:
+    """Return a post and its author as the fields of a message; the author's columns follow the post's."""
+    return {**post_to_fields(row), "author": user_to_fields(row[len(POST_COLUMNS) :])}
 
 
 def post_from_message(message: PostMessage) -> dict[str, Any]:

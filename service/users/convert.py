@@ -5,22 +5,23 @@ from operator import attrgetter
 from typing import Any
 
 from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message import Message
 
 from roster.v1.resources_pb2 import Post as PostMessage, User as UserMessage
 from roster.v1.users_pb2 import GetUserRequest, UpdateUserRequest, VerifyPasswordRequest
 from service.bulk.convert import add_identity
 from service.db.base import column_names
 from service.db.bulk.batch import Batch
+from service.db.selection import Row
 from service.errors import InvalidField
-from service.posts.model import Post
 from service.users.hashes import password_hash_error
 from service.users.model import User
+from service.users.repository import LISTED_POST, UserWithPosts
 from service.users.rules import (
-    MAX_NAME,
+    OPTIONAL_TEXTS,
     RULES,
     are_plain_emails,
     email_error,
-    full_name_error,
     normalise_email,
     password_error,
 )
@@ -37,29 +38,19 @@ from service.wire import (
 
 WRITABLE = tuple(RULES)
 BULK_WRITABLE = tuple(field for field in WRITABLE if field != "password")
-# Posts are listed in their author without their content.
-LISTED_POST = tuple(name for name in column_names(Post) if name != "content")
 
 user_to_fields = row_converter(column_names(User), UserMessage)
-user_columns = attrgetter(*column_names(User))
 _listed_post_to_fields = row_converter(LISTED_POST, PostMessage)
-_listed_post_columns = attrgetter(*LISTED_POST)
 
 
-def user_to_message(user: User, *, with_posts: bool = False) -> UserMessage:
-    """Return a stored user as the API shows it."""
-    return UserMessage(**(user_with_posts_to_fields(user) if with_posts else entity_to_fields(user)))
+def user_to_message(row: Row) -> UserMessage:
+    """Return a user as the API shows it."""
+    return UserMessage(**user_to_fields(row))
 
 
-def entity_to_fields(user: User) -> Fields:
-    """Return a stored user as the fields of its message."""
-    return user_to_fields(user_columns(user))
-
-
-def user_with_posts_to_fields(user: User) -> Fields:
-    """Return a stored user and its posts as the fields of its message."""
-    posts = [_listed_post_to_fields(_listed_post_columns(post)) for post in user.posts]
-    return {**entity_to_fields(user), "posts": posts}
+def user_with_posts_to_fields(row: UserWithPosts) -> Fields:
+    """Return a user and its posts as the fields of a message."""
+    return {**user_to_fields(row.user), "posts": list(map(_listed_post_to_fields, row.posts))}
 
 
 def user_from_message(message: UserMessage) -> dict[str, Any]:
@@ -89,7 +80,7 @@ def user_batch_from_messages(
 ) -> Batch:
     """Return the fields of rows as columns; a row that breaks a rule is in `failures`.
 
-    A row needs every field that the update mask names, but full_name, which is null where it is unset.
+    A row needs every field that the update mask names, except optional texts, which are null if unset.
     """
     batch = Batch(len(messages))
     add_identity(batch, messages, fields)
@@ -102,13 +93,9 @@ def user_batch_from_messages(
             email_error,
             is_sound=is_plain,
         )
-    if "full_name" in fields:
-        # Only where a field reads as its default it has to be asked whether it was set.
-        names = [
-            name if (name := message.full_name) or message.HasField("full_name") else None
-            for message in messages
-        ]
-        batch.add("full_name", names, full_name_error, is_sound=are_valid_texts(names, MAX_NAME))
+    for field in OPTIONAL_TEXTS:
+        if field in fields:
+            _add_optional_texts(batch, field, messages)
     if "is_active" in fields:
         default = None if "is_active" in masked else True
         active = [
@@ -130,6 +117,14 @@ def user_batch_from_messages(
         batch.add("password", [message.password or None for message in messages], _bulk_password_error)
         del batch.columns["password"]
     return batch
+
+
+def _add_optional_texts(batch: Batch, field: str, messages: Sequence[Message]) -> None:
+    text_of = attrgetter(field)
+    # HasField is needed only for a text that reads as its default.
+    texts = [text if (text := text_of(message)) or message.HasField(field) else None for message in messages]
+    is_sound = are_valid_texts(texts, OPTIONAL_TEXTS[field])
+    batch.add(field, texts, RULES[field], is_sound=is_sound)
 
 
 def key_from_request(request: GetUserRequest | VerifyPasswordRequest) -> str | int:
@@ -172,7 +167,7 @@ def _value(message: UserMessage, field: str) -> Any:
 def _error(field: str, value: Any) -> str | None:
     if value is not None:
         return RULES[field](value)
-    return None if field == "full_name" else "is required where update_mask names it"
+    return None if field in OPTIONAL_TEXTS else "is required where update_mask names it"
 
 
 def _bulk_password_error(password: str) -> str:  # noqa: ARG001

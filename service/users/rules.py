@@ -5,11 +5,10 @@ import unicodedata
 from collections.abc import Sequence
 
 from service.users.hashes import password_hash_error
-from service.validation import Rule, text_error
+from service.validation import Rule, text_error, text_rule
 
 MAX_EMAIL = 255
 MAX_COMBINING_MARKS = 30  # https://unicode.org/reports/tr15/#Stream_Safe_Text_Format
-MAX_NAME = 255
 MAX_PASSWORD = 1024
 
 EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
@@ -65,10 +64,6 @@ def are_plain_emails(emails: Sequence[str]) -> bool:
     return PLAIN_EMAILS.fullmatch(joined) is not None and len(max(emails, key=len)) <= MAX_EMAIL
 
 
-def full_name_error(name: str) -> str | None:
-    return text_error(name, MAX_NAME)
-
-
 def password_error(password: str) -> str | None:
     return text_error(password, MAX_PASSWORD) if password else "is required: 1 to 1,024 characters"
 
@@ -77,10 +72,15 @@ def no_error(value: object) -> None:
     """Accept any value: the type of the field is the only rule."""
 
 
-# The fields that a request may write. This list is the only one of its kind.
+# Texts that may be null, and the largest number of their characters.
+OPTIONAL_TEXTS = {
+    "full_name": 255,
+}
+
+# The fields that a request may write.
 RULES: dict[str, Rule] = {
     "email": email_error,
-    "full_name": full_name_error,
+    **{field: text_rule(max_length) for field, max_length in OPTIONAL_TEXTS.items()},
     "is_active": no_error,
     "password": password_error,
     "hashed_password": password_hash_error,

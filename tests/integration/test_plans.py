@@ -13,14 +13,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from roster.v1.posts_pb2 import ListPostsRequest
 from roster.v1.users_pb2 import ListUsersRequest
 from service.db.engine import Database
-from service.db.listing import Listing, Query
+from service.db.paging import ListQuery
+from service.db.repository import Repository
+from service.db.selection import Selection
 from service.errors import StatementTimeout
 from service.posts.model import Post
-from service.posts.repository import PostRepository
-from service.posts.servicer import LISTING as POSTS
+from service.posts.repository import WITH_AUTHOR, PostRepository
 from service.settings import Settings
-from service.users.repository import UserRepository
-from service.users.servicer import LISTING as USERS
+from service.users.repository import WITH_POSTS, UserRepository
 from tests.postgres import Postgres
 
 # Filling it takes 5 seconds; with other work on the machine, minutes.
@@ -84,28 +84,28 @@ CONTAINS = {"users": 'email : "a" AND is_active = true', "posts": 'title : "a"'}
 class Lister:
     """One of the List RPCs with one of its views."""
 
-    listing: Listing
+    repository: type[Repository[Any, Any]]
     request: Callable[..., Any]
-    repository: Callable[..., Any]
+    selection: Selection
 
     @property
     def table(self) -> str:
-        return self.listing.name
+        return str(self.repository.model.__tablename__)
 
-    async def queries(self, text: str = "") -> AsyncIterator[tuple[str, Query]]:
+    async def queries(self, text: str = "") -> AsyncIterator[tuple[str, ListQuery]]:
         """Each order in each direction, with the first page and one deep in the table."""
-        for order, direction in product(self.listing.sortable, ("asc", "desc")):
+        for order, direction in product(self.repository.sortable, ("asc", "desc")):
             request = self.request(filter=text, order_by=f"{order} {direction}", page_size=PAGE)
-            query = await self.listing.query(request)
+            query = await self.repository.list_query(request)
             yield order, query
             yield order, replace(query, after=DEEP[order])
 
 
 LISTERS = [
-    Lister(USERS, ListUsersRequest, UserRepository),
-    Lister(USERS, ListUsersRequest, lambda session: UserRepository(session, with_posts=True)),
-    Lister(POSTS, ListPostsRequest, PostRepository),
-    Lister(POSTS, ListPostsRequest, lambda session: PostRepository(session, with_author=True)),
+    Lister(UserRepository, ListUsersRequest, UserRepository.basic()),
+    Lister(UserRepository, ListUsersRequest, WITH_POSTS),
+    Lister(PostRepository, ListPostsRequest, PostRepository.basic()),
+    Lister(PostRepository, ListPostsRequest, WITH_AUTHOR),
 ]
 each_lister = pytest.mark.parametrize("lister", LISTERS, ids=["users", "WITH_POSTS", "posts", "WITH_AUTHOR"])
 
@@ -144,19 +144,19 @@ def stop(connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any)
     raise Sent(statement, parameters)
 
 
-async def explained(database: Database, explain: str, query: Query, lister: Lister) -> list[Any]:
+async def explained(database: Database, explain: str, query: ListQuery, lister: Lister) -> list[Any]:
     """Return what the database says of the statement that reads the page."""
     async with database.read() as session:
         connection = await session.connection()
         event.listen(Engine, "before_cursor_execute", stop)
         with pytest.raises(Sent) as sent:
-            await query.page(lister.repository(session))
+            await lister.repository(session).page(query, lister.selection)
         event.remove(Engine, "before_cursor_execute", stop)
         statement, parameters = sent.value.args
         return list(await connection.exec_driver_sql(f"{explain} {statement}", parameters))
 
 
-async def nodes(database: Database, query: Query, lister: Lister) -> list[dict[str, Any]]:
+async def nodes(database: Database, query: ListQuery, lister: Lister) -> list[dict[str, Any]]:
     """Return the nodes of PostgreSQL's plan, run for real."""
     explain = "EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON)"
     [([plan],)] = await explained(database, explain, query, lister)
@@ -215,10 +215,10 @@ async def test_a_walk_that_fills_no_page_ends_with_the_statement_timeout(large: 
     """A filter that nothing matches costs no more than that."""
     url = large.engine.url.render_as_string(hide_password=False)
     impatient = Database(Settings(database_url=url, statement_timeout=0.1))
-    query = await USERS.query(ListUsersRequest(filter='email : "nobody"', order_by="email"))
+    query = await UserRepository.list_query(ListUsersRequest(filter='email : "nobody"', order_by="email"))
     with pytest.raises(StatementTimeout):
         async with impatient.read() as session:
-            await query.page(UserRepository(session))
+            await UserRepository(session).page(query)
     await impatient.close()
 
 
@@ -240,7 +240,7 @@ async def embedded(sqlite_url: str) -> AsyncIterator[Database]:
     await database.close()
 
 
-async def found(database: Database, query: Query, lister: Lister) -> str:
+async def found(database: Database, query: ListQuery, lister: Lister) -> str:
     """Return how SQLite finds the rows of the page."""
     lines = await explained(database, "EXPLAIN QUERY PLAN", query, lister)
     ways = (f"SCAN {lister.table}", f"SEARCH {lister.table}")

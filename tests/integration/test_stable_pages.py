@@ -13,12 +13,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from roster.v1.users_pb2 import ListUsersRequest
 from service.db.engine import Database
 from service.users.model import User
-from service.users.repository import SORTABLE, UserRepository
-from service.users.servicer import LISTING
+from service.users.repository import WITH_POSTS, UserRepository
 
+SORTABLE = UserRepository.sortable
 MOST_PAGES = 12 + 6 * 3 + 1  # one user a page, and an empty one
 NOON = datetime(2024, 1, 31, 12, tzinfo=UTC)
-FILTERS: dict[str, Callable[[User], bool]] = {
+FILTERS: dict[str, Callable[[Any], bool]] = {
     "": lambda _: True,
     "full_name = null": lambda user: user.full_name is None,
     'full_name != "a"': lambda user: user.full_name not in (None, "a"),
@@ -93,13 +93,13 @@ async def test_a_user_that_stays_is_met_once_whoever_comes_and_goes(
 
     order_by = f"{field} desc" if descending else field
     request = ListUsersRequest(filter=text, order_by=order_by, page_size=page_size)
-    met: list[User] = []
+    met: list[Any] = []
     for change in [*between, *[Change([], [])] * MOST_PAGES]:
         async with database.read() as session:
-            repository = UserRepository(session, with_posts=with_posts)
-            query = await LISTING.query(request)
-            users, request.page_token = await query.page(repository)
-        met += users
+            query = await UserRepository.list_query(request)
+            page = await UserRepository(session).page(query, WITH_POSTS if with_posts else None)
+        request.page_token = query.next_token(page)
+        met += [row.user if with_posts else row for row in page.rows]
         if not request.page_token:
             break
         async with database.begin() as session:
