@@ -1,45 +1,84 @@
-"""Configure Alembic, which runs this module for each command; `service/db/migrations.py` passes the URL."""
+"""The environment of Alembic's commands; `service/db/migrations.py` passes the URL."""
 
 import asyncio
 from typing import Any
 
 from alembic import context
-from sqlalchemy import Connection, NullPool
+from alembic.ddl.sqlite import SQLiteImpl
+from alembic.operations.batch import ApplyBatchImpl, BatchOperationsImpl
+from sqlalchemy import Connection, DefaultClause, NullPool, Table
 from sqlalchemy.ext.asyncio import create_async_engine
 
-import service.db.requests
+import service.idempotency
 import service.loads.model
 import service.posts.model
 import service.users.model  # noqa: F401  (importing a module registers its tables)
-from service.db.base import Base, UtcDateTime
+from service.db.base import Base, UtcDateTime, now
 from service.db.engine import connect
 from service.files import create_database
 from service.settings import Settings
 
-# A second run waits for the first (the number of the lock is arbitrary, but all runs use the same one). After
-# that, no statement waits long for the lock on a table, because calls would queue up after it.
+# Wait for a migration that is already running; the key of the lock is arbitrary. After that, don't wait long
+# for a table: calls would queue up behind the waiting statement.
 OPENING = {
     "postgresql": ["SELECT pg_advisory_xact_lock(7238001)", "SET LOCAL lock_timeout = '5s'"],
     "sqlite": ["BEGIN IMMEDIATE"],
 }
 
 
-def numbered(migration: Any, revision: Any, directives: list[Any]) -> None:  # noqa: ARG001
+class SqliteImpl(SQLiteImpl):
+    """Changes tables on SQLite without losing AUTOINCREMENT, so that no id is ever used again.
+
+    SQLite can alter few things in place. For all others Alembic copies the table into a new one, and the copy
+    would have neither AUTOINCREMENT nor the largest id that was ever used.
+    """
+
+    __dialect__ = "sqlite"  # registers the class in place of Alembic's own
+
+    def requires_recreate_in_batch(self, batch_op: BatchOperationsImpl) -> bool:
+        # Alembic would copy the table for a DROP COLUMN, which SQLite has since 3.35.
+        in_place = {"drop_column", "drop_index", "create_index"}
+        is_in_place = all(operation[0] in in_place for operation in batch_op.batch)
+        return not is_in_place and super().requires_recreate_in_batch(batch_op)
+
+    def prep_table_for_batch(self, batch_impl: ApplyBatchImpl, table: Table) -> None:
+        """Prepare the copy of a table, which has no rows yet."""
+        connection, copy = self.connection, batch_impl.new_table
+        if connection is None or copy is None:
+            return
+        definition = "SELECT sql FROM sqlite_schema WHERE type = 'table' AND name = ?"
+        if "AUTOINCREMENT" not in connection.exec_driver_sql(definition, (table.name,)).scalar_one():
+            return
+        copy.dialect_options["sqlite"]["autoincrement"] = True
+        connection.exec_driver_sql(
+            "INSERT INTO sqlite_sequence (name, seq) SELECT ?, seq FROM sqlite_sequence WHERE name = ?",
+            (copy.name, table.name),
+        )
+
+
+def number_revisions(migration: Any, revision: Any, directives: list[Any]) -> None:  # noqa: ARG001
     """Number the revisions 0001, 0002, and so on."""
     for script in directives:
         script.rev_id = f"{int(migration.script.get_current_head() or 0) + 1:04}"
 
 
-def plain(kind: str, item: Any, _: Any) -> str | bool:
-    """Render our own type as its SQL type, because migrations import nothing from the service."""
-    return "sa.DateTime(timezone=True)" if kind == "type" and isinstance(item, UtcDateTime) else False
+def render_item(kind: str, item: Any, _: Any) -> str | bool:
+    """Render what the service defines itself, since a migration must not import the service.
+
+    `now()` is defined in `script.py.mako`: a draft made on one database has to run on the other.
+    """
+    if kind == "type" and isinstance(item, UtcDateTime):
+        return "sa.DateTime(timezone=True)"
+    if kind == "server_default" and isinstance(item, DefaultClause) and isinstance(item.arg, now):
+        return "now()"
+    return False
 
 
 OPTIONS: dict[str, Any] = {
     "target_metadata": Base.metadata,
     "render_as_batch": True,
-    "render_item": plain,
-    "process_revision_directives": numbered,
+    "render_item": render_item,
+    "process_revision_directives": number_revisions,
     # SQLite can roll back DDL too.
     "transactional_ddl": True,
 }
@@ -54,7 +93,8 @@ def run(connection: Connection) -> None:
 
 
 async def run_online(url: str) -> None:
-    # Not the service's engine: on SQLite it enforces foreign keys, and to replace a table would delete rows.
+    # Not the engine of the service: on SQLite it enforces foreign keys, and replacing a table would delete
+    # the rows that refer to it.
     options = {"async_creator_fn": connect}
     if url.startswith("sqlite"):
         options = {}

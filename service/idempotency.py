@@ -1,42 +1,152 @@
-"""Repeatable writes: one with a `request_id` happens once, and is answered the same each time."""
+"""Idempotent writes: a write with a `request_id` happens once, and every repetition gets its first answer.
+
+The answer is stored in the transaction of the write, so that either both exist or neither does. Two calls
+with the same `request_id` meet at the primary key of `requests`: the second waits there until the first
+commits, and then returns its answer, or until the first rolls back, and then does the write itself.
+"""
 
 from collections.abc import Awaitable, Callable
+from datetime import datetime, timedelta
 from hashlib import sha256
-from typing import Any, TypeVar
+from typing import Protocol, TypeVar, cast
+from uuid import UUID
 
 from google.protobuf.message import Message
+from sqlalchemy import Index, LargeBinary, delete, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapped, mapped_column
 
 from service.auth.caller import current_caller
-from service.db.requests import RequestRepository
-from service.fields import check_request_id
+from service.db.base import Base, Session, UtcDateTime, now, text
+from service.db.dialect import insert
+from service.db.engine import Database
+from service.errors import InvalidField, RequestIdReused
+
+KEPT_FOR = timedelta(hours=24)
 
 AnswerT = TypeVar("AnswerT", bound=Message)
+ResultT = TypeVar("ResultT")
 
 
-async def once(
-    session: AsyncSession, request: Any, answer: type[AnswerT], write: Callable[[], Awaitable[AnswerT]]
+class Request(Base):
+    """A successful write with a `request_id`: its caller, its method, its fingerprint and its answer."""
+
+    __tablename__ = "requests"
+    __table_args__ = (Index(None, "created_at"),)
+
+    caller: Mapped[str] = mapped_column(text(255), primary_key=True)
+    method: Mapped[str] = mapped_column(text(255), primary_key=True)
+    request_id: Mapped[UUID] = mapped_column(primary_key=True)
+    fingerprint: Mapped[bytes] = mapped_column(LargeBinary)
+    answer: Mapped[bytes | None] = mapped_column(LargeBinary)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
+
+
+class WriteRequest(Protocol):
+    """A message with a `request_id`."""
+
+    request_id: str
+
+
+async def idempotent(
+    database: Database,
+    request: WriteRequest,
+    answer: type[AnswerT],
+    write: Callable[[Session], Awaitable[ResultT]],
+    to_message: Callable[[ResultT], AnswerT],
 ) -> AnswerT:
-    """Return what `write` answers, or what it answered when the same request came first.
+    """Run `write` in a transaction and return its result as a message, or the answer stored for the request.
 
-    Raises InvalidField for an id that is no UUID, RequestIdReused where it came with another body.
+    Raises InvalidField if the `request_id` is not a UUID, RequestIdReused if it came with another body.
     """
-    request_id = check_request_id(request.request_id)
-    if request_id is None:
-        return await write()
-    requests = RequestRepository(session, current_caller().identity, request.DESCRIPTOR.full_name)
-    first = await requests.claim(request_id, _fingerprint(request))
-    if first is not None:
-        return answer.FromString(first)
-    message = await write()
-    await requests.keep(request_id, message.SerializeToString())
-    return message
+    request_id = request_id_from_text(request.request_id)
+    async with database.begin() as session:
+        if request_id is None:
+            return to_message(await write(session))
+        message = cast("Message", request)
+        requests = RequestRepository(session, current_caller().identity, message.DESCRIPTOR.full_name)
+        stored = await requests.claim(request_id, fingerprint(message))
+        if stored is not None:
+            return answer.FromString(stored)
+        first = to_message(await write(session))
+        await requests.store(request_id, first.SerializeToString())
+        return first
 
 
-def _fingerprint(request: Any) -> bytes:
+def request_id_from_text(text: str) -> UUID | None:
+    """Return a `request_id`, None for an empty one; raises InvalidField."""
+    if not text:
+        return None
+    try:
+        return UUID(text)
+    except ValueError:
+        message = "request_id must be a UUID such as 7d0f7c0e-1c43-4b5b-8d5c-2a4b4c1f6a10"
+        raise InvalidField(message, field="request_id") from None
+
+
+def fingerprint(request: Message) -> bytes:
+    """Return a digest of a request without its `request_id` and without sensitive fields.
+
+    A `request_id` can be spelled in several ways. A fast digest of a password would be easy to reverse.
+    """
     body = type(request)()
     body.CopyFrom(request)
-    body.ClearField("request_id")  # one UUID has several spellings
-    if "user" in body.DESCRIPTOR.fields_by_name:
-        body.user.ClearField("password")
+    body.ClearField("request_id")
+    _clear_sensitive_fields(body)
     return sha256(body.SerializeToString(deterministic=True)).digest()
+
+
+def _clear_sensitive_fields(message: Message) -> None:
+    """Clear the fields that the contract marks with the option `debug_redact`."""
+    for field, value in message.ListFields():
+        if field.GetOptions().debug_redact:
+            message.ClearField(field.name)
+        elif field.message_type is not None and not field.is_repeated:
+            _clear_sensitive_fields(value)
+
+
+class RequestRepository:
+    """The stored requests of one caller to one method."""
+
+    def __init__(self, session: AsyncSession, caller: str, method: str) -> None:
+        self.session = session
+        self.caller = caller
+        self.method = method
+
+    async def claim(self, request_id: UUID, fingerprint: bytes) -> bytes | None:
+        """Return the stored answer to a request, None if the caller is to do the write and store its answer.
+
+        Must be the first statement of the transaction. Raises RequestIdReused if the fingerprint differs.
+        """
+        key = {"caller": self.caller, "method": self.method, "request_id": request_id}
+        is_claimed = await self.session.scalar(
+            insert(self.session, Request)
+            .values(**key, fingerprint=fingerprint)
+            .on_conflict_do_nothing()
+            .returning(Request.request_id)
+        )
+        if is_claimed:
+            return None
+        stored = select(Request.fingerprint, Request.answer).filter_by(**key)
+        first = (await self.session.execute(stored)).one_or_none()
+        if first is None:  # deleted between the two statements
+            return await self.claim(request_id, fingerprint)
+        if first.fingerprint != fingerprint:
+            raise RequestIdReused(
+                "this request_id was used with another body; use a new one for a new request",
+                field="request_id",
+            )
+        return bytes(first.answer)
+
+    async def store(self, request_id: UUID, answer: bytes) -> None:
+        """Store the answer to a claimed request."""
+        await self.session.execute(
+            update(Request)
+            .filter_by(caller=self.caller, method=self.method, request_id=request_id)
+            .values(answer=answer)
+        )
+
+
+async def delete_expired_requests(session: AsyncSession, at: datetime) -> None:
+    """Delete the answers that are older than 24 hours at the time `at`."""
+    await session.execute(delete(Request).where(Request.created_at < at - KEPT_FOR))

@@ -1,8 +1,8 @@
-"""Requests as the server parses them: without the resources inside resources.
+"""Parsing of requests, without the resources that are nested in resources.
 
-`User.posts` and `Post.author` are output only. A message of 4 MiB can hold two million empty posts, each
-of which takes 100 bytes once it is parsed. The types here do not have these fields, so that they stay the
-bytes they came as.
+`User.posts` and `Post.author` are output only. A message of 4 MiB can contain two million empty posts,
+each of which takes 100 bytes once it is parsed. The message types here lack these fields:
+they remain bytes.
 """
 
 from functools import cache
@@ -23,7 +23,7 @@ _pool = DescriptorPool()
 
 
 def request_class(message: type[Message]) -> Any:
-    """Return the class that parses what a generated class of the contract would; another class itself."""
+    """Return the class to parse in place of a generated class of the contract; return others unchanged."""
     if not message.DESCRIPTOR.full_name.startswith(PACKAGE):
         return message
     _add(message.DESCRIPTOR.file)
@@ -31,7 +31,7 @@ def request_class(message: type[Message]) -> Any:
 
 
 def parse(sent: type[Message], message: bytes) -> Any:
-    """Return a message of a class; raises MalformedMessage."""
+    """Parse a message; raises MalformedMessage."""
     try:
         return sent.FromString(message)
     except DecodeError:

@@ -20,9 +20,10 @@ from service.auth.tokens import Tokens
 from service.bulk.stream import BulkStreams
 from service.connections import MAX_HEALTH_CONNECTIONS, connection_options, max_connections
 from service.db.engine import Database
-from service.db.requests import forget_requests
+from service.db.reads import Reader
 from service.errors import RosterError
 from service.health import Health
+from service.idempotency import delete_expired_requests
 from service.interceptors.audit import audit_writes
 from service.interceptors.auth import Auth
 from service.interceptors.chain import Chain
@@ -35,13 +36,14 @@ from service.interceptors.metrics import measure_calls
 from service.loads.repository import expire_loads
 from service.loads.servicer import BulkServicer
 from service.memory import trim_forever
-from service.posts.reader import PostReader
+from service.posts.repository import PostRepository
 from service.posts.servicer import PostServicer
 from service.reflection import add_reflection
 from service.services import SERVICE_NAMES, add_servicer
 from service.settings import Settings
+from service.users.model import User
 from service.users.passwords import Passwords
-from service.users.reader import UserReader
+from service.users.repository import UserRepository
 from service.users.servicer import UserServicer
 
 if TYPE_CHECKING:
@@ -96,8 +98,8 @@ class Server:
         auth = authentication(settings, clock)
         self.credentials = server_credentials(settings)
         self.database = Database(settings)
-        self.users = UserReader(self.database)
-        self.posts = PostReader(self.database)
+        self.users = Reader(self.database, UserRepository, by=(User.id, User.email))
+        self.posts = Reader(self.database, PostRepository)
         self.passwords = Passwords(settings)
         self.drain = Drain()
         # With gRPC's default a second server would silently share the port.
@@ -210,7 +212,7 @@ class Server:
         while True:
             try:
                 async with self.database.begin() as session:
-                    await forget_requests(session, self.clock())
+                    await delete_expired_requests(session, self.clock())
                     await expire_loads(session, self.clock() - self.settings.bulk_load_ttl)
             except RosterError as error:
                 log.warning("expired rows were not deleted: %s", error.message)

@@ -1,7 +1,7 @@
-"""Fair shares of what a server has few of: connections, hashing threads, turns to write.
+"""Fair shares of scarce resources: connections, hashing threads, the writer.
 
-The cap is the dynamic threshold of Choudhury and Hahne (1998), known from switches with one buffer for all
-ports: what a holder may have shrinks as the others take more. It needs no list of callers.
+The cap is the dynamic threshold of Choudhury and Hahne (1998), known from switches whose ports share a
+buffer: a holder's cap shrinks as the others hold more. It needs no list of callers.
 """
 
 import asyncio
@@ -14,17 +14,17 @@ from service.auth.caller import ANONYMOUS_IDENTITY, SYSTEM, current_share
 
 T = TypeVar("T")
 
-# Without authentication all callers are one, and the server's own work is bounded by itself.
+# Without authentication all callers are the same one; the server's own work is bounded elsewhere.
 UNCAPPED = frozenset({SYSTEM, ANONYMOUS_IDENTITY})
-MANY_ROWS = 200  # to convert them takes a millisecond
+MANY_ROWS = 200  # take a millisecond to convert
 
 
 class FairSemaphore:
     """A semaphore whose slots are shared among callers.
 
-    Callers who wait are served in turn, and the waiters of one caller in the order in which they came. A
-    caller may hold at most a part of what the others leave free, by default half, rounded up: slow work that
-    can't be interrupted leaves room for a newcomer. A weight is a number of slots, at most all of them.
+    Waiting callers take turns; the waiters of one caller are served in the order of their arrival. A caller
+    may hold at most a part of the slots that the others do not hold, by default half, rounded up: slow work
+    that can't be interrupted leaves room for new callers. A weight is a number of slots, at most all of them.
     """
 
     def __init__(self, size: int, part: int = 2, uncapped: Collection[str] = UNCAPPED) -> None:
@@ -33,31 +33,31 @@ class FairSemaphore:
         self._uncapped = uncapped
         self._free = size
         self._held: dict[str, int] = {}
-        # In the order of their turns; each caller's waiters and their weights in the order of arrival.
+        # In the order of the turns; each caller's waiters and their weights in the order of arrival.
         self._waiting: dict[str, dict[asyncio.Future[None], int]] = {}
 
     @property
     def free(self) -> int:
-        """How many slots nobody has."""
+        """The number of free slots."""
         return self._free
 
     def held(self, caller: str) -> int:
-        """Return how many slots a caller has."""
+        """Return the number of slots that a caller holds."""
         return self._held.get(caller, 0)
 
     def waiting(self, caller: str) -> int:
-        """Return how many acquisitions of a caller wait."""
+        """Return the number of waiting acquisitions of a caller."""
         return len(self._waiting.get(caller, ()))
 
     def is_capped(self, caller: str, weight: int = 1) -> bool:
-        """Return whether the caller's share is used up, however many slots are free."""
+        """Return whether the caller's share is used up, even if slots are free."""
         held = self._held.get(caller)
         if held is None or caller in self._uncapped:
             return False
         return held + min(weight, self.size) > -(-(self._free + held) // self._part)
 
     def try_acquire(self, caller: str, weight: int = 1) -> bool:
-        """Take slots if that needs no waiting; return whether it did."""
+        """Acquire slots if they are available now; return whether it did."""
         weight = min(weight, self.size)
         if self._waiting or weight > self._free or self.is_capped(caller, weight):
             return False
@@ -65,7 +65,7 @@ class FairSemaphore:
         return True
 
     async def acquire(self, caller: str, weight: int = 1, timeout: float | None = None) -> None:
-        """Take slots; raises TimeoutError after `timeout` seconds."""
+        """Acquire slots; raises TimeoutError after `timeout` seconds."""
         if self.try_acquire(caller, weight):
             return
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -79,7 +79,7 @@ class FairSemaphore:
             raise
 
     def release(self, caller: str, weight: int = 1) -> None:
-        """Give slots back."""
+        """Release slots."""
         weight = min(weight, self.size)
         self._free += weight
         self._held[caller] -= weight
@@ -92,14 +92,14 @@ class FairSemaphore:
         self._held[caller] = self._held.get(caller, 0) + weight
 
     def _give_up(self, caller: str, waiter: asyncio.Future[None], weight: int) -> None:
-        if waiter.done() and not waiter.cancelled():  # cancelled just as it was served
+        if waiter.done() and not waiter.cancelled():  # it was served in the moment of the cancellation
             self.release(caller, weight)
             return
         waiters = self._waiting.get(caller, {})
         waiters.pop(waiter, None)
         if not waiters:
             self._waiting.pop(caller, None)
-        self._serve()  # others may fit where this one did not
+        self._serve()  # others may need fewer slots
 
     def _serve(self) -> None:
         while caller := self._next_caller():
@@ -107,33 +107,33 @@ class FairSemaphore:
             waiter = next(iter(waiters))
             weight = waiters.pop(waiter)
             if waiters:
-                self._waiting[caller] = waiters  # behind all others
+                self._waiting[caller] = waiters  # after all others
             if not waiter.done():
                 self._take(caller, weight)
                 waiter.set_result(None)
 
     def _next_caller(self) -> str | None:
-        """Return the first caller whose share is not used up, None if its turn has to wait."""
+        """Return the first caller whose share is not used up, None if it has to wait for more slots."""
         for caller, waiters in self._waiting.items():
             weight = next(iter(waiters.values()))
             if not self.is_capped(caller, weight):
-                # Were a heavy one passed over, light ones could keep it waiting for ever.
+                # Serving lighter waiters before a heavy one could starve it.
                 return caller if weight <= self._free else None
         return None
 
 
 class LoopTurns:
-    """Turns at long work of the event loop, such as a thousand rows to convert, for each caller in turn.
+    """Schedules long work on the event loop, such as converting a thousand rows, for each caller in turn.
 
-    One piece begins in an iteration of the loop; between two of them everything else that is ready goes on.
-    While more pieces of a caller wait, the loop has as long for all others after each as that one took.
+    At most one piece of work starts in an iteration of the loop, so that other callbacks run in between. If a
+    caller has more pieces waiting, its next one starts only after a pause as long as the last one took.
     """
 
     def __init__(self) -> None:
         self._shares = FairSemaphore(1)
 
     async def next(self, rows: int) -> None:
-        """Wait for a turn at so many rows, if it takes one; the work must follow without an await."""
+        """Wait until work on this number of rows may start; it must follow without an await."""
         if rows < MANY_ROWS:
             return
         caller = current_share()
@@ -149,7 +149,7 @@ class LoopTurns:
 
 
 class FairQueue(Generic[T]):
-    """A queue that gives out one item of each caller in turn, and those of one caller in order."""
+    """A queue that serves callers in turn, and the items of each caller in order."""
 
     def __init__(self) -> None:
         self._items: dict[str, deque[T]] = {}
@@ -159,7 +159,7 @@ class FairQueue(Generic[T]):
         return self._size
 
     def put(self, caller: str, item: T) -> None:
-        """Add an item behind the others of its caller."""
+        """Add an item after the others of its caller."""
         items = self._items.get(caller)
         if items is None:
             items = self._items[caller] = deque()
@@ -189,7 +189,7 @@ class FairQueue(Generic[T]):
         return items
 
     def discard(self, is_unwanted: Callable[[T], bool]) -> None:
-        """Remove some of the items."""
+        """Remove the items for which the function returns True."""
         for caller in list(self._items):
             kept = deque(item for item in self._items[caller] if not is_unwanted(item))
             self._size += len(kept) - len(self._items[caller])

@@ -1,34 +1,34 @@
-"""Time slices: long work lets other callbacks of the event loop run between its steps."""
+"""Time slices: long work that lets the event loop run other callbacks between its steps."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from time import perf_counter
 from typing import Any, TypeVar
 
-# Short enough that nobody notices; long enough that the turns of the loop cost a batch of rows under 1 %.
+# Short enough not to be noticed; long enough that the iterations of the loop cost a batch less than 1 %.
 SLICE_SECONDS = 0.004
 STEP = 100  # items; each takes a few microseconds
-MESSAGES = 5  # messages; each may have 50 others in it
+MESSAGES = 5  # messages; each can contain 50 others
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 
 class TimeSlice:
-    """How long a task may still hold the event loop; call `pause` between steps of few milliseconds each."""
+    """Limits how long a task holds the event loop: call `pause` between steps of a few milliseconds each."""
 
     def __init__(self) -> None:
         self._end = perf_counter() + SLICE_SECONDS
 
     async def pause(self) -> None:
-        """Let other callbacks run if the slice is used up."""
+        """Let other callbacks run if the time slice is used up."""
         if perf_counter() >= self._end:
             await asyncio.sleep(0)
             self._end = perf_counter() + SLICE_SECONDS
 
 
 async def slices(items: Sequence[ItemT], step: int = STEP) -> AsyncIterator[Sequence[ItemT]]:
-    """Yield the items, some at a time; other callbacks run in between once a slice is used up."""
+    """Yield the items, `step` at a time; other callbacks run in between when a time slice is used up."""
     time_slice = TimeSlice()
     for start in range(0, len(items), step):
         yield items[start : start + step]
@@ -38,7 +38,7 @@ async def slices(items: Sequence[ItemT], step: int = STEP) -> AsyncIterator[Sequ
 async def map_in_slices(
     function: Callable[[ItemT], ResultT], items: Sequence[ItemT], step: int = STEP
 ) -> list[ResultT]:
-    """Return the function's result for each item."""
+    """Return the results of the function, in the order of the items."""
     found: list[ResultT] = []
     async for some in slices(items, step):
         found += map(function, some)
@@ -48,7 +48,7 @@ async def map_in_slices(
 async def add_in_slices(
     messages: Any, fields_of: Callable[[ItemT], dict[str, Any]], items: Sequence[ItemT]
 ) -> None:
-    """Add a message for each item to a repeated field, in place: a copy of each costs half as much again."""
+    """Add a message for each item to a repeated field, in place: copying messages costs 1.5 times as much."""
     async for some in slices(items, MESSAGES):
         for item in some:
             messages.add(**fields_of(item))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from service.db.base import MAX_ID
+from service.validation import MAX_ID
 
 # In every bad text; in no answer.
 SECRET = "xyzzy"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 
-from service.fields import normalise_email
+from service.users.rules import normalise_email
 
 
 class UserRow(NamedTuple):

@@ -1,48 +1,62 @@
-"""Limits what a response shows to what its caller may read."""
+"""Views: what an answer shows of a resource, limited to what its caller may read."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
 from service.auth.caller import current_caller
-from service.fields import check_choice
+from service.db.selection import Selection
+from service.validation import check_choice
+from service.wire import Fields
 
 MessageT = TypeVar("MessageT", bound=Message)
 
-# Fields that the server sets in every write.
-WRITTEN = frozenset({"id", "version", "updated_at"})
+# The fields that every write sets.
+SET_BY_WRITES = frozenset({"id", "version", "updated_at"})
 
 
 @dataclass(frozen=True)
 class View:
-    """A view that includes another entity; `needs` is the RPC that reads that entity."""
+    """One view of a resource: the selection that reads it, and the conversion to its message.
 
-    choices: Any
-    value: int
-    needs: str
+    A view that shows another resource `needs` the right to call the RPC that reads that one alone.
+    """
 
-    def is_asked(self, view: int) -> bool:
-        """Return whether a request asks for this view.
+    selection: Selection
+    to_fields: Callable[[Any], Fields]
+    needs: str = ""
 
-        Raises InvalidField for an unknown view, PermissionDenied unless the caller may call `needs`.
+
+@dataclass(frozen=True)
+class Views:
+    """The views of a resource, by their numbers in the contract."""
+
+    enum: Any
+    by_number: Mapping[int, View]
+
+    def requested(self, number: int) -> View:
+        """Return the view that a request asks for.
+
+        Raises InvalidField for an unknown view, PermissionDenied if the caller may not call the RPC it needs.
         """
-        check_choice(view, self.choices, "view")
-        if view != self.value:
-            return False
-        current_caller().require_rpc(self.needs, f"the view {self.choices.Name(view)}")
-        return True
+        check_choice(number, self.enum, "view")
+        view = self.by_number[number]
+        if view.needs:
+            current_caller().require_rpc(view.needs, f"the view {self.enum.Name(number)}")
+        return view
 
 
-def as_written(answer: MessageT, fields: Collection[str], reads: str) -> MessageT:
-    """Return the response of an update: complete for callers who may call `reads`, otherwise what they wrote.
+def limit_to_written(answer: MessageT, fields: Collection[str], reads: str) -> MessageT:
+    """Return the answer of an update, without what the caller may not read.
 
-    Otherwise an update that changes nothing would show everything.
+    A caller who may not call the RPC `reads` sees only the fields that the update wrote. Otherwise an update
+    that changes nothing would show everything.
     """
     if reads in current_caller().rpcs:
         return answer
     for field, _ in answer.ListFields():
-        if field.name not in WRITTEN and field.name not in fields:
+        if field.name not in SET_BY_WRITES and field.name not in fields:
             answer.ClearField(field.name)
     return answer

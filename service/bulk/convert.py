@@ -13,9 +13,10 @@ from roster.v1.bulk_pb2 import (
 )
 from service.db.bulk.batch import Batch, Outcome
 from service.errors import RosterError
-from service.fields import datetime_from, wrong_id, wrong_timestamp, wrong_version
 from service.status import status_code, status_from_error
 from service.timeslice import add_in_slices
+from service.validation import id_error, version_error
+from service.wire import datetime_from_timestamp, timestamp_error
 
 MAX_FAILURE_MESSAGE = 200
 
@@ -24,19 +25,19 @@ def add_identity(batch: Batch, messages: Sequence[Any], fields: Collection[str])
     """Add the columns that every entity has: id and version, for restored rows the times too."""
     # A restored row has its times, and may have its id and version.
     if "created_at" in fields:
-        batch.add("id", [message.id or None for message in messages], wrong_id)
-        batch.add("version", [message.version or 1 for message in messages], wrong_version)
+        batch.add("id", [message.id or None for message in messages], id_error)
+        batch.add("version", [message.version or 1 for message in messages], version_error)
         for name in ("created_at", "updated_at"):
             given = [getattr(message, name) if message.HasField(name) else None for message in messages]
-            batch.add(name, given, wrong_timestamp)
+            batch.add(name, given, timestamp_error)
             batch.columns[name] = [
-                None if moment is None or row in batch.failures else datetime_from(moment)
+                None if moment is None or row in batch.failures else datetime_from_timestamp(moment)
                 for row, moment in enumerate(given)
             ]
     # An update names its row by id; a version of 0 matches any.
     elif "id" in fields:
-        batch.add("id", [message.id for message in messages], wrong_id)
-        batch.add("version", [message.version for message in messages], wrong_version)
+        batch.add("id", [message.id for message in messages], id_error)
+        batch.add("version", [message.version for message in messages], version_error)
 
 
 def opened_to_message(load_id: str, next_offset: int, max_rows: int, max_bytes: int) -> BulkWriteResponse:

@@ -6,16 +6,17 @@ from functools import cached_property
 from typing import Any
 
 from google.protobuf.message import Message
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from roster.v1.bulk_pb2 import BulkOptions
 from service.bulk.message import BulkParser
+from service.db.base import Session
 from service.db.bulk.batch import Batch, OnConflict, Outcome, WriteOptions
 from service.db.bulk.table import BulkTable
 from service.db.bulk.writer import BulkWriter
 from service.errors import InvalidOptions
-from service.fields import check_choice, mask_paths
 from service.timeslice import slices
+from service.validation import check_choice
+from service.wire import mask_paths
 
 RESTORED = ("id", "version", "created_at", "updated_at")
 # Reading a row takes 1 µs, but 100 µs if it has a text of nothing but combining marks.
@@ -89,7 +90,7 @@ class Operation:
             batch.extend(self.read(some, fields, options.update_fields))
         return batch
 
-    async def write(self, session: AsyncSession, batch: Batch, options: WriteOptions) -> Outcome:
+    async def write(self, session: Session, batch: Batch, options: WriteOptions) -> Outcome:
         """Write a batch in the session's transaction."""
         writer = BulkWriter(session, self.table)
         return await (writer.update if self.is_update else writer.create)(batch, options)

@@ -11,7 +11,6 @@ from service.bulk.message import MAX_BYTES, MAX_ROWS, BulkMessage
 from service.bulk.offsets import Gap, New, Offsets, Replay, Straddle
 from service.bulk.operation import Operation, StreamOptions
 from service.bulk.pending import REFUSALS, BatchState, PendingBatch
-from service.db.base import MAX_ID
 from service.db.bulk.batch import Outcome
 from service.errors import (
     InvalidArgument,
@@ -25,6 +24,7 @@ from service.errors import (
 from service.loads.model import COUNTED, Load, LoadState
 from service.metrics import BULK_BATCH, BULK_BATCH_ROWS, BULK_LAG, BULK_REFUSED, BULK_ROWS
 from service.shares import FairSemaphore
+from service.validation import MAX_ID
 
 # A message is a batch, a transaction, and an acknowledgement. The life of a batch:
 #

@@ -33,9 +33,9 @@ from service.errors import (
     RosterError,
     TooManyFailures,
 )
-from service.fields import check_load_id, check_new_load_id
 from service.loads.model import COUNTED, Load, LoadState
 from service.loads.repository import LoadRepository
+from service.loads.rules import check_load_id, check_new_load_id
 from service.shares import FairSemaphore
 
 # Of all streams: messages that are parsed and not yet written. Once parsed, they take four times as much.

@@ -1,16 +1,18 @@
 """Base of all models: the naming convention, the column types, the mixins."""
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NewType
 
-from sqlalchemy import BigInteger, DateTime, Dialect, Identity, Integer, MetaData, String, Text
+from sqlalchemy import BigInteger, DateTime, Dialect, Identity, Integer, MetaData, String, Text, inspect
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
-# An id fits a JavaScript number, and leaves room on both sides of int64.
-MAX_ID = 2**53
+# A session of `Database.read()`, and one of `Database.begin()` or `bulk()`, through which one can write too.
+ReadSession = NewType("ReadSession", AsyncSession)
+Session = NewType("Session", ReadSession)
 
 BigInt = BigInteger().with_variant(Integer(), "sqlite")  # SQLite autoincrements INTEGER only
 
@@ -80,3 +82,8 @@ class Entity(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now(), sort_order=1)
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now(), sort_order=1)
     version: Mapped[int] = mapped_column(BigInt, server_default="1", sort_order=1)
+
+
+def column_names(model: type[Entity]) -> tuple[str, ...]:
+    """Return the columns that reads select, in their order: all but the deferred ones."""
+    return tuple(column.key for column in inspect(model).column_attrs if not column.deferred)

@@ -1,4 +1,4 @@
-"""What the two databases say differently, each behind one name."""
+"""SQL that differs between PostgreSQL and SQLite."""
 
 import json
 from collections.abc import Sequence
@@ -29,19 +29,19 @@ from service.db.base import BigInt
 
 
 def is_sqlite(session: AsyncSession) -> bool:
-    """Tell whether the session speaks to SQLite."""
+    """Return whether the session is connected to SQLite."""
     return session.get_bind().dialect.name == "sqlite"
 
 
 def insert(session: AsyncSession, entity: Any) -> Any:
-    """Return an INSERT that knows ON CONFLICT; both databases spell it alike."""
+    """Return an INSERT with ON CONFLICT, which both databases have."""
     return sqlite.insert(entity) if is_sqlite(session) else postgresql.insert(entity)
 
 
 def listed(session: AsyncSession, values: Sequence[int] | Sequence[str], kind: TypeEngine[Any]) -> Subquery:
     """Return the values as a table with the columns `value` and `position`.
 
-    They travel as one parameter, so that the statement is prepared once for any number of them.
+    They are one parameter, so that the same prepared statement serves any number of them.
     """
     if is_sqlite(session):
         each = func.json_each(json.dumps(values)).table_valued(column("value", kind), column("key", Integer))
@@ -52,7 +52,7 @@ def listed(session: AsyncSession, values: Sequence[int] | Sequence[str], kind: T
 
 
 def is_one_of_keys(column: InstrumentedAttribute[Any], dialect: Dialect) -> ColumnElement[bool]:
-    """Return that a column is one of the list that is the parameter `keys`."""
+    """Return the condition that a column is in the list of the parameter `keys`."""
     if dialect.name == "sqlite":
         each = func.json_each(bindparam("keys", type_=JSON)).table_valued("value")
         return column.in_(select(each.c.value))
@@ -64,7 +64,7 @@ async def matched(
 ) -> list[int | None]:
     """Return, for each value of a unique column, the id of the row that has it.
 
-    A look-up in the index for each, never a scan of the table; one array comes back, not thousands of rows.
+    It looks each value up in the index, never scans the table, and returns one array, not thousands of rows.
     """
     if not values:
         return []
@@ -82,7 +82,7 @@ async def matched(
 
 
 class octets(FunctionElement[int]):  # noqa: N801  (reads as SQL)
-    """The size of a text in bytes of UTF-8; PostgreSQL tells it without reading a long one."""
+    """The size of a text in bytes of UTF-8; PostgreSQL knows it without reading a long text."""
 
     type = Integer()
     inherit_cache = True
@@ -99,7 +99,7 @@ def _octets_sqlite(element: octets, compiler: Any, **options: Any) -> str:
 
 
 class microseconds(FunctionElement[int]):  # noqa: N801  (reads as SQL)
-    """A time as microseconds since 1970: a datetime takes a µs to make, and half of one to take apart."""
+    """A time as microseconds since 1970: a datetime takes 1 µs to create, and 0.5 µs to convert."""
 
     type = BigInteger()
     inherit_cache = True
@@ -111,7 +111,7 @@ LAST = "timestamptz '9999-12-31 23:59:59.999999+00'"
 
 @compiles(microseconds)
 def _microseconds(element: microseconds, compiler: Any, **options: Any) -> str:
-    # asyncpg writes the first and the last time of a datetime as infinities, which have no number.
+    # asyncpg writes the smallest and the largest datetime as infinities, which have no number.
     time = f"greatest(least({compiler.process(element.clauses, **options)}, {LAST}), {FIRST})"
     return f"(extract(epoch FROM {time}) * 1000000)::bigint"
 

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from service.auth.caller import current_share
 from service.db import interruptible
+from service.db.base import ReadSession, Session
 from service.db.cancelled import keep_connections_of_cancelled_reads
 from service.db.errors import may_have_committed, translate_errors
 from service.db.pool import MeasuredPool, measure_pool
@@ -69,7 +70,7 @@ class Database:
         return self._engines.writer
 
     @asynccontextmanager
-    async def begin(self) -> AsyncIterator[AsyncSession]:
+    async def begin(self) -> AsyncIterator[Session]:
         """Open a read-write unit of work; raises domain errors for driver errors."""
         with translate_errors():
             async with self._engines.turn(), _session(self._engines.writer) as session:
@@ -77,7 +78,7 @@ class Database:
                 await _commit(session)
 
     @asynccontextmanager
-    async def bulk(self) -> AsyncIterator[AsyncSession]:
+    async def bulk(self) -> AsyncIterator[Session]:
         """Open a unit of work for a batch; it waits for its turn for a minute."""
         with translate_errors():
             async with (
@@ -88,7 +89,7 @@ class Database:
                 await _commit(session)
 
     @asynccontextmanager
-    async def read(self) -> AsyncIterator[AsyncSession]:
+    async def read(self) -> AsyncIterator[ReadSession]:
         """Open a session for reading; it holds a connection, but no transaction."""
         with translate_errors():
             async with self._engines.read_turn(), _session(self._engines.reader) as session:
@@ -304,8 +305,8 @@ def _begin_immediate(connection: Any) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def _session(engine: AsyncEngine) -> AsyncSession:
-    return async_sessionmaker(engine, expire_on_commit=False, autoflush=False)()
+def _session(engine: AsyncEngine) -> Session:
+    return Session(ReadSession(async_sessionmaker(engine, expire_on_commit=False, autoflush=False)()))
 
 
 async def _commit(session: AsyncSession) -> None:

@@ -1,8 +1,8 @@
 """Keyset pages and their tokens.
 
-A page begins after the sort key of the page before it, found by the index, so that it costs the
-same at any depth. A token is that key, with a version, a fingerprint of the listing it belongs to
-and a checksum; it is no secret and gives no right that a filter doesn't.
+A page begins after the sort key of the previous page. The index finds that key, so that all pages
+cost the same. A token is that key, with a version, a fingerprint of the listing and a checksum. It is not a
+secret, and it gives access to nothing that a filter does not.
 """
 
 import base64
@@ -16,9 +16,10 @@ from typing import Any, Generic, TypeVar
 
 from sqlalchemy import ColumnElement, FromClause, tuple_
 
-from service.db.base import MAX_ID, UtcDateTime
+from service.db.base import UtcDateTime
 from service.errors import InvalidField, InvalidPageToken
-from service.fields import EPOCH, MICROSECOND
+from service.validation import MAX_ID
+from service.wire import EPOCH, MICROSECOND
 
 VERSION = b"\x01"
 FINGERPRINT_BYTES = 8
@@ -30,15 +31,30 @@ RowT = TypeVar("RowT")
 
 @dataclass(frozen=True)
 class Page(Generic[RowT]):
-    """Rows in order, and the sort key of the last one where more follow."""
+    """Rows in order, and the sort key of the last one if others follow."""
 
     rows: Sequence[RowT]
     next_key: list[Any] | None
 
 
 @dataclass(frozen=True)
+class ListQuery:
+    """The rows of a page: which, in which order, after which key, and how many."""
+
+    conditions: Sequence[ColumnElement[bool]]
+    keyset: "Keyset"
+    after: Sequence[Any] | None
+    limit: int
+    fingerprint: bytes = b""
+
+    def next_token(self, page: Page[Any]) -> str:
+        """Return the token of the next page, "" on the last one."""
+        return encode_token(self.fingerprint, page.next_key)
+
+
+@dataclass(frozen=True)
 class Keyset:
-    """An order by columns that together are unique, all in one direction."""
+    """An order by columns that are unique together, all in the same direction."""
 
     columns: Sequence[ColumnElement[Any]]
     descending: bool = False
@@ -48,15 +64,15 @@ class Keyset:
         return [column.desc() if self.descending else column.asc() for column in self.columns]
 
     def of(self, rows: FromClause) -> "Keyset":
-        """Return the same order of a subquery's rows."""
+        """Return the same order for the rows of a subquery."""
         return Keyset([rows.c[column.key] for column in self.columns if column.key], self.descending)
 
     def key_of(self, row: Any) -> list[Any]:
-        """Return the sort key of a row, of an entity or of columns, as a token has it."""
+        """Return the sort key of a row, with times as datetimes."""
         return [_as_sent(getattr(row, str(column.key)), column) for column in self.columns]
 
     def after(self, key: Sequence[Any]) -> ColumnElement[bool]:
-        """Return that a row comes after the key: one row comparison, since OR would not use the index."""
+        """Return the condition that a row comes after the key, as one comparison: OR would use no index."""
         left, right = tuple_(*self.columns), tuple_(*key)
         return left < right if self.descending else left > right
 
@@ -69,12 +85,12 @@ def page_size(requested: int) -> int:
 
 
 def fingerprint(*listing: object) -> bytes:
-    """Return what ties a token to its listing: the method, the filter, the order."""
+    """Return a digest of the resource, filter, order and scope of a listing, which ties its tokens to it."""
     return sha256(json.dumps(listing, default=str).encode()).digest()[:FINGERPRINT_BYTES]
 
 
 def encode_token(listing: bytes, key: Sequence[Any] | None) -> str:
-    """Return the token of the page that begins after the key, "" where there is none."""
+    """Return the token of the page that begins after the key, "" if there is no key."""
     if key is None:
         return ""
     values = [value.isoformat() if isinstance(value, datetime) else value for value in key]
@@ -91,12 +107,12 @@ def decode_token(listing: bytes, token: str, columns: Sequence[ColumnElement[Any
     except ValueError:
         raise _damaged() from None
     version, checksum, body = raw[:1], raw[1:5], raw[5:]
-    # The decoder passes over characters, and over bits of the last one, that mean nothing.
+    # The decoder ignores some characters, and some bits of the last one.
     if version != VERSION or zlib.crc32(body).to_bytes(4, "big") != checksum or _written(raw) != token:
         raise _damaged()
     if body[:FINGERPRINT_BYTES] != listing:
         raise InvalidPageToken(
-            "page_token belongs to another listing; with a new filter or order_by begin without a token",
+            "page_token belongs to another listing; for a new filter or order_by, start without a token",
             field="page_token",
         )
     try:
@@ -117,7 +133,7 @@ def _as_sent(value: Any, column: ColumnElement[Any]) -> Any:
 
 
 def _typed(value: Any, column: ColumnElement[Any]) -> Any:
-    # Anybody can make a token with the right checksum: no value may get to the driver that it can't send.
+    # Anyone can forge a token with a valid checksum: the driver must get only values that it can send.
     if isinstance(column.type, UtcDateTime):
         return datetime.fromisoformat(value).astimezone(UTC)
     if type(value) is not column.type.python_type:
@@ -129,6 +145,6 @@ def _typed(value: Any, column: ColumnElement[Any]) -> Any:
 
 def _damaged() -> InvalidPageToken:
     return InvalidPageToken(
-        "page_token is damaged; pass next_page_token as it came, or none for the first page",
+        "page_token is damaged; send next_page_token unchanged, or none for the first page",
         field="page_token",
     )

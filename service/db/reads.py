@@ -1,7 +1,7 @@
-"""LookupBatcher: concurrent look-ups of single rows in one statement."""
+"""Reads that go past SQLAlchemy's execution: batched lookups of single rows, and exports."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from contextvars import Context
 from copy import copy
@@ -9,28 +9,32 @@ from operator import itemgetter
 from time import perf_counter
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, bindparam, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import InstrumentedAttribute
 
 from service.auth.caller import current_share
+from service.db.base import BigInt, Entity
 from service.db.dialect import is_one_of_keys
 from service.db.driver import DriverQuery
 from service.db.engine import Database
+from service.db.paging import Page
+from service.db.repository import Repository
+from service.db.selection import page_from_rows, readable_columns, select_page
 from service.db.statements import tell
 from service.errors import DatabaseUnavailable, RosterError
 from service.metrics import GATHERED_READS
 from service.shares import FairQueue
 
-# Contents of 1 MiB each may come back; those who ask for many at once ask for small rows.
+# Rows can have contents of 1 MiB, so a statement looks up no more of them.
 MAX_KEYS = 100
-# A connection is kept while calls come; then it goes back to the pool, where others wait for one.
+# A connection is kept while lookups come in; after this many statements it goes back to the pool, for others.
 MAX_STATEMENTS = 100
-# A statement for two costs nearly what one for thirty does. So it leaves when so many turns of the event loop
-# have brought nobody else: a loop with nothing to do takes 40 µs for them, and one that is busy has calls at
-# hand. At 64 in flight, PostgreSQL: 30 calls a statement instead of 2, and 1.8 times the rate.
+# A statement for two keys costs nearly as much as one for thirty. So it is sent only after this many
+# iterations of the event loop without another lookup: an idle loop takes 40 µs for them, a busy loop brings
+# other calls. With 64 calls in flight on PostgreSQL: 30 lookups a statement instead of 2, 1.8 times the rate.
 QUIET_TURNS = 30
-MAX_GATHER_SECONDS = 0.005  # where each turn is long
+MAX_GATHER_SECONDS = 0.005  # for loops with long iterations
 
 Column = InstrumentedAttribute[Any]
 Rows = Mapping[Any, Any]
@@ -38,11 +42,11 @@ Waiting = tuple[Sequence[Any], asyncio.Future[Rows]]
 
 
 class LookupBatcher:
-    """Looks rows up by a unique column: calls that come while a statement is under way share the next one.
+    """Looks up rows by a unique column; lookups that come in during a statement share the next one.
 
-    So each sees what was committed before it came. One that leaves takes no other with it; a statement
-    that all its callers have left is cancelled. Callers who wait go with the next statement in turn, so that
-    one with many look-ups does not hold up the others.
+    Every lookup therefore sees what was committed before it. A cancelled lookup does not affect the others; a
+    statement is cancelled once all of its lookups are. Waiting callers take turns, so that a caller with many
+    lookups does not delay the others.
     """
 
     def __init__(self, database: Database, key: Column, columns: Sequence[Any]) -> None:
@@ -55,13 +59,13 @@ class LookupBatcher:
         self._task: asyncio.Task[None] | None = None
 
     async def get(self, key: Any) -> Any | None:
-        """Return the columns of the row with this key, None where there is none; raises as `get_many`."""
+        """Return the row with this key, None if there is none; raises the same errors as `get_many`."""
         return (await self.get_many([key])).get(key)
 
     async def get_many(self, keys: Sequence[Any]) -> Rows:
-        """Return the columns of the rows with these keys, and perhaps others, by their keys.
+        """Return the rows with these keys by key; there may be others among them.
 
-        Raises what `Database.read()` does, each caller an error of its own.
+        Raises the errors of `Database.read()`, an own copy in each caller.
         """
         future: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()
         self._waiting.put(current_share(), (keys, future))
@@ -71,13 +75,13 @@ class LookupBatcher:
         try:
             return await future
         except asyncio.CancelledError:
-            self._cancel_where_all_left()
+            self._cancel_if_abandoned()
             raise
         finally:
             tell(self._query.sql, perf_counter() - began)
 
     async def close(self) -> None:
-        """Cancel what is under way, and wait for its end."""
+        """Cancel all lookups, and wait until their statement has ended."""
         for _, future in self._waiting.clear():
             future.cancel()
         if self._task:
@@ -85,7 +89,7 @@ class LookupBatcher:
             await asyncio.wait([self._task])
 
     def _start(self) -> None:
-        # In no call's context: what it does is for many.
+        # In an empty context: the task does not belong to one call.
         self._task = asyncio.create_task(self._run(), context=Context())
         self._task.add_done_callback(self._ended)
 
@@ -93,10 +97,10 @@ class LookupBatcher:
         try:
             await self._answer_all()
         except DatabaseUnavailable:
-            if not self._in_flight:  # there was no connection to be had
+            if not self._in_flight:  # no connection could be opened
                 raise
-            # The connection may be from before a restart of PostgreSQL, and so may others in the pool: what
-            # fails through SQLAlchemy takes them all out.
+            # The connection may be older than a restart of PostgreSQL, and so may the others in the pool. A
+            # failure that SQLAlchemy sees removes all of them.
             with suppress(RosterError):
                 await self._database.ping()
             await self._answer_all()
@@ -113,7 +117,7 @@ class LookupBatcher:
                 await self._answer(connection)
 
     async def _gather(self) -> None:
-        """Wait until the event loop has nobody else to bring, 5 ms at most."""
+        """Wait until the event loop brings no more lookups, at most 5 ms."""
         end, known = perf_counter() + MAX_GATHER_SECONDS, 0
         while known < len(self._waiting) < MAX_KEYS:
             known = len(self._waiting)
@@ -133,14 +137,14 @@ class LookupBatcher:
         self._in_flight = []
 
     def _take(self) -> None:
-        """Put look-ups in flight until they have keys enough."""
+        """Move waiting lookups to the next statement, until it has enough keys."""
         number = 0
         while self._waiting and number < MAX_KEYS:
             lookup = self._waiting.get()
             self._in_flight.append(lookup)
             number += len(lookup[0])
 
-    def _cancel_where_all_left(self) -> None:
+    def _cancel_if_abandoned(self) -> None:
         callers = self._in_flight or self._waiting
         task = self._task
         if task and all(future.cancelled() for _, future in callers):
@@ -148,30 +152,110 @@ class LookupBatcher:
 
     @staticmethod
     def _cancel(task: "asyncio.Task[None]") -> None:
-        if not task.cancelling():  # a second cancel would cut off the first one's cleaning up
+        if not task.cancelling():  # a second cancellation would interrupt the cleanup of the first
             task.cancel()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         unanswered, self._in_flight = self._in_flight, []
-        self._waiting.discard(_has_left)
+        self._waiting.discard(_is_abandoned)
         error = None if task.cancelled() else task.exception()
-        if error and not unanswered:  # no connection was had
+        if error and not unanswered:  # no connection could be opened
             unanswered = self._waiting.clear()
         for _, future in unanswered:
             if error and not future.done():
-                future.set_exception(_own(error))
+                future.set_exception(_copy(error))
             future.cancel()
         self._task = None
         if self._waiting:
             self._start()
 
 
-def _has_left(lookup: Waiting) -> bool:
+def _is_abandoned(lookup: Waiting) -> bool:
     return lookup[1].done()
 
 
-def _own(error: BaseException) -> Exception:
-    """Return an error for one caller: one object raised by many would gather all their tracebacks."""
-    own = copy(error) if isinstance(error, RosterError) else RuntimeError("a look-up failed")
+def _copy(error: BaseException) -> Exception:
+    """Return a copy of an error for one caller: an error raised by many would collect their tracebacks."""
+    own = copy(error) if isinstance(error, RosterError) else RuntimeError("a lookup failed")
     own.__cause__ = error
     return own
+
+
+class Reader:
+    """Reads single rows of one entity by its unique columns; concurrent reads share statements."""
+
+    def __init__(
+        self, database: Database, repository: type[Repository[Any, Any]], by: Sequence[Column] = ()
+    ) -> None:
+        self._database = database
+        self._repository = repository
+        model: type[Entity] = repository.model
+        columns = readable_columns(model)
+        keys: Sequence[Column] = by or [model.id]
+        # The type of a key says which column it belongs to.
+        self._keys = {key.type.python_type: key for key in keys}
+        self._rows = {kind: LookupBatcher(database, key, columns) for kind, key in self._keys.items()}
+        # Batches have statements of their own, so that a single read does not wait for a thousand rows.
+        self._batches = LookupBatcher(database, model.id, columns)
+        self._others: dict[tuple[type, Sequence[Column]], LookupBatcher] = {}
+
+    async def get(self, key: int | str) -> Any:
+        """Return the row with this key; raises the entity's NotFound."""
+        row = await self._rows[type(key)].get(key)
+        if row is None:
+            raise self._repository.missing()
+        return row
+
+    async def get_many(self, ids: Sequence[int]) -> Rows:
+        """Return the rows with these ids by id; there may be others among them."""
+        found = await self._batches.get_many(ids)
+        await self._database.loop_turns.next(len(ids))
+        return found
+
+    async def find_columns(self, key: int | str, columns: tuple[Column, ...]) -> Any | None:
+        """Return columns of the row with this key that other reads do not select; None if there is no row."""
+        kind = type(key)
+        if (kind, columns) not in self._others:
+            self._others[kind, columns] = LookupBatcher(self._database, self._keys[kind], columns)
+        return await self._others[kind, columns].get(key)
+
+    async def close(self) -> None:
+        """Cancel all reads."""
+        for batcher in (*self._rows.values(), self._batches, *self._others.values()):
+            await batcher.close()
+
+
+async def export_rows(
+    database: Database,
+    repository: type[Repository[Any, Any]],
+    conditions: Sequence[ColumnElement[bool]],
+    after_id: int,
+    limit: int,
+) -> AsyncGenerator[Sequence[Any]]:
+    """Yield all rows that meet the conditions, in id order, at most `limit` at a time.
+
+    Each batch is read with a connection of its own, so that a slow client holds none. The next batch is read
+    while the client receives the last one.
+    """
+    selection, keyset = repository.basic(), repository.by_id()
+    after = bindparam("after", type_=BigInt)
+    page = select_page(selection, *conditions, keyset=keyset, after=[after], limit=limit)
+    query = DriverQuery(page, database.engine.dialect)
+
+    async def read(after: int) -> Page[Any]:
+        async with database.read() as session:
+            found = await query.rows(await session.connection(), after=after)
+        return page_from_rows(selection, found, keyset, limit)
+
+    reading = asyncio.create_task(read(after_id))
+    try:
+        while (found := await reading).rows:
+            if found.next_key:
+                reading = asyncio.create_task(read(*found.next_key))
+            await database.loop_turns.next(len(found.rows))
+            yield found.rows
+            if not found.next_key:
+                return
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)

@@ -1,216 +1,182 @@
-"""Repository: what every entity has. It is given a session and never commits."""
+"""Repository: the reads and writes that all entities have."""
 
-from collections.abc import Mapping, Sequence
-from functools import cache
-from typing import Any, ClassVar, Generic, Self, TypeVar, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from sqlalchemy import (
-    ColumnElement,
-    ColumnExpressionArgument,
-    Delete,
-    Select,
-    Subquery,
-    Update,
-    delete,
-    func,
-    insert,
-    inspect,
-    select,
-    update,
+from sqlalchemy import ColumnElement, delete, insert, select, update
+from sqlalchemy.sql.dml import ReturningDelete, ReturningUpdate
+
+from service.db.base import BigInt, Entity, ReadSession, Session, now
+from service.db.dialect import listed
+from service.db.filters import condition, parse_order
+from service.db.paging import Keyset, ListQuery, Page, decode_token, fingerprint, page_size
+from service.db.selection import (
+    Row,
+    Selection,
+    page_from_rows,
+    readable_columns,
+    select_listed,
+    select_page,
+    select_rows,
 )
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.sql.base import ExecutableOption
-
-from service.db.base import BigInt, Entity, UtcDateTime, now
-from service.db.dialect import listed, microseconds
-from service.db.paging import Keyset, Page
 from service.errors import NotFound, RosterError, VersionMismatch
 
-# An answer has 3 MiB, as gRPC's clients refuse more than 4 unless told otherwise; some of it is for a
-# page token, or for the 1000 ids of a batch that are missing or remain.
-MAX_ROWS_BYTES = (3 << 20) - (16 << 10)
-
 ModelT = TypeVar("ModelT", bound=Entity)
+SessionT = TypeVar("SessionT", bound=ReadSession)
 
 
-class Repository(Generic[ModelT]):
-    """Rows of one model.
+class ListRequest(Protocol):
+    """The fields of every List request."""
 
-    `options` say which relationships come along; `size` is the SQL of a row's size in the answer,
-    for those models whose rows can be too large for 1000 of them in one answer.
+    page_size: int
+    page_token: str
+    filter: str
+    order_by: str
+
+
+class Repository(Generic[ModelT, SessionT]):
+    """The rows of one model. A repository is given a session and never commits.
+
+    Writes need a session of `Database.begin()`: through one of `Database.read()` they are type errors.
     """
 
-    model: ClassVar[type[Any]]
-    not_found: ClassVar[type[NotFound]]
+    model: type[ModelT]
+    not_found: type[NotFound]
+    # What filters and orders may name. `normalise` has the functions for the texts in filters, by field.
+    filterable: ClassVar[Mapping[str, Any]]
+    sortable: ClassVar[Mapping[str, Sequence[Any]]]
+    normalise: ClassVar[Mapping[str, Callable[[str], str]]] = {}
 
-    def __init__(self, session: AsyncSession) -> None:
+    def __init__(self, session: SessionT) -> None:
         self.session = session
-        self.options: Sequence[ExecutableOption] = ()
-        self.size: ColumnElement[int] | None = None
-        self.shows: Sequence[Any] = (self.model,)
 
-    def as_columns(self) -> Self:
-        """Let `get_many` and `list` return rows of columns, which cost half of what entities do."""
-        self.shows = shown(self.model)  # type: ignore[arg-type]  # a type is hashable
-        return self
+    @classmethod
+    def basic(cls) -> Selection:
+        """Return what reads and writes return by default: the columns of the model."""
+        return Selection(cls.model, readable_columns(cls.model))
 
-    async def get(self, id: int) -> ModelT:
+    async def get(self, id: int, selection: Selection | None = None) -> Any:
         """Return the row with this id; raises the entity's NotFound."""
-        return await self.get_by(self.model.id == id)
+        return await self.get_by(self.model.id == id, selection=selection)
 
-    async def get_by(self, *conditions: ColumnElement[bool]) -> ModelT:
-        """Return the one row that meets the conditions; raises the entity's NotFound."""
-        row = await self.session.scalar(self._select().where(*conditions))
-        if row is None:
+    async def get_by(self, *conditions: ColumnElement[bool], selection: Selection | None = None) -> Any:
+        """Return the only row that meets the conditions; raises the entity's NotFound."""
+        selection = selection or self.basic()
+        rows = (await self.session.execute(select_rows(selection, *conditions))).all()
+        if not rows:
             raise self.missing()
-        await self._complete([row])
-        return cast("ModelT", row)
+        [row] = await self._add_related(selection, rows)
+        return row
 
-    async def get_many(self, ids: Sequence[int]) -> list[ModelT | None]:
-        """Return rows in the order asked, None for a missing one.
+    async def get_many(self, ids: Sequence[int], selection: Selection | None = None) -> list[Any]:
+        """Return the rows with these ids in their order, None for each that is missing.
 
-        The list is shorter than `ids` where the answer would be too large: the rest was not looked up.
+        If the answer would be too large, the list is shorter than `ids`.
         """
-        wanted = listed(self.session, ids, BigInt)
-        if self.size is not None:
-            sizes = (
-                select(wanted.c.value, wanted.c.position, func.coalesce(self.size, 0).label("size"))
-                .outerjoin_from(wanted, self.model, self.model.id == wanted.c.value)
-                .subquery()
-            )
-            wanted = _fitting(sizes, [sizes.c.position.asc()])
-        rows = await self.session.execute(
-            select(*self.shows, wanted.c.position)
-            .options(*self.options)
-            .outerjoin_from(wanted, self.model, self.model.id == wanted.c.value)
-            .order_by(wanted.c.position)
+        selection = selection or self.basic()
+        statement = select_listed(selection, listed(self.session, ids, BigInt))
+        rows = (await self.session.execute(statement)).all()
+        found = iter(await self._add_related(selection, [row for row in rows if row.id is not None]))
+        return [None if row.id is None else next(found) for row in rows]
+
+    async def page(self, query: ListQuery, selection: Selection | None = None) -> Page[Any]:
+        """Return a page of rows, which is shorter than its limit if the answer would be too large."""
+        selection = selection or self.basic()
+        statement = select_page(
+            selection, *query.conditions, keyset=query.keyset, after=query.after, limit=query.limit
         )
-        found = [self._shown([row])[0] if row[0] is not None else None for row in rows]
-        await self._complete([row for row in found if row is not None])
-        return found
-
-    async def list(
-        self,
-        *conditions: ColumnExpressionArgument[bool],
-        keyset: Keyset | None = None,
-        after: Sequence[Any] | None = None,
-        limit: int,
-    ) -> Page[ModelT]:
-        """Return the rows that meet the conditions, in the keyset's order, from behind the key `after`.
-
-        A page has at most `limit` rows, and fewer where the answer would be too large.
-        """
-        keyset = keyset or self.by_id()
-        statement = self.select_page(*conditions, keyset=keyset, after=after, limit=limit)
         found = (await self.session.execute(statement)).all()
-        page = self.page_of(found, keyset, limit)
-        await self._complete(page.rows)
-        return page
+        page = page_from_rows(selection, found, query.keyset, query.limit)
+        return Page(await self._add_related(selection, page.rows), page.next_key)
+
+    @classmethod
+    async def list_query(
+        cls, request: ListRequest, *scope: ColumnElement[bool], scope_key: int = 0
+    ) -> ListQuery:
+        """Return the query of a List request, within a scope whose key ties the page tokens to it.
+
+        Raises InvalidFilter, InvalidOrder, InvalidPageToken, and InvalidField for the page size.
+        """
+        order = parse_order(request.order_by, cls.sortable)
+        keyset = Keyset(cls.sortable[order.field], order.descending)
+        listing = fingerprint(cls.model.__tablename__, request.filter, *order, scope_key)
+        return ListQuery(
+            conditions=[*scope, *await cls.conditions(request.filter)],
+            keyset=keyset,
+            after=decode_token(listing, request.page_token, keyset.columns),
+            limit=page_size(request.page_size),
+            fingerprint=listing,
+        )
+
+    @classmethod
+    async def conditions(cls, text: str) -> list[ColumnElement[bool]]:
+        """Return a filter as conditions; raises InvalidFilter."""
+        parsed = await condition(text, cls.filterable, cls.normalise)
+        return [] if parsed is None else [parsed]
 
     @classmethod
     def by_id(cls) -> Keyset:
         """Return the order by id."""
         return Keyset([cls.model.__table__.c.id])
 
-    def select_page(
-        self,
-        *conditions: ColumnExpressionArgument[bool],
-        keyset: Keyset,
-        after: Sequence[Any] | None,
-        limit: int,
-    ) -> Select[Any]:
-        """Return the statement of a page: one row more than its limit tells whether another follows."""
-        if after is not None:
-            conditions = (*conditions, keyset.after(after))
-        if self.size is None:
-            return self._select().where(*conditions).order_by(*keyset.order()).limit(limit + 1)
-        candidates = (
-            select(self.model.id.label("value"), *keyset.columns, self.size.label("size"))
-            .where(*conditions)
-            .order_by(*keyset.order())
-            .limit(limit + 1)
-            .subquery()
-        )
-        fitting = _fitting(candidates, keyset.of(candidates).order())
-        statement = self._select().join(fitting, fitting.c.value == self.model.id).order_by(*keyset.order())
-        return statement.add_columns(fitting.c.total)
-
-    def page_of(self, found: Sequence[Any], keyset: Keyset, limit: int) -> Page[Any]:
-        """Return what the statement of a page found as that page."""
-        if not found:
-            return Page([], None)
-        rows = self._shown(found)[:limit]
-        total = len(found) if self.size is None else found[0].total
-        return Page(rows, keyset.key_of(rows[-1]) if total > len(rows) else None)
-
-    async def create(self, values: Mapping[str, Any]) -> ModelT:
+    async def create(self: "Repository[ModelT, Session]", values: Mapping[str, Any]) -> Row:
         """Insert a row and return it."""
-        created = await self.session.scalar(insert(self.model).values(**values).returning(self.model))
-        return cast("ModelT", created)
+        statement = insert(self.model).values(**values).returning(*self.basic().columns)
+        return (await self.session.execute(statement)).one()
 
-    async def update(self, id: int, changes: Mapping[str, Any], version: int = 0) -> ModelT:
-        """Change a row, count its version up, and return it.
+    async def update(
+        self: "Repository[ModelT, Session]", id: int, changes: Mapping[str, Any], version: int = 0
+    ) -> Row:
+        """Update a row, increment its version, and return it.
 
-        Raises the entity's NotFound, and VersionMismatch where `version` is neither 0 nor the row's.
+        Raises the entity's NotFound, and VersionMismatch if `version` is neither 0 nor the row's version.
         """
         statement = update(self.model).values(**changes, version=self.model.version + 1, updated_at=now())
-        return await self._checked(statement, id, version)
+        return await self._write_one(statement.returning(*self.basic().columns), id, version)
 
-    async def delete(self, id: int, version: int = 0) -> None:
-        """Delete a row; raises as `update` does."""
-        await self._checked(delete(self.model), id, version)
+    async def delete(self: "Repository[ModelT, Session]", id: int, version: int = 0) -> None:
+        """Delete a row; raises the same errors as `update`."""
+        await self._write_one(delete(self.model).returning(self.model.id), id, version)
 
-    async def _checked(self, statement: Update | Delete, id: int, version: int) -> ModelT:
-        conditions = [self.model.id == id] + ([self.model.version == version] if version else [])
-        changed = await self.session.scalar(
-            statement.where(*conditions).returning(self.model),
-            execution_options={"synchronize_session": False, "populate_existing": True},
+    async def _write_one(
+        self: "Repository[ModelT, Session]",
+        statement: ReturningUpdate[Any] | ReturningDelete[Any],
+        id: int,
+        version: int,
+    ) -> Row:
+        conditions = [self.model.id == id]
+        if version:
+            conditions.append(self.model.version == version)
+        written = await self.session.execute(
+            statement.where(*conditions),
+            execution_options={"synchronize_session": False},
         )
-        if changed is None:
-            raise await self._refusal(id)
-        return cast("ModelT", changed)
+        row: Row | None = written.one_or_none()
+        if row is None:
+            raise await self._write_error(id)
+        return row
 
-    async def _refusal(self, id: int) -> RosterError:
+    async def _write_error(self, id: int) -> RosterError:
+        """Return the reason why no row was written."""
         current = await self.session.scalar(select(self.model.version).where(self.model.id == id))
         if current is None:
             return self.missing()
         return VersionMismatch(
-            f"the version is {current} by now; read again, and repeat the change if it still makes sense",
+            f"version is now {current}; read the {self._name()} again and retry",
             field="version",
             version=current,
         )
 
     @classmethod
     def missing(cls) -> NotFound:
-        """Return the error for a row that is not there."""
-        return cls.not_found(f"there is no such {cls.model.__name__.lower()}")
+        """Return the error for a row that does not exist."""
+        return cls.not_found(f"this {cls._name()} does not exist")
 
-    def _select(self) -> Select[Any]:
-        return select(*self.shows).options(*self.options)
+    @classmethod
+    def _name(cls) -> str:
+        return cls.model.__name__.lower()
 
-    def _shown(self, rows: Sequence[Any]) -> Sequence[Any]:
-        return [row[0] for row in rows] if self.shows == (self.model,) else rows
-
-    async def _complete(self, rows: Sequence[ModelT]) -> None:
-        """Load what the options can't, with one statement for all rows."""
-
-
-@cache
-def shown(model: Any) -> Sequence[Any]:
-    """Return the columns that are read unless more is asked for: all but the deferred ones.
-
-    Times come as microseconds since 1970.
-    """
-    attributes = [column.class_attribute for column in inspect(model).column_attrs if not column.deferred]
-    return [
-        microseconds(column).label(column.key) if isinstance(column.type, UtcDateTime) else column
-        for column in attributes
-    ]
-
-
-def _fitting(candidates: Subquery, order: Sequence[ColumnElement[Any]]) -> Subquery:
-    """Return the first of the candidates, as many as one answer can hold, and how many there were in all."""
-    running = func.sum(candidates.c.size).over(order_by=order, rows=(None, 0)).label("running")
-    total = func.count().over().label("total")
-    sums = select(candidates, running, total).subquery()
-    return select(sums).where(sums.c.running <= MAX_ROWS_BYTES).subquery()
+    async def _add_related(self, selection: Selection, rows: Sequence[Any]) -> Sequence[Any]:
+        if selection.add_related is None or not rows:
+            return rows
+        return await selection.add_related(self.session, rows)

@@ -13,8 +13,8 @@ import grpc
 from service.auth.caller import NOBODY, current_caller
 from service.auth.policy import HEALTH
 from service.errors import MalformedMessage, TooLarge
-from service.fields import MAX_CONTENT_BYTES
 from service.interceptors.chain import Context, Proceed, Rpc, host_of
+from service.posts.rules import MAX_CONTENT_BYTES
 from service.requests import parse, request_class
 from service.waits import BoundedWaits
 

@@ -11,12 +11,12 @@ from service.auth.caller import current_caller
 from service.bulk.convert import failure_fields
 from service.db.engine import Database
 from service.db.paging import decode_token, encode_token, fingerprint, page_size
-from service.db.repository import MAX_ROWS_BYTES
-from service.fields import check_load_id
+from service.db.selection import MAX_ROWS_BYTES
 from service.interceptors.chain import Context
 from service.loads.convert import load_fields, load_to_message
 from service.loads.model import Load
 from service.loads.repository import LoadRepository
+from service.loads.rules import check_load_id
 from service.timeslice import TimeSlice
 
 LOADS = fingerprint("loads")

@@ -8,7 +8,7 @@ from service.users.model import User
 
 
 class Post(Entity):
-    """What a user wrote; goes when the user goes."""
+    """A text by a user, deleted with the user."""
 
     __tablename__ = "posts"
     __table_args__ = (

@@ -2,46 +2,48 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import Text
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import joinedload
 
-from service.db.base import BigInt
+from service.db.base import BigInt, Session
 from service.db.bulk.batch import Batch
 from service.db.bulk.table import BulkTable
-from service.db.dialect import matched, octets
-from service.db.repository import Repository
+from service.db.dialect import matched
+from service.db.repository import Repository, SessionT
+from service.db.selection import Row, Selection, columns_by_name, readable_columns, size_of
 from service.errors import AuthorNotFound, PostNotFound
 from service.posts.model import Post
 from service.users.model import User
 
-# What a message has beside its texts, and the largest author: rounded up.
-FIXED_BYTES = 100
+AUTHOR = readable_columns(User)
+# The largest author in an answer, rounded up.
 AUTHOR_BYTES = 2200
 
-FILTERABLE: dict[str, Any] = {
-    name: getattr(Post, name) for name in ("id", "title", "author_id", "created_at", "updated_at")
-}
-SORTABLE: dict[str, list[Any]] = {"id": [Post.id], "created_at": [Post.created_at, Post.id]}
+# A post alone, and a post whose row goes on with the columns of its author.
+BASIC = Selection(Post, readable_columns(Post), size=size_of(readable_columns(Post)))
+WITH_AUTHOR = Selection(
+    Post,
+    [*BASIC.columns, *[column.label(f"author__{column.key}") for column in AUTHOR]],
+    size=size_of(readable_columns(Post)) + AUTHOR_BYTES,
+    join=Post.author,
+)
 
 
-class PostRepository(Repository[Post]):
-    """Posts, where wanted with their authors."""
+class PostRepository(Repository[Post, SessionT]):
+    """Posts."""
 
     model = Post
     not_found = PostNotFound
+    filterable = columns_by_name(Post, "id", "title", "author_id", "created_at", "updated_at")
+    sortable: ClassVar = {"id": [Post.id], "created_at": [Post.created_at, Post.id]}
 
-    def __init__(self, session: AsyncSession, *, with_author: bool = False) -> None:
-        super().__init__(session)
-        self.size = octets(Post.title) + octets(Post.content) + FIXED_BYTES
-        if with_author:
-            self.options = (joinedload(Post.author),)
-            self.size = self.size + AUTHOR_BYTES
+    @classmethod
+    def basic(cls) -> Selection:
+        return BASIC
 
-    async def create(self, values: Mapping[str, Any]) -> Post:
+    async def create(self: "PostRepository[Session]", values: Mapping[str, Any]) -> Row:
         """Insert a post; raises AuthorNotFound."""
         try:
             return await super().create(values)
@@ -49,7 +51,7 @@ class PostRepository(Repository[Post]):
             raise author_not_found("author_id") from None
 
 
-async def resolve_authors(session: AsyncSession, batch: Batch) -> Batch:
+async def resolve_authors(session: Session, batch: Batch) -> Batch:
     """Return new posts with the ids of their authors, who are given by id or e-mail; fail posts without one.
 
     The authors are not locked. If one is deleted meanwhile, the foreign key raises an IntegrityError.

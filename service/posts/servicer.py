@@ -1,38 +1,37 @@
 """PostService: posts by id, one at a time, in pages, and in bulk."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from roster.v1 import posts_pb2 as pb
 from roster.v1.bulk_pb2 import BulkWriteResponse
 from roster.v1.posts_pb2_grpc import PostServiceServicer
 from roster.v1.resources_pb2 import Post as PostMessage
 from service.auth.policy import GET_POST, GET_USER
-from service.auth.views import View, as_written
+from service.auth.views import View, Views, limit_to_written
 from service.bulk.operation import Operation
 from service.bulk.stream import BulkStreams
 from service.db.engine import Database
-from service.db.listing import Listing, batches
-from service.fields import check_export, check_id, check_ids, check_version
-from service.idempotency import once
+from service.db.reads import Reader, export_rows
+from service.idempotency import idempotent
 from service.interceptors.chain import Context
 from service.posts.convert import (
     WRITABLE,
+    author_id_from_request,
     post_batch_from_messages,
-    post_changes_from_message,
-    post_fields,
     post_from_message,
+    post_to_fields,
     post_to_message,
-    with_author_fields,
+    post_update_from_request,
+    post_with_author_to_fields,
 )
 from service.posts.model import Post
-from service.posts.reader import PostReader
-from service.posts.repository import FILTERABLE, POSTS, SORTABLE, PostRepository
+from service.posts.repository import POSTS, WITH_AUTHOR, PostRepository
 from service.timeslice import add_in_slices
+from service.validation import check_id, check_ids
+from service.wire import deleted_to_message, deletion_from_request, export_from_request, missing_ids
 
 CREATE_POSTS = Operation(
     method="roster.v1.PostService.BulkCreatePosts",
@@ -53,83 +52,85 @@ UPDATE_POSTS = Operation(
     table=POSTS,
     is_update=True,
 )
-WITH_AUTHOR = View(PostMessage.View, PostMessage.WITH_AUTHOR, needs=GET_USER)
-LISTING = Listing("posts", FILTERABLE, SORTABLE)
+BASIC = View(PostRepository.basic(), post_to_fields)
+VIEWS = Views(
+    PostMessage.View,
+    {
+        PostMessage.BASIC: BASIC,
+        PostMessage.WITH_AUTHOR: View(WITH_AUTHOR, post_with_author_to_fields, needs=GET_USER),
+    },
+)
 
 
 class PostServicer(PostServiceServicer):
     """PostService: posts by id, one at a time, in pages, and in bulk."""
 
-    def __init__(self, database: Database, reader: PostReader, bulk: BulkStreams) -> None:
+    def __init__(self, database: Database, reader: Reader, bulk: BulkStreams) -> None:
         self.database = database
         self.reader = reader
         self.bulk = bulk
 
     async def CreatePost(self, request: pb.CreatePostRequest, context: Context) -> PostMessage:
         values = post_from_message(request.post)
-        async with self.database.begin() as session:
-
-            async def create() -> PostMessage:
-                return post_to_message(await PostRepository(session).create(values))
-
-            return await once(session, request, PostMessage, create)
+        return await idempotent(
+            self.database,
+            request,
+            PostMessage,
+            lambda session: PostRepository(session).create(values),
+            post_to_message,
+        )
 
     async def GetPost(self, request: pb.GetPostRequest, context: Context) -> PostMessage:
         id = check_id(request.id)
-        if not WITH_AUTHOR.is_asked(request.view):
-            return PostMessage(**post_fields(await self.reader.get(id)))
+        view = VIEWS.requested(request.view)
+        if view is BASIC:
+            return post_to_message(await self.reader.get(id))
         async with self.database.read() as session:
-            post = await PostRepository(session, with_author=True).get(id)
-        return post_to_message(post, with_author=True)
+            post = await PostRepository(session).get(id, view.selection)
+        return PostMessage(**view.to_fields(post))
 
     async def BatchGetPosts(
         self, request: pb.BatchGetPostsRequest, context: Context
     ) -> pb.BatchGetPostsResponse:
         ids = check_ids(request.ids)
-        with_author = WITH_AUTHOR.is_asked(request.view)
+        view = VIEWS.requested(request.view)
         async with self.database.read() as session:
-            found = await _repository(session, with_author=with_author).get_many(ids)
-        response = pb.BatchGetPostsResponse(
-            missing_ids=[id for id, post in zip(ids, found, strict=False) if not post],
-            remaining_ids=ids[len(found) :],
-        )
-        await add_in_slices(
-            response.posts, _fields_of(with_author=with_author), [post for post in found if post]
-        )
+            found = await PostRepository(session).get_many(ids, view.selection)
+        response = pb.BatchGetPostsResponse(**missing_ids(ids, found))
+        await add_in_slices(response.posts, view.to_fields, [post for post in found if post])
         return response
 
     async def ListPosts(self, request: pb.ListPostsRequest, context: Context) -> pb.ListPostsResponse:
-        author_id = request.author_id and check_id(request.author_id, "author_id")
+        author_id = author_id_from_request(request)
         scope = [Post.author_id == author_id] if author_id else []
-        query = await LISTING.query(request, *scope, scope_key=author_id)
-        with_author = WITH_AUTHOR.is_asked(request.view)
+        query = await PostRepository.list_query(request, *scope, scope_key=author_id)
+        view = VIEWS.requested(request.view)
         async with self.database.read() as session:
-            posts, token = await query.page(_repository(session, with_author=with_author))
-        response = pb.ListPostsResponse(next_page_token=token)
-        await add_in_slices(response.posts, _fields_of(with_author=with_author), posts)
+            page = await PostRepository(session).page(query, view.selection)
+        response = pb.ListPostsResponse(next_page_token=query.next_token(page))
+        await add_in_slices(response.posts, view.to_fields, page.rows)
         return response
 
     async def UpdatePost(self, request: pb.UpdatePostRequest, context: Context) -> PostMessage:
-        id = check_id(request.post.id, "post.id")
-        version = check_version(request.post.version, "post.version")
-        changes = post_changes_from_message(request.post, request.update_mask)
-        async with self.database.begin() as session:
-
-            async def update() -> PostMessage:
-                return post_to_message(await PostRepository(session).update(id, changes, version))
-
-            updated = await once(session, request, PostMessage, update)
-        return as_written(updated, changes, reads=GET_POST)
+        update = post_update_from_request(request)
+        updated = await idempotent(
+            self.database,
+            request,
+            PostMessage,
+            lambda session: PostRepository(session).update(update.id, update.changes, update.version),
+            post_to_message,
+        )
+        return limit_to_written(updated, update.changes, reads=GET_POST)
 
     async def DeletePost(self, request: pb.DeletePostRequest, context: Context) -> Empty:
-        id, version = check_id(request.id), check_version(request.version)
-        async with self.database.begin() as session:
-
-            async def delete() -> Empty:
-                await PostRepository(session).delete(id, version)
-                return Empty()
-
-            return await once(session, request, Empty, delete)
+        id, version = deletion_from_request(request)
+        return await idempotent(
+            self.database,
+            request,
+            Empty,
+            lambda session: PostRepository(session).delete(id, version),
+            deleted_to_message,
+        )
 
     async def BulkCreatePosts(
         self, requests: AsyncIterator[pb.BulkCreatePostsRequest], context: Context
@@ -148,19 +149,9 @@ class PostServicer(PostServiceServicer):
     async def ExportPosts(
         self, request: pb.ExportPostsRequest, context: Context
     ) -> AsyncIterator[pb.ExportPostsResponse]:
-        conditions = await LISTING.conditions(request.filter)
-        limit = check_export(request.after_id, request.batch_size)
-        rows = batches(self.database, PostRepository, conditions, request.after_id, limit)
+        conditions = await PostRepository.conditions(request.filter)
+        after_id, limit = export_from_request(request)
+        rows = export_rows(self.database, PostRepository, conditions, after_id, limit)
         async with aclosing(rows):
             async for posts in rows:
-                yield pb.ExportPostsResponse(posts=map(post_fields, posts), last_id=posts[-1].id)
-
-
-def _repository(session: AsyncSession, *, with_author: bool) -> PostRepository:
-    """Return what reads entities where the view needs them, otherwise columns."""
-    repository = PostRepository(session, with_author=with_author)
-    return repository if with_author else repository.as_columns()
-
-
-def _fields_of(*, with_author: bool) -> Callable[[Any], dict[str, Any]]:
-    return with_author_fields if with_author else post_fields
+                yield pb.ExportPostsResponse(posts=map(post_to_fields, posts), last_id=posts[-1].id)

@@ -132,7 +132,7 @@ def matches(stored: str, password: str) -> bool:
         return False
 
 
-def wrong_password_hash(value: str) -> str | None:
+def password_hash_error(value: str) -> str | None:
     """Judge a hash from elsewhere by its form and by what it costs to check."""
     form, match = _form_of(value)
     if not match:

@@ -18,16 +18,16 @@ class User(Entity):
     __table_args__ = (
         UniqueConstraint("email"),
         Index(None, "created_at", "id"),
-        {"sqlite_autoincrement": True},  # otherwise SQLite gives a deleted user's id to the next one
+        {"sqlite_autoincrement": True},  # otherwise SQLite would reuse the ids of deleted users
     )
 
     email: Mapped[str] = mapped_column(text(255))
-    # Read by VerifyPassword alone.
+    # Deferred: only VerifyPassword reads it.
     hashed_password: Mapped[str | None] = mapped_column(text(512), deferred=True, deferred_raiseload=True)
     full_name: Mapped[str | None] = mapped_column(text(255))
     is_active: Mapped[bool] = mapped_column(server_default=true())
 
-    # A lazy load would be one more statement a row: what is wanted is asked for in the repository.
+    # A lazy load would be one more statement for each row: repositories join what a view shows.
     posts: Mapped[list["Post"]] = relationship(
         back_populates="author", lazy="raise", passive_deletes=True, order_by="Post.id.desc()"
     )

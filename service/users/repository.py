@@ -1,84 +1,85 @@
 """UserRepository: all SQL about users."""
 
-import asyncio
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
-from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy import ColumnElement, and_, func, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
-from sqlalchemy.orm.attributes import set_committed_value
 
-from service.db.base import BigInt
+from service.db.base import BigInt, ReadSession, Session, column_names
 from service.db.bulk.table import BulkTable, UniqueKey
-from service.db.dialect import insert, listed, octets
-from service.db.paging import Page
-from service.db.repository import Repository, shown
+from service.db.dialect import insert, listed
+from service.db.paging import ListQuery, Page
+from service.db.repository import Repository, SessionT
+from service.db.selection import Row, Selection, columns_by_name, readable_columns, size_of
 from service.errors import EmailTaken, UserNotFound
 from service.posts.model import Post
-from service.timeslice import MESSAGES, TimeSlice, slices
+from service.timeslice import TimeSlice, map_in_slices
 from service.users.model import User
+from service.users.rules import normalise_email
 
 NEWEST_POSTS = 50
 POSTS_AT_ONCE = 500
-LISTED_POST = [column for column in shown(Post) if column.key != "content"]
-# What a message has beside its texts: tags, lengths, ids, times; rounded up.
-FIXED_BYTES = 100
-
-FILTERABLE: dict[str, Any] = {
-    name: getattr(User, name)
-    for name in ("id", "email", "full_name", "is_active", "created_at", "updated_at")
-}
-SORTABLE: dict[str, list[Any]] = {
-    "id": [User.id],
-    "email": [User.email],
-    "created_at": [User.created_at, User.id],
-}
+# Posts are listed with their author without their content.
+LISTED_POST = tuple(name for name in column_names(Post) if name != "content")
+LISTED_POST_COLUMNS = [column for column in readable_columns(Post) if column.key in LISTED_POST]
+CREDENTIALS: tuple[Any, ...] = (User.id, User.email, User.hashed_password, User.is_active)
 
 
-class UserRepository(Repository[User]):
-    """Users, where wanted with their newest 50 posts (without contents)."""
+class UserWithPosts(NamedTuple):
+    """A user and the newest posts, without their contents."""
+
+    user: Row
+    posts: Sequence[Row]
+
+
+class UserRepository(Repository[User, SessionT]):
+    """Users."""
 
     model = User
     not_found = UserNotFound
+    filterable = columns_by_name(User, "id", "email", "full_name", "is_active", "created_at", "updated_at")
+    sortable: ClassVar = {
+        "id": [User.id],
+        "email": [User.email],
+        "created_at": [User.created_at, User.id],
+    }
+    normalise: ClassVar = {"email": normalise_email}
 
-    def __init__(self, session: AsyncSession, *, with_posts: bool = False) -> None:
-        super().__init__(session)
-        self.with_posts = with_posts
-        if with_posts:
-            self.size = _size_with_posts()
-
-    async def get_by_email(self, email: str) -> User:
+    async def get_by_email(self, email: str, selection: Selection | None = None) -> Any:
         """Return the user with this normalised e-mail; raises UserNotFound."""
-        return await self.get_by(User.email == email)
+        return await self.get_by(User.email == email, selection=selection)
 
-    async def list_active(self, *, after: Sequence[Any] | None = None, limit: int) -> Page[User]:
+    async def list_active(self, *, after: Sequence[Any] | None = None, limit: int) -> Page[Row]:
         """Return a page of the active users, in id order."""
-        return await self.list(User.is_active, after=after, limit=limit)
+        return await self.page(ListQuery([User.is_active.expression], self.by_id(), after, limit))
 
-    async def create(self, values: Mapping[str, Any]) -> User:
+    async def create(self: "UserRepository[Session]", values: Mapping[str, Any]) -> Row:
         """Insert a user; raises EmailTaken with the `existing_id`."""
-        statement = insert(self.session, User).values(**values).on_conflict_do_nothing().returning(User)
-        created: User | None = await self.session.scalar(statement)
+        statement = insert(self.session, User).values(**values).on_conflict_do_nothing()
+        inserted = await self.session.execute(statement.returning(*self.basic().columns))
+        created: Row | None = inserted.one_or_none()
         if created is None:
             raise email_taken(await self._id_by_email(values["email"]))
         return created
 
-    async def update(self, id: int, changes: Mapping[str, Any], version: int = 0) -> User:
-        """Change a user; raises as the base does, and EmailTaken."""
+    async def update(
+        self: "UserRepository[Session]", id: int, changes: Mapping[str, Any], version: int = 0
+    ) -> Row:
+        """Update a user; raises the errors of the base class, and EmailTaken."""
         if "email" in changes:
             owner = await self._id_by_email(changes["email"])
             if owner not in (None, id):
                 raise email_taken(owner)
         try:
             return await super().update(id, changes, version)
-        except IntegrityError:  # somebody took it in between
+        except IntegrityError:  # a concurrent write took the e-mail
             raise email_taken(None) from None
 
-    async def replace_hash(self, id: int, old: str, new: str) -> None:
-        """Store a stronger hash of the same password, unless the password was changed meanwhile."""
+    async def replace_hash(self: "UserRepository[Session]", id: int, old: str, new: str) -> None:
+        """Store a stronger hash of the same password, unless the password has been changed meanwhile."""
         await self.session.execute(
             update(User)
             .where(User.id == id, User.hashed_password == old)
@@ -89,32 +90,37 @@ class UserRepository(Repository[User]):
     async def _id_by_email(self, email: str) -> int | None:
         return await self.session.scalar(select(User.id).where(User.email == email))
 
-    async def _complete(self, rows: Sequence[User]) -> None:
-        if not self.with_posts or not rows:
-            return
-        await asyncio.sleep(0)  # 1,000 entities were made just now
-        posts = await self._newest_posts([row.id for row in rows])
-        async for some in slices(rows, MESSAGES):
-            for row in some:
-                set_committed_value(row, "posts", posts.get(row.id, []))
 
-    async def _newest_posts(self, author_ids: list[int]) -> dict[int, list[Any]]:
-        """Return posts by author, as rows of columns: a page may have 30,000, and an entity takes 15 µs."""
-        authors = listed(self.session, author_ids, BigInt)
-        newest = (
-            select(*LISTED_POST)
-            .join_from(Post, authors, _is_newest_of(authors.c.value))
-            .order_by(Post.author_id, Post.id.desc())
-        )
-        connection = await self.session.connection()
-        found = (await connection.execute(newest)).partitions(POSTS_AT_ONCE)
-        posts: dict[int, list[Any]] = defaultdict(list)
-        time_slice = TimeSlice()
-        for some in found:
-            for post in some:
-                posts[post.author_id].append(post)
-            await time_slice.pause()
-        return posts
+async def add_newest_posts(session: ReadSession, rows: Sequence[Row]) -> Sequence[UserWithPosts]:
+    """Read the newest posts of users, and return both."""
+    posts = await _newest_posts(session, [row.id for row in rows])
+    return await map_in_slices(lambda row: UserWithPosts(row, posts.get(row.id, [])), rows)
+
+
+async def _newest_posts(session: ReadSession, author_ids: list[int]) -> dict[int, list[Row]]:
+    """Return posts by author; a page can have 50,000 of them."""
+    authors = listed(session, author_ids, BigInt)
+    newest = (
+        select(*LISTED_POST_COLUMNS)
+        .join_from(Post, authors, _is_newest_of(authors.c.value))
+        .order_by(Post.author_id, Post.id.desc())
+    )
+    connection = await session.connection()
+    found = (await connection.execute(newest)).partitions(POSTS_AT_ONCE)
+    posts: dict[int, list[Row]] = defaultdict(list)
+    time_slice = TimeSlice()
+    for some in found:
+        for post in some:
+            posts[post.author_id].append(post)
+        await time_slice.pause()
+    return posts
+
+
+def credentials_from_row(row: Any | None) -> tuple[int, str]:
+    """Return id and hash of an active user with a password, otherwise (0, "")."""
+    if row and row.is_active and row.hashed_password:
+        return row.id, row.hashed_password
+    return 0, ""
 
 
 def email_taken(existing_id: int | None) -> EmailTaken:
@@ -131,14 +137,9 @@ USERS = BulkTable(
 )
 
 
-def _size_with_posts() -> ColumnElement[int]:
-    posts = select(func.coalesce(func.sum(octets(Post.title) + FIXED_BYTES), 0)).where(_is_newest_of(User.id))
-    user = octets(User.email) + func.coalesce(octets(User.full_name), 0) + FIXED_BYTES
-    return user + posts.correlate(User).scalar_subquery()
-
-
-def _is_newest_of(author_id: Any) -> Any:
-    # Where the newest 50 begin is one step on the index for each author; numbering all posts is not.
+def _is_newest_of(author_id: Any) -> ColumnElement[bool]:
+    # One step on the index for each author finds the first of the newest posts; a window over all posts would
+    # read all of them.
     newest = aliased(Post)
     first = (
         select(newest.id)
@@ -149,4 +150,12 @@ def _is_newest_of(author_id: Any) -> Any:
         .correlate_except(newest)
         .scalar_subquery()
     )
-    return (Post.author_id == author_id) & (Post.id >= func.coalesce(first, 0))
+    return and_(Post.author_id == author_id, Post.id >= func.coalesce(first, 0))
+
+
+def _size_with_posts() -> ColumnElement[int]:
+    posts = select(func.coalesce(func.sum(size_of(LISTED_POST_COLUMNS)), 0)).where(_is_newest_of(User.id))
+    return size_of(readable_columns(User)) + posts.correlate(User).scalar_subquery()
+
+
+WITH_POSTS = Selection(User, readable_columns(User), size=_size_with_posts(), add_related=add_newest_posts)

@@ -1,12 +1,10 @@
 """UserService: users by id or e-mail, one at a time, in pages, and in bulk."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, suppress
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
-from sqlalchemy import ColumnElement
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from roster.v1 import users_pb2 as pb
 from roster.v1.bulk_pb2 import BulkWriteResponse
@@ -14,31 +12,36 @@ from roster.v1.resources_pb2 import User as UserMessage
 from roster.v1.users_pb2_grpc import UserServiceServicer
 from service.auth.caller import current_caller
 from service.auth.policy import GET_USER, LIST_POSTS
-from service.auth.views import View, as_written
+from service.auth.views import View, Views, limit_to_written
 from service.bulk.operation import Operation
 from service.bulk.stream import BulkStreams
 from service.db.engine import Database
-from service.db.listing import Listing, batches
+from service.db.reads import Reader, export_rows
 from service.errors import OutcomeUnknown, ResourceExhausted, StatementTimeout, Unavailable, UserNotFound
-from service.fields import check_export, check_id, check_ids, check_version, normalise_email
-from service.idempotency import once
+from service.idempotency import idempotent
 from service.interceptors.chain import Context
 from service.timeslice import add_in_slices
 from service.users.convert import (
     BULK_WRITABLE,
-    check_password,
-    key_from_message,
+    credentials_from_request,
+    key_from_request,
     user_batch_from_messages,
-    user_changes_from_message,
-    user_fields,
     user_from_message,
+    user_to_fields,
     user_to_message,
-    with_posts_fields,
+    user_update_from_request,
+    user_with_posts_to_fields,
 )
-from service.users.model import User
 from service.users.passwords import Passwords
-from service.users.reader import UserReader
-from service.users.repository import FILTERABLE, SORTABLE, USERS, UserRepository
+from service.users.repository import (
+    CREDENTIALS,
+    USERS,
+    WITH_POSTS,
+    UserRepository,
+    credentials_from_row,
+)
+from service.validation import check_ids
+from service.wire import deleted_to_message, deletion_from_request, export_from_request, missing_ids
 
 REQUIRED_ROLES = {"hashed_password": "loader"}
 CREATE_USERS = Operation(
@@ -62,16 +65,20 @@ UPDATE_USERS = Operation(
     is_update=True,
     required_roles=REQUIRED_ROLES,
 )
-WITH_POSTS = View(UserMessage.View, UserMessage.WITH_POSTS, needs=LIST_POSTS)
-LISTING = Listing("users", FILTERABLE, SORTABLE, {"email": normalise_email})
+BASIC = View(UserRepository.basic(), user_to_fields)
+VIEWS = Views(
+    UserMessage.View,
+    {
+        UserMessage.BASIC: BASIC,
+        UserMessage.WITH_POSTS: View(WITH_POSTS, user_with_posts_to_fields, needs=LIST_POSTS),
+    },
+)
 
 
 class UserServicer(UserServiceServicer):
     """UserService: users by id or e-mail, one at a time, in pages, and in bulk."""
 
-    def __init__(
-        self, database: Database, reader: UserReader, passwords: Passwords, bulk: BulkStreams
-    ) -> None:
+    def __init__(self, database: Database, reader: Reader, passwords: Passwords, bulk: BulkStreams) -> None:
         self.database = database
         self.reader = reader
         self.passwords = passwords
@@ -79,82 +86,82 @@ class UserServicer(UserServiceServicer):
 
     async def CreateUser(self, request: pb.CreateUserRequest, context: Context) -> UserMessage:
         values = await self._hashed(user_from_message(request.user))
-        async with self.database.begin() as session:
-
-            async def create() -> UserMessage:
-                return user_to_message(await UserRepository(session).create(values))
-
-            return await once(session, request, UserMessage, create)
+        return await idempotent(
+            self.database,
+            request,
+            UserMessage,
+            lambda session: UserRepository(session).create(values),
+            user_to_message,
+        )
 
     async def GetUser(self, request: pb.GetUserRequest, context: Context) -> UserMessage:
-        key = key_from_message(request)
-        if not WITH_POSTS.is_asked(request.view):
-            return UserMessage(**user_fields(await self.reader.get(key)))
+        key = key_from_request(request)
+        view = VIEWS.requested(request.view)
+        if view is BASIC:
+            return user_to_message(await self.reader.get(key))
         async with self.database.read() as session:
-            user = await UserRepository(session, with_posts=True).get_by(_is_key(key))
-        return user_to_message(user, with_posts=True)
+            users = UserRepository(session)
+            if isinstance(key, str):
+                user = await users.get_by_email(key, view.selection)
+            else:
+                user = await users.get(key, view.selection)
+        return UserMessage(**view.to_fields(user))
 
     async def BatchGetUsers(
         self, request: pb.BatchGetUsersRequest, context: Context
     ) -> pb.BatchGetUsersResponse:
         ids = check_ids(request.ids)
-        if not WITH_POSTS.is_asked(request.view):
+        view = VIEWS.requested(request.view)
+        if view is BASIC:
             rows = await self.reader.get_many(ids)
-            return pb.BatchGetUsersResponse(
-                users=[user_fields(rows[id]) for id in ids if id in rows],
-                missing_ids=[id for id in ids if id not in rows],
-            )
-        async with self.database.read() as session:
-            found = await UserRepository(session, with_posts=True).get_many(ids)
-        response = pb.BatchGetUsersResponse(
-            missing_ids=[id for id, user in zip(ids, found, strict=False) if not user],
-            remaining_ids=ids[len(found) :],
-        )
-        await add_in_slices(response.users, with_posts_fields, [user for user in found if user])
+            found = [rows.get(id) for id in ids]
+        else:
+            async with self.database.read() as session:
+                found = await UserRepository(session).get_many(ids, view.selection)
+        response = pb.BatchGetUsersResponse(**missing_ids(ids, found))
+        await add_in_slices(response.users, view.to_fields, [user for user in found if user])
         return response
 
     async def ListUsers(self, request: pb.ListUsersRequest, context: Context) -> pb.ListUsersResponse:
-        query = await LISTING.query(request)
-        with_posts = WITH_POSTS.is_asked(request.view)
+        query = await UserRepository.list_query(request)
+        view = VIEWS.requested(request.view)
         async with self.database.read() as session:
-            users, token = await query.page(_repository(session, with_posts=with_posts))
-        response = pb.ListUsersResponse(next_page_token=token)
-        await add_in_slices(response.users, _fields_of(with_posts=with_posts), users)
+            page = await UserRepository(session).page(query, view.selection)
+        response = pb.ListUsersResponse(next_page_token=query.next_token(page))
+        await add_in_slices(response.users, view.to_fields, page.rows)
         return response
 
     async def UpdateUser(self, request: pb.UpdateUserRequest, context: Context) -> UserMessage:
-        id = check_id(request.user.id, "user.id")
-        version = check_version(request.user.version, "user.version")
-        changes = await self._hashed(user_changes_from_message(request.user, request.update_mask))
-        async with self.database.begin() as session:
-
-            async def update() -> UserMessage:
-                return user_to_message(await UserRepository(session).update(id, changes, version))
-
-            updated = await once(session, request, UserMessage, update)
-        return as_written(updated, changes, reads=GET_USER)
+        update = user_update_from_request(request)
+        changes = await self._hashed(update.changes)
+        updated = await idempotent(
+            self.database,
+            request,
+            UserMessage,
+            lambda session: UserRepository(session).update(update.id, changes, update.version),
+            user_to_message,
+        )
+        return limit_to_written(updated, changes, reads=GET_USER)
 
     async def DeleteUser(self, request: pb.DeleteUserRequest, context: Context) -> Empty:
-        id, version = check_id(request.id), check_version(request.version)
-        async with self.database.begin() as session:
-
-            async def delete() -> Empty:
-                await UserRepository(session).delete(id, version)
-                return Empty()
-
-            return await once(session, request, Empty, delete)
+        id, version = deletion_from_request(request)
+        return await idempotent(
+            self.database,
+            request,
+            Empty,
+            lambda session: UserRepository(session).delete(id, version),
+            deleted_to_message,
+        )
 
     async def VerifyPassword(
         self, request: pb.VerifyPasswordRequest, context: Context
     ) -> pb.VerifyPasswordResponse:
-        key = key_from_message(request)
-        check_password(request.password)
-        id, stored = await self.reader.password_hash(key)
-        is_valid, stronger = await self.passwords.check(stored, request.password)
+        key, password = credentials_from_request(request)
+        id, stored = credentials_from_row(await self.reader.find_columns(key, CREDENTIALS))
+        is_valid, stronger = await self.passwords.check(stored, password)
         if stronger:
-            with suppress(
-                Unavailable, ResourceExhausted, StatementTimeout, OutcomeUnknown
-            ):  # the next success will do
+            # If this fails, the next successful verification stores it.
+            with suppress(Unavailable, ResourceExhausted, StatementTimeout, OutcomeUnknown):
                 async with self.database.begin() as session:
                     await UserRepository(session).replace_hash(id, stored, stronger)
         return await self._verified(id) if is_valid else pb.VerifyPasswordResponse()
@@ -176,38 +183,24 @@ class UserServicer(UserServiceServicer):
     async def ExportUsers(
         self, request: pb.ExportUsersRequest, context: Context
     ) -> AsyncIterator[pb.ExportUsersResponse]:
-        conditions = await LISTING.conditions(request.filter)
-        limit = check_export(request.after_id, request.batch_size)
-        rows = batches(self.database, UserRepository, conditions, request.after_id, limit)
+        conditions = await UserRepository.conditions(request.filter)
+        after_id, limit = export_from_request(request)
+        rows = export_rows(self.database, UserRepository, conditions, after_id, limit)
         async with aclosing(rows):
             async for users in rows:
-                yield pb.ExportUsersResponse(users=map(user_fields, users), last_id=users[-1].id)
+                yield pb.ExportUsersResponse(users=map(user_to_fields, users), last_id=users[-1].id)
 
-    async def _hashed(self, values: dict[str, Any]) -> dict[str, Any]:
+    async def _hashed(self, values: Mapping[str, Any]) -> dict[str, Any]:
         if "hashed_password" in values:
             current_caller().require("loader", "hashed_password")
-        password = values.pop("password", None)
-        if password is None:
-            return values
-        return {**values, "hashed_password": await self.passwords.hash(password)}
+        stored = dict(values)
+        if "password" in stored:
+            stored["hashed_password"] = await self.passwords.hash(stored.pop("password"))
+        return stored
 
     async def _verified(self, id: int) -> pb.VerifyPasswordResponse:
         try:
             user = await self.reader.get(id)
-        except UserNotFound:  # deleted in between
+        except UserNotFound:  # deleted since its hash was read
             return pb.VerifyPasswordResponse()
-        return pb.VerifyPasswordResponse(valid=True, user=user_fields(user))
-
-
-def _is_key(key: int | str) -> ColumnElement[bool]:
-    return User.email == key if isinstance(key, str) else User.id == key
-
-
-def _repository(session: AsyncSession, *, with_posts: bool) -> UserRepository:
-    """Return what reads entities where the view needs them, otherwise columns."""
-    repository = UserRepository(session, with_posts=with_posts)
-    return repository if with_posts else repository.as_columns()
-
-
-def _fields_of(*, with_posts: bool) -> Callable[[Any], dict[str, Any]]:
-    return with_posts_fields if with_posts else user_fields
+        return pb.VerifyPasswordResponse(valid=True, user=user_to_fields(user))

@@ -12,7 +12,7 @@ from google.rpc import error_details_pb2
 from sqlalchemy import func, select
 
 from service.client import tls_credentials
-from service.db.requests import Request
+from service.idempotency import Request
 from service.loads.model import Load
 from service.server import Server
 from service.settings import Settings

@@ -10,7 +10,7 @@ from google.rpc.status_pb2 import Status
 
 from roster.v1.bulk_pb2 import BulkLoad
 from service.bulk.message import MAX_BYTES, MAX_ROWS
-from service.db.base import MAX_ID
+from service.validation import MAX_ID
 from tests.bad_input import (
     BAD_CONTENTS,
     BAD_EMAILS,

@@ -28,7 +28,7 @@ from service.errors import DatabaseUnavailable, OutcomeUnknown, RosterError, Sta
 from service.server import Server
 from service.settings import Settings
 from service.users.passwords import Passwords
-from service.users.repository import UserRepository
+from service.users.repository import CREDENTIALS, UserRepository, credentials_from_row
 from tests.errors import refusal
 
 PASSWORD = "correct horse battery staple"
@@ -88,7 +88,7 @@ async def verified(users: UserServiceStub, **asked: Any) -> VerifyPasswordRespon
 
 
 async def stored_hash(server: Server, id: int) -> str:
-    return (await server.users.password_hash(id))[1]
+    return credentials_from_row(await server.users.find_columns(id, CREDENTIALS))[1]
 
 
 async def test_the_right_password_is_valid(users: UserServiceStub, ada: User, work: list[str]) -> None:

@@ -1,5 +1,6 @@
 """The size that SQL gives a row is never less than what the row takes in an answer."""
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -7,14 +8,17 @@ import pytest
 from google.protobuf.message import Message
 from sqlalchemy import insert, select
 
-from service.db.base import MAX_ID
+from roster.v1.resources_pb2 import Post as PostMessage, User as UserMessage
+from service.db.base import ReadSession
 from service.db.engine import Database
-from service.posts.convert import post_to_message
+from service.db.selection import Selection
+from service.posts.convert import post_to_fields, post_with_author_to_fields
 from service.posts.model import Post
-from service.posts.repository import PostRepository
-from service.users.convert import user_to_message
+from service.posts.repository import BASIC, WITH_AUTHOR, PostRepository
+from service.users.convert import user_with_posts_to_fields
 from service.users.model import User
-from service.users.repository import NEWEST_POSTS, UserRepository
+from service.users.repository import NEWEST_POSTS, WITH_POSTS, UserRepository
+from service.validation import MAX_ID
 
 # What a message needs most bytes for: a negative number of seconds, all digits of a fraction, large ids.
 LONG_AGO = datetime(1, 1, 1, 0, 0, 0, 999_999, tzinfo=UTC)
@@ -36,9 +40,9 @@ async def fill(database: Database, text: str) -> None:
         await session.execute(insert(Post), posts)
 
 
-async def size(repository: UserRepository | PostRepository) -> int:
-    assert repository.size is not None
-    sizes = await repository.session.scalars(select(repository.size).where(repository.model.id == MAX_ID))
+async def size(session: ReadSession, selection: Selection) -> int:
+    assert selection.size is not None
+    sizes = await session.scalars(select(selection.size).where(selection.model.id == MAX_ID))
     return sizes.one()
 
 
@@ -47,23 +51,29 @@ def framed(message: Message) -> int:
 
 
 @texts
-async def test_a_user_with_posts_takes_no_more_than_sql_says(database: Database, text: str) -> None:
+async def test_user_with_posts_is_no_larger_than_its_size_in_sql(database: Database, text: str) -> None:
     """Whatever the texts are written in, and where they are nearly nothing beside the numbers."""
     await fill(database, text)
     async with database.read() as session:
-        users = UserRepository(session, with_posts=True)
-        message = user_to_message(await users.get(MAX_ID), with_posts=True)
+        row = await UserRepository(session).get(MAX_ID, WITH_POSTS)
+        message = UserMessage(**user_with_posts_to_fields(row))
         assert len(message.posts) == NEWEST_POSTS
-        assert framed(message) <= await size(users)
+        assert framed(message) <= await size(session, WITH_POSTS)
 
 
 @texts
-@pytest.mark.parametrize("with_author", [False, True])
-async def test_a_post_takes_no_more_than_sql_says(database: Database, text: str, with_author: bool) -> None:
+@pytest.mark.parametrize(
+    ("selection", "to_fields"),
+    [(BASIC, post_to_fields), (WITH_AUTHOR, post_with_author_to_fields)],
+    ids=["BASIC", "WITH_AUTHOR"],
+)
+async def test_post_is_no_larger_than_its_size_in_sql(
+    database: Database, text: str, selection: Selection, to_fields: Callable[[Any], Any]
+) -> None:
     """With its author and without."""
     await fill(database, text)
     async with database.read() as session:
-        posts = PostRepository(session, with_author=with_author)
-        message = post_to_message(await posts.get(MAX_ID), with_author=with_author)
-        assert message.HasField("author") == with_author
-        assert framed(message) <= await size(posts)
+        row = await PostRepository(session).get(MAX_ID, selection)
+        message = PostMessage(**to_fields(row))
+        assert message.HasField("author") == (selection is WITH_AUTHOR)
+        assert framed(message) <= await size(session, selection)

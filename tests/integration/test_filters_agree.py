@@ -6,11 +6,11 @@ from hypothesis import HealthCheck, given, settings
 from sqlalchemy import insert, select
 
 from service.db.engine import Database
-from service.db.listing import Listing
+from service.db.repository import Repository
 from service.posts.model import Post
-from service.posts.servicer import LISTING as POST_LISTING
+from service.posts.repository import PostRepository
 from service.users.model import User
-from service.users.servicer import LISTING as USER_LISTING
+from service.users.repository import UserRepository
 from tests.filter_model import (
     POSTS,
     USERS,
@@ -38,9 +38,13 @@ async def filled(database: Database) -> Database:
 
 
 async def agrees(
-    database: Database, model: Any, listing: Listing, node: Node, rows: Sequence[UserRow | PostRow]
+    database: Database,
+    repository: type[Repository[Any, Any]],
+    node: Node,
+    rows: Sequence[UserRow | PostRow],
 ) -> None:
-    conditions = await listing.conditions(written(node))
+    model: Any = repository.model
+    conditions = await repository.conditions(written(node))
     async with database.read() as session:
         found = await session.scalars(select(model.id).where(*conditions).order_by(model.id))
         assert found.all() == [row.id for row in rows if matches(node, row)]
@@ -50,17 +54,19 @@ async def agrees(
 @given(node=user_filters)
 async def test_both_databases_find_the_users_that_the_model_says(filled: Database, node: Node) -> None:
     """A random filter finds on either database what three-valued logic in plain Python finds."""
-    await agrees(filled, User, USER_LISTING, node, USERS)
+    await agrees(filled, UserRepository, node, USERS)
 
 
 @sharing
 @given(node=post_filters)
 async def test_both_databases_find_the_posts_that_the_model_says(filled: Database, node: Node) -> None:
     """The same for the fields of posts."""
-    await agrees(filled, Post, POST_LISTING, node, POSTS)
+    await agrees(filled, PostRepository, node, POSTS)
 
 
-@pytest.mark.parametrize(("listing", "row"), [(USER_LISTING, USERS[0]), (POST_LISTING, POSTS[0])])
-def test_the_model_has_every_field_of_a_filter(listing: Listing, row: UserRow | PostRow) -> None:
+@pytest.mark.parametrize(("repository", "row"), [(UserRepository, USERS[0]), (PostRepository, POSTS[0])])
+def test_the_model_has_every_field_of_a_filter(
+    repository: type[Repository[Any, Any]], row: UserRow | PostRow
+) -> None:
     """None is left out of the comparison; `content` is stored, but no field of a filter."""
-    assert set(row._fields) - {"content"} == set(listing.filterable)
+    assert set(row._fields) - {"content"} == set(repository.filterable)

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from sqlalchemy import text
 
-from service.db.base import MAX_ID
 from service.db.bulk.batch import Outcome, Result
 from service.db.engine import Database
 from service.errors import EmailTaken, InvalidField, LoadFenced, LoadNotFound, RosterError
 from service.loads.model import Load, LoadState
 from service.loads.repository import LoadRepository, expire_loads
 from service.settings import Settings
+from service.validation import MAX_ID
 from tests.rival import until
 
 METHOD, OPTIONS = "roster.v1.UserService.BulkCreateUsers", b"options"

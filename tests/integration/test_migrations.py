@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -76,7 +77,14 @@ async def upgrade(url: str, revision: str = "head") -> None:
 async def schema(engine: AsyncEngine) -> list[tuple[str, str]]:
     async with engine.connect() as connection:
         rows = await connection.execute(text(SCHEMA[engine.dialect.name]))
-        return [(name, " ".join(definition.split())) for name, definition in rows]
+        return [(name, normalise(definition)) for name, definition in rows]
+
+
+def normalise(definition: str) -> str:
+    """Return a definition with its columns in one order: a migration adds new columns at the end."""
+    head, parenthesis, body = " ".join(definition.split()).partition(" ( ")
+    parts = re.split(r",\s*(?![^(]*\))", body.removesuffix(")").strip())
+    return head + parenthesis + ", ".join(sorted(parts))
 
 
 async def test_models_and_migrations_agree(empty_url: str, engine: AsyncEngine) -> None:

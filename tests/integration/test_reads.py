@@ -19,15 +19,14 @@ from service.auth.caller import Caller, set_caller
 from service.db import reads as lookups
 from service.db.driver import DriverQuery
 from service.db.engine import Database
+from service.db.reads import Reader
 from service.db.statements import LISTENERS
 from service.errors import DatabaseUnavailable, PoolExhausted, PostNotFound, RosterError, UserNotFound
-from service.fields import EPOCH, MICROSECOND
-from service.posts.reader import PostReader
+from service.posts.repository import PostRepository
 from service.server import Server
 from service.settings import Settings
 from service.users.model import User
-from service.users.reader import UserReader
-from service.users.repository import UserRepository
+from service.users.repository import CREDENTIALS, UserRepository, credentials_from_row
 from tests.rows import add_posts, add_users
 from tests.support.server import serve
 
@@ -65,18 +64,22 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
     return gate
 
 
+def user_reader(database: Database) -> Reader:
+    return Reader(database, UserRepository, by=(User.id, User.email))
+
+
 @pytest.fixture
-async def users(database: Database) -> AsyncIterator[UserReader]:
+async def users(database: Database) -> AsyncIterator[Reader]:
     """The reader of users."""
-    reader = UserReader(database)
+    reader = user_reader(database)
     yield reader
     await reader.close()
 
 
 @pytest.fixture
-async def posts(database: Database) -> AsyncIterator[PostReader]:
+async def posts(database: Database) -> AsyncIterator[Reader]:
     """The reader of posts."""
-    reader = PostReader(database)
+    reader = Reader(database, PostRepository)
     yield reader
     await reader.close()
 
@@ -90,7 +93,7 @@ async def errors_of(calls: list[Awaitable[Any]]) -> list[Any]:
     return await asyncio.gather(*calls, return_exceptions=True)
 
 
-async def test_a_user_is_found_by_id_and_by_email(database: Database, users: UserReader) -> None:
+async def test_a_user_is_found_by_id_and_by_email(database: Database, users: Reader) -> None:
     """The columns that are shown, by either key; times are microseconds."""
     (id,) = await add_users(database, full_name="Ada")
     found = [await users.get(id), await users.get("user0@example.org")]
@@ -99,10 +102,10 @@ async def test_a_user_is_found_by_id_and_by_email(database: Database, users: Use
     ] * 2
     async with database.read() as session:
         stored = await UserRepository(session).get(id)
-    assert [EPOCH + user.created_at * MICROSECOND for user in found] == [stored.created_at] * 2
+    assert [user.created_at for user in found] == [stored.created_at] * 2
 
 
-async def test_a_post_is_found_by_id(database: Database, posts: PostReader) -> None:
+async def test_a_post_is_found_by_id(database: Database, posts: Reader) -> None:
     """With its content."""
     [author_id] = await add_users(database)
     [id] = await add_posts(database, [author_id], content="Text")
@@ -110,9 +113,7 @@ async def test_a_post_is_found_by_id(database: Database, posts: PostReader) -> N
     assert (post.id, post.title, post.content, post.author_id) == (id, "Post 0", "Text", author_id)
 
 
-async def test_what_is_not_there_is_told_apart(
-    database: Database, users: UserReader, posts: PostReader
-) -> None:
+async def test_what_is_not_there_is_told_apart(database: Database, users: Reader, posts: Reader) -> None:
     """Each caller of a statement gets its own row, or is told that there is none."""
     (id,) = await add_users(database)
     found, missing, other = await errors_of([users.get(id), users.get(4711), users.get(4712)])
@@ -124,9 +125,7 @@ async def test_what_is_not_there_is_told_apart(
         await posts.get(4711)
 
 
-async def test_a_password_hash_is_read_of_those_who_may_come_in(
-    database: Database, users: UserReader
-) -> None:
+async def test_a_password_hash_is_read_of_those_who_may_come_in(database: Database, users: Reader) -> None:
     """An inactive user, one without a password and an unknown one are nobody."""
     async with database.begin() as session:
         repository = UserRepository(session)
@@ -136,13 +135,16 @@ async def test_a_password_hash_is_read_of_those_who_may_come_in(
         )
         alan = await repository.create({"email": "alan@example.org"})
 
-    assert await users.password_hash("ada@example.org") == (ada.id, "$argon2id$")
+    async def credentials(key: int | str) -> tuple[int, str]:
+        return credentials_from_row(await users.find_columns(key, CREDENTIALS))
+
+    assert await credentials("ada@example.org") == (ada.id, "$argon2id$")
     for nobody in (away.id, alan.id, 4711):
-        assert await users.password_hash(nobody) == (0, "")
+        assert await credentials(nobody) == (0, "")
 
 
 async def test_what_one_caller_is_told_is_not_told_another(
-    database: Database, users: UserReader, monkeypatch: pytest.MonkeyPatch
+    database: Database, users: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A statement is asked in nobody's context; each of its callers hears of it, and of no other."""
     ids = await add_users(database, 3)
@@ -167,7 +169,7 @@ async def test_what_one_caller_is_told_is_not_told_another(
 
 
 async def test_calls_that_come_together_share_a_statement(
-    database: Database, users: UserReader, gate: Gate
+    database: Database, users: Reader, gate: Gate
 ) -> None:
     """A hundred at most; who asks for the same row is answered with it too."""
     ids = await add_users(database, 150)
@@ -177,7 +179,7 @@ async def test_calls_that_come_together_share_a_statement(
 
 
 async def test_a_statement_waits_for_those_that_a_busy_loop_brings(
-    database: Database, users: UserReader, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    database: Database, users: Reader, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lookups, "MAX_GATHER_SECONDS", 60)
     ids = await add_users(database, 5)
@@ -191,7 +193,7 @@ async def test_a_statement_waits_for_those_that_a_busy_loop_brings(
 
 
 async def test_no_statement_waits_for_ever(
-    database: Database, users: UserReader, monkeypatch: pytest.MonkeyPatch
+    database: Database, users: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though every turn of the loop brings somebody."""
     monkeypatch.setattr(lookups, "MAX_KEYS", 1_000_000)
@@ -205,7 +207,7 @@ async def test_no_statement_waits_for_ever(
 
 
 async def test_batches_are_not_parted_and_share_statements(
-    database: Database, users: UserReader, gate: Gate
+    database: Database, users: Reader, gate: Gate
 ) -> None:
     """The ids of a batch are read by one statement, other batches with them until there are a hundred."""
     ids = await add_users(database, 150)
@@ -219,7 +221,7 @@ async def test_batches_are_not_parted_and_share_statements(
 
 
 async def test_a_single_look_up_does_not_wait_for_a_batch(
-    database: Database, users: UserReader, gate: Gate
+    database: Database, users: Reader, gate: Gate
 ) -> None:
     """They are read by statements of their own."""
     ids = await add_users(database, 2)
@@ -231,9 +233,7 @@ async def test_a_single_look_up_does_not_wait_for_a_batch(
     assert (await batch)[ids[0]].id == ids[0]
 
 
-async def test_look_ups_of_callers_who_wait_go_in_turn(
-    database: Database, users: UserReader, gate: Gate
-) -> None:
+async def test_look_ups_of_callers_who_wait_go_in_turn(database: Database, users: Reader, gate: Gate) -> None:
     """A caller with many batches holds another up for one of them, not for all."""
     ids = await add_users(database, 102)
     gate.held = {ids[0]}
@@ -252,7 +252,7 @@ async def test_look_ups_of_callers_who_wait_go_in_turn(
 
 
 async def test_a_call_sees_what_was_committed_before_it(
-    database: Database, users: UserReader, gate: Gate
+    database: Database, users: Reader, gate: Gate
 ) -> None:
     """One that comes while a statement is under way does not get that statement's answer."""
     (id,) = await add_users(database, full_name="before")
@@ -268,7 +268,7 @@ async def test_a_call_sees_what_was_committed_before_it(
 
 
 async def test_a_caller_that_leaves_takes_no_other_with_it(
-    database: Database, users: UserReader, gate: Gate
+    database: Database, users: Reader, gate: Gate
 ) -> None:
     """Neither those of its statement, nor those who wait for the next one."""
     first, second, third = await add_users(database, 3)
@@ -286,7 +286,7 @@ async def test_a_caller_that_leaves_takes_no_other_with_it(
 
 
 async def test_a_statement_that_nobody_waits_for_is_cancelled(
-    database: Database, users: UserReader, gate: Gate
+    database: Database, users: Reader, gate: Gate
 ) -> None:
     """So that the next one goes at once, and a stuck one is bounded by its callers' deadlines."""
     first, second = await add_users(database, 2)
@@ -305,7 +305,7 @@ async def test_a_statement_that_nobody_waits_for_is_cancelled(
 async def test_a_statement_is_gone_from_postgresql_with_its_last_caller(postgresql_url: str) -> None:
     """The backend is told to stop: nothing runs on for somebody who has left."""
     database = Database(Settings(database_url=postgresql_url))
-    users = UserReader(database)
+    users = user_reader(database)
     waiting = text("SELECT count(*) FROM pg_locks WHERE relation = 'users'::regclass AND NOT granted")
     async with database.begin() as session:
         await session.execute(text("LOCK TABLE users"))
@@ -322,7 +322,7 @@ async def test_a_statement_is_gone_from_postgresql_with_its_last_caller(postgres
     await database.close()
 
 
-async def test_an_error_reaches_every_caller_as_its_own(database: Database, users: UserReader) -> None:
+async def test_an_error_reaches_every_caller_as_its_own(database: Database, users: Reader) -> None:
     """And the next statement starts afresh."""
     (id,) = await add_users(database)
     assert (await users.get(id)).id == id
@@ -339,7 +339,7 @@ async def test_a_database_that_is_away_is_told_to_every_caller(database_url: str
     away = {"database": "/dev/null/roster.db"} if "sqlite" in database_url else {"port": 1}
     url = make_url(database_url).set(**away)
     database = Database(Settings(database_url=url.render_as_string(hide_password=False)))
-    reader = UserReader(database)
+    reader = user_reader(database)
     errors = await errors_of([reader.get(number) for number in range(3)])
     assert [type(error) for error in errors] == [DatabaseUnavailable] * 3
     assert len(set(map(id_of, errors))) == 3
@@ -350,7 +350,7 @@ async def test_a_database_that_is_away_is_told_to_every_caller(database_url: str
 async def test_connections_of_before_a_restart_fail_no_call(postgresql_url: str) -> None:
     """Though the whole pool is of them: the statement is sent once more, and only reads."""
     database, other = (Database(Settings(database_url=postgresql_url)) for _ in range(2))
-    users = UserReader(database)
+    users = user_reader(database)
     (id,) = await add_users(database)
     async with AsyncExitStack() as stack:
         for _ in range(3):
@@ -370,7 +370,7 @@ async def test_an_exhausted_pool_refuses_all_within_its_timeout(database_url: st
     """However many wait; it works once a connection is free."""
     database = Database(Settings(database_url=database_url, pool_size=1, max_overflow=0, pool_timeout=0.1))
     (id,) = await add_users(database)
-    users = UserReader(database)
+    users = user_reader(database)
     async with database.read() as session:
         await session.connection()
         async with asyncio.timeout(5):
@@ -382,7 +382,7 @@ async def test_an_exhausted_pool_refuses_all_within_its_timeout(database_url: st
 
 
 async def test_a_connection_goes_back_to_the_pool_now_and_then(
-    database: Database, users: UserReader, monkeypatch: pytest.MonkeyPatch
+    database: Database, users: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many wait, other calls get it too; and all are answered."""
     monkeypatch.setattr(lookups, "MAX_KEYS", 1)
@@ -395,7 +395,7 @@ async def test_a_connection_goes_back_to_the_pool_now_and_then(
     assert read.call_count == 3
 
 
-async def test_close_ends_what_is_under_way(database: Database, users: UserReader, gate: Gate) -> None:
+async def test_close_ends_what_is_under_way(database: Database, users: Reader, gate: Gate) -> None:
     """Nobody is left waiting, neither for this statement nor for the next."""
     (id,) = await add_users(database)
     gate.held = {id}
@@ -423,7 +423,7 @@ async def test_many_calls_of_get_user_take_few_statements(server: Server, gate: 
         calls = [get(users_pb2.GetUserRequest(id=ids[0]))]
         await gate.arrived.wait()
         calls += [get(users_pb2.GetUserRequest(id=id)) for id in ids[1:]]
-        while len(server.users._users[int]._waiting) < len(calls) - 1:  # noqa: ASYNC110  (no event tells)
+        while len(server.users._rows[int]._waiting) < len(calls) - 1:  # noqa: ASYNC110  (no event tells)
             await asyncio.sleep(0)
         gate.opened.set()
         assert [(await call).id for call in calls] == ids
@@ -505,7 +505,7 @@ def id_of(error: RosterError) -> int:
 async def test_those_who_left_are_forgotten(database_url: str) -> None:
     """Also where no connection was to be had; the list of them would grow with an outage."""
     database = Database(Settings(database_url=database_url, pool_size=1, max_overflow=0, pool_timeout=60))
-    users = UserReader(database)
+    users = user_reader(database)
     async with database.read() as session:
         await session.execute(select(1))
         for _ in range(3):
@@ -513,8 +513,8 @@ async def test_those_who_left_are_forgotten(database_url: str) -> None:
             await asyncio.sleep(0)
             call.cancel()
             await asyncio.gather(call, return_exceptions=True)
-        await asyncio.wait([task]) if (task := users._users[int]._task) else None
+        await asyncio.wait([task]) if (task := users._rows[int]._task) else None
         await asyncio.sleep(0)
-        assert not users._users[int]._waiting
+        assert not users._rows[int]._waiting
     await users.close()
     await database.close()

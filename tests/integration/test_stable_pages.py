@@ -20,7 +20,7 @@ from roster.v1.users_pb2 import ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db.engine import Database
 from service.users.model import User
-from service.users.repository import SORTABLE
+from service.users.repository import UserRepository
 from tests.support.server import serve
 
 MOST_PAGES = 12 + 6 * 3 + 1  # one user a page, and an empty one
@@ -93,7 +93,7 @@ async def remove(session: AsyncSession, numbers: list[int]) -> set[int]:
 @given(
     there=st.lists(new_users, min_size=1, max_size=12),
     between=st.lists(changes, max_size=6),
-    field=st.sampled_from(sorted(SORTABLE)),
+    field=st.sampled_from(sorted(UserRepository.sortable)),
     descending=st.booleans(),
     text=st.sampled_from(sorted(FILTERS)),
     page_size=st.integers(1, 4),
@@ -132,7 +132,7 @@ async def test_pages_show_each_remaining_user_once(
             await add(session, change.created, numbers)
             staying -= await remove(session, change.deleted)
 
-    keys = [tuple(getattr(user, column.key) for column in SORTABLE[field]) for user in met]
+    keys = [tuple(getattr(user, column.key) for column in UserRepository.sortable[field]) for user in met]
     assert sorted(set(keys), reverse=descending) == keys
     assert all(FILTERS[text](user) for user in met)
     assert staying <= {user.id for user in met}

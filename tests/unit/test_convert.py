@@ -1,6 +1,6 @@
 """Message -> values and stored row -> message: mirrored, and the same for one row as for many."""
 
-from datetime import UTC, datetime
+from collections import namedtuple
 from typing import Any
 
 import pytest
@@ -10,28 +10,34 @@ from hypothesis import assume, given, settings, strategies as st
 
 from roster.v1.resources_pb2 import Post as PostMessage, User as UserMessage
 from roster.v1.users_pb2 import GetUserRequest
+from service.db.base import Entity, column_names
 from service.errors import InvalidField, InvalidMask
-from service.fields import normalise_email
 from service.posts.convert import (
     post_batch_from_messages,
     post_changes_from_message,
     post_from_message,
     post_to_message,
+    post_with_author_to_fields,
 )
 from service.posts.model import Post
 from service.users.convert import (
     BULK_WRITABLE,
-    key_from_message,
+    key_from_request,
     user_batch_from_messages,
     user_changes_from_message,
     user_from_message,
     user_to_message,
+    user_with_posts_to_fields,
 )
 from service.users.model import User
+from service.users.repository import UserWithPosts
+from service.users.rules import OPTIONAL_TEXTS, normalise_email
 
-NOON = datetime(2024, 1, 31, 12, 0, 0, 123456, tzinfo=UTC)
+NOON = 1_706_702_400_123_456  # microseconds since 1970
+HOUR = 3_600_000_000
 # What the database gives a row.
-GIVEN: dict[str, Any] = {"id": 7, "version": 3, "created_at": NOON, "updated_at": NOON.replace(hour=13)}
+GIVEN: dict[str, Any] = {"id": 7, "version": 3, "created_at": NOON, "updated_at": NOON + HOUR}
+UNSET_TEXTS = dict.fromkeys(OPTIONAL_TEXTS)
 HASH = "$argon2id$v=19$m=65536,t=3,p=4$c29tZXNhbHQxMjM0NTY$dGhpcyBpcyBub3QgYSBoYXNoIGF0IGFsbA"
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=300)
@@ -44,6 +50,13 @@ user_messages = st.builds(
     hashed_password=st.sampled_from(["", HASH, "clear"]),
 )
 post_messages = st.builds(PostMessage, author_id=st.integers(-1, 3), title=texts, content=st.none() | texts)
+
+
+def row_of(model: type[Entity], values: dict[str, Any]) -> Any:
+    """Return a row as a read returns it; columns without a value are null."""
+    names = column_names(model)
+    row: Any = namedtuple("Row", names)  # type: ignore[misc]  # noqa: PYI024
+    return row._make(values.get(name) for name in names)
 
 
 def user_values(message: UserMessage) -> dict[str, Any] | None:
@@ -67,8 +80,7 @@ def test_a_user_keeps_every_writable_field(message: UserMessage) -> None:
     values = user_values(message)
     assume(values is not None)
     assert values is not None  # for mypy
-    stored = User(**{"is_active": True, **GIVEN, **values})
-    answer = user_to_message(stored)
+    answer = user_to_message(row_of(User, {"full_name": None, "is_active": True, **GIVEN, **values}))
 
     assert answer == UserMessage(
         id=7,
@@ -90,7 +102,7 @@ def test_a_post_keeps_every_writable_field(message: PostMessage) -> None:
     assume(values is not None)
     assert values is not None  # for mypy
 
-    assert post_to_message(Post(**GIVEN, **values)) == PostMessage(
+    assert post_to_message(row_of(Post, {**GIVEN, **values})) == PostMessage(
         id=7,
         version=3,
         created_at=Timestamp(seconds=1706702400, nanos=123456000),
@@ -106,7 +118,7 @@ def test_a_post_keeps_every_writable_field(message: PostMessage) -> None:
 def test_users_in_bulk_are_judged_as_one_by_one(messages: list[UserMessage]) -> None:
     """The same rows are accepted, with the same values; what one leaves out, many have as a default."""
     batch = user_batch_from_messages(messages, BULK_WRITABLE, [])
-    defaults = {"full_name": None, "is_active": True, "hashed_password": None}
+    defaults = {**UNSET_TEXTS, "is_active": True, "hashed_password": None}
 
     alone = [user_values(message) for message in messages]
     assert [row not in batch.failures for row in range(batch.size)] == [
@@ -180,12 +192,12 @@ USER_CHANGES: list[tuple[UserMessage, list[str], dict[str, Any]]] = [
     (
         UserMessage(email="a@b", is_active=True),
         ["*"],
-        {"email": "a@b", "full_name": None, "is_active": True},
+        {"email": "a@b", **UNSET_TEXTS, "is_active": True},
     ),
     (
         UserMessage(email="a@b", is_active=True, hashed_password=HASH),
         ["*"],
-        {"email": "a@b", "full_name": None, "is_active": True, "hashed_password": HASH},
+        {"email": "a@b", **UNSET_TEXTS, "is_active": True, "hashed_password": HASH},
     ),
 ]
 
@@ -263,8 +275,8 @@ def test_the_author_of_a_post_can_t_be_changed() -> None:
 
 def test_a_user_is_looked_up_by_id_or_by_email() -> None:
     """By the normalised e-mail; one of the two is required."""
-    assert key_from_message(GetUserRequest(id=7)) == 7
-    assert key_from_message(GetUserRequest(email=" ADA@example.org")) == "ada@example.org"
+    assert key_from_request(GetUserRequest(id=7)) == 7
+    assert key_from_request(GetUserRequest(email=" ADA@example.org")) == "ada@example.org"
     for request in (
         GetUserRequest(),
         GetUserRequest(id=0),
@@ -272,24 +284,28 @@ def test_a_user_is_looked_up_by_id_or_by_email() -> None:
         GetUserRequest(email="a"),
     ):
         with pytest.raises(InvalidField):
-            key_from_message(request)
+            key_from_request(request)
 
 
-def test_a_user_comes_with_the_posts_that_were_loaded() -> None:
-    """Without their contents, and only if asked for."""
-    user = User(email="a@b", full_name=None, is_active=True, **GIVEN)
-    user.posts = [Post(title="t", author_id=7, **GIVEN)]
+USER = row_of(User, {"email": "a@b", "full_name": "Ada", "is_active": True, **GIVEN})
+POST = row_of(Post, {"title": "t", "content": "c", "author_id": 7, **GIVEN})
 
-    (post,) = user_to_message(user, with_posts=True).posts
+
+def test_user_with_posts_has_posts_without_contents() -> None:
+    """A user alone has none."""
+    listed: Any = [value for name, value in zip(column_names(Post), POST, strict=True) if name != "content"]
+    message = UserMessage(**user_with_posts_to_fields(UserWithPosts(USER, [listed])))
+
+    (post,) = message.posts
     assert (post.id, post.title, post.author_id, post.version) == (7, "t", 7, 3)
     assert not post.HasField("content")
-    assert not user_to_message(user).posts
+    assert not user_to_message(USER).posts
 
 
-def test_a_post_comes_with_the_author_that_was_loaded() -> None:
-    """Without the author's posts, and only if asked for."""
-    user = User(email="a@b", full_name="Ada", is_active=True, **GIVEN)
-    post = Post(title="t", content="c", author_id=7, author=user, **GIVEN)
+def test_post_with_author_has_author_without_posts() -> None:
+    """A post alone has none."""
+    row: Any = (*POST, *USER)
+    message = PostMessage(**post_with_author_to_fields(row))
 
-    assert post_to_message(post, with_author=True).author == user_to_message(user)
-    assert not post_to_message(post).HasField("author")
+    assert message.author == user_to_message(USER)
+    assert not post_to_message(POST).HasField("author")

@@ -12,10 +12,11 @@ from sqlalchemy import Dialect, make_url
 from service.db import filters
 from service.db.filters import Columns, Order, parse_order
 from service.errors import InvalidFilter, InvalidOrder
-from service.posts.repository import FILTERABLE as POST_COLUMNS
-from service.users.repository import FILTERABLE as COLUMNS
+from service.posts.repository import PostRepository
+from service.users.repository import UserRepository
 from tests.filter_model import Node, user_filters, written
 
+COLUMNS, POST_COLUMNS = UserRepository.filterable, PostRepository.filterable
 POSTGRESQL = make_url("postgresql+asyncpg://").get_dialect()()
 SQLITE = make_url("sqlite+aiosqlite://").get_dialect()()
 FIELDS = ("id", "email", "created_at")

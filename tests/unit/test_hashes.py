@@ -8,7 +8,7 @@ import pytest
 from argon2 import PasswordHasher, Type
 
 from service.users import hashes
-from service.users.hashes import matches, wrong_password_hash
+from service.users.hashes import matches, password_hash_error
 
 PASSWORD = "correct horse"
 LONG = "p" * 80
@@ -47,7 +47,7 @@ IMPORTED = {
 @pytest.mark.parametrize("stored", IMPORTED.values(), ids=IMPORTED)
 def test_a_hash_from_elsewhere_lets_its_password_in(stored: str) -> None:
     """And no other."""
-    assert wrong_password_hash(stored) is None
+    assert password_hash_error(stored) is None
     assert matches(stored, PASSWORD) is True
     assert matches(stored, PASSWORD + " ") is False
 
@@ -92,7 +92,7 @@ def test_of_a_long_password_bcrypt_knows_the_beginning() -> None:
 )
 def test_a_hash_that_is_too_dear_is_refused(form: str, cost: str, too_much: str) -> None:
     """A check must not hold a thread for long; the sentence says what is allowed and what to do."""
-    wrong = wrong_password_hash(IMPORTED[form].replace(cost, too_much))
+    wrong = password_hash_error(IMPORTED[form].replace(cost, too_much))
 
     assert wrong
     assert form.removesuffix("id").partition("-")[0] in wrong
@@ -120,7 +120,7 @@ def test_a_hash_that_is_too_dear_is_refused(form: str, cost: str, too_much: str)
 def test_accepts_hashes_at_the_costs_that_others_use(form: str, cost: str, used_elsewhere: str) -> None:
     """Exports of other systems load as they are."""
     assert cost in IMPORTED[form]
-    assert wrong_password_hash(IMPORTED[form].replace(cost, used_elsewhere)) is None
+    assert password_hash_error(IMPORTED[form].replace(cost, used_elsewhere)) is None
 
 
 def test_a_long_derived_key_costs_no_more_than_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +157,7 @@ def test_a_long_derived_key_costs_no_more_than_one_block(monkeypatch: pytest.Mon
 )
 def test_what_is_no_hash_is_refused(stored: str) -> None:
     """Nor does it let anybody in, should it be stored all the same."""
-    wrong = wrong_password_hash(stored)
+    wrong = password_hash_error(stored)
 
     assert wrong
     assert "argon2, bcrypt, scrypt or pbkdf2" in wrong

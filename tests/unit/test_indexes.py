@@ -5,8 +5,8 @@ from typing import Any
 from sqlalchemy import PrimaryKeyConstraint, Table, UniqueConstraint
 
 from service.db.base import Base
-from service.posts import repository as posts
-from service.users import repository as users
+from service.posts.repository import PostRepository
+from service.users.repository import UserRepository
 
 
 def indexes(table: Table) -> list[list[str]]:
@@ -26,7 +26,7 @@ def test_every_order_and_every_reference_has_an_index() -> None:
     """No page sorts a whole table, and no delete scans one for the rows that go with it."""
     orders = [
         [attribute.property.columns[0] for attribute in order]
-        for order in (*users.SORTABLE.values(), *posts.SORTABLE.values())
+        for order in (*UserRepository.sortable.values(), *PostRepository.sortable.values())
     ]
     references = [[key.parent] for table in Base.metadata.sorted_tables for key in table.foreign_keys]
 

@@ -11,8 +11,9 @@ from sqlalchemy import Dialect, make_url
 
 from service.db.paging import Keyset, decode_token, encode_token, fingerprint, page_size
 from service.errors import InvalidField, InvalidPageToken
-from service.users.repository import SORTABLE
+from service.users.repository import UserRepository
 
+SORTABLE = UserRepository.sortable
 LISTING = fingerprint("users", "", "id", False)
 
 ids = st.integers(1, 2**53)

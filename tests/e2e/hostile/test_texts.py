@@ -20,9 +20,9 @@ from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest
 from roster.v1.users_pb2_grpc import UserServiceServicer, UserServiceStub, add_UserServiceServicer_to_server
 from service.escape import escape
-from service.fields import PRINTABLE
 from service.loads.model import Load
 from service.loads.repository import LoadRepository
+from service.loads.rules import PRINTABLE
 from service.server import Server
 from tests.e2e.clients import Grpcurl
 from tests.e2e.hostile.support import victim

@@ -8,8 +8,8 @@ import pytest
 from sqlalchemy import select
 
 from service.db.engine import Database
-from service.db.requests import Request, RequestRepository, forget_requests
 from service.errors import RequestIdReused
+from service.idempotency import Request, RequestRepository, delete_expired_requests
 from service.users.repository import UserRepository
 
 ID = UUID("7d0f7c0e-1c43-4b5b-8d5c-2a4b4c1f6a10")
@@ -22,7 +22,7 @@ async def kept(database: Database) -> Database:
     async with database.begin() as session:
         requests = RequestRepository(session, "ops", "CreateUser")
         assert await requests.claim(ID, BODY) is None
-        await requests.keep(ID, b"answer")
+        await requests.store(ID, b"answer")
     return database
 
 
@@ -41,7 +41,7 @@ async def test_an_empty_answer_is_one_too(database: Database) -> None:
     async with database.begin() as session:
         requests = RequestRepository(session, "ops", "CreateUser")
         await requests.claim(ID, BODY)
-        await requests.keep(ID, b"")
+        await requests.store(ID, b"")
 
     assert await claim(database) == b""
 
@@ -82,7 +82,7 @@ async def test_of_two_at_once_the_second_waits_for_the_first(database: Database,
             requests = RequestRepository(session, "ops", "CreateUser")
             await requests.claim(ID, BODY)
             claimed.set()
-            await requests.keep(ID, b"answer")
+            await requests.store(ID, b"answer")
             await UserRepository(session).create({"email": "ada@example.org"})
             if first_fails:
                 raise ZeroDivisionError
@@ -104,8 +104,8 @@ async def test_answers_are_forgotten_after_24_hours(kept: Database) -> None:
     assert abs(datetime.now(UTC) - created_at) < timedelta(minutes=1)
 
     async with kept.begin() as session:
-        await forget_requests(session, created_at + timedelta(hours=24))
+        await delete_expired_requests(session, created_at + timedelta(hours=24))
     assert await claim(kept) == b"answer"
     async with kept.begin() as session:
-        await forget_requests(session, created_at + timedelta(hours=24, microseconds=1))
+        await delete_expired_requests(session, created_at + timedelta(hours=24, microseconds=1))
     assert await claim(kept) is None

@@ -1,0 +1,94 @@
+"""Validation: the rules that all entities share, and the violations of a request.
+
+A rule is a function `x_error`. It returns None for a valid value, otherwise the end of a sentence that
+begins with the name of the field. The sentence never repeats the value.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from service.errors import InvalidField, TooLarge, Violation
+
+Rule = Callable[[Any], str | None]
+
+# Fits a JavaScript number, and leaves room at both ends of int64.
+MAX_ID = 2**53
+MAX_IDS = 1000
+MAX_EXPORT_BATCH = 1000
+
+
+def id_error(id: int) -> str | None:
+    return None if 1 <= id <= MAX_ID else f"must be from 1 to {MAX_ID}"
+
+
+def version_error(version: int) -> str | None:
+    return None if version >= 0 else "must be 0, or the version last read"
+
+
+def text_error(text: str, max_length: int) -> str | None:
+    if len(text) > max_length:
+        return f"is longer than {max_length:,} characters"
+    return "must not contain NUL" if "\0" in text else None
+
+
+def text_rule(max_length: int) -> Rule:
+    """Return the rule of a text of at most this many characters."""
+    return partial(text_error, max_length=max_length)
+
+
+def are_valid_texts(texts: Iterable[str | None], max_length: int) -> bool:
+    """Return whether `text_error` accepts every text; much faster than to ask it for each."""
+    present = [text for text in texts if text]
+    return not present or (len(max(present, key=len)) <= max_length and "\0" not in "".join(present))
+
+
+class Violations(list[Violation]):
+    """The violations of one request, collected so that all are reported at once."""
+
+    def add(self, field: str, error: str | None) -> None:
+        """Add what a rule returned for a field; None adds nothing."""
+        if error:
+            self.append(Violation(field, f"{field} {error}"))
+
+
+@contextmanager
+def collect_violations() -> Iterator[Violations]:
+    """Raise InvalidField at the end of the block if violations were added."""
+    violations = Violations()
+    yield violations
+    if violations:
+        raise InvalidField.of(violations)
+
+
+def check_id(id: int, field: str = "id") -> int:
+    """Return a valid id; raises InvalidField."""
+    with collect_violations() as violations:
+        violations.add(field, id_error(id))
+    return id
+
+
+def check_ids(ids: Sequence[int]) -> list[int]:
+    """Return the ids of a batch in their order, without duplicates; raises InvalidField, TooLarge."""
+    if len(ids) > MAX_IDS:
+        raise TooLarge(f"ids has more than {MAX_IDS:,} entries; split them over several calls", field="ids")
+    with collect_violations() as violations:
+        for position, id in enumerate(ids):
+            violations.add(f"ids[{position}]", id_error(id))
+        if not ids:
+            violations.add("ids", f"is required: 1 to {MAX_IDS:,} ids")
+    return list(dict.fromkeys(ids))
+
+
+def check_version(version: int, field: str = "version") -> int:
+    """Return the version that a write expects, 0 for any; raises InvalidField."""
+    with collect_violations() as violations:
+        violations.add(field, version_error(version))
+    return version
+
+
+def check_choice(number: int, enum: Any, field: str) -> None:
+    """Raise InvalidField if the enum does not have this number."""
+    if number not in enum.values():
+        raise InvalidField(f"{field} must be one of {', '.join(enum.keys())}", field=field)

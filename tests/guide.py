@@ -1,0 +1,62 @@
+"""Applies the blocks of a guide in docs/ to a copy of the repository."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parents[1]
+FOLDERS = ("alembic", "deploy", "docs", "protos", "service", "tests")
+FILES = ("alembic.ini", "hatch_build.py", "pyproject.toml", "LICENSE", "README.md")
+GENERATED = shutil.ignore_patterns("__pycache__", "*_pb2*", "node_modules")
+BLOCK = re.compile(r"^```(diff|python|proto)\n(?:#|//) (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+GENERATE = "import pathlib, hatch_build; hatch_build.generate(pathlib.Path('protos'))"
+
+
+def apply_hunk(text: str, hunk: str) -> str:
+    """Return a text with a hunk applied, which must fit in exactly one place."""
+    lines = hunk.splitlines(keepends=True)
+    before = "".join(line[1:] for line in lines if line[0] in " -")
+    after = "".join(line[1:] for line in lines if line[0] in " +")
+    assert text.count(before) == 1, hunk
+    return text.replace(before, after)
+
+
+def apply_block(path: Path, kind: str, block: str) -> None:
+    """Create or edit the file that a block shows."""
+    if kind == "diff":
+        text = path.read_text()
+        for hunk in block.split("@@\n"):
+            text = apply_hunk(text, hunk)
+        path.write_text(text)
+        return
+    assert not path.exists()
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(block)
+
+
+def apply_guide(page: str, folder: Path) -> None:
+    """Copy the repository to a folder, apply a page of docs/ there, and generate the stubs."""
+    for name in FOLDERS:
+        shutil.copytree(CHECKOUT / name, folder / name, ignore=GENERATED)
+    for name in FILES:
+        shutil.copy(CHECKOUT / name, folder)
+    for kind, name, block in BLOCK.findall((CHECKOUT / "docs" / page).read_text()):
+        header = f"// {name}\n" if kind == "proto" else ""
+        apply_block(folder / name, kind, header + block)
+    run_python(folder, "-c", GENERATE)
+
+
+def run_python(folder: Path, *arguments: str) -> None:
+    """Run Python in a copy of the repository, on a SQLite database there; it must succeed."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{folder}{os.pathsep}{folder}/protos",
+        "ROSTER_DATABASE_URL": f"sqlite:///{folder}/roster.db",
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
