@@ -4,8 +4,8 @@ from datetime import timedelta
 from typing import Any
 
 from roster.v1.bulk_pb2 import BulkLoad, BulkOptions
-from service.fields import timestamp
 from service.loads.model import Load
+from service.wire import timestamp_fields
 
 
 def load_to_message(load: Load, kept_for: timedelta) -> BulkLoad:
@@ -25,7 +25,7 @@ def load_fields(load: Load, kept_for: timedelta) -> dict[str, Any]:
         "updated": load.updated,
         "skipped": load.skipped,
         "failed": load.failed,
-        "created_at": timestamp(load.created_at),
-        "updated_at": timestamp(load.updated_at),
-        "expires_at": timestamp(load.updated_at + kept_for),
+        "created_at": timestamp_fields(load.created_at),
+        "updated_at": timestamp_fields(load.updated_at),
+        "expires_at": timestamp_fields(load.updated_at + kept_for),
     }

@@ -21,7 +21,7 @@ def test_nothing_is_missing() -> None:
     rpcs, types = (
         set(re.findall(rf"\b{kind} (\w+)", source)) for kind in ("rpc", "(?:service|message|enum)")
     )
-    members = set(re.findall(r"(\w+) = \d+;", source))
+    members = set(re.findall(r"(\w+) = \d+[; ]", source))
     headings = {name.rpartition(".")[2] for name in re.findall(r"^#{3,4} (\S+)$", SHOWN, re.MULTILINE)}
     assert headings == rpcs | types
     assert set(re.findall(r"^\| \d+ \| `(\w+)`", SHOWN, re.MULTILINE)) == members

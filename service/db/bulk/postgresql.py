@@ -20,10 +20,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import REGCLASS
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.types import TypeEngine
 
-from service.db.base import BigInt, Entity, now
+from service.db.base import BigInt, Entity, Session, now
 from service.db.statements import measured
 from service.timeslice import TimeSlice, map_in_slices
 
@@ -37,7 +36,7 @@ CHUNK_BYTES = 512 << 10
 ESCAPES = {"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"}  # the backslash first
 
 
-async def next_ids(session: AsyncSession, model: type[Entity], count: int) -> Sequence[int]:
+async def next_ids(session: Session, model: type[Entity], count: int) -> Sequence[int]:
     """Draw ids from the table's sequence; a rollback leaves a gap.
 
     The lock is the one that inserting the rows takes too. With it `reserve_ids` waits for all transactions
@@ -56,7 +55,7 @@ def _sequence(model: type[Entity]) -> ScalarSelect[Any]:
     return select(cast_to(func.pg_get_serial_sequence(model.__tablename__, "id"), REGCLASS)).scalar_subquery()
 
 
-async def reserve_ids(session: AsyncSession, model: type[Entity], largest: int) -> None:
+async def reserve_ids(session: Session, model: type[Entity], largest: int) -> None:
     """Move the sequence past an id, once every transaction that has drawn ids has ended."""
     await session.execute(text(f"LOCK TABLE {model.__tablename__} IN SHARE ROW EXCLUSIVE MODE"))
     last = func.coalesce(func.pg_sequence_last_value(_sequence(model)), 0)
@@ -65,7 +64,7 @@ async def reserve_ids(session: AsyncSession, model: type[Entity], largest: int) 
 
 
 async def insert_rows(
-    session: AsyncSession, model: type[Entity], columns: Mapping[str, Sequence[Any]], sort_key: str | None
+    session: Session, model: type[Entity], columns: Mapping[str, Sequence[Any]], sort_key: str | None
 ) -> None:
     """Insert rows by COPY; raises IntegrityError.
 
@@ -129,7 +128,7 @@ def _escaped(value: str | None) -> str | None:
 
 
 async def update_rows(
-    session: AsyncSession,
+    session: Session,
     model: type[Entity],
     ids: Sequence[int],
     columns: Mapping[str, Sequence[Any]],

@@ -18,10 +18,9 @@ from sqlalchemy import (
     table,
     update,
 )
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.types import TypeEngine
 
-from service.db.base import BigInt, Entity, now
+from service.db.base import BigInt, Entity, Session, now
 from service.timeslice import map_in_slices, slices
 
 ROWS_AT_ONCE = 250
@@ -29,13 +28,13 @@ ROWS_AT_ONCE = 250
 SEQUENCES = table("sqlite_sequence", column("name", String), column("seq", Integer))
 
 
-async def next_ids(session: AsyncSession, model: type[Entity], count: int) -> Sequence[int]:
+async def next_ids(session: Session, model: type[Entity], count: int) -> Sequence[int]:
     """Return the ids after the largest ever used. No other writer can take them before the commit."""
     last = await session.scalar(select(SEQUENCES.c.seq).where(SEQUENCES.c.name == model.__tablename__)) or 0
     return range(last + 1, last + 1 + count)
 
 
-async def reserve_ids(session: AsyncSession, model: type[Entity], largest: int) -> None:
+async def reserve_ids(session: Session, model: type[Entity], largest: int) -> None:
     """Move the sequence past an id. SQLite would do so on insert, but other ids are drawn before that."""
     name = model.__tablename__
     moved = update(SEQUENCES).where(SEQUENCES.c.name == name).values(seq=func.max(SEQUENCES.c.seq, largest))
@@ -44,7 +43,7 @@ async def reserve_ids(session: AsyncSession, model: type[Entity], largest: int) 
 
 
 async def insert_rows(
-    session: AsyncSession, model: type[Entity], columns: Mapping[str, Sequence[Any]], sort_key: str | None
+    session: Session, model: type[Entity], columns: Mapping[str, Sequence[Any]], sort_key: str | None
 ) -> None:
     """Insert rows; raises IntegrityError.
 
@@ -64,7 +63,7 @@ async def insert_rows(
 
 
 async def update_rows(
-    session: AsyncSession,
+    session: Session,
     model: type[Entity],
     ids: Sequence[int],
     columns: Mapping[str, Sequence[Any]],

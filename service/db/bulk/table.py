@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from secrets import token_hex
 from typing import Any
 
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
-from service.db.base import Entity
+from service.db.base import Entity, Session
 from service.db.bulk.batch import Batch
 from service.errors import NotFound, RosterError
 
@@ -51,7 +50,7 @@ class BulkTable:
     not_found: Callable[[], NotFound]
     unique: Sequence[UniqueKey] = ()
     sort_by: InstrumentedAttribute[Any] | None = None
-    prepare: Callable[[AsyncSession, Batch], Awaitable[Batch]] | None = None
+    prepare: Callable[[Session, Batch], Awaitable[Batch]] | None = None
 
     def unique_among(self, fields: Sequence[str]) -> list[UniqueKey]:
         """Return the unique keys among some columns."""

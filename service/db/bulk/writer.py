@@ -17,11 +17,10 @@ from typing import Any
 
 from sqlalchemy import Row, Text, select
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 from sqlalchemy.types import TypeEngine
 
-from service.db.base import BigInt, now
+from service.db.base import BigInt, Session, now
 from service.db.bulk import postgresql, sqlite
 from service.db.bulk.batch import Batch, OnConflict, Outcome, Result, WriteOptions
 from service.db.bulk.plan import StoredKey, UniqueValues, plan_creates, plan_updates
@@ -39,7 +38,7 @@ class LookupNeeded(Exception):
 class BulkWriter:
     """Writes batches of one entity in the session's transaction."""
 
-    def __init__(self, session: AsyncSession, table: BulkTable) -> None:
+    def __init__(self, session: Session, table: BulkTable) -> None:
         self.session = session
         self.table = table
         self.model = table.model
@@ -228,7 +227,7 @@ class BulkWriter:
 
 
 async def lock_rows(
-    session: AsyncSession, key: InstrumentedAttribute[Any], values: Sequence[Any], *columns: Any
+    session: Session, key: InstrumentedAttribute[Any], values: Sequence[Any], *columns: Any
 ) -> Sequence[Row[*tuple[Any, ...]]]:
     """Lock the rows that have one of the values, in id order; return their key and the columns.
 
