@@ -14,13 +14,13 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.rpc.code_pb2 import UNAVAILABLE
 from google.rpc.error_details_pb2 import RetryInfo
 from sqlalchemy import func, select
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from roster.v1.bulk_pb2 import BulkLoad, BulkOptions, BulkWriteResponse
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db import migrations
+from service.db.base import Session
 from service.db.bulk import postgresql
 from service.server import Server
 from service.settings import Settings
@@ -177,7 +177,7 @@ async def test_connection_broken_before_copy(
     """The failure is noticed before any row is sent."""
     copy = postgresql.insert_rows
 
-    async def cut_off(session: AsyncSession, *rows: Any) -> None:
+    async def cut_off(session: Session, *rows: Any) -> None:
         monkeypatch.undo()
         driver: Any = (await (await session.connection()).get_raw_connection()).driver_connection
         async with server.database.read() as other:
