@@ -38,6 +38,8 @@ class InterruptibleConnection(aiosqlite.Connection):
         await self._finish(self._conn.rollback)
 
     async def _execute(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if fn == self._conn.close:  # it rolls back, and an interrupted rollback keeps the writer's lock
+            return await self._finish(fn)
         statement = _Statement(self._conn)
         timer = asyncio.get_running_loop().call_later(self._statement_timeout, statement.stop)
         try:
