@@ -9,6 +9,7 @@ from functools import partial
 from math import ceil
 from typing import Any
 from urllib.parse import urlencode
+from weakref import WeakSet
 
 import asyncpg
 from sqlalchemy import event, select
@@ -277,9 +278,20 @@ async def connect(**options: Any) -> Any:
 
 
 class _RollingBack(sqlite3.Connection):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._cursors: WeakSet[sqlite3.Cursor] = WeakSet()
+
+    def cursor(self, *args: Any) -> Any:
+        cursor = super().cursor(*args)
+        self._cursors.add(cursor)
+        return cursor
+
     def close(self) -> None:
         # A statement that a cancelled call left half-read keeps a closed connection alive, and so would
-        # its transaction the writer's lock.
+        # its transaction the writer's lock. If it was interrupted, it also interrupts the rollback.
+        for cursor in list(self._cursors):
+            cursor.close()
         try:
             self.rollback()
         finally:
