@@ -46,6 +46,7 @@ class ListQuery:
     after: Sequence[Any] | None
     limit: int
     fingerprint: bytes = b""
+    is_cacheable: bool = True  # whether SQLAlchemy may keep the compiled statement
 
     def next_token(self, page: Page[Any]) -> str:
         """Return the token of the next page, "" on the last one."""
