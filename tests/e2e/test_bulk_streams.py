@@ -279,4 +279,4 @@ async def test_keeps_nothing_of_what_it_has_answered(database: Database) -> None
         last = [event async for event in events][-1]
 
     assert (last.summary.created, last.summary.failed) == (10 * IN_HAND + 1, 10 * IN_HAND - 1)
-    assert kept <= IN_HAND
+    assert kept <= IN_HAND + 1  # the last one answered is still known to the one after it
