@@ -233,7 +233,7 @@ async def test_reports_that_a_load_is_already_finished(roster: Roster) -> None:
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        (["a", "b", "c"], "the load is finished; begin another for new rows, with another --load-id"),
+        (["a", "b", "c"], "the load is finished; use another --load-id for new rows"),
         (["a"], "the source has only 1 rows, but the load already has 2"),
     ],
 )
