@@ -19,7 +19,7 @@ from service.db.engine import Database
 from service.server import Server
 from service.settings import Settings
 from tests.rows import add_posts, add_users
-from tests.support.command import Roster, ended
+from tests.support.command import ROSTER, Roster, ended, run
 from tests.support.server import serve
 
 NOON = datetime(2024, 1, 31, 12, tzinfo=UTC)
@@ -200,7 +200,12 @@ async def test_creates_no_file_without_pyarrow(roster: Roster) -> None:
     """The error says what to install."""
     (roster.folder / "pyarrow.py").write_text("raise ImportError")
 
-    done = await roster.run("export", "posts", "--output", "posts.parquet")
+    done = await run(
+        *(ROSTER, "export", "posts", "--output", "posts.parquet"),
+        folder=roster.folder,
+        ROSTER_ADDRESS=roster.address,
+        PYTHONPATH=str(roster.folder),
+    )
 
     assert (done.status, "pip install pyarrow" in done.err) == (2, True)
     assert not list(roster.folder.glob("*.part"))
