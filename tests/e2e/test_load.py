@@ -352,7 +352,7 @@ async def test_an_aborted_load_accepts_no_rows(roster: Roster, server: Server) -
 
     assert aborted.state == BulkLoad.ABORTED
     assert done.status == 2
-    message = "the load was aborted; begin another, with another --load-id; 1 row committed, "
+    message = "the load was aborted; use another --load-id; 1 row committed, "
     assert message in done.err
     assert aborted.failed == int(done.err.partition(message)[2].split()[0])
 

@@ -177,7 +177,7 @@ async def test_several_workers_need_what_can_be_shared(listen: str, url: str, tm
     )
 
     assert ended.status == 2
-    assert "ROSTER_WORKERS: must be 1 on " in ended.err
+    assert "ROSTER_WORKERS: must be 1 with " in ended.err
 
 
 def test_connections_that_a_server_has_ended_keep_no_port() -> None:
