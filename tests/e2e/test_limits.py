@@ -15,7 +15,6 @@ from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, ExportUsersRequest, GetUserRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.db.reads import Reader
 from service.server import Server
 from tests.errors import refusal
 from tests.support.server import serve
@@ -38,17 +37,19 @@ async def server(sqlite_url: str, limits: dict[str, Any]) -> AsyncIterator[Serve
 
 
 @pytest.fixture
-async def held(users: UserServiceStub, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[asyncio.Event]:
+async def held(
+    server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[asyncio.Event]:
     """A GetUser in flight until the event is set."""
     begun, may_end = asyncio.Event(), asyncio.Event()
-    get = Reader.get
+    get = server.users.get
 
-    async def waiting(reader: Reader, key: int | str) -> Any:
+    async def waiting(key: int | str) -> Any:
         begun.set()
         await may_end.wait()
-        return await get(reader, key)
+        return await get(key)
 
-    monkeypatch.setattr(Reader, "get", waiting)
+    monkeypatch.setattr(server.users, "get", waiting)
     call = asyncio.ensure_future(refusal(users.GetUser(GetUserRequest(id=1))))
     await begun.wait()
     yield may_end
