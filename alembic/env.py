@@ -19,7 +19,7 @@ from service.files import create_database
 from service.settings import Settings
 
 # Wait for a migration that is already running; the key of the lock is arbitrary. After that, don't wait long
-# for a table: calls would queue up behind the waiting statement.
+# for a table: calls would queue after the waiting statement.
 OPENING = {
     "postgresql": ["SELECT pg_advisory_xact_lock(7238001)", "SET LOCAL lock_timeout = '5s'"],
     "sqlite": ["BEGIN IMMEDIATE"],

@@ -182,7 +182,7 @@ class Server:
         for chore in self._chores:
             chore.cancel()
             await asyncio.wait([chore], timeout=CUT_OFF_SECONDS)  # it may be committing
-        await self.health_server.stop(1)  # its watches have been told to end
+        await self.health_server.stop(1)  # its watches are already ending
         await asyncio.to_thread(self._close_metrics)
         self.passwords.close()
         await self.users.close()

@@ -13,7 +13,7 @@ TOP_REASONS = 5
 
 
 class LoadReport:
-    """What has become of the rows of a load so far."""
+    """The outcomes of the rows of a load so far."""
 
     def __init__(self, name: str, unit: str, options: pb.BulkOptions, rejects: RejectsFile) -> None:
         self.rows = 0

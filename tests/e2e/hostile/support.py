@@ -117,7 +117,7 @@ async def victim(
 
 @dataclass
 class Bystander:
-    """What a caller met who read one user again and again; known once its block has ended."""
+    """The calls of a caller who reads one user again and again; set once its block has ended."""
 
     seconds: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)

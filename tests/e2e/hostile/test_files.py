@@ -291,7 +291,7 @@ async def test_a_database_that_a_folder_names_gets_no_password_from_elsewhere(
 
 
 async def test_a_file_of_settings_that_others_can_change_is_refused(folder: Path) -> None:
-    """It could redirect whoever works in a shared folder."""
+    """It could redirect every user who works in a shared folder."""
     (folder / ".env").write_text("ROSTER_ADDRESS=127.0.0.1:1\n")
     (folder / ".env").chmod(0o666)
 

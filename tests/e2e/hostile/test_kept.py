@@ -1,4 +1,4 @@
-"""What a caller sends and the server stores: bounded when it is stored, when it is read, and in time."""
+"""Bounds on what the server stores for callers: when it is stored, when it is read, and in time."""
 
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta

@@ -1,4 +1,4 @@
-"""What callers can take of the server's memory, with an identity and without.
+"""Attacks on the memory of the server, by callers with an identity and without.
 
 Each attack states what the server may grow by, in MiB; before this was bounded, the first of them took
 10 GiB. After each the memory is back within 30 s.
