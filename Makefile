@@ -12,7 +12,7 @@ BUILD_INPUTS := pyproject.toml hatch_build.py $(wildcard protos/*/*/*.proto)
 NODE := tests/e2e/node
 # What `make check` runs besides lint: the unit tests, and at least one file of each layer above them.
 CHECKED := tests/unit $(addprefix tests/integration/test_,user_repository.py post_repository.py repository.py \
-	requests.py bulk_repository.py) \
+	idempotency.py bulk_repository.py) \
 	$(addprefix tests/e2e/test_,users.py posts.py lists.py bulk_create.py bulk_update.py bad_input.py)
 GRPCURL := v1.9.4
 LOCK := uv pip compile pyproject.toml --quiet $(if $(UPGRADE),--upgrade) --universal \

@@ -14,7 +14,7 @@ from bench.cases import NAMES, Case, Cases
 from bench.databases import PostgreSQL, Sqlite, scalar
 from bench.measure import Run, Way, run
 from bench.report import Result, as_json, as_table, machine
-from tests.postgres import PostgresServer
+from tests.support.postgres import PostgresServer
 
 Store = PostgreSQL | Sqlite
 

@@ -15,7 +15,7 @@ from sqlalchemy import make_url, text
 from service.db import migrations
 from service.db.engine import Database
 from service.settings import Settings
-from tests.postgres import PostgresServer, find_programs
+from tests.support.postgres import PostgresServer, find_programs
 
 PSQL: tuple[str | Path, ...] = (
     find_programs("psql") / "psql",

@@ -25,7 +25,7 @@ from bench.report import machine
 from bench.rows import copy_text, made_up_users
 from roster.v1.users_pb2 import BatchGetUsersRequest, ExportUsersRequest, GetUserRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from tests.postgres import PostgresServer
+from tests.support.postgres import PostgresServer
 
 USERS = "/roster.v1.UserService"
 REFERENCE = "/roster.bench.Reference"

@@ -18,7 +18,7 @@ from bench.measure import cpu_seconds, process, serving, told
 from bench.report import machine
 from bench.rows import copy_text, made_up_users
 from roster.v1.users_pb2 import GetUserRequest
-from tests.postgres import PostgresServer
+from tests.support.postgres import PostgresServer
 
 ROWS = 100_000
 CLIENTS = 4  # each with four connections, which the kernel spreads over the workers

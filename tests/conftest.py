@@ -12,8 +12,8 @@ from sqlalchemy import make_url
 from service.db import migrations
 from service.db.engine import Database
 from service.settings import Settings
-from tests.postgres import Postgres, PostgresServer
-from tests.watchdog import watching
+from tests.support.postgres import Postgres, PostgresServer
+from tests.support.watchdog import watching
 
 # Read when grpc is imported, after this file. Its fork handlers can kill the child that starts PostgreSQL.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"

@@ -22,7 +22,7 @@ from google.rpc import error_details_pb2
 from google.rpc.status_pb2 import Status
 
 from tests.support.command import Ended, run
-from tests.wire import RPCS
+from tests.support.wire import RPCS
 
 CHECKOUT = Path(__file__).parents[2]
 NODE = Path(__file__).with_name("node")

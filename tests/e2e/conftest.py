@@ -11,10 +11,10 @@ import pytest
 from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
-from tests.postgres import Postgres
 from tests.support.command import Roster
+from tests.support.postgres import Postgres
 from tests.support.server import serve
-from tests.wire import Wire
+from tests.support.wire import Wire
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from service.loads.model import Load
 from service.server import Server
 from service.settings import Settings
 from service.users.model import User
-from tests.authority import DAY, Authority, Pair
 from tests.e2e.clients import CHECKOUT, Grpcurl
-from tests.issuer import AUDIENCE, ISSUER, Issuer
+from tests.support.authority import DAY, Authority, Pair
+from tests.support.issuer import AUDIENCE, ISSUER, Issuer
 
 POLICY = """
 [identities]

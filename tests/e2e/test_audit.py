@@ -25,7 +25,7 @@ from service.interceptors.audit import TARGETS
 from service.logs import Json
 from service.server import Server
 from service.users.repository import UserRepository
-from tests.errors import refusal
+from tests.support.errors import refusal
 
 
 def audited(log: pytest.LogCaptureFixture) -> list[tuple[Any, ...]]:

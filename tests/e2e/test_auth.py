@@ -25,10 +25,10 @@ from roster.v1.users_pb2 import (
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
 from tests.e2e.secured import Secured, secured
-from tests.errors import Refusal, refusal
-from tests.issuer import Issuer
-from tests.rival import until
-from tests.wire import RPCS
+from tests.support.errors import Refusal, refusal
+from tests.support.issuer import Issuer
+from tests.support.rival import until
+from tests.support.wire import RPCS
 
 UNKNOWN = "a valid token or client certificate is required"
 DENIED = "the caller has no role that allows this"

@@ -13,8 +13,8 @@ from sqlalchemy import URL
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import CreateUserRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from tests.postgres import PostgresServer, find_programs
 from tests.support.command import ROSTER, run, serving
+from tests.support.postgres import PostgresServer, find_programs
 
 CHECKOUT = Path(__file__).parents[2]
 PAGE = (CHECKOUT / "docs/operating.md").read_text()

@@ -11,7 +11,7 @@ from google.rpc.status_pb2 import Status
 from roster.v1.bulk_pb2 import BulkLoad
 from service.bulk.message import MAX_BYTES, MAX_ROWS
 from service.validation import MAX_ID
-from tests.bad_input import (
+from tests.support.bad_input import (
     BAD_CONTENTS,
     BAD_EMAILS,
     BAD_HASHES,
@@ -22,7 +22,7 @@ from tests.bad_input import (
     INT64_MIN,
     SECRET,
 )
-from tests.wire import Wire
+from tests.support.wire import Wire
 
 BAD_IDS = [0, -1, MAX_ID + 1, INT64_MIN, INT64_MAX]
 USER_MASK = {"paths": ["email", "full_name", "is_active", "hashed_password"]}

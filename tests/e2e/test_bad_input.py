@@ -10,9 +10,9 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from grpc import StatusCode
 
 from service.server import MAX_RECEIVED_BYTES
-from tests.bad_input import SECRET, TABLE
-from tests.errors import Refusal, refusal
-from tests.wire import RPCS, Wire
+from tests.support.bad_input import SECRET, TABLE
+from tests.support.errors import Refusal, refusal
+from tests.support.wire import RPCS, Wire
 
 # All of it is refused before a database is asked.
 on_sqlite = pytest.mark.parametrize("wire", ["sqlite"], indirect=True)

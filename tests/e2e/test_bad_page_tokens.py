@@ -9,8 +9,8 @@ import pytest
 from grpc import StatusCode
 
 from service.db.paging import VERSION, encode_token, fingerprint
-from tests.errors import refusal
-from tests.wire import Wire
+from tests.support.errors import refusal
+from tests.support.wire import Wire
 
 USERS = {"filter": 'email : "@example.org"', "order_by": "created_at", "page_size": 1}
 POSTS = {"filter": 'title = "Notes"', "order_by": "created_at desc", "page_size": 1}

@@ -34,9 +34,9 @@ from roster.v1.users_pb2 import (
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.loads.repository import expire_loads
 from service.server import Server
-from tests.errors import refusal
-from tests.load_stream import LOAD_ID, LoadStream, gap, named, refused_to_open
-from tests.rival import until
+from tests.support.errors import refusal
+from tests.support.load_stream import LOAD_ID, LoadStream, gap, named, refused_to_open
+from tests.support.rival import until
 
 # What a transaction that has written its rows, and waits for its turn to commit, looks like.
 WAITING_TO_COMMIT = text(

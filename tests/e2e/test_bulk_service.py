@@ -18,8 +18,8 @@ from roster.v1.bulk_pb2 import (
 )
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
 from roster.v1.users_pb2_grpc import UserServiceStub
-from tests.errors import refusal
-from tests.load_stream import LOAD_ID, LoadStream
+from tests.support.errors import refusal
+from tests.support.load_stream import LOAD_ID, LoadStream
 
 SEVEN_DAYS = 7 * 24 * 3600
 

@@ -21,8 +21,8 @@ from service.db.engine import Database
 from service.server import Server
 from service.users.model import User as UserRow
 from service.users.servicer import CREATE_USERS
-from tests.errors import refusal
-from tests.load_stream import LoadStream, gap, named
+from tests.support.errors import refusal
+from tests.support.load_stream import LoadStream, gap, named
 
 # Messages that a stream may have read and not yet answered.
 IN_HAND = 3

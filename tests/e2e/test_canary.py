@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from sqlalchemy import text
 
 from service.server import Server
-from tests.wire import RPCS, Wire
+from tests.support.wire import RPCS, Wire
 
 PASSWORD, WRONG_PASSWORD = "canary-password", "canary-wrong-password"
 CONTENT = "canary-content"

@@ -7,8 +7,8 @@ import pytest
 
 from roster.v1.bulk_pb2 import BulkLoad, BulkOpened, BulkSummary
 from tests.e2e.clients import Buf, Client, Grpcurl, Node
-from tests.errors import refusal
 from tests.support.command import serving
+from tests.support.errors import refusal
 
 SERVICES = [
     "grpc.health.v1.Health",

@@ -19,9 +19,9 @@ from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUs
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db import migrations
 from service.settings import Settings
-from tests.errors import refusal
-from tests.postgres import Postgres
 from tests.support.command import ROSTER, Ended, Serving, run, serving, waiting_to_serve
+from tests.support.errors import refusal
+from tests.support.postgres import Postgres
 
 ADA = User(email="ada@example.org")
 

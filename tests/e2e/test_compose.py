@@ -15,8 +15,8 @@ from roster.v1.users_pb2 import CreateUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
 from service.settings import Settings
-from tests.postgres import PostgresServer, find_programs
 from tests.support.command import ROSTER, run, serving
+from tests.support.postgres import PostgresServer, find_programs
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SERVICES = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]

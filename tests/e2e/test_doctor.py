@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from tests.authority import DAY, Authority
+from tests.support.authority import DAY, Authority
 from tests.support.command import ROSTER, Ended, run
 
 

@@ -26,10 +26,10 @@ from service.interceptors.chain import Rpc
 from service.interceptors.drain import Drain
 from service.server import Server
 from service.settings import Settings
-from tests.errors import refusal
-from tests.rival import rival
-from tests.scrape import Scrape
 from tests.support.command import ROSTER, run, serving, waiting_to_serve
+from tests.support.errors import refusal
+from tests.support.rival import rival
+from tests.support.scrape import Scrape
 
 ADA = User(email="ada@example.org")
 RESTARTS = 2

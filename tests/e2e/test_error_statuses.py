@@ -29,8 +29,8 @@ from service.errors import OutcomeUnknown
 from service.server import Server
 from service.settings import Settings
 from service.users.model import User as UserRow
-from tests.errors import refusal
-from tests.postgres import PostgresServer
+from tests.support.errors import refusal
+from tests.support.postgres import PostgresServer
 
 # Far beyond every time-out of the server's: who waits so long got no status.
 TIMEOUT_SECONDS = 20

@@ -17,7 +17,7 @@ from service.interceptors.chain import Chain, Context
 from service.interceptors.errors import answer_errors
 from service.interceptors.messages import Messages
 from service.status import status_code
-from tests.errors import Refusal, refusal
+from tests.support.errors import Refusal, refusal
 
 SECRET = "postgresql://roster:hunter2@db/roster"
 OPAQUE = "internal error; the server's log has the details"

@@ -9,8 +9,8 @@ import pytest
 
 from service.server import Server
 from tests.e2e.clients import CHECKOUT
-from tests.rows import add_users
 from tests.support.command import Ended, run
+from tests.support.rows import add_users
 
 EXAMPLES = CHECKOUT / "examples"
 MAX_LINES = 60

@@ -18,8 +18,8 @@ import pytest
 from service.db.engine import Database
 from service.server import Server
 from service.settings import Settings
-from tests.rows import add_posts, add_users
 from tests.support.command import ROSTER, Roster, ended, run
+from tests.support.rows import add_posts, add_users
 from tests.support.server import serve
 
 NOON = datetime(2024, 1, 31, 12, tzinfo=UTC)

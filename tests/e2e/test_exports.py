@@ -14,7 +14,7 @@ from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db.driver import DriverQuery
 from service.server import Server
 from service.settings import Settings
-from tests.rows import add_posts, add_users
+from tests.support.rows import add_posts, add_users
 
 MIB = 1 << 20
 MAX_ANSWER_BYTES = 3 * MIB

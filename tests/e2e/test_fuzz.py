@@ -10,9 +10,9 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc import StatusCode
 from hypothesis import given, settings, strategies as st
 
-from tests.bad_input import HASH
-from tests.errors import Refusal
-from tests.wire import RPCS, Wire
+from tests.support.bad_input import HASH
+from tests.support.errors import Refusal
+from tests.support.wire import RPCS, Wire
 
 # Excluded are UNKNOWN, INTERNAL, UNAVAILABLE, and DEADLINE_EXCEEDED, which would mean a hang.
 EXPECTED = {

@@ -15,7 +15,7 @@ from service import health
 from service.metrics import READY
 from service.server import Server
 from service.settings import Settings
-from tests.errors import refusal
+from tests.support.errors import refusal
 from tests.support.server import serve
 
 FREE = "127.0.0.1:0"

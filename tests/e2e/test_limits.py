@@ -16,7 +16,7 @@ from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, ExportUsersRequest, GetUserRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
-from tests.errors import refusal
+from tests.support.errors import refusal
 from tests.support.server import serve
 
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED

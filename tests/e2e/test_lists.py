@@ -20,8 +20,8 @@ from roster.v1.users_pb2 import (
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
 from service.users import model
-from tests.errors import refusal
-from tests.rows import add_posts, add_users
+from tests.support.errors import refusal
+from tests.support.rows import add_posts, add_users
 
 MIB = 1 << 20
 MAX_ANSWER_BYTES = 3 * MIB

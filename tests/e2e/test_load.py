@@ -15,8 +15,8 @@ from roster.v1.users_pb2_grpc import UserServiceStub
 from service.client import channel
 from service.server import Server
 from service.settings import Settings
-from tests.rows import add_users
 from tests.support.command import Roster, ended, ndjson
+from tests.support.rows import add_users
 
 # The rows are committed before the command receives the acks.
 COMMITTED = "(250|500|750|1,000) rows committed, 0 failed"

@@ -8,8 +8,8 @@ import pytest
 from roster.v1.bulk_pb2 import BulkLoad, GetBulkLoadRequest
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
 from roster.v1.users_pb2_grpc import UserServiceStub
-from tests.load_stream import LoadStream
 from tests.support.command import Roster
+from tests.support.load_stream import LoadStream
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from roster.v1.users_pb2_grpc import UserServiceStub
 from service import logs
 from service.server import Server
 from service.settings import Settings
-from tests.errors import refusal
 from tests.support.command import serving
+from tests.support.errors import refusal
 
 SECRET = "ada-lovelace@example.org"
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"

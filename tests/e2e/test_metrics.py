@@ -28,8 +28,8 @@ from service import metrics
 from service.server import Server
 from service.settings import Settings
 from service.users.passwords import Passwords
-from tests.errors import refusal
-from tests.scrape import Scrape
+from tests.support.errors import refusal
+from tests.support.scrape import Scrape
 from tests.support.server import serve
 
 NOT_FOUND = grpc.StatusCode.NOT_FOUND

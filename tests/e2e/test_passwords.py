@@ -29,7 +29,7 @@ from service.server import Server
 from service.settings import Settings
 from service.users.passwords import Passwords
 from service.users.repository import CREDENTIALS, UserRepository, credentials_from_row
-from tests.errors import refusal
+from tests.support.errors import refusal
 
 PASSWORD = "correct horse battery staple"
 # What the settings have by default.

@@ -21,8 +21,8 @@ from service.errors import DatabaseUnavailable
 from service.health import Health
 from service.server import Server
 from service.settings import Settings
-from tests.errors import refusal
-from tests.postgres import PostgresServer
+from tests.support.errors import refusal
+from tests.support.postgres import PostgresServer
 
 SERVING = HealthCheckResponse.SERVING
 NOT_SERVING = HealthCheckResponse.NOT_SERVING

@@ -19,7 +19,7 @@ from roster.v1.users_pb2 import (
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server, utc_now
 from service.settings import Settings
-from tests.errors import refusal
+from tests.support.errors import refusal
 
 HASH = "$argon2id$v=19$m=65536,t=3,p=4$c29tZXNhbHQxMjM0NTY$dGhpcyBpcyBub3QgYSBoYXNoIGF0IGFsbA"
 

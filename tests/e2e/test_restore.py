@@ -17,7 +17,7 @@ from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db.bulk import postgresql
 from service.server import Server
 from service.users.model import User as UserRow
-from tests.rival import until
+from tests.support.rival import until
 
 BATCHES, BATCH = 15, 10
 WAITS_FOR_THE_TABLE = text(

@@ -14,10 +14,10 @@ import pytest
 
 from service.server import Server
 from service.settings import Settings
-from tests.authority import Authority
 from tests.e2e.clients import CHECKOUT
 from tests.e2e.secured import Secured, secured
 from tests.e2e.test_readme import PATH
+from tests.support.authority import Authority
 from tests.support.command import ROSTER, Ended, ended, run, serving
 
 PAGE = CHECKOUT / "docs/security.md"

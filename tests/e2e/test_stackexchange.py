@@ -15,8 +15,8 @@ from roster.v1.posts_pb2 import ExportPostsRequest
 from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.users_pb2 import ExportUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from tests.postgres import Postgres
 from tests.support.command import ROSTER, run, serving
+from tests.support.postgres import Postgres
 
 DATA = Path(__file__).parents[1] / "data/stackexchange"
 SITES = ("quantum", "french")

@@ -17,10 +17,10 @@ from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, ListU
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.client import tls_credentials
 from service.client.channel import OPTIONS
-from tests.authority import DAY, Authority
 from tests.e2e.clients import Grpcurl
 from tests.e2e.secured import Secured, secured
-from tests.errors import Refusal, refusal
+from tests.support.authority import DAY, Authority
+from tests.support.errors import Refusal, refusal
 
 LOADER, READER = "spiffe://example.org/prod/loads", "spiffe://example.org/prod/billing"
 UNKNOWN = "a valid token or client certificate is required"

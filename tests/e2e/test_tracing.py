@@ -32,7 +32,7 @@ from roster.v1.users_pb2_grpc import UserServiceStub
 from service.interceptors import tracing
 from service.server import Server
 from service.settings import Settings
-from tests.errors import refusal
+from tests.support.errors import refusal
 from tests.support.server import serve
 
 TRACE_ID, PARENT_ID = 0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331

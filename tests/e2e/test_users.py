@@ -20,8 +20,8 @@ from roster.v1.users_pb2 import (
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
-from tests.errors import refusal
-from tests.rows import add_posts, add_users
+from tests.support.errors import refusal
+from tests.support.rows import add_posts, add_users
 
 MAX_ANSWER_BYTES = 3 << 20
 HASH = "$argon2id$v=19$m=65536,t=3,p=4$c29tZXNhbHQxMjM0NTY$dGhpcyBpcyBub3QgYSBoYXNoIGF0IGFsbA"

@@ -11,8 +11,8 @@ from roster.v1.users_pb2 import GetUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.logs import BufferedStreamHandler
 from service.server import Server
-from tests.errors import refusal
-from tests.watchdog import LIMIT_SECONDS, watching
+from tests.support.errors import refusal
+from tests.support.watchdog import LIMIT_SECONDS, watching
 
 
 def compute() -> None:

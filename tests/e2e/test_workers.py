@@ -15,8 +15,8 @@ import pytest
 from roster.v1.users_pb2 import ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.workers import reserved
-from tests.rival import rival, until
 from tests.support.command import ROSTER, Serving, run, serving
+from tests.support.rival import rival, until
 
 CONNECTIONS = 16
 

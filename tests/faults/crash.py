@@ -29,8 +29,8 @@ from roster.v1.users_pb2_grpc import UserServiceStub
 from service.client import BulkLoader, LoadInterrupted, channel
 from service.db import migrations
 from tests.faults.histories import keeping
-from tests.postgres import PostgresServer
-from tests.rival import Rival, rival, until
+from tests.support.postgres import PostgresServer
+from tests.support.rival import Rival, rival, until
 
 ANY_DATABASE = (
     "kill the server",

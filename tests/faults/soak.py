@@ -17,7 +17,7 @@ import click
 
 from tests.faults.crash import drawn, replay
 from tests.faults.histories import SEED
-from tests.postgres import PostgresServer
+from tests.support.postgres import PostgresServer
 
 
 async def soak(postgres: PostgresServer, seconds: float) -> None:

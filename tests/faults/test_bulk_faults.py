@@ -25,8 +25,8 @@ from service.db.bulk import postgresql
 from service.server import Server
 from service.settings import Settings
 from service.users.model import User as UserRow
-from tests.postgres import PostgresServer
-from tests.rival import Rival, rival, until
+from tests.support.postgres import PostgresServer
+from tests.support.rival import Rival, rival, until
 
 # The last message of a backend that is terminated.
 REASON = b"SFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0"

@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.crash import drawn, replay
 from tests.faults.histories import SEED, kept
-from tests.postgres import PostgresServer
+from tests.support.postgres import PostgresServer
 
 
 @pytest.fixture(scope="module")

@@ -31,10 +31,10 @@ from service.loads.model import Load
 from service.loads.repository import LoadRepository
 from service.server import Server
 from service.settings import Settings
-from tests.errors import refusal
 from tests.faults.histories import SEED, keeping, kept
-from tests.load_model import BAD_ROW, HISTORIES, Ended, LoadModel, Message, Stream, placed
-from tests.load_stream import LoadStream
+from tests.support.errors import refusal
+from tests.support.load_model import BAD_ROW, HISTORIES, Ended, LoadModel, Message, Stream, placed
+from tests.support.load_stream import LoadStream
 
 # More of them find what is rare: ROSTER_TEST_EXAMPLES=2000 takes some minutes.
 EXAMPLES = int(os.environ.get("ROSTER_TEST_EXAMPLES", "30"))

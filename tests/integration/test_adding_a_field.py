@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guide import BLOCK, CHECKOUT, apply_guide, run_python
+from tests.support.guide import BLOCK, CHECKOUT, apply_guide, run_python
 
 PAGE = "adding-a-field.md"
 NEW_USER = "INSERT INTO users (email) VALUES (?) RETURNING id"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guide import apply_guide, apply_hunk, run_python
+from tests.support.guide import apply_guide, apply_hunk, run_python
 
 
 def test_page_makes_an_entity_that_works(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from service.db.base import Entity
 from service.db.engine import Database
 from service.posts.model import Post
 from service.users.model import User
-from tests.bulk_loads import LOADS
-from tests.bulk_model import ADA, Load, Tables, applied, stored
-from tests.items import ItemRow, create_table
+from tests.support.bulk_loads import LOADS
+from tests.support.bulk_model import ADA, Load, Tables, applied, stored
+from tests.support.items import ItemRow, create_table
 
 MODELS: dict[str, type[Entity]] = {"users": User, "posts": Post, "items": ItemRow}
 TABLES = {name: cast("Table", model.__table__) for name, model in MODELS.items()}

@@ -15,8 +15,8 @@ from service.bulk.operation import Operation
 from service.bulk.stream import BulkStreams
 from service.db.engine import Database
 from service.settings import Settings
-from tests.items import CREATE_ITEMS, UPDATE_ITEMS, BulkWriteItemsRequest, Item, ItemRow, create_table
-from tests.rival import rival
+from tests.support.items import CREATE_ITEMS, UPDATE_ITEMS, BulkWriteItemsRequest, Item, ItemRow, create_table
+from tests.support.rival import rival
 
 UPDATE_SLUG = BulkOptions(update_mask=FieldMask(paths=["slug"]))
 UPDATE_BOTH = BulkOptions(update_mask=FieldMask(paths=["slug", "code"]))

@@ -27,8 +27,8 @@ from service.settings import Settings
 from service.users.model import User as UserRow
 from service.users.repository import USERS
 from service.users.servicer import CREATE_USERS, UPDATE_USERS
-from tests.rival import Rival, rival
-from tests.rows import add_users
+from tests.support.rival import Rival, rival
+from tests.support.rows import add_users
 
 COLUMNS: dict[str, list[Any]] = {"id": [7], "email": ["ada@example.org"]}
 

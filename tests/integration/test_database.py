@@ -16,7 +16,7 @@ from service.db.engine import Database
 from service.errors import DatabaseUnavailable, PoolExhausted, QuotaExceeded
 from service.settings import Settings
 from service.users.model import User
-from tests.rows import add_posts, add_users
+from tests.support.rows import add_posts, add_users
 
 # A commit with a new user waits until the advisory lock 1 is free.
 SLOW_COMMIT = (

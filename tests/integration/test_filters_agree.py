@@ -11,7 +11,7 @@ from service.posts.model import Post
 from service.posts.repository import PostRepository
 from service.users.model import User
 from service.users.repository import UserRepository
-from tests.filter_model import (
+from tests.support.filter_model import (
     POSTS,
     USERS,
     Node,

@@ -17,7 +17,7 @@ from service.loads.model import Load, LoadState
 from service.loads.repository import LoadRepository, expire_loads
 from service.settings import Settings
 from service.validation import MAX_ID
-from tests.rival import until
+from tests.support.rival import until
 
 METHOD, OPTIONS = "roster.v1.UserService.BulkCreateUsers", b"options"
 CREATED, SKIPPED, FAILED = Result.CREATED, Result.SKIPPED, Result.FAILED

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from service.db import migrations
 from service.db.base import Base
-from tests.postgres import Postgres, find_programs
+from tests.support.postgres import Postgres, find_programs
 
 CHECKOUT = Path(__file__).parents[2]
 UPGRADE = "import sys; from service.db import migrations; migrations.upgrade(sys.argv[1])"

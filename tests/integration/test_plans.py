@@ -32,8 +32,8 @@ from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db.engine import Database
 from service.db.paging import encode_token, fingerprint
 from service.settings import Settings
-from tests.errors import refusal
-from tests.postgres import Postgres
+from tests.support.errors import refusal
+from tests.support.postgres import Postgres
 from tests.support.server import serve
 from tests.support.statements import Statement, record_statements
 

@@ -8,7 +8,7 @@ from service.db.selection import MAX_ROWS_BYTES, Selection
 from service.errors import AuthorNotFound
 from service.posts.repository import BASIC, WITH_AUTHOR, PostRepository
 from service.users.repository import UserRepository
-from tests.rows import add_posts, add_users
+from tests.support.rows import add_posts, add_users
 
 MIB = 1 << 20
 SORTABLE = PostRepository.sortable

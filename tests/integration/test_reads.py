@@ -27,7 +27,7 @@ from service.server import Server
 from service.settings import Settings
 from service.users.model import User
 from service.users.repository import CREDENTIALS, UserRepository, credentials_from_row
-from tests.rows import add_posts, add_users
+from tests.support.rows import add_posts, add_users
 from tests.support.server import serve
 
 CALLER: ContextVar[str] = ContextVar("CALLER")

@@ -15,7 +15,7 @@ from service.errors import UserNotFound, VersionMismatch
 from service.users.model import User
 from service.users.repository import UserRepository
 from service.wire import EPOCH, MICROSECOND
-from tests.rows import add_users
+from tests.support.rows import add_users
 
 THEN = datetime(2024, 1, 31, 12, 30, 0, 123456, tzinfo=UTC)
 SORTABLE = UserRepository.sortable

@@ -26,9 +26,9 @@ from service.db.engine import Database
 from service.errors import DatabaseUnavailable
 from service.server import Server
 from service.settings import Settings
-from tests.authority import Authority
-from tests.postgres import PostgresServer
-from tests.wire import Wire
+from tests.support.authority import Authority
+from tests.support.postgres import PostgresServer
+from tests.support.wire import Wire
 
 ROLES = Path(__file__).parents[2] / "deploy/sql/roles.sql"
 REQUEST_ID = "7d0f7c0e-1c43-4b5b-8d5c-2a4b4c1f6a10"

@@ -43,7 +43,7 @@ from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db.bulk.sqlite import ROWS_AT_ONCE
 from service.db.driver import DriverQuery
 from service.server import Server
-from tests.rows import add_posts, add_users
+from tests.support.rows import add_posts, add_users
 from tests.support.server import serve
 
 # Beside calls a server asks whether the database is there, and forgets old requests.

@@ -15,7 +15,7 @@ from service.posts.model import Post
 from service.settings import Settings
 from service.users.model import User
 from service.users.repository import WITH_POSTS, UserRepository
-from tests.rows import add_posts, add_users
+from tests.support.rows import add_posts, add_users
 
 ADA = "ada@example.org"
 

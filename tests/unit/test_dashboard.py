@@ -16,8 +16,8 @@ from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUs
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
 from service.settings import Settings
-from tests.errors import refusal
-from tests.scrape import Scrape
+from tests.support.errors import refusal
+from tests.support.scrape import Scrape
 
 CHECKOUT = Path(__file__).parents[2]
 PAGE = (CHECKOUT / "docs/operating.md").read_text()

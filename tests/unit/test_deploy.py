@@ -15,7 +15,7 @@ from service.auth.policy import Policy
 from service.health import LIVENESS
 from service.services import SERVICE_NAMES
 from service.settings import PREFIX, Settings
-from tests.deployed import (
+from tests.support.deployed import (
     CHECKOUT,
     COMPOSE,
     DEPLOY,

@@ -10,7 +10,7 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from tests.deployed import DEPLOY, DOCKERFILE, KUBERNETES, MANIFESTS, PODS
+from tests.support.deployed import DEPLOY, DOCKERFILE, KUBERNETES, MANIFESTS, PODS
 
 YAML_RULES = (
     "{extends: default, rules: {document-start: disable, line-length: {max: 120}, "

@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 from service import logs
 from service.escape import MAX_CHARACTERS, escape
 from service.logs import CALL_IDS, drop_values
-from tests.log_lines import parse
+from tests.support.log_lines import parse
 
 # Surrogates included. Two lone ones next to each other are one character in JSON.
 TEXT = st.text(

@@ -14,7 +14,7 @@ from service.db.filters import Columns, Order, parse_order
 from service.errors import InvalidFilter, InvalidOrder
 from service.posts.repository import PostRepository
 from service.users.repository import UserRepository
-from tests.filter_model import Node, user_filters, written
+from tests.support.filter_model import Node, user_filters, written
 
 COLUMNS, POST_COLUMNS = UserRepository.filterable, PostRepository.filterable
 POSTGRESQL = make_url("postgresql+asyncpg://").get_dialect()()

@@ -12,8 +12,8 @@ from service.db.bulk.batch import Batch, Outcome, Result, WriteOptions
 from service.db.bulk.plan import StoredKey, plan_creates, plan_updates
 from service.errors import PostNotFound
 from service.users.repository import USERS
-from tests.bulk_loads import LOADS
-from tests.bulk_model import Load, Tables, Values, applied, stored
+from tests.support.bulk_loads import LOADS
+from tests.support.bulk_model import Load, Tables, Values, applied, stored
 
 
 async def written(tables: Tables, load: Load) -> list[BulkAck]:

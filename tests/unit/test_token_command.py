@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from service.cli import main
-from tests.issuer import AUDIENCE, ISSUER
+from tests.support.issuer import AUDIENCE, ISSUER
 
 NAMED = ("--issuer", ISSUER, "--audience", AUDIENCE)
 

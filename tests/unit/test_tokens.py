@@ -15,7 +15,7 @@ from jwt.algorithms import Algorithm, ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 from service.auth.tokens import KEPT_TOKENS, Tokens, read_keys
 from service.errors import Unauthenticated
-from tests.issuer import AUDIENCE, HOUR, ISSUER, Issuer
+from tests.support.issuer import AUDIENCE, HOUR, ISSUER, Issuer
 
 KINDS: dict[type[Any], type[Algorithm]] = {
     RSAPrivateKey: RSAAlgorithm,

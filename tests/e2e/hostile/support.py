@@ -19,11 +19,11 @@ from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import CreateUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.client import tls_credentials
-from tests.authority import Authority
 from tests.e2e.clients import CHECKOUT
 from tests.e2e.secured import POLICY
-from tests.issuer import AUDIENCE, ISSUER, Issuer
+from tests.support.authority import Authority
 from tests.support.command import Serving, serving
+from tests.support.issuer import AUDIENCE, ISSUER, Issuer
 
 # `make test-hostile` makes each attack this many times as large, or as long.
 SCALE = int(os.environ.get("ROSTER_TEST_SCALE", "1"))

@@ -13,7 +13,7 @@ import pytest
 
 from roster.v1.users_pb2 import GetUserRequest
 from tests.e2e.hostile.support import MIB, SCALE, Victim, bystander, victim
-from tests.raw_http2 import (
+from tests.support.raw_http2 import (
     ACK,
     CONTINUATION,
     DATA,

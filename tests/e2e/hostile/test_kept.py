@@ -26,8 +26,8 @@ from service.loads.model import MAX_OPTIONS_BYTES, Load
 from service.loads.repository import expire_loads
 from service.server import Server
 from tests.e2e.hostile.support import MIB, SCALE, bystander, victim
-from tests.errors import refusal
-from tests.load_stream import LOAD_ID, LoadStream
+from tests.support.errors import refusal
+from tests.support.load_stream import LOAD_ID, LoadStream
 
 MAX_ANSWER_BYTES = 3 << 20
 UNKNOWN_FIELD = b"\xfa\x7f"  # of length 3 MiB, in a field of number 2047

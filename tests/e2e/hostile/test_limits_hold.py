@@ -20,7 +20,7 @@ from service.metrics import serve
 from service.server import Server
 from service.settings import Settings
 from tests.e2e.hostile.support import SCALE, Victim, victim
-from tests.scrape import Scrape
+from tests.support.scrape import Scrape
 
 CALLS = 2000 * SCALE
 SILENT = 1200  # more than the usual soft limit of 1,024 open files

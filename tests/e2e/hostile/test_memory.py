@@ -17,7 +17,7 @@ from roster.v1.bulk_pb2 import BulkOptions
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest
 from tests.e2e.hostile.support import MIB, SCALE, Victim, bystander, victim
-from tests.raw_http2 import INITIAL_WINDOW_SIZE, Header, Http2Connection, connect, framed
+from tests.support.raw_http2 import INITIAL_WINDOW_SIZE, Header, Http2Connection, connect, framed
 
 GET_USER = "/roster.v1.UserService/GetUser"
 CREATE_USER = "/roster.v1.UserService/CreateUser"

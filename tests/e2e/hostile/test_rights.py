@@ -18,7 +18,7 @@ from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, UpdateUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from tests.e2e.secured import POLICY, Secured, secured
-from tests.wire import RPCS
+from tests.support.wire import RPCS
 
 TIMEOUT_SECONDS = 20
 EMAIL, NAME, TITLE, CONTENT = "secret-email@example.org", "secret-name", "secret-title", "secret-content"

@@ -30,7 +30,7 @@ from service.db.engine import Database
 from service.settings import Settings
 from tests.e2e.clients import CHECKOUT
 from tests.e2e.hostile.support import PROMPT_SECONDS, SCALE, Victim, percentile, victim
-from tests.postgres import Postgres
+from tests.support.postgres import Postgres
 
 SECONDS = 1.5 * SCALE
 PAUSE_SECONDS = 0.01

@@ -26,10 +26,10 @@ from service.loads.rules import PRINTABLE
 from service.server import Server
 from tests.e2e.clients import Grpcurl
 from tests.e2e.hostile.support import victim
-from tests.errors import refusal
-from tests.log_lines import parse
-from tests.raw_http2 import framed, http2
 from tests.support.command import ROSTER, run
+from tests.support.errors import refusal
+from tests.support.log_lines import parse
+from tests.support.raw_http2 import framed, http2
 
 SECRET = b"s3cr3t-value"
 GET_USER = "/roster.v1.UserService/GetUser"

@@ -8,7 +8,7 @@ from roster.v1.bulk_pb2 import BulkAck, BulkOpened, BulkOptions, BulkSummary, Bu
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from tests.errors import Refusal, refusal
+from tests.support.errors import Refusal, refusal
 
 LOAD_ID = "staff"
 

@@ -14,7 +14,7 @@ from roster.v1.users_pb2 import BulkCreateUsersRequest, BulkUpdateUsersRequest
 from service.bulk.operation import Operation
 from service.posts.servicer import CREATE_POSTS, UPDATE_POSTS
 from service.users.servicer import CREATE_USERS, UPDATE_USERS
-from tests.items import CREATE_ITEMS, UPDATE_ITEMS, BulkWriteItemsRequest
+from tests.support.items import CREATE_ITEMS, UPDATE_ITEMS, BulkWriteItemsRequest
 
 Values = dict[str, Any]
 Tables = dict[str, dict[int, Values]]

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[2]
 DEPLOY = CHECKOUT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CHECKOUT = Path(__file__).parents[1]
+CHECKOUT = Path(__file__).parents[2]
 FOLDERS = ("alembic", "deploy", "docs", "protos", "service", "tests")
 FILES = ("alembic.ini", "hatch_build.py", "pyproject.toml", "LICENSE", "README.md")
 GENERATED = shutil.ignore_patterns("__pycache__", "*_pb2*", "node_modules")

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from roster.v1.bulk_pb2 import BulkOptions
 from roster.v1.resources_pb2 import Post, User
-from tests.bulk_model import ADA, BAD, BOB, CYD, EMAILS, HASHES, Load, Values
-from tests.items import Item
+from tests.support.bulk_model import ADA, BAD, BOB, CYD, EMAILS, HASHES, Load, Values
+from tests.support.items import Item
 
 UNKNOWN = 7
 # What COPY, JSON and UTF-16 each have their own opinion of.
