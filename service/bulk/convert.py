@@ -114,6 +114,7 @@ def _known(options: BulkOptions) -> BulkOptions:
     known = BulkOptions()
     known.CopyFrom(options)
     known.DiscardUnknownFields()
+    known.ClearField("caller")  # whose load it is, not what it does
     known.update_mask.paths[:] = dict.fromkeys(options.update_mask.paths)
     if not known.update_mask.paths:
         known.ClearField("update_mask")

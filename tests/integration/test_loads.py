@@ -105,7 +105,7 @@ async def test_load_is_hidden_from_other_callers(database: Database, load: Load)
         with pytest.raises(LoadNotFound):
             await others.get("staff")
         with pytest.raises(LoadNotFound):
-            await others.abort("staff")
+            await others.resume("staff")
         assert (await others.page(None, 10)).rows == []
 
     await recorded(database, load, 0, of(CREATED))
@@ -153,7 +153,7 @@ async def test_closed_load_refuses_writes(database: Database, load: Load, state:
         if state == LoadState.FINISHED:
             await loads.finish(load)
         elif state == LoadState.ABORTED:
-            await loads.abort("staff")
+            await loads.abort(load)
         else:
             await expire_loads(session, datetime.now(UTC) + timedelta(days=1))
 
