@@ -1,6 +1,7 @@
 """The environment of Alembic's commands; `service/db/migrations.py` passes the URL."""
 
 import asyncio
+import time
 from typing import Any
 
 from alembic import context
@@ -9,6 +10,7 @@ from alembic.operations.batch import ApplyBatchImpl, BatchOperationsImpl
 from sqlalchemy import Connection, DefaultClause, NullPool, Table
 from sqlalchemy.ext.asyncio import create_async_engine
 
+import service.db.servers
 import service.idempotency
 import service.loads.model
 import service.posts.model
@@ -18,12 +20,11 @@ from service.db.engine import connect
 from service.files import create_database
 from service.settings import Settings
 
-# Wait for a migration that is already running; the key of the lock is arbitrary. After that, don't wait long
-# for a table: calls would queue after the waiting statement.
-OPENING = {
-    "postgresql": ["SELECT pg_advisory_xact_lock(7238001)", "SET LOCAL lock_timeout = '5s'"],
-    "sqlite": ["BEGIN IMMEDIATE"],
-}
+# Shared with the previous release, which takes it in its transaction; the number is arbitrary.
+LOCK = "SELECT pg_try_advisory_lock(7238001)"
+LOCK_POLL_SECONDS = 0.1
+# Don't wait long for a table: calls would queue after the waiting statement.
+LOCK_TIMEOUT = "5s"
 
 
 class SqliteImpl(SQLiteImpl):
@@ -44,16 +45,17 @@ class SqliteImpl(SQLiteImpl):
     def prep_table_for_batch(self, batch_impl: ApplyBatchImpl, table: Table) -> None:
         """Prepare the copy of a table, which has no rows yet."""
         connection, copy = self.connection, batch_impl.new_table
-        if connection is None or copy is None:
+        if copy is None:
             return
-        definition = "SELECT sql FROM sqlite_schema WHERE type = 'table' AND name = ?"
-        if "AUTOINCREMENT" not in connection.exec_driver_sql(definition, (table.name,)).scalar_one():
-            return
-        copy.dialect_options["sqlite"]["autoincrement"] = True
-        connection.exec_driver_sql(
-            "INSERT INTO sqlite_sequence (name, seq) SELECT ?, seq FROM sqlite_sequence WHERE name = ?",
-            (copy.name, table.name),
-        )
+        if connection is not None and not self.as_sql:
+            definition = "SELECT sql FROM sqlite_schema WHERE type = 'table' AND name = ?"
+            sql = connection.exec_driver_sql(definition, (table.name,)).scalar_one()
+            copy.dialect_options["sqlite"]["autoincrement"] = "AUTOINCREMENT" in sql
+        if copy.dialect_options["sqlite"]["autoincrement"]:
+            self.execute(
+                f"INSERT INTO sqlite_sequence (name, seq) "  # noqa: S608  (both names are those of tables)
+                f"SELECT '{copy.name}', seq FROM sqlite_sequence WHERE name = '{table.name}'"
+            )
 
 
 def number_revisions(migration: Any, revision: Any, directives: list[Any]) -> None:  # noqa: ARG001
@@ -85,11 +87,40 @@ OPTIONS: dict[str, Any] = {
 
 
 def run(connection: Connection) -> None:
+    if connection.dialect.name == "sqlite":
+        run_sqlite(connection)
+    else:
+        run_postgresql(connection)
+
+
+def run_sqlite(connection: Connection) -> None:
+    """Run all migrations in one transaction; SQLite can roll back DDL too."""
     context.configure(connection=connection, **OPTIONS)
     with context.begin_transaction():
-        for statement in OPENING[connection.dialect.name]:
-            connection.exec_driver_sql(statement)
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
         context.run_migrations()
+
+
+def run_postgresql(connection: Connection) -> None:
+    """Run each migration in a transaction of its own, holding the lock of the session."""
+    wait_for_lock(connection)
+    context.configure(connection=connection, transaction_per_migration=True, **OPTIONS)
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def wait_for_lock(connection: Connection) -> None:
+    """Wait for a migration that is already running; the lock is held until the connection is closed.
+
+    Neither holding the lock nor waiting for it may keep a transaction or a snapshot open: an index that the
+    other migration builds CONCURRENTLY would wait for it for ever. Therefore this polls, in autocommit.
+    """
+    autocommit = connection.execution_options(isolation_level="AUTOCOMMIT")
+    while not autocommit.exec_driver_sql(LOCK).scalar():
+        time.sleep(LOCK_POLL_SECONDS)
+    autocommit.exec_driver_sql(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
+    autocommit.commit()
+    connection.execution_options(isolation_level="READ COMMITTED")
 
 
 async def run_online(url: str) -> None:

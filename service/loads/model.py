@@ -3,7 +3,7 @@
 from datetime import datetime
 from enum import IntEnum
 
-from sqlalchemy import ForeignKey, Identity, LargeBinary, SmallInteger, case, func, literal
+from sqlalchemy import ForeignKey, Identity, Index, LargeBinary, SmallInteger, case, func, literal
 from sqlalchemy.orm import Mapped, column_property, mapped_column
 
 from service.db.base import Base, BigInt, UtcDateTime, now, text
@@ -24,13 +24,19 @@ class LoadState(IntEnum):
 
 
 class Load(Base):
-    """A bulk load. `epoch` counts the streams that opened it; only the newest may write."""
+    """A bulk load. `epoch` counts the streams that opened it; only the newest may write.
+
+    Until revision 0004, `load_id` alone is unique too.
+    """
 
     __tablename__ = "bulk_loads"
-    __table_args__ = ({"sqlite_autoincrement": True},)
+    __table_args__ = (
+        Index("uq_bulk_loads_caller_load_id", "caller", "load_id", unique=True),
+        {"sqlite_autoincrement": True},
+    )
 
     id: Mapped[int] = mapped_column(BigInt, Identity(), primary_key=True)
-    load_id: Mapped[str] = mapped_column(text(255), unique=True)
+    load_id: Mapped[str] = mapped_column(text(255))
     caller: Mapped[str] = mapped_column(text(255))
     method: Mapped[str] = mapped_column(text(255))
     stored_options: Mapped[bytes] = mapped_column(

@@ -1,0 +1,78 @@
+"""Drop the old key of loads, so that two callers can have loads of one name."""
+
+from contextlib import AbstractContextManager
+
+import sqlalchemy as sa
+from alembic import op
+from alembic.operations import BatchOperations
+from alembic.util import CommandError
+
+from service.db.ddl import create_unique_constraint
+
+revision = "0004"
+down_revision = "0003"
+min_revision = "0003"
+
+LOADS_OF_ONE_NAME = "SELECT load_id FROM bulk_loads GROUP BY load_id HAVING count(*) > 1 LIMIT 1"
+
+BIGINT = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+TIME = sa.DateTime(timezone=True)
+NOW = sa.text("(strftime('%Y-%m-%d %H:%M:%f000', 'now'))")
+
+
+def upgrade() -> None:
+    if op.get_context().dialect.name == "sqlite":
+        with replaced_on_sqlite(sa.UniqueConstraint("load_id", name="uq_bulk_loads_load_id")) as loads:
+            loads.drop_constraint("uq_bulk_loads_load_id", type_="unique")
+    else:
+        op.drop_constraint("uq_bulk_loads_load_id", "bulk_loads", type_="unique")
+
+
+def downgrade() -> None:
+    if not op.get_context().as_sql:
+        refuse_loads_of_one_name()
+    if op.get_context().dialect.name == "sqlite":
+        with replaced_on_sqlite() as loads:
+            loads.create_unique_constraint("uq_bulk_loads_load_id", ["load_id"])
+    else:
+        create_unique_constraint("uq_bulk_loads_load_id", "bulk_loads", ["load_id"])
+
+
+def refuse_loads_of_one_name() -> None:
+    load_id = op.get_bind().execute(sa.text(LOADS_OF_ONE_NAME)).scalar()
+    if load_id is not None:
+        raise CommandError(
+            f"several callers have a load named {load_id!r}, which older releases can't hold; "
+            "delete all but one of its rows in bulk_loads, then run this again"
+        )
+
+
+def replaced_on_sqlite(*constraints: sa.Constraint) -> AbstractContextManager[BatchOperations]:
+    """Copy the table, as SQLite can't alter its constraints.
+
+    The columns are written out because `--sql` has no database to read them from.
+    """
+    table = sa.Table(
+        "bulk_loads",
+        sa.MetaData(),
+        sa.Column("id", BIGINT, nullable=False),
+        sa.Column("load_id", sa.String(255), nullable=False),
+        sa.Column("caller", sa.String(255), nullable=False),
+        sa.Column("method", sa.String(255), nullable=False),
+        sa.Column("options", sa.LargeBinary(), nullable=False),
+        sa.Column("state", sa.SmallInteger(), server_default="1", nullable=False),
+        sa.Column("epoch", BIGINT, server_default="1", nullable=False),
+        sa.Column("next_offset", BIGINT, server_default="0", nullable=False),
+        sa.Column("created", BIGINT, server_default="0", nullable=False),
+        sa.Column("updated", BIGINT, server_default="0", nullable=False),
+        sa.Column("skipped", BIGINT, server_default="0", nullable=False),
+        sa.Column("failed", BIGINT, server_default="0", nullable=False),
+        sa.Column("created_at", TIME, server_default=NOW, nullable=False),
+        sa.Column("updated_at", TIME, server_default=NOW, nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_bulk_loads"),
+        sa.Index("uq_bulk_loads_caller_load_id", "caller", "load_id", unique=True),
+        *constraints,
+    )
+    return op.batch_alter_table(
+        "bulk_loads", copy_from=table, recreate="always", table_kwargs={"sqlite_autoincrement": True}
+    )
