@@ -75,7 +75,8 @@ class BulkStreams:
         load = await open_load(self._database, operation, message, caller)
         committer = BatchCommitter(self._database, operation, options.write, load)
         pipeline = Pipeline(operation, options, caller, load, committer)
-        yield opened_to_message(message.load_id, committer.watermark, MAX_ROWS, MAX_BYTES)
+        owner = load.caller if load else ""
+        yield opened_to_message(message.load_id, owner, committer.watermark, MAX_ROWS, MAX_BYTES)
 
         # Answer: the receiver fills the queue, this loop empties it.
         receiver = self._receive(pipeline, first, requests)

@@ -100,7 +100,7 @@ class Load:
         load = await self._get_load(loads)
         self._report.was_finished = load.state == pb.BulkLoad.FINISHED
         if not self._report.was_finished:
-            owner = f" the load of {load.caller}" if self._options.caller else ""
+            owner = f" the load of {opened.caller}" if self._options.caller else ""
             echo(f"resuming{owner} at row {opened.next_offset + 1:,}", err=True)
         # With return_ids the loader sends every row again, and their acks are counted instead.
         if not self._options.return_ids:

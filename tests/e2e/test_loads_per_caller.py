@@ -167,9 +167,11 @@ async def test_admin_resumes_load_of_another_caller(
 
 
 async def test_rows_of_an_admin_count_as_the_admins(
-    users: dict[str, UserServiceStub], caplog: pytest.LogCaptureFixture
+    users: dict[str, UserServiceStub],
+    loads: dict[str, BulkServiceStub],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The audit log names the caller who wrote them, not the owner of the load."""
+    """The audit log names the caller who wrote them, and the owner of the load."""
     caplog.set_level(logging.INFO, "roster.audit")
     await (await LoadStream.open(users[LOADER])).acknowledged("a", "b")
     admin = await LoadStream.open(users[ADMIN], caller=LOADER)
@@ -177,10 +179,13 @@ async def test_rows_of_an_admin_count_as_the_admins(
     await admin.acknowledged("c")
     await admin.finished()
     assert await admin.call.read() is grpc.aio.EOF
+    await abort(loads[ADMIN], "")
 
+    assert admin.opened.caller == LOADER
     lines = [vars(record)["fields"] for record in caplog.records if record.name == "roster.audit"]
-    (written,) = [line for line in lines if line["caller"] == ADMIN]
-    assert (written["target"], written["counts"]["created"], written["outcome"]) == (LOAD_ID, 1, "OK")
+    written, aborted = [line for line in lines if line["caller"] == ADMIN]
+    assert (written["target"], written["owner"], written["counts"]["created"]) == (LOAD_ID, LOADER, 1)
+    assert (aborted["target"], aborted["owner"], aborted["outcome"]) == (LOAD_ID, LOADER, "OK")
 
 
 async def test_admin_has_loads_of_its_own(
