@@ -40,10 +40,18 @@ def add_identity(batch: Batch, messages: Sequence[Any], fields: Collection[str])
         batch.add("version", [message.version for message in messages], version_error)
 
 
-def opened_to_message(load_id: str, next_offset: int, max_rows: int, max_bytes: int) -> BulkWriteResponse:
+def opened_to_message(
+    load_id: str, caller: str, next_offset: int, max_rows: int, max_bytes: int
+) -> BulkWriteResponse:
     """Return the first response of a stream."""
     return BulkWriteResponse(
-        opened=BulkOpened(load_id=load_id, next_offset=next_offset, max_rows=max_rows, max_bytes=max_bytes)
+        opened=BulkOpened(
+            load_id=load_id,
+            caller=caller,
+            next_offset=next_offset,
+            max_rows=max_rows,
+            max_bytes=max_bytes,
+        )
     )
 
 
@@ -114,6 +122,7 @@ def _known(options: BulkOptions) -> BulkOptions:
     known = BulkOptions()
     known.CopyFrom(options)
     known.DiscardUnknownFields()
+    known.ClearField("caller")  # whose load it is, not what it does
     known.update_mask.paths[:] = dict.fromkeys(options.update_mask.paths)
     if not known.update_mask.paths:
         known.ClearField("update_mask")

@@ -35,7 +35,7 @@ from service.errors import (
 )
 from service.loads.model import COUNTED, Load, LoadState
 from service.loads.repository import LoadRepository
-from service.loads.rules import check_load_id, check_new_load_id
+from service.loads.rules import check_load_id, check_new_load_id, check_owner
 from service.shares import FairSemaphore
 
 # Of all streams: messages that are parsed and not yet written. Once parsed, they take four times as much.
@@ -75,7 +75,8 @@ class BulkStreams:
         load = await open_load(self._database, operation, message, caller)
         committer = BatchCommitter(self._database, operation, options.write, load)
         pipeline = Pipeline(operation, options, caller, load, committer)
-        yield opened_to_message(message.load_id, committer.watermark, MAX_ROWS, MAX_BYTES)
+        owner = load.caller if load else ""
+        yield opened_to_message(message.load_id, owner, committer.watermark, MAX_ROWS, MAX_BYTES)
 
         # Answer: the receiver fills the queue, this loop empties it.
         receiver = self._receive(pipeline, first, requests)
@@ -150,15 +151,22 @@ async def open_load(
     """
     if message.restore:
         caller.require("admin", "restore")
+    owner = check_owner(message.caller, caller, "options.caller") or caller.identity
+    if message.caller and not message.load_id:
+        raise InvalidOptions("options.caller needs options.load_id", field="options.caller")
     if message.load_id:
         check_load_id(message.load_id, "options.load_id")
     if not message.load_id or message.validate_only:
         return None
     # An error in here rolls back: the load does not begin, and older streams are not fenced off.
     async with database.begin() as session:
-        load = await LoadRepository(session, caller.identity).open(
-            message.load_id, operation.method, options_to_store(message)
-        )
+        loads = LoadRepository(session, owner)
+        # An admin continues another caller's load, but never begins one in the name of that caller. Without
+        # `caller`, an admin begins a load too: it must not fence off that of another caller by accident.
+        if owner == caller.identity:
+            load = await loads.open(message.load_id, operation.method, options_to_store(message))
+        else:
+            load = await loads.resume(message.load_id)
         if load.epoch == 1:  # it has just begun
             check_new_load_id(message.load_id, "options.load_id")
         if load.state == LoadState.EXPIRED:  # its options are deleted

@@ -38,6 +38,7 @@ from service.client.errors import is_retryable
 from service.errors import LoadAborted, LoadExpired, RosterError, TooManyFailures
 
 LOAD_ID = "Load ID; reuse it to resume a load.  [default: derived from the file and the options]"
+CALLER = "For admins: resume the load that this caller began.  [default: a load of your own]"
 ON_CONFLICT = "What to do with a row whose key already exists."
 UPDATE_MASK = "Columns that --update and --on-conflict update write, such as full_name,is_active."
 ATOMICITY = "Whether a failed row fails only itself or its whole batch."
@@ -94,19 +95,20 @@ class Load:
     async def _on_open(self, opened: pb.BulkOpened, loads: BulkServiceStub) -> None:
         self.is_open = True
         self._backoff.reset()
-        if not opened.next_offset:
+        if not (opened.next_offset or self._options.caller):
             return
         load = await self._get_load(loads)
         self._report.was_finished = load.state == pb.BulkLoad.FINISHED
         if not self._report.was_finished:
-            echo(f"resuming at row {opened.next_offset + 1:,}", err=True)
+            owner = f" the load of {opened.caller}" if self._options.caller else ""
+            echo(f"resuming{owner} at row {opened.next_offset + 1:,}", err=True)
         # With return_ids the loader sends every row again, and their acks are counted instead.
         if not self._options.return_ids:
             self._set_counts(load)
             self._report.rows = self._report.skipped_rows = opened.next_offset
 
     async def _get_load(self, loads: BulkServiceStub) -> pb.BulkLoad:
-        request = pb.GetBulkLoadRequest(load_id=self._options.load_id)
+        request = pb.GetBulkLoadRequest(load_id=self._options.load_id, caller=self._options.caller)
         load: pb.BulkLoad = await self._backoff.call(loads.GetBulkLoad, request)
         return load
 
@@ -120,7 +122,9 @@ class Load:
         The loader skips rows that an earlier run has settled. Those that failed then are written to the
         rejects again, with the failures that the server has stored.
         """
-        request = pb.ListBulkLoadFailuresRequest(load_id=self._options.load_id, page_size=PAGE_SIZE)
+        request = pb.ListBulkLoadFailuresRequest(
+            load_id=self._options.load_id, caller=self._options.caller, page_size=PAGE_SIZE
+        )
         failures = pages(partial(self._backoff.call, loads.ListBulkLoadFailures), request)
         async with aclosing(failures), aclosing(self._source.rows()) as rows:
             skipped_rows = self._report.skipped_rows
@@ -151,6 +155,7 @@ def _choice(enum: Any) -> click.Choice[str]:
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @server_options
 @click.option("--load-id", help=LOAD_ID)
+@click.option("--caller", help=CALLER)
 @click.option("--update", "operation", flag_value="update", help="Update existing rows, by id.")
 @click.option("--restore", "operation", flag_value="restore", help=RESTORE)
 @click.option("--update-mask", help=UPDATE_MASK)
@@ -203,6 +208,8 @@ def load(
         return_ids=options["atomicity"] == "BATCH",
         **options,
     )
+    if bulk_options.validate_only and bulk_options.caller:
+        raise click.UsageError("--caller resumes a load, and --validate-only does not; use one of them")
     if bulk_options.validate_only:
         bulk_options.load_id = ""  # nothing is stored, so there is nothing to resume
     elif not bulk_options.load_id:
@@ -254,6 +261,7 @@ def _derive_load_id(source: Source, prefix: str, options: pb.BulkOptions) -> str
     effective = pb.BulkOptions()
     effective.CopyFrom(options)
     effective.ClearField("max_failures")
+    effective.ClearField("caller")
     format_class = type(source.format).__name__
     parts = (content, format_class.encode(), effective.SerializeToString(deterministic=True))
     return f"{prefix}-{sha256(b'/'.join(parts)).hexdigest()[:32]}"

@@ -17,56 +17,67 @@ from service.client import pages
 from service.errors import RosterError
 from service.escape import escape
 
-ROW = "{:8}  {:>13}  {:>11}  {:19}  {:15}  {}"
-HEADER = ROW.format("state", "rows", "failed", "changed", "method", "load")
+ROW = "{:8}  {:>13}  {:>11}  {:19}  {:15}  {:20}  {}"
+HEADER = ROW.format("state", "rows", "failed", "changed", "method", "caller", "load")
+CALLER = "For admins: the caller who began the load, or whose loads to list."
 
 
 @click.command(short_help="List bulk loads, show one with its failures, or abort one.")
 @click.argument("action", type=click.Choice(["list", "show", "abort"]), default="list")
 @click.argument("load_id", default="")
 @server_options
+@click.option("--caller", default="", help=CALLER)
 @click.option("--yes", is_flag=True, help="Abort without asking.")
 @click.option("--json", "is_json", is_flag=True, help="Print JSON, one object per line.")
-def loads(action: str, load_id: str, target: Target, *, yes: bool, is_json: bool) -> None:
+def loads(action: str, load_id: str, target: Target, caller: str, *, yes: bool, is_json: bool) -> None:
     """List named bulk loads, newest first, show one with its failures, or abort one.
 
     An aborted load accepts no more rows. The rows already written stay.
+
+    A load belongs to the caller who began it. Admins see the loads of all callers. Without --caller, they
+    show and abort their own load of this name, or else the only one.
     """
     if (action == "list") == bool(load_id):
         raise click.UsageError(
             "run `roster loads`, `roster loads show LOAD_ID` or `roster loads abort LOAD_ID`"
         )
     if action == "abort" and not yes:
-        click.confirm(f"Abort load {escape(load_id)}? It can't be resumed.", abort=True, err=True)
+        owner = f" of {escape(caller)}" if caller else ""
+        click.confirm(f"Abort load {escape(load_id)}{owner}? It can't be resumed.", abort=True, err=True)
     try:
-        asyncio.run(_run(target, action, load_id, is_json=is_json))
+        asyncio.run(_run(target, action, load_id, caller, is_json=is_json))
     except RosterError as failure:
         raise UsageError(target.explain(failure)) from None
 
 
-async def _run(target: Target, action: str, load_id: str, *, is_json: bool) -> None:
+async def _run(target: Target, action: str, load_id: str, caller: str, *, is_json: bool) -> None:
     async with target.channel() as connection:
         stub = BulkServiceStub(connection)
         if action == "list":
-            await _list(stub, is_json=is_json)
+            await _list(stub, caller, is_json=is_json)
         elif action == "show":
-            _print_load(await stub.GetBulkLoad(pb.GetBulkLoadRequest(load_id=load_id)), is_json=is_json)
-            request = pb.ListBulkLoadFailuresRequest(load_id=load_id, page_size=PAGE_SIZE)
-            await _print_all(pages(stub.ListBulkLoadFailures, request), _json if is_json else _failure_line)
+            await _show(stub, load_id, caller, is_json=is_json)
         else:
-            load = await stub.AbortBulkLoad(pb.AbortBulkLoadRequest(load_id=load_id))
+            load = await stub.AbortBulkLoad(pb.AbortBulkLoadRequest(load_id=load_id, caller=caller))
             if load.state != pb.BulkLoad.ABORTED:
                 state = pb.BulkLoad.State.Name(load.state).lower()
                 raise click.ClickException(f"the load is already {state} and can't be aborted")
             _print_load(load, is_json=is_json)
 
 
-async def _list(stub: BulkServiceStub, *, is_json: bool) -> None:
-    found = pages(stub.ListBulkLoads, pb.ListBulkLoadsRequest(page_size=PAGE_SIZE))
+async def _list(stub: BulkServiceStub, caller: str, *, is_json: bool) -> None:
+    found = pages(stub.ListBulkLoads, pb.ListBulkLoadsRequest(page_size=PAGE_SIZE, caller=caller))
     if is_json:
         await _print_all(found, _json)
     else:
         await _print_all(found, _table_row, HEADER)
+
+
+async def _show(stub: BulkServiceStub, load_id: str, caller: str, *, is_json: bool) -> None:
+    load = await stub.GetBulkLoad(pb.GetBulkLoadRequest(load_id=load_id, caller=caller))
+    _print_load(load, is_json=is_json)
+    request = pb.ListBulkLoadFailuresRequest(load_id=load_id, caller=caller, page_size=PAGE_SIZE)
+    await _print_all(pages(stub.ListBulkLoadFailures, request), _json if is_json else _failure_line)
 
 
 async def _print_all(
@@ -98,7 +109,8 @@ def _json(message: Message) -> str:
 def _table_row(load: pb.BulkLoad) -> str:
     changed = f"{load.updated_at.ToDatetime():%Y-%m-%d %H:%M:%S}"
     state, method = pb.BulkLoad.State.Name(load.state), load.method.rpartition(".")[2]
-    return ROW.format(state, f"{load.next_offset:,}", f"{load.failed:,}", changed, method, load.load_id)
+    rows, failed = f"{load.next_offset:,}", f"{load.failed:,}"
+    return ROW.format(state, rows, failed, changed, method, load.caller, load.load_id)
 
 
 def _details(load: pb.BulkLoad) -> list[str]:

@@ -52,6 +52,7 @@ class BulkLoader(Generic[Request]):
     that an earlier loader began is resumed: pass the same rows in the same order, and those already settled
     are skipped (ListBulkLoadFailures returns their failures). With `return_ids` they are sent again instead,
     so that each row has its ack, with its first outcome. Without options, the load gets a random `load_id`.
+    An admin resumes the load of another caller with the `caller` of the options.
 
     `retry_connect` decides what happens if no server has answered yet: retry, or fail at once.
     """

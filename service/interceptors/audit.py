@@ -9,7 +9,7 @@ from typing import Any
 
 from google.protobuf.descriptor import MethodDescriptor
 
-from roster.v1.bulk_pb2 import BulkWriteResponse
+from roster.v1.bulk_pb2 import BulkLoad, BulkWriteResponse
 from service.auth.caller import current_caller
 from service.errors import RosterError
 from service.interceptors.chain import Context, Proceed, Rpc
@@ -46,20 +46,26 @@ TARGETS = {
 
 @dataclass
 class Entry:
-    """The fields of one line; the counts are of rows that this stream was the first to write."""
+    """The fields of one line; the counts are of rows that this stream was the first to write.
+
+    `owner` is the caller whose load the target is; an admin may write to the load of another caller.
+    """
 
     caller: str
     method: str
     target: int | str
+    owner: str = ""
     counts: dict[str, int] = field(default_factory=dict)
     outcome: str = "OK"
 
     def note(self, response: Any) -> None:
         """Add what a response says of the target or the rows."""
-        if not isinstance(response, BulkWriteResponse):
+        if isinstance(response, BulkLoad):
+            self.owner = response.caller
+        elif not isinstance(response, BulkWriteResponse):
             self.target = self.target or getattr(response, "id", "")
         elif response.HasField("opened"):
-            self.target = response.opened.load_id
+            self.target, self.owner = response.opened.load_id, response.opened.caller
         elif response.HasField("ack") and not response.ack.replayed:
             self.counts = {name: self.counts.get(name, 0) + getattr(response.ack, name) for name in COUNTED}
 

@@ -16,6 +16,7 @@ def load_to_message(load: Load, kept_for: timedelta) -> BulkLoad:
 def load_fields(load: Load, kept_for: timedelta) -> dict[str, Any]:
     """Return the fields of a load's message."""
     return {
+        "caller": load.caller,
         "load_id": load.load_id,
         "method": load.method,
         "state": load.state,

@@ -1,6 +1,7 @@
 """LoadRepository: all SQL about bulk loads that have a name.
 
-A load has a watermark, and the outcome of every row below it until the load expires.
+A load has a watermark, and the outcome of every row below it until the load expires. Its key is the caller
+who began it, and the name that this caller gave it.
 """
 
 import zlib
@@ -19,12 +20,15 @@ from service.db.base import now
 from service.db.bulk.batch import Outcome
 from service.db.dialect import insert
 from service.db.paging import Keyset, Page
-from service.errors import LoadFenced, LoadNotFound, RosterError, error_of
+from service.errors import InvalidField, LoadFenced, LoadNotFound, RosterError, error_of
 from service.loads.model import COUNTED, Load, LoadBatch, LoadState
 from service.timeslice import TimeSlice, map_in_slices
 
 FAILED_BATCHES_AT_ONCE = 10
 BATCHES_AT_ONCE = 100
+# An error names the callers who have a load. A status has room for 1,500 bytes of any characters, twice.
+MAX_CALLERS_NAMED = 10
+MAX_CALLERS_BYTES = 1500
 BATCH_COLUMNS = (
     LoadBatch.first_offset,
     LoadBatch.next_offset,
@@ -44,22 +48,43 @@ class LoadRepository:
     async def open(self, load_id: str, method: str, options: bytes) -> Load:
         """Begin or continue a load, and fence off its older streams.
 
-        A load keeps the method and the options it began with. Raises LoadNotFound for another caller's load.
+        A load keeps the method and the options it began with. Until the contracting migration has run, a name
+        has one load: raises LoadNotFound if it is another caller's.
         """
+        # Without a target, ON CONFLICT covers both unique keys that the table has before the contracting
+        # migration. With the target (caller, load_id), a concurrent opener could violate the other one.
         begun = insert(self.session, Load).values(
             load_id=load_id, caller=self.caller, method=method, stored_options=options
         )
-        await self.session.execute(
-            begun.on_conflict_do_update(index_elements=[Load.load_id], set_={"epoch": Load.epoch + 1})
-        )
-        load = (await self.session.scalars(select(Load).where(Load.load_id == load_id))).one()
-        if load.caller != self.caller:
+        begun = begun.on_conflict_do_nothing().returning(Load.id)
+        # The INSERT waits for a concurrent transaction with the same key. If that one commits, its row is
+        # visible to the UPDATE, which has a later snapshot. Loads are never deleted.
+        id = await self.session.scalar(begun) or await self._continue(load_id)
+        if id is None:
+            raise _name_taken()
+        return await self._read(id)
+
+    async def resume(self, load_id: str) -> Load:
+        """Continue a load and fence off its older streams; raises LoadNotFound."""
+        id = await self._continue(load_id)
+        if id is None:
             raise _missing()
-        return load
+        return await self._read(id)
+
+    async def find(self, load_id: str) -> Load | None:
+        """Return the load of this name, None if there is none.
+
+        Raises InvalidField on `caller` if this is about all callers, and several of them have one.
+        """
+        loads = select(Load).where(Load.load_id == load_id, *self._of_caller()).order_by(Load.caller)
+        found = (await self.session.scalars(loads.limit(MAX_CALLERS_NAMED + 1))).all()
+        if len(found) > 1:
+            raise _ambiguous([load.caller for load in found])
+        return found[0] if found else None
 
     async def get(self, load_id: str) -> Load:
-        """Return a load; raises LoadNotFound."""
-        load = await self.session.scalar(select(Load).where(Load.load_id == load_id, *self._of_caller()))
+        """Return a load, as `find` does; raises LoadNotFound, InvalidField."""
+        load = await self.find(load_id)
         if load is None:
             raise _missing()
         return load
@@ -117,14 +142,15 @@ class LoadRepository:
         if await self.session.scalar(finished) is None:
             raise _fenced()
 
-    async def abort(self, load_id: str) -> Load:
-        """Abort a load if it is open, and fence off its stream; raises LoadNotFound."""
+    async def abort(self, load: Load) -> Load:
+        """Abort a load if it is open, and fence off its stream; return the load as it is then."""
         await self.session.execute(
             update(Load)
-            .where(Load.load_id == load_id, Load.state == LoadState.OPEN, *self._of_caller())
+            .where(Load.id == load.id, Load.state == LoadState.OPEN)
             .values(state=LoadState.ABORTED, epoch=Load.epoch + 1, updated_at=now())
+            .execution_options(synchronize_session=False)
         )
-        return await self.get(load_id)
+        return await self._read(load.id)
 
     async def outcome(self, load: Load, start: int, end: int) -> Outcome:
         """Return the first outcome of committed rows, which may be in any number of batches."""
@@ -167,6 +193,22 @@ class LoadRepository:
             .limit(limit)
         )
         return (await self.session.execute(batches)).all()
+
+    async def _continue(self, load_id: str) -> int | None:
+        """Count one more stream of a load, and return its id; None if the caller has no such load."""
+        continued = (
+            update(Load)
+            .where(Load.load_id == load_id, Load.caller == self.caller)
+            .values(epoch=Load.epoch + 1)
+            .returning(Load.id)
+            .execution_options(synchronize_session=False)
+        )
+        return await self.session.scalar(continued)
+
+    async def _read(self, id: int) -> Load:
+        """Return the load with an id, as this transaction has left it."""
+        load = select(Load).where(Load.id == id).execution_options(populate_existing=True)
+        return (await self.session.scalars(load)).one()
 
     def _of_caller(self) -> list[ColumnElement[bool]]:
         return [] if self.caller is None else [Load.caller == self.caller]
@@ -243,6 +285,24 @@ async def _outcome(batch: Any, start: int, end: int) -> Outcome:
 
 def _missing() -> LoadNotFound:
     return LoadNotFound("there is no such load", field="load_id")
+
+
+def _name_taken() -> LoadNotFound:
+    # The reason is that of earlier releases, which may still run on the same database.
+    return LoadNotFound(
+        "another caller has a load of this name; use another load_id, or ask the operator to run "
+        "`roster migrate --contract`, after which each caller has names of its own",
+        field="load_id",
+    )
+
+
+def _ambiguous(callers: Sequence[str]) -> InvalidField:
+    names = ", ".join(callers[:MAX_CALLERS_NAMED]).encode()[:MAX_CALLERS_BYTES].decode(errors="ignore")
+    others = " and others" if len(callers) > MAX_CALLERS_NAMED else ""
+    return InvalidField(
+        f"caller is required, because several callers have a load of this name: {names}{others}",
+        field="caller",
+    )
 
 
 def _fenced() -> LoadFenced:

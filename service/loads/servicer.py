@@ -3,7 +3,9 @@
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from roster.v1 import bulk_pb2 as pb
 from roster.v1.bulk_pb2_grpc import BulkServiceServicer
@@ -16,13 +18,19 @@ from service.interceptors.chain import Context
 from service.loads.convert import load_fields, load_to_message
 from service.loads.model import Load
 from service.loads.repository import LoadRepository
-from service.loads.rules import check_load_id
+from service.loads.rules import check_load_id, check_owner
 from service.timeslice import TimeSlice
 
-LOADS = fingerprint("loads")
 FRAME_BYTES = 5  # tag and length in front of each message of a repeated field
 
 RowT = TypeVar("RowT")
+
+
+class LoadRequest(Protocol):
+    """A request that names a load."""
+
+    load_id: str
+    caller: str
 
 
 class BulkServicer(BulkServiceServicer):
@@ -33,44 +41,67 @@ class BulkServicer(BulkServiceServicer):
         self.kept_for = kept_for
 
     async def GetBulkLoad(self, request: pb.GetBulkLoadRequest, context: Context) -> pb.BulkLoad:
-        load_id = check_load_id(request.load_id)
+        load_id, owner = _key_from_request(request)
         async with self.database.read() as session:
-            load = await LoadRepository(session, current_caller().owner).get(load_id)
+            load = await _get(session, load_id, owner)
         return load_to_message(load, self.kept_for)
 
     async def ListBulkLoads(
         self, request: pb.ListBulkLoadsRequest, context: Context
     ) -> pb.ListBulkLoadsResponse:
-        limit = page_size(request.page_size)
-        after = decode_token(LOADS, request.page_token, [Load.__table__.c.id])
+        limit, caller = page_size(request.page_size), current_caller()
+        owner = check_owner(request.caller, caller)
+        listing = _listing("loads", owner=owner)
+        after = decode_token(listing, request.page_token, [Load.__table__.c.id])
         async with self.database.read() as session:
-            page = await LoadRepository(session, current_caller().owner).page(after, limit)
+            page = await LoadRepository(session, owner or caller.owner).page(after, limit)
         response = pb.ListBulkLoadsResponse()
         shown = await _add_fitting(response.loads, partial(load_fields, kept_for=self.kept_for), page.rows)
         next_key = page.next_key if len(shown) == len(page.rows) else [shown[-1].id]
-        response.next_page_token = encode_token(LOADS, next_key)
+        response.next_page_token = encode_token(listing, next_key)
         return response
 
     async def ListBulkLoadFailures(
         self, request: pb.ListBulkLoadFailuresRequest, context: Context
     ) -> pb.ListBulkLoadFailuresResponse:
-        load_id, limit = check_load_id(request.load_id), page_size(request.page_size)
-        tied_to = fingerprint("failures", load_id)
-        [after] = decode_token(tied_to, request.page_token, [Load.__table__.c.next_offset]) or [-1]
+        (load_id, owner), limit = _key_from_request(request), page_size(request.page_size)
+        listing = _listing("failures", load_id, owner=owner)
+        [after] = decode_token(listing, request.page_token, [Load.__table__.c.next_offset]) or [-1]
         async with self.database.read() as session:
-            loads = LoadRepository(session, current_caller().owner)
-            failures = await loads.failures(await loads.get(load_id), after, limit + 1)
+            load = await _get(session, load_id, owner)
+            failures = await LoadRepository(session, load.caller).failures(load, after, limit + 1)
         response = pb.ListBulkLoadFailuresResponse()
         shown = await _add_fitting(response.failures, failure_fields, failures[:limit])
         next_key = [shown[-1][0]] if len(shown) < len(failures) else None
-        response.next_page_token = encode_token(tied_to, next_key)
+        response.next_page_token = encode_token(listing, next_key)
         return response
 
     async def AbortBulkLoad(self, request: pb.AbortBulkLoadRequest, context: Context) -> pb.BulkLoad:
-        load_id = check_load_id(request.load_id)
+        load_id, owner = _key_from_request(request)
         async with self.database.begin() as session:
-            load = await LoadRepository(session, current_caller().owner).abort(load_id)
+            load = await _get(session, load_id, owner)
+            load = await LoadRepository(session, load.caller).abort(load)
         return load_to_message(load, self.kept_for)
+
+
+def _key_from_request(request: LoadRequest) -> tuple[str, str]:
+    """Return the load_id and the owner in a request; raises InvalidField, PermissionDenied."""
+    owner = check_owner(request.caller, current_caller())
+    return check_load_id(request.load_id), owner
+
+
+def _listing(*listing: str, owner: str) -> bytes:
+    """Return what page tokens are bound to; without `owner` the same as in releases that did not have it."""
+    return fingerprint(*listing, owner) if owner else fingerprint(*listing)
+
+
+async def _get(session: AsyncSession, load_id: str, owner: str) -> Load:
+    """Return the load of `owner`. If that is "", the caller's own, or else for an admin the only one."""
+    caller = current_caller()
+    own = LoadRepository(session, owner or caller.identity)
+    if owner or caller.owner:
+        return await own.get(load_id)
+    return await own.find(load_id) or await LoadRepository(session, None).get(load_id)
 
 
 async def _add_fitting(

@@ -26,6 +26,7 @@ POLICY = """
 "jwt:reader" = ["reader"]
 "jwt:writer" = ["reader", "writer"]
 "jwt:loader" = ["loader"]
+"jwt:importer" = ["loader"]
 "jwt:verifier" = ["verifier"]
 "jwt:admin" = ["admin"]
 "jwt:support" = ["support"]

@@ -176,7 +176,7 @@ async def load(server: Secured, subject: str, load_id: str) -> list[Any]:
 
 
 async def test_a_load_is_its_caller_s_and_an_admin_sees_all(roster: Secured) -> None:
-    """For others there is no such load, also where they would go on with it."""
+    """Other callers can't find it, and begin a load of their own under its name."""
     await load(roster, "loader", "theirs")
     await load(roster, "admin", "mine")
     async with roster.channel(roster.issuer.token("loader")) as channel:
@@ -184,14 +184,21 @@ async def test_a_load_is_its_caller_s_and_an_admin_sees_all(roster: Secured) -> 
         for answer in (
             loads.GetBulkLoad(GetBulkLoadRequest(load_id="mine")),
             loads.AbortBulkLoad(AbortBulkLoadRequest(load_id="mine")),
-            load(roster, "loader", "mine"),
         ):
             assert (await refusal(answer)).reason == "LOAD_NOT_FOUND"
+        await load(roster, "loader", "mine")
         listed = await loads.ListBulkLoads(ListBulkLoadsRequest())
-        assert [each.load_id for each in listed.loads] == ["theirs"]
+        assert [(each.caller, each.load_id) for each in listed.loads] == [
+            ("jwt:loader", "mine"),
+            ("jwt:loader", "theirs"),
+        ]
     async with roster.channel(roster.issuer.token("admin")) as channel:
         listed = await BulkServiceStub(channel).ListBulkLoads(ListBulkLoadsRequest())
-        assert [each.load_id for each in listed.loads] == ["mine", "theirs"]
+        assert [(each.caller, each.load_id) for each in listed.loads] == [
+            ("jwt:loader", "mine"),
+            ("jwt:admin", "mine"),
+            ("jwt:loader", "theirs"),
+        ]
 
 
 async def test_request_ids_are_each_caller_s_own(roster: Secured) -> None:

@@ -7,6 +7,7 @@ import signal
 from collections.abc import AsyncIterator
 
 import pytest
+from sqlalchemy import text
 
 from roster.v1.bulk_pb2 import AbortBulkLoadRequest, BulkLoad
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
@@ -151,6 +152,8 @@ async def test_stops_if_too_many_rows_fail(roster: Roster, rows: list[object]) -
         (["users", "users.ndjson", "--rejects", "./users.ndjson"], "is the file to load"),
         (["users", "users.ndjson", "--rejects", "nowhere/rejects"], "can't write to directory nowhere"),
         (["users", "users.ndjson", "--format", "csv"], "the header line is not CSV"),
+        (["users", "users.ndjson", "--validate-only", "--caller", "jwt:ada"], "--caller resumes a load"),
+        (["users", "-", "--caller", "jwt:ada"], "nothing was loaded: --caller needs --load-id"),
         (["users", "users.ndjson", "--address", "127.0.0.1:1"], "127.0.0.1:1; start one with `roster serve`"),
         (
             ["posts", "users.ndjson", "--on-conflict", "skip"],
@@ -216,6 +219,30 @@ async def test_the_same_command_resumes(roster: Roster, users: UserServiceStub, 
     assert [of["was_finished"] for of in summaries] == [False, True, False]
     assert rejects == rejects_when_finished == roster.read("users.rejects.ndjson")
     assert len(rejects.splitlines()) == summaries[0]["failed"]
+
+
+async def test_resumes_load_of_another_caller(roster: Roster, server: Server) -> None:
+    """The file alone names the load; the command says whose it is, and has the failures of both runs."""
+    command = ["load", "users", roster.write("users.ndjson", *ROWS), "--batch-rows", "9", "--json"]
+    stopped = await roster.run(*command, "--max-failures", "60")
+    async with server.database.begin() as session:
+        await session.execute(text("UPDATE bulk_loads SET caller = 'jwt:ada'"))
+
+    resumed = await roster.run(*command, "--caller", "jwt:ada")
+    resumed_rejects = roster.read("users.rejects.ndjson")
+    refused = await roster.run(*command, "--caller", "jwt:bob")
+    begun = await roster.run(*command)
+
+    assert (stopped.status, resumed.status, refused.status, begun.status) == (2, 1, 2, 1)
+    assert re.search(r"^resuming the load of jwt:ada at row [1-9]", resumed.err, re.MULTILINE)
+    assert "nothing was loaded: there is no such load" in " ".join(refused.err.split())
+    assert [json.loads(done.out)[key] for done in (resumed, begun) for key in ("rows", "created")] == [
+        200,
+        80,
+        200,
+        0,
+    ]
+    assert len(resumed_rejects.splitlines()) == 120
 
 
 async def test_reports_that_a_load_is_already_finished(roster: Roster) -> None:

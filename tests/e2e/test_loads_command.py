@@ -1,6 +1,7 @@
 """`roster loads` as its own process."""
 
 import json
+import re
 
 import grpc
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from roster.v1.bulk_pb2 import BulkLoad, GetBulkLoadRequest
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
 from roster.v1.users_pb2_grpc import UserServiceStub
+from service.loads.repository import LoadRepository
+from service.server import Server
 from tests.support.command import Roster
 from tests.support.load_stream import LoadStream
 
@@ -36,10 +39,37 @@ async def test_lists_loads_newest_first(roster: Roster, users: UserServiceStub) 
 
     head, second, first = table.out.splitlines()
     assert (table.status, table.err) == (0, "")
-    assert head.split() == ["state", "rows", "failed", "changed", "method", "load"]
+    assert head.split() == ["state", "rows", "failed", "changed", "method", "caller", "load"]
     assert [line.split()[:3] for line in (second, first)] == [["FINISHED", "3", "3"], ["OPEN", "3", "1"]]
-    assert second.endswith("  BulkCreateUsers  second")
+    assert second.split()[5:] == ["BulkCreateUsers", "anonymous", "second"]
     assert [json.loads(line)["load_id"] for line in objects.out.splitlines()] == ["second", "first"]
+
+
+async def test_shows_and_aborts_loads_of_other_callers(
+    server: Server, roster: Roster, users: UserServiceStub
+) -> None:
+    """`--caller` says whose load is meant; without it, the loads of all callers are listed."""
+    await LoadStream.open(users, "other")
+    async with server.database.begin() as session:
+        for caller in ("jwt:ada", "jwt:bob"):
+            await LoadRepository(session, caller).open("staff", "roster.v1.UserService.BulkCreateUsers", b"")
+
+    every = await roster.run("loads")
+    of_ada = await roster.run("loads", "list", "--caller", "jwt:ada")
+    unclear = await roster.run("loads", "show", "staff")
+    shown = await roster.run("loads", "show", "staff", "--caller", "jwt:bob")
+    aborted = await roster.run("loads", "abort", "staff", "--caller", "jwt:ada", stdin=b"y\n")
+    after = await roster.run("loads", "show", "staff", "--caller", "jwt:bob", "--json")
+
+    owned = [line.split()[6:] for line in every.out.splitlines()[1:]]
+    assert owned == [["jwt:bob", "staff"], ["jwt:ada", "staff"], ["anonymous", "other"]]
+    assert [line.split()[6:] for line in of_ada.out.splitlines()[1:]] == [["jwt:ada", "staff"]]
+    assert (unclear.status, unclear.out) == (2, "")
+    assert "several callers have a load of this name: jwt:ada, jwt:bob" in " ".join(unclear.err.split())
+    assert re.search("^caller +jwt:bob$", shown.out, re.MULTILINE)
+    assert "Abort load staff of jwt:ada?" in aborted.err
+    assert re.search("^state +ABORTED$", aborted.out, re.MULTILINE)
+    assert json.loads(after.out)["state"] == "OPEN"
 
 
 async def test_shows_a_load_with_its_failures(roster: Roster, users: UserServiceStub) -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from sqlalchemy import text
 
+from service.db import migrations
 from service.db.bulk.batch import Outcome, Result
 from service.db.engine import Database
 from service.errors import EmailTaken, InvalidField, LoadFenced, LoadNotFound, RosterError
@@ -26,6 +27,29 @@ BAD = InvalidField("email is required", field="email")
 TAKEN = EmailTaken("email belongs to another user", field="email", existing_id=1)
 
 
+# The statement with which the release before revision 0003 opens a load, and the last columns it reads then.
+PREVIOUS_RELEASE_OPENS = text(
+    "INSERT INTO bulk_loads (load_id, caller, method, options) VALUES (:load_id, :caller, :method, :options) "
+    "ON CONFLICT (load_id) DO UPDATE SET epoch = bulk_loads.epoch + 1"
+)
+PREVIOUS_RELEASE_READS = text("SELECT caller, epoch FROM bulk_loads WHERE load_id = :load_id")
+
+
+@pytest.fixture(params=["0003", "head"])
+async def revision(request: pytest.FixtureRequest, database_url: str) -> str:
+    """The revision of the database: 0003 still has the key `load_id` besides (caller, load_id)."""
+    if request.param != "head":
+        await asyncio.to_thread(migrations.downgrade, database_url, request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+async def expanded(database_url: str, database: Database) -> Database:
+    """The database at revision 0003."""
+    await asyncio.to_thread(migrations.downgrade, database_url, "0003")
+    return database
+
+
 @pytest.fixture
 async def load(database: Database) -> Load:
     """A new load."""
@@ -37,9 +61,25 @@ async def opened(database: Database, load_id: str = "staff", caller: str = "ada"
         return await LoadRepository(session, caller).open(load_id, METHOD, OPTIONS)
 
 
-async def got(database: Database, load_id: str = "staff") -> Load:
+async def opened_by_previous_release(database: Database, caller: str = "ada") -> int:
+    """Open the load as the previous release does, and return its epoch; raises LoadNotFound."""
+    async with database.begin() as session:
+        row = {"load_id": "staff", "caller": caller, "method": METHOD, "options": OPTIONS}
+        await session.execute(PREVIOUS_RELEASE_OPENS, row)
+        owner, epoch = (await session.execute(PREVIOUS_RELEASE_READS, {"load_id": "staff"})).one()
+        if owner != caller:
+            raise LoadNotFound("there is no such load", field="load_id")
+    return int(epoch)
+
+
+async def resumed(database: Database, caller: str) -> Load:
+    async with database.begin() as session:
+        return await LoadRepository(session, caller).resume("staff")
+
+
+async def got(database: Database, load_id: str = "staff", caller: str | None = "ada") -> Load:
     async with database.read() as session:
-        return await LoadRepository(session, "ada").get(load_id)
+        return await LoadRepository(session, caller).get(load_id)
 
 
 async def recorded(database: Database, load: Load, offset: int, outcome: Outcome) -> None:
@@ -83,6 +123,7 @@ async def test_open_continues_existing_load(database: Database, load: Load) -> N
     assert (again.id, again.epoch, again.method, again.options) == (load.id, 2, METHOD, OPTIONS)
 
 
+@pytest.mark.usefixtures("revision")
 async def test_concurrent_opens_get_different_epochs(database: Database) -> None:
     """Only the stream with the highest epoch may write."""
     loads = await asyncio.gather(*(opened(database) for _ in range(5)))
@@ -96,16 +137,103 @@ async def test_concurrent_opens_get_different_epochs(database: Database) -> None
             await recorded(database, load, 0, of(CREATED))
 
 
+async def test_concurrent_opens_of_two_callers_are_independent(database: Database) -> None:
+    """Each caller has a load of this name, with epochs and a watermark of its own."""
+    callers = ["ada", "bob"] * 4
+    loads = await asyncio.gather(*(opened(database, caller=caller) for caller in callers))
+
+    for caller in ("ada", "bob"):
+        own = sorted((load for load in loads if load.caller == caller), key=lambda load: load.epoch)
+        assert len({load.id for load in own}) == 1
+        assert [load.epoch for load in own] == [1, 2, 3, 4]
+        await recorded(database, own[-1], 0, of(CREATED, CREATED) if caller == "ada" else of(CREATED))
+    assert [(await got(database, caller=caller)).next_offset for caller in ("ada", "bob")] == [2, 1]
+
+
+async def test_second_caller_waits_for_contracting_migration(expanded: Database) -> None:
+    """The error says so. The stream of the first caller is not fenced off."""
+    load = await opened(expanded)
+
+    with pytest.raises(LoadNotFound, match=r"`roster migrate --contract`") as caught:
+        await opened(expanded, caller="bob")
+
+    assert caught.value.field == "load_id"
+    assert "ada" not in caught.value.message
+    await recorded(expanded, load, 0, of(CREATED))
+
+
+async def test_one_of_two_callers_begins_a_load_before_contracting(expanded: Database) -> None:
+    """If both open it at once, the others get an error, and its owner's streams have their epochs."""
+    callers = ["ada", "bob"] * 4
+    outcomes = await asyncio.gather(
+        *(opened(expanded, caller=caller) for caller in callers), return_exceptions=True
+    )
+
+    loads = [outcome for outcome in outcomes if isinstance(outcome, Load)]
+    assert len({(load.id, load.caller) for load in loads}) == 1
+    assert sorted(load.epoch for load in loads) == [1, 2, 3, 4]
+    assert [type(outcome) for outcome in outcomes if outcome not in loads] == [LoadNotFound] * 4
+
+
+async def test_previous_release_opens_the_same_loads(expanded: Database) -> None:
+    """Both releases fence off each other's streams, and neither gets another caller's load."""
+    first = await opened(expanded)
+    await recorded(expanded, first, 0, of(CREATED))
+
+    assert await opened_by_previous_release(expanded) == 2
+    with pytest.raises(LoadFenced):
+        await recorded(expanded, first, 1, of(CREATED))
+    third = await opened(expanded)
+    assert (third.epoch, third.next_offset) == (3, 1)
+    with pytest.raises(LoadNotFound):
+        await opened_by_previous_release(expanded, "bob")
+    await recorded(expanded, third, 1, of(CREATED))
+
+
+async def test_both_releases_open_a_load_at_once(expanded: Database) -> None:
+    """Each stream gets an epoch of its own."""
+    await opened(expanded)
+
+    loads, epochs = await asyncio.gather(
+        asyncio.gather(*(opened(expanded) for _ in range(4))),
+        asyncio.gather(*(opened_by_previous_release(expanded) for _ in range(4))),
+    )
+
+    assert sorted([*epochs, *(load.epoch for load in loads)]) == [2, 3, 4, 5, 6, 7, 8, 9]
+
+
+async def test_resume_never_begins_a_load(database: Database, load: Load) -> None:
+    """It continues the caller's load, and leaves another caller's alone."""
+    assert (await resumed(database, "ada")).epoch == 2
+    with pytest.raises(LoadNotFound):
+        await resumed(database, "bob")
+
+    assert (await got(database, caller=None)).epoch == 2
+
+
+async def test_admin_gets_the_only_load_of_a_name(database: Database, load: Load) -> None:
+    """If several callers have one, the error lists them, up to ten and to a size that fits into a status."""
+    assert (await got(database, caller=None)).id == load.id
+
+    await opened(database, caller="bob")
+    with pytest.raises(InvalidField, match=r"of this name: ada, bob$") as caught:
+        await got(database, caller=None)
+    assert caught.value.field == "caller"
+
+    for number in range(10):
+        await opened(database, caller=f"caller {number} " + "\N{GRINNING FACE}" * 240)
+    with pytest.raises(InvalidField, match=r"and others$") as caught:
+        await got(database, caller=None)
+    assert len(caught.value.message.encode()) < 1600
+
+
 async def test_load_is_hidden_from_other_callers(database: Database, load: Load) -> None:
     """They can't fence off its stream either."""
-    with pytest.raises(LoadNotFound):
-        await opened(database, caller="bob")
     async with database.begin() as session:
         others = LoadRepository(session, "bob")
         with pytest.raises(LoadNotFound):
             await others.get("staff")
-        with pytest.raises(LoadNotFound):
-            await others.abort("staff")
+        assert await others.find("staff") is None
         assert (await others.page(None, 10)).rows == []
 
     await recorded(database, load, 0, of(CREATED))
@@ -153,7 +281,7 @@ async def test_closed_load_refuses_writes(database: Database, load: Load, state:
         if state == LoadState.FINISHED:
             await loads.finish(load)
         elif state == LoadState.ABORTED:
-            await loads.abort("staff")
+            await loads.abort(load)
         else:
             await expire_loads(session, datetime.now(UTC) + timedelta(days=1))
 
@@ -246,6 +374,31 @@ async def postgresql(postgresql_url: str) -> AsyncIterator[Database]:
     database = Database(Settings(database_url=postgresql_url))
     yield database
     await database.close()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("commits", [True, False])
+@pytest.mark.parametrize("caller", ["ada", "bob"])
+async def test_open_waits_for_a_load_that_is_just_begun(
+    database: Database, revision: str, caller: str, *, commits: bool
+) -> None:
+    """Only if the other transaction commits there are two streams, or a load of another caller."""
+    waits = caller == "ada" or revision == "0003"
+    async with database.begin() as session:
+        await LoadRepository(session, "ada").open("staff", METHOD, OPTIONS)
+        second = asyncio.create_task(opened(database, caller=caller))
+        if waits:
+            async with database.read() as other:
+                await until(lambda: _waits(other))
+        if not commits:
+            await session.rollback()
+
+    if waits and commits and caller == "bob":
+        with pytest.raises(LoadNotFound):
+            await second
+    else:
+        is_second_stream = commits and caller == "ada"
+        assert ((await second).caller, (await second).epoch) == (caller, 2 if is_second_stream else 1)
 
 
 async def test_load_with_batch_in_progress_does_not_expire(postgresql: Database) -> None:

@@ -11,6 +11,7 @@ INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 UNKNOWN_VALUE = 99
 BAD_LOAD_IDS = [SECRET + "x" * 251, f"{SECRET}\0"]
+BAD_CALLERS = [SECRET + "x" * 251, f"{SECRET}\0"]
 
 # What is sent, the reason it is refused for, and the field at fault.
 Bad = tuple[Any, str, str]
@@ -131,11 +132,17 @@ def bad_streams(rows: str, row: dict[str, Any], **needed: Any) -> list[Bad]:
             for number in (-1, INT64_MIN)
         ],
         *bad_values("options.load_id", [*BAD_LOAD_IDS, "a\nb", "a\u202eb"], options=needed),
+        *bad_values("options.caller", BAD_CALLERS, options={**needed, "load_id": "some load"}),
+        ({"options": {**needed, "caller": SECRET}}, "INVALID_OPTIONS", "options.caller"),
     ]
 
 
-def bad_load_ids() -> list[Bad]:
-    return bad_values("load_id", ["", *BAD_LOAD_IDS])
+def bad_loads() -> list[Bad]:
+    """Return what can't name a load."""
+    return [
+        *bad_values("load_id", ["", *BAD_LOAD_IDS]),
+        *bad_values("caller", BAD_CALLERS, load_id="some load"),
+    ]
 
 
 def bad_options(reason: str, field: str, *several: dict[str, Any]) -> list[Bad]:
@@ -228,17 +235,18 @@ TABLE: dict[str, list[Bad]] = {
         *bad_masks(["password", "posts"], path="options.update_mask"),
     ],
     "ExportUsers": bad_exports(),
-    "GetBulkLoad": bad_load_ids(),
+    "GetBulkLoad": bad_loads(),
     "ListBulkLoads": [
         *bad_values("page_size", [-1, INT32_MIN]),
+        *bad_values("caller", BAD_CALLERS),
         ({"page_token": SECRET}, "INVALID_PAGE_TOKEN", "page_token"),
     ],
     "ListBulkLoadFailures": [
-        *bad_load_ids(),
+        *bad_loads(),
         *bad_values("page_size", [-1, INT32_MIN], load_id="some load"),
         ({"load_id": "some load", "page_token": SECRET}, "INVALID_PAGE_TOKEN", "page_token"),
     ],
-    "AbortBulkLoad": bad_load_ids(),
+    "AbortBulkLoad": bad_loads(),
     "CreatePost": [
         *bad_ids("post.author_id", post={"title": "Notes"}),
         *bad_values("post.author_email", [f"{SECRET}@example.org"], post={"author_id": 77, "title": "Notes"}),
