@@ -40,7 +40,7 @@ HOLDERS = """
     FROM pg_locks JOIN pg_stat_activity USING (pid)
     WHERE locktype = 'relation' AND granted AND pid <> pg_backend_pid()
       AND relation IN (SELECT oid FROM pg_class WHERE relname = ANY (CAST(:tables AS text[])))
-      AND coalesce(xact_start < clock_timestamp() - CAST(:waited AS interval), true)
+      AND coalesce(xact_start < clock_timestamp() - CAST(CAST(:waited AS text) AS interval), true)
     ORDER BY pid
 """
 

@@ -54,7 +54,7 @@ LOG_CHARACTERS = 20_000
 TAKE = "INSERT INTO users (email) VALUES ($1) ON CONFLICT DO NOTHING RETURNING id"
 TERMINATE_ANY = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-WHERE application_name = 'roster' AND datname = current_database() ORDER BY random() LIMIT 1
+WHERE application_name LIKE 'roster%' AND datname = current_database() ORDER BY random() LIMIT 1
 """
 
 

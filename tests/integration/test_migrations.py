@@ -173,8 +173,8 @@ async def test_two_upgrades_at_once_both_succeed(empty_postgresql_url: str) -> N
     """The second waits for the first, and finds nothing left to do."""
     engine = create_async_engine(empty_postgresql_url, poolclass=NullPool)
     async with engine.connect() as in_the_way:
-        await in_the_way.execute(text("SELECT pg_advisory_lock(7238001)"))
-        await in_the_way.commit()
+        # As a migration of an older release does.
+        await in_the_way.execute(text("SELECT pg_advisory_xact_lock(7238001)"))
         upgrades = [
             await asyncio.create_subprocess_exec(sys.executable, "-c", UPGRADE, empty_postgresql_url)
             for _ in range(2)
@@ -182,10 +182,9 @@ async def test_two_upgrades_at_once_both_succeed(empty_postgresql_url: str) -> N
         waiting = text(
             "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_try_advisory_lock%'"
         )
-        while await in_the_way.scalar(waiting) != len(upgrades):
-            await in_the_way.rollback()
-        await in_the_way.execute(text("SELECT pg_advisory_unlock(7238001)"))
-        await in_the_way.commit()
+        async with engine.connect() as observer:
+            while await observer.scalar(waiting) != len(upgrades):
+                await observer.rollback()
 
     assert [await process.wait() for process in upgrades] == [0, 0]
     assert (await read_schema(engine)).revision == revisions.head()

@@ -1,0 +1,221 @@
+"""Migrations that are killed, that wait for a lock, or that find what another run has left."""
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection, NullPool, text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from service.db import ddl, migrations, revisions
+from service.db.schema import Schema, read_schema
+from tests.support.old_release import migrate_as_old_release, old_version
+from tests.support.postgres import Postgres
+
+# For each line with a URL, a revision and a number: fork, migrate, and before the statement of this number, or a
+# commit, kill the fork. Reads don't count: nothing has changed since the statement before. Print the exit status.
+MORTAL = """
+import os, signal, sys
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+from service.db import migrations, revisions
+
+def migrate(url, revision, last):
+    def die(*arguments):
+        nonlocal last
+        is_read = len(arguments) > 2 and arguments[2].lstrip().upper().startswith("SELECT")
+        last -= not is_read
+        if not last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    event.listen(Engine, "before_cursor_execute", die)
+    event.listen(Engine, "commit", die)
+    run = migrations.downgrade if revision < "0003" else migrations.upgrade
+    run(url, revision)
+
+for line in sys.stdin:
+    url, revision, number = line.split()
+    child = os.fork()
+    if not child:
+        migrate(url, revision, int(number))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+HEAD = revisions.head()
+UPGRADE = "import sys; from service.db import migrations; migrations.upgrade(sys.argv[1])"
+INSERT = "INSERT INTO bulk_loads (load_id, caller, method, options) VALUES (:name, 'ada', 'm', '')"
+IS_VALID = "SELECT indisvalid FROM pg_index WHERE indexrelid = 'uq_bulk_loads_caller_load_id'::regclass"
+INVALIDATE = """
+    UPDATE pg_index SET indisvalid = false
+    WHERE indexrelid = 'uq_bulk_loads_caller_load_id'::regclass
+"""
+
+
+@pytest.fixture
+async def url(postgres: Postgres) -> AsyncIterator[str]:
+    """An empty database on PostgreSQL."""
+    async with postgres.database() as url:
+        yield url
+
+
+@pytest.fixture
+async def engine(url: str) -> AsyncIterator[AsyncEngine]:
+    engine = create_async_engine(url, poolclass=NullPool)
+    yield engine
+    await engine.dispose()
+
+
+async def upgrade(url: str, revision: str = "head") -> None:
+    await asyncio.to_thread(migrations.upgrade, url, revision)
+
+
+async def execute(engine: AsyncEngine, statement: str, **parameters: str) -> None:
+    async with engine.begin() as connection:
+        await connection.execute(text(statement), parameters)
+
+
+@pytest.fixture
+async def mortal() -> AsyncIterator[asyncio.subprocess.Process]:
+    """A process that runs migrations and kills them."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", MORTAL, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    yield process
+    await process.communicate()
+
+
+async def is_killed(mortal: asyncio.subprocess.Process, url: str, revision: str, number: int) -> bool:
+    """Migrate, and kill the process before this statement; return whether that was before the end."""
+    assert mortal.stdin
+    assert mortal.stdout
+    mortal.stdin.write(f"{url} {revision} {number}\n".encode())
+    status = int(await mortal.stdout.readline())
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
+
+
+async def test_killed_migration_can_be_run_again(
+    mortal: asyncio.subprocess.Process, postgres: Postgres
+) -> None:
+    """Wherever it was killed, up and down, the next run completes; the old release can go on until then."""
+    number, goes_on = 0, True
+    while goes_on:
+        number += 1
+        async with postgres.database() as url:
+            engine = create_async_engine(url, poolclass=NullPool)
+            await migrate_as_old_release(engine)
+            await execute(engine, INSERT, name="nightly")
+
+            goes_on = await is_killed(mortal, url, HEAD, number)
+            after = ((await read_schema(engine)).revision, await old_version(engine))
+            assert after in [("0002", ["0002"]), ("0003", ["0002"]), (HEAD, [HEAD])]
+            await upgrade(url)
+            assert await read_schema(engine) == Schema(HEAD, "0003")
+
+            goes_on |= await is_killed(mortal, url, "0002", number)
+            await asyncio.to_thread(migrations.downgrade, url, "0002")
+            assert (await read_schema(engine), await old_version(engine)) == (Schema("0002"), ["0002"])
+            await engine.dispose()
+    assert number > 15
+
+
+async def test_killed_first_migration_can_be_run_again_on_sqlite(
+    mortal: asyncio.subprocess.Process, tmp_path: Path
+) -> None:
+    """All migrations are one transaction there."""
+    number, goes_on = 0, True
+    while goes_on:
+        number += 1
+        url = f"sqlite+aiosqlite:///{tmp_path}/{number}.db"
+        goes_on = await is_killed(mortal, url, HEAD, number)
+        engine = create_async_engine(url, poolclass=NullPool)
+        assert (await read_schema(engine)).revision == (None if goes_on else HEAD)
+        await upgrade(url)
+        assert await read_schema(engine) == Schema(HEAD, "0003")
+        await engine.dispose()
+    assert number > 15
+
+
+async def test_calls_go_on_while_a_migration_waits_for_a_lock(
+    url: str, engine: AsyncEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It gives up its place in the queue, names the session it waits for, and tries again."""
+    await migrate_as_old_release(engine)
+    await upgrade(url, "0003")
+    async with engine.connect() as report:
+        await report.execute(text("SET application_name = 'report'"))
+        await report.execute(text("SELECT * FROM bulk_loads"))
+        with caplog.at_level(logging.WARNING):
+            upgrading = asyncio.create_task(upgrade(url))
+            calls = 0
+            while "trying again in 2 s" not in caplog.text:
+                async with asyncio.timeout(3):
+                    await execute(engine, INSERT, name=f"load {calls}")
+                calls += 1
+        pid = await report.scalar(text("SELECT pg_backend_pid()"))
+    await upgrading
+
+    assert f"pid {pid} (role postgres, application 'report')" in caplog.text
+    assert (await read_schema(engine)).revision == HEAD
+
+
+async def test_invalid_index_is_built_again(url: str, engine: AsyncEngine) -> None:
+    """A run that was interrupted while it built one leaves it, and no insert looks at it."""
+    await migrate_as_old_release(engine)
+    await execute(engine, "CREATE UNIQUE INDEX uq_bulk_loads_caller_load_id ON bulk_loads (caller, load_id)")
+    await execute(engine, INVALIDATE)
+
+    await upgrade(url, "0003")
+
+    async with engine.connect() as connection:
+        assert await connection.scalar(text(IS_VALID)) is True
+
+
+async def test_index_waits_for_an_open_transaction(url: str, engine: AsyncEngine) -> None:
+    """For longer than lock_timeout; a second migration that waits for the first does not block it."""
+    await migrate_as_old_release(engine)
+    async with engine.connect() as writer, engine.connect() as observer:
+        await writer.execute(text(INSERT), {"name": "nightly"})
+        upgrades = [
+            await asyncio.create_subprocess_exec(sys.executable, "-c", UPGRADE, url) for _ in range(2)
+        ]
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE :query AND {}"
+        long = text(waiting.format("query_start < clock_timestamp() - interval '1.5 s'"))
+        while not await observer.scalar(long, {"query": "CREATE UNIQUE INDEX CONCURRENTLY%"}):
+            await observer.rollback()
+        polling = text(waiting.format("true"))
+        while not await observer.scalar(polling, {"query": "SELECT pg_try_advisory_lock%"}):
+            await observer.rollback()
+    assert [await process.wait() for process in upgrades] == [0, 0]
+
+    assert (await read_schema(engine)).revision == HEAD
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+async def test_backfill_goes_on_where_it_was_interrupted(kind: str, url: str, tmp_path: Path) -> None:
+    """It commits each batch on PostgreSQL, and leaves filled rows alone."""
+    engine = create_async_engine(url if kind == "postgresql" else f"sqlite+aiosqlite:///{tmp_path}/x.db")
+    await migrate_as_old_release(engine)
+    for number in (1, 2, 3, 10, 1_000_000_000_000, 1_000_000_000_001):
+        await execute(engine, f"INSERT INTO users (id, email) VALUES ({number}, '{number}@example.org')")
+    await execute(engine, "UPDATE users SET full_name = 'filled before' WHERE id < 3")
+    fill = "UPDATE users SET full_name = email WHERE id BETWEEN :first AND :last AND full_name IS NULL"
+
+    def run(connection: Connection) -> None:
+        with Operations.context(MigrationContext.configure(connection)):
+            ddl.backfill("users", fill, batch_rows=2)
+
+    async with engine.connect() as connection:
+        await connection.run_sync(run)
+        await connection.commit()
+        names = (await connection.scalars(text("SELECT full_name FROM users ORDER BY id"))).all()
+    await engine.dispose()
+
+    assert names[:3] == ["filled before", "filled before", "3@example.org"]
+    assert names[3:] == [f"{number}@example.org" for number in (10, 1_000_000_000_000, 1_000_000_000_001)]

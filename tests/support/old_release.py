@@ -1,0 +1,34 @@
+"""The schema as the release before revision 0003 left it, with its version in `alembic_version`."""
+
+from collections.abc import Sequence
+
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, text
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from service.db import revisions
+
+
+async def migrate_as_old_release(engine: AsyncEngine, revision: str = "0002") -> None:
+    """Bring an empty database up to a revision, as that release did."""
+    async with engine.begin() as connection:
+        await connection.run_sync(_migrate, revision)
+
+
+def _migrate(connection: Connection, revision: str) -> None:
+    scripts = ScriptDirectory.from_config(revisions.config())
+    context = MigrationContext.configure(
+        connection, opts={"fn": lambda current, _: scripts._upgrade_revs(revision, current)}
+    )
+    with Operations.context(context):
+        context.run_migrations()
+
+
+async def old_version(engine: AsyncEngine) -> Sequence[str] | None:
+    """Return the rows of `alembic_version`, None if there is no such table."""
+    async with engine.connect() as connection:
+        if not await connection.run_sync(lambda sync: sync.dialect.has_table(sync, "alembic_version")):
+            return None
+        return (await connection.scalars(text("SELECT version_num FROM alembic_version"))).all()
