@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import time
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from alembic import context
@@ -14,11 +13,10 @@ from alembic.util import CommandError
 from sqlalchemy import Connection, DefaultClause, Table, text
 from sqlalchemy.exc import DBAPIError
 
-import service.db.servers
 import service.idempotency
 import service.loads.model
 import service.posts.model
-import service.users.model  # noqa: F401  (importing a module registers its tables)
+import service.users.model  # noqa: F401  (importing a module registers its tables; `migrations` does so for servers)
 from service.db import schema
 from service.db.base import Base, UtcDateTime, now
 from service.db.ddl import LOCK_TIMEOUT
@@ -169,16 +167,17 @@ def run_migrations(connection: Connection) -> None:
     if context.get_context().opts.get("dont_mutate"):  # `alembic current`
         context.run_migrations()
         return
-    with transaction(connection):
-        schema.prepare(connection, set(Base.metadata.tables))
+    schema.prepare(connection, set(Base.metadata.tables))
+    commit_step(connection)
     context.run_migrations()
-    with transaction(connection):
-        schema.hand_back(connection)
+    schema.hand_back(connection)
+    commit_step(connection)
 
 
-def transaction(connection: Connection) -> AbstractContextManager[object]:
-    """Begin a transaction, unless all migrations run in one."""
-    return nullcontext() if connection.in_transaction() else connection.begin()
+def commit_step(connection: Connection) -> None:
+    """Commit, unless all migrations are one transaction."""
+    if connection.dialect.name != "sqlite":
+        connection.commit()
 
 
 def wait_for_other_migrations(connection: Connection) -> None:

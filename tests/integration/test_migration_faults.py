@@ -18,8 +18,8 @@ from service.db.schema import Schema, read_schema
 from tests.support.old_release import migrate_as_old_release, old_version
 from tests.support.postgres import Postgres
 
-# For each line with a URL, a revision and a number: fork, migrate, and before the statement of this number, or a
-# commit, kill the fork. Reads don't count: nothing has changed since the statement before. Print the exit status.
+# For each line with a URL, a revision and a number: fork, migrate, and kill the fork before the statement or
+# commit of this number; print the exit status. Reads don't count: they change nothing.
 MORTAL = """
 import os, signal, sys
 from sqlalchemy import event
@@ -100,6 +100,7 @@ async def is_killed(mortal: asyncio.subprocess.Process, url: str, revision: str,
     return status != 0
 
 
+@pytest.mark.timeout(300)
 async def test_killed_migration_can_be_run_again(
     mortal: asyncio.subprocess.Process, postgres: Postgres
 ) -> None:
