@@ -36,7 +36,7 @@ def report_migration_errors(settings: Settings) -> Iterator[None]:
             ) from None
         hint = "; create the database first, as with `createdb`" if code_of(error) == UNKNOWN_DATABASE else ""
         cause = getattr(error, "orig", None) or error
-        raise UsageError(f"the schema was not changed: {cause}{hint}") from None
+        raise UsageError(f"the migration failed: {cause}{hint}") from None
 
 
 def folder_problem(settings: Settings) -> str:

@@ -169,7 +169,7 @@ async def test_prints_sql_without_running_it(empty_url: str, tmp_path: Path) -> 
     """The output is only SQL, so it can be piped."""
     printed = await run(ROSTER, "migrate", "--sql", folder=tmp_path, ROSTER_DATABASE_URL=empty_url)
     assert (printed.status, printed.err) == (0, "")
-    assert printed.out.startswith("BEGIN;\n")
+    assert printed.out.startswith("SET lock_timeout = '1s';\n\nBEGIN;\n")
     assert printed.out.rstrip().endswith("COMMIT;")
     assert "CREATE TABLE users (" in printed.out
 
@@ -195,7 +195,7 @@ async def test_reports_a_file_that_is_not_a_database(tmp_path: Path) -> None:
     (tmp_path / "roster.db").write_text("Dear diary")
     ended = await run(ROSTER, "serve", folder=tmp_path, ROSTER_LOG_LEVEL="WARNING")
 
-    assert ended == Ended(2, "", "Error: the schema was not changed: file is not a database\n")
+    assert ended == Ended(2, "", "Error: the migration failed: file is not a database\n")
     assert (tmp_path / "roster.db").read_text() == "Dear diary"
 
 

@@ -87,7 +87,7 @@ async def mortal() -> AsyncIterator[asyncio.subprocess.Process]:
         sys.executable, "-c", MORTAL, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
     )
     yield process
-    await process.communicate()
+    await process.communicate(b"")
 
 
 async def is_killed(mortal: asyncio.subprocess.Process, url: str, revision: str, number: int) -> bool:
