@@ -1,30 +1,48 @@
 """The environment of Alembic's commands; `service/db/migrations.py` passes the URL."""
 
 import asyncio
+import logging
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from alembic import context
 from alembic.ddl.sqlite import SQLiteImpl
 from alembic.operations.batch import ApplyBatchImpl, BatchOperationsImpl
-from sqlalchemy import Connection, DefaultClause, NullPool, Table
-from sqlalchemy.ext.asyncio import create_async_engine
+from alembic.runtime.migration import MigrationContext, MigrationInfo
+from alembic.util import CommandError
+from sqlalchemy import Connection, DefaultClause, Table, text
+from sqlalchemy.exc import DBAPIError
 
 import service.db.servers
 import service.idempotency
 import service.loads.model
 import service.posts.model
 import service.users.model  # noqa: F401  (importing a module registers its tables)
+from service.db import schema
 from service.db.base import Base, UtcDateTime, now
-from service.db.engine import connect
-from service.files import create_database
+from service.db.ddl import LOCK_TIMEOUT
+from service.db.errors import code_of
+from service.db.migrations import migration_engine
 from service.settings import Settings
 
-# Shared with the previous release, which takes it in its transaction; the number is arbitrary.
+log = logging.getLogger(__name__)
+
+# Shared with older releases, which take it in their transaction; the number is arbitrary.
 LOCK = "SELECT pg_try_advisory_lock(7238001)"
 LOCK_POLL_SECONDS = 0.1
-# Don't wait long for a table: calls would queue after the waiting statement.
-LOCK_TIMEOUT = "5s"
+LOCK_ERRORS = {"55P03", "40P01"}  # lock_timeout, and a deadlock with somebody else's locks
+PAUSES_SECONDS = (1, 2, 4, 8, 15, 15, 15)
+# Sessions that have held a lock on a table of Roster for longer than the migration has waited. Only members
+# of their role, or of pg_read_all_stats, see since when.
+HOLDERS = """
+    SELECT DISTINCT pid, usename, application_name
+    FROM pg_locks JOIN pg_stat_activity USING (pid)
+    WHERE locktype = 'relation' AND granted AND pid <> pg_backend_pid()
+      AND relation IN (SELECT oid FROM pg_class WHERE relname = ANY (CAST(:tables AS text[])))
+      AND coalesce(xact_start < clock_timestamp() - CAST(:waited AS interval), true)
+    ORDER BY pid
+"""
 
 
 class SqliteImpl(SQLiteImpl):
@@ -76,72 +94,131 @@ def render_item(kind: str, item: Any, _: Any) -> str | bool:
     return False
 
 
+def include_name(name: str | None, kind: str, _: object) -> bool:
+    """Leave out tables that no model describes: those of the version, also that of other applications."""
+    return kind != "table" or name not in {schema.COMPATIBILITY.name, schema.OLD_VERSION_TABLE}
+
+
+def record_step(ctx: MigrationContext, step: MigrationInfo, heads: set[str], **_: object) -> None:
+    """Record, in the transaction of a migration, which releases its result admits."""
+    number = next(iter(heads), None)
+    if ctx.connection is not None and not ctx.as_sql:
+        schema.record(ctx.connection, number)
+        return
+    # The SQL is for a database that an older release has never migrated.
+    if step.is_upgrade and not step.down_revision_ids:
+        for statement in schema.CREATE_COMPATIBILITY:
+            ctx.execute(statement)
+    ctx.execute(schema.compatibility_of(number))
+
+
 OPTIONS: dict[str, Any] = {
     "target_metadata": Base.metadata,
     "render_as_batch": True,
     "render_item": render_item,
     "process_revision_directives": number_revisions,
-    # SQLite can roll back DDL too.
     "transactional_ddl": True,
+    "version_table": schema.VERSION_TABLE,
+    "on_version_apply": record_step,
+    "include_name": include_name,
 }
 
 
 def run(connection: Connection) -> None:
     if connection.dialect.name == "sqlite":
-        run_sqlite(connection)
+        run_on_sqlite(connection)
     else:
-        run_postgresql(connection)
+        run_on_postgresql(connection)
 
 
-def run_sqlite(connection: Connection) -> None:
+def run_on_sqlite(connection: Connection) -> None:
     """Run all migrations in one transaction; SQLite can roll back DDL too."""
     context.configure(connection=connection, **OPTIONS)
     with context.begin_transaction():
         connection.exec_driver_sql("BEGIN IMMEDIATE")
+        run_migrations(connection)
+
+
+def run_on_postgresql(connection: Connection) -> None:
+    """Run each migration in a transaction of its own, holding the lock of the session.
+
+    A migration that waits for a lock for too long is rolled back and tried again after a pause, in which the
+    calls that have queued after it go on.
+    """
+    wait_for_other_migrations(connection)
+    for pause in (*PAUSES_SECONDS, None):
+        context.configure(connection=connection, transaction_per_migration=True, **OPTIONS)
+        try:
+            with context.begin_transaction():
+                run_migrations(connection)
+        except DBAPIError as error:
+            if code_of(error) not in LOCK_ERRORS:
+                raise
+            connection.rollback()
+            if pause is None:
+                advice = "end these sessions or wait for them, then run this again"
+                raise CommandError(f"{blocked(connection)}; {advice}") from error
+            log.warning("%s; trying again in %s s", blocked(connection), pause)
+            time.sleep(pause)
+        else:
+            return
+
+
+def run_migrations(connection: Connection) -> None:
+    """Run the migrations between the steps that keep the version."""
+    if context.get_context().opts.get("dont_mutate"):  # `alembic current`
         context.run_migrations()
+        return
+    with transaction(connection):
+        schema.prepare(connection, set(Base.metadata.tables))
+    context.run_migrations()
+    with transaction(connection):
+        schema.hand_back(connection)
 
 
-def run_postgresql(connection: Connection) -> None:
-    """Run each migration in a transaction of its own, holding the lock of the session."""
-    wait_for_lock(connection)
-    context.configure(connection=connection, transaction_per_migration=True, **OPTIONS)
-    with context.begin_transaction():
-        context.run_migrations()
+def transaction(connection: Connection) -> AbstractContextManager[object]:
+    """Begin a transaction, unless all migrations run in one."""
+    return nullcontext() if connection.in_transaction() else connection.begin()
 
 
-def wait_for_lock(connection: Connection) -> None:
-    """Wait for a migration that is already running; the lock is held until the connection is closed.
+def wait_for_other_migrations(connection: Connection) -> None:
+    """Take the lock against other migrations, which is held until the connection is closed.
 
     Neither holding the lock nor waiting for it may keep a transaction or a snapshot open: an index that the
     other migration builds CONCURRENTLY would wait for it for ever. Therefore this polls, in autocommit.
     """
     autocommit = connection.execution_options(isolation_level="AUTOCOMMIT")
-    while not autocommit.exec_driver_sql(LOCK).scalar():
-        time.sleep(LOCK_POLL_SECONDS)
+    if not autocommit.exec_driver_sql(LOCK).scalar():
+        log.warning("another migration is running; waiting for it to end")
+        while not autocommit.exec_driver_sql(LOCK).scalar():
+            time.sleep(LOCK_POLL_SECONDS)
     autocommit.exec_driver_sql(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
     autocommit.commit()
     connection.execution_options(isolation_level="READ COMMITTED")
 
 
+def blocked(connection: Connection) -> str:
+    """Return a sentence about the sessions that have kept a migration from its lock."""
+    tables = [*Base.metadata.tables]
+    rows = connection.execute(text(HOLDERS), {"tables": tables, "waited": LOCK_TIMEOUT}).all()
+    connection.rollback()
+    holders = [f"pid {row.pid} (role {row.usename}, application {row.application_name!r})" for row in rows]
+    named = f": {', '.join(holders)}" if holders else ""
+    return f"the migration waits for a table that other sessions have locked{named}"
+
+
 async def run_online(url: str) -> None:
-    # Not the engine of the service: on SQLite it enforces foreign keys, and replacing a table would delete
-    # the rows that refer to it.
-    options = {"async_creator_fn": connect}
-    if url.startswith("sqlite"):
-        options = {}
-        create_database(url)
-    engine = create_async_engine(url, poolclass=NullPool, connect_args=options)
-    async with engine.connect() as connection:
+    async with migration_engine(url).connect() as connection:
         await connection.run_sync(run)
 
 
 def run_offline(url: str) -> None:
-    context.configure(url=url, literal_binds=True, **OPTIONS)
+    context.configure(url=url, literal_binds=True, transaction_per_migration=True, **OPTIONS)
     with context.begin_transaction():
         context.run_migrations()
 
 
-url = context.config.attributes.get("url") or Settings().database_url
+url = context.config.attributes.get("url") or Settings().direct_url
 if context.is_offline_mode():
     run_offline(url)
 else:

@@ -23,6 +23,7 @@ from service.db.engine import Database
 from service.db.reads import Reader
 from service.errors import RosterError
 from service.health import Health
+from service.heartbeat import Heartbeat
 from service.idempotency import delete_expired_requests
 from service.interceptors.audit import audit_writes
 from service.interceptors.auth import Auth
@@ -128,6 +129,7 @@ class Server:
         )
         self.bulk = BulkStreams(self.database)
         self.health = Health(self.database, SERVICE_NAMES)
+        self.heartbeat = Heartbeat(self.database)
         self._add_services()
         self.address = self.health_address = self.metrics_address = ""
         self._close_metrics: Callable[[], None] = lambda: None
@@ -156,7 +158,8 @@ class Server:
         await self.health.start()
         await self.health_server.start()
         await self.server.start()
-        self._chores = [asyncio.create_task(self._delete_expired()), asyncio.create_task(trim_forever())]
+        chores = self._delete_expired(), trim_forever(), self.heartbeat.beat_forever()
+        self._chores = [*map(asyncio.create_task, chores)]
 
     async def stop(self, grace: float | None = None) -> None:
         """Refuse new calls, finish those in flight, and close the database, within `grace` seconds.
@@ -182,6 +185,8 @@ class Server:
         for chore in self._chores:
             chore.cancel()
             await asyncio.wait([chore], timeout=CUT_OFF_SECONDS)  # it may be committing
+        if self._chores:
+            await self.heartbeat.stop()
         await self.health_server.stop(1)  # its watches are already ending
         await asyncio.to_thread(self._close_metrics)
         self.passwords.close()

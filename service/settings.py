@@ -52,6 +52,7 @@ FOR_CLIENTS = {
 }
 FOR_TOKENS = {f"{PREFIX}JWT_ISSUER": "issuer", f"{PREFIX}JWT_AUDIENCE": "audience"}
 DATABASE_URLS = {f"{PREFIX}DATABASE_URL", f"{PREFIX}DATABASE_URL_FILE", "DATABASE_URL"}
+MIGRATION_URLS = {f"{PREFIX}MIGRATION_URL", f"{PREFIX}MIGRATION_URL_FILE"}
 # Variables of the tests, and those that Kubernetes sets for a service named roster.
 FOREIGN = re.compile(rf"{PREFIX}(TEST_|SERVICE_|PORT(_|$))")
 ADDRESS = re.compile(r"unix:.+|(\[.+\]|[^:\[]*):([0-9]{1,5})")
@@ -179,6 +180,11 @@ class Settings(BaseSettings):
         description="postgresql://user@host/name, or sqlite:///file",
         validation_alias=AliasChoices("ROSTER_DATABASE_URL", "DATABASE_URL"),
     )
+    migration_url: str | None = Field(
+        None,
+        description="the same database for `roster migrate`: as the owner of the schema, without a pooler; "
+        "by default ROSTER_DATABASE_URL",
+    )
     pool_size: Count = Field(10, description="connections kept open for calls")
     max_overflow: int = Field(10, ge=0, description="extra connections under load")
     pool_timeout: Seconds = Field(2, description="seconds that a call waits for a connection")
@@ -238,9 +244,11 @@ class Settings(BaseSettings):
             raise ValueError("is empty; give it a value, or leave it unset to use the default")
         return value
 
-    @field_validator("database_url")
+    @field_validator("database_url", "migration_url")
     @classmethod
-    def _add_driver(cls, value: str) -> str:
+    def _add_driver(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
         try:
             url = make_url(value)
         except (ArgumentError, ValueError):
@@ -303,6 +311,11 @@ class Settings(BaseSettings):
         return next(filter(None, protocols), "http/protobuf")
 
     @property
+    def direct_url(self) -> str:
+        """The URL of the database for migrations."""
+        return self.migration_url or self.database_url
+
+    @property
     def is_embedded(self) -> bool:
         """Whether the database is SQLite."""
         return self.database_url.startswith("sqlite")
@@ -314,13 +327,23 @@ def folder_options(options: Mapping[str, str]) -> dict[str, Any]:
     return {option: variables[name] for name, option in options.items() if variables.get(name)}
 
 
-def is_password_redirected(database_url: str) -> bool:
+def is_password_redirected(settings: Settings) -> bool:
     """Return whether PGPASSWORD, from the environment, would be sent to a database named in `.env`."""
+    urls = [(settings.database_url, DATABASE_URLS), (settings.migration_url, MIGRATION_URLS)]
+    return "PGPASSWORD" in os.environ and any(
+        url and _needs_password(url) and _is_named_in_folder(variables) for url, variables in urls
+    )
+
+
+def _needs_password(database_url: str) -> bool:
     url = make_url(database_url)
-    if "PGPASSWORD" not in os.environ or url.password or url.get_backend_name() != "postgresql":
-        return False
-    is_in_environment = not DATABASE_URLS.isdisjoint(map(str.upper, os.environ))
-    return not is_in_environment and not DATABASE_URLS.isdisjoint(folder_variables())
+    return not url.password and url.get_backend_name() == "postgresql"
+
+
+def _is_named_in_folder(variables: set[str]) -> bool:
+    """Return whether `.env` sets one of these variables, and the environment sets none of them."""
+    is_in_environment = not variables.isdisjoint(map(str.upper, os.environ))
+    return not is_in_environment and not variables.isdisjoint(folder_variables())
 
 
 def unknown_settings() -> Iterator[str]:
@@ -389,6 +412,11 @@ def _contradictions(settings: Settings) -> Iterator[Contradiction]:
             ("grace", "drain_pause"),
             f"must be at least {MIN_GRACE_SECONDS} s more than ROSTER_DRAIN_PAUSE, which it includes: the "
             "rest is for calls in flight",
+        )
+    if settings.direct_url.startswith("sqlite") != settings.is_embedded:
+        yield Contradiction(
+            ("migration_url", "database_url"),
+            "must name the database of ROSTER_DATABASE_URL, but one is PostgreSQL and the other SQLite",
         )
     if settings.workers > 1 and settings.is_embedded:
         yield Contradiction(

@@ -33,14 +33,19 @@ ALTER DEFAULT PRIVILEGES FOR ROLE roster_migrator IN SCHEMA public
 ALTER DEFAULT PRIVILEGES FOR ROLE roster_migrator IN SCHEMA public
     GRANT USAGE, UPDATE ON SEQUENCES TO roster_service;
 
--- The service reads the revision of the schema, but only migrations may write it. If Alembic created this table
--- itself, the default privileges would let the service write to it.
-CREATE TABLE IF NOT EXISTS alembic_version (
-    version_num varchar(32) CONSTRAINT alembic_version_pkc PRIMARY KEY
+-- The service reads the revision of the schema, but only migrations may write it. If a migration created these
+-- tables, the default privileges would let the service write to them.
+CREATE TABLE IF NOT EXISTS roster_schema (
+    version_num varchar(32) CONSTRAINT roster_schema_pkc PRIMARY KEY
 );
-ALTER TABLE alembic_version OWNER TO roster_migrator;
-REVOKE ALL ON alembic_version FROM roster_service;
-GRANT SELECT ON alembic_version TO roster_service;
+CREATE TABLE IF NOT EXISTS schema_compatibility (
+    min_revision varchar(32) NOT NULL,
+    keeps_alembic_version boolean NOT NULL
+);
+ALTER TABLE roster_schema OWNER TO roster_migrator;
+ALTER TABLE schema_compatibility OWNER TO roster_migrator;
+REVOKE ALL ON roster_schema, schema_compatibility FROM roster_service;
+GRANT SELECT ON roster_schema, schema_compatibility TO roster_service;
 
 -- PostgreSQL logs the service's statements without parameters and rows. Only a superuser can set this; if you are
 -- not one, have it set in the server's configuration.

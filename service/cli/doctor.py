@@ -14,10 +14,10 @@ from sqlalchemy.exc import DBAPIError
 
 from service.auth.tls import expiry, server_credentials
 from service.cli.environment import read_settings
-from service.cli.migrate import folder_problem, schema_problem
+from service.cli.migrate import folder_problem
 from service.cli.terminal import UsageError, echo, pluralize
-from service.db import migrations
 from service.db.engine import Database
+from service.db.schema import read_schema
 from service.files import exposed, sqlite_path
 from service.server import authentication
 from service.settings import Settings, unknown_settings
@@ -127,9 +127,9 @@ async def _check_database(settings: Settings, report: Report) -> None:
     url = make_url(settings.database_url)
     database = Database(settings)
     try:
-        revision = await migrations.current(database.engine)
+        schema = await read_schema(database.engine)
         report.ok("database", f"connected to {url.set(drivername=url.get_backend_name(), query={})!r}")
-        report.check("schema", schema_problem(revision), f"revision {revision}")
+        report.check("schema", "" if schema.is_usable else str(schema), str(schema))
         if not database.is_sqlite:
             await _check_connections(database, settings, report)
             await _check_clock(database, report)

@@ -16,7 +16,7 @@ def read_settings() -> Settings:
         raise UsageError(*lines) from None
     except OSError as error:
         raise UsageError(str(error)) from None
-    if is_password_redirected(settings.database_url):
+    if is_password_redirected(settings):
         raise UsageError(
             "PGPASSWORD of the environment would be sent to the database in the .env of this directory; "
             "set ROSTER_DATABASE_URL in the environment, or set both in the same place"

@@ -1,8 +1,8 @@
 """`roster migrate`: migrate the database schema."""
 
-import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import click
 from alembic.util import CommandError
@@ -10,9 +10,9 @@ from sqlalchemy.exc import DBAPIError
 
 from service.cli.environment import read_settings
 from service.cli.terminal import UsageError, echo
-from service.db import migrations
-from service.db.engine import Database
+from service.db import migrations, revisions
 from service.db.errors import code_of
+from service.db.schema import Schema
 from service.files import sqlite_path
 from service.settings import Settings
 
@@ -46,56 +46,68 @@ def folder_problem(settings: Settings) -> str:
     return ""
 
 
-def schema_problem(revision: str | None) -> str:
-    """Return why this release can't use a schema at this revision, and what to do; "" if it can."""
-    needed = migrations.head()
-    if revision == needed:
-        return ""
-    if revision in (None, *migrations.revisions()):
-        return (
-            f"the schema is at revision {revision or 'none'}, but this release needs {needed}; "
-            "run `roster migrate` with the same ROSTER_DATABASE_URL"
-        )
-    return (
-        f"the schema is at revision {revision}, which is newer than this release, which needs {needed}; "
-        f"run the newer release, or downgrade with its `roster migrate --down {needed}`"
-    )
-
-
 @click.command(short_help="Migrate the database schema to this release.")
-@click.option("--sql", is_flag=True, help="Print the SQL without running it.")
+@click.option("--sql", is_flag=True, help="Print the SQL for an empty database without running it.")
+@click.option(
+    "--contract",
+    is_flag=True,
+    help="Complete an upgrade: also remove what only older servers need. Refused while any of them runs.",
+)
 @click.option(
     "--down", metavar="REVISION", help="Downgrade to this revision; data that it can't hold is dropped."
 )
-def migrate(down: str | None, *, sql: bool) -> None:
+def migrate(down: str | None, *, sql: bool, contract: bool) -> None:
     """Migrate the schema of the database in ROSTER_DATABASE_URL to what this release needs.
 
-    It is safe to run this more than once, and at the same time: the second run waits for the first.
+    Servers of the release before can go on running. ROSTER_MIGRATION_URL, if it is set, names the same
+    database for a role that owns the schema. It is safe to run this more than once, and at the same time: the
+    second run waits for the first.
     """
     settings = read_settings()
-    url = settings.database_url
-    known = ["base", *migrations.revisions()]
+    url = settings.direct_url
+    known = ["base", *revisions.numbers()]
     if down and down not in known and not down.startswith("-"):
         raise UsageError(f"this release has no revision {down}; it has {', '.join(known)}")
+    if sum([bool(down), sql, contract]) > 1:
+        raise UsageError("--sql, --contract and --down exclude each other")
     with report_migration_errors(settings):
         if sql:
             migrations.sql(url)
-            return
-        before = asyncio.run(_revision(settings))
-        if down:
-            migrations.downgrade(url, down)
+        elif down:
+            _report(url, lambda _: migrations.downgrade(url, down))
         else:
-            migrations.upgrade(url)
-    after = asyncio.run(_revision(settings))
-    if after == before:
-        echo(f"schema is up to date (revision {after or 'none'})")
+            _report(url, partial(_upgrade, url, goes_all_the_way=contract or settings.is_embedded))
+
+
+def _upgrade(url: str, before: Schema, *, goes_all_the_way: bool) -> None:
+    if before.is_newer:
+        raise UsageError(str(before))
+    is_new = before.revision is None
+    if goes_all_the_way and not is_new and not url.startswith("sqlite"):
+        _refuse_older_servers(url)
+    if goes_all_the_way or is_new:
+        migrations.upgrade(url)
+    elif target := revisions.last_before_contracting(before.revision):
+        migrations.upgrade(url, target)
+
+
+def _refuse_older_servers(url: str) -> None:
+    if servers := migrations.older_servers_of(url):
+        raise UsageError(
+            "the schema was not changed, because servers are running that can't use the new one; stop or "
+            "upgrade them, then run this again:",
+            *servers,
+        )
+
+
+def _report(url: str, migrate: Callable[[Schema], None]) -> None:
+    """Run a migration, and print what it has changed and what is left to do."""
+    before = migrations.schema(url)
+    migrate(before)
+    after = migrations.schema(url)
+    if after.revision == before.revision:
+        echo(f"schema is up to date (revision {after.revision or 'none'})")
     else:
-        echo(f"schema migrated from revision {before or 'none'} to {after or 'none'}")
-
-
-async def _revision(settings: Settings) -> str | None:
-    database = Database(settings)
-    try:
-        return await migrations.current(database.engine)
-    finally:
-        await database.close()
+        echo(f"schema migrated from revision {before.revision or 'none'} to {after.revision or 'none'}")
+    if after.is_usable and after.revision != revisions.head():
+        echo(str(after))

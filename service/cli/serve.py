@@ -13,12 +13,13 @@ from sqlalchemy.exc import DBAPIError
 
 from service import logs, workers
 from service.cli.environment import read_settings, settings_help
-from service.cli.migrate import report_migration_errors, schema_problem
+from service.cli.migrate import report_migration_errors
 from service.cli.terminal import UsageError, echo
 from service.connections import raise_file_limit
 from service.db import migrations
 from service.db.engine import Database
 from service.db.errors import code_of
+from service.db.schema import read_schema
 from service.files import exposed
 from service.server import Server
 from service.settings import Settings, is_local, unknown_settings
@@ -46,7 +47,8 @@ def serve(*, is_worker: bool) -> None:
             log.warning(unknown)
     if settings.is_embedded:
         with report_migration_errors(settings):
-            migrations.upgrade(settings.database_url)
+            if not migrations.schema(settings.direct_url).is_newer:
+                migrations.upgrade(settings.direct_url)
         for danger in exposed(settings.database_url):
             log.warning("%s", danger)
     try:
@@ -107,8 +109,10 @@ async def _wait_for_schema(database: Database, max_seconds: float, stopping: asy
     end = loop.time() + max_seconds
     while not stopping.is_set():
         try:
-            if problem := schema_problem(await migrations.current(database.engine)):
-                raise UsageError(problem)
+            schema = await read_schema(database.engine)
+            if not schema.is_usable:
+                raise UsageError(str(schema))
+            log.info("%s", schema)
         except (DBAPIError, OSError) as error:
             cause = getattr(error, "orig", None) or error
             is_permanent = code_of(error).startswith(PERMANENT_ERRORS)

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import sqlalchemy as sa
 from alembic import op
 
+# Don't wait long for a table: calls would queue after the waiting statement.
+LOCK_TIMEOUT = "1s"
 IS_VALID = sa.text("SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(:name)")
 
 
@@ -58,4 +60,4 @@ def _outside_transaction() -> Iterator[None]:
         try:
             yield
         finally:
-            op.execute("RESET lock_timeout")
+            op.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'")

@@ -16,7 +16,7 @@ from sqlalchemy import event, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
 from service.auth.caller import current_share
-from service.db import interruptible
+from service.db import interruptible, revisions
 from service.db.base import ReadSession, Session
 from service.db.cancelled import keep_connections_of_cancelled_reads
 from service.db.errors import may_have_committed, translate_errors
@@ -156,7 +156,8 @@ class _PostgreSQL:
                 # The server's own timeout comes first; this one is for a server that is gone.
                 "command_timeout": settings.statement_timeout + 5,
                 "server_settings": {
-                    "application_name": "roster",
+                    # `roster migrate --contract` looks for sessions of servers that can't use its result.
+                    "application_name": f"roster {revisions.head()}",
                     "statement_timeout": timeout,
                     "idle_in_transaction_session_timeout": timeout,
                     "lock_timeout": f"{lock_timeout}s",

@@ -1,30 +1,27 @@
-"""The migrations of the schema: what `roster migrate` runs, and what `roster serve` asks before it starts.
+"""Run the migrations of the schema, for `roster migrate` and for the embedded SQLite.
 
-The functions without `async` block and run an event loop of their own: call them before the
-server's loop starts, or in a thread.
+These functions block and run an event loop of their own: call them before the server's loop starts, or in a
+thread.
 """
 
-from pathlib import Path
+import asyncio
 
 from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy import NullPool
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-SERVICE = Path(__file__).parents[1]
-
-
-def config(url: str = "") -> Config:
-    """Return Alembic's configuration for a database; without a URL, for the one in the settings."""
-    in_wheel, in_checkout = SERVICE / "alembic.ini", SERVICE.parent / "alembic.ini"
-    configuration = Config(in_wheel if in_wheel.exists() else in_checkout)
-    configuration.attributes["url"] = url
-    return configuration
+from service.db.engine import connect
+from service.db.revisions import config
+from service.db.schema import Schema, read_schema
+from service.db.servers import older_servers
+from service.files import create_database
 
 
 def upgrade(url: str, revision: str = "head") -> None:
-    """Bring the schema up to a revision, wholly or not at all; of two runs the second waits."""
+    """Bring the schema up to a revision; of two runs the second waits for the first.
+
+    On SQLite all migrations are applied or none. On PostgreSQL each is; to run this again continues.
+    """
     command.upgrade(config(url), revision)
 
 
@@ -38,17 +35,32 @@ def sql(url: str, revision: str = "head") -> None:
     command.upgrade(config(url), revision, sql=True)
 
 
-def head() -> str | None:
-    """Return the revision that this code was written for."""
-    return ScriptDirectory.from_config(config()).get_current_head()
+def schema(url: str) -> Schema:
+    """Return the state of the schema in a database."""
+
+    async def read() -> Schema:
+        return await read_schema(migration_engine(url))
+
+    return asyncio.run(read())
 
 
-def revisions() -> list[str]:
-    """Return the revisions of this code, the first one first; a newer release may have brought others."""
-    return [known.revision for known in ScriptDirectory.from_config(config()).walk_revisions()][::-1]
+def older_servers_of(url: str) -> list[str]:
+    """Describe the running servers that can't use the newest schema of this release."""
+
+    async def read() -> list[str]:
+        async with migration_engine(url).connect() as connection:
+            return await older_servers(connection)
+
+    return asyncio.run(read())
 
 
-async def current(engine: AsyncEngine) -> str | None:
-    """Return the revision that the database is at; None where it was never migrated."""
-    async with engine.connect() as connection:
-        return await connection.run_sync(lambda sync: MigrationContext.configure(sync).get_current_revision())
+def migration_engine(url: str) -> AsyncEngine:
+    """Return an engine for migrations.
+
+    Not that of the service: on SQLite it enforces foreign keys, and replacing a table would delete the rows
+    that refer to it.
+    """
+    if url.startswith("sqlite"):
+        create_database(url)
+        return create_async_engine(url, poolclass=NullPool)
+    return create_async_engine(url, poolclass=NullPool, connect_args={"async_creator_fn": connect})

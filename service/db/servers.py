@@ -1,12 +1,22 @@
-"""RunningServer: the table of running servers, which shows which releases use the database."""
+"""Which servers use the database: the table of running servers, and the sessions of PostgreSQL."""
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from uuid import UUID
 
-from sqlalchemy import Uuid
+from sqlalchemy import Uuid, column, func, inspect, select, table
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import Mapped, mapped_column
 
+from service.db import revisions
 from service.db.base import Base, UtcDateTime, now, text
+from service.db.schema import LAST_OLD_REVISION
+
+# A server whose last heartbeat is older is dead.
+LIFETIME = timedelta(seconds=60)
+# The application name of servers is `roster` and the revision of their code; up to revision 0002, `roster`.
+# Every role sees the names of all sessions, but only the addresses of its own.
+APPLICATION = "roster"
+SESSIONS = table("pg_stat_activity", *map(column, ("datname", "application_name", "client_addr")))
 
 
 class RunningServer(Base):
@@ -19,3 +29,50 @@ class RunningServer(Base):
     release: Mapped[str] = mapped_column(text(50))
     revision: Mapped[str] = mapped_column(text(32))
     seen_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
+
+
+async def older_servers(connection: AsyncConnection) -> list[str]:
+    """Describe the running servers that can't use the newest schema of this release.
+
+    Servers up to revision 0002 have no row in the table, but open sessions.
+    """
+    return [*await _older_rows(connection), *await _older_sessions(connection)]
+
+
+async def _older_rows(connection: AsyncConnection) -> list[str]:
+    if not await connection.run_sync(lambda sync: inspect(sync).has_table(RunningServer.__tablename__)):
+        return []
+    alive = select(RunningServer.name, RunningServer.release, RunningServer.revision).where(
+        RunningServer.seen_at > func.now() - LIFETIME
+    )
+    rows = (await connection.execute(alive.order_by(RunningServer.name))).all()
+    return [
+        f"server {row.name} of release {row.release} (revision {row.revision})"
+        for row in rows
+        if _is_older(row.revision)
+    ]
+
+
+async def _older_sessions(connection: AsyncConnection) -> list[str]:
+    name, address = SESSIONS.c.application_name, func.host(SESSIONS.c.client_addr)
+    sessions = (
+        select(name, address.label("address"), func.count().label("count"))
+        .where(SESSIONS.c.datname == func.current_database())
+        .where((name == APPLICATION) | name.startswith(f"{APPLICATION} "))
+        .group_by(name, address)
+        .order_by(name, address)
+    )
+    rows = (await connection.execute(sessions)).all()
+    return [
+        f"{row.count} sessions with the application name {row.application_name!r} "
+        f"from {row.address or 'an unknown address'}"
+        for row in rows
+        if _is_older(row.application_name.removeprefix(APPLICATION).strip() or LAST_OLD_REVISION)
+    ]
+
+
+def _is_older(revision: str) -> bool:
+    """Return whether code of this revision can't run on the newest schema of this release."""
+    min_revision = revisions.revisions()[-1].min_revision
+    older = revisions.numbers()[: revisions.numbers().index(min_revision)]
+    return revision in older

@@ -17,7 +17,8 @@ from roster.v1.bulk_pb2 import BulkOptions
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.db import migrations
+from service.db import revisions
+from service.db.schema import read_schema
 from service.settings import Settings
 from tests.support.command import ROSTER, Ended, Serving, run, serving, waiting_to_serve
 from tests.support.errors import refusal
@@ -131,7 +132,7 @@ async def test_refuses_an_old_schema_until_it_is_migrated(empty_url: str, tmp_pa
 
     migrated = await run(ROSTER, "migrate", folder=tmp_path, DATABASE_URL=url)
     again = await run(ROSTER, "migrate", folder=tmp_path, DATABASE_URL=url)
-    head = migrations.head()
+    head = revisions.head()
     assert migrated == Ended(0, f"schema migrated from revision none to {head}\n", "")
     assert again == Ended(0, f"schema is up to date (revision {head})\n", "")
 
@@ -173,7 +174,7 @@ async def test_prints_sql_without_running_it(empty_url: str, tmp_path: Path) -> 
     assert "CREATE TABLE users (" in printed.out
 
     engine = create_async_engine(empty_url)
-    assert await migrations.current(engine) is None
+    assert (await read_schema(engine)).revision is None
     await engine.dispose()
 
 

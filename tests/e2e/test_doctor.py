@@ -97,7 +97,8 @@ async def test_reports_another_schema(
     """An older schema needs a migration, a newer one a newer release."""
     engine = create_async_engine(postgresql_url)
     async with engine.begin() as connection:
-        await connection.execute(text(f"UPDATE alembic_version SET version_num = '{revision}'"))
+        await connection.execute(text(f"UPDATE roster_schema SET version_num = '{revision}'"))
+        await connection.execute(text(f"UPDATE schema_compatibility SET min_revision = '{revision}'"))
     await engine.dispose()
     ended = await doctor(tmp_path, ROSTER_DATABASE_URL=postgresql_url)
 

@@ -266,7 +266,8 @@ async def test_a_schema_that_is_newer_is_not_to_be_migrated(postgresql_url: str,
     """It says so, as `roster migrate` would be the wrong advice."""
     engine = create_async_engine(postgresql_url)
     async with engine.begin() as connection:
-        await connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+        await connection.execute(text("UPDATE roster_schema SET version_num = '9999'"))
+        await connection.execute(text("UPDATE schema_compatibility SET min_revision = '9999'"))
     await engine.dispose()
     ended = await run(ROSTER, "serve", folder=tmp_path, ROSTER_DATABASE_URL=postgresql_url)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from service.db import migrations
+from service.db import revisions
 
 CHECKOUT = Path(__file__).parents[2]
 FOLDERS = ("service", "protos", "alembic")
@@ -19,7 +19,7 @@ FILES = ("alembic.ini", "hatch_build.py", "pyproject.toml", "README.md", "LICENS
 MADE = shutil.ignore_patterns("__pycache__", "*_pb2*", "py.typed")
 MIGRATE = """
 import sys
-from service.db import migrations
+from service.db import migrations, revisions
 
 migrations.upgrade(sys.argv[1])
 print(migrations.__file__)
@@ -68,6 +68,4 @@ def test_installed_service_migrates_a_database(installed: Path, tmp_path: Path) 
     )
     assert Path(used.strip()).is_relative_to(installed)
     with closing(sqlite3.connect(database)) as connection:
-        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [
-            (migrations.head(),)
-        ]
+        assert connection.execute("SELECT version_num FROM roster_schema").fetchall() == [(revisions.head(),)]

@@ -1,0 +1,77 @@
+"""The heartbeat of a server: its row in the table of running servers."""
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from uuid import uuid4
+
+from sqlalchemy import delete, func
+
+from service import __version__
+from service.db import revisions
+from service.db.base import Session, now
+from service.db.dialect import insert
+from service.db.engine import Database
+from service.db.servers import LIFETIME, RunningServer
+from service.errors import RosterError
+
+log = logging.getLogger(__name__)
+
+INTERVAL_SECONDS = 10
+WRITE_SECONDS = 5
+MAX_NAME_CHARACTERS = 255
+
+
+class Heartbeat:
+    """Keeps the row of this process, so that `roster migrate --contract` knows of it.
+
+    Each write is a short transaction. If it fails, the next one is at the next interval. The sessions of the
+    server can be seen, too. A SQLite file has one server, which migrates it, so it needs no row.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._id = uuid4()
+        self._is_failing = False
+
+    async def beat_forever(self) -> None:
+        """Write the row and refresh it at an interval."""
+        if self._database.is_sqlite:
+            return
+        await self._write(self._delete_dead)
+        while True:
+            await self._write(self._refresh)
+            await asyncio.sleep(INTERVAL_SECONDS)
+
+    async def stop(self) -> None:
+        """Delete the row."""
+        if not self._database.is_sqlite:
+            await self._write(self._delete)
+
+    async def _write(self, write: Callable[[Session], Awaitable[None]]) -> None:
+        try:
+            async with asyncio.timeout(WRITE_SECONDS), self._database.begin() as session:
+                await write(session)
+        except (RosterError, TimeoutError) as error:
+            if not self._is_failing:
+                log.warning("the table of running servers can't be written: %s", error)
+            self._is_failing = True
+        except Exception:
+            log.exception("the heartbeat itself failed")
+        else:
+            self._is_failing = False
+
+    async def _refresh(self, session: Session) -> None:
+        name = f"{socket.gethostname()}/{os.getpid()}"[:MAX_NAME_CHARACTERS]
+        row = {"id": self._id, "name": name, "release": __version__, "revision": revisions.head()}
+        written = insert(session, RunningServer).values(row)
+        await session.execute(written.on_conflict_do_update(index_elements=["id"], set_={"seen_at": now()}))
+
+    async def _delete(self, session: Session) -> None:
+        await session.execute(delete(RunningServer).where(RunningServer.id == self._id))
+
+    @staticmethod
+    async def _delete_dead(session: Session) -> None:
+        await session.execute(delete(RunningServer).where(RunningServer.seen_at < func.now() - LIFETIME))
