@@ -214,6 +214,8 @@ async def run_online(url: str) -> None:
 
 def run_offline(url: str) -> None:
     context.configure(url=url, literal_binds=True, transaction_per_migration=True, **OPTIONS)
+    if not url.startswith("sqlite"):
+        context.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
     with context.begin_transaction():
         context.run_migrations()
 

@@ -1,5 +1,6 @@
 """`roster migrate`: migrate the database schema."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -63,6 +64,8 @@ def migrate(down: str | None, *, sql: bool, contract: bool) -> None:
     database for a role that owns the schema. It is safe to run this more than once, and at the same time: the
     second run waits for the first.
     """
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("service.db").setLevel(logging.INFO)  # the progress of long steps
     settings = read_settings()
     url = settings.direct_url
     known = ["base", *revisions.numbers()]
