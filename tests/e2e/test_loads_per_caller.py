@@ -25,6 +25,7 @@ from roster.v1.users_pb2 import BulkCreateUsersRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.client import BulkLoader
 from service.db import migrations
+from service.loads.repository import LoadRepository
 from tests.e2e.secured import Secured, secured
 from tests.support.errors import refusal
 from tests.support.load_stream import LOAD_ID, LoadStream, refused_to_open
@@ -164,6 +165,22 @@ async def test_admin_resumes_load_of_another_caller(
     (load,) = (await list_loads(loads[ADMIN], "")).loads
     assert (load.caller, load.options) == (LOADER, BulkOptions(load_id=LOAD_ID, return_ids=True))
     assert await emails(users[ADMIN]) == ["a", "b"]
+
+
+async def test_admin_resumes_load_from_before_authentication(
+    roster: Secured, users: dict[str, UserServiceStub]
+) -> None:
+    """It belongs to `anonymous`; a caller with an identity begins another load."""
+    options = BulkOptions(load_id=LOAD_ID).SerializeToString()
+    async with roster.server.database.begin() as session:
+        method = "roster.v1.UserService.BulkCreateUsers"
+        await LoadRepository(session, "anonymous").open(LOAD_ID, method, options)
+
+    admin = await LoadStream.open(users[ADMIN], caller="anonymous")
+    other = await LoadStream.open(users[LOADER])
+
+    assert (admin.opened.caller, other.opened.caller) == ("anonymous", LOADER)
+    assert (await admin.acknowledged("a")).created == 1
 
 
 async def test_rows_of_an_admin_count_as_the_admins(

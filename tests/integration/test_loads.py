@@ -202,6 +202,19 @@ async def test_both_releases_open_a_load_at_once(expanded: Database) -> None:
     assert sorted([*epochs, *(load.epoch for load in loads)]) == [2, 3, 4, 5, 6, 7, 8, 9]
 
 
+async def test_load_goes_on_through_contracting_migration(database_url: str, expanded: Database) -> None:
+    """It keeps its outcomes and its stream, and another caller can then begin a load of its name."""
+    load = await opened(expanded)
+    await recorded(expanded, load, 0, of(CREATED, FAILED, ids=[7, 0], row1=BAD))
+
+    await asyncio.to_thread(migrations.upgrade, database_url)
+
+    await recorded(expanded, load, 2, of(CREATED, ids=[8]))
+    assert (await outcome(expanded, load, 0, 3)).ids == [7, 0, 8]
+    assert await failures(expanded, load, -1, 9) == [1]
+    assert (await opened(expanded, caller="bob")).epoch == 1
+
+
 async def test_resume_never_begins_a_load(database: Database, load: Load) -> None:
     """It continues the caller's load, and leaves another caller's alone."""
     assert (await resumed(database, "ada")).epoch == 2
