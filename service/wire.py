@@ -167,8 +167,23 @@ def values_from_message(
     """Return the values of the fields that the rules name, and add what is wrong with them."""
     values = {field: getattr(message, field) for field in rules}
     for field, value in values.items():
-        violations.add(f"{resource}.{field}", rules[field](value))
+        violations.add(f"{resource}.{field}", rules[field].error(value))
     return values
+
+
+def update_from_message(message: Any, mask: FieldMask, rules: Mapping[str, Rule], resource: str) -> Update:
+    """Return the changes to a resource whose writable fields are those of the rules.
+
+    Raises InvalidMask, InvalidField.
+    """
+    id, version = check_identity(message, resource)
+    fields = masked_fields(message, mask, rules)
+    require_changes(fields, resource, " or ".join(rules))
+    with collect_violations() as violations:
+        changes = values_from_message(
+            message, {field: rules[field] for field in fields}, resource, violations
+        )
+    return Update(id, version, changes)
 
 
 def require_changes(fields: Collection[str], resource: str, examples: str) -> None:

@@ -1,7 +1,8 @@
 """Bulk streams: the columns that all entities have, and outcome -> message. Pure."""
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from operator import attrgetter
+from typing import Any, TypeAlias
 
 from roster.v1.bulk_pb2 import (
     BulkAck,
@@ -15,10 +16,13 @@ from service.db.bulk.batch import Batch, Outcome
 from service.errors import RosterError
 from service.status import status_code, status_from_error
 from service.timeslice import add_in_slices
-from service.validation import id_error, version_error
+from service.validation import Rule, id_error, version_error
 from service.wire import datetime_from_timestamp, timestamp_error
 
 MAX_FAILURE_MESSAGE = 200
+
+# Converts rows to columns, given the fields to convert, and those that the update mask names.
+ToBatch: TypeAlias = Callable[[Sequence[Any], Collection[str], Collection[str]], Batch]
 
 
 def add_identity(batch: Batch, messages: Sequence[Any], fields: Collection[str]) -> None:
@@ -38,6 +42,32 @@ def add_identity(batch: Batch, messages: Sequence[Any], fields: Collection[str])
     elif "id" in fields:
         batch.add("id", [message.id for message in messages], id_error)
         batch.add("version", [message.version for message in messages], version_error)
+
+
+def add_fields(
+    batch: Batch, messages: Sequence[Any], fields: Collection[str], rules: Mapping[str, Rule]
+) -> None:
+    """Add a column for each of the fields that has a rule."""
+    for name, rule in rules.items():
+        if name in fields:
+            values = list(map(attrgetter(name), messages))
+            batch.add(name, values, rule.error, is_sound=rule.accepts_all(values))
+
+
+def batch_converter(rules: Mapping[str, Rule]) -> ToBatch:
+    """Return a function that converts rows to columns, by the rules of their fields alone."""
+
+    def batch_from_messages(
+        messages: Sequence[Any],
+        fields: Collection[str],
+        masked: Collection[str],  # noqa: ARG001
+    ) -> Batch:
+        batch = Batch(len(messages))
+        add_identity(batch, messages, fields)
+        add_fields(batch, messages, fields, rules)
+        return batch
+
+    return batch_from_messages
 
 
 def opened_to_message(load_id: str, next_offset: int, max_rows: int, max_bytes: int) -> BulkWriteResponse:

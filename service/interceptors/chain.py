@@ -120,8 +120,8 @@ def host_of(context: Context) -> str:
 
 
 def _write_responses(behaviour: Callable[..., Any]) -> Proceed:
-    """Return a coroutine function that writes what a generator yields."""
-    if not inspect.isasyncgenfunction(inspect.unwrap(behaviour)):
+    """Return a coroutine function that writes the responses that a method returns as an iterator."""
+    if inspect.iscoroutinefunction(inspect.unwrap(behaviour)):
         return behaviour  # it writes its responses itself
 
     async def write_all(request: Any, context: Context) -> None:

@@ -34,24 +34,9 @@ from service.validation import check_id, check_ids
 from service.wire import deleted_to_message, deletion_from_request, export_from_request, missing_ids
 
 CREATE_POSTS = Operation(
-    method="roster.v1.PostService.BulkCreatePosts",
-    request=pb.BulkCreatePostsRequest,
-    rows_field="posts",
-    fields=(*WRITABLE, "author_id"),
-    writable=WRITABLE,
-    read=post_batch_from_messages,
-    table=POSTS,
+    pb.BulkCreatePostsRequest, POSTS, post_batch_from_messages, WRITABLE, create_only=("author_id",)
 )
-UPDATE_POSTS = Operation(
-    method="roster.v1.PostService.BulkUpdatePosts",
-    request=pb.BulkUpdatePostsRequest,
-    rows_field="posts",
-    fields=("id", "version"),
-    writable=WRITABLE,
-    read=post_batch_from_messages,
-    table=POSTS,
-    is_update=True,
-)
+UPDATE_POSTS = Operation(pb.BulkUpdatePostsRequest, POSTS, post_batch_from_messages, WRITABLE, is_update=True)
 BASIC = View(PostRepository.basic(), post_to_fields)
 VIEWS = Views(
     PostMessage.View,
@@ -132,19 +117,15 @@ class PostServicer(PostServiceServicer):
             deleted_to_message,
         )
 
-    async def BulkCreatePosts(
+    def BulkCreatePosts(
         self, requests: AsyncIterator[pb.BulkCreatePostsRequest], context: Context
     ) -> AsyncIterator[BulkWriteResponse]:
-        async with aclosing(self.bulk.run(requests, CREATE_POSTS)) as events:
-            async for event in events:
-                yield event
+        return self.bulk.run(requests, CREATE_POSTS)
 
-    async def BulkUpdatePosts(
+    def BulkUpdatePosts(
         self, requests: AsyncIterator[pb.BulkUpdatePostsRequest], context: Context
     ) -> AsyncIterator[BulkWriteResponse]:
-        async with aclosing(self.bulk.run(requests, UPDATE_POSTS)) as events:
-            async for event in events:
-                yield event
+        return self.bulk.run(requests, UPDATE_POSTS)
 
     async def ExportPosts(
         self, request: pb.ExportPostsRequest, context: Context

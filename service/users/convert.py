@@ -14,7 +14,6 @@ from service.db.base import column_names
 from service.db.bulk.batch import Batch
 from service.db.selection import Row
 from service.errors import InvalidField
-from service.users.hashes import password_hash_error
 from service.users.model import User
 from service.users.repository import LISTED_POST, UserWithPosts
 from service.users.rules import (
@@ -25,7 +24,7 @@ from service.users.rules import (
     normalise_email,
     password_error,
 )
-from service.validation import are_valid_texts, collect_violations, id_error
+from service.validation import collect_violations, id_error
 from service.wire import (
     Fields,
     Update,
@@ -109,9 +108,9 @@ def user_batch_from_messages(
         batch.add(
             "hashed_password",
             hashes,
-            password_hash_error,
+            RULES["hashed_password"].error,
             is_required=is_required,
-            is_sound=not any(hashes),
+            is_sound=RULES["hashed_password"].accepts_all(hashes),
         )
     if any(message.password for message in messages):
         batch.add("password", [message.password or None for message in messages], _bulk_password_error)
@@ -123,8 +122,8 @@ def _add_optional_texts(batch: Batch, field: str, messages: Sequence[Message]) -
     text_of = attrgetter(field)
     # HasField is needed only for a text that reads as its default.
     texts = [text if (text := text_of(message)) or message.HasField(field) else None for message in messages]
-    is_sound = are_valid_texts(texts, OPTIONAL_TEXTS[field])
-    batch.add(field, texts, RULES[field], is_sound=is_sound)
+    rule = RULES[field]
+    batch.add(field, texts, rule.error, is_sound=rule.accepts_all(texts))
 
 
 def key_from_request(request: GetUserRequest | VerifyPasswordRequest) -> str | int:
@@ -166,7 +165,7 @@ def _value(message: UserMessage, field: str) -> Any:
 
 def _error(field: str, value: Any) -> str | None:
     if value is not None:
-        return RULES[field](value)
+        return RULES[field].error(value)
     return None if field in OPTIONAL_TEXTS else "is required where update_mask names it"
 
 

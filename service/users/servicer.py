@@ -45,23 +45,17 @@ from service.wire import deleted_to_message, deletion_from_request, export_from_
 
 REQUIRED_ROLES = {"hashed_password": "loader"}
 CREATE_USERS = Operation(
-    method="roster.v1.UserService.BulkCreateUsers",
-    request=pb.BulkCreateUsersRequest,
-    rows_field="users",
-    fields=BULK_WRITABLE,
-    writable=BULK_WRITABLE,
-    read=user_batch_from_messages,
-    table=USERS,
+    pb.BulkCreateUsersRequest,
+    USERS,
+    user_batch_from_messages,
+    BULK_WRITABLE,
     required_roles=REQUIRED_ROLES,
 )
 UPDATE_USERS = Operation(
-    method="roster.v1.UserService.BulkUpdateUsers",
-    request=pb.BulkUpdateUsersRequest,
-    rows_field="users",
-    fields=("id", "version"),
-    writable=BULK_WRITABLE,
-    read=user_batch_from_messages,
-    table=USERS,
+    pb.BulkUpdateUsersRequest,
+    USERS,
+    user_batch_from_messages,
+    BULK_WRITABLE,
     is_update=True,
     required_roles=REQUIRED_ROLES,
 )
@@ -166,19 +160,15 @@ class UserServicer(UserServiceServicer):
                     await UserRepository(session).replace_hash(id, stored, stronger)
         return await self._verified(id) if is_valid else pb.VerifyPasswordResponse()
 
-    async def BulkCreateUsers(
+    def BulkCreateUsers(
         self, requests: AsyncIterator[pb.BulkCreateUsersRequest], context: Context
     ) -> AsyncIterator[BulkWriteResponse]:
-        async with aclosing(self.bulk.run(requests, CREATE_USERS)) as events:
-            async for event in events:
-                yield event
+        return self.bulk.run(requests, CREATE_USERS)
 
-    async def BulkUpdateUsers(
+    def BulkUpdateUsers(
         self, requests: AsyncIterator[pb.BulkUpdateUsersRequest], context: Context
     ) -> AsyncIterator[BulkWriteResponse]:
-        async with aclosing(self.bulk.run(requests, UPDATE_USERS)) as events:
-            async for event in events:
-                yield event
+        return self.bulk.run(requests, UPDATE_USERS)
 
     async def ExportUsers(
         self, request: pb.ExportUsersRequest, context: Context

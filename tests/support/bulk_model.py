@@ -8,13 +8,11 @@ from typing import Any
 from google.rpc.code_pb2 import Code
 
 from roster.v1.bulk_pb2 import BulkAck, BulkOptions, RowFailure
-from roster.v1.posts_pb2 import BulkCreatePostsRequest, BulkUpdatePostsRequest
 from roster.v1.resources_pb2 import Post, User
-from roster.v1.users_pb2 import BulkCreateUsersRequest, BulkUpdateUsersRequest
 from service.bulk.operation import Operation
 from service.posts.servicer import CREATE_POSTS, UPDATE_POSTS
 from service.users.servicer import CREATE_USERS, UPDATE_USERS
-from tests.support.items import CREATE_ITEMS, UPDATE_ITEMS, BulkWriteItemsRequest
+from tests.support.items import CREATE_ITEMS, UPDATE_ITEMS
 
 Values = dict[str, Any]
 Tables = dict[str, dict[int, Values]]
@@ -66,7 +64,6 @@ class Kind:
     """One of the bulk RPCs, and what it does to one row."""
 
     operation: Operation
-    request: type[Any]
     write: Write
 
 
@@ -87,7 +84,7 @@ class Load:
         """Return the messages of the stream."""
         for number, rows in enumerate(self.batches):
             options = self.options if number == 0 else None
-            yield KINDS[self.kind].request(options=options, **{self.operation.rows_field: rows})
+            yield self.operation.request(options=options, **{self.operation.rows_field: rows})
 
 
 def stored() -> Tables:
@@ -301,10 +298,10 @@ def _user(email: str, full_name: str | None, hashed_password: str | None, versio
 
 
 KINDS = {
-    "create users": Kind(CREATE_USERS, BulkCreateUsersRequest, _create_user),
-    "update users": Kind(UPDATE_USERS, BulkUpdateUsersRequest, _update_user),
-    "create posts": Kind(CREATE_POSTS, BulkCreatePostsRequest, _create_post),
-    "update posts": Kind(UPDATE_POSTS, BulkUpdatePostsRequest, _update_post),
-    "create items": Kind(CREATE_ITEMS, BulkWriteItemsRequest, _create_item),
-    "update items": Kind(UPDATE_ITEMS, BulkWriteItemsRequest, _update_item),
+    "create users": Kind(CREATE_USERS, _create_user),
+    "update users": Kind(UPDATE_USERS, _update_user),
+    "create posts": Kind(CREATE_POSTS, _create_post),
+    "update posts": Kind(UPDATE_POSTS, _update_post),
+    "create items": Kind(CREATE_ITEMS, _create_item),
+    "update items": Kind(UPDATE_ITEMS, _update_item),
 }
