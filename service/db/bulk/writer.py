@@ -1,7 +1,7 @@
 """BulkWriter: writes the batches of any entity, on either database.
 
-    create: prepare -> look up stored keys -> plan -> insert, update -> outcome
-    update: lock the rows                  -> plan -> update         -> outcome
+    create: resolve references -> look up stored keys -> plan -> insert, update -> outcome
+    update: lock the rows                             -> plan -> update         -> outcome
 
 A batch of a load that has met no conflict skips the look-up and writes at once, under a savepoint. If
 that fails, or if another writer's commit comes between the look-up and the write, the attempt is rolled
@@ -24,7 +24,7 @@ from service.db.base import BigInt, Session, now
 from service.db.bulk import postgresql, sqlite
 from service.db.bulk.batch import Batch, OnConflict, Outcome, Result, WriteOptions
 from service.db.bulk.plan import StoredKey, UniqueValues, plan_creates, plan_updates
-from service.db.bulk.table import BulkTable, UniqueKey
+from service.db.bulk.table import BulkTable, Reference, UniqueKey
 from service.db.dialect import is_sqlite, listed, matched
 from service.errors import DatabaseUnavailable, IdTaken
 
@@ -72,8 +72,8 @@ class BulkWriter:
         raise DatabaseUnavailable("other writers keep taking the same keys; nothing was written, try again")
 
     async def _create(self, batch: Batch, options: WriteOptions) -> Outcome:
-        if self.table.prepare:
-            batch = await self.table.prepare(self.session, batch)
+        for reference in self.table.references:
+            batch = await self._resolve(batch, reference)
         keys = await self._stored_keys(batch, options)
         plan = await plan_creates(batch, keys, options.on_conflict)
         if plan.repeated and len(keys) > 1 and not options.looks_up_first(batch):
@@ -122,6 +122,25 @@ class BulkWriter:
         if ids and await self._write_rows(ids, columns, [1] * len(ids), checked) < len(ids):
             raise LookupNeeded
         return _updated(batch)
+
+    async def _resolve(self, batch: Batch, reference: Reference) -> Batch:
+        """Return new rows with the ids of the rows that they refer to; fail those that refer to none.
+
+        The other rows are not locked. If one is deleted meanwhile, the foreign key raises an IntegrityError.
+        """
+        columns = dict(batch.columns)
+        ids: list[int | None] = [None] * batch.size
+        good = batch.good_rows()
+        for name, key in reference.keys.items():
+            values = columns.pop(name)
+            rows = [row for row in good if values[row]]
+            given = [values[row] for row in rows]
+            found = await matched(self.session, key, given, _type_of(given))
+            for row, id in zip(rows, found, strict=True):
+                ids[row] = id
+                if id is None:
+                    batch.fail(row, reference.missing_error(name))
+        return replace(batch, columns=columns | {reference.column.key: ids})
 
     async def _stored_keys(self, batch: Batch, options: WriteOptions) -> list[StoredKey]:
         """Return the keys to plan new rows by, with the stored rows that have one of the batch's values."""
