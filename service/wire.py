@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, TypeAlias
 
-from google.protobuf.empty_pb2 import Empty
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -34,7 +33,11 @@ MAX_PATHS = 100
 Fields: TypeAlias = Any
 
 
-class DeleteRequest(Protocol):
+class WriteRequest(Protocol):
+    request_id: str
+
+
+class DeleteRequest(WriteRequest, Protocol):
     id: int
     version: int
 
@@ -66,11 +69,6 @@ def check_identity(resource: Resource, name: str) -> tuple[int, int]:
 def deletion_from_request(request: DeleteRequest) -> tuple[int, int]:
     """Return the id of the row to delete, and the version it must have, 0 for any."""
     return check_id(request.id), check_version(request.version)
-
-
-def deleted_to_message(_: None) -> Empty:
-    """Return the answer of a deletion."""
-    return Empty()
 
 
 def missing_ids(ids: Sequence[int], found: Sequence[Any]) -> Fields:

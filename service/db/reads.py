@@ -9,7 +9,7 @@ from operator import itemgetter
 from time import perf_counter
 from typing import Any
 
-from sqlalchemy import ColumnElement, bindparam, select
+from sqlalchemy import bindparam, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import InstrumentedAttribute
 
@@ -228,15 +228,16 @@ class Reader:
 async def export_rows(
     database: Database,
     repository: type[Repository[Any, Any]],
-    conditions: Sequence[ColumnElement[bool]],
+    filter_text: str,
     after_id: int,
     limit: int,
 ) -> AsyncGenerator[Sequence[Any]]:
-    """Yield all rows that meet the conditions, in id order, at most `limit` at a time.
+    """Yield all rows that match a filter, in id order, at most `limit` at a time; raises InvalidFilter.
 
     Each batch is read with a connection of its own, so that a slow client holds none. The next batch is read
     while the client receives the last one.
     """
+    conditions = await repository.conditions(filter_text)
     selection, keyset = repository.basic(), repository.by_id()
     after = bindparam("after", type_=BigInt)
     page = select_page(selection, *conditions, keyset=keyset, after=[after], limit=limit)

@@ -15,7 +15,7 @@ from service.bulk.operation import Operation
 from service.bulk.stream import BulkStreams
 from service.db.engine import Database
 from service.db.reads import Reader, export_rows
-from service.idempotency import idempotent
+from service.idempotency import Writer
 from service.interceptors.chain import Context
 from service.posts.convert import (
     WRITABLE,
@@ -31,7 +31,7 @@ from service.posts.model import Post
 from service.posts.repository import POSTS, WITH_AUTHOR, PostRepository
 from service.timeslice import add_in_slices
 from service.validation import check_id, check_ids
-from service.wire import deleted_to_message, deletion_from_request, export_from_request, missing_ids
+from service.wire import export_from_request, missing_ids
 
 CREATE_POSTS = Operation(
     pb.BulkCreatePostsRequest, POSTS, post_batch_from_messages, WRITABLE, create_only=("author_id",)
@@ -53,17 +53,11 @@ class PostServicer(PostServiceServicer):
     def __init__(self, database: Database, reader: Reader, bulk: BulkStreams) -> None:
         self.database = database
         self.reader = reader
+        self.writer = Writer(database, PostRepository, PostMessage, post_to_message)
         self.bulk = bulk
 
     async def CreatePost(self, request: pb.CreatePostRequest, context: Context) -> PostMessage:
-        values = post_from_message(request.post)
-        return await idempotent(
-            self.database,
-            request,
-            PostMessage,
-            lambda session: PostRepository(session).create(values),
-            post_to_message,
-        )
+        return await self.writer.create(request, post_from_message(request.post))
 
     async def GetPost(self, request: pb.GetPostRequest, context: Context) -> PostMessage:
         id = check_id(request.id)
@@ -98,24 +92,11 @@ class PostServicer(PostServiceServicer):
 
     async def UpdatePost(self, request: pb.UpdatePostRequest, context: Context) -> PostMessage:
         update = post_update_from_request(request)
-        updated = await idempotent(
-            self.database,
-            request,
-            PostMessage,
-            lambda session: PostRepository(session).update(update.id, update.changes, update.version),
-            post_to_message,
-        )
+        updated = await self.writer.update(request, update)
         return limit_to_written(updated, update.changes, reads=GET_POST)
 
     async def DeletePost(self, request: pb.DeletePostRequest, context: Context) -> Empty:
-        id, version = deletion_from_request(request)
-        return await idempotent(
-            self.database,
-            request,
-            Empty,
-            lambda session: PostRepository(session).delete(id, version),
-            deleted_to_message,
-        )
+        return await self.writer.delete(request)
 
     def BulkCreatePosts(
         self, requests: AsyncIterator[pb.BulkCreatePostsRequest], context: Context
@@ -130,9 +111,8 @@ class PostServicer(PostServiceServicer):
     async def ExportPosts(
         self, request: pb.ExportPostsRequest, context: Context
     ) -> AsyncIterator[pb.ExportPostsResponse]:
-        conditions = await PostRepository.conditions(request.filter)
         after_id, limit = export_from_request(request)
-        rows = export_rows(self.database, PostRepository, conditions, after_id, limit)
+        rows = export_rows(self.database, PostRepository, request.filter, after_id, limit)
         async with aclosing(rows):
             async for posts in rows:
                 yield pb.ExportPostsResponse(posts=map(post_to_fields, posts), last_id=posts[-1].id)

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
@@ -18,7 +19,7 @@ from service.bulk.stream import BulkStreams
 from service.db.engine import Database
 from service.db.reads import Reader, export_rows
 from service.errors import OutcomeUnknown, ResourceExhausted, StatementTimeout, Unavailable, UserNotFound
-from service.idempotency import idempotent
+from service.idempotency import Writer
 from service.interceptors.chain import Context
 from service.timeslice import add_in_slices
 from service.users.convert import (
@@ -41,7 +42,7 @@ from service.users.repository import (
     credentials_from_row,
 )
 from service.validation import check_ids
-from service.wire import deleted_to_message, deletion_from_request, export_from_request, missing_ids
+from service.wire import export_from_request, missing_ids
 
 REQUIRED_ROLES = {"hashed_password": "loader"}
 CREATE_USERS = Operation(
@@ -75,18 +76,12 @@ class UserServicer(UserServiceServicer):
     def __init__(self, database: Database, reader: Reader, passwords: Passwords, bulk: BulkStreams) -> None:
         self.database = database
         self.reader = reader
+        self.writer = Writer(database, UserRepository, UserMessage, user_to_message)
         self.passwords = passwords
         self.bulk = bulk
 
     async def CreateUser(self, request: pb.CreateUserRequest, context: Context) -> UserMessage:
-        values = await self._hashed(user_from_message(request.user))
-        return await idempotent(
-            self.database,
-            request,
-            UserMessage,
-            lambda session: UserRepository(session).create(values),
-            user_to_message,
-        )
+        return await self.writer.create(request, await self._hashed(user_from_message(request.user)))
 
     async def GetUser(self, request: pb.GetUserRequest, context: Context) -> UserMessage:
         key = key_from_request(request)
@@ -127,25 +122,12 @@ class UserServicer(UserServiceServicer):
 
     async def UpdateUser(self, request: pb.UpdateUserRequest, context: Context) -> UserMessage:
         update = user_update_from_request(request)
-        changes = await self._hashed(update.changes)
-        updated = await idempotent(
-            self.database,
-            request,
-            UserMessage,
-            lambda session: UserRepository(session).update(update.id, changes, update.version),
-            user_to_message,
-        )
-        return limit_to_written(updated, changes, reads=GET_USER)
+        update = replace(update, changes=await self._hashed(update.changes))
+        updated = await self.writer.update(request, update)
+        return limit_to_written(updated, update.changes, reads=GET_USER)
 
     async def DeleteUser(self, request: pb.DeleteUserRequest, context: Context) -> Empty:
-        id, version = deletion_from_request(request)
-        return await idempotent(
-            self.database,
-            request,
-            Empty,
-            lambda session: UserRepository(session).delete(id, version),
-            deleted_to_message,
-        )
+        return await self.writer.delete(request)
 
     async def VerifyPassword(
         self, request: pb.VerifyPasswordRequest, context: Context
@@ -173,9 +155,8 @@ class UserServicer(UserServiceServicer):
     async def ExportUsers(
         self, request: pb.ExportUsersRequest, context: Context
     ) -> AsyncIterator[pb.ExportUsersResponse]:
-        conditions = await UserRepository.conditions(request.filter)
         after_id, limit = export_from_request(request)
-        rows = export_rows(self.database, UserRepository, conditions, after_id, limit)
+        rows = export_rows(self.database, UserRepository, request.filter, after_id, limit)
         async with aclosing(rows):
             async for users in rows:
                 yield pb.ExportUsersResponse(users=map(user_to_fields, users), last_id=users[-1].id)
