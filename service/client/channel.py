@@ -2,16 +2,24 @@
 
 import json
 from collections.abc import AsyncGenerator, Callable
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 from uuid import uuid4
 
 import grpc
 from grpc.aio import ClientCallDetails, UnaryStreamClientInterceptor, UnaryUnaryClientInterceptor
 
-from roster.v1 import bulk_pb2, posts_pb2, users_pb2
+import roster.v1
 from service.client.errors import DeadlineExceeded, error_from_call
 from service.errors import OutcomeUnknown, RosterError, Unavailable
 
+# The generated modules of the contract's files.
+CONTRACT = [
+    import_module(f"roster.v1.{module.name}")
+    for module in iter_modules(roster.v1.__path__)
+    if module.name.endswith("_pb2")
+]
 TIMEOUT_SECONDS = 10.0
 RETRY_POLICY = {
     "maxAttempts": 5,
@@ -79,7 +87,7 @@ def _retryable_methods() -> list[dict[str, str]]:
     # Request streams are left out: gRPC would buffer and repeat messages without the sender's knowledge.
     return [
         {"service": service.full_name, "method": method.name}
-        for file in (users_pb2, posts_pb2, bulk_pb2)
+        for file in CONTRACT
         for service in file.DESCRIPTOR.services_by_name.values()
         for method in service.methods
         if not method.client_streaming
