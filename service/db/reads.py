@@ -1,4 +1,4 @@
-"""Reads that go past SQLAlchemy's execution: batched lookups of single rows, and exports."""
+"""Reads of one entity: batched lookups of single rows, batches, pages, and exports."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -18,9 +18,9 @@ from service.db.base import BigInt, Entity
 from service.db.dialect import is_one_of_keys
 from service.db.driver import DriverQuery
 from service.db.engine import Database
-from service.db.paging import Page
+from service.db.paging import ListQuery, Page
 from service.db.repository import Repository
-from service.db.selection import page_from_rows, readable_columns, select_page
+from service.db.selection import Selection, page_from_rows, readable_columns, select_page
 from service.db.statements import tell
 from service.errors import DatabaseUnavailable, RosterError
 from service.metrics import GATHERED_READS
@@ -182,7 +182,7 @@ def _copy(error: BaseException) -> Exception:
 
 
 class Reader:
-    """Reads single rows of one entity by its unique columns; concurrent reads share statements."""
+    """Reads rows of one entity. Concurrent reads of single rows, by a unique column, share statements."""
 
     def __init__(
         self, database: Database, repository: type[Repository[Any, Any]], by: Sequence[Column] = ()
@@ -206,11 +206,23 @@ class Reader:
             raise self._repository.missing()
         return row
 
-    async def get_many(self, ids: Sequence[int]) -> Rows:
-        """Return the rows with these ids by id; there may be others among them."""
+    async def get_many(self, ids: Sequence[int], selection: Selection | None = None) -> list[Any]:
+        """Return the rows with these ids in their order, None for each that is missing.
+
+        If the answer would be too large, the list is shorter than `ids`.
+        """
+        basic = self._repository.basic()
+        if selection not in (None, basic) or basic.size is not None:
+            async with self._database.read() as session:
+                return await self._repository(session).get_many(ids, selection)
         found = await self._batches.get_many(ids)
         await self._database.loop_turns.next(len(ids))
-        return found
+        return [found.get(id) for id in ids]
+
+    async def page(self, query: ListQuery, selection: Selection | None = None) -> Page[Any]:
+        """Return a page of rows, which is shorter than its limit if the answer would be too large."""
+        async with self._database.read() as session:
+            return await self._repository(session).page(query, selection)
 
     async def find_columns(self, key: int | str, columns: tuple[Column, ...]) -> Any | None:
         """Return columns of the row with this key that other reads do not select; None if there is no row."""
@@ -219,44 +231,37 @@ class Reader:
             self._others[kind, columns] = LookupBatcher(self._database, self._keys[kind], columns)
         return await self._others[kind, columns].get(key)
 
+    async def export(self, filter_text: str, after_id: int, limit: int) -> AsyncGenerator[Sequence[Any]]:
+        """Yield all rows that match a filter, in id order, at most `limit` at a time; raises InvalidFilter.
+
+        Each batch is read with a connection of its own, so that a slow client holds none. The next batch is
+        read while the client receives the last one.
+        """
+        conditions = await self._repository.conditions(filter_text)
+        selection, keyset = self._repository.basic(), self._repository.by_id()
+        after = bindparam("after", type_=BigInt)
+        page = select_page(selection, *conditions, keyset=keyset, after=[after], limit=limit)
+        query = DriverQuery(page, self._database.engine.dialect)
+
+        async def read(after: int) -> Page[Any]:
+            async with self._database.read() as session:
+                found = await query.rows(await session.connection(), after=after)
+            return page_from_rows(selection, found, keyset, limit)
+
+        reading = asyncio.create_task(read(after_id))
+        try:
+            while (found := await reading).rows:
+                if found.next_key:
+                    reading = asyncio.create_task(read(*found.next_key))
+                await self._database.loop_turns.next(len(found.rows))
+                yield found.rows
+                if not found.next_key:
+                    return
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
     async def close(self) -> None:
-        """Cancel all reads."""
+        """Cancel all reads of single rows."""
         for batcher in (*self._rows.values(), self._batches, *self._others.values()):
             await batcher.close()
-
-
-async def export_rows(
-    database: Database,
-    repository: type[Repository[Any, Any]],
-    filter_text: str,
-    after_id: int,
-    limit: int,
-) -> AsyncGenerator[Sequence[Any]]:
-    """Yield all rows that match a filter, in id order, at most `limit` at a time; raises InvalidFilter.
-
-    Each batch is read with a connection of its own, so that a slow client holds none. The next batch is read
-    while the client receives the last one.
-    """
-    conditions = await repository.conditions(filter_text)
-    selection, keyset = repository.basic(), repository.by_id()
-    after = bindparam("after", type_=BigInt)
-    page = select_page(selection, *conditions, keyset=keyset, after=[after], limit=limit)
-    query = DriverQuery(page, database.engine.dialect)
-
-    async def read(after: int) -> Page[Any]:
-        async with database.read() as session:
-            found = await query.rows(await session.connection(), after=after)
-        return page_from_rows(selection, found, keyset, limit)
-
-    reading = asyncio.create_task(read(after_id))
-    try:
-        while (found := await reading).rows:
-            if found.next_key:
-                reading = asyncio.create_task(read(*found.next_key))
-            await database.loop_turns.next(len(found.rows))
-            yield found.rows
-            if not found.next_key:
-                return
-    finally:
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)

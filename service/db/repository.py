@@ -13,8 +13,8 @@ from service.db.paging import Keyset, ListQuery, Page, decode_token, fingerprint
 from service.db.selection import (
     Row,
     Selection,
+    basic_selection,
     page_from_rows,
-    readable_columns,
     select_listed,
     select_page,
     select_rows,
@@ -57,7 +57,7 @@ class Repository(Generic[ModelT, SessionT]):
     @classmethod
     def basic(cls) -> Selection:
         """Return what reads and writes return by default: the columns of the model."""
-        return Selection(cls.model, readable_columns(cls.model))
+        return basic_selection(cls.model)
 
     async def get(self, id: int, selection: Selection | None = None) -> Any:
         """Return the row with this id; raises the entity's NotFound."""

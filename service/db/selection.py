@@ -50,7 +50,7 @@ class Row(Protocol):
 Related = Callable[[ReadSession, Sequence[Row]], Awaitable[Sequence[Any]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
     """What a read returns of each row of a model.
 
@@ -71,6 +71,12 @@ def readable_columns(model: type[Entity]) -> Sequence[ColumnElement[Any]]:
     """Return the columns of a model that reads select: all but the deferred ones."""
     attributes = inspect(model).attrs
     return [_readable(attributes[name].class_attribute) for name in column_names(model)]
+
+
+@cache
+def basic_selection(model: type[Entity]) -> Selection:
+    """Return the selection of the columns of a model."""
+    return Selection(model, readable_columns(model))
 
 
 def _readable(column: Any) -> ColumnElement[Any]:

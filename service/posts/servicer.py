@@ -14,7 +14,7 @@ from service.auth.views import View, Views, limit_to_written
 from service.bulk.operation import Operation
 from service.bulk.stream import BulkStreams
 from service.db.engine import Database
-from service.db.reads import Reader, export_rows
+from service.db.reads import Reader
 from service.idempotency import Writer
 from service.interceptors.chain import Context
 from service.posts.convert import (
@@ -73,8 +73,7 @@ class PostServicer(PostServiceServicer):
     ) -> pb.BatchGetPostsResponse:
         ids = check_ids(request.ids)
         view = VIEWS.requested(request.view)
-        async with self.database.read() as session:
-            found = await PostRepository(session).get_many(ids, view.selection)
+        found = await self.reader.get_many(ids, view.selection)
         response = pb.BatchGetPostsResponse(**missing_ids(ids, found))
         await add_in_slices(response.posts, view.to_fields, [post for post in found if post])
         return response
@@ -84,8 +83,7 @@ class PostServicer(PostServiceServicer):
         scope = [Post.author_id == author_id] if author_id else []
         query = await PostRepository.list_query(request, *scope, scope_key=author_id)
         view = VIEWS.requested(request.view)
-        async with self.database.read() as session:
-            page = await PostRepository(session).page(query, view.selection)
+        page = await self.reader.page(query, view.selection)
         response = pb.ListPostsResponse(next_page_token=query.next_token(page))
         await add_in_slices(response.posts, view.to_fields, page.rows)
         return response
@@ -111,8 +109,7 @@ class PostServicer(PostServiceServicer):
     async def ExportPosts(
         self, request: pb.ExportPostsRequest, context: Context
     ) -> AsyncIterator[pb.ExportPostsResponse]:
-        after_id, limit = export_from_request(request)
-        rows = export_rows(self.database, PostRepository, request.filter, after_id, limit)
+        rows = self.reader.export(request.filter, *export_from_request(request))
         async with aclosing(rows):
             async for posts in rows:
                 yield pb.ExportPostsResponse(posts=map(post_to_fields, posts), last_id=posts[-1].id)

@@ -17,7 +17,7 @@ from service.auth.views import View, Views, limit_to_written
 from service.bulk.operation import Operation
 from service.bulk.stream import BulkStreams
 from service.db.engine import Database
-from service.db.reads import Reader, export_rows
+from service.db.reads import Reader
 from service.errors import OutcomeUnknown, ResourceExhausted, StatementTimeout, Unavailable, UserNotFound
 from service.idempotency import Writer
 from service.interceptors.chain import Context
@@ -101,12 +101,7 @@ class UserServicer(UserServiceServicer):
     ) -> pb.BatchGetUsersResponse:
         ids = check_ids(request.ids)
         view = VIEWS.requested(request.view)
-        if view is BASIC:
-            rows = await self.reader.get_many(ids)
-            found = [rows.get(id) for id in ids]
-        else:
-            async with self.database.read() as session:
-                found = await UserRepository(session).get_many(ids, view.selection)
+        found = await self.reader.get_many(ids, view.selection)
         response = pb.BatchGetUsersResponse(**missing_ids(ids, found))
         await add_in_slices(response.users, view.to_fields, [user for user in found if user])
         return response
@@ -114,8 +109,7 @@ class UserServicer(UserServiceServicer):
     async def ListUsers(self, request: pb.ListUsersRequest, context: Context) -> pb.ListUsersResponse:
         query = await UserRepository.list_query(request)
         view = VIEWS.requested(request.view)
-        async with self.database.read() as session:
-            page = await UserRepository(session).page(query, view.selection)
+        page = await self.reader.page(query, view.selection)
         response = pb.ListUsersResponse(next_page_token=query.next_token(page))
         await add_in_slices(response.users, view.to_fields, page.rows)
         return response
@@ -155,8 +149,7 @@ class UserServicer(UserServiceServicer):
     async def ExportUsers(
         self, request: pb.ExportUsersRequest, context: Context
     ) -> AsyncIterator[pb.ExportUsersResponse]:
-        after_id, limit = export_from_request(request)
-        rows = export_rows(self.database, UserRepository, request.filter, after_id, limit)
+        rows = self.reader.export(request.filter, *export_from_request(request))
         async with aclosing(rows):
             async for users in rows:
                 yield pb.ExportUsersResponse(users=map(user_to_fields, users), last_id=users[-1].id)
