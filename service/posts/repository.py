@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 from service.db.base import BigInt, Session
 from service.db.bulk.batch import Batch
 from service.db.bulk.table import BulkTable
-from service.db.dialect import matched
+from service.db.dialect import ids_of
 from service.db.repository import Repository, SessionT
 from service.db.selection import Row, Selection, columns_by_name, readable_columns, size_of
 from service.errors import AuthorNotFound, PostNotFound
@@ -62,8 +62,8 @@ async def resolve_authors(session: Session, batch: Batch) -> Batch:
     by_id = [id for row in good if (id := ids[row])]
     by_email = [email for row in good if (email := emails[row])]
     known: dict[int | str | None, int | None] = {}
-    known.update(zip(by_id, await matched(session, User.id, by_id, BigInt), strict=True))
-    known.update(zip(by_email, await matched(session, User.email, by_email, Text()), strict=True))
+    known.update(zip(by_id, await ids_of(session, User.id, by_id, BigInt), strict=True))
+    known.update(zip(by_email, await ids_of(session, User.email, by_email, Text()), strict=True))
     authors = [known.get(id or email) for id, email in zip(ids, emails, strict=True)]
     for row in good:
         if authors[row] is None:
