@@ -23,12 +23,13 @@ LIVENESS = "live"
 INTERVAL_SECONDS = 2
 # One failed query can be a short failover; two in a row are an outage.
 FAILURES_BEFORE_NOT_SERVING = 2
-# Watches don't end by themselves and would delay a stop until its grace is over. NOT_SERVING is sent first.
+# Watches don't end by themselves and would delay a stop for its whole grace. After NOT_SERVING they get this
+# long to receive it.
 WATCHES_END_SECONDS = 0.1
 # A watch takes 30 KiB, and anybody can open one.
 MAX_WATCHES = 1000
 MAX_CONNECTION_WATCHES = 16
-TOO_MANY = f"health has more than {MAX_WATCHES:,} watches, most of them from this address"
+TOO_MANY = f"there are more than {MAX_WATCHES:,} health watches, most of them from this address"
 
 
 class Health(aio.HealthServicer):  # type: ignore[misc]
@@ -77,7 +78,7 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
                 await self._database.ping()
             self._failures = 0
         except PoolExhausted:
-            pass  # busy, not down; without this server the others would be busier
+            pass  # the database is busy, not down; without this server the others would be busier
         except (RosterError, TimeoutError):
             self._failures += 1
         serving = self._failures < FAILURES_BEFORE_NOT_SERVING
@@ -98,7 +99,7 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
 
     async def Watch(self, request: Any, context: Any) -> None:
         # The library's own Watch writes while it holds a lock: one client that does not read would block all
-        # others. It also stores every name that is asked for.
+        # others. It also stores every name that a client asks for.
         if request.service not in self._server_status:
             await context.write(HealthCheckResponse(status=HealthCheckResponse.SERVICE_UNKNOWN))
             raise ServiceNotFound(
@@ -106,7 +107,7 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
             )
         connection = context.peer()
         if self._watches_by_connection[connection] >= MAX_CONNECTION_WATCHES:
-            raise QuotaExceeded(f"a connection has at most {MAX_CONNECTION_WATCHES} watches")
+            raise QuotaExceeded(f"a connection can have at most {MAX_CONNECTION_WATCHES} watches")
         self._watches_by_connection[connection] += 1
         try:
             await self._bounds.bound(

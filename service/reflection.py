@@ -13,7 +13,7 @@ METHOD = "ServerReflectionInfo"
 
 
 class Reflection(aio.ReflectionServicer):  # type: ignore[misc]
-    """The library's servicer, which can't look up methods: it is asked for their services instead."""
+    """The library's servicer can't look up a method, so look up its service instead."""
 
     def _file_containing_symbol(self, request: Any, fully_qualified_name: str) -> Any:
         service, _, _ = fully_qualified_name.rpartition(".")
@@ -22,7 +22,7 @@ class Reflection(aio.ReflectionServicer):  # type: ignore[misc]
 
 
 def describe_v1(pool: descriptor_pool.DescriptorPool) -> None:
-    """Add the file of v1, which the library lacks, to a pool: some clients describe every service."""
+    """Add the file of v1 to a pool. The library lacks it, but some clients describe every service."""
     alpha = FileDescriptorProto.FromString(reflection_pb2.DESCRIPTOR.serialized_pb)
     renamed = text_format.MessageToString(alpha).replace("v1alpha", "v1")
     pool.AddSerializedFile(text_format.Parse(renamed, FileDescriptorProto()).SerializeToString())

@@ -1,4 +1,4 @@
-"""Bounds how many calls wait for their peers, and for how long."""
+"""Bounds how many calls wait for their clients, and for how long."""
 
 import asyncio
 from collections import deque
@@ -30,7 +30,7 @@ class Wait:
 
 
 class BoundedWaits:
-    """Waits of calls for their peers: at most `most` at a time, each for at most `seconds`.
+    """Waits of calls for their clients: at most `most` at a time, each for at most `seconds`.
 
     Twice a second the waits that have lasted too long are ended. If there are still too many, the group with
     the most waits loses its oldest one, again and again: a group that opens thousands does not displace the

@@ -28,7 +28,7 @@ from service.cli.terminal import (
 from service.client import Backoff
 from service.errors import RosterError
 from service.escape import escape
-from service.files import replacing
+from service.files import replace_when_complete
 
 STDOUT = "-"
 GROUP_ROWS, GROUP_BYTES = 100_000, 64 << 20  # of a Parquet row group
@@ -130,7 +130,7 @@ class Export:
         return self.last_id - self._first_id, self.progress()
 
     def position(self) -> str:
-        """Return where an interrupted export can be resumed."""
+        """Return the position from which an interrupted export can be resumed."""
         return f" after id {self.last_id}: {self.progress()}"
 
     def progress(self) -> str:
@@ -187,7 +187,7 @@ def _open_output(output: str) -> Iterator[Any]:
         yield EscapedOutput() if sys.stdout.isatty() else sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    with replacing(Path(output)) as file:
+    with replace_when_complete(Path(output)) as file:
         if not output.endswith(".gz"):
             yield file
             return

@@ -20,7 +20,7 @@ from service.escape import escape
 
 STDIN = "-"
 MAX_LINE_BYTES = 8 << 20
-KEPT_CHARACTERS = 1000  # in the rejects, of a row that is too long
+KEPT_CHARACTERS = 1000  # of a row that is too long, in the rejects
 PARQUET_ROWS = 256  # read at once; a row has up to 1 MiB
 
 BOM = b"\xef\xbb\xbf"
@@ -183,10 +183,10 @@ ENDINGS = {".ndjson": "ndjson", ".jsonl": "ndjson", ".json": "ndjson", ".csv": "
 
 
 def format_name(file: str) -> str:
-    """Return the format of a file by its name; raises UsageError if the name does not say."""
+    """Return the format that the name of a file implies; raises UsageError if there is none."""
     ending = Path(file.lower().removesuffix(".gz")).suffix
     if file != STDIN and ending not in ENDINGS:
-        raise click.UsageError(f"can't tell the format of {file} from its name; add --format")
+        raise click.UsageError(f"the name of {file} does not imply a format; add --format")
     return ENDINGS.get(ending, "ndjson")
 
 

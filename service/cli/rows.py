@@ -18,7 +18,7 @@ from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.errors import InvalidField, RosterError, TooLarge
 
-# A row that the server accepts has little more than 1 MiB of content.
+# The server accepts rows with up to 1 MiB of content.
 MAX_ROW_BYTES = 2 << 20
 MAX_IGNORED_NAMES = 100
 

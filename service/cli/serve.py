@@ -19,7 +19,7 @@ from service.connections import raise_file_limit
 from service.db import migrations
 from service.db.engine import Database
 from service.db.errors import code_of
-from service.files import exposed
+from service.files import file_dangers
 from service.server import Server
 from service.settings import Settings, is_local, unknown_settings
 
@@ -47,7 +47,7 @@ def serve(*, is_worker: bool) -> None:
     if settings.is_embedded:
         with report_migration_errors(settings):
             migrations.upgrade(settings.database_url)
-        for danger in exposed(settings.database_url):
+        for danger in file_dangers(settings.database_url):
             log.warning("%s", danger)
     try:
         sys.exit(uvloop.run(_run(settings, is_worker=is_worker)))

@@ -78,7 +78,7 @@ class Target:
         return channel(self.address, self._credentials, wait_for_ready=False)
 
     def explain(self, failure: RosterError) -> str:
-        """Return what to print about a failed call."""
+        """Return the message to print for a failed call."""
         if not isinstance(failure, Disconnected):
             return failure.message
         message = f"no server answers at {self.address}"

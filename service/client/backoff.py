@@ -20,7 +20,7 @@ MAX_PAUSE_SECONDS = 10.0
 class Backoff:
     """Waits between retries: each pause is twice the last, with jitter, up to `max_retries` in a row.
 
-    Until a call has succeeded, a server that can't be reached may be a wrong address. That is retried only
+    If no call has succeeded yet, a server that can't be reached may be a wrong address: this is retried only
     with `retry_connect`.
     """
 
@@ -48,7 +48,7 @@ class Backoff:
             raise raised or failure
         longest = min(self._first_pause_seconds * 2**self._retries, MAX_PAUSE_SECONDS)
         self._retries += 1
-        # The server's RetryInfo is the least that it wants a client to wait.
+        # The server's RetryInfo is the shortest time that a client should wait.
         server_delay = failure.retry_after_seconds or 0
         seconds = server_delay + random.uniform(longest / 2, longest)  # noqa: S311
         cause = "no server answers" if isinstance(failure, Disconnected) else failure

@@ -1,4 +1,4 @@
-"""BulkLoader: loads any number of rows, each exactly once, over as many bulk streams as it takes."""
+"""BulkLoader: loads any number of rows, each exactly once, over one or more bulk streams."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine
@@ -120,7 +120,7 @@ class BulkLoader(Generic[Request]):
         self._window.restart()
         call = self._call = self._method()
         # A write that fails while the call ends replaces the call's status by INTERNAL (grpc#36066), so keep
-        # the status that it has first.
+        # its first status too.
         first_status: list[Status] = []
         call.add_done_callback(lambda ended: first_status.append(status_of_ended_call(ended)))
         sending = self._start(self._send(call))

@@ -41,7 +41,7 @@ OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.dns_min_time_between_resolutions_ms", 1_000),
-    # gRPC would send even calls to this machine through the http_proxy of the environment.
+    # By default gRPC would send even calls to this machine through the http_proxy of the environment.
     ("grpc.enable_http_proxy", 0),
 ]
 
@@ -158,7 +158,7 @@ async def _responses(call: Any) -> AsyncGenerator[Any]:
 def _with_defaults(
     details: ClientCallDetails, timeout: float | None, *, wait_for_ready: bool
 ) -> ClientCallDetails:
-    """Return the details of a call, with defaults for what the caller left open."""
+    """Return the details of a call, with defaults for those that the caller did not set."""
     if details.timeout is not None:
         timeout = details.timeout
     if details.wait_for_ready is not None:

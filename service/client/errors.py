@@ -1,4 +1,4 @@
-"""Status -> domain error: the inverse of the server's mapping."""
+"""Converts a status to a domain error: the inverse of the server's mapping."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,10 +24,10 @@ class DeadlineExceeded(RosterError):
 
 
 class UnknownError(RosterError):
-    """A status that this release of the client has no class for."""
+    """An error for which this release of the client has no class."""
 
 
-# For statuses without ErrorInfo, which gRPC itself or a proxy has made.
+# For statuses without ErrorInfo, which come from gRPC itself or from a proxy.
 WITHOUT_REASON: Mapping[int, type[RosterError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED.value[0]: DeadlineExceeded,
     grpc.StatusCode.UNAVAILABLE.value[0]: Disconnected,
@@ -50,7 +50,7 @@ def error_from_status(status: Status) -> RosterError:
         error = _error_from_info(status, info)
     else:
         error = WITHOUT_REASON.get(status.code, UnknownError)(status.message)
-    # With details, they decide whether to retry; without any, the default of the class does.
+    # The details decide whether to retry; without any, the default of the class does.
     if retry:
         error.retry_after_seconds = retry.retry_delay.ToMilliseconds() / 1000
     elif info:
@@ -75,7 +75,7 @@ def status_of_ended_call(call: grpc.aio.Call) -> Status:
     """Return the status of a call that has ended, as it is at this moment.
 
     grpc.aio offers the status through coroutines only, and may replace it between two iterations of the event
-    loop (grpc#36066). On a call that has ended they never suspend, so one step runs them to their result.
+    loop (grpc#36066). Once the call has ended, they never suspend, so a single step returns their result.
     """
     try:
         _read_status(call).send(None)

@@ -1,4 +1,4 @@
-"""Base of all models: the naming convention, the column types, the mixins."""
+"""Base classes of all models, naming conventions, and column types."""
 
 from datetime import UTC, datetime
 from typing import Any, NewType
@@ -10,7 +10,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
-# A session of `Database.read()`, and one of `Database.begin()` or `bulk()`, through which one can write too.
+# The session of `Database.read()`; and that of `Database.begin()` and `bulk()`, which can also write.
 ReadSession = NewType("ReadSession", AsyncSession)
 Session = NewType("Session", ReadSession)
 
@@ -24,7 +24,7 @@ def text(length: int | None = None) -> String:
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """A time in UTC, to the microsecond; SQLite, which has no zones, stores it without one."""
+    """A time in UTC, to the microsecond. SQLite stores it without a time zone."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -38,12 +38,12 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value and value.replace(tzinfo=UTC)
 
     def result_processor(self, dialect: Dialect, coltype: Any) -> Any:
-        # PostgreSQL's times have a zone already; to look at each takes a third of what a row costs.
+        # PostgreSQL's times have a time zone already. Processing each would add half to the cost of a row.
         return super().result_processor(dialect, coltype) if dialect.name == "sqlite" else None
 
 
 class now(FunctionElement[datetime]):  # noqa: N801  (reads as SQL)
-    """The database's clock, one for all servers: the time at which the transaction began."""
+    """The start of the transaction by the database's clock, which all servers share."""
 
     type = UtcDateTime()
     inherit_cache = True
@@ -56,12 +56,12 @@ def _now(element: now, compiler: Any, **options: Any) -> str:  # noqa: ARG001
 
 @compiles(now, "sqlite")
 def _now_sqlite(element: now, compiler: Any, **options: Any) -> str:  # noqa: ARG001
-    # SQLite's clock has milliseconds; as many digits as DateTime writes, so that text order is time order.
+    # SQLite's clock has milliseconds. Padded to the six digits that DateTime writes, text sorts by time.
     return "(strftime('%Y-%m-%d %H:%M:%f000', 'now'))"
 
 
 class Base(DeclarativeBase):
-    """Every constraint has a name, so that a migration can drop it and an error can be told by it."""
+    """Names every constraint, so that a migration can drop it and an error can be recognised by it."""
 
     metadata = MetaData(
         naming_convention={
@@ -74,7 +74,7 @@ class Base(DeclarativeBase):
 
 
 class Entity(Base):
-    """What a resource has: an id that is never used twice, two times, and a version to check against."""
+    """The columns of every resource: an id that is never reused, two times, and a version for checks."""
 
     __abstract__ = True
 
@@ -85,5 +85,5 @@ class Entity(Base):
 
 
 def column_names(model: type[Entity]) -> tuple[str, ...]:
-    """Return the columns that reads select, in their order: all but the deferred ones."""
+    """Return the names of the columns that reads select, in order: all but the deferred ones."""
     return tuple(column.key for column in inspect(model).column_attrs if not column.deferred)

@@ -38,10 +38,12 @@ def insert(session: AsyncSession, entity: Any) -> Any:
     return sqlite.insert(entity) if is_sqlite(session) else postgresql.insert(entity)
 
 
-def listed(session: AsyncSession, values: Sequence[int] | Sequence[str], kind: TypeEngine[Any]) -> Subquery:
+def values_table(
+    session: AsyncSession, values: Sequence[int] | Sequence[str], kind: TypeEngine[Any]
+) -> Subquery:
     """Return the values as a table with the columns `value` and `position`.
 
-    They are one parameter, so that the same prepared statement serves any number of them.
+    The values are one parameter, so that one prepared statement serves any number of them.
     """
     if is_sqlite(session):
         each = func.json_each(json.dumps(values)).table_valued(column("value", kind), column("key", Integer))
@@ -52,37 +54,35 @@ def listed(session: AsyncSession, values: Sequence[int] | Sequence[str], kind: T
 
 
 def is_one_of_keys(column: InstrumentedAttribute[Any], dialect: Dialect) -> ColumnElement[bool]:
-    """Return the condition that a column is in the list of the parameter `keys`."""
+    """Return the condition that a column has one of the values of the parameter `keys`."""
     if dialect.name == "sqlite":
         each = func.json_each(bindparam("keys", type_=JSON)).table_valued("value")
         return column.in_(select(each.c.value))
     return column == func.any(bindparam("keys", type_=ARRAY(column.type)))
 
 
-async def matched(
+async def ids_of(
     session: AsyncSession, key: InstrumentedAttribute[Any], values: Sequence[Any], kind: TypeEngine[Any]
 ) -> list[int | None]:
     """Return, for each value of a unique column, the id of the row that has it.
 
-    It looks each value up in the index, never scans the table, and returns one array, not thousands of rows.
+    The statement looks up each value in the index, never scans the table, and returns one array instead of
+    thousands of rows.
     """
     if not values:
         return []
-    if is_sqlite(session):
-        each = func.json_each(json.dumps(values)).table_valued(column("value", kind))
-        gather: Any = func.json_group_array
-    else:
-        array = bindparam(None, values, type_=ARRAY(kind), unique=True)
-        each = func.unnest(array).table_valued(column("value", kind)).render_derived()
-        gather = partial(func.array_agg, type_=ARRAY(BigInt))
-    found = select(key.class_.id).where(key == each.c.value).scalar_subquery()
+    wanted = values_table(session, values, kind)
+    found = select(key.class_.id).where(key == wanted.c.value).scalar_subquery()
+    collect: Any = (
+        func.json_group_array if is_sqlite(session) else partial(func.array_agg, type_=ARRAY(BigInt))
+    )
     connection = await session.connection()
-    ids = await connection.scalar(select(gather(found)).select_from(each))
+    ids = await connection.scalar(select(collect(found)).select_from(wanted))
     return json.loads(ids) if isinstance(ids, str) else cast("list[int | None]", ids)
 
 
 class octets(FunctionElement[int]):  # noqa: N801  (reads as SQL)
-    """The size of a text in bytes of UTF-8; PostgreSQL knows it without reading a long text."""
+    """The size of a text in bytes of UTF-8; PostgreSQL returns it without reading a long text."""
 
     type = Integer()
     inherit_cache = True
@@ -99,7 +99,7 @@ def _octets_sqlite(element: octets, compiler: Any, **options: Any) -> str:
 
 
 class microseconds(FunctionElement[int]):  # noqa: N801  (reads as SQL)
-    """A time as microseconds since 1970: a datetime takes 1 µs to create, and 0.5 µs to convert."""
+    """A time as microseconds since 1970; a datetime would take 1 µs to create and 0.5 µs to convert."""
 
     type = BigInteger()
     inherit_cache = True
@@ -111,12 +111,12 @@ LAST = "timestamptz '9999-12-31 23:59:59.999999+00'"
 
 @compiles(microseconds)
 def _microseconds(element: microseconds, compiler: Any, **options: Any) -> str:
-    # asyncpg writes the smallest and the largest datetime as infinities, which have no number.
+    # asyncpg stores the smallest and the largest datetime as infinities, which have no number.
     time = f"greatest(least({compiler.process(element.clauses, **options)}, {LAST}), {FIRST})"
     return f"(extract(epoch FROM {time}) * 1000000)::bigint"
 
 
 @compiles(microseconds, "sqlite")
 def _microseconds_sqlite(element: microseconds, compiler: Any, **options: Any) -> str:
-    time = compiler.process(element.clauses, **options)  # always with six digits of a fraction
+    time = compiler.process(element.clauses, **options)  # its fraction always has six digits
     return f"(strftime('%s', substr({time}, 1, 19)) * 1000000 + substr({time}, 21))"

@@ -20,8 +20,8 @@ UNREACHABLE = "the database can't be reached; nothing was done, try again"
 MIGRATED = "the database schema has just changed; nothing was done, try again"
 SLOW = "the database took too long; request less, or try again later"
 
-# Row values in messages: PostgreSQL's DETAIL, such as `Key (email)=(ada@example.org) already exists`, and
-# asyncpg's own errors about arguments.
+# Parts of messages that contain row values: PostgreSQL's DETAIL, such as `Key (email)=(ada@example.org)
+# already exists`, and asyncpg's errors about arguments.
 VALUES = re.compile(r"\nDETAIL:.*|(?<=invalid input for query argument ).*", re.DOTALL)
 
 # The longest prefix wins. https://www.postgresql.org/docs/current/errcodes-appendix.html

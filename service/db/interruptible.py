@@ -1,6 +1,6 @@
-"""Statements of SQLite that end: at their timeout, and when their caller is cancelled.
+"""Interrupts SQLite statements at their timeout, and when their caller is cancelled.
 
-SQLite has no timeout for statements. aiosqlite runs them in a thread, which goes on after its caller is
+SQLite has no statement timeout. aiosqlite runs statements in a thread, which continues after its caller was
 cancelled.
 """
 
@@ -22,7 +22,7 @@ ROWS_AT_A_TIME = 64  # aiosqlite's own default
 
 
 class InterruptibleConnection(aiosqlite.Connection):
-    """A connection whose statements end after `statement_timeout` seconds, or with their caller."""
+    """A connection that ends statements after `statement_timeout` seconds, or with their caller."""
 
     def __init__(self, open_file: Callable[[], sqlite3.Connection], statement_timeout: float) -> None:
         super().__init__(open_file, ROWS_AT_A_TIME)
@@ -30,11 +30,11 @@ class InterruptibleConnection(aiosqlite.Connection):
         self._statement_timeout = statement_timeout
 
     async def commit(self) -> None:
-        """Commit to the end, so that the outcome is known."""
+        """Commit without interruption, so that the outcome is known."""
         await self._finish(self._conn.commit)
 
     async def rollback(self) -> None:
-        """Roll back to the end."""
+        """Roll back without interruption."""
         await self._finish(self._conn.rollback)
 
     async def _execute(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -55,7 +55,7 @@ class InterruptibleConnection(aiosqlite.Connection):
 
 
 class _Statement:
-    """One call in the connection's thread. `stop` is called in the event loop's and ends no other call."""
+    """One call in the connection's thread. The event loop calls `stop`, which interrupts no other call."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
@@ -84,14 +84,14 @@ class _Statement:
 
 
 def connect(statement_timeout: float, file: str, **options: Any) -> InterruptibleConnection:
-    """Return a connection to a file, to be awaited; the options are those of `sqlite3.connect`."""
+    """Return a connection to a file, which must be awaited; the options are those of `sqlite3.connect`."""
     return InterruptibleConnection(partial(sqlite3.connect, file, **options), statement_timeout)
 
 
 def discard_interrupted(failure: ExceptionContext) -> None:
     """Close the connection of an interrupted statement: SQLite has rolled its transaction back.
 
-    Otherwise what follows in the session would commit by itself. A listener of `handle_error`.
+    Otherwise later statements of the session would commit by themselves. A listener of `handle_error`.
     """
     if code_of(failure.original_exception) == INTERRUPTED:
         failure.is_disconnect = True

@@ -15,13 +15,13 @@ from sqlalchemy.orm import InstrumentedAttribute
 
 from service.auth.caller import current_share
 from service.db.base import BigInt, Entity
+from service.db.compiled import CompiledSelect
 from service.db.dialect import is_one_of_keys
-from service.db.driver import DriverQuery
 from service.db.engine import Database
 from service.db.paging import ListQuery, Page
 from service.db.repository import Repository
 from service.db.selection import Selection, page_from_rows, readable_columns, select_page
-from service.db.statements import tell
+from service.db.statements import notify_listeners
 from service.errors import DatabaseUnavailable, RosterError
 from service.metrics import GATHERED_READS
 from service.shares import FairQueue
@@ -52,7 +52,7 @@ class LookupBatcher:
     def __init__(self, database: Database, key: Column, columns: Sequence[Any]) -> None:
         dialect = database.engine.dialect
         self._database = database
-        self._query = DriverQuery(select(*columns).where(is_one_of_keys(key, dialect)), dialect)
+        self._query = CompiledSelect(select(*columns).where(is_one_of_keys(key, dialect)), dialect)
         self._key_of = itemgetter([column.key for column in columns].index(key.key))
         self._waiting: FairQueue[Waiting] = FairQueue()
         self._in_flight: list[Waiting] = []
@@ -78,7 +78,7 @@ class LookupBatcher:
             self._cancel_if_abandoned()
             raise
         finally:
-            tell(self._query.sql, perf_counter() - began)
+            notify_listeners(self._query.sql, perf_counter() - began)
 
     async def close(self) -> None:
         """Cancel all lookups, and wait until their statement has ended."""
@@ -241,7 +241,7 @@ class Reader:
         selection, keyset = self._repository.basic(), self._repository.by_id()
         after = bindparam("after", type_=BigInt)
         page = select_page(selection, *conditions, keyset=keyset, after=[after], limit=limit)
-        query = DriverQuery(page, self._database.engine.dialect)
+        query = CompiledSelect(page, self._database.engine.dialect)
 
         async def read(after: int) -> Page[Any]:
             async with self._database.read() as session:

@@ -7,7 +7,7 @@ from sqlalchemy import ColumnElement, delete, insert, select, update
 from sqlalchemy.sql.dml import ReturningDelete, ReturningUpdate
 
 from service.db.base import BigInt, Entity, ReadSession, Session, now
-from service.db.dialect import listed
+from service.db.dialect import values_table
 from service.db.filters import condition, parse_order
 from service.db.paging import Keyset, ListQuery, Page, decode_token, fingerprint, page_size
 from service.db.selection import (
@@ -78,7 +78,7 @@ class Repository(Generic[ModelT, SessionT]):
         If the answer would be too large, the list is shorter than `ids`.
         """
         selection = selection or self.basic()
-        statement = select_listed(selection, listed(self.session, ids, BigInt))
+        statement = select_listed(selection, values_table(self.session, ids, BigInt))
         rows = (await self.session.execute(statement)).all()
         found = iter(await self._add_related(selection, [row for row in rows if row.id is not None]))
         return [None if row.id is None else next(found) for row in rows]
@@ -168,11 +168,7 @@ class Repository(Generic[ModelT, SessionT]):
         current = await self.session.scalar(select(self.model.version).where(self.model.id == id))
         if current is None:
             return self.missing()
-        return VersionMismatch(
-            f"version is now {current}; read the {self._name()} again and retry",
-            field="version",
-            version=current,
-        )
+        return VersionMismatch.of(current)
 
     @classmethod
     def missing(cls) -> NotFound:

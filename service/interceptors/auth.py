@@ -19,7 +19,7 @@ class Auth:
     """Identifies callers by bearer token, or else by client certificate; health checks need neither.
 
     Without a policy every caller is anonymous and may call everything. The log says why a call was refused;
-    its caller gets the same message for every cause.
+    the caller gets the same message for every cause.
     """
 
     def __init__(self, policy: ReloadingFile[Policy] | None, tokens: Tokens | None) -> None:
@@ -71,7 +71,7 @@ def _bearer_token(context: Context) -> str | None:
         return None
     scheme, _, token = values[0].partition(" ")
     if len(values) > 1 or scheme.lower() != "bearer":
-        raise Unauthenticated.because("authorization must be sent once, as Bearer and a token")
+        raise Unauthenticated.because("authorization must be sent once, as `Bearer TOKEN`")
     return token
 
 
@@ -80,8 +80,8 @@ def _certificate_identity(context: Context) -> str:
     names = {name: [*values] for name, values in context.auth_context().items()}
     if "peer_spiffe_id" in names:
         return names["peer_spiffe_id"][0].decode()
-    # A certificate with several URIs has no valid SPIFFE ID (X509-SVID, section 2); it is not known by its
-    # DNS name instead.
+    # A certificate with several URIs has no valid SPIFFE ID (X509-SVID, section 2). Its DNS name is not used
+    # instead.
     if "peer_dns" in names and "peer_uri" not in names:
         return f"dns:{names['peer_dns'][0].decode().lower()}"
     raise Unauthenticated.because(

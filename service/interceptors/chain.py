@@ -1,4 +1,4 @@
-"""The chain of interceptors: each is a function around the next, called once for each RPC.
+"""The chain of interceptors: each is a function that wraps the next one, called once for each RPC.
 
     def count_calls(rpc: Rpc, proceed: Proceed) -> Proceed:
         counter = CALLS.labels(rpc.path)  # once for each RPC
@@ -26,14 +26,14 @@ from google.protobuf.message import Message
 from service.status import CODES
 
 Context = grpc.aio.ServicerContext[Any, Any]
-# Takes a request, or the iterator over the requests of an upload, and returns the response, or None once
-# it has written the responses of a stream to the context.
+# Takes a request, or an iterator over the requests of an upload. Returns the response; or None after writing
+# the responses of a stream to the context.
 Proceed = Callable[[Any, Context], Awaitable[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Rpc:
-    """What interceptors know of an RPC; `path` is its name on the wire, `/roster.v1.UserService/GetUser`."""
+    """An RPC as interceptors see it; `path` is its full name, such as `/roster.v1.UserService/GetUser`."""
 
     path: str
     request_type: type[Message]
@@ -59,12 +59,12 @@ Interceptor = Callable[[Rpc, Proceed], Proceed]
 class Chain(grpc.aio.ServerInterceptor):
     """Surrounds every call of a server with interceptors, the first of them outermost.
 
-    gRPC hands each call on before its message is read, whatever its kind. Otherwise it would receive the one
-    message of a unary call before anything is known about the caller: a hundred calls on one connection take
-    a gigabyte. So one of the interceptors has to be `Messages.intercept`, which reads and parses messages.
+    Calls enter the chain before their message is read. By default gRPC receives the message of a unary call
+    before anything is known about the caller, and a hundred such calls on one connection can take a gigabyte.
+    So one of the interceptors has to be `Messages.intercept`, which reads and parses messages.
 
-    The responses of a stream are written inside the chain, not yielded through it: a client that goes away
-    then cancels the call where it stands, and every `finally` runs at once.
+    The responses of a stream are written inside the chain, not yielded through it. If the client goes away,
+    the call is then cancelled at the point where it waits, and every `finally` runs at once.
     """
 
     def __init__(self, *interceptors: Interceptor) -> None:
@@ -79,7 +79,7 @@ class Chain(grpc.aio.ServerInterceptor):
         path = handler_call_details.method
         if path not in self._handlers:
             handler = await continuation(handler_call_details)
-            if handler is None:  # gRPC answers UNIMPLEMENTED; a stranger's paths must not fill the memory
+            if handler is None:  # gRPC answers UNIMPLEMENTED; don't store paths that clients make up
                 return None
             self._handlers[path] = self._surround(path, handler)
         return self._handlers[path]
@@ -106,7 +106,7 @@ class Chain(grpc.aio.ServerInterceptor):
 
 
 def code_at_end(context: Context) -> grpc.StatusCode:
-    """Return the status code of a call; to be called in a `finally` around it."""
+    """Return the status code of a call that is ending; call it in a `finally`."""
     if isinstance(sys.exception(), asyncio.CancelledError):
         is_late = context.time_remaining() == 0
         return grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED

@@ -11,9 +11,9 @@ from service.interceptors.chain import Context, Proceed, Rpc
 
 
 class Drain:
-    """Knows the tasks of all calls, since grpc.aio's own stop doesn't wait for them (grpc#37239).
+    """Tracks the tasks of all calls, because grpc.aio's own stop doesn't wait for them (grpc#37239).
 
-    Streams of reflection are not tracked: grpcurl keeps one open as long as its own input lasts, and it has
+    Streams of reflection are not tracked: grpcurl keeps one open until its own input ends, and they have
     nothing to clean up.
     """
 
@@ -22,7 +22,7 @@ class Drain:
         self._cut_off: set[asyncio.Task[Any]] = set()
 
     def intercept(self, rpc: Rpc, proceed: Proceed) -> Proceed:
-        """Track the calls of an RPC; a call that is cut off fails with an error that says so."""
+        """Track the calls of an RPC; a call that is cut off fails with Draining or OutcomeUnknown."""
         if rpc.path in REFLECTION:
             return proceed
 
@@ -57,14 +57,14 @@ class Drain:
                     await asyncio.wait(self._tasks)
 
     def cut_off(self) -> None:
-        """Cancel the calls in flight; their callers get an error that says what to do."""
+        """Cancel the calls in flight. Their callers get an error that says whether to send the call again."""
         self._cut_off |= self._tasks
         for task in self._tasks:
             task.cancel()
 
 
 def _error(cancelled: asyncio.CancelledError) -> Draining | OutcomeUnknown:
-    # A client that sent no request_id would write twice if it sent the call again.
+    # Draining would invite a client that sent no request_id to write twice.
     if isinstance(cancelled, CancelledAfterCommit):
         return OutcomeUnknown("the server stopped after the commit; the write is stored")
-    return Draining("the server stopped before this call was done; send it again")
+    return Draining("the server stopped before this call was finished; send it again")

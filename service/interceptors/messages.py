@@ -1,6 +1,6 @@
 """Reads and parses the messages of a call, once the call is admitted.
 
-`Chain` hands every call on as a stream of bytes, and says why.
+`Chain` explains why it passes every call on as a stream of bytes.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from service.posts.rules import MAX_CONTENT_BYTES
 from service.requests import parse, request_class
 from service.waits import BoundedWaits
 
-# A user with its 50 posts, as a caller may send back what it has read, has 60 KiB.
+# A caller may send back a user as it was read, with its 50 posts: 60 KiB.
 MAX_BYTES = 64 << 10
 MAX_HEALTH_BYTES = 512
 LARGER = {
@@ -29,16 +29,16 @@ LARGER = {
 MAX_UNFINISHED = 64
 ARRIVAL_SECONDS = 10
 CANCELLATION_SECONDS = 0.01
-SLOW = f"the message did not arrive within {ARRIVAL_SECONDS} s, or too many are on their way; try again"
+SLOW = f"the message did not arrive within {ARRIVAL_SECONDS} s, or too many are arriving; try again"
 
 Parser = Callable[[bytes], Any]
 
 
 class Messages:
-    """Parses messages; the interceptors before it look at none.
+    """Parses messages; the interceptors before it don't use them.
 
     Raises TooLarge and MalformedMessage, and QuotaExceeded for a message that does not arrive. Bulk streams
-    get bytes: they answer a message that is too large, and go on.
+    get bytes: they report a message that is too large, and continue.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Messages:
         """Return the one message of a call."""
         message: Any = await self._unfinished.bound(context.read(), partial(_group, context))
         if message is grpc.aio.EOF:
-            # A call that was cancelled looks like this at first; its cancellation comes next.
+            # A cancelled call looks like this at first, and its cancellation follows.
             await asyncio.sleep(CANCELLATION_SECONDS)
             raise MalformedMessage("the call ended without its message")
         return bytes(message)
@@ -94,6 +94,6 @@ def _parse(request_type: Any, limit: int, message: bytes) -> Any:
 
 
 def _group(context: Context) -> str:
-    """Return who is charged for an unfinished message: the caller, or the host of an unknown one."""
+    """Return the group that an unfinished message counts for: its caller or, if unknown, its host."""
     identity = current_caller().identity
     return host_of(context) if identity == NOBODY.identity else identity

@@ -1,4 +1,4 @@
-"""Metrics of calls: how many began and ended, with which code, how long they took, how many are in flight."""
+"""Call metrics: calls started, ended by code, and in flight, and their duration."""
 
 from time import perf_counter
 from typing import Any
@@ -8,7 +8,7 @@ import grpc
 from service.interceptors.chain import Context, Proceed, Rpc, code_at_end
 from service.metrics import CALLS, HANDLED, HANDLING, STARTED
 
-# The names of go-grpc-middleware, as those of the metrics.
+# Named as in go-grpc-middleware, like the metrics.
 CODE_NAMES = {code: code.name.title().replace("_", "") for code in grpc.StatusCode} | {
     grpc.StatusCode.OK: "OK",
     grpc.StatusCode.CANCELLED: "Canceled",
@@ -16,7 +16,7 @@ CODE_NAMES = {code: code.name.title().replace("_", "") for code in grpc.StatusCo
 
 
 def measure_calls(rpc: Rpc, proceed: Proceed) -> Proceed:
-    """Count and time every call; outside of `answer_errors`, which gives a call its code."""
+    """Count and time every call. It wraps `answer_errors`, which sets the code of a call."""
     labels = _grpc_type(rpc), rpc.service, rpc.name
     # A look-up by labels takes longer than the increment, so it is done once.
     started = STARTED.labels(*labels)

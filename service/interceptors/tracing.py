@@ -1,7 +1,7 @@
 """OpenTelemetry traces, if the extra `tracing` is installed and an endpoint is set.
 
-There is a span for each call and for each of its statements. OpenTelemetry's own variables set everything:
-endpoint, protocol, headers, sampler, the service's name.
+There is a span for each call and for each of its statements. OpenTelemetry's own environment variables
+configure everything: endpoint, protocol, headers, sampler, service name.
 https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
 """
 
@@ -43,7 +43,7 @@ def exporting_provider(protocol: str) -> TracerProvider:
 
 
 class Tracing:
-    """Makes each call a span, a child of the caller's, and each of its statements a child of that."""
+    """Creates a span for each call, a child of the caller's, and a child span for each of its statements."""
 
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider
@@ -80,7 +80,7 @@ class Tracing:
         self._tracer.start_span(
             statement.partition(" ")[0],
             kind=SpanKind.CLIENT,
-            attributes={"db.query.text": statement[:MAX_STATEMENT]},  # values are parameters, so not in it
+            attributes={"db.query.text": statement[:MAX_STATEMENT]},  # without values, which are parameters
             start_time=now - int(seconds * 1e9),
         ).end(now)
 

@@ -10,7 +10,7 @@ from sqlalchemy.orm import aliased
 
 from service.db.base import BigInt, ReadSession, Session, column_names
 from service.db.bulk.table import BulkTable, UniqueKey
-from service.db.dialect import insert, listed
+from service.db.dialect import insert, values_table
 from service.db.paging import ListQuery, Page
 from service.db.repository import Repository, SessionT
 from service.db.selection import Row, Selection, columns_by_name, readable_columns, size_of
@@ -99,7 +99,7 @@ async def add_newest_posts(session: ReadSession, rows: Sequence[Row]) -> Sequenc
 
 async def _newest_posts(session: ReadSession, author_ids: list[int]) -> dict[int, list[Row]]:
     """Return posts by author; a page can have 50,000 of them."""
-    authors = listed(session, author_ids, BigInt)
+    authors = values_table(session, author_ids, BigInt)
     newest = (
         select(*LISTED_POST_COLUMNS)
         .join_from(Post, authors, _is_newest_of(authors.c.value))

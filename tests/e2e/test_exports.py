@@ -11,7 +11,7 @@ from roster.v1.posts_pb2 import ExportPostsRequest, ExportPostsResponse, ListPos
 from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.users_pb2 import ExportUsersRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.db.driver import DriverQuery
+from service.db.compiled import CompiledSelect
 from service.server import Server
 from service.settings import Settings
 from tests.support.rows import add_posts, add_users
@@ -99,13 +99,13 @@ async def test_an_export_holds_no_connection_while_it_waits_for_its_reader(
 def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The statements that read posts."""
     executed: list[str] = []
-    fetched = DriverQuery._fetched
+    fetched = CompiledSelect._fetch
 
-    async def noted(query: DriverQuery, *arguments: Any) -> Any:
+    async def noted(query: CompiledSelect, *arguments: Any) -> Any:
         executed.append(query.sql)
         return await fetched(query, *arguments)
 
-    monkeypatch.setattr(DriverQuery, "_fetched", noted)
+    monkeypatch.setattr(CompiledSelect, "_fetch", noted)
     return executed
 
 

@@ -239,7 +239,7 @@ async def test_a_chosen_port_for_metrics_must_be_free(sqlite_url: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = f"127.0.0.1:{other.getsockname()[1]}"
         server = Server(Settings(database_url=sqlite_url, listen=FREE, metrics_listen=taken))
-        with pytest.raises(OSError, match="ROSTER_METRICS_LISTEN names another address"):
+        with pytest.raises(OSError, match="set ROSTER_METRICS_LISTEN to another address"):
             await server.start()
         await server.database.close()
 
@@ -282,7 +282,7 @@ def test_the_numbers_of_workers_are_summed(tmp_path: Path) -> None:
     for worker in started:
         assert worker.stdout
         worker.stdout.readline()
-    registry = metrics.summed(str(tmp_path), lambda: living)
+    registry = metrics.sum_workers(str(tmp_path), lambda: living)
     both = Scrape(generate_latest(registry).decode())
     assert both.value("grpc_server_started_total", grpc_method="method") == 4
     assert both.value("roster_bulk_rows_uncommitted") == 6

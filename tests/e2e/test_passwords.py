@@ -237,7 +237,7 @@ async def test_a_cancelled_check_holds_its_thread_until_it_has_ended(monkeypatch
             loop.call_soon_threadsafe(both.set)
         return may_end.wait(60), None
 
-    monkeypatch.setattr(passwords, "_checked", slow)
+    monkeypatch.setattr(passwords, "_check", slow)
     set_caller(Caller("greedy"))
     for _ in range(3):
         with pytest.raises(TimeoutError):
@@ -264,7 +264,7 @@ async def test_too_many_passwords_at_once_are_refused(
         loop.call_soon_threadsafe(begun.set)
         return may_end.wait(60), None
 
-    monkeypatch.setattr(server.passwords, "_checked", slow)
+    monkeypatch.setattr(server.passwords, "_check", slow)
     first = asyncio.ensure_future(verified(users, id=ada.id))
     await begun.wait()
     for call in (

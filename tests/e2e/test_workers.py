@@ -14,7 +14,7 @@ import pytest
 
 from roster.v1.users_pb2 import ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.workers import reserved
+from service.workers import reserve
 from tests.support.command import ROSTER, Serving, run, serving
 from tests.support.rival import rival, until
 
@@ -189,5 +189,5 @@ def test_connections_that_a_server_has_ended_keep_no_port() -> None:
             connection.close()  # the side that ends first waits
             assert client.recv(1) == b""
 
-    with reserved(f"127.0.0.1:{port}", "ROSTER_LISTEN") as address:
+    with reserve(f"127.0.0.1:{port}", "ROSTER_LISTEN") as address:
         assert address == f"127.0.0.1:{port}"

@@ -17,7 +17,7 @@ from sqlalchemy import make_url, select, text, update
 from roster.v1 import posts_pb2, posts_pb2_grpc, resources_pb2, users_pb2, users_pb2_grpc
 from service.auth.caller import Caller, set_caller
 from service.db import reads as lookups
-from service.db.driver import DriverQuery
+from service.db.compiled import CompiledSelect
 from service.db.engine import Database
 from service.db.reads import Reader
 from service.db.statements import LISTENERS
@@ -52,15 +52,15 @@ class Gate:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
     """The gate before which the answers of all statements wait."""
-    gate, fetched = Gate(), DriverQuery._fetched
+    gate, fetched = Gate(), CompiledSelect._fetch
 
-    async def gated(query: DriverQuery, driver: Any, bound: Any) -> Any:
+    async def gated(query: CompiledSelect, driver: Any, bound: Any) -> Any:
         found = await fetched(query, driver, bound)
         keys = bound[0]
         await gate.noted(json.loads(keys) if isinstance(keys, str) else keys)
         return found
 
-    monkeypatch.setattr(DriverQuery, "_fetched", gated)
+    monkeypatch.setattr(CompiledSelect, "_fetch", gated)
     return gate
 
 

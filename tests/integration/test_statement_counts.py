@@ -41,7 +41,7 @@ from roster.v1.users_pb2 import (
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db.bulk.sqlite import ROWS_AT_ONCE
-from service.db.driver import DriverQuery
+from service.db.compiled import CompiledSelect
 from service.server import Server
 from tests.support.rows import add_posts, add_users
 from tests.support.server import serve
@@ -81,13 +81,13 @@ async def api(request: pytest.FixtureRequest, server: Server) -> AsyncIterator[A
 def statements(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The statements that are executed, through SQLAlchemy or by the driver itself."""
     executed: list[str] = []
-    fetched = DriverQuery._fetched
+    fetched = CompiledSelect._fetch
 
-    async def noted(query: DriverQuery, *arguments: Any) -> Any:
+    async def noted(query: CompiledSelect, *arguments: Any) -> Any:
         executed.append(query.sql)
         return await fetched(query, *arguments)
 
-    monkeypatch.setattr(DriverQuery, "_fetched", noted)
+    monkeypatch.setattr(CompiledSelect, "_fetch", noted)
 
     full_part = ""  # SQLite's writer sends the rows of a statement in parts
 

@@ -10,7 +10,7 @@ from sqlalchemy import Integer, column, event, func, insert, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from service.db.driver import DriverQuery
+from service.db.compiled import CompiledSelect
 from service.db.engine import Database
 from service.errors import StatementTimeout
 from service.settings import Settings
@@ -153,7 +153,7 @@ async def test_a_direct_fetch_ends_when_its_caller_is_cancelled(patient: Databas
     """Past SQLAlchemy as well: the connection is not used again, and another takes its place."""
     dialect = patient.engine.dialect
     series = text(f"({SERIES[dialect.name].format(ENDLESS)}) AS series")
-    query = DriverQuery(select(column("i", Integer)).select_from(series), dialect)
+    query = CompiledSelect(select(column("i", Integer)).select_from(series), dialect)
 
     async def stay(begun: asyncio.Event) -> None:
         async with patient.read() as session:

@@ -138,7 +138,7 @@ BAD = [
     ("is_active < true", 11, "is_active is a boolean and takes = !="),
     ('created_at : "2024"', 12, "created_at is a time and takes = != < <= > >="),
     ("email = null", 9, "email is never null"),
-    ("full_name : null", 11, "null goes with = and != only"),
+    ("full_name : null", 11, "null can be compared with = and != only"),
     # times
     ('created_at < "2024-01-01"', 14, "RFC 3339"),
     ('created_at < "2024-01-01T00:00:00"', 14, "Z or an offset"),
@@ -322,6 +322,6 @@ def test_any_other_order_is_rejected(text: str, position: int) -> None:
         parse_order(text, FIELDS)
     assert caught.value.message == (
         f"at character {position}: expected one field (id, email, created_at), then asc, desc or nothing; "
-        "id is the tie-breaker by itself"
+        "ties are always broken by id"
     )
     assert (caught.value.field, caught.value.facts) == ("order_by", {"position": position})

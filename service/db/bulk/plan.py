@@ -204,7 +204,7 @@ async def plan_updates(
             if id not in current:
                 batch.fail(row, not_found())
             elif expected[row] not in (0, current[id]):
-                batch.fail(row, _outdated(current[id]))
+                batch.fail(row, VersionMismatch.of(current[id]))
             elif unique and (error := _first_conflict(unique, row, id)):
                 batch.fail(row, error)
             else:
@@ -221,8 +221,3 @@ def _first_conflict(unique: Sequence[UniqueValues], row: int, id: int) -> Roster
         if error := values.conflict(row, id):
             return error
     return None
-
-
-def _outdated(version: int) -> RosterError:
-    message = f"version is now {version}; read the row again and retry the update"
-    return VersionMismatch(message, field="version", version=version)

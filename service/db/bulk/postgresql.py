@@ -23,7 +23,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.types import TypeEngine
 
 from service.db.base import BigInt, Entity, Session, now
-from service.db.statements import measured
+from service.db.statements import measure_statement
 from service.timeslice import TimeSlice, map_in_slices
 
 # COPY's text format: https://www.postgresql.org/docs/current/sql-copy.html
@@ -78,7 +78,7 @@ async def insert_rows(
     table = cast("Table", model.__table__)
     rows = _text([(columns[name], bool(table.c[name].nullable)) for name in names], sort_key)
     try:
-        with measured(f"COPY {model.__tablename__}"):
+        with measure_statement(f"COPY {model.__tablename__}"):
             await driver.copy_to_table(model.__tablename__, source=rows, columns=names)
     except asyncpg.IntegrityConstraintViolationError as error:
         raise IntegrityError(None, None, error) from error

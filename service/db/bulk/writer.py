@@ -25,7 +25,7 @@ from service.db.bulk import postgresql, sqlite
 from service.db.bulk.batch import Batch, OnConflict, Outcome, Result, WriteOptions
 from service.db.bulk.plan import StoredKey, UniqueValues, plan_creates, plan_updates
 from service.db.bulk.table import BulkTable, Reference, UniqueKey
-from service.db.dialect import is_sqlite, listed, matched
+from service.db.dialect import ids_of, is_sqlite, values_table
 from service.errors import DatabaseUnavailable, IdTaken
 
 MAX_RETRIES = 3
@@ -69,7 +69,9 @@ class BulkWriter:
                     return await attempt(replace(batch, failures=dict(batch.failures)))
             except (IntegrityError, LookupNeeded):
                 batch.expects_conflicts = True
-        raise DatabaseUnavailable("other writers keep taking the same keys; nothing was written, try again")
+        raise DatabaseUnavailable(
+            "other writes keep conflicting with this batch; nothing was written, try again"
+        )
 
     async def _create(self, batch: Batch, options: WriteOptions) -> Outcome:
         for reference in self.table.references:
@@ -135,7 +137,7 @@ class BulkWriter:
             values = columns.pop(name)
             rows = [row for row in good if values[row]]
             given = [values[row] for row in rows]
-            found = await matched(self.session, key, given, _type_of(given))
+            found = await ids_of(self.session, key, given, _type_of(given))
             for row, id in zip(rows, found, strict=True):
                 ids[row] = id
                 if id is None:
@@ -174,7 +176,7 @@ class BulkWriter:
     async def _ids_by(self, key: UniqueKey, batch: Batch) -> dict[Any, int]:
         """Return, by value, the ids of the rows that have one of the batch's values of a key."""
         values = [value for value in batch.take(key.name, batch.good_rows()) if value is not None]
-        ids = await matched(self.session, key.column, values, _type_of(values))
+        ids = await ids_of(self.session, key.column, values, _type_of(values))
         return {value: id for value, id in zip(values, ids, strict=True) if id is not None}
 
     async def _unique_values(self, batch: Batch, key: UniqueKey, current: Mapping[int, Any]) -> UniqueValues:
@@ -255,7 +257,7 @@ async def lock_rows(
     given = sorted({value for value in values if value is not None})
     if not given:
         return []
-    wanted = listed(session, given, _type_of(given))
+    wanted = values_table(session, given, _type_of(given))
     # FOR NO KEY UPDATE: other transactions can still insert rows that refer to these.
     rows = (
         select(key, *columns)
