@@ -79,7 +79,7 @@ STATEMENTS = Histogram(
 )
 GATHERED_READS = Histogram("roster_gathered_reads", "Lookups that shared one statement.", buckets=GATHERED)
 
-HASHING = _level("roster_password_hashes_in_hand", "Passwords being hashed, or waiting to be.")
+HASHING = _level("roster_password_hashes_pending", "Passwords being hashed, or waiting to be.")
 HASHING_REFUSED = Counter(
     "roster_password_hashes_refused_total",
     "Password hashes refused because too many of the same caller were waiting.",

@@ -211,7 +211,7 @@ async def test_passwords_in_hand_and_refused_are_told(server: Server, users: Use
 
     after = await Scrape.of(server.metrics_address)
     assert after.since(before, "roster_password_hashes_refused_total") == 1
-    assert after.value("roster_password_hashes_in_hand") == 0
+    assert after.value("roster_password_hashes_pending") == 0
 
 
 async def test_a_password_is_in_hand_until_it_is_hashed() -> None:
@@ -219,10 +219,10 @@ async def test_a_password_is_in_hand_until_it_is_hashed() -> None:
     passwords = Passwords(Settings(password_workers=1, password_queue=2))
     hashings = [asyncio.create_task(passwords.hash("secret")) for _ in range(2)]
     await asyncio.sleep(0)  # both begin
-    assert Scrape(generate_latest().decode()).value("roster_password_hashes_in_hand") == 2
+    assert Scrape(generate_latest().decode()).value("roster_password_hashes_pending") == 2
 
     await asyncio.gather(*hashings)
-    assert Scrape(generate_latest().decode()).value("roster_password_hashes_in_hand") == 0
+    assert Scrape(generate_latest().decode()).value("roster_password_hashes_pending") == 0
     passwords.close()
 
 

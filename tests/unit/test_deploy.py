@@ -168,8 +168,9 @@ def test_the_page_on_scaling_adds_up(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     ]
     chosen = settings(monkeypatch, tmp_path, ENVIRONMENT)
     terms = [str(getattr(chosen, name)) for name in names]
-    assert f"take {' + '.join(terms)} for three pods, at most {4 * sum(map(int, terms))}" in " ".join(
-        page.split()
+    assert (
+        f"set {' + '.join(terms)} for each of three pods, so at most {4 * sum(map(int, terms))}"
+        in " ".join(page.split())
     )
 
 
