@@ -36,7 +36,7 @@ class Views:
     enum: Any
     by_number: Mapping[int, View]
 
-    def requested(self, number: int) -> View:
+    def get(self, number: int) -> View:
         """Return the view that a request asks for.
 
         Raises InvalidField for an unknown view, PermissionDenied if the caller may not call the RPC it needs.

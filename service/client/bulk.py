@@ -135,7 +135,7 @@ class BulkLoader(Generic[Request]):
         except grpc.aio.AioRpcError:
             statuses = [*first_status, status_of_ended_call(call)]
             status = next((status for status in statuses if status.code != INTERNAL), statuses[-1])
-            raise self._interrupted(error_from_status(status)) from None
+            raise self._interruption(error_from_status(status)) from None
         except asyncio.CancelledError:
             # A task that failed has cancelled the call: raise its error instead.
             for task in filter(None, (self._filling, sending)):
@@ -190,7 +190,7 @@ class BulkLoader(Generic[Request]):
         if ack.HasField("error"):
             cause = error_from_status(ack.error)
             # Messages sent during the pause are refused as well, so the window is rewound after it.
-            await self._backoff.wait(cause, self._interrupted(cause))
+            await self._backoff.wait(cause, self._interruption(cause))
             self._window.refuse()
             return False
         message = self._window.acknowledge()
@@ -229,7 +229,7 @@ class BulkLoader(Generic[Request]):
                 batch, size = [], 0
         if end < start:
             message = f"the source has only {end:,} rows, but the load already has {start:,}"
-            raise self._interrupted(FailedPrecondition(message))
+            raise self._interruption(FailedPrecondition(message))
         if batch:
             yield self._message(end, batch)
         yield self._request(offset=end, finish=True)
@@ -242,8 +242,8 @@ class BulkLoader(Generic[Request]):
             self._window_changed.clear()
             await self._window_changed.wait()
 
-    def _interrupted(self, cause: RosterError) -> LoadInterrupted:
+    def _interruption(self, cause: RosterError) -> LoadInterrupted:
         return LoadInterrupted(cause, self._acknowledged)
 
     def _protocol_error(self, message: str) -> LoadInterrupted:
-        return self._interrupted(error_from_status(Status(code=UNKNOWN, message=message)))
+        return self._interruption(error_from_status(Status(code=UNKNOWN, message=message)))

@@ -66,7 +66,7 @@ class _Statement:
     def run(self, function: Callable[[], Any]) -> Any:
         with self._lock:
             if self._is_stopped:
-                raise _interrupted()
+                raise _interruption()
             self._is_running = True
         try:
             return function()
@@ -98,7 +98,7 @@ def discard_interrupted(failure: ExceptionContext) -> None:
         failure.invalidate_pool_on_disconnect = False
 
 
-def _interrupted() -> sqlite3.OperationalError:
+def _interruption() -> sqlite3.OperationalError:
     error = sqlite3.OperationalError("interrupted")
     error.sqlite_errorname = INTERRUPTED
     return error

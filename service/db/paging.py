@@ -1,8 +1,8 @@
 """Keyset pages and their tokens.
 
-A page begins after the sort key of the previous page. The index finds that key, so that all pages
-cost the same. A token is that key, with a version, a fingerprint of the listing and a checksum. It is not a
-secret, and it gives access to nothing that a filter does not.
+A page begins after the last sort key of the previous page. The index finds that key, so all pages cost the
+same. A token contains the key, a version, a fingerprint of the listing and a checksum. It is not secret, and
+gives access to nothing that a filter does not.
 """
 
 import base64
@@ -70,10 +70,10 @@ class Keyset:
 
     def key_of(self, row: Any) -> list[Any]:
         """Return the sort key of a row, with times as datetimes."""
-        return [_as_sent(getattr(row, str(column.key)), column) for column in self.columns]
+        return [_to_datetime(getattr(row, str(column.key)), column) for column in self.columns]
 
     def after(self, key: Sequence[Any]) -> ColumnElement[bool]:
-        """Return the condition that a row comes after the key, as one comparison: OR would use no index."""
+        """Return the condition that a row comes after the key: one comparison, since OR uses no index."""
         left, right = tuple_(*self.columns), tuple_(*key)
         return left < right if self.descending else left > right
 
@@ -96,7 +96,7 @@ def encode_token(listing: bytes, key: Sequence[Any] | None) -> str:
         return ""
     values = [value.isoformat() if isinstance(value, datetime) else value for value in key]
     body = listing + json.dumps(values, separators=(",", ":")).encode()
-    return _written(VERSION + zlib.crc32(body).to_bytes(4, "big") + body)
+    return _to_base64(VERSION + zlib.crc32(body).to_bytes(4, "big") + body)
 
 
 def decode_token(listing: bytes, token: str, columns: Sequence[ColumnElement[Any]]) -> list[Any] | None:
@@ -106,11 +106,11 @@ def decode_token(listing: bytes, token: str, columns: Sequence[ColumnElement[Any
     try:
         raw = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
     except ValueError:
-        raise _damaged() from None
+        raise _damaged_token() from None
     version, checksum, body = raw[:1], raw[1:5], raw[5:]
     # The decoder ignores some characters, and some bits of the last one.
-    if version != VERSION or zlib.crc32(body).to_bytes(4, "big") != checksum or _written(raw) != token:
-        raise _damaged()
+    if version != VERSION or zlib.crc32(body).to_bytes(4, "big") != checksum or _to_base64(raw) != token:
+        raise _damaged_token()
     if body[:FINGERPRINT_BYTES] != listing:
         raise InvalidPageToken(
             "page_token belongs to another listing; for a new filter or order_by, start without a token",
@@ -118,22 +118,22 @@ def decode_token(listing: bytes, token: str, columns: Sequence[ColumnElement[Any
         )
     try:
         values = json.loads(body[FINGERPRINT_BYTES:])
-        return [_typed(value, column) for value, column in zip(values, columns, strict=True)]
+        return [_check_type(value, column) for value, column in zip(values, columns, strict=True)]
     except (ValueError, TypeError, OverflowError, RecursionError):
-        raise _damaged() from None
+        raise _damaged_token() from None
 
 
-def _written(raw: bytes) -> str:
+def _to_base64(raw: bytes) -> str:
     return base64.urlsafe_b64encode(raw).decode().rstrip("=")
 
 
-def _as_sent(value: Any, column: ColumnElement[Any]) -> Any:
+def _to_datetime(value: Any, column: ColumnElement[Any]) -> Any:
     if isinstance(column.type, UtcDateTime) and isinstance(value, int):
         return EPOCH + value * MICROSECOND
     return value
 
 
-def _typed(value: Any, column: ColumnElement[Any]) -> Any:
+def _check_type(value: Any, column: ColumnElement[Any]) -> Any:
     # Anyone can forge a token with a valid checksum: the driver must get only values that it can send.
     if isinstance(column.type, UtcDateTime):
         return datetime.fromisoformat(value).astimezone(UTC)
@@ -144,7 +144,7 @@ def _typed(value: Any, column: ColumnElement[Any]) -> Any:
     return value
 
 
-def _damaged() -> InvalidPageToken:
+def _damaged_token() -> InvalidPageToken:
     return InvalidPageToken(
         "page_token is damaged; send next_page_token unchanged, or none for the first page",
         field="page_token",

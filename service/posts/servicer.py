@@ -61,7 +61,7 @@ class PostServicer(PostServiceServicer):
 
     async def GetPost(self, request: pb.GetPostRequest, context: Context) -> PostMessage:
         id = check_id(request.id)
-        view = VIEWS.requested(request.view)
+        view = VIEWS.get(request.view)
         if view is BASIC:
             return post_to_message(await self.reader.get(id))
         async with self.database.read() as session:
@@ -72,7 +72,7 @@ class PostServicer(PostServiceServicer):
         self, request: pb.BatchGetPostsRequest, context: Context
     ) -> pb.BatchGetPostsResponse:
         ids = check_ids(request.ids)
-        view = VIEWS.requested(request.view)
+        view = VIEWS.get(request.view)
         found = await self.reader.get_many(ids, view.selection)
         response = pb.BatchGetPostsResponse(**missing_ids(ids, found))
         await add_in_slices(response.posts, view.to_fields, [post for post in found if post])
@@ -82,7 +82,7 @@ class PostServicer(PostServiceServicer):
         author_id = author_id_from_request(request)
         scope = [Post.author_id == author_id] if author_id else []
         query = await PostRepository.list_query(request, *scope, scope_key=author_id)
-        view = VIEWS.requested(request.view)
+        view = VIEWS.get(request.view)
         page = await self.reader.page(query, view.selection)
         response = pb.ListPostsResponse(next_page_token=query.next_token(page))
         await add_in_slices(response.posts, view.to_fields, page.rows)

@@ -85,7 +85,7 @@ class UserServicer(UserServiceServicer):
 
     async def GetUser(self, request: pb.GetUserRequest, context: Context) -> UserMessage:
         key = key_from_request(request)
-        view = VIEWS.requested(request.view)
+        view = VIEWS.get(request.view)
         if view is BASIC:
             return user_to_message(await self.reader.get(key))
         async with self.database.read() as session:
@@ -100,7 +100,7 @@ class UserServicer(UserServiceServicer):
         self, request: pb.BatchGetUsersRequest, context: Context
     ) -> pb.BatchGetUsersResponse:
         ids = check_ids(request.ids)
-        view = VIEWS.requested(request.view)
+        view = VIEWS.get(request.view)
         found = await self.reader.get_many(ids, view.selection)
         response = pb.BatchGetUsersResponse(**missing_ids(ids, found))
         await add_in_slices(response.users, view.to_fields, [user for user in found if user])
@@ -108,7 +108,7 @@ class UserServicer(UserServiceServicer):
 
     async def ListUsers(self, request: pb.ListUsersRequest, context: Context) -> pb.ListUsersResponse:
         query = await UserRepository.list_query(request)
-        view = VIEWS.requested(request.view)
+        view = VIEWS.get(request.view)
         page = await self.reader.page(query, view.selection)
         response = pb.ListUsersResponse(next_page_token=query.next_token(page))
         await add_in_slices(response.users, view.to_fields, page.rows)
