@@ -12,16 +12,16 @@ from bench.databases import PSQL
 from bench.measure import Approach
 from bench.rows import (
     BATCH,
+    add_duplicates,
     bulk_options,
     change_message,
     copy_text,
-    made_up_changes,
-    made_up_posts,
-    made_up_users,
+    make_changes,
+    make_posts,
+    make_users,
     post_message,
     requests,
     user_message,
-    with_duplicates,
 )
 from roster.v1.bulk_pb2 import BulkOptions
 from roster.v1.posts_pb2 import BulkCreatePostsRequest
@@ -73,14 +73,14 @@ class Cases:
 
     def create(self) -> Case:
         r"""Create users without duplicates; the reference is \copy."""
-        users = made_up_users(self._rows)
+        users = make_users(self._rows)
         reference = self._psql("create", COPY_USERS, users)
         approach = self._create_users("create", users, len(users))
         return Case("create", "create, clean rows", approach, reference, COUNT_USERS, len(users))
 
     def duplicates(self) -> Case:
         r"""Create users of which every tenth is a duplicate; the reference is \copy of the distinct ones."""
-        users = with_duplicates(made_up_users(self._rows))
+        users = add_duplicates(make_users(self._rows))
         distinct = list(dict.fromkeys(users))
         reference = self._psql("duplicates", COPY_USERS, distinct)
         approach = self._create_users("duplicates", users, len(distinct), on_conflict=BulkOptions.SKIP)
@@ -89,8 +89,8 @@ class Cases:
 
     def posts(self) -> Case:
         r"""Create posts by the e-mails of their authors; the reference is \copy with their ids."""
-        users = made_up_users(self._rows // 5)
-        posts = made_up_posts(self._rows * 2 // 5, len(users))
+        users = make_users(self._rows // 5)
+        posts = make_posts(self._rows * 2 // 5, len(users))
         messages = [post_message(post, users) for post in posts]
         stream = requests(BulkCreatePostsRequest, "posts", messages, bulk_options(self._load_id))
         return Case(
@@ -107,8 +107,8 @@ class Cases:
 
     def update(self) -> Case:
         r"""Update users by id; the reference is \copy into a temporary table and UPDATE … FROM in batches."""
-        users = made_up_users(self._rows * 2 // 5)
-        changes = made_up_changes(users)
+        users = make_users(self._rows * 2 // 5)
+        changes = make_changes(users)
         batches = range(1, len(changes) + 1, BATCH)
         script = COPY_CHANGES + "".join(UPDATE.format(first=at, last=at + BATCH - 1) for at in batches)
         options = bulk_options(self._load_id, update_mask={"paths": ["full_name", "is_active"]})
@@ -126,14 +126,14 @@ class Cases:
 
     def sqlite(self) -> Case:
         """Create users on SQLite; the reference is Python's sqlite3."""
-        users = made_up_users(self._rows)
+        users = make_users(self._rows)
         reference = self._python("sqlite3 executemany", "executemany", users)
         approach = self._create_users("sqlite", users, len(users))
         return Case("sqlite", "create, SQLite", approach, reference, COUNT_USERS, len(users), "sqlite")
 
     def orm(self) -> Case:
         r"""Create users with the ORM, without a server; the reference is \copy. Uses a fifth of the rows."""
-        users = made_up_users(self._rows // 5)
+        users = make_users(self._rows // 5)
         approach = self._python("SQLAlchemy add_all", "add_all", users)
         title = "create, ORM's add_all, no server"
         return Case("orm", title, approach, self._psql("orm", COPY_USERS, users), COUNT_USERS, len(users))

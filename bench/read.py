@@ -22,7 +22,7 @@ from bench.databases import PSQL, PostgreSQL, Sqlite
 from bench.measure import ask, cpu_seconds, start_process, start_server
 from bench.read_report import BARE, IN_FLIGHT, ReadRun, as_json, as_tables, draw
 from bench.report import machine
-from bench.rows import copy_text, made_up_users
+from bench.rows import copy_text, make_users
 from roster.v1.users_pb2 import BatchGetUsersRequest, ExportUsersRequest, GetUserRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from tests.support.postgres import PostgresServer
@@ -157,7 +157,7 @@ async def main(arguments: argparse.Namespace) -> None:
     with TemporaryDirectory(prefix="roster-bench-") as name, PostgresServer(fsync=True) as server:
         folder = Path(name)
         users = folder / "users.txt"
-        users.write_text(copy_text(made_up_users(arguments.rows)))
+        users.write_text(copy_text(make_users(arguments.rows)))
         postgresql = PostgreSQL(server)
         await postgresql.set_up()
         loads = Workloads(folder, arguments.rows, arguments.seconds)

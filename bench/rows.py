@@ -30,13 +30,13 @@ DOMAINS = ("example.org", "mail.example.com", "example.net")
 WORDS = "rows that were acknowledged stay; what was not is wholly in or wholly out, whatever broke"
 
 
-def made_up_users(count: int) -> list[UserRow]:
+def make_users(count: int) -> list[UserRow]:
     """Return users in random order, with distinct e-mails of about 30 characters; one in ten has no name."""
     random = Random(1)
     return [_user(random, number) for number in random.sample(range(count), count)]
 
 
-def with_duplicates(users: Sequence[UserRow]) -> list[UserRow]:
+def add_duplicates(users: Sequence[UserRow]) -> list[UserRow]:
     """Return the users, with every tenth replaced by a random earlier one."""
     random = Random(2)
     sent: list[UserRow] = []
@@ -45,7 +45,7 @@ def with_duplicates(users: Sequence[UserRow]) -> list[UserRow]:
     return sent
 
 
-def made_up_posts(count: int, authors: int) -> list[PostRow]:
+def make_posts(count: int, authors: int) -> list[PostRow]:
     """Return posts with a title of 60 characters and a content of 300, by the users 1 to `authors`."""
     random = Random(3)
     text = " ".join(random.choices(WORDS.split(), k=10_000))
@@ -56,7 +56,7 @@ def made_up_posts(count: int, authors: int) -> list[PostRow]:
     ]
 
 
-def made_up_changes(users: Sequence[UserRow]) -> list[ChangeRow]:
+def make_changes(users: Sequence[UserRow]) -> list[ChangeRow]:
     """Return a new name and state for each of the users 1, 2, 3, …, in random order."""
     changes = [
         (id, f"{name or 'Name'} II", not active) for id, (_, name, active) in enumerate(users, start=1)

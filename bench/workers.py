@@ -16,7 +16,7 @@ from typing import Any
 from bench.databases import PostgreSQL
 from bench.measure import ask, cpu_seconds, start_process, start_server
 from bench.report import machine
-from bench.rows import copy_text, made_up_users
+from bench.rows import copy_text, make_users
 from roster.v1.users_pb2 import GetUserRequest
 from tests.support.postgres import PostgresServer
 
@@ -64,7 +64,7 @@ async def main(arguments: argparse.Namespace) -> None:
     with TemporaryDirectory(prefix="roster-bench-") as name, PostgresServer(fsync=True) as server:
         folder, random = Path(name), Random(1)
         users, requests = folder / "users.txt", folder / "get.requests"
-        users.write_text(copy_text(made_up_users(ROWS)))
+        users.write_text(copy_text(make_users(ROWS)))
         ids = (random.randint(1, ROWS) for _ in range(2000))
         requests.write_bytes(pickle.dumps([GetUserRequest(id=id).SerializeToString() for id in ids]))
         store = PostgreSQL(server)
