@@ -15,10 +15,11 @@ from roster.v1.users_pb2 import (
     BatchGetUsersRequest,
     BulkCreateUsersRequest,
     CreateUserRequest,
-    ListUsersRequest,
     VerifyPasswordRequest,
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
+from tests.support.load_stream import load_once, named
+from tests.support.users import list_users
 
 MAX_CONTENT_BYTES = 1 << 20
 TEXTS = ["\U0001d49c\U0001f600", "a\r\nb\rc\n", "\\N", "\\.", "a\tb\\", "\"{},'", "\ufeff\u2028\x7f", "NULL"]
@@ -35,24 +36,14 @@ async def created(users: UserServiceStub, rows: list[User], **options: Any) -> B
     """Create users in one message and return its ack."""
     chosen = BulkOptions(return_ids=True, **options)
     request = BulkCreateUsersRequest(options=chosen, users=rows, finish=True)
-    _, settled, _ = [event async for event in users.BulkCreateUsers(iter([request]))]
-    return settled.ack
+    return await load_once(users.BulkCreateUsers, request)
 
 
 async def written(posts: PostServiceStub, rows: list[Post], **options: Any) -> BulkAck:
     """Create posts in one message and return its ack."""
     chosen = BulkOptions(return_ids=True, **options)
     request = BulkCreatePostsRequest(options=chosen, posts=rows, finish=True)
-    _, settled, _ = [event async for event in posts.BulkCreatePosts(iter([request]))]
-    return settled.ack
-
-
-async def everybody(users: UserServiceStub) -> list[User]:
-    return list((await users.ListUsers(ListUsersRequest())).users)
-
-
-def named(*names: str, full_name: str | None = None) -> list[User]:
-    return [User(email=f"{name}@example.org", full_name=full_name) for name in names]
+    return await load_once(posts.BulkCreatePosts, request)
 
 
 def taken(offset: int, existing_id: int) -> RowFailure:
@@ -76,7 +67,7 @@ async def test_rows_become_users(users: UserServiceStub) -> None:
 
     ack = await created(users, rows)
 
-    zoe, ada, bob = await everybody(users)
+    zoe, ada, bob = await list_users(users)
     assert ack == BulkAck(next_offset=3, created=3, ids=[zoe.id, ada.id, bob.id])
     assert (zoe.email, zoe.full_name, zoe.is_active) == ("zoe@example.org", "Zoe", False)
     assert (ada.HasField("full_name"), ada.is_active, ada.version) == (False, True, 1)
@@ -98,7 +89,7 @@ async def test_a_taken_email_fails_its_row(users: UserServiceStub, ada: User) ->
     """Taken by a stored user or by a row before: the failure tells whose it is, the others are created."""
     ack = await created(users, named("ada", "bob", "bob", "cyd"))
 
-    _, bob, cyd = await everybody(users)
+    _, bob, cyd = await list_users(users)
     assert ack == BulkAck(
         next_offset=4,
         created=2,
@@ -114,7 +105,7 @@ async def test_a_taken_email_is_skipped(users: UserServiceStub, ada: User) -> No
 
     ack = await created(users, rows, on_conflict="SKIP")
 
-    stored, bob = await everybody(users)
+    stored, bob = await list_users(users)
     assert ack == BulkAck(next_offset=3, created=1, skipped=2, ids=[ada.id, bob.id, bob.id])
     assert stored == ada
     assert (bob.HasField("full_name"), bob.version) == (False, 1)
@@ -131,7 +122,7 @@ async def test_a_taken_email_updates_its_user(users: UserServiceStub, ada: User)
 
     ack = await created(users, rows, on_conflict="UPDATE", update_mask=FieldMask(paths=["full_name"]))
 
-    stored, bob = await everybody(users)
+    stored, bob = await list_users(users)
     assert ack == BulkAck(next_offset=4, created=1, updated=3, ids=[ada.id, bob.id, ada.id, bob.id])
     assert (stored.full_name, stored.is_active, stored.version) == ("Last", True, 3)
     assert (bob.HasField("full_name"), bob.is_active, bob.version) == (False, False, 2)
@@ -143,7 +134,7 @@ async def test_one_bad_row_fails_an_atomic_batch(users: UserServiceStub, ada: Us
     ack = await created(users, named("bob", "ada", "cyd"), atomicity="BATCH")
 
     assert ack == BulkAck(next_offset=3, failed=3, ids=[0, 0, 0], failures=[taken(1, ada.id)])
-    assert await everybody(users) == [ada]
+    assert await list_users(users) == [ada]
 
 
 async def test_validation_records_nothing(users: UserServiceStub, ada: User) -> None:
@@ -153,7 +144,7 @@ async def test_validation_records_nothing(users: UserServiceStub, ada: User) -> 
     assert ack == BulkAck(
         next_offset=3, created=1, failed=2, ids=[0, 0, 0], failures=[taken(1, ada.id), taken(2, 0)]
     )
-    assert await everybody(users) == [ada]
+    assert await list_users(users) == [ada]
 
 
 async def test_a_hashed_password_can_be_used(users: UserServiceStub) -> None:

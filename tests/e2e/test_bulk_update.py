@@ -12,10 +12,12 @@ from roster.v1.bulk_pb2 import BulkAck, BulkOptions, RowFailure
 from roster.v1.posts_pb2 import BulkUpdatePostsRequest, CreatePostRequest, GetPostRequest
 from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.resources_pb2 import Post, User
-from roster.v1.users_pb2 import BulkUpdateUsersRequest, CreateUserRequest, ListUsersRequest
+from roster.v1.users_pb2 import BulkUpdateUsersRequest, CreateUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
 from service.users.model import User as UserRow
+from tests.support.load_stream import load_once
+from tests.support.users import list_names, list_users
 
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 NOBODY = 1 << 40
@@ -36,14 +38,6 @@ async def updated(users: UserServiceStub, *messages: list[User], mask: str, **op
     first.options.CopyFrom(chosen)
     events = [event async for event in users.BulkUpdateUsers(iter([first, *others]))]
     return [event.ack for event in events if event.HasField("ack")]
-
-
-async def everybody(users: UserServiceStub) -> list[User]:
-    return list((await users.ListUsers(ListUsersRequest())).users)
-
-
-async def emails(users: UserServiceStub) -> list[str]:
-    return [user.email.partition("@")[0] for user in await everybody(users)]
 
 
 def moves(people: list[User], *names: str) -> list[User]:
@@ -74,7 +68,7 @@ async def test_writes_what_the_mask_names(server: Server, users: UserServiceStub
 
     (ack,) = await updated(users, rows, mask="full_name is_active")
 
-    new_ada, new_bob, new_cyd = await everybody(users)
+    new_ada, new_bob, new_cyd = await list_users(users)
     assert ack == BulkAck(next_offset=2, updated=2, ids=[bob.id, ada.id])
     assert (new_bob.email, new_bob.full_name, new_bob.is_active) == (bob.email, "Robert", False)
     assert (new_ada.HasField("full_name"), new_ada.is_active, new_cyd) == (False, False, cyd)
@@ -91,7 +85,7 @@ async def test_the_star_is_every_writable_field(users: UserServiceStub, people: 
 
     (failure,) = ack.failures
     assert (failure.offset, failure.reason, failure.field) == (1, "INVALID_FIELD", "is_active")
-    assert (await emails(users))[1] == "rob"
+    assert (await list_names(users))[1] == "rob"
 
 
 async def test_the_last_row_of_a_user_wins(users: UserServiceStub, people: list[User]) -> None:
@@ -101,7 +95,7 @@ async def test_the_last_row_of_a_user_wins(users: UserServiceStub, people: list[
 
     first, second = await updated(users, rows[:2], rows[2:], mask="full_name")
 
-    new = (await everybody(users))[0]
+    new = (await list_users(users))[0]
     assert (first.updated, second.updated, new.full_name, new.version) == (2, 1, "C", 4)
 
 
@@ -118,7 +112,7 @@ async def test_a_version_is_that_of_the_rows_before(users: UserServiceStub, peop
     (failure,) = first.failures
     assert (failure.offset, failure.code, failure.reason) == (1, ABORTED, "VERSION_MISMATCH")
     assert (first.updated, second.updated) == (2, 1)
-    new = (await everybody(users))[0]
+    new = (await list_users(users))[0]
     assert (new.full_name, new.version) == ("D", 4)
 
 
@@ -129,8 +123,8 @@ async def test_emails_can_be_swapped(users: UserServiceStub, people: list[User])
     (ack,) = await updated(users, moves([ada, bob, ada], "temporary", "ada", "bob"), mask="email")
 
     assert ack == BulkAck(next_offset=3, updated=3, ids=[ada.id, bob.id, ada.id])
-    assert await emails(users) == ["bob", "ada", "cyd"]
-    assert [user.version for user in await everybody(users)] == [3, 2, 1]
+    assert await list_names(users) == ["bob", "ada", "cyd"]
+    assert [user.version for user in await list_users(users)] == [3, 2, 1]
 
 
 async def test_emails_can_move_along_a_chain(users: UserServiceStub, people: list[User]) -> None:
@@ -142,7 +136,7 @@ async def test_emails_can_move_along_a_chain(users: UserServiceStub, people: lis
 
     assert (ack.updated, against.updated) == (3, 1)
     assert list(against.failures) == [taken(0, bob), taken(1, ada)]
-    assert await emails(users) == ["eve", "ada", "bob"]
+    assert await list_names(users) == ["eve", "ada", "bob"]
 
 
 @pytest.mark.parametrize("options", [{"atomicity": "BATCH"}, {"validate_only": True}])
@@ -157,7 +151,7 @@ async def test_emails_stay_where_a_batch_is_not_written(
     )
 
     assert list(ack.failures) == [taken(3, bob)]
-    assert await everybody(users) == people
+    assert await list_users(users) == people
 
 
 async def test_an_unknown_user_fails_the_row(users: UserServiceStub, people: list[User]) -> None:
@@ -169,7 +163,7 @@ async def test_an_unknown_user_fails_the_row(users: UserServiceStub, people: lis
     (failure,) = ack.failures
     assert (failure.offset, failure.reason) == (1, "USER_NOT_FOUND")
     assert ack.ids == [people[0].id, 0, people[2].id]
-    assert [user.is_active for user in await everybody(users)] == [False, True, False]
+    assert [user.is_active for user in await list_users(users)] == [False, True, False]
 
 
 async def test_posts_are_updated(users: UserServiceStub, posts: PostServiceStub, people: list[User]) -> None:
@@ -184,10 +178,10 @@ async def test_posts_are_updated(users: UserServiceStub, posts: PostServiceStub,
     options = BulkOptions(update_mask=FieldMask(paths=["title", "content"]), return_ids=True)
 
     request = BulkUpdatePostsRequest(options=options, posts=rows, finish=True)
-    _, settled, _ = [event async for event in posts.BulkUpdatePosts(iter([request]))]
+    ack = await load_once(posts.BulkUpdatePosts, request)
 
-    assert (settled.ack.updated, list(settled.ack.ids)) == (1, [notes.id, 0, 0])
-    assert [(failure.reason, failure.field) for failure in settled.ack.failures] == [
+    assert (ack.updated, list(ack.ids)) == (1, [notes.id, 0, 0])
+    assert [(failure.reason, failure.field) for failure in ack.failures] == [
         ("INVALID_FIELD", "title"),
         ("POST_NOT_FOUND", ""),
     ]

@@ -13,10 +13,9 @@ from sqlalchemy import URL, make_url
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import CreateUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.server import Server
-from service.settings import Settings
 from tests.support.command import ROSTER, run, serving
 from tests.support.postgres import PostgresServer, find_programs
+from tests.support.server import FREE_PORT, serve
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SERVICES = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
@@ -99,17 +98,14 @@ def mistyped(environment: dict[str, str]) -> dict[str, str]:
 
 async def test_the_container_is_healthy_while_the_server_is_ready(sqlite_url: str) -> None:
     """It says why it is not: the server drains, or there is none."""
-    server = Server(Settings(database_url=sqlite_url, listen="127.0.0.1:0", health_listen="127.0.0.1:0"))
-    await server.start()
 
-    async def asked() -> tuple[int | None, str]:
-        ended = await run(
-            sys.executable, DEPLOY / "healthcheck.py", ROSTER_HEALTH_LISTEN=server.health_address
-        )
+    async def check(address: str) -> tuple[int | None, str]:
+        ended = await run(sys.executable, DEPLOY / "healthcheck.py", ROSTER_HEALTH_LISTEN=address)
         return ended.status, ended.err
 
-    assert await asked() == (0, "")
-    await server.health.enter_graceful_shutdown()
-    assert await asked() == (1, "not ready; the server's log says why\n")
-    await server.stop(grace=0)
-    assert await asked() == (1, "no answer: StatusCode.UNAVAILABLE\n")
+    async with serve(sqlite_url, health_listen=FREE_PORT) as server:
+        address = server.health_address
+        assert await check(address) == (0, "")
+        await server.health.enter_graceful_shutdown()
+        assert await check(address) == (1, "not ready; the server's log says why\n")
+    assert await check(address) == (1, "no answer: StatusCode.UNAVAILABLE\n")

@@ -31,6 +31,7 @@ from service.settings import Settings
 from service.users.model import User as UserRow
 from tests.support.errors import refusal
 from tests.support.postgres import PostgresServer
+from tests.support.server import serve
 
 # Far beyond every time-out of the server's: who waits so long got no status.
 TIMEOUT_SECONDS = 20
@@ -42,18 +43,18 @@ CREATE = CreateUserRequest(user=User(email="ada@example.org"))
 
 
 @asynccontextmanager
-async def serving(database_url: str, **options: Any) -> AsyncIterator[tuple[Server, UserServiceStub]]:
-    """Serve a database with settings of the test's own; yield the server and a client."""
-    server = Server(Settings(database_url=database_url, listen="127.0.0.1:0", **options))
-    await server.start()
-    async with grpc.aio.insecure_channel(server.address) as channel:
+async def serve_users(database_url: str, **settings: Any) -> AsyncIterator[tuple[Server, UserServiceStub]]:
+    """Serve a database with some settings; yield the server and a client."""
+    async with (
+        serve(database_url, **settings) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
         yield server, UserServiceStub(channel)
-    await server.stop(grace=0)
 
 
 def narrow(database_url: str) -> AbstractAsyncContextManager[tuple[Server, UserServiceStub]]:
     """Serve with one connection, for which nobody waits long."""
-    return serving(database_url, pool_size=1, max_overflow=0, pool_timeout=0.2)
+    return serve_users(database_url, pool_size=1, max_overflow=0, pool_timeout=0.2)
 
 
 @asynccontextmanager
@@ -124,7 +125,7 @@ async def test_an_exhausted_pool_is_told_to_readers(database_url: str) -> None:
 
 async def test_a_statement_that_takes_too_long_is_told(postgresql_url: str) -> None:
     """A row that is locked elsewhere: the statement is given up after `statement_timeout`."""
-    async with serving(postgresql_url, statement_timeout=0.3) as (_, users):
+    async with serve_users(postgresql_url, statement_timeout=0.3) as (_, users):
         id = await create(users)
         async with row_locked(postgresql_url, id):
             refused = await refusal(users.UpdateUser(renamed(id), timeout=TIMEOUT_SECONDS))
@@ -156,7 +157,7 @@ async def test_sqlite_that_another_process_writes_is_unavailable(
     """A lock that is held for longer than the busy time-out: nothing was done, try again."""
     monkeypatch.setattr(engine, "SQLITE_BUSY_TIMEOUT_SECONDS", 0.1)
     other = Database(Settings(database_url=sqlite_url))
-    async with serving(sqlite_url) as (_, users):
+    async with serve_users(sqlite_url) as (_, users):
         async with other.begin() as session:
             await session.execute(select(1))
             refused = await refusal(users.CreateUser(CREATE, timeout=TIMEOUT_SECONDS))
@@ -172,7 +173,7 @@ async def test_a_database_that_is_gone_is_told_and_comes_back(
     own_postgres: PostgresServer, own_database_url: str, mode: Literal["fast", "immediate"]
 ) -> None:
     """Stopped or crashed: calls are told at once to try again, and served as soon as it is back."""
-    async with serving(own_database_url) as (_, users):
+    async with serve_users(own_database_url) as (_, users):
         id = await create(users)
         await asyncio.to_thread(own_postgres.stop, mode)
         refused = [
@@ -193,7 +194,7 @@ async def test_a_bulk_stream_outlives_a_database_that_is_gone(
 ) -> None:
     """The message is not written, its ack says that it can be sent again, and then it is written."""
     batch = BulkCreateUsersRequest(users=[User(email="ada@example.org")], offset=0, finish=True)
-    async with serving(own_database_url) as (_, users):
+    async with serve_users(own_database_url) as (_, users):
         stream = users.BulkCreateUsers(timeout=TIMEOUT_SECONDS)
         await stream.write(BulkCreateUsersRequest())
         assert (await read(stream)).HasField("opened")
@@ -219,7 +220,7 @@ async def test_a_database_that_never_answers_is_unavailable() -> None:
     """A black hole takes the connection and is silent: nothing was sent, so the call may be tried again."""
     with socket.create_server(("127.0.0.1", 0)) as hole:
         url = f"postgresql://roster@127.0.0.1:{hole.getsockname()[1]}/roster"
-        async with serving(url, connect_timeout=0.2) as (_, users):
+        async with serve_users(url, connect_timeout=0.2) as (_, users):
             refused = await refusal(users.GetUser(GetUserRequest(id=1), timeout=TIMEOUT_SECONDS))
 
     assert (refused.code, refused.reason) == (StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")
@@ -230,7 +231,7 @@ async def test_a_standby_is_unavailable_to_writers(postgresql_url: str) -> None:
     name = make_url(postgresql_url).database
     async with connected(postgresql_url) as connection:
         await connection.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
-    async with serving(postgresql_url) as (_, users):
+    async with serve_users(postgresql_url) as (_, users):
         refused = await refusal(users.CreateUser(CREATE))
 
     assert (refused.code, refused.reason) == (StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")

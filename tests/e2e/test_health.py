@@ -14,18 +14,16 @@ from roster.v1.users_pb2_grpc import UserServiceStub
 from service import health
 from service.metrics import READY
 from service.server import Server
-from service.settings import Settings
 from tests.support.errors import refusal
-from tests.support.server import serve
+from tests.support.server import FREE_PORT, serve
 
-FREE = "127.0.0.1:0"
 SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
 
 
 @pytest.fixture
 async def server(sqlite_url: str) -> AsyncIterator[Server]:
     """A server with a port for probes."""
-    async with serve(sqlite_url, health_listen=FREE) as server:
+    async with serve(sqlite_url, health_listen=FREE_PORT) as server:
         yield server
 
 
@@ -120,8 +118,6 @@ async def test_bytes_that_are_no_message_are_answered_as_on_the_other_port(
 
 async def test_a_health_port_that_is_taken_is_named(server: Server, sqlite_url: str) -> None:
     """The message says which setting it was."""
-    taken = Settings(database_url=sqlite_url, listen=FREE, health_listen=server.health_address)
-    second = Server(taken)
     with pytest.raises(OSError, match="ROSTER_HEALTH_LISTEN sets the address"):
-        await second.start()
-    await second.database.close()
+        async with serve(sqlite_url, health_listen=server.health_address):
+            pass

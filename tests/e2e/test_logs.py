@@ -18,9 +18,9 @@ from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUs
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service import logs
 from service.server import Server
-from service.settings import Settings
 from tests.support.command import serving
 from tests.support.errors import refusal
+from tests.support.server import serve
 
 SECRET = "ada-lovelace@example.org"
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
@@ -152,10 +152,8 @@ class TestSlowCalls:
     @pytest.fixture
     async def server(self, sqlite_url: str) -> AsyncIterator[Server]:
         """A server of the test's own."""
-        server = Server(Settings(database_url=sqlite_url, listen="127.0.0.1:0", slow_call=1e-9))
-        await server.start()
-        yield server
-        await server.stop(grace=0)
+        async with serve(sqlite_url, slow_call=1e-9) as server:
+            yield server
 
     async def test_a_slow_call_is_a_warning(self, written: Written, users: UserServiceStub) -> None:
         """With the number of its statements, the first thing to look at."""

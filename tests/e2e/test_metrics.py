@@ -30,10 +30,9 @@ from service.settings import Settings
 from service.users.passwords import Passwords
 from tests.support.errors import refusal
 from tests.support.scrape import Scrape
-from tests.support.server import serve
+from tests.support.server import FREE_PORT, serve
 
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
-FREE = "127.0.0.1:0"
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
@@ -43,7 +42,12 @@ async def server(database_url: str) -> AsyncIterator[Server]:
     for level in (metrics.POOL_SIZE, metrics.POOL_IN_USE):
         level.clear()  # of databases that other tests have left to the garbage collector
     async with serve(
-        database_url, metrics_listen=FREE, pool_size=1, max_overflow=0, pool_timeout=0.5, password_queue=1
+        database_url,
+        metrics_listen=FREE_PORT,
+        pool_size=1,
+        max_overflow=0,
+        pool_timeout=0.5,
+        password_queue=1,
     ) as server:
         yield server
 
@@ -70,7 +74,7 @@ async def test_calls_are_counted_by_method_and_code(server: Server, users: UserS
 async def test_measures_gathered_reads(database_url: str) -> None:
     """Eight calls that wait for the only connection share one statement, which is measured too."""
     async with (
-        serve(database_url, metrics_listen=FREE, pool_size=1, max_overflow=0) as server,
+        serve(database_url, metrics_listen=FREE_PORT, pool_size=1, max_overflow=0) as server,
         grpc.aio.insecure_channel(server.address) as channel,
     ):
         users = UserServiceStub(channel)
@@ -238,10 +242,9 @@ async def test_a_chosen_port_for_metrics_must_be_free(sqlite_url: str) -> None:
     """Whoever asks for metrics would miss them."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = f"127.0.0.1:{other.getsockname()[1]}"
-        server = Server(Settings(database_url=sqlite_url, listen=FREE, metrics_listen=taken))
         with pytest.raises(OSError, match="ROSTER_METRICS_LISTEN names another address"):
-            await server.start()
-        await server.database.close()
+            async with serve(sqlite_url, metrics_listen=taken):
+                pass
 
 
 async def test_the_default_port_for_metrics_may_be_taken(
@@ -252,12 +255,9 @@ async def test_the_default_port_for_metrics_may_be_taken(
     with ExitStack() as stack:
         with suppress(OSError):  # somebody has it already
             stack.enter_context(socket.create_server(("127.0.0.1", 9464)))
-        server = Server(Settings(database_url=sqlite_url, listen=FREE))
-        await server.start()
-        assert server.metrics_address == ""
-        async with grpc.aio.insecure_channel(server.address) as channel:
+        async with serve(sqlite_url) as server, grpc.aio.insecure_channel(server.address) as channel:
+            assert server.metrics_address == ""
             assert (await refusal(UserServiceStub(channel).GetUser(GetUserRequest(id=1)))).code == NOT_FOUND
-        await server.stop(grace=0)
 
 
 WORKER = """

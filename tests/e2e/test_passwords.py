@@ -30,6 +30,7 @@ from service.settings import Settings
 from service.users.passwords import Passwords
 from service.users.repository import CREDENTIALS, UserRepository, credentials_from_row
 from tests.support.errors import refusal
+from tests.support.server import serve
 
 PASSWORD = "correct horse battery staple"
 # What the settings have by default.
@@ -45,11 +46,8 @@ WEAK = {
 @pytest.fixture
 async def server(database_url: str) -> AsyncIterator[Server]:
     """A server that hashes one password at a time and refuses more."""
-    settings = Settings(database_url=database_url, listen="127.0.0.1:0", password_workers=1, password_queue=1)
-    server = Server(settings)
-    await server.start()
-    yield server
-    await server.stop(grace=0)
+    async with serve(database_url, password_workers=1, password_queue=1) as server:
+        yield server
 
 
 @pytest.fixture

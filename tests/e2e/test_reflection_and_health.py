@@ -23,6 +23,7 @@ from service.server import Server
 from service.settings import Settings
 from tests.support.errors import refusal
 from tests.support.postgres import PostgresServer
+from tests.support.server import serve
 
 SERVING = HealthCheckResponse.SERVING
 NOT_SERVING = HealthCheckResponse.NOT_SERVING
@@ -126,7 +127,7 @@ async def test_reflection_says_what_it_does_not_know(ask: Ask) -> None:
 
 async def test_reflection_can_be_switched_off(sqlite_url: str) -> None:
     """Neither version is there then, and all else is."""
-    async with serving(sqlite_url, reflection=False) as (_, channel):
+    async with serve_channel(sqlite_url, reflection=False) as channel:
         for version in VERSIONS:
             refused = await refusal(asking(channel, version)(list_services=""))
             assert refused.code == StatusCode.UNIMPLEMENTED
@@ -135,13 +136,13 @@ async def test_reflection_can_be_switched_off(sqlite_url: str) -> None:
 
 
 @asynccontextmanager
-async def serving(database_url: str, **options: Any) -> AsyncIterator[tuple[Server, grpc.aio.Channel]]:
-    """Serve a database with settings of the test's own."""
-    server = Server(Settings(database_url=database_url, listen="127.0.0.1:0", **options))
-    await server.start()
-    async with grpc.aio.insecure_channel(server.address) as channel:
-        yield server, channel
-    await server.stop(grace=0)
+async def serve_channel(database_url: str, **settings: Any) -> AsyncIterator[grpc.aio.Channel]:
+    """Serve a database with some settings, and yield a channel to the server."""
+    async with (
+        serve(database_url, **settings) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        yield channel
 
 
 async def check(channel: grpc.aio.Channel, service: str) -> int:
@@ -226,7 +227,7 @@ async def test_health_follows_the_database(monkeypatch: pytest.MonkeyPatch) -> N
     """Gone, it is not serving, but alive; back again, it is serving."""
     monkeypatch.setattr(health, "INTERVAL_SECONDS", 0.05)
     with PostgresServer() as postgres:
-        async with postgres.database() as url, serving(url) as (_, channel):
+        async with postgres.database() as url, serve_channel(url) as channel:
             watch = HealthStub(channel).Watch(HealthCheckRequest(), timeout=TIMEOUT_SECONDS)
             assert (await watch.read()).status == SERVING
 

@@ -13,13 +13,13 @@ from roster.v1.users_pb2 import (
     CreateUserRequest,
     DeleteUserRequest,
     GetUserRequest,
-    ListUsersRequest,
     UpdateUserRequest,
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server, utc_now
-from service.settings import Settings
 from tests.support.errors import refusal
+from tests.support.server import serve
+from tests.support.users import list_users
 
 HASH = "$argon2id$v=19$m=65536,t=3,p=4$c29tZXNhbHQxMjM0NTY$dGhpcyBpcyBub3QgYSBoYXNoIGF0IGFsbA"
 
@@ -31,10 +31,6 @@ async def ada(users: UserServiceStub) -> User:
     return await users.CreateUser(CreateUserRequest(user=user))
 
 
-async def everybody(users: UserServiceStub) -> list[User]:
-    return list((await users.ListUsers(ListUsersRequest())).users)
-
-
 async def test_a_repeated_create_is_answered_and_not_done_again(users: UserServiceStub) -> None:
     """With the first answer, even after a change of what was created."""
     request = CreateUserRequest(user=User(email="ada@example.org"), request_id=str(uuid4()))
@@ -44,7 +40,7 @@ async def test_a_repeated_create_is_answered_and_not_done_again(users: UserServi
     assert await users.CreateUser(request) == created
     request.request_id = request.request_id.upper()
     assert await users.CreateUser(request) == created
-    assert [user.id for user in await everybody(users)] == [created.id]
+    assert [user.id for user in await list_users(users)] == [created.id]
 
 
 async def test_a_repeated_update_is_answered_and_not_done_again(users: UserServiceStub, ada: User) -> None:
@@ -75,7 +71,7 @@ async def test_a_request_id_stands_for_one_body(users: UserServiceStub) -> None:
 
     refused = await refusal(users.CreateUser(another))
     assert (refused.code, refused.reason) == (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED")
-    assert [user.email for user in await everybody(users)] == ["ada@example.org"]
+    assert [user.email for user in await list_users(users)] == ["ada@example.org"]
 
 
 async def test_a_request_id_belongs_to_its_method(users: UserServiceStub) -> None:
@@ -94,7 +90,7 @@ async def test_calls_at_once_with_one_request_id_write_one_row(users: UserServic
     answers = await asyncio.gather(*(users.CreateUser(request) for _ in range(5)))
 
     assert answers == [answers[0]] * 5
-    assert await everybody(users) == [answers[0]]
+    assert await list_users(users) == [answers[0]]
 
 
 async def test_a_call_that_failed_is_not_kept(users: UserServiceStub, ada: User) -> None:
@@ -123,14 +119,10 @@ async def test_a_day_later_a_request_id_is_new(server: Server, users: UserServic
     request = CreateUserRequest(user=User(email="ada@example.org"), request_id=str(uuid4()))
     created = await users.CreateUser(request)
 
-    settings = Settings(database_url=server.settings.database_url, listen="127.0.0.1:0")
-    tomorrow = Server(settings, clock=lambda: utc_now() + timedelta(hours=24))
-    await tomorrow.start()
-
     async def repeat() -> None:
         while True:
             assert await users.CreateUser(request) == created
 
-    refused = await refusal(repeat())
+    async with serve(server.settings.database_url, clock=lambda: utc_now() + timedelta(hours=24)):
+        refused = await refusal(repeat())
     assert refused.reason == "EMAIL_TAKEN"
-    await tomorrow.stop(grace=0)

@@ -12,12 +12,14 @@ from roster.v1.bulk_pb2 import BulkAck, BulkOptions
 from roster.v1.posts_pb2 import BulkCreatePostsRequest, CreatePostRequest, GetPostRequest
 from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.resources_pb2 import Post, User
-from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUserRequest, ListUsersRequest
+from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db.bulk import postgresql
 from service.server import Server
 from service.users.model import User as UserRow
+from tests.support.load_stream import load_once, named
 from tests.support.rival import until
+from tests.support.users import list_users
 
 BATCHES, BATCH = 15, 10
 WAITS_FOR_THE_TABLE = text(
@@ -30,8 +32,7 @@ async def loaded(users: UserServiceStub, *rows: User, **options: Any) -> BulkAck
     """Create users in one message and return its ack."""
     chosen = BulkOptions(return_ids=True, **options)
     request = BulkCreateUsersRequest(options=chosen, users=rows, finish=True)
-    _, settled, _ = [event async for event in users.BulkCreateUsers(iter([request]))]
-    return settled.ack
+    return await load_once(users.BulkCreateUsers, request)
 
 
 async def restored(users: UserServiceStub, *rows: User, **options: Any) -> BulkAck:
@@ -43,23 +44,16 @@ async def restored_posts(posts: PostServiceStub, *rows: Post, **options: Any) ->
     """Restore posts in one message and return its ack."""
     chosen = BulkOptions(restore=True, return_ids=True, **options)
     request = BulkCreatePostsRequest(options=chosen, posts=rows, finish=True)
-    _, settled, _ = [event async for event in posts.BulkCreatePosts(iter([request]))]
-    return settled.ack
+    return await load_once(posts.BulkCreatePosts, request)
 
 
 async def created(users: UserServiceStub, name: str) -> User:
     return await users.CreateUser(CreateUserRequest(user=User(email=f"{name}@example.org")))
 
 
-async def everybody(users: UserServiceStub) -> dict[int, str]:
-    """Return all users' names by id."""
-    page = await users.ListUsers(ListUsersRequest(page_size=1000))
-    assert not page.next_page_token
-    return {user.id: user.email.removesuffix("@example.org") for user in page.users}
-
-
-def named(*names: str, **fields: Any) -> list[User]:
-    return [User(email=f"{name}@example.org", **fields) for name in names]
+async def names_by_id(users: UserServiceStub) -> dict[int, str]:
+    """Return the names of all users by their ids."""
+    return {user.id: user.email.removesuffix("@example.org") for user in await list_users(users)}
 
 
 def moment(text: str) -> Timestamp:
@@ -151,7 +145,7 @@ async def test_a_taken_id_or_email_fails_its_row(users: UserServiceStub) -> None
         (5, ALREADY_EXISTS, "ID_TAKEN", "id", ada.id),
     ]
     assert (ack.created, ack.failed) == (2, 5)
-    assert await everybody(users) == {ada.id: "ada", 51: "cyd", ack.ids[6]: "eve"}
+    assert await names_by_id(users) == {ada.id: "ada", 51: "cyd", ack.ids[6]: "eve"}
 
 
 async def test_a_taken_id_or_email_is_skipped(users: UserServiceStub) -> None:
@@ -163,7 +157,7 @@ async def test_a_taken_id_or_email_is_skipped(users: UserServiceStub) -> None:
 
     assert (ack.created, ack.skipped, ack.ids) == (1, 3, [ada.id, ada.id, 51, 51])
     assert await users.GetUser(GetUserRequest(id=ada.id)) == ada
-    assert await everybody(users) == {ada.id: "ada", 51: "cyd"}
+    assert await names_by_id(users) == {ada.id: "ada", 51: "cyd"}
 
 
 async def test_a_taken_post_fails_or_is_skipped(users: UserServiceStub, posts: PostServiceStub) -> None:
@@ -198,7 +192,7 @@ async def test_a_bad_value_fails_its_row(users: UserServiceStub) -> None:
         (3, "created_at"),
         (4, "updated_at"),
     ]
-    assert await everybody(users) == {7: "f"}
+    assert await names_by_id(users) == {7: "f"}
 
 
 async def test_large_ids_are_restored(users: UserServiceStub) -> None:
@@ -219,7 +213,7 @@ async def test_an_atomic_batch_is_restored_whole_or_not(users: UserServiceStub) 
     ack = await restored(users, *named("bob", id=50), *named("cyd", id=ada.id), atomicity="BATCH")
 
     assert (ack.created, ack.failed, [failure.offset for failure in ack.failures]) == (0, 2, [1])
-    assert await everybody(users) == {ada.id: "ada"}
+    assert await names_by_id(users) == {ada.id: "ada"}
 
 
 async def test_validation_restores_nothing(users: UserServiceStub) -> None:
@@ -254,7 +248,7 @@ async def test_a_restore_waits_for_those_who_have_drawn_ids(server: Server, user
 
     ack = await restore
     assert (ack.created, ack.failed, ack.ids) == (1, 1, [0, drawn + 1])
-    assert await everybody(users) == {drawn: "early", drawn + 1: "later"}
+    assert await names_by_id(users) == {drawn: "early", drawn + 1: "later"}
 
 
 async def _waits(session: Any) -> bool:
@@ -306,5 +300,5 @@ async def test_creates_and_restores_of_neighbouring_ids_go_together(users: UserS
             for work in (crowd.create, crowd.create_in_bulk, crowd.restore):
                 tasks.create_task(work(number))
 
-    assert await everybody(users) == crowd.told
+    assert await names_by_id(users) == crowd.told
     assert len(crowd.told) > 2 * BATCHES * (1 + BATCH)  # some were restored, beside all who were created

@@ -31,7 +31,6 @@ from roster.v1.users_pb2 import BulkCreateUsersRequest, ExportUsersRequest, GetU
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.interceptors import tracing
 from service.server import Server
-from service.settings import Settings
 from tests.support.errors import refusal
 from tests.support.server import serve
 
@@ -165,11 +164,8 @@ class Collector(TraceServiceServicer):
 
 async def call_once(database_url: str) -> None:
     """Start a server, call it, and stop it."""
-    server = Server(Settings(database_url=database_url, listen="127.0.0.1:0"))
-    await server.start()
-    async with grpc.aio.insecure_channel(server.address) as channel:
+    async with serve(database_url) as server, grpc.aio.insecure_channel(server.address) as channel:
         await refusal(UserServiceStub(channel).GetUser(GetUserRequest(id=1), metadata=CALLER))
-    await server.stop(grace=1)
 
 
 def check(request: ExportTraceServiceRequest) -> None:

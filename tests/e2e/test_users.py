@@ -22,6 +22,7 @@ from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
 from tests.support.errors import refusal
 from tests.support.rows import add_posts, add_users
+from tests.support.users import list_users
 
 MAX_ANSWER_BYTES = 3 << 20
 HASH = "$argon2id$v=19$m=65536,t=3,p=4$c29tZXNhbHQxMjM0NTY$dGhpcyBpcyBub3QgYSBoYXNoIGF0IGFsbA"
@@ -39,10 +40,6 @@ async def ada(users: UserServiceStub) -> User:
     """A user with every field set."""
     user = User(email="ada@example.org", full_name="Ada", is_active=True)
     return await users.CreateUser(CreateUserRequest(user=user))
-
-
-async def everybody(users: UserServiceStub) -> list[User]:
-    return list((await users.ListUsers(ListUsersRequest())).users)
 
 
 async def test_a_new_user_has_an_id_a_version_and_two_times(users: UserServiceStub) -> None:
@@ -98,7 +95,7 @@ async def test_a_taken_email_is_refused_and_says_by_whom(users: UserServiceStub,
     for taken in refusals:
         assert (taken.code, taken.reason) == (grpc.StatusCode.ALREADY_EXISTS, "EMAIL_TAKEN")
         assert taken.facts == {"existing_id": str(ada.id)}
-    assert await everybody(users) == [ada, alan]
+    assert await list_users(users) == [ada, alan]
 
 
 async def test_nobody_is_not_found(users: UserServiceStub) -> None:

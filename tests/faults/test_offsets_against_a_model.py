@@ -29,12 +29,11 @@ from service.db.bulk.batch import Outcome
 from service.errors import DatabaseUnavailable, OutcomeUnknown
 from service.loads.model import Load
 from service.loads.repository import LoadRepository
-from service.server import Server
-from service.settings import Settings
 from tests.faults.histories import SEED, keeping, kept
 from tests.support.errors import refusal
 from tests.support.load_model import BAD_ROW, HISTORIES, Ended, LoadModel, Message, Stream, placed
 from tests.support.load_stream import LoadStream
+from tests.support.server import serve
 
 # More of them find what is rare: ROSTER_TEST_EXAMPLES=2000 takes some minutes.
 EXAMPLES = int(os.environ.get("ROSTER_TEST_EXAMPLES", "30"))
@@ -45,12 +44,11 @@ numbers = count()
 async def channel(database_url: str) -> AsyncIterator[grpc.aio.Channel]:
     """A channel to a server of the test's own."""
     # Streams that are left behind are still open for a moment.
-    settings = Settings(database_url=database_url, listen="127.0.0.1:0", caller_streams=1000)
-    server = Server(settings)
-    await server.start()
-    async with grpc.aio.insecure_channel(server.address) as channel:
+    async with (
+        serve(database_url, caller_streams=1000) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
         yield channel
-    await server.stop(grace=0)
 
 
 @pytest.fixture

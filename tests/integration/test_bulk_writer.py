@@ -28,7 +28,7 @@ from service.users.model import User as UserRow
 from service.users.repository import USERS
 from service.users.servicer import CREATE_USERS, UPDATE_USERS
 from tests.support.rival import Rival, rival
-from tests.support.rows import add_users
+from tests.support.rows import add_users, read_emails
 
 COLUMNS: dict[str, list[Any]] = {"id": [7], "email": ["ada@example.org"]}
 
@@ -59,11 +59,6 @@ async def acknowledged(database: Database, operation: Operation, *messages: Any)
     return [event.ack async for event in events if event.HasField("ack")]
 
 
-async def emails(database: Database) -> list[str]:
-    async with database.read() as session:
-        return list(await session.scalars(select(UserRow.email).order_by(UserRow.id)))
-
-
 def reasons(ack: BulkAck) -> list[tuple[int, str, int]]:
     return [(failure.offset, failure.reason, failure.existing_id) for failure in ack.failures]
 
@@ -76,7 +71,7 @@ async def test_rollback_removes_copied_rows(served: Database) -> None:
             await postgresql.insert_rows(session, UserRow, COLUMNS, None)
             raise ZeroDivisionError
 
-    assert await emails(served) == []
+    assert await read_emails(served) == []
 
 
 async def test_refuses_copy_outside_a_transaction(served: Database) -> None:
@@ -85,7 +80,7 @@ async def test_refuses_copy_outside_a_transaction(served: Database) -> None:
         async with served.bulk() as session:
             await postgresql.insert_rows(session, UserRow, COLUMNS, None)
 
-    assert await emails(served) == []
+    assert await read_emails(served) == []
 
 
 async def test_insert_keeps_texts_and_times(database: Database) -> None:
@@ -142,7 +137,7 @@ async def test_retry_undoes_the_failed_attempt(database: Database) -> None:
         writer = BulkWriter(session, USERS)
         outcome = await writer.retry_on_conflict(batch, attempt)
 
-    assert await emails(database) == ["2@example.org"]
+    assert await read_emails(database) == ["2@example.org"]
     assert (len(attempts), outcome.failures) == (2, attempts[1].failures)
 
 
@@ -190,7 +185,7 @@ async def test_detects_key_taken_during_write(
     assert reasons(ack) == ([(1, "EMAIL_TAKEN", bob.id)] if ack.failed else [])
     assert ack.ids[1] == (0 if ack.failed else bob.id)
     assert bob.full_name == full_name
-    assert ("ada@example.org" in await emails(served)) == (ack.created == 1)
+    assert ("ada@example.org" in await read_emails(served)) == (ack.created == 1)
 
 
 async def test_creates_row_if_other_writer_rolls_back(served: Database, other: Rival) -> None:
@@ -203,7 +198,7 @@ async def test_creates_row_if_other_writer_rolls_back(served: Database, other: R
 
     (ack,) = await load
 
-    assert (ack.created, await emails(served)) == (1, ["ada@example.org"])
+    assert (ack.created, await read_emails(served)) == (1, ["ada@example.org"])
 
 
 async def test_detects_email_taken_during_update(served: Database, other: Rival) -> None:
@@ -219,7 +214,7 @@ async def test_detects_email_taken_during_update(served: Database, other: Rival)
     (ack,) = await load
 
     assert (ack.updated, reasons(ack)) == (1, [(0, "EMAIL_TAKEN", 77)])
-    assert await emails(served) == ["user0@example.org", "bob@example.org", "ada@example.org"]
+    assert await read_emails(served) == ["user0@example.org", "bob@example.org", "ada@example.org"]
 
 
 async def test_detects_version_changed_during_update(served: Database, other: Rival) -> None:

@@ -16,19 +16,8 @@ from service.db.engine import Database
 from service.errors import DatabaseUnavailable, PoolExhausted, QuotaExceeded
 from service.settings import Settings
 from service.users.model import User
-from tests.support.rows import add_posts, add_users
-
-# A commit with a new user waits until the advisory lock 1 is free.
-SLOW_COMMIT = (
-    """
-    CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
-    'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NULL; END'
-    """,
-    """
-    CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON users
-    DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait()
-    """,
-)
+from tests.support.rival import LOCK_COMMITS, delay_commits, rival
+from tests.support.rows import add_posts, add_users, read_emails
 
 
 @pytest.fixture
@@ -61,11 +50,6 @@ def file(sqlite_url: str) -> Path:
     return Path(str(make_url(sqlite_url).database))
 
 
-async def emails(database: Database) -> list[str]:
-    async with database.read() as session:
-        return list(await session.scalars(select(User.email).order_by(User.id)))
-
-
 def write_from_elsewhere(file: Path) -> None:
     """Write as another process would; raises OperationalError at once where somebody else is writing."""
     with closing(sqlite3.connect(file, timeout=0)) as connection, connection:
@@ -77,7 +61,7 @@ async def test_a_clean_exit_commits(database: Database) -> None:
     async with database.begin() as session:
         await session.execute(insert(User).values(email="ada@example.org"))
 
-    assert await emails(database) == ["ada@example.org"]
+    assert await read_emails(database) == ["ada@example.org"]
 
 
 async def test_an_exception_rolls_back(database: Database) -> None:
@@ -90,7 +74,7 @@ async def test_an_exception_rolls_back(database: Database) -> None:
 
     with pytest.raises(ZeroDivisionError):
         await call()
-    assert await emails(database) == []
+    assert await read_emails(database) == []
 
 
 async def test_a_cancel_in_the_body_rolls_back(database: Database) -> None:
@@ -110,7 +94,7 @@ async def test_a_cancel_in_the_body_rolls_back(database: Database) -> None:
         await task
 
     await add_users(database)
-    assert await emails(database) == ["user0@example.org"]
+    assert await read_emails(database) == ["user0@example.org"]
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -134,32 +118,24 @@ async def test_a_commit_goes_on_to_its_end_when_its_caller_is_cancelled(
     with pytest.raises(asyncio.CancelledError):
         await task
 
-    assert await emails(database) == ["ada@example.org"]
+    assert await read_emails(database) == ["ada@example.org"]
 
 
-async def test_a_commit_is_not_cut_off(big: Database) -> None:
-    """A commit that waits in the database goes on waiting when its caller is cancelled, and then is in."""
-    async with big.begin() as session:
-        for statement in SLOW_COMMIT:
-            await session.execute(text(statement))
-    async with big.bulk() as blocker:
-        await blocker.execute(text("SELECT pg_advisory_lock(1)"))
+async def test_a_cancelled_commit_is_completed(big: Database, postgresql_url: str) -> None:
+    """A caller that is cancelled during its commit waits until PostgreSQL has committed."""
+    await delay_commits(postgresql_url)
+    async with rival(postgresql_url) as other:
+        await other.execute(LOCK_COMMITS)
         task = asyncio.create_task(add_users(big))
-        waiting = (
-            select(func.count())
-            .select_from(text("pg_locks"))
-            .where(text("locktype = 'advisory' AND NOT granted"))
-        )
-        while not await blocker.scalar(waiting):
-            pass
+        await other.waiting()
         task.cancel()
         done, _ = await asyncio.wait([task], timeout=0.2)
         assert not done
-        await blocker.execute(text("SELECT pg_advisory_unlock(1)"))
+        await other.rollback()
     with pytest.raises(asyncio.CancelledError):
         await task
 
-    assert await emails(big) == ["user0@example.org"]
+    assert await read_emails(big) == ["user0@example.org"]
 
 
 async def test_a_read_holds_no_transaction(database: Database) -> None:
@@ -185,7 +161,7 @@ async def test_an_exhausted_pool_refuses_within_its_timeout(small: Database) -> 
                 await add_users(small)
 
     await add_users(small)
-    assert await emails(small) == ["user0@example.org"]
+    assert await read_emails(small) == ["user0@example.org"]
 
 
 async def test_an_exhausted_pool_refuses_reads_too(small: Database) -> None:
@@ -249,7 +225,7 @@ async def test_calls_don_t_wait_for_loads(big: Database) -> None:
             await session.execute(select(1))
         await add_users(big)
 
-    assert await emails(big) == ["user0@example.org"]
+    assert await read_emails(big) == ["user0@example.org"]
 
 
 async def test_a_database_that_is_away_is_unavailable(database_url: str) -> None:
@@ -294,7 +270,7 @@ async def test_writers_come_first_come_first_served(embedded: Database) -> None:
     await asyncio.gather(*waiting)
 
     assert order == list(range(10))
-    assert await emails(embedded) == [f"{number}@example.org" for number in range(10)]
+    assert await read_emails(embedded) == [f"{number}@example.org" for number in range(10)]
 
 
 async def test_a_unit_of_work_takes_the_writer_s_lock_before_it_writes(
@@ -315,14 +291,14 @@ async def test_a_read_does_not_lock_writers_out(embedded: Database, file: Path) 
         await session.execute(select(User.id))
         write_from_elsewhere(file)
 
-    assert await emails(embedded) == ["elsewhere@example.org"]
+    assert await read_emails(embedded) == ["elsewhere@example.org"]
 
 
 async def test_readers_see_the_last_commit_while_one_writes(embedded: Database) -> None:
     """WAL: a write under way does not hold up reads."""
     async with embedded.begin() as session:
         await session.execute(insert(User).values(email="ada@example.org"))
-        assert await emails(embedded) == []
+        assert await read_emails(embedded) == []
 
     async with embedded.read() as session:
         assert await session.scalar(text("PRAGMA journal_mode")) == "wal"
@@ -334,7 +310,7 @@ async def test_a_reader_can_t_write(embedded: Database) -> None:
         async with embedded.read() as session:
             await session.execute(insert(User).values(email="ada@example.org"))
 
-    assert await emails(embedded) == []
+    assert await read_emails(embedded) == []
 
 
 @pytest.mark.parametrize("setting", ["statement_timeout", "idle_in_transaction_session_timeout"])

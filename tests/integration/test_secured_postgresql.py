@@ -24,10 +24,10 @@ from roster.v1.users_pb2 import (
 from service.db import migrations
 from service.db.engine import Database
 from service.errors import DatabaseUnavailable
-from service.server import Server
 from service.settings import Settings
 from tests.support.authority import Authority
 from tests.support.postgres import PostgresServer
+from tests.support.server import serve
 from tests.support.wire import Wire
 
 ROLES = Path(__file__).parents[2] / "deploy/sql/roles.sql"
@@ -84,11 +84,9 @@ async def executed(url: str, statement: str) -> None:
 @pytest.fixture
 async def wire(url: str) -> AsyncIterator[Wire]:
     """A client of a server that has the service's role."""
-    server = Server(Settings(database_url=as_role(url, "roster_service"), listen="127.0.0.1:0"))
-    await server.start()
-    with grpc.insecure_channel(server.address) as channel:
-        yield Wire(channel)
-    await server.stop(grace=0)
+    async with serve(as_role(url, "roster_service")) as server:
+        with grpc.insecure_channel(server.address) as channel:
+            yield Wire(channel)
 
 
 async def test_the_service_s_role_is_enough(url: str, wire: Wire) -> None:

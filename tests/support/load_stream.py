@@ -84,6 +84,13 @@ class LoadStream:
         return await refusal(self.answer())
 
 
+async def load_once(rpc: Any, request: Any) -> BulkAck:
+    """Send the only message of a load, and return its ack."""
+    _, event, summary = [event async for event in rpc(iter([request]))]
+    assert summary.HasField("summary")
+    return event.ack  # type: ignore[no-any-return]
+
+
 async def refused_to_open(users: UserServiceStub, **options: Any) -> Refusal:
     """Return why a stream could not be opened."""
     return await refusal(LoadStream.open(users, **options))

@@ -17,6 +17,16 @@ WHERE NOT granted AND pid <> $1 AND pg_blocking_pids(pid) && ARRAY[$1, pg_backen
 """
 
 
+# While a rival has executed this, the commits delayed by `delay_commits` wait for it.
+LOCK_COMMITS = "SELECT pg_advisory_xact_lock(1)"
+DELAYED_COMMIT = f"""
+CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
+'BEGIN PERFORM {LOCK_COMMITS.removeprefix("SELECT ")}; RETURN NULL; END';
+CREATE CONSTRAINT TRIGGER wait AFTER INSERT ON users
+DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait();
+"""
+
+
 class Rival:
     """A session in a transaction of its own; what it locks others wait for."""
 
@@ -52,6 +62,13 @@ async def rival(url: str) -> AsyncIterator[Rival]:
         yield other
     finally:
         await connection.close()
+
+
+async def delay_commits(url: str) -> None:
+    """Let each commit of a new user take the lock of LOCK_COMMITS."""
+    async with rival(url) as session:
+        await session.execute(DELAYED_COMMIT)
+        await session.commit()
 
 
 async def until(condition: Callable[[], Awaitable[T]]) -> T:

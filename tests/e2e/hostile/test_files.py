@@ -9,16 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
-from roster.v1.resources_pb2 import User
-from roster.v1.users_pb2 import CreateUserRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
-from service.settings import Settings
 from tests.e2e.hostile.support import Victim, victim
 from tests.support.command import ROSTER, Ended, run, serving, waiting_to_serve
+from tests.support.rows import add_users
+from tests.support.server import serve
 
 OTHER_USER = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
@@ -91,14 +88,9 @@ async def test_an_exposed_database_is_reported_and_stays_as_it_is(folder: Path) 
 @pytest.fixture
 async def server(sqlite_url: str) -> AsyncIterator[Server]:
     """A server with some users."""
-    server = Server(Settings(database_url=sqlite_url, listen="127.0.0.1:0"))
-    await server.start()
-    async with grpc.aio.insecure_channel(server.address) as channel:
-        for number in range(3):
-            user = User(email=f"user{number}@example.org")
-            await UserServiceStub(channel).CreateUser(CreateUserRequest(user=user))
-    yield server
-    await server.stop(grace=0)
+    async with serve(sqlite_url) as server:
+        await add_users(server.database, 3)
+        yield server
 
 
 async def export(server: Server, folder: Path, output: str, *options: str) -> Ended:

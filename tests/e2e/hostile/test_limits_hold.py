@@ -15,12 +15,11 @@ import pytest
 
 from roster.v1.users_pb2 import GetUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service import connections
-from service.metrics import serve
-from service.server import Server
+from service import connections, metrics
 from service.settings import Settings
 from tests.e2e.hostile.support import SCALE, Victim, victim
 from tests.support.scrape import Scrape
+from tests.support.server import FREE_PORT, serve
 
 CALLS = 2000 * SCALE
 SILENT = 1200  # more than the usual soft limit of 1,024 open files
@@ -122,18 +121,15 @@ async def test_a_caller_gets_in_after_the_silent_ones_have_had_their_time(
     """At the limit of connections a caller is refused at once, and tries again with success."""
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 20)
     monkeypatch.setattr(connections, "HANDSHAKE_SECONDS", 2)
-    server = Server(Settings(database_url=sqlite_url, listen=FREE))
-    await server.start()
-    with ExitStack() as stack:
-        for _ in range(40):
-            stack.enter_context(connect(server.address, said))
-        async with grpc.aio.insecure_channel(server.address) as channel:
-            users = UserServiceStub(channel)
+    async with serve(sqlite_url) as server, grpc.aio.insecure_channel(server.address) as channel:
+        users = UserServiceStub(channel)
+        with ExitStack() as stack:
+            for _ in range(40):
+                stack.enter_context(connect(server.address, said))
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await users.GetUser(GetUserRequest(id=1))
             with pytest.raises(grpc.aio.AioRpcError) as answered:
                 await users.GetUser(GetUserRequest(id=1), wait_for_ready=True, timeout=20)
-    await server.stop(grace=0)
 
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
     assert answered.value.code() is grpc.StatusCode.NOT_FOUND
@@ -144,7 +140,7 @@ async def test_a_caller_gets_in_after_the_silent_ones_have_had_their_time(
 )
 async def test_metrics_are_read_while_strangers_dawdle_on_their_port(said: bytes) -> None:
     """They cost no thread each, and the oldest are closed."""
-    address, close = serve(Settings(metrics_listen=FREE))
+    address, close = metrics.serve(Settings(metrics_listen=FREE_PORT))
     threads = threading.active_count()
     with ExitStack() as stack:
         dawdling = [stack.enter_context(connect(address, said)) for _ in range(300)]
@@ -162,7 +158,7 @@ async def test_metrics_are_read_while_strangers_dawdle_on_their_port(said: bytes
 )
 async def test_what_is_not_http_is_refused_on_the_port_of_metrics(said: bytes) -> None:
     """And the next request is answered."""
-    address, close = serve(Settings(metrics_listen=FREE))
+    address, close = metrics.serve(Settings(metrics_listen=FREE_PORT))
     with connect(address, said) as connection:
         assert (await asyncio.to_thread(connection.recv, 1000)).startswith(b"HTTP/1.1 400 ")
     await Scrape.of(address)
