@@ -1,6 +1,6 @@
 """Exports: every row once, in id order, in messages that are never too large."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
@@ -11,10 +11,10 @@ from roster.v1.posts_pb2 import ExportPostsRequest, ExportPostsResponse, ListPos
 from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.users_pb2 import ExportUsersRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.db.driver import DriverQuery
 from service.server import Server
-from service.settings import Settings
 from tests.support.rows import add_posts, add_users
+from tests.support.server import serve
+from tests.support.statements import Statement, record_statements
 
 MIB = 1 << 20
 MAX_ANSWER_BYTES = 3 * MIB
@@ -27,12 +27,11 @@ IN_TRANSACTION = text(
 @pytest.fixture
 async def narrow(server: Server) -> AsyncIterator[PostServiceStub]:
     """The client of a second server on the same database, with one connection for its calls."""
-    url = server.settings.database_url
-    narrow = Server(Settings(database_url=url, listen="127.0.0.1:0", pool_size=1, max_overflow=0))
-    await narrow.start()
-    async with grpc.aio.insecure_channel(narrow.address) as channel:
+    async with (
+        serve(server.settings.database_url, pool_size=1, max_overflow=0) as narrow,
+        grpc.aio.insecure_channel(narrow.address) as channel,
+    ):
         yield PostServiceStub(channel)
-    await narrow.stop(grace=0)
 
 
 async def exported_posts(posts: PostServiceStub, request: ExportPostsRequest) -> list[ExportPostsResponse]:
@@ -96,17 +95,10 @@ async def test_an_export_holds_no_connection_while_it_waits_for_its_reader(
 
 
 @pytest.fixture
-def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The statements that read posts."""
-    executed: list[str] = []
-    fetched = DriverQuery._fetched
-
-    async def noted(query: DriverQuery, *arguments: Any) -> Any:
-        executed.append(query.sql)
-        return await fetched(query, *arguments)
-
-    monkeypatch.setattr(DriverQuery, "_fetched", noted)
-    return executed
+def statements() -> Iterator[list[Statement]]:
+    """The statements sent to the database."""
+    with record_statements() as statements:
+        yield statements
 
 
 async def posts_in_transactions(server: Server) -> int:
@@ -117,7 +109,7 @@ async def posts_in_transactions(server: Server) -> int:
 
 
 async def test_an_export_reads_no_further_than_its_reader(
-    server: Server, users: UserServiceStub, posts: PostServiceStub, statements: list[str]
+    server: Server, users: UserServiceStub, posts: PostServiceStub, statements: list[Statement]
 ) -> None:
     """One who stops holds up what a window takes, not the rest of the posts, and no transaction."""
     [author_id] = await add_users(server.database)

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,7 +17,6 @@ from sqlalchemy import make_url, select, text, update
 from roster.v1 import posts_pb2, posts_pb2_grpc, resources_pb2, users_pb2, users_pb2_grpc
 from service.auth.caller import Caller, set_caller
 from service.db import reads as lookups
-from service.db.driver import DriverQuery
 from service.db.engine import Database
 from service.db.reads import Reader
 from service.db.statements import LISTENERS
@@ -29,20 +28,22 @@ from service.users.model import User
 from service.users.repository import CREDENTIALS, UserRepository, credentials_from_row
 from tests.support.rows import add_posts, add_users
 from tests.support.server import serve
+from tests.support.statements import Fetch, Statement, intercept_fetches
 
 CALLER: ContextVar[str] = ContextVar("CALLER")
 
 
 @dataclass
 class Gate:
-    """Notes the keys of every statement, and holds back the answers to those that ask for a held key."""
+    """Notes the keys of every look-up, and holds the rows of those that ask for a held key."""
 
     keys: list[list[Any]] = field(default_factory=list)
     held: set[Any] = field(default_factory=set)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     opened: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def noted(self, keys: list[Any]) -> None:
+    async def note(self, keys: list[Any]) -> None:
+        """Note the keys of a statement, and wait if one of them is held."""
         self.keys.append(sorted(keys))
         if self.held.intersection(keys):
             self.arrived.set()
@@ -50,18 +51,18 @@ class Gate:
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
-    """The gate before which the answers of all statements wait."""
-    gate, fetched = Gate(), DriverQuery._fetched
+def gate() -> Iterator[Gate]:
+    """The gate that the rows of every look-up have to pass."""
+    gate = Gate()
 
-    async def gated(query: DriverQuery, driver: Any, bound: Any) -> Any:
-        found = await fetched(query, driver, bound)
-        keys = bound[0]
-        await gate.noted(json.loads(keys) if isinstance(keys, str) else keys)
-        return found
+    async def pass_gate(statement: Statement, fetch: Fetch) -> Any:
+        rows = await fetch()
+        keys = statement.parameters[0]
+        await gate.note(json.loads(keys) if isinstance(keys, str) else keys)
+        return rows
 
-    monkeypatch.setattr(DriverQuery, "_fetched", gated)
-    return gate
+    with intercept_fetches(pass_gate):
+        yield gate
 
 
 def user_reader(database: Database) -> Reader:

@@ -41,10 +41,10 @@ from roster.v1.users_pb2 import (
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db.bulk.sqlite import ROWS_AT_ONCE
-from service.db.driver import DriverQuery
 from service.server import Server
 from tests.support.rows import add_posts, add_users
 from tests.support.server import serve
+from tests.support.statements import Fetch, Statement, intercept_fetches
 
 # Beside calls a server asks whether the database is there, and forgets old requests.
 NOT_COUNTED = ("BEGIN", "SAVEPOINT", "RELEASE", "SELECT 1", "DELETE FROM requests")
@@ -78,16 +78,13 @@ async def api(request: pytest.FixtureRequest, server: Server) -> AsyncIterator[A
 
 
 @pytest.fixture
-def statements(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def statements() -> Iterator[list[str]]:
     """The statements that are executed, through SQLAlchemy or by the driver itself."""
     executed: list[str] = []
-    fetched = DriverQuery._fetched
 
-    async def noted(query: DriverQuery, *arguments: Any) -> Any:
-        executed.append(query.sql)
-        return await fetched(query, *arguments)
-
-    monkeypatch.setattr(DriverQuery, "_fetched", noted)
+    async def note_fetch(statement: Statement, fetch: Fetch) -> Any:
+        executed.append(statement.sql)
+        return await fetch()
 
     full_part = ""  # SQLite's writer sends the rows of a statement in parts
 
@@ -98,7 +95,8 @@ def statements(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         full_part = statement if executemany and len(rows) == ROWS_AT_ONCE else ""
 
     event.listen(Engine, "before_cursor_execute", note)
-    yield executed
+    with intercept_fetches(note_fetch):
+        yield executed
     event.remove(Engine, "before_cursor_execute", note)
 
 
