@@ -112,7 +112,7 @@ async def test_batch_waiting_for_lock_is_acknowledged_before_server_stops(
         load = await LoadStream.open(users)
         await other.execute("LOCK TABLE users")
         await load.send("ada")
-        await other.waiting()
+        await other.wait_for_blocked()
         stopping = asyncio.create_task(server.stop())
         await asyncio.wait([stopping], timeout=0)
         await other.rollback()
@@ -130,7 +130,7 @@ async def test_call_that_outlasts_grace_is_refused_as_retryable(
     async with rival(database_url) as other:
         await other.execute("LOCK TABLE users")
         call = users.CreateUser(CreateUserRequest(user=ADA))
-        await other.waiting()
+        await other.wait_for_blocked()
         stopping = asyncio.create_task(server.stop(grace=0.1))
 
         refused = await refusal(call)
@@ -172,7 +172,7 @@ async def test_call_cut_off_during_its_commit_has_unknown_outcome(
     async with rival(database_url) as other:
         await other.execute(LOCK_COMMITS)
         call = users.CreateUser(CreateUserRequest(user=ADA))
-        await other.waiting()
+        await other.wait_for_blocked()
         server.drain.cut_off()
         await other.rollback()
 

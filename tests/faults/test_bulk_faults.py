@@ -104,7 +104,7 @@ async def test_broken_connection_commits_batch_once(
     call = users.BulkCreateUsers()
     await call.write(batch("ada", "bob", "cyd"))
     await answer(call)
-    await other.execute(f"SELECT pg_terminate_backend({await other.waiting()})")
+    await other.execute(f"SELECT pg_terminate_backend({await other.wait_for_blocked()})")
     await other.rollback()
 
     ack = (await answer(call)).ack
@@ -127,7 +127,7 @@ async def test_connection_broken_during_large_copy(
     large = [User(email=f"{name}@example.org", full_name="\N{GRINNING FACE}" * 255) for name in names]
     await call.write(BulkCreateUsersRequest(users=large))
     await answer(call)
-    waiting = await other.waiting()
+    waiting = await other.wait_for_blocked()
     assert driver._transport.get_write_buffer_size() > 0
     await other.execute(f"SELECT pg_terminate_backend({waiting})")
     await other.rollback()
@@ -148,7 +148,7 @@ async def test_connection_broken_during_look_up(
         call = users.BulkCreateUsers()
         await call.write(batch("ada", "bob", options=options))
         await answer(call)
-        await other.execute(f"SELECT pg_terminate_backend({await other.waiting()})")
+        await other.execute(f"SELECT pg_terminate_backend({await other.wait_for_blocked()})")
         await other.rollback()
 
         ack = (await answer(call)).ack
@@ -234,12 +234,12 @@ async def test_stream_survives_restart_of_database(caplog: pytest.LogCaptureFixt
 async def test_cancelled_load_keeps_acknowledged_rows(
     server: Server, users: UserServiceStub, other: Rival
 ) -> None:
-    """Nothing of the pending batch is kept. Its connection is free at once."""
+    """Nothing of the pending batch is stored. Its connection is free immediately."""
     call = users.BulkCreateUsers()
     await call.write(batch("ada"))
     _, acknowledged = await answer(call), await answer(call)
     await call.write(batch("bob"))
-    await other.waiting()
+    await other.wait_for_blocked()
 
     call.cancel()
 
@@ -252,7 +252,7 @@ async def test_killed_client_keeps_acknowledged_rows(
 ) -> None:
     """To the server it looks like the end of any stream."""
     client = await asyncio.create_subprocess_exec(sys.executable, "-c", CLIENT, server.address)
-    await other.waiting()
+    await other.wait_for_blocked()
 
     client.kill()
 

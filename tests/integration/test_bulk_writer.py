@@ -174,7 +174,7 @@ async def test_detects_key_taken_during_write(
     request = BulkCreateUsersRequest(options=options, users=rows)
     request.options.return_ids = True
     load = asyncio.create_task(acknowledged(served, CREATE_USERS, request))
-    await other.waiting()
+    await other.wait_for_blocked()
     await other.commit()
 
     (ack,) = await load
@@ -193,7 +193,7 @@ async def test_creates_row_if_other_writer_rolls_back(served: Database, other: R
     await other.execute("INSERT INTO users (email) VALUES ('ada@example.org')")
     request = BulkCreateUsersRequest(users=[User(email="ada@example.org")])
     load = asyncio.create_task(acknowledged(served, CREATE_USERS, request))
-    await other.waiting()
+    await other.wait_for_blocked()
     await other.rollback()
 
     (ack,) = await load
@@ -208,7 +208,7 @@ async def test_detects_email_taken_during_update(served: Database, other: Rival)
     rows = [User(id=first, email="ada@example.org"), User(id=second, email="bob@example.org")]
     request = BulkUpdateUsersRequest(options=BulkOptions(update_mask=FieldMask(paths=["email"])), users=rows)
     load = asyncio.create_task(acknowledged(served, UPDATE_USERS, request))
-    await other.waiting()
+    await other.wait_for_blocked()
     await other.commit()
 
     (ack,) = await load
@@ -225,7 +225,7 @@ async def test_detects_version_changed_during_update(served: Database, other: Ri
     rows = [User(id=id, is_active=False, version=1), User(id=id, is_active=False, version=2)]
     request = BulkUpdateUsersRequest(options=options, users=rows)
     load = asyncio.create_task(acknowledged(served, UPDATE_USERS, request))
-    await other.waiting()
+    await other.wait_for_blocked()
     await other.commit()
 
     (ack,) = await load
@@ -242,7 +242,7 @@ async def test_detects_author_deleted_during_write(served: Database, other: Riva
     for post in request.posts:
         post.title = "Notes"
     load = asyncio.create_task(acknowledged(served, CREATE_POSTS, request))
-    await other.waiting()
+    await other.wait_for_blocked()
     await other.commit()
 
     (ack,) = await load
@@ -287,9 +287,9 @@ async def crossing(
 ) -> list[BulkAck]:
     """Run two loads that wait for a lock of the other session, release it, and return their acks."""
     first = asyncio.create_task(acknowledged(database, operation, messages[0]))
-    waiting = await other.waiting()
+    waiting = await other.wait_for_blocked()
     second = asyncio.create_task(acknowledged(database, operation, messages[1]))
-    await other.waiting(waiting)
+    await other.wait_for_blocked(waiting)
     await other.rollback()
     return [*await first, *await second]
 
