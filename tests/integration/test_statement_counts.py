@@ -1,4 +1,4 @@
-"""How many statements a call takes: as many for a thousand rows as for one."""
+"""The number of statements of each RPC, which does not depend on the number of rows."""
 
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -46,13 +46,13 @@ from tests.support.rows import add_posts, add_users
 from tests.support.server import serve
 from tests.support.statements import Fetch, Statement, intercept_fetches
 
-# Beside calls a server asks whether the database is there, and forgets old requests.
+# Besides calls, a server pings the database and deletes old requests.
 NOT_COUNTED = ("BEGIN", "SAVEPOINT", "RELEASE", "SELECT 1", "DELETE FROM requests")
 
 
 @dataclass
 class Api:
-    """A server with so many users, each with a post, and the first user with as many posts more."""
+    """A server with a number of users, each with a post; the first user has as many more."""
 
     users: UserServiceStub
     posts: PostServiceStub
@@ -63,7 +63,7 @@ class Api:
 
 @pytest.fixture
 async def server(database_url: str) -> AsyncIterator[Server]:
-    """A server of the test's own."""
+    """A server of the test."""
     async with serve(database_url) as server:
         yield server
 
@@ -79,7 +79,7 @@ async def api(request: pytest.FixtureRequest, server: Server) -> AsyncIterator[A
 
 @pytest.fixture
 def statements() -> Iterator[list[str]]:
-    """The statements that are executed, through SQLAlchemy or by the driver itself."""
+    """The statements sent, through SQLAlchemy or by the driver."""
     executed: list[str] = []
 
     async def note_fetch(statement: Statement, fetch: Fetch) -> Any:
@@ -252,7 +252,7 @@ CALLS: dict[str, tuple[int, Callable[[Api], Awaitable[Any]]]] = {
 
 
 def test_every_rpc_is_counted() -> None:
-    """None of the two services is missing from the table."""
+    """The table has all RPCs of the two services."""
     services = [
         users_pb2.DESCRIPTOR.services_by_name["UserService"],
         posts_pb2.DESCRIPTOR.services_by_name["PostService"],
@@ -264,7 +264,7 @@ def test_every_rpc_is_counted() -> None:
 async def test_a_call_takes_as_many_statements_for_a_thousand_rows_as_for_one(
     api: Api, statements: list[str]
 ) -> None:
-    """The numbers of the table, transaction control not counted; a bulk message is one call."""
+    """As in the table, without transaction control; a bulk message is one call."""
     counted = {}
     for name, (_, call) in CALLS.items():
         statements.clear()
