@@ -193,7 +193,7 @@ async def test_slug_taken_by_another_writer_fails_its_row(postgresql_url: str) -
     async with rival(postgresql_url) as other:
         await other.execute("INSERT INTO items (id, slug, times, expected) VALUES (77, 'b', 0, '')")
         update = asyncio.create_task(run(database, UPDATE_ITEMS, UPDATE_SLUG, [Item(id=id, slug="b")]))
-        await other.waiting()
+        await other.wait_for_blocked()
         await other.commit()
 
         (ack,) = await update
