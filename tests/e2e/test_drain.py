@@ -98,7 +98,10 @@ async def test_calls_that_come_while_others_end_are_waited_for_too() -> None:
     context: Any = None
 
     async def call(end: asyncio.Event) -> None:
-        await drain.intercept(get_user, lambda *_: end.wait())(None, context)
+        async def wait(*_: object) -> None:
+            await end.wait()
+
+        await drain.intercept(get_user, wait)(None, context)
 
     calls = [asyncio.create_task(call(ends[0]))]
     await asyncio.sleep(0)

@@ -97,7 +97,8 @@ class Unread:
 
 async def test_a_watcher_that_does_not_read_holds_nobody_up(server: Server, probes: grpc.aio.Channel) -> None:
     """Neither the others, nor a stop."""
-    unread = asyncio.create_task(server.health.Watch(HealthCheckRequest(), Unread()))
+    context: Any = Unread()
+    unread = asyncio.create_task(server.health.Watch(HealthCheckRequest(), context))
     watch = aiter(HealthStub(probes).Watch(HealthCheckRequest()))
     assert (await anext(watch)).status == SERVING
 
