@@ -1,13 +1,16 @@
 """Converts a status to a domain error: the inverse of the server's mapping."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 import grpc
+from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from service.errors import OutcomeUnknown, RosterError, Unavailable, error_of
+
+DetailT = TypeVar("DetailT", bound=Message)
 
 
 class Disconnected(Unavailable):
@@ -63,7 +66,9 @@ def is_retryable(error: RosterError) -> bool:
     return isinstance(error, Unavailable | OutcomeUnknown) or error.retry_after_seconds is not None
 
 
-def status_from_call(code: grpc.StatusCode, message: str | None, metadata: Any) -> Status:
+def status_from_call(
+    code: grpc.StatusCode, message: str | None, metadata: grpc.aio.Metadata | None
+) -> Status:
     """Return the status of a call, with its details."""
     details = dict(metadata or ()).get("grpc-status-details-bin")
     if isinstance(details, bytes):
@@ -102,7 +107,7 @@ def _error_from_info(status: Status, info: ErrorInfo) -> RosterError:
         return error
 
 
-def _detail(status: Status, kind: type[Any]) -> Any:
+def _detail(status: Status, kind: type[DetailT]) -> DetailT | None:
     for packed in status.details:
         if packed.Is(kind.DESCRIPTOR):
             detail = kind()
