@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial, wraps
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -143,7 +144,7 @@ def exit_on_signal(describe: Callable[[], str]) -> Iterator[None]:
     """Exit on SIGINT or SIGTERM, and print `interrupted` with what `describe` returns."""
     received = [int(signal.SIGINT)]
 
-    def interrupt(number: int, _: Any) -> None:
+    def interrupt(number: int, _: FrameType | None) -> None:
         received.append(number)
         signal.raise_signal(signal.SIGINT)  # asyncio cancels its main task on SIGINT only
 
