@@ -4,6 +4,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, TypeAlias
 
+from google.protobuf.message import Message
+
 from roster.v1.bulk_pb2 import (
     BulkAck,
     BulkLoad,
@@ -17,7 +19,7 @@ from service.errors import RosterError
 from service.status import status_code, status_from_error
 from service.timeslice import add_in_slices
 from service.validation import Rule, id_error, version_error
-from service.wire import datetime_from_timestamp, timestamp_error
+from service.wire import Fields, datetime_from_timestamp, timestamp_error
 
 MAX_FAILURE_MESSAGE = 200
 
@@ -45,7 +47,7 @@ def add_identity(batch: Batch, messages: Sequence[Any], fields: Collection[str])
 
 
 def add_fields(
-    batch: Batch, messages: Sequence[Any], fields: Collection[str], rules: Mapping[str, Rule]
+    batch: Batch, messages: Sequence[Message], fields: Collection[str], rules: Mapping[str, Rule]
 ) -> None:
     """Add a column for each of the fields that has a rule."""
     for name, rule in rules.items():
@@ -106,7 +108,7 @@ def error_to_message(offset: int, next_offset: int, error: RosterError) -> BulkW
     )
 
 
-def failure_fields(failure: tuple[int, RosterError]) -> dict[str, Any]:
+def failure_fields(failure: tuple[int, RosterError]) -> Fields:
     """Return the offset and the error of a failed row as the fields of a RowFailure."""
     offset, error = failure
     return {

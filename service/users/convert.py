@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from roster.v1.resources_pb2 import Post as PostMessage, User as UserMessage
 from roster.v1.users_pb2 import GetUserRequest, UpdateUserRequest, VerifyPasswordRequest
 from service.bulk.convert import add_identity
-from service.db.base import column_names
+from service.db.base import Values, column_names
 from service.db.bulk.batch import Batch
 from service.db.selection import Row
 from service.errors import InvalidField
@@ -52,7 +52,7 @@ def user_with_posts_to_fields(row: UserWithPosts) -> Fields:
     return {**user_to_fields(row.user), "posts": list(map(_listed_post_to_fields, row.posts))}
 
 
-def user_from_message(message: UserMessage) -> dict[str, Any]:
+def user_from_message(message: UserMessage) -> Values:
     """Return the values of a new user, with a `password` not hashed yet; raises InvalidField."""
     optional = [field for field in WRITABLE if field != "email" and is_set(message, field)]
     return _values(message, ["email", *optional])
@@ -64,7 +64,7 @@ def user_update_from_request(request: UpdateUserRequest) -> Update:
     return Update(id, version, user_changes_from_message(request.user, request.update_mask))
 
 
-def user_changes_from_message(message: UserMessage, mask: FieldMask) -> dict[str, Any]:
+def user_changes_from_message(message: UserMessage, mask: FieldMask) -> Values:
     """Return the values that an update writes; raises InvalidMask, InvalidField."""
     fields = masked_fields(message, mask, WRITABLE)
     if list(mask.paths) == ["*"]:
@@ -147,7 +147,7 @@ def credentials_from_request(request: VerifyPasswordRequest) -> tuple[str | int,
     return key, request.password
 
 
-def _values(message: UserMessage, fields: Sequence[str]) -> dict[str, Any]:
+def _values(message: UserMessage, fields: Sequence[str]) -> Values:
     values = {field: _value(message, field) for field in fields}
     with collect_violations() as violations:
         for field, value in values.items():
