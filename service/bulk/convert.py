@@ -1,10 +1,12 @@
 """Bulk streams: the columns that all entities have, and outcome -> message. Pure."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import datetime
 from operator import attrgetter
 from typing import Any, TypeAlias
 
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from roster.v1.bulk_pb2 import (
     BulkAck,
@@ -34,16 +36,24 @@ def add_identity(batch: Batch, messages: Sequence[Any], fields: Collection[str])
         batch.add("id", [message.id or None for message in messages], id_error)
         batch.add("version", [message.version or 1 for message in messages], version_error)
         for name in ("created_at", "updated_at"):
-            given = [getattr(message, name) if message.HasField(name) else None for message in messages]
-            batch.add(name, given, timestamp_error)
-            batch.columns[name] = [
-                None if moment is None or row in batch.failures else datetime_from_timestamp(moment)
-                for row, moment in enumerate(given)
-            ]
+            _add_times(batch, name, messages)
     # An update names its row by id; a version of 0 matches any.
     elif "id" in fields:
         batch.add("id", [message.id for message in messages], id_error)
         batch.add("version", [message.version for message in messages], version_error)
+
+
+def _add_times(batch: Batch, name: str, messages: Sequence[Message]) -> None:
+    moments: list[Timestamp | None] = [None] * batch.size
+    for row, message in enumerate(messages):
+        if message.HasField(name):
+            moments[row] = getattr(message, name)
+    batch.add(name, moments, timestamp_error)
+    times: list[datetime | None] = [None] * batch.size
+    for row, moment in enumerate(moments):
+        if moment is not None and row not in batch.failures:
+            times[row] = datetime_from_timestamp(moment)
+    batch.columns[name] = times
 
 
 def add_fields(

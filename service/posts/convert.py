@@ -77,7 +77,9 @@ def _add_authors(batch: Batch, messages: Sequence[PostMessage]) -> None:
     ids: list[int | None] = [message.author_id or None for message in messages]
     given = [message.author_email for message in messages]
     is_plain = are_plain_emails(given)
-    emails = given if is_plain else [normalise_email(email) or None for email in given]
+    emails: list[str | None] = [*given]
+    if not is_plain:
+        emails = [normalise_email(email) or None for email in given]
     batch.add("author_id", ids, id_error, is_sound=not any(ids))
     batch.add("author_email", emails, email_error, is_sound=is_plain)
     if is_plain and not any(ids):

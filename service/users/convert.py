@@ -97,11 +97,7 @@ def user_batch_from_messages(
             _add_optional_texts(batch, field, messages)
     if "is_active" in fields:
         default = None if "is_active" in masked else True
-        active = [
-            is_active if (is_active := message.is_active) or message.HasField("is_active") else default
-            for message in messages
-        ]
-        batch.add("is_active", active, is_required=True)
+        batch.add("is_active", _values_or(default, "is_active", messages), is_required=True)
     if "hashed_password" in fields:
         hashes = [message.hashed_password or None for message in messages]
         is_required = "hashed_password" in masked
@@ -119,11 +115,21 @@ def user_batch_from_messages(
 
 
 def _add_optional_texts(batch: Batch, field: str, messages: Sequence[Message]) -> None:
-    text_of = attrgetter(field)
-    # HasField is needed only for a text that reads as its default.
-    texts = [text if (text := text_of(message)) or message.HasField(field) else None for message in messages]
+    texts = _values_or(None, field, messages)
     rule = RULES[field]
     batch.add(field, texts, rule.error, is_sound=rule.accepts_all(texts))
+
+
+def _values_or(default: bool | None, field: str, messages: Sequence[Message]) -> list[Any]:
+    """Return the values of a field, and the default for messages in which it is unset."""
+    values = list(map(attrgetter(field), messages))
+    if all(values):
+        return values
+    # HasField is needed only for a value that reads as its default.
+    for row, value in enumerate(values):
+        if not value and not messages[row].HasField(field):
+            values[row] = default
+    return values
 
 
 def key_from_request(request: GetUserRequest | VerifyPasswordRequest) -> str | int:

@@ -114,7 +114,9 @@ class Batch:
     def take(self, name: str, rows: Sequence[int]) -> list[Any]:
         """Return some rows of a column."""
         column = self.columns[name]
-        return column if rows == range(self.size) else [column[row] for row in rows]
+        if rows == range(self.size):
+            return column
+        return [column[row] for row in rows]
 
 
 class Result(IntEnum):

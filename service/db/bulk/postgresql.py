@@ -33,6 +33,7 @@ TEXT_OF: Mapping[type, Callable[[Any], str]] = {
     datetime: datetime.isoformat,
 }
 CHUNK_BYTES = 512 << 10
+NULL = r"\N"
 ESCAPES = {"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"}  # the backslash first
 
 
@@ -109,15 +110,28 @@ async def _text(columns: Sequence[tuple[Sequence[Any], bool]], sort_key: str | N
 
 async def _texts(values: Sequence[Any], *, is_nullable: bool) -> Sequence[str]:
     kind = type(next((value for value in values if value is not None), ""))
-    if kind is not str:
-        to_text = TEXT_OF[kind]
-        if is_nullable and None in values:
-            return [r"\N" if value is None else to_text(value) for value in values]
+    if kind is str:
+        return await _escaped_texts(values)
+    to_text = TEXT_OF[kind]
+    if not (is_nullable and None in values):
         return list(map(to_text, values))
+    texts = [NULL] * len(values)
+    for row, value in enumerate(values):
+        if value is not None:
+            texts[row] = to_text(value)
+    return texts
+
+
+async def _escaped_texts(values: Sequence[str | None]) -> Sequence[str]:
     joined = "".join(filter(None, values))
     if any(character in joined for character in ESCAPES):
         values = await map_in_slices(_escaped, values, step=1)
-    return [r"\N" if value is None else value for value in values] if None in values else values
+    texts: list[Any] = list(values)
+    if None in texts:
+        for row, value in enumerate(values):
+            if value is None:
+                texts[row] = NULL
+    return texts
 
 
 def _escaped(value: str | None) -> str | None:

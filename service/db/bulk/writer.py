@@ -96,10 +96,10 @@ class BulkWriter:
         ids = batch.take("id", batch.good_rows())
         rows = await lock_rows(self.session, self.model.id, ids, self.model.version, *columns)
         versions = {row[0]: row[1] for row in rows}
-        unique = [
-            await self._unique_values(batch, key, {row[0]: row[position] for row in rows})
-            for position, key in enumerate(changed_keys, 2)
-        ]
+        unique = []
+        for position, key in enumerate(changed_keys, 2):
+            current = {row[0]: row[position] for row in rows}
+            unique.append(await self._unique_values(batch, key, current))
         updates = await plan_updates(batch, versions, self.table.not_found, unique)
         if options.is_atomic and batch.failures:
             return Outcome.of_failed_batch(batch)
@@ -165,10 +165,11 @@ class BulkWriter:
             ids.update((await self._ids_by(key, batch)).values())
         columns = [key.column for key in keys]
         rows = await lock_rows(self.session, self.model.id, sorted(ids), *columns)
-        return [
-            StoredKey(key, {row[position]: row[0] for row in rows if row[position] is not None})
-            for position, key in enumerate(keys, 1)
-        ]
+        stored = []
+        for position, key in enumerate(keys, 1):
+            ids_by_value = {row[position]: row[0] for row in rows if row[position] is not None}
+            stored.append(StoredKey(key, ids_by_value))
+        return stored
 
     async def _ids_by(self, key: UniqueKey, batch: Batch) -> dict[KeyValue, int]:
         """Return, by value, the ids of the rows that have one of the batch's values of a key."""
@@ -210,15 +211,16 @@ class BulkWriter:
         if not any(None in column for column in restored.values()):
             return restored
         at = (await self.session.execute(select(now()))).scalar_one()
-        return {name: [time or at for time in column] for name, column in restored.items()}
+        for name, column in restored.items():
+            restored[name] = [time or at for time in column]
+        return restored
 
     async def _set_aside(self, unique: Sequence[UniqueValues], ids: list[int]) -> None:
         """Give rows placeholders, so that the update can give the values they had to others of them."""
-        columns = {
-            values.key.name: [values.key.placeholder(id) for id in ids]
-            for values in unique
-            if values.has_moves
-        }
+        columns = {}
+        for values in unique:
+            if values.has_moves:
+                columns[values.key.name] = [values.key.placeholder(id) for id in ids]
         if columns:
             await self._write_rows(ids, columns, [0] * len(ids))
 
