@@ -68,7 +68,9 @@ class Target:
         elif token:
             read_token = lambda: token  # noqa: E731
         if tls_ca:
-            ca, key, cert = (path.read_bytes() if path else None for path in (tls_ca, tls_key, tls_cert))
+            ca = tls_ca.read_bytes()
+            key = tls_key.read_bytes() if tls_key else None
+            cert = tls_cert.read_bytes() if tls_cert else None
             self._credentials = tls_credentials(ca, key, cert, token=read_token)
         elif tls_cert or tls_key or read_token:
             raise UsageError(

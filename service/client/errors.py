@@ -98,13 +98,17 @@ def _error_from_info(status: Status, info: ErrorInfo) -> RosterError:
     field = ""
     if bad_request and bad_request.field_violations:
         field = bad_request.field_violations[0].field
-    facts = {name: int(fact) if fact.isdecimal() else fact for name, fact in info.metadata.items()}
+    facts = {name: _fact(text) for name, text in info.metadata.items()}
     try:
         return error_of(info.reason, status.message, field, facts)
     except KeyError:
         error = UnknownError(status.message, field=field, **facts)
         error.reason = info.reason
         return error
+
+
+def _fact(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def _detail(status: Status, kind: type[DetailT]) -> DetailT | None:

@@ -63,7 +63,9 @@ class Keyset:
 
     def order(self) -> list[Expression]:
         """Return the ORDER BY."""
-        return [column.desc() if self.descending else column.asc() for column in self.columns]
+        if self.descending:
+            return [column.desc() for column in self.columns]
+        return [column.asc() for column in self.columns]
 
     def of(self, rows: FromClause) -> "Keyset":
         """Return the same order for the rows of a subquery."""
@@ -95,8 +97,7 @@ def encode_token(listing: bytes, key: SortKey | None) -> str:
     """Return the token of the page that begins after the key, "" if there is no key."""
     if key is None:
         return ""
-    values = [value.isoformat() if isinstance(value, datetime) else value for value in key]
-    body = listing + json.dumps(values, separators=(",", ":")).encode()
+    body = listing + json.dumps(key, default=datetime.isoformat, separators=(",", ":")).encode()
     return _to_base64(VERSION + zlib.crc32(body).to_bytes(4, "big") + body)
 
 

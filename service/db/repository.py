@@ -80,8 +80,10 @@ class Repository(Generic[ModelT, SessionT]):
         selection = selection or self.basic()
         statement = select_listed(selection, values_table(self.session, ids, BigInt))
         rows = (await self.session.execute(statement)).all()
-        found = iter(await self._add_related(selection, [row for row in rows if row.id is not None]))
-        return [None if row.id is None else next(found) for row in rows]
+        present = [row for row in rows if row.id is not None]
+        found = await self._add_related(selection, present)
+        by_id = {row.id: result for row, result in zip(present, found, strict=True)}
+        return [by_id.get(row.id) for row in rows]
 
     async def page(self, query: ListQuery, selection: Selection | None = None) -> Page[Row]:
         """Return a page of rows, which is shorter than its limit if the answer would be too large."""
