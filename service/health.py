@@ -6,14 +6,18 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 from grpc_health.v1.health import aio
-from grpc_health.v1.health_pb2 import HealthCheckResponse, HealthListResponse
+from grpc_health.v1.health_pb2 import (
+    HealthCheckRequest,
+    HealthCheckResponse,
+    HealthListRequest,
+    HealthListResponse,
+)
 
 from service.db.engine import Database
 from service.errors import PoolExhausted, QuotaExceeded, RosterError, ServiceNotFound
-from service.interceptors.chain import host_of
+from service.interceptors.chain import Context, host_of
 from service.metrics import READY
 from service.waits import BoundedWaits
 
@@ -87,7 +91,7 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
         for service in self._services:
             await self.set(service, status)
 
-    async def List(self, request: Any, context: Any) -> HealthListResponse:  # noqa: ARG002
+    async def List(self, request: HealthListRequest, context: Context) -> HealthListResponse:  # noqa: ARG002
         statuses = {name: HealthCheckResponse(status=status) for name, status in self._server_status.items()}
         return HealthListResponse(statuses=statuses)
 
@@ -97,7 +101,7 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def Watch(self, request: Any, context: Any) -> None:
+    async def Watch(self, request: HealthCheckRequest, context: Context) -> None:
         # The library's own Watch writes while it holds a lock: one client that does not read would block all
         # others. It also stores every name that a client asks for.
         if request.service not in self._server_status:
@@ -118,7 +122,7 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
             if not self._watches_by_connection[connection]:
                 del self._watches_by_connection[connection]
 
-    async def _watch_until_stop(self, service: str, context: Any) -> None:
+    async def _watch_until_stop(self, service: str, context: Context) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as watch:
                 self._watches.add(watch)
@@ -127,7 +131,7 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
                 finally:
                     self._watches.discard(watch)
 
-    async def _report(self, service: str, context: Any) -> None:
+    async def _report(self, service: str, context: Context) -> None:
         """Write the status of a service now and after each change."""
         reported = None
         while True:

@@ -5,7 +5,7 @@ with the same `request_id` meet at the primary key of `requests`: the second wai
 commits, and then returns its answer, or until the first rolls back, and then does the write itself.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Any, Generic, TypeVar, cast
@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
 from service.auth.caller import current_caller
-from service.db.base import Base, Session, UtcDateTime, now, text
+from service.db.base import Base, Session, UtcDateTime, Values, now, text
 from service.db.dialect import insert
 from service.db.engine import Database
 from service.db.repository import Repository
@@ -89,7 +89,7 @@ class Writer(Generic[AnswerT]):
         self._message = message
         self._to_message = to_message
 
-    async def create(self, request: WriteRequest, values: Mapping[str, Any]) -> AnswerT:
+    async def create(self, request: WriteRequest, values: Values) -> AnswerT:
         """Insert a row."""
         return await self._write(request, lambda rows: rows.create(values))
 

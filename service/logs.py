@@ -15,6 +15,7 @@ from contextlib import suppress
 from contextvars import Context, ContextVar
 from datetime import UTC, datetime
 from select import PIPE_BUF
+from types import TracebackType
 from typing import Any, Literal, TextIO
 
 import orjson
@@ -49,8 +50,8 @@ def escape_failures() -> None:
     """Format an exception that ends the process, and records logged before `configure`, like the text log."""
     formatter = Text("%(levelname)s %(name)s: %(message)s")
 
-    def write(*failure: Any) -> None:
-        sys.stderr.write(f"{formatter.formatException(failure)}\n")
+    def write(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        sys.stderr.write(f"{formatter.formatException((kind, error, trace))}\n")
 
     sys.excepthook = write
     if logging.lastResort:

@@ -1,7 +1,5 @@
 """Server reflection, v1 and v1alpha, including method symbols and error details."""
 
-from typing import Any
-
 import grpc
 from google.protobuf import descriptor_pool, text_format
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
@@ -15,7 +13,9 @@ METHOD = "ServerReflectionInfo"
 class Reflection(aio.ReflectionServicer):  # type: ignore[misc]
     """The library's servicer can't look up a method, so look up its service instead."""
 
-    def _file_containing_symbol(self, request: Any, fully_qualified_name: str) -> Any:
+    def _file_containing_symbol(
+        self, request: reflection_pb2.ServerReflectionRequest, fully_qualified_name: str
+    ) -> reflection_pb2.ServerReflectionResponse:
         service, _, _ = fully_qualified_name.rpartition(".")
         is_method = service in self._service_names
         return super()._file_containing_symbol(request, service if is_method else fully_qualified_name)

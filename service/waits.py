@@ -4,7 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from service.errors import Draining, QuotaExceeded, RosterError
 
@@ -17,7 +17,7 @@ SWEEP_INTERVAL_SECONDS = 0.5
 class Wait:
     """A call that has waited since `began`; `group` is called only if there are too many waits."""
 
-    task: "asyncio.Task[Any]"
+    task: "asyncio.Task[None]"
     group: Callable[[], str]
     began: float
     refusal: RosterError | None = None  # the error that ended it

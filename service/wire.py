@@ -12,6 +12,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from service.db.base import Values
 from service.errors import InvalidField, InvalidMask
 from service.validation import (
     MAX_EXPORT_BATCH,
@@ -58,7 +59,7 @@ class Update:
 
     id: int
     version: int
-    changes: Mapping[str, Any]
+    changes: Values
 
 
 def check_identity(resource: Resource, name: str) -> tuple[int, int]:
@@ -161,7 +162,7 @@ def _is_timestamp(message: type[Message], name: str) -> bool:
 
 def values_from_message(
     message: Message, rules: Mapping[str, Rule], resource: str, violations: Violations
-) -> dict[str, Any]:
+) -> Values:
     """Return the values of the fields that the rules name, and add what is wrong with them."""
     values = {field: getattr(message, field) for field in rules}
     for field, value in values.items():

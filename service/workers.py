@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TypeVar
 
 from prometheus_client.multiprocess import mark_process_dead
 
@@ -29,6 +29,8 @@ FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 SETTLED_SECONDS = 60  # a worker that ran for this long resets the pause before a restart
 KILL_AFTER_SECONDS = 5  # after the grace
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,9 @@ class Worker:
         return await self._process.wait()
 
 
-async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, Any], timeout: float | None = None) -> Any:
+async def _unless(
+    event: asyncio.Event, work: Coroutine[None, None, ResultT], timeout: float | None = None
+) -> ResultT | None:
     """Return the result of work; None if the event or the timeout comes first."""
     task, waiting = asyncio.create_task(work), asyncio.create_task(event.wait())
     await asyncio.wait((task, waiting), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from google.protobuf.message import Message
 
@@ -91,7 +90,7 @@ class Operation:
         is_rewritten = options.is_atomic or options.validate_only or options.restores
         return is_create and options.on_conflict is not OnConflict.UPDATE and not is_rewritten
 
-    async def batch(self, messages: Sequence[Any], options: WriteOptions) -> Batch:
+    async def batch(self, messages: Sequence[Message], options: WriteOptions) -> Batch:
         """Return the rows of a request as columns."""
         if self.is_update:
             fields = [*IDENTITY, *options.update_fields]

@@ -13,7 +13,7 @@ import orjson
 from google.protobuf.message import Message
 
 from roster.v1.bulk_pb2 import RowFailure
-from service.cli.rows import ERROR, Columns, Row
+from service.cli.rows import ERROR, Columns, Row, Values
 from service.cli.terminal import UsageError, pluralize
 from service.errors import MalformedMessage, RosterError, TooLarge
 from service.escape import escape
@@ -190,7 +190,7 @@ def format_name(file: str) -> str:
     return ENDINGS.get(ending, "ndjson")
 
 
-def json_line(values: Mapping[str, Any]) -> bytes:
+def json_line(values: Values) -> bytes:
     """Return values as a line of JSON; raises JSONEncodeError."""
     option = orjson.OPT_APPEND_NEWLINE | orjson.OPT_PASSTHROUGH_DATETIME
     return orjson.dumps(values, default=_text, option=option)
@@ -271,7 +271,7 @@ def _text(value: Any) -> str:
     return text.lower() if isinstance(value, bool) else text
 
 
-def _json_reject(values: Mapping[str, Any], row: Row, failure: RowFailure) -> bytes:
+def _json_reject(values: Values, row: Row, failure: RowFailure) -> bytes:
     error = {
         "reason": failure.reason,
         "field": failure.field,
@@ -282,7 +282,7 @@ def _json_reject(values: Mapping[str, Any], row: Row, failure: RowFailure) -> by
     return escape(line.decode().removesuffix("\n")).encode() + b"\n"
 
 
-def _json_object(line: bytes) -> dict[str, Any]:
+def _json_object(line: bytes) -> Values:
     _check_size(line)
     try:
         value = orjson.loads(line)

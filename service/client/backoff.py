@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import random
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from google.protobuf.message import Message
 
@@ -11,6 +12,9 @@ from service.client.errors import Disconnected, is_retryable
 from service.errors import RosterError
 
 log = logging.getLogger(__name__)
+
+RequestT = TypeVar("RequestT", bound=Message)
+ResponseT = TypeVar("ResponseT", bound=Message)
 
 MAX_RETRIES = 20  # about two minutes
 FIRST_PAUSE_SECONDS = 0.25
@@ -55,7 +59,7 @@ class Backoff:
         log.warning("%s; trying again in %.1f s", cause, seconds)
         await asyncio.sleep(seconds)
 
-    async def call(self, method: Any, request: Message) -> Any:
+    async def call(self, method: Callable[[RequestT], Awaitable[ResponseT]], request: RequestT) -> ResponseT:
         """Return the response of a unary RPC that is safe to repeat; raises RosterError."""
         while True:
             try:

@@ -147,7 +147,7 @@ class BulkLoader(Generic[Request]):
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    def _start(self, work: Coroutine[None, None, None]) -> "asyncio.Task[None]":
         """Run work in a task that cancels the call if it fails."""
 
         def cancel_call(done: "asyncio.Task[None]") -> None:

@@ -1,18 +1,32 @@
 """A channel to Roster that balances calls over its servers, retries them, and raises domain errors."""
 
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import grpc
-from grpc.aio import ClientCallDetails, UnaryStreamClientInterceptor, UnaryUnaryClientInterceptor
+from google.protobuf.message import Message
+from grpc.aio import (
+    ClientCallDetails,
+    UnaryStreamCall,
+    UnaryStreamClientInterceptor,
+    UnaryUnaryCall,
+    UnaryUnaryClientInterceptor,
+)
 
 import roster.v1
 from service.client.errors import DeadlineExceeded, error_from_call
 from service.errors import OutcomeUnknown, RosterError, Unavailable
+
+RequestT = TypeVar("RequestT", bound=Message)
+ResponseT = TypeVar("ResponseT", bound=Message)
+UnaryContinuation = Callable[[ClientCallDetails, RequestT], Awaitable["UnaryUnaryCall[RequestT, ResponseT]"]]
+StreamContinuation = Callable[
+    [ClientCallDetails, RequestT], Awaitable["UnaryStreamCall[RequestT, ResponseT]"]
+]
 
 # The generated modules of the contract's files.
 CONTRACT = [
@@ -77,10 +91,8 @@ def channel(
 
 def service_config(*, retry: bool) -> dict[str, Any]:
     """Return a gRPC service config (https://grpc.io/docs/guides/service-config/): balancing and retries."""
-    config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}], "methodConfig": []}
-    if retry:
-        config["methodConfig"] = [{"name": _retryable_methods(), "retryPolicy": RETRY_POLICY}]
-    return config
+    retries = [{"name": _retryable_methods(), "retryPolicy": RETRY_POLICY}] if retry else []
+    return {"loadBalancingConfig": [{"round_robin": {}}], "methodConfig": retries}
 
 
 def _retryable_methods() -> list[dict[str, str]]:
@@ -106,9 +118,12 @@ class UnaryInterceptor(UnaryUnaryClientInterceptor):
         self._timeout = timeout
         self._wait_for_ready = wait_for_ready
 
-    async def intercept_unary_unary(
-        self, continuation: Callable[..., Any], client_call_details: ClientCallDetails, request: Any
-    ) -> Any:
+    async def intercept_unary_unary(  # type: ignore[override]  # the channel carries only messages
+        self,
+        continuation: "UnaryContinuation[RequestT, ResponseT]",
+        client_call_details: ClientCallDetails,
+        request: RequestT,
+    ) -> ResponseT:
         details = _with_defaults(client_call_details, self._timeout, wait_for_ready=self._wait_for_ready)
         repeatable = _with_request_id(request)
         try:
@@ -118,7 +133,12 @@ class UnaryInterceptor(UnaryUnaryClientInterceptor):
                 raise
             return await self._call(continuation, details, repeatable)
 
-    async def _call(self, continuation: Callable[..., Any], details: ClientCallDetails, request: Any) -> Any:
+    async def _call(
+        self,
+        continuation: "UnaryContinuation[RequestT, ResponseT]",
+        details: ClientCallDetails,
+        request: RequestT,
+    ) -> ResponseT:
         error: RosterError
         try:
             return await (await continuation(details, request))
@@ -138,14 +158,17 @@ class ResponseStreamInterceptor(UnaryStreamClientInterceptor):
     def __init__(self, *, wait_for_ready: bool) -> None:
         self._wait_for_ready = wait_for_ready
 
-    async def intercept_unary_stream(
-        self, continuation: Callable[..., Any], client_call_details: ClientCallDetails, request: Any
-    ) -> Any:
+    async def intercept_unary_stream(  # type: ignore[override]  # the channel carries only messages
+        self,
+        continuation: "StreamContinuation[RequestT, ResponseT]",
+        client_call_details: ClientCallDetails,
+        request: RequestT,
+    ) -> AsyncGenerator[ResponseT]:
         details = _with_defaults(client_call_details, None, wait_for_ready=self._wait_for_ready)
         return _responses(await continuation(details, request))
 
 
-async def _responses(call: Any) -> AsyncGenerator[Any]:
+async def _responses(call: "UnaryStreamCall[RequestT, ResponseT]") -> AsyncGenerator[ResponseT]:
     try:
         async for response in call:
             yield response
@@ -166,14 +189,13 @@ def _with_defaults(
     return ClientCallDetails(details.method, timeout, details.metadata, details.credentials, wait_for_ready)
 
 
-def _with_request_id(request: Any) -> Any:
-    if "request_id" not in request.DESCRIPTOR.fields_by_name or request.request_id:
+def _with_request_id(request: RequestT) -> RequestT:
+    if "request_id" not in request.DESCRIPTOR.fields_by_name or _request_id(request):
         return request
-    copied = type(request)()
-    copied.CopyFrom(request)
-    copied.request_id = str(uuid4())
+    copied = type(request)(request_id=str(uuid4()))
+    copied.MergeFrom(request)
     return copied
 
 
-def _request_id(request: Any) -> str:
+def _request_id(request: Message) -> str:
     return getattr(request, "request_id", "")

@@ -1,18 +1,39 @@
 """Base classes of all models, naming conventions, and column types."""
 
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any, NewType
+from typing import Any, NewType, TypeAlias
 
-from sqlalchemy import BigInteger, DateTime, Dialect, Identity, Integer, MetaData, String, Text, inspect
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    DateTime,
+    Dialect,
+    Identity,
+    Integer,
+    MetaData,
+    Select,
+    String,
+    Text,
+    inspect,
+)
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, mapped_column
+from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.types import TypeDecorator
+from sqlalchemy.types import TypeDecorator, TypeEngine
 
 # The session of `Database.read()`; and that of `Database.begin()` and `bulk()`, which can also write.
 ReadSession = NewType("ReadSession", AsyncSession)
 Session = NewType("Session", ReadSession)
+
+Column: TypeAlias = InstrumentedAttribute[Any]  # of a model
+ColumnType: TypeAlias = TypeEngine[Any]
+Expression: TypeAlias = ColumnElement[Any] | Column  # SQL for one value
+Query: TypeAlias = Select[Any]
+Values: TypeAlias = Mapping[str, Any]  # the values of a row, by column
+KeyValue: TypeAlias = int | str  # the value of a unique column
 
 BigInt = BigInteger().with_variant(Integer(), "sqlite")  # SQLite autoincrements INTEGER only
 
@@ -37,7 +58,9 @@ class UtcDateTime(TypeDecorator[datetime]):
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
         return value and value.replace(tzinfo=UTC)
 
-    def result_processor(self, dialect: Dialect, coltype: Any) -> Any:
+    def result_processor(
+        self, dialect: Dialect, coltype: Any
+    ) -> Callable[[datetime], datetime | None] | None:
         # PostgreSQL's times have a time zone already. Processing each would add half to the cost of a row.
         return super().result_processor(dialect, coltype) if dialect.name == "sqlite" else None
 
@@ -50,12 +73,12 @@ class now(FunctionElement[datetime]):  # noqa: N801  (reads as SQL)
 
 
 @compiles(now)
-def _now(element: now, compiler: Any, **options: Any) -> str:  # noqa: ARG001
+def _now(element: now, compiler: SQLCompiler, **options: Any) -> str:  # noqa: ARG001
     return "now()"
 
 
 @compiles(now, "sqlite")
-def _now_sqlite(element: now, compiler: Any, **options: Any) -> str:  # noqa: ARG001
+def _now_sqlite(element: now, compiler: SQLCompiler, **options: Any) -> str:  # noqa: ARG001
     # SQLite's clock has milliseconds. Padded to the six digits that DateTime writes, text sorts by time.
     return "(strftime('%Y-%m-%d %H:%M:%f000', 'now'))"
 

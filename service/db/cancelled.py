@@ -7,10 +7,10 @@ connection goes back to the pool.
 """
 
 import asyncio
-from typing import Any
 
-from sqlalchemy import Connection, ExceptionContext, PoolResetState, event
+from sqlalchemy import AdaptedConnection, Connection, ExceptionContext, PoolResetState, event
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import ConnectionPoolEntry
 
 _CANCELLED = "statement was cancelled"
 
@@ -35,7 +35,7 @@ def _handle(failure: ExceptionContext) -> None:
         failure.is_disconnect = False
 
 
-def _wait_for_end(connection: Any, record: Any, state: PoolResetState) -> None:
+def _wait_for_end(connection: AdaptedConnection, record: ConnectionPoolEntry, state: PoolResetState) -> None:
     # An error here makes SQLAlchemy close the connection.
     if record.info.pop(_CANCELLED, False) and state.asyncio_safe and not state.terminate_only:
         connection.run_async(lambda driver: driver.execute("SELECT 1"))

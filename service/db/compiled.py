@@ -5,31 +5,36 @@ instead of one.
 """
 
 from collections import namedtuple
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import asyncpg
-from sqlalchemy import BindParameter, Dialect, Select
+from sqlalchemy import BindParameter, Dialect
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.sql.compiler import SQLCompiler
 
+from service.db.base import Query
 from service.db.cancelled import keep_if_cancelled
+from service.db.selection import Row
 from service.db.statements import measure_statement
 
 
 class CompiledSelect:
     """A compiled SELECT. It returns the driver's own values, as attributes: SQLite's booleans are 0 or 1."""
 
-    def __init__(self, statement: Select[Any], dialect: Dialect) -> None:
-        compiled: Any = statement.compile(dialect=dialect, compile_kwargs={"render_postcompile": True})
-        self.sql: str = compiled.string
-        self._parameters = [compiled.binds[name] for name in compiled.positiontup]
+    def __init__(self, statement: Query, dialect: Dialect) -> None:
+        compiled: SQLCompiler = statement.compile(
+            dialect=dialect, compile_kwargs={"render_postcompile": True}
+        )
+        self.sql = compiled.string
+        self._parameters = [compiled.binds[name] for name in compiled.positiontup or ()]
         self._converters = [_conversion(parameter, dialect) for parameter in self._parameters]
         self._is_sqlite = dialect.name == "sqlite"
         names = [str(column.key) for column in statement.selected_columns]
         row: Any = namedtuple("Row", names)  # type: ignore[misc]  # noqa: PYI024  (known at run time only)
-        self._as_row: Callable[[Any], Any] = row._make
+        self._as_row: Callable[[Iterable[Any]], Any] = row._make
 
-    async def rows(self, connection: AsyncConnection, **values: Any) -> Sequence[Any]:
+    async def rows(self, connection: AsyncConnection, **values: Any) -> Sequence[Row]:
         """Return all rows, with these values for the open parameters.
 
         Raises the driver's errors; a connection that failed is not used again.
@@ -48,11 +53,11 @@ class CompiledSelect:
                 await connection.invalidate()
             raise
 
-    async def _fetch(self, driver: Any, bound: Sequence[Any]) -> Sequence[Any]:
+    async def _fetch(self, driver: Any, bound: Sequence[Any]) -> Sequence[Row]:
         if self._is_sqlite:
             return list(map(self._as_row, await driver.execute_fetchall(self.sql, bound)))
         try:
-            found: Sequence[Any] = await driver.fetch(self.sql, *bound, record_class=_Record)
+            found: Sequence[Row] = await driver.fetch(self.sql, *bound, record_class=_Record)
         except asyncpg.InterfaceError as error:  # the connection was closed before the statement was sent
             raise ConnectionError(str(error)) from error
         return found

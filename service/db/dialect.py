@@ -1,7 +1,7 @@
 """SQL that differs between PostgreSQL and SQLite."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -21,11 +21,10 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import InstrumentedAttribute
+from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.types import TypeEngine
 
-from service.db.base import BigInt
+from service.db.base import Base, BigInt, Column, ColumnType, Expression, KeyValue
 
 
 def is_sqlite(session: AsyncSession) -> bool:
@@ -33,14 +32,12 @@ def is_sqlite(session: AsyncSession) -> bool:
     return session.get_bind().dialect.name == "sqlite"
 
 
-def insert(session: AsyncSession, entity: Any) -> Any:
+def insert(session: AsyncSession, model: type[Base]) -> sqlite.Insert | postgresql.Insert:
     """Return an INSERT with ON CONFLICT, which both databases have."""
-    return sqlite.insert(entity) if is_sqlite(session) else postgresql.insert(entity)
+    return sqlite.insert(model) if is_sqlite(session) else postgresql.insert(model)
 
 
-def values_table(
-    session: AsyncSession, values: Sequence[int] | Sequence[str], kind: TypeEngine[Any]
-) -> Subquery:
+def values_table(session: AsyncSession, values: Sequence[KeyValue], kind: ColumnType) -> Subquery:
     """Return the values as a table with the columns `value` and `position`.
 
     The values are one parameter, so that one prepared statement serves any number of them.
@@ -53,7 +50,7 @@ def values_table(
     return select(rows.c.value, rows.c.position).subquery()
 
 
-def is_one_of_keys(column: InstrumentedAttribute[Any], dialect: Dialect) -> ColumnElement[bool]:
+def is_one_of_keys(column: Column, dialect: Dialect) -> ColumnElement[bool]:
     """Return the condition that a column has one of the values of the parameter `keys`."""
     if dialect.name == "sqlite":
         each = func.json_each(bindparam("keys", type_=JSON)).table_valued("value")
@@ -62,7 +59,7 @@ def is_one_of_keys(column: InstrumentedAttribute[Any], dialect: Dialect) -> Colu
 
 
 async def ids_of(
-    session: AsyncSession, key: InstrumentedAttribute[Any], values: Sequence[Any], kind: TypeEngine[Any]
+    session: AsyncSession, key: Column, values: Sequence[KeyValue], kind: ColumnType
 ) -> list[int | None]:
     """Return, for each value of a unique column, the id of the row that has it.
 
@@ -73,7 +70,7 @@ async def ids_of(
         return []
     wanted = values_table(session, values, kind)
     found = select(key.class_.id).where(key == wanted.c.value).scalar_subquery()
-    collect: Any = (
+    collect: Callable[[Expression], Expression] = (
         func.json_group_array if is_sqlite(session) else partial(func.array_agg, type_=ARRAY(BigInt))
     )
     connection = await session.connection()
@@ -89,12 +86,12 @@ class octets(FunctionElement[int]):  # noqa: N801  (reads as SQL)
 
 
 @compiles(octets)
-def _octets(element: octets, compiler: Any, **options: Any) -> str:
+def _octets(element: octets, compiler: SQLCompiler, **options: Any) -> str:
     return f"octet_length({compiler.process(element.clauses, **options)})"
 
 
 @compiles(octets, "sqlite")
-def _octets_sqlite(element: octets, compiler: Any, **options: Any) -> str:
+def _octets_sqlite(element: octets, compiler: SQLCompiler, **options: Any) -> str:
     return f"length(CAST({compiler.process(element.clauses, **options)} AS BLOB))"
 
 
@@ -110,13 +107,13 @@ LAST = "timestamptz '9999-12-31 23:59:59.999999+00'"
 
 
 @compiles(microseconds)
-def _microseconds(element: microseconds, compiler: Any, **options: Any) -> str:
+def _microseconds(element: microseconds, compiler: SQLCompiler, **options: Any) -> str:
     # asyncpg stores the smallest and the largest datetime as infinities, which have no number.
     time = f"greatest(least({compiler.process(element.clauses, **options)}, {LAST}), {FIRST})"
     return f"(extract(epoch FROM {time}) * 1000000)::bigint"
 
 
 @compiles(microseconds, "sqlite")
-def _microseconds_sqlite(element: microseconds, compiler: Any, **options: Any) -> str:
+def _microseconds_sqlite(element: microseconds, compiler: SQLCompiler, **options: Any) -> str:
     time = compiler.process(element.clauses, **options)  # its fraction always has six digits
     return f"(strftime('%s', substr({time}, 1, 19)) * 1000000 + substr({time}, 21))"

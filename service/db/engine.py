@@ -12,8 +12,10 @@ from urllib.parse import urlencode
 from weakref import WeakSet
 
 import asyncpg
-from sqlalchemy import event, select
+from sqlalchemy import Connection, event, select
+from sqlalchemy.dialects.sqlite.aiosqlite import AsyncAdapt_aiosqlite_connection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from service.auth.caller import current_share
 from service.db import interruptible
@@ -299,7 +301,7 @@ class _RollbackOnClose(sqlite3.Connection):
             super().close()
 
 
-def _prepare_writer(connection: Any, record: Any) -> None:  # noqa: ARG001
+def _prepare_writer(connection: AsyncAdapt_aiosqlite_connection, record: ConnectionPoolEntry) -> None:  # noqa: ARG001
     connection.isolation_level = None  # otherwise the driver sends BEGIN itself, and late
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode = WAL")
@@ -307,13 +309,13 @@ def _prepare_writer(connection: Any, record: Any) -> None:  # noqa: ARG001
     cursor.close()
 
 
-def _prepare_reader(connection: Any, record: Any) -> None:  # noqa: ARG001
+def _prepare_reader(connection: AsyncAdapt_aiosqlite_connection, record: ConnectionPoolEntry) -> None:  # noqa: ARG001
     cursor = connection.cursor()
     cursor.execute("PRAGMA query_only = ON")
     cursor.close()
 
 
-def _begin_immediate(connection: Any) -> None:
+def _begin_immediate(connection: Connection) -> None:
     # A deferred transaction that writes later fails at once if another process writes, whatever the timeout.
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 

@@ -99,7 +99,11 @@ def _hide_values(error: BaseException) -> None:
     for cause in _chain(error):
         if isinstance(getattr(cause, "detail", None), str):
             cause.detail = None  # type: ignore[attr-defined]
-        cause.args = tuple(VALUES.sub("", part) if isinstance(part, str) else part for part in cause.args)
+        args = list(cause.args)
+        for position, part in enumerate(args):
+            if isinstance(part, str):
+                args[position] = VALUES.sub("", part)
+        cause.args = tuple(args)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -16,17 +16,17 @@ from lark import Lark, Token, Tree, UnexpectedCharacters, UnexpectedToken
 from lark.parsers.lalr_interactive_parser import InteractiveParser
 from sqlalchemy import BigInteger, Boolean, ColumnElement, Integer, String, and_, literal, not_, or_
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import GenericFunction
-from sqlalchemy.types import TypeEngine
 
-from service.db.base import UtcDateTime
+from service.db.base import ColumnType, Expression, UtcDateTime
 from service.errors import InvalidFilter, InvalidOrder
 from service.timeslice import TimeSlice
 
 MAX_CHARACTERS = 2_000
 MAX_DEPTH = 20
 
-Columns = Mapping[str, ColumnElement[Any]]
+Columns = Mapping[str, Expression]
 
 
 class Order(NamedTuple):
@@ -83,7 +83,7 @@ class strpos(GenericFunction[int]):  # noqa: N801  (reads as SQL)
 
 
 @compiles(strpos, "sqlite")
-def _instr(element: strpos, compiler: Any, **options: Any) -> str:
+def _instr(element: strpos, compiler: SQLCompiler, **options: Any) -> str:
     return f"instr({compiler.process(element.clauses, **options)})"
 
 
@@ -222,7 +222,7 @@ def _comparison(
     return _OPERATORS[compared](column, literal(operand, kind.type))
 
 
-def _null(column: ColumnElement[Any], field: Token, compared: Token, value: Token) -> ColumnElement[bool]:
+def _null(column: Expression, field: Token, compared: Token, value: Token) -> ColumnElement[bool]:
     if compared not in _EQUAL:
         raise _error(compared.start_pos, "null can be compared with = and != only")
     if not getattr(column, "nullable", True):
@@ -278,7 +278,7 @@ class _Kind(NamedTuple):
     value: str
     tokens: tuple[str, ...]
     read: Callable[[Token], Any]
-    type: TypeEngine[Any]
+    type: ColumnType
 
 
 _EQUAL = ("=", "!=")

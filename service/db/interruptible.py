@@ -9,12 +9,16 @@ import sqlite3
 from collections.abc import Callable
 from functools import partial
 from threading import Lock
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
 import aiosqlite
 from sqlalchemy import ExceptionContext
 
 from service.db.errors import code_of
+
+P = ParamSpec("P")
+Ts = TypeVarTuple("Ts")
+T = TypeVar("T")
 
 INTERRUPTED = "SQLITE_INTERRUPT"
 AGAIN_SECONDS = 0.01
@@ -37,7 +41,7 @@ class InterruptibleConnection(aiosqlite.Connection):
         """Roll back without interruption."""
         await self._finish(self._conn.rollback)
 
-    async def _execute(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    async def _execute(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         if fn == self._conn.close:  # it rolls back, and an interrupted rollback keeps the writer's lock
             return await self._finish(fn)
         statement = _Statement(self._conn)
@@ -50,8 +54,9 @@ class InterruptibleConnection(aiosqlite.Connection):
         finally:
             timer.cancel()
 
-    async def _finish(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await super()._execute(function, *args)  # type: ignore[no-untyped-call]
+    async def _finish(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
+        result: T = await super()._execute(function, *args)  # type: ignore[no-untyped-call]
+        return result
 
 
 class _Statement:
@@ -63,7 +68,7 @@ class _Statement:
         self._is_running = False
         self._is_stopped = False
 
-    def run(self, function: Callable[[], Any]) -> Any:
+    def run(self, function: Callable[[], T]) -> T:
         with self._lock:
             if self._is_stopped:
                 raise _interruption()

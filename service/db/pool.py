@@ -1,7 +1,7 @@
 """A connection pool with metrics: its size, connections in use, and waiting calls."""
 
 import logging
-from typing import Any
+from collections.abc import Callable
 
 from prometheus_client import Gauge
 from sqlalchemy import AsyncAdaptedQueuePool, PoolProxiedConnection, event
@@ -42,5 +42,5 @@ def measure_pool(engine: AsyncEngine, name: str) -> None:
         event.listen(engine.sync_engine, name_of_event, _listener(gauge, change))
 
 
-def _listener(gauge: Gauge, change: int) -> Any:
+def _listener(gauge: Gauge, change: int) -> Callable[..., None]:
     return lambda *_: gauge.inc(change)

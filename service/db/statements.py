@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Any
 
 from sqlalchemy import Connection, ExceptionContext, event
+from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from service.metrics import STATEMENTS
@@ -46,7 +47,7 @@ def _begin(connection: Connection, *_: Any) -> None:
     connection.info[_BEGAN] = perf_counter()
 
 
-def _end(connection: Connection, cursor: Any, statement: str, *_: Any) -> None:  # noqa: ARG001
+def _end(connection: Connection, cursor: DBAPICursor, statement: str, *_: Any) -> None:  # noqa: ARG001
     _observe(statement, perf_counter() - connection.info[_BEGAN])
 
 

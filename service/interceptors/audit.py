@@ -8,11 +8,12 @@ from operator import attrgetter
 from typing import Any
 
 from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import Message
 
 from roster.v1.bulk_pb2 import BulkWriteResponse
 from service.auth.caller import current_caller
 from service.errors import RosterError
-from service.interceptors.chain import Context, Proceed, Rpc
+from service.interceptors.chain import Context, Proceed, Request, Response, Rpc
 from service.loads.model import COUNTED
 from service.services import RPCS
 
@@ -54,7 +55,7 @@ class Entry:
     counts: dict[str, int] = field(default_factory=dict)
     outcome: str = "OK"
 
-    def note(self, response: Any) -> None:
+    def note(self, response: Response) -> None:
         """Add the target and the row counts of a response."""
         if not isinstance(response, BulkWriteResponse):
             self.target = self.target or getattr(response, "id", "")
@@ -74,7 +75,7 @@ class NotingContext:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
-    async def write(self, response: Any) -> None:
+    async def write(self, response: Message) -> None:
         self._entry.note(response)
         await self._context.write(response)
 
@@ -85,7 +86,7 @@ def audit_writes(rpc: Rpc, proceed: Proceed) -> Proceed:
         return proceed
     target = attrgetter(TARGETS[rpc.path]) if TARGETS[rpc.path] else None
 
-    async def audit(request: Any, context: Context) -> Any:
+    async def audit(request: Request, context: Context) -> Response:
         entry = Entry(current_caller().identity, rpc.path, target(request) if target else "")
         with _log_at_end(entry):
             if rpc.is_download:

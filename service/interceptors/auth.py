@@ -1,14 +1,13 @@
 """Authenticates and authorises each call before any of its messages is read."""
 
 import logging
-from typing import Any
 
 from service.auth.caller import NOBODY, Caller, set_caller
 from service.auth.policy import ANONYMOUS, HEALTH, Policy
 from service.auth.reloading import ReloadingFile
 from service.auth.tokens import Tokens
 from service.errors import PermissionDenied, Refused, Unauthenticated
-from service.interceptors.chain import Context, Proceed, Rpc
+from service.interceptors.chain import Context, Proceed, Request, Response, Rpc
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +28,7 @@ class Auth:
     def intercept(self, rpc: Rpc, proceed: Proceed) -> Proceed:
         """Refuse calls of an RPC by callers who may not call it; set the caller of the others."""
 
-        async def authorise(request: Any, context: Context) -> Any:
+        async def authorise(request: Request, context: Context) -> Response:
             try:
                 self._authorise(rpc.path, context)
                 return await proceed(request, context)

@@ -3,7 +3,7 @@
     def count_calls(rpc: Rpc, proceed: Proceed) -> Proceed:
         counter = CALLS.labels(rpc.path)  # once for each RPC
 
-        async def counted(request: Any, context: Context) -> Any:
+        async def counted(request: Request, context: Context) -> Response:
             counter.inc()  # for each call
             return await proceed(request, context)
 
@@ -15,10 +15,10 @@ An interceptor that has state of its own is a method of a class.
 import asyncio
 import inspect
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.message import Message
@@ -26,9 +26,12 @@ from google.protobuf.message import Message
 from service.status import CODES
 
 Context = grpc.aio.ServicerContext[Any, Any]
-# Takes a request, or an iterator over the requests of an upload. Returns the response; or None after writing
-# the responses of a stream to the context.
-Proceed = Callable[[Any, Context], Awaitable[Any]]
+# A message, or an iterator over the messages of an upload; bytes until they are parsed.
+Request: TypeAlias = Message | AsyncIterator[Message] | AsyncIterator[bytes]
+# None if the responses of a stream were written to the context.
+Response: TypeAlias = Message | None
+# The next interceptor, or the method of a servicer, which takes only requests of its own type.
+Proceed = Callable[[Any, Context], Awaitable[Response]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class Rpc:
 
 
 Interceptor = Callable[[Rpc, Proceed], Proceed]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class Chain(grpc.aio.ServerInterceptor):
@@ -69,13 +73,13 @@ class Chain(grpc.aio.ServerInterceptor):
 
     def __init__(self, *interceptors: Interceptor) -> None:
         self._interceptors = interceptors
-        self._handlers: dict[str, Any] = {}
+        self._handlers: dict[str, Handler] = {}
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]",
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
+    ) -> "Handler | None":
         path = handler_call_details.method
         if path not in self._handlers:
             handler = await continuation(handler_call_details)
@@ -84,7 +88,7 @@ class Chain(grpc.aio.ServerInterceptor):
             self._handlers[path] = self._surround(path, handler)
         return self._handlers[path]
 
-    def _surround(self, path: str, handler: Any) -> Any:
+    def _surround(self, path: str, handler: Any) -> Handler:
         """Return a handler whose calls go through the chain."""
         rpc = Rpc(
             path,
@@ -98,7 +102,7 @@ class Chain(grpc.aio.ServerInterceptor):
             proceed = handler.stream_unary or handler.unary_unary
         for interceptor in reversed(self._interceptors):
             proceed = interceptor(rpc, proceed)
-        make_handler: Callable[..., Any] = (
+        make_handler: Callable[..., Handler] = (
             grpc.stream_stream_rpc_method_handler if rpc.is_download else grpc.stream_unary_rpc_method_handler
         )
         # Without a deserializer gRPC hands over bytes.
@@ -124,9 +128,9 @@ def _write_responses(behaviour: Callable[..., Any]) -> Proceed:
     if inspect.iscoroutinefunction(inspect.unwrap(behaviour)):
         return behaviour  # it writes its responses itself
 
-    async def write_all(request: Any, context: Context) -> None:
-        responses: AsyncIterator[Any] = behaviour(request, context)
-        async with aclosing(responses):  # type: ignore[type-var]
+    async def write_all(request: Request, context: Context) -> None:
+        responses: AsyncGenerator[Message] = behaviour(request, context)
+        async with aclosing(responses):
             async for response in responses:
                 await context.write(response)
 

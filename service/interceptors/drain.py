@@ -2,12 +2,11 @@
 
 import asyncio
 from contextlib import suppress
-from typing import Any
 
 from service.auth.policy import REFLECTION
 from service.db.engine import CancelledAfterCommit
 from service.errors import Draining, OutcomeUnknown
-from service.interceptors.chain import Context, Proceed, Rpc
+from service.interceptors.chain import Context, Proceed, Request, Response, Rpc
 
 
 class Drain:
@@ -18,15 +17,15 @@ class Drain:
     """
 
     def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._cut_off: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._cut_off: set[asyncio.Task[None]] = set()
 
     def intercept(self, rpc: Rpc, proceed: Proceed) -> Proceed:
         """Track the calls of an RPC; a call that is cut off fails with Draining or OutcomeUnknown."""
         if rpc.path in REFLECTION:
             return proceed
 
-        async def track(request: Any, context: Context) -> Any:
+        async def track(request: Request, context: Context) -> Response:
             task = asyncio.current_task()
             if task is None:
                 raise RuntimeError("a call runs in a task")

@@ -4,12 +4,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from service.auth.caller import current_share
 from service.auth.policy import HEALTH
 from service.errors import Overloaded, QuotaExceeded, RateLimited, RosterError
-from service.interceptors.chain import Context, Proceed, Rpc
+from service.interceptors.chain import Context, Proceed, Response, Rpc
 from service.settings import Settings
 from service.shares import FairSemaphore
 
@@ -18,6 +18,7 @@ BURST_SECONDS = 1
 MAX_IDLE_USES = 1000
 
 CallerAndPath = tuple[str, str]
+RequestT = TypeVar("RequestT")
 
 
 @dataclass(slots=True)
@@ -49,7 +50,7 @@ class Limits:
             return proceed
         max_in_flight = self._settings.caller_streams if rpc.is_stream else self._settings.caller_calls
 
-        async def limit(request: Any, context: Context) -> Any:
+        async def limit(request: Any, context: Context) -> Response:
             caller = current_share()
             use = self._use((caller, rpc.path))
             self._admit(use, max_in_flight)
@@ -66,7 +67,7 @@ class Limits:
 
         return limit
 
-    async def _end_when_idle(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async def _end_when_idle(self, requests: AsyncIterator[RequestT]) -> AsyncIterator[RequestT]:
         seconds = self._settings.stream_idle_timeout
         while True:
             try:

@@ -9,7 +9,7 @@ from typing import Any
 from service.auth.caller import current_caller
 from service.auth.policy import HEALTH
 from service.db.statements import LISTENERS
-from service.interceptors.chain import Context, Interceptor, Proceed, Rpc, code_at_end
+from service.interceptors.chain import Context, Interceptor, Proceed, Request, Response, Rpc, code_at_end
 from service.logs import CALL_IDS
 
 log = logging.getLogger("service.calls")
@@ -46,7 +46,7 @@ def log_calls(slow_seconds: float) -> Interceptor:
         # A stream lasts as long as its client wants.
         can_be_slow = rpc.path not in HEALTH and not rpc.is_stream
 
-        async def log_call(request: Any, context: Context) -> Any:
+        async def log_call(request: Request, context: Context) -> Response:
             # Each call is a task with a context of its own, so nothing has to be reset.
             ids = _ids(context)
             CALL_IDS.set(ids)

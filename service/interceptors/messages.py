@@ -9,11 +9,12 @@ from functools import partial
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
 from service.auth.caller import NOBODY, current_caller
 from service.auth.policy import HEALTH
 from service.errors import MalformedMessage, TooLarge
-from service.interceptors.chain import Context, Proceed, Rpc, host_of
+from service.interceptors.chain import Context, Proceed, Response, Rpc, host_of
 from service.posts.rules import MAX_CONTENT_BYTES
 from service.requests import parse, request_class
 from service.waits import BoundedWaits
@@ -31,7 +32,7 @@ ARRIVAL_SECONDS = 10
 CANCELLATION_SECONDS = 0.01
 SLOW = f"the message did not arrive within {ARRIVAL_SECONDS} s, or too many are arriving; try again"
 
-Parser = Callable[[bytes], Any]
+Parser = Callable[[bytes], Message]
 
 
 class Messages:
@@ -54,10 +55,10 @@ class Messages:
             return proceed
         parser = _parser(rpc)
 
-        async def parse_stream(requests: AsyncIterator[bytes], context: Context) -> Any:
+        async def parse_stream(requests: AsyncIterator[bytes], context: Context) -> Response:
             return await proceed(_parse_all(parser, requests), context)
 
-        async def parse_request(_: AsyncIterator[bytes], context: Context) -> Any:
+        async def parse_request(_: AsyncIterator[bytes], context: Context) -> Response:
             message = await self._read(context)
             return await proceed(parser(message), context)
 
@@ -73,7 +74,7 @@ class Messages:
         return bytes(message)
 
 
-async def _parse_all(parser: Parser, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+async def _parse_all(parser: Parser, requests: AsyncIterator[bytes]) -> AsyncIterator[Message]:
     async for request in requests:
         yield parser(request)
 
@@ -84,7 +85,7 @@ def _parser(rpc: Rpc) -> Parser:
     return partial(_parse, request_class(rpc.request_type), limit)
 
 
-def _parse(request_type: Any, limit: int, message: bytes) -> Any:
+def _parse(request_type: type[Message], limit: int, message: bytes) -> Message:
     if len(message) > limit:
         name = request_type.DESCRIPTOR.name
         raise TooLarge(f"a {name} has at most {limit:,} bytes, this one has {len(message):,}")

@@ -1,11 +1,10 @@
 """Call metrics: calls started, ended by code, and in flight, and their duration."""
 
 from time import perf_counter
-from typing import Any
 
 import grpc
 
-from service.interceptors.chain import Context, Proceed, Rpc, code_at_end
+from service.interceptors.chain import Context, Proceed, Request, Response, Rpc, code_at_end
 from service.metrics import CALLS, HANDLED, HANDLING, STARTED
 
 # Named as in go-grpc-middleware, like the metrics.
@@ -24,7 +23,7 @@ def measure_calls(rpc: Rpc, proceed: Proceed) -> Proceed:
     seconds = HANDLING.labels(*labels)
     handled = {code: HANDLED.labels(*labels, name) for code, name in CODE_NAMES.items()}
 
-    async def measure(request: Any, context: Context) -> Any:
+    async def measure(request: Request, context: Context) -> Response:
         started.inc()
         in_flight.inc()
         began = perf_counter()

@@ -7,7 +7,6 @@ https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables
 
 from importlib import import_module
 from time import time_ns
-from typing import Any
 
 import grpc
 from opentelemetry import propagate
@@ -17,7 +16,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, StatusCode, format_trace_id
 
 from service.db.statements import LISTENERS
-from service.interceptors.chain import Context, Proceed, Rpc, code_at_end
+from service.interceptors.chain import Context, Proceed, Request, Response, Rpc, code_at_end
 from service.logs import CALL_IDS
 
 MAX_STATEMENT = 2000
@@ -57,7 +56,7 @@ class Tracing:
         """Trace the calls of an RPC."""
         attributes = {"rpc.system": "grpc", "rpc.service": rpc.service, "rpc.method": rpc.name}
 
-        async def trace(request: Any, context: Context) -> Any:
+        async def trace(request: Request, context: Context) -> Response:
             with self._tracer.start_as_current_span(
                 f"{rpc.service}/{rpc.name}",
                 propagate.extract(dict(context.invocation_metadata() or ())),

@@ -1,12 +1,11 @@
 """Posts: messages <-> values. Pure functions; all checks of a request happen here."""
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from roster.v1.posts_pb2 import ListPostsRequest, UpdatePostRequest
 from roster.v1.resources_pb2 import Post as PostMessage
 from service.bulk.convert import add_fields, add_identity
-from service.db.base import column_names
+from service.db.base import Values, column_names
 from service.db.bulk.batch import Batch
 from service.db.selection import Row
 from service.errors import InvalidField
@@ -39,7 +38,7 @@ def post_with_author_to_fields(row: Row) -> Fields:
     return {**post_to_fields(row), "author": user_to_fields(row[len(POST_COLUMNS) :])}
 
 
-def post_from_message(message: PostMessage) -> dict[str, Any]:
+def post_from_message(message: PostMessage) -> Values:
     """Return the values of a new post; raises InvalidField."""
     with collect_violations() as violations:
         if message.author_email:
@@ -78,7 +77,9 @@ def _add_authors(batch: Batch, messages: Sequence[PostMessage]) -> None:
     ids: list[int | None] = [message.author_id or None for message in messages]
     given = [message.author_email for message in messages]
     is_plain = are_plain_emails(given)
-    emails = given if is_plain else [normalise_email(email) or None for email in given]
+    emails: list[str | None] = [*given]
+    if not is_plain:
+        emails = [normalise_email(email) or None for email in given]
     batch.add("author_id", ids, id_error, is_sound=not any(ids))
     batch.add("author_email", emails, email_error, is_sound=is_plain)
     if is_plain and not any(ids):

@@ -1,11 +1,10 @@
 """PostRepository: all SQL about posts."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from sqlalchemy.exc import IntegrityError
 
-from service.db.base import Session
+from service.db.base import Session, Values
 from service.db.bulk.table import BulkTable, Reference
 from service.db.repository import Repository, SessionT
 from service.db.selection import Row, Selection, columns_by_name, readable_columns, size_of
@@ -39,7 +38,7 @@ class PostRepository(Repository[Post, SessionT]):
     def basic(cls) -> Selection:
         return BASIC
 
-    async def create(self: "PostRepository[Session]", values: Mapping[str, Any]) -> Row:
+    async def create(self: "PostRepository[Session]", values: Values) -> Row:
         """Insert a post; raises AuthorNotFound."""
         try:
             return await super().create(values)

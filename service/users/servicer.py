@@ -1,9 +1,8 @@
 """UserService: users by id or e-mail, one at a time, in pages, and in bulk."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from dataclasses import replace
-from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
 
@@ -16,6 +15,7 @@ from service.auth.policy import GET_USER, LIST_POSTS
 from service.auth.views import View, Views, limit_to_written
 from service.bulk.operation import Operation
 from service.bulk.stream import BulkStreams
+from service.db.base import Values
 from service.db.engine import Database
 from service.db.reads import Reader
 from service.errors import OutcomeUnknown, ResourceExhausted, StatementTimeout, Unavailable, UserNotFound
@@ -154,7 +154,7 @@ class UserServicer(UserServiceServicer):
             async for users in rows:
                 yield pb.ExportUsersResponse(users=map(user_to_fields, users), last_id=users[-1].id)
 
-    async def _hashed(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    async def _hashed(self, values: Values) -> Values:
         if "hashed_password" in values:
             current_caller().require("loader", "hashed_password")
         stored = dict(values)

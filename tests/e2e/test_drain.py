@@ -86,7 +86,10 @@ async def test_stop_also_waits_for_calls_that_arrive_during_it() -> None:
     context: Any = None
 
     async def call(end: asyncio.Event) -> None:
-        await drain.intercept(get_user, lambda *_: end.wait())(None, context)
+        async def wait(*_: object) -> None:
+            await end.wait()
+
+        await drain.intercept(get_user, wait)(None, context)
 
     calls = [asyncio.create_task(call(ends[0]))]
     await asyncio.sleep(0)

@@ -95,7 +95,8 @@ class UnreadCall:
 
 async def test_watcher_that_does_not_read_blocks_nothing(server: Server, probes: grpc.aio.Channel) -> None:
     """Neither other watchers nor a stop."""
-    unread = asyncio.create_task(server.health.Watch(HealthCheckRequest(), UnreadCall()))
+    context: Any = UnreadCall()
+    unread = asyncio.create_task(server.health.Watch(HealthCheckRequest(), context))
     watch = aiter(HealthStub(probes).Watch(HealthCheckRequest()))
     assert (await anext(watch)).status == SERVING
 

@@ -55,7 +55,7 @@ async def test_user_with_posts_is_no_larger_than_its_size_in_sql(database: Datab
     """In any script, and for texts that are much shorter than the numbers."""
     await fill(database, text)
     async with database.read() as session:
-        row = await UserRepository(session).get(MAX_ID, WITH_POSTS)
+        row: Any = await UserRepository(session).get(MAX_ID, WITH_POSTS)
         message = UserMessage(**user_with_posts_to_fields(row))
         assert len(message.posts) == NEWEST_POSTS
         assert framed(message) <= await size(session, WITH_POSTS)

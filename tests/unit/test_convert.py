@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings, strategies as st
 from roster.v1.posts_pb2 import UpdatePostRequest
 from roster.v1.resources_pb2 import Post as PostMessage, User as UserMessage
 from roster.v1.users_pb2 import GetUserRequest
-from service.db.base import Entity, column_names
+from service.db.base import Entity, Values, column_names
 from service.errors import InvalidField, InvalidMask
 from service.posts.convert import (
     post_batch_from_messages,
@@ -61,14 +61,14 @@ def row_of(model: type[Entity], values: dict[str, Any]) -> Any:
     return row._make(values.get(name) for name in names)
 
 
-def user_values(message: UserMessage) -> dict[str, Any] | None:
+def user_values(message: UserMessage) -> Values | None:
     try:
         return user_from_message(message)
     except InvalidField:
         return None
 
 
-def post_values(message: PostMessage) -> dict[str, Any] | None:
+def post_values(message: PostMessage) -> Values | None:
     try:
         return post_from_message(message)
     except InvalidField:

@@ -3,11 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from secrets import token_hex
-from typing import Any
 
-from sqlalchemy.orm import InstrumentedAttribute
-
-from service.db.base import Entity
+from service.db.base import Column, Entity, KeyValue
 from service.errors import NotFound, RosterError
 
 
@@ -25,9 +22,9 @@ class UniqueKey:
     placeholders first. The default suits texts of 64 characters or more.
     """
 
-    column: InstrumentedAttribute[Any]
+    column: Column
     conflict_error: Callable[[int | None], RosterError]
-    placeholder: Callable[[int], Any] = random_text
+    placeholder: Callable[[int], KeyValue] = random_text
 
     @property
     def name(self) -> str:
@@ -43,8 +40,8 @@ class Reference:
     of them. `missing_error` makes the error for a value that no row has, from the name of the batch's column.
     """
 
-    column: InstrumentedAttribute[Any]
-    keys: Mapping[str, InstrumentedAttribute[Any]]
+    column: Column
+    keys: Mapping[str, Column]
     missing_error: Callable[[str], RosterError]
 
 
@@ -61,7 +58,7 @@ class BulkTable:
     model: type[Entity]
     not_found: Callable[[], NotFound]
     unique: Sequence[UniqueKey] = ()
-    sort_by: InstrumentedAttribute[Any] | None = None
+    sort_by: Column | None = None
     references: Sequence[Reference] = ()
 
     def unique_among(self, fields: Sequence[str]) -> list[UniqueKey]:
