@@ -1,4 +1,4 @@
-"""The build step that generates the stubs of `protos/roster` beside their sources."""
+"""The build step that generates the stubs of `protos/roster` next to the protos."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 def generate(protos: Path) -> None:
-    """Write `*_pb2.py`, `*_pb2_grpc.py` and their types beside every proto under `protos`."""
+    """Write `*_pb2.py`, `*_pb2_grpc.py` and their types next to each proto in `protos`."""
     scripts = Path(sys.executable).parent
     includes = [
         protos,
@@ -38,14 +38,14 @@ def generate(protos: Path) -> None:
         ]
     )
     if failed:
-        raise SystemExit("protoc could not compile the contract; its messages are above")
+        raise SystemExit("protoc could not compile the contract; see its messages above")
     for folder in {(protos / source).parent for source in sources} | {protos / "roster"}:
         (folder / "__init__.py").touch()
         (folder / "py.typed").touch()
 
 
 class StubsHook(BuildHookInterface[Any]):
-    """Hatchling calls this before it packs a wheel or installs the tree in place."""
+    """Generates the stubs before hatchling builds a wheel or an editable installation."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
         generate(Path(self.root) / "protos")

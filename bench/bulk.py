@@ -1,4 +1,4 @@
-"""`make bench-bulk`: the bulk streams, each beside a reference of the same run."""
+"""`make bench-bulk`: measures the bulk streams, each next to a reference in the same run."""
 
 import argparse
 import asyncio
@@ -12,15 +12,15 @@ from rich.console import Console
 
 from bench.cases import NAMES, Case, Cases
 from bench.databases import PostgreSQL, Sqlite, scalar
-from bench.measure import Run, Way, run
+from bench.measure import Approach, Run, run
 from bench.report import Result, as_json, as_table, machine
 from tests.support.postgres import PostgresServer
 
 Store = PostgreSQL | Sqlite
 
 
-async def measured(cases: list[Case], stores: dict[str, Store], rounds: int) -> list[Result]:
-    """Run all ways and references in turn, so many rounds; which of a pair goes first changes."""
+async def measure(cases: list[Case], stores: dict[str, Store], rounds: int) -> list[Result]:
+    """Run each approach and its reference once per round; which of the two runs first alternates."""
     results = [Result(case, [], []) for case in cases]
     async with AsyncExitStack() as open_templates:
         templates = [
@@ -37,17 +37,17 @@ async def measured(cases: list[Case], stores: dict[str, Store], rounds: int) -> 
 
 async def _add_round(result: Result, store: Store, template: str, *, reference_first: bool) -> None:
     case = result.case
-    pair = [(case.reference, result.references), (case.way, result.runs)]
-    for way, runs in pair if reference_first else reversed(pair):
-        runs.append(await _checked(case, way, store, template))
+    pair = [(case.reference, result.references), (case.approach, result.runs)]
+    for approach, runs in pair if reference_first else reversed(pair):
+        runs.append(await _run_and_check(case, approach, store, template))
 
 
-async def _checked(case: Case, way: Way, store: Store, template: str) -> Run:
+async def _run_and_check(case: Case, approach: Approach, store: Store, template: str) -> Run:
     async with store.database(template) as url:
-        measurement = run(way, url, store.pid)
+        measurement = run(approach, url, store.pid)
         result = await scalar(url, case.check)
     if result != case.result:
-        raise RuntimeError(f"{case.name}, {way.name}: {case.check} is {result}, not {case.result}")
+        raise RuntimeError(f"{case.name}, {approach.name}: {case.check} is {result}, not {case.result}")
     return measurement
 
 
@@ -58,9 +58,7 @@ async def main(arguments: argparse.Namespace) -> None:
         await postgresql.set_up()
         make = Cases(folder, arguments.rows, "bench" if arguments.load_id else "")
         cases = [make.case(name) for name in arguments.only or NAMES]
-        results = await measured(
-            cases, {"postgresql": postgresql, "sqlite": Sqlite(folder)}, arguments.rounds
-        )
+        results = await measure(cases, {"postgresql": postgresql, "sqlite": Sqlite(folder)}, arguments.rounds)
     if arguments.json:
         print(json.dumps({"machine": machine(postgresql.version), "cases": as_json(results)}, indent=2))
     else:
@@ -68,15 +66,19 @@ async def main(arguments: argparse.Namespace) -> None:
         Console(width=120).print(as_table(results))
 
 
-def parsed() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.bulk", description=__doc__)
     parser.add_argument("--rows", type=int, default=500_000, help="rows of the largest cases")
-    parser.add_argument("--rounds", type=int, default=3, help="medians are of so many runs")
-    parser.add_argument("--only", choices=NAMES, action="append", help="one case; may come several times")
-    parser.add_argument("--load-id", action="store_true", help="name the loads: outcomes are kept")
-    parser.add_argument("--json", action="store_true", help="print every run as JSON")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds; the medians are over these")
+    parser.add_argument("--only", choices=NAMES, action="append", help="run only this case; can be repeated")
+    parser.add_argument(
+        "--load-id",
+        action="store_true",
+        help="name the loads, so that the server stores the outcome of every row",
+    )
+    parser.add_argument("--json", action="store_true", help="print every run as JSON instead of the table")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(parsed()))
+    asyncio.run(main(parse_arguments()))

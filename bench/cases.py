@@ -1,4 +1,4 @@
-"""What is measured: each way through the service beside its reference, from the same rows."""
+"""The cases of `make bench-bulk`: each sends rows through the service and to a reference."""
 
 import json
 import pickle
@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench.databases import PSQL
-from bench.measure import Way
+from bench.measure import Approach
 from bench.rows import (
     BATCH,
+    add_duplicates,
     bulk_options,
     change_message,
     copy_text,
-    made_up_changes,
-    made_up_posts,
-    made_up_users,
+    make_changes,
+    make_posts,
+    make_users,
     post_message,
     requests,
     user_message,
-    with_duplicates,
 )
 from roster.v1.bulk_pb2 import BulkOptions
 from roster.v1.posts_pb2 import BulkCreatePostsRequest
@@ -46,20 +46,20 @@ NAMES = ("create", "duplicates", "posts", "update", "sqlite", "orm")
 
 @dataclass(frozen=True)
 class Case:
-    """A way and its reference; both leave a database of which `check` is the same `result`."""
+    """An approach and its reference. Afterwards the query `check` must return `result` in both databases."""
 
     name: str
     title: str
-    way: Way
-    reference: Way
+    approach: Approach
+    reference: Approach
     check: str
     result: int
     database: Literal["postgresql", "sqlite"] = "postgresql"
-    users: Path | None = None  # what the database has at the start
+    users: Path | None = None  # the users in the database at the start
 
 
 class Cases:
-    """Makes the cases; their rows are written to files in a folder."""
+    """Creates the cases, and writes their rows to files in a folder."""
 
     def __init__(self, folder: Path, rows: int, load_id: str) -> None:
         self._folder = folder
@@ -67,30 +67,30 @@ class Cases:
         self._load_id = load_id
 
     def case(self, name: str) -> Case:
-        """Return one of NAMES."""
+        """Return the case of this name, one of NAMES."""
         case: Case = getattr(self, name)()
         return case
 
     def create(self) -> Case:
-        r"""Return clean users against \copy."""
-        users = made_up_users(self._rows)
+        r"""Create users without duplicates; the reference is \copy."""
+        users = make_users(self._rows)
         reference = self._psql("create", COPY_USERS, users)
-        way = self._create_users("create", users, len(users))
-        return Case("create", "create, clean rows", way, reference, COUNT_USERS, len(users))
+        approach = self._create_users("create", users, len(users))
+        return Case("create", "create, clean rows", approach, reference, COUNT_USERS, len(users))
 
     def duplicates(self) -> Case:
-        r"""Return users of whom one in ten came before against \copy of the distinct ones."""
-        users = with_duplicates(made_up_users(self._rows))
+        r"""Create users of which every tenth is a duplicate; the reference is \copy of the distinct ones."""
+        users = add_duplicates(make_users(self._rows))
         distinct = list(dict.fromkeys(users))
         reference = self._psql("duplicates", COPY_USERS, distinct)
-        way = self._create_users("duplicates", users, len(distinct), on_conflict=BulkOptions.SKIP)
+        approach = self._create_users("duplicates", users, len(distinct), on_conflict=BulkOptions.SKIP)
         title = "create, 10 % duplicates, SKIP"
-        return Case("duplicates", title, way, reference, COUNT_USERS, len(distinct))
+        return Case("duplicates", title, approach, reference, COUNT_USERS, len(distinct))
 
     def posts(self) -> Case:
-        r"""Return posts by their authors' e-mails against \copy with the ids resolved beforehand."""
-        users = made_up_users(self._rows // 5)
-        posts = made_up_posts(self._rows * 2 // 5, len(users))
+        r"""Create posts by the e-mails of their authors; the reference is \copy with their ids."""
+        users = make_users(self._rows // 5)
+        posts = make_posts(self._rows * 2 // 5, len(users))
         messages = [post_message(post, users) for post in posts]
         stream = requests(BulkCreatePostsRequest, "posts", messages, bulk_options(self._load_id))
         return Case(
@@ -102,13 +102,13 @@ class Cases:
             self._psql("posts", COPY_POSTS, posts),
             "SELECT sum(author_id) FROM posts",
             sum(author_id for *_, author_id in posts),
-            users=self._written("authors.txt", copy_text(users).encode()),
+            users=self._write("authors.txt", copy_text(users).encode()),
         )
 
     def update(self) -> Case:
-        r"""Return updates by id against \copy into a temporary table and UPDATE … FROM in batches."""
-        users = made_up_users(self._rows * 2 // 5)
-        changes = made_up_changes(users)
+        r"""Update users by id; the reference is \copy into a temporary table and UPDATE … FROM in batches."""
+        users = make_users(self._rows * 2 // 5)
+        changes = make_changes(users)
         batches = range(1, len(changes) + 1, BATCH)
         script = COPY_CHANGES + "".join(UPDATE.format(first=at, last=at + BATCH - 1) for at in batches)
         options = bulk_options(self._load_id, update_mask={"paths": ["full_name", "is_active"]})
@@ -121,44 +121,44 @@ class Cases:
             self._psql("update", script, changes, r"psql \copy + UPDATE … FROM"),
             f"{COUNT_USERS} WHERE version = 2 AND full_name LIKE '% II'",
             len(changes),
-            users=self._written("updated.txt", copy_text(users).encode()),
+            users=self._write("updated.txt", copy_text(users).encode()),
         )
 
     def sqlite(self) -> Case:
-        """Return clean users on SQLite against Python's sqlite3."""
-        users = made_up_users(self._rows)
+        """Create users on SQLite; the reference is Python's sqlite3."""
+        users = make_users(self._rows)
         reference = self._python("sqlite3 executemany", "executemany", users)
-        way = self._create_users("sqlite", users, len(users))
-        return Case("sqlite", "create, SQLite", way, reference, COUNT_USERS, len(users), "sqlite")
+        approach = self._create_users("sqlite", users, len(users))
+        return Case("sqlite", "create, SQLite", approach, reference, COUNT_USERS, len(users), "sqlite")
 
     def orm(self) -> Case:
-        r"""Return the ORM, without a server, against \copy; a fifth of the rows, as it is slow."""
-        users = made_up_users(self._rows // 5)
-        way = self._python("SQLAlchemy add_all", "add_all", users)
+        r"""Create users with the ORM, without a server; the reference is \copy. Uses a fifth of the rows."""
+        users = make_users(self._rows // 5)
+        approach = self._python("SQLAlchemy add_all", "add_all", users)
         title = "create, ORM's add_all, no server"
-        return Case("orm", title, way, self._psql("orm", COPY_USERS, users), COUNT_USERS, len(users))
+        return Case("orm", title, approach, self._psql("orm", COPY_USERS, users), COUNT_USERS, len(users))
 
-    def _create_users(self, name: str, users: Sequence[Any], distinct: int, **particular: Any) -> Way:
-        options = bulk_options(self._load_id, **particular)
+    def _create_users(self, name: str, users: Sequence[Any], distinct: int, **options: Any) -> Approach:
+        options = bulk_options(self._load_id, **options)
         stream = requests(BulkCreateUsersRequest, "users", list(map(user_message, users)), options)
         counts = _counts(len(users), created=distinct, skipped=len(users) - distinct)
         return self._stream("UserService/BulkCreateUsers", name, stream, counts)
 
-    def _stream(self, method: str, name: str, stream: list[bytes], counts: dict[str, int]) -> Way:
-        file = self._written(f"{name}.stream", pickle.dumps(stream))
+    def _stream(self, method: str, name: str, stream: list[bytes], counts: dict[str, int]) -> Approach:
+        file = self._write(f"{name}.stream", pickle.dumps(stream))
         command = (sys.executable, "-m", "bench.worker", "stream", f"/roster.v1.{method}", file)
-        return Way("stream", counts["ids"], command, json.dumps(counts), through_server=True)
+        return Approach("stream", counts["ids"], command, json.dumps(counts), through_server=True)
 
-    def _psql(self, name: str, script: str, rows: Sequence[Any], title: str = r"psql \copy") -> Way:
-        file = self._written(f"{name}.txt", copy_text(rows).encode())
+    def _psql(self, name: str, script: str, rows: Sequence[Any], title: str = r"psql \copy") -> Approach:
+        file = self._write(f"{name}.txt", copy_text(rows).encode())
         script = script.replace("{file}", str(file)) + "\n\\echo done\n"
-        return Way(title, len(rows), PSQL, "done", script, greeting="\\echo ready\n")
+        return Approach(title, len(rows), PSQL, "done", script, greeting="\\echo ready\n")
 
-    def _python(self, title: str, worker: str, rows: Sequence[Any]) -> Way:
-        file = self._written(f"{worker}.rows", pickle.dumps(rows))
-        return Way(title, len(rows), (sys.executable, "-m", "bench.worker", worker, file), "null")
+    def _python(self, title: str, worker: str, rows: Sequence[Any]) -> Approach:
+        file = self._write(f"{worker}.rows", pickle.dumps(rows))
+        return Approach(title, len(rows), (sys.executable, "-m", "bench.worker", worker, file), "null")
 
-    def _written(self, name: str, content: bytes) -> Path:
+    def _write(self, name: str, content: bytes) -> Path:
         path = self._folder / name
         path.write_bytes(content)
         return path

@@ -1,4 +1,4 @@
-"""Where the rows go: databases that are new for each run, on one PostgreSQL and on SQLite."""
+"""The databases of the benchmarks: a new one for each run, on PostgreSQL or SQLite."""
 
 import asyncio
 import shutil
@@ -23,7 +23,7 @@ PSQL: tuple[str | Path, ...] = (
     "--quiet",
     "--set=ON_ERROR_STOP=1",
 )
-# The same for all. No checkpoint and no autovacuum falls into one run and not into another.
+# The same for every run, without checkpoints or autovacuum, which would affect some runs and not others.
 SETTINGS = {
     "shared_buffers": "256MB",
     "max_wal_size": "4GB",
@@ -31,12 +31,12 @@ SETTINGS = {
     "autovacuum": "off",
 }
 
-# From the fields of COPY's text format.
+# Takes the fields of a line in COPY's text format.
 INSERT_USER = r"INSERT INTO users (email, full_name, is_active) VALUES (?, nullif(?, '\N'), ? = 't')"
 
 
 class PostgreSQL:
-    """One server, durable and set up for loads; `pid` is its postmaster's."""
+    """A durable PostgreSQL server, configured for loads; `pid` is that of its postmaster."""
 
     def __init__(self, server: PostgresServer) -> None:
         self._server = server
@@ -44,7 +44,7 @@ class PostgreSQL:
         self.version = ""
 
     async def set_up(self) -> None:
-        """Restart it with the settings."""
+        """Restart the server with SETTINGS."""
         url = _plain(self._server.url.render_as_string())
         await _execute(url, *(f"ALTER SYSTEM SET {name} = '{value}'" for name, value in SETTINGS.items()))
         self._server.stop()
@@ -57,7 +57,7 @@ class PostgreSQL:
 
     @asynccontextmanager
     async def template(self, users: Path | None) -> AsyncIterator[str]:
-        """Yield the name of a migrated database that has the users of a file."""
+        """Yield the name of a migrated database that contains the users of a file."""
         async with self._server.database() as url:
             await asyncio.to_thread(migrations.upgrade, url)
             if users:
@@ -68,14 +68,14 @@ class PostgreSQL:
 
     @asynccontextmanager
     async def database(self, template: str) -> AsyncIterator[str]:
-        """Yield the URL of a new copy of a template, all of it on disk."""
+        """Yield the URL of a new copy of a template, completely written to disk."""
         async with self._server.database(template) as url:
             await _execute(_plain(url), "CHECKPOINT")
             yield _plain(url)
 
 
 class Sqlite:
-    """Files in a folder; no process to watch."""
+    """SQLite files in a folder; no process has to be measured."""
 
     pid = 0
 
@@ -84,7 +84,7 @@ class Sqlite:
 
     @asynccontextmanager
     async def template(self, users: Path | None) -> AsyncIterator[str]:
-        """Yield the path of a migrated file that has the users of a file."""
+        """Yield the path of a migrated database that contains the users of a file."""
         path = self._folder / "template.db"
         await asyncio.to_thread(migrations.upgrade, f"sqlite+aiosqlite:///{path}")
         if users:
@@ -102,7 +102,7 @@ class Sqlite:
 
 
 async def scalar(url: str, query: str) -> Any:
-    """Return the one value that a query answers."""
+    """Return the single value that a query returns."""
     database = Database(Settings(database_url=url))
     async with database.read() as session:
         value = await session.scalar(text(query))
@@ -115,7 +115,7 @@ def _postmaster(folder: str) -> int:
 
 
 def _plain(url: str) -> str:
-    """Return the URL without SQLAlchemy's driver, as psql and the service take it."""
+    """Return the URL without SQLAlchemy's driver, for psql and the service."""
     return url.replace("+asyncpg", "")
 
 

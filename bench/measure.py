@@ -1,4 +1,4 @@
-"""Processes that are measured: one run of one way to write rows, how long it took, and whose CPU."""
+"""Runs processes and measures them: their time, and the CPU of PostgreSQL, the server and the client."""
 
 import os
 import subprocess
@@ -17,10 +17,10 @@ STOP_SECONDS = 60
 
 
 @dataclass(frozen=True)
-class Way:
-    """A process that writes rows into the database, or to the server, that is its last argument.
+class Approach:
+    """A process that writes rows; its last argument is a database URL, or the address of the server.
 
-    It says `ready`, is given `script`, and says `answer` when all is done; `greeting` makes it say `ready`.
+    The process prints `ready` (psql only after `greeting`), reads `script`, and prints `answer` at the end.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run took, CPU in seconds."""
+    """The result of one run: rows, time and CPU, in seconds."""
 
     rows: int
     seconds: float
@@ -44,31 +44,31 @@ class Run:
 
     @property
     def rate(self) -> float:
-        """Rows a second."""
+        """Rows per second."""
         return self.rows / self.seconds
 
     def cpu(self, part: str) -> float:
-        """Return the microseconds of a part's CPU that a row took."""
+        """Return the CPU per row of `postgresql`, `server` or `client`, in microseconds."""
         return float(getattr(self, part)) / self.rows * 1e6
 
 
-def run(way: Way, url: str, postmaster: int) -> Run:
-    """Run a way from a standing start; raises RuntimeError where it does not end as it should."""
+def run(approach: Approach, url: str, postmaster: int) -> Run:
+    """Run an approach with new processes; raises RuntimeError if it does not print its answer."""
     with ExitStack() as processes:
-        server, target = processes.enter_context(serving(url)) if way.through_server else (0, url)
-        client = processes.enter_context(process(*way.command, target))
-        expect("ready", client, way.greeting)
+        server, target = processes.enter_context(start_server(url)) if approach.through_server else (0, url)
+        client = processes.enter_context(start_process(*approach.command, target))
+        expect("ready", client, approach.greeting)
         parts = {"postgresql": postmaster, "server": server, "client": client.pid}
         before = {part: cpu_seconds(pid) for part, pid in parts.items()}
         start = perf_counter()
-        expect(way.answer, client, way.script)
+        expect(approach.answer, client, approach.script)
         seconds = perf_counter() - start
         used = {part: cpu_seconds(pid) - before[part] for part, pid in parts.items()}
-    return Run(way.rows, seconds, **used)
+    return Run(approach.rows, seconds, **used)
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the CPU that a process and all below it have used, ended ones included; 0 for none."""
+    """Return the CPU seconds of a process and its descendants, including ended ones; 0 for pid 0."""
     used: dict[int, int] = {}
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -78,37 +78,37 @@ def cpu_seconds(pid: int) -> float:
             continue
         id = int(stat.parent.name)
         parents[id] = int(fields[1])
-        used[id] = sum(map(int, fields[11:15]))  # user, system; both again of children waited for
-    return sum(used[id] for id in used if pid in _line(id, parents)) / TICKS
+        used[id] = sum(map(int, fields[11:15]))  # user and system, of the process and of its ended children
+    return sum(used[id] for id in used if pid in _ancestors(id, parents)) / TICKS
 
 
-def _line(id: int, parents: dict[int, int]) -> Iterator[int]:
+def _ancestors(id: int, parents: dict[int, int]) -> Iterator[int]:
     while id in parents:
         yield id
         id = parents[id]
 
 
 @contextmanager
-def serving(url: str, *command: str) -> Iterator[tuple[int, str]]:
-    """Start a server, `roster serve` unless another is named; yield its pid and its address."""
+def start_server(url: str, *command: str) -> Iterator[tuple[int, str]]:
+    """Start `roster serve`, or another command; yield its pid and its address."""
     settings = {"DATABASE_URL": url, "LISTEN": "127.0.0.1:0", "METRICS_LISTEN": "", "LOG_LEVEL": "WARNING"}
-    with process(
+    with start_process(
         *(sys.executable, "-m", *(command or ("service", "serve"))),
         stderr=subprocess.PIPE,
         env={**os.environ, **{f"ROSTER_{name}": value for name, value in settings.items()}},
     ) as server:
-        said = []
+        lines = []
         for line in server.stderr:
             if line.startswith(ANNOUNCEMENT):
                 yield server.pid, line.removeprefix(ANNOUNCEMENT).strip()
                 return
-            said.append(line)
-    raise RuntimeError(f"the server did not start: {''.join(said)}")
+            lines.append(line)
+    raise RuntimeError(f"the server did not start: {''.join(lines)}")
 
 
 @contextmanager
-def process(*command: str | Path, **options: Any) -> Iterator[Any]:
-    """Start a process that is spoken to by lines; it is ended with the block."""
+def start_process(*command: str | Path, **options: Any) -> Iterator[Any]:
+    """Start a process that reads and writes lines; terminate it at the end of the block."""
     started = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, **options
     )
@@ -119,15 +119,15 @@ def process(*command: str | Path, **options: Any) -> Iterator[Any]:
         started.communicate(timeout=STOP_SECONDS)
 
 
-def told(started: Any, said: str) -> str:
-    """Return the line that a process answers."""
-    started.stdin.write(said)
+def ask(started: Any, text: str) -> str:
+    """Write a text to a process, and return the line that it prints."""
+    started.stdin.write(text)
     started.stdin.flush()
     return str(started.stdout.readline().strip())
 
 
-def expect(answer: str, started: Any, said: str) -> None:
-    """Raise RuntimeError unless a process answers so."""
-    line = told(started, said)
+def expect(answer: str, started: Any, text: str) -> None:
+    """Write a text to a process; raises RuntimeError unless it prints the answer."""
+    line = ask(started, text)
     if line != answer:
-        raise RuntimeError(f"{started.args[:4]} said {line!r} instead of {answer!r}")
+        raise RuntimeError(f"{started.args[:4]} printed {line!r} instead of {answer!r}")

@@ -1,4 +1,4 @@
-"""The client, in a process of its own: it is told a load by a line of JSON, and answers with what it saw."""
+"""The client process: it reads a workload as a line of JSON, runs it, and prints the result as another."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ class Client:
     async def calls(
         self, method: str, file: str, in_flight: int, seconds: float, port: int
     ) -> dict[str, float]:
-        """Call a method with serialized requests, so many at a time, for so long; latencies are in ms."""
+        """Call a method with serialized requests, `in_flight` at a time; the latencies are in ms."""
         requests = cycle(await asyncio.to_thread(_requests, file))
         latencies: list[float] = []
         start = perf_counter()
@@ -50,7 +50,7 @@ class Client:
         }
 
     async def export(self, method: str, request: str) -> dict[str, float]:
-        """Read a stream to its end; the rows are counted behind the clock."""
+        """Read a stream to its end; the rows are counted after the clock has stopped."""
         start = perf_counter()
         call = self.channels[0][0].unary_stream(method)
         messages = [message async for message in call(bytes.fromhex(request))]
@@ -73,9 +73,9 @@ def _quantile(values: Sequence[float], part: float) -> float:
 async def main(addresses: Sequence[str]) -> None:
     client = Client(addresses)
     while line := await asyncio.to_thread(sys.stdin.readline):
-        told = json.loads(line)
-        work = client.export if "request" in told else client.calls
-        print(json.dumps(await work(**told)), flush=True)
+        workload = json.loads(line)
+        run = client.export if "request" in workload else client.calls
+        print(json.dumps(await run(**workload)), flush=True)
 
 
 if __name__ == "__main__":

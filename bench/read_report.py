@@ -1,4 +1,4 @@
-"""What was measured of reads: for people, for machines, and as a plot."""
+"""Reports the results of `make bench-read`: as tables, as JSON, and as a plot."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,14 +10,14 @@ from matplotlib import pyplot as plt
 from rich import box
 from rich.table import Table
 
-COLUMNS = ("a second", "p50 ms", "p99 ms", "µs server", "µs PostgreSQL")
-WAYS = ("no-op", "GetUser", "textbook")
+COLUMNS = ("per second", "p50 ms", "p99 ms", "µs server", "µs PostgreSQL")
+METHODS = ("no-op", "GetUser", "textbook")
 IN_FLIGHT = (1, 16, 64)
 BARE = "GetUser without interceptors, 64 in flight"
 
 
 @dataclass(frozen=True)
-class Seen:
+class ReadRun:
     """One run: calls, or the rows of an export; p50 and p99 in ms, CPU in seconds."""
 
     count: int
@@ -29,48 +29,53 @@ class Seen:
 
     @property
     def rate(self) -> float:
-        """Calls or rows a second."""
+        """Calls or rows per second."""
         return self.count / self.seconds
 
     @property
     def cpu(self) -> float:
-        """The server's CPU of a call, in seconds."""
+        """The server's CPU per call, in seconds."""
         return self.server / self.count
 
 
-Measured = Mapping[str, Sequence[Seen]]
+Measured = Mapping[str, Sequence[ReadRun]]
 
-# What is asked of which, as how many times it; a call of BatchGetUsers brings a hundred users.
+# title -> (workload, reference, value, factor); the factor is 100 if a call returns a hundred users.
 RATIOS = {
     "GetUser / no-op, 64 in flight": ("GetUser, 64 in flight", "no-op, 64 in flight", "rate", 1),
     "GetUser / textbook, 64 in flight": ("GetUser, 64 in flight", "textbook, 64 in flight", "rate", 1),
     "p99 of GetUser / no-op, 16 in flight": ("GetUser, 16 in flight", "no-op, 16 in flight", "p99", 1),
     "CPU of GetUser, without interceptors / with": (BARE, "GetUser, 64 in flight", "cpu", 1),
-    "users a second, BatchGetUsers / GetUser": ("BatchGetUsers of 100", "GetUser, 64 in flight", "rate", 100),
+    "users per second, BatchGetUsers / GetUser": (
+        "BatchGetUsers of 100",
+        "GetUser, 64 in flight",
+        "rate",
+        100,
+    ),
     "p50 of ListUsers, depth 400k / 0": (
         "ListUsers of 100 at depth 400k",
         "ListUsers of 100 at depth 0",
         "p50",
         1,
     ),
-    r"rows a second, ExportUsers / \copy": ("ExportUsers", r"psql \copy to", "rate", 1),
+    r"rows per second, ExportUsers / \copy": ("ExportUsers", r"psql \copy to", "rate", 1),
 }
 
 
 def ratios(seen: Measured) -> dict[str, float]:
-    """Return the median of the rounds' own ratios, of those that were measured."""
+    """Return, for each measured pair, the median of the ratios of each round."""
     return {
         title: median(
             times * getattr(run, value) / getattr(other, value)
-            for run, other in zip(seen[way], seen[reference], strict=True)
+            for run, other in zip(seen[name], seen[reference], strict=True)
         )
-        for title, (way, reference, value, times) in RATIOS.items()
-        if way in seen and reference in seen
+        for title, (name, reference, value, times) in RATIOS.items()
+        if name in seen and reference in seen
     }
 
 
 def as_tables(databases: Mapping[str, Measured]) -> list[Table]:
-    """Return tables that are Markdown: the ratios, then the medians of each database; CPU is a call's."""
+    """Return Markdown tables: the ratios, then the medians of each database; CPU is per call."""
     compared = {name: ratios(seen) for name, seen in databases.items()}
     tables = [_table("", *compared)]
     for title in dict.fromkeys(title for each in compared.values() for title in each):
@@ -96,18 +101,20 @@ def as_json(databases: Mapping[str, Measured]) -> dict[str, Any]:
 
 
 def draw(databases: Mapping[str, Measured], file: Path) -> None:
-    """Draw calls a second, by how many are in flight, into an SVG file."""
-    plt.rcParams["svg.hashsalt"] = "roster"  # the same picture is the same file
+    """Draw the calls per second, by calls in flight, into an SVG file."""
+    plt.rcParams["svg.hashsalt"] = "roster"  # makes the file reproducible
     figure, axes = plt.subplots(1, len(databases), figsize=(9, 3.5), sharey=True, squeeze=False)
     for axis, (name, seen) in zip(axes[0], databases.items(), strict=True):
-        for position, way in enumerate(WAYS):
-            rates = [median(run.rate for run in seen[f"{way}, {number} in flight"]) for number in IN_FLIGHT]
+        for position, method in enumerate(METHODS):
+            rates = [
+                median(run.rate for run in seen[f"{method}, {number} in flight"]) for number in IN_FLIGHT
+            ]
             places = [place + (position - 1) / 4 for place in range(len(IN_FLIGHT))]
-            axis.bar(places, rates, width=0.23, label=way)
+            axis.bar(places, rates, width=0.23, label=method)
         axis.set_xticks(range(len(IN_FLIGHT)), map(str, IN_FLIGHT))
         axis.set_xlabel("calls in flight")
         axis.set_title(name)
-    axes[0][0].set_ylabel("calls a second, one process")
+    axes[0][0].set_ylabel("calls per second, one process")
     axes[0][0].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None})
@@ -121,7 +128,7 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _numbers(runs: Sequence[Seen]) -> list[str]:
+def _numbers(runs: Sequence[ReadRun]) -> list[str]:
     shown = [f"{median(run.rate for run in runs):,.0f}"]
     for value in ("p50", "p99"):
         number = median(getattr(run, value) for run in runs)

@@ -1,7 +1,7 @@
-"""Roster's server with two RPCs more, behind the same interceptors: one that does nothing, and a textbook's.
+"""Roster's server with two more RPCs that use the same interceptors: a no-op, and a textbook GetUser.
 
-They take a GetUserRequest as GetUser does: what costs nothing is the ceiling, what everybody writes is the
-reference. On a second port UserService has no interceptors.
+Both take a GetUserRequest. The no-op is the maximum that grpc.aio allows; the textbook GetUser is the usual
+way to write it. On a second port, UserService runs without interceptors.
 """
 
 import asyncio
@@ -30,12 +30,12 @@ SERVICE = "roster.bench.Reference"
 
 
 async def no_op(request: GetUserRequest, context: Any) -> Empty:  # noqa: ARG001
-    """Answer at once."""
+    """Return an empty answer."""
     return Empty()
 
 
 class Textbook:
-    """GetUser as one writes it first: a session and a select of the entity for each call."""
+    """The usual GetUser: a session and an ORM select for each call."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.sessions = async_sessionmaker(engine, expire_on_commit=False)
@@ -58,7 +58,7 @@ class Textbook:
 
 
 def references(settings: Settings) -> grpc.GenericRpcHandler:
-    """Return the two as a service."""
+    """Return a service with both RPCs."""
     engine = create_async_engine(
         settings.database_url, pool_size=settings.pool_size, max_overflow=settings.max_overflow
     )
@@ -87,7 +87,7 @@ async def main() -> None:
     gc.freeze()
     gc.set_threshold(20_000)  # as `roster serve` does
     print(f"listening on {server.address} 127.0.0.1:{port}", file=sys.stderr, flush=True)
-    if "--lines" in sys.argv:  # nobody reads them here
+    if "--lines" in sys.argv:  # the lines are written to /dev/null
         logs.configure("INFO", "json")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     await asyncio.Event().wait()

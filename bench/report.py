@@ -1,4 +1,4 @@
-"""What was measured, for people and for machines: medians, and the ratios of runs side by side."""
+"""Reports the results of `make bench-bulk`: medians, and the ratios of each round, as a table or as JSON."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from bench.cases import Case
-from bench.measure import Run, Way
+from bench.measure import Approach, Run
 
 PARTS = ("postgresql", "server", "client")
 COLUMNS = ("ratio", "rows/s", "µs PostgreSQL", "µs server", "µs client")
@@ -19,7 +19,7 @@ COLUMNS = ("ratio", "rows/s", "µs PostgreSQL", "µs server", "µs client")
 
 @dataclass(frozen=True)
 class Result:
-    """A case's rounds: run i of the way stands beside run i of the reference."""
+    """The rounds of a case; `runs[i]` and `references[i]` belong to the same round."""
 
     case: Case
     runs: list[Run]
@@ -27,18 +27,18 @@ class Result:
 
     @property
     def ratios(self) -> list[float]:
-        """How fast the way was in each round; the reference is 1."""
+        """The rate of the approach in each round, relative to the reference."""
         return [run.rate / other.rate for run, other in zip(self.runs, self.references, strict=True)]
 
 
 def machine(postgresql: str) -> str:
-    """Return what the numbers depend on."""
+    """Return a description of the machine and the versions."""
     cores = len(os.sched_getaffinity(0))
     return f"{cores} cores, {platform.machine()}; PostgreSQL {postgresql}; Python {platform.python_version()}"
 
 
 def as_table(results: Sequence[Result]) -> Table:
-    """Return a table that is Markdown; CPU is in microseconds a row."""
+    """Return a Markdown table; CPU is in microseconds per row."""
     table = Table(box=box.MARKDOWN)
     table.add_column("")
     for name in COLUMNS:
@@ -56,7 +56,7 @@ def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
             "case": result.case.name,
             "ratio": median(result.ratios),
             "ratios": result.ratios,
-            "runs": _runs(result.case.way, result.runs),
+            "runs": _runs(result.case.approach, result.runs),
             "reference": _runs(result.case.reference, result.references),
         }
         for result in results
@@ -69,9 +69,9 @@ def _numbers(runs: Sequence[Run]) -> list[str]:
     return [f"{rate:,.0f}", *(f"{each:.1f}" for each in cpu)]
 
 
-def _runs(way: Way, runs: Sequence[Run]) -> dict[str, Any]:
+def _runs(approach: Approach, runs: Sequence[Run]) -> dict[str, Any]:
     return {
-        "name": way.name,
+        "name": approach.name,
         "rows_per_second": median(run.rate for run in runs),
         "runs": list(map(asdict, runs)),
     }

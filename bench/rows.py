@@ -1,4 +1,4 @@
-"""The rows that are loaded: made up, but shaped like real ones, and the same in every run."""
+"""Generates the rows to load: realistic, and the same in every run."""
 
 from collections.abc import Iterable, Sequence
 from random import Random
@@ -30,14 +30,14 @@ DOMAINS = ("example.org", "mail.example.com", "example.net")
 WORDS = "rows that were acknowledged stay; what was not is wholly in or wholly out, whatever broke"
 
 
-def made_up_users(count: int) -> list[UserRow]:
-    """Return users with distinct e-mails of some 30 characters in no order; one in ten has no name."""
+def make_users(count: int) -> list[UserRow]:
+    """Return users in random order, with distinct e-mails of about 30 characters; one in ten has no name."""
     random = Random(1)
     return [_user(random, number) for number in random.sample(range(count), count)]
 
 
-def with_duplicates(users: Sequence[UserRow]) -> list[UserRow]:
-    """Return the users, every tenth replaced by one from anywhere before it."""
+def add_duplicates(users: Sequence[UserRow]) -> list[UserRow]:
+    """Return the users, with every tenth replaced by a random earlier one."""
     random = Random(2)
     sent: list[UserRow] = []
     for position, user in enumerate(users):
@@ -45,7 +45,7 @@ def with_duplicates(users: Sequence[UserRow]) -> list[UserRow]:
     return sent
 
 
-def made_up_posts(count: int, authors: int) -> list[PostRow]:
+def make_posts(count: int, authors: int) -> list[PostRow]:
     """Return posts with a title of 60 characters and a content of 300, by the users 1 to `authors`."""
     random = Random(3)
     text = " ".join(random.choices(WORDS.split(), k=10_000))
@@ -56,8 +56,8 @@ def made_up_posts(count: int, authors: int) -> list[PostRow]:
     ]
 
 
-def made_up_changes(users: Sequence[UserRow]) -> list[ChangeRow]:
-    """Return a new name and state for each of the users 1, 2, 3, …, in no order."""
+def make_changes(users: Sequence[UserRow]) -> list[ChangeRow]:
+    """Return a new name and state for each of the users 1, 2, 3, …, in random order."""
     changes = [
         (id, f"{name or 'Name'} II", not active) for id, (_, name, active) in enumerate(users, start=1)
     ]
@@ -72,7 +72,7 @@ def user_message(user: UserRow) -> UserMessage:
 
 
 def post_message(post: PostRow, users: Sequence[UserRow]) -> PostMessage:
-    """Return a row to create, by its author's e-mail."""
+    """Return a row to create, with the e-mail of its author."""
     title, content, author_id = post
     return PostMessage(title=title, content=content, author_email=users[author_id - 1][0])
 
@@ -83,9 +83,9 @@ def change_message(change: ChangeRow) -> UserMessage:
     return UserMessage(id=id, full_name=full_name, is_active=is_active)
 
 
-def bulk_options(load_id: str, **particular: Any) -> BulkOptions:
-    """Return the options of a stream: everything on, and what is particular to it."""
-    return BulkOptions(load_id=load_id, return_ids=True, **particular)
+def bulk_options(load_id: str, **options: Any) -> BulkOptions:
+    """Return the options of a stream; the ids are always returned."""
+    return BulkOptions(load_id=load_id, return_ids=True, **options)
 
 
 def requests(kind: Any, field: str, rows: Sequence[Any], options: BulkOptions) -> list[bytes]:
@@ -99,7 +99,7 @@ def requests(kind: Any, field: str, rows: Sequence[Any], options: BulkOptions) -
 
 
 def copy_text(rows: Iterable[tuple[Any, ...]]) -> str:
-    r"""Return rows in COPY's text format; none of these has a tab or a backslash to escape."""
+    r"""Return rows in COPY's text format; these rows contain nothing that must be escaped."""
     return "".join("\t".join(map(_field, row)) + "\n" for row in rows)
 
 

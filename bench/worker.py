@@ -1,4 +1,4 @@
-"""What runs in a process of its own: it prepares, says `ready`, waits for a line, works, says the result."""
+"""A worker process: it prepares its work, prints `ready`, waits for a line, works, and prints the result."""
 
 import asyncio
 import json
@@ -28,16 +28,16 @@ Work = Callable[[], Any]
 
 
 def stream(method: str, file: str, address: str) -> Work:
-    """Send serialized messages on one stream; the result is its summary and how many ids came back."""
+    """Send serialized messages on one stream; the result is its summary and the number of ids returned."""
     messages = _rows(file)
     channel = grpc.insecure_channel(address)
     grpc.channel_ready_future(channel).result(CONNECT_SECONDS)
     call: Any = channel.stream_stream(method, response_deserializer=BulkWriteResponse.FromString)
-    return lambda: _loaded(call, messages)
+    return lambda: _load(call, messages)
 
 
 def executemany(file: str, url: str) -> Work:
-    """Insert users by Python's sqlite3, a transaction a batch, on a connection set up as the service's is."""
+    """Insert users with Python's sqlite3, one transaction per batch, with the service's settings."""
     batches = _batches(_rows(file))
     connection = sqlite3.connect(make_url(url).database or "", isolation_level=None)
     connection.execute("PRAGMA journal_mode = WAL")
@@ -53,7 +53,7 @@ def executemany(file: str, url: str) -> Work:
 
 
 def add_all(file: str, url: str) -> Work:
-    """Insert users as objects of SQLAlchemy's ORM, a transaction a batch."""
+    """Insert users as ORM objects, one transaction per batch."""
     batches = _batches(_rows(file))
     database = Database(Settings(database_url=url))
 
@@ -68,7 +68,7 @@ def add_all(file: str, url: str) -> Work:
     return lambda: asyncio.run(work())
 
 
-def _loaded(call: Any, messages: Sequence[bytes]) -> dict[str, int]:
+def _load(call: Any, messages: Sequence[bytes]) -> dict[str, int]:
     window = Semaphore(WINDOW)
     ids: list[int] = []
     response = BulkWriteResponse()

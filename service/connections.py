@@ -35,7 +35,7 @@ def raise_file_limit(settings: Settings) -> None:
 
 
 def max_connections(settings: Settings) -> int:
-    """Return how many connections callers may have in all, so that enough files are left for the database."""
+    """Return how many connections callers may have in all; the rest of the open files is for the database."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS

@@ -174,6 +174,12 @@ class Aborted(RosterError):
 class VersionMismatch(Aborted):
     reason = "VERSION_MISMATCH"
 
+    @classmethod
+    def of(cls, current: int) -> Self:
+        """Return the error for a row whose version is now `current`."""
+        message = f"version is now {current}; read the row again and retry"
+        return cls(message, field="version", version=current)
+
 
 class LoadFenced(Aborted):
     reason = "LOAD_FENCED"

@@ -1,4 +1,4 @@
-"""Escaping of text from elsewhere, before it is written where people or line-based tools read it."""
+"""Escapes untrusted text for people and line-based tools."""
 
 import re
 
@@ -9,7 +9,7 @@ MAX_CHARACTERS = 16_384
 
 
 def escape(text: str) -> str:
-    r"""Return a text on one line, each character that is not printable as JSON escapes it: `\u001b`.
+    r"""Return a text on one line, with unprintable characters escaped as in JSON: `\u001b`.
 
     A JSON document stays the same document.
     """
@@ -17,7 +17,7 @@ def escape(text: str) -> str:
 
 
 def shorten(text: str) -> str:
-    """Return a text, cut after MAX_CHARACTERS; the end then says how many are missing."""
+    """Return a text, truncated to MAX_CHARACTERS, with the number of missing characters at its end."""
     missing = len(text) - MAX_CHARACTERS
     return f"{text[:MAX_CHARACTERS]}… ({missing:,} more characters)" if missing > 0 else text
 
@@ -26,6 +26,6 @@ def _escape_character(found: re.Match[str]) -> str:
     character = found[0]
     if character.isprintable():
         return character
-    # Above U+FFFF JSON has two units; a lone surrogate is one.
+    # In JSON a character above U+FFFF is a pair of UTF-16 units; a lone surrogate is one.
     units = character.encode("utf-16-be", "surrogatepass").hex()
     return "".join(f"\\u{units[start : start + 4]}" for start in range(0, len(units), 4))

@@ -1,4 +1,4 @@
-"""Files with secrets: only their owner can read them, and no planted name redirects them."""
+"""Creates files with secrets: only their owner can read them, and a planted symlink can't redirect them."""
 
 import os
 import stat
@@ -20,10 +20,10 @@ def create(path: Path, mode: int = OWNER_ONLY) -> IO[bytes]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Write a file as `.part`, and give it its name when it is complete; raises OSError.
+def replace_when_complete(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file as `.part` and rename it when it is complete; raises OSError.
 
-    A `.part` of an earlier run is removed, a symlink too. A pipe or a device is written in place.
+    A `.part` of an earlier run is removed, even if it is a symlink. A pipe or a device is written in place.
     """
     if is_written_in_place(path):
         with path.open("wb") as file:
@@ -34,12 +34,12 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     with create(part) as file:
         yield file
         if not os.path.samestat(os.fstat(file.fileno()), part.lstat()):
-            raise FileExistsError(f"another export writes {path}, too")
+            raise FileExistsError(f"another export is writing {path} too")
     part.replace(path)
 
 
 def is_written_in_place(path: Path) -> bool:
-    """Tell whether a path is a pipe or a device, such as /dev/stdout, and not a file to replace."""
+    """Return whether a path is a pipe or a device, such as /dev/stdout, which can't be replaced."""
     with suppress(OSError):
         kind = path.stat().st_mode
         is_descriptor = path.is_symlink() and path.parts[:2] in (("/", "dev"), ("/", "proc"))
@@ -48,25 +48,25 @@ def is_written_in_place(path: Path) -> bool:
 
 
 def sqlite_path(url: str) -> Path:
-    """Return the file of a SQLite database; with `uri=true` its URL has SQLite's `file:` before it."""
+    """Return the file of a SQLite database; with `uri=true` the path in its URL starts with `file:`."""
     parsed = make_url(url)
     return Path((parsed.database or "").removeprefix("file:" if "uri" in parsed.query else ""))
 
 
 def create_database(url: str) -> None:
-    """Create the empty file of a SQLite database, if there is none, before SQLite does with the umask's mode.
+    """Create an empty SQLite database file if it is missing; SQLite itself would use the mode of the umask.
 
     SQLite gives `-wal`, `-shm` and `-journal` the mode of the database.
     """
     # An existing file must not even be opened: closing it would drop the locks that SQLite has on it.
-    # Where it can't be created SQLite says why.
+    # If it can't be created, SQLite reports why.
     if make_url(url).query.get("mode", "rwc") == "rwc":
         with suppress(OSError):
             create(sqlite_path(url).resolve()).close()
 
 
-def exposed(url: str) -> Iterator[str]:
-    """Yield a sentence for each way in which other users of this machine get at a SQLite database."""
+def file_dangers(url: str) -> Iterator[str]:
+    """Yield a sentence for each way in which other users of this machine can access a SQLite database."""
     path = sqlite_path(url)
     files = [Path(f"{path}{suffix}") for suffix in SQLITE_SUFFIXES]
     if open_files := [str(file) for file in files if _mode(file) & stat.S_IRWXO]:

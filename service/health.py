@@ -6,14 +6,18 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 from grpc_health.v1.health import aio
-from grpc_health.v1.health_pb2 import HealthCheckResponse, HealthListResponse
+from grpc_health.v1.health_pb2 import (
+    HealthCheckRequest,
+    HealthCheckResponse,
+    HealthListRequest,
+    HealthListResponse,
+)
 
 from service.db.engine import Database
 from service.errors import PoolExhausted, QuotaExceeded, RosterError, ServiceNotFound
-from service.interceptors.chain import host_of
+from service.interceptors.chain import Context, host_of
 from service.metrics import READY
 from service.waits import BoundedWaits
 
@@ -23,12 +27,13 @@ LIVENESS = "live"
 INTERVAL_SECONDS = 2
 # One failed query can be a short failover; two in a row are an outage.
 FAILURES_BEFORE_NOT_SERVING = 2
-# Watches don't end by themselves and would delay a stop until its grace is over. NOT_SERVING is sent first.
+# Watches don't end by themselves and would delay a stop for its whole grace. After NOT_SERVING they get this
+# long to receive it.
 WATCHES_END_SECONDS = 0.1
 # A watch takes 30 KiB, and anybody can open one.
 MAX_WATCHES = 1000
 MAX_CONNECTION_WATCHES = 16
-TOO_MANY = f"health has more than {MAX_WATCHES:,} watches, most of them from this address"
+TOO_MANY = f"there are more than {MAX_WATCHES:,} health watches, most of them from this address"
 
 
 class Health(aio.HealthServicer):  # type: ignore[misc]
@@ -77,7 +82,7 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
                 await self._database.ping()
             self._failures = 0
         except PoolExhausted:
-            pass  # busy, not down; without this server the others would be busier
+            pass  # the database is busy, not down; without this server the others would be busier
         except (RosterError, TimeoutError):
             self._failures += 1
         serving = self._failures < FAILURES_BEFORE_NOT_SERVING
@@ -86,7 +91,7 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
         for service in self._services:
             await self.set(service, status)
 
-    async def List(self, request: Any, context: Any) -> HealthListResponse:  # noqa: ARG002
+    async def List(self, request: HealthListRequest, context: Context) -> HealthListResponse:  # noqa: ARG002
         statuses = {name: HealthCheckResponse(status=status) for name, status in self._server_status.items()}
         return HealthListResponse(statuses=statuses)
 
@@ -96,9 +101,9 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def Watch(self, request: Any, context: Any) -> None:
+    async def Watch(self, request: HealthCheckRequest, context: Context) -> None:
         # The library's own Watch writes while it holds a lock: one client that does not read would block all
-        # others. It also stores every name that is asked for.
+        # others. It also stores every name that a client asks for.
         if request.service not in self._server_status:
             await context.write(HealthCheckResponse(status=HealthCheckResponse.SERVICE_UNKNOWN))
             raise ServiceNotFound(
@@ -106,7 +111,7 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
             )
         connection = context.peer()
         if self._watches_by_connection[connection] >= MAX_CONNECTION_WATCHES:
-            raise QuotaExceeded(f"a connection has at most {MAX_CONNECTION_WATCHES} watches")
+            raise QuotaExceeded(f"a connection can have at most {MAX_CONNECTION_WATCHES} watches")
         self._watches_by_connection[connection] += 1
         try:
             await self._bounds.bound(
@@ -117,7 +122,7 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
             if not self._watches_by_connection[connection]:
                 del self._watches_by_connection[connection]
 
-    async def _watch_until_stop(self, service: str, context: Any) -> None:
+    async def _watch_until_stop(self, service: str, context: Context) -> None:
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as watch:
                 self._watches.add(watch)
@@ -126,7 +131,7 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
                 finally:
                     self._watches.discard(watch)
 
-    async def _report(self, service: str, context: Any) -> None:
+    async def _report(self, service: str, context: Context) -> None:
         """Write the status of a service now and after each change."""
         reported = None
         while True:

@@ -1,4 +1,4 @@
-"""Idempotent writes: a write with a `request_id` happens once, and every repetition gets its first answer.
+"""Writes of single rows. One with a `request_id` happens once, and every repetition gets its first answer.
 
 The answer is stored in the transaction of the write, so that either both exist or neither does. Two calls
 with the same `request_id` meet at the primary key of `requests`: the second waits there until the first
@@ -8,19 +8,23 @@ commits, and then returns its answer, or until the first rolls back, and then do
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 from hashlib import sha256
-from typing import Protocol, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 from uuid import UUID
 
+from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 from sqlalchemy import Index, LargeBinary, delete, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
 from service.auth.caller import current_caller
-from service.db.base import Base, Session, UtcDateTime, now, text
+from service.db.base import Base, Session, UtcDateTime, Values, now, text
 from service.db.dialect import insert
 from service.db.engine import Database
+from service.db.repository import Repository
+from service.db.selection import Row
 from service.errors import InvalidField, RequestIdReused
+from service.wire import DeleteRequest, Update, WriteRequest, deletion_from_request
 
 KEPT_FOR = timedelta(hours=24)
 
@@ -40,12 +44,6 @@ class Request(Base):
     fingerprint: Mapped[bytes] = mapped_column(LargeBinary)
     answer: Mapped[bytes | None] = mapped_column(LargeBinary)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
-
-
-class WriteRequest(Protocol):
-    """A message with a `request_id`."""
-
-    request_id: str
 
 
 async def idempotent(
@@ -71,6 +69,55 @@ async def idempotent(
         first = to_message(await write(session))
         await requests.store(request_id, first.SerializeToString())
         return first
+
+
+class Writer(Generic[AnswerT]):
+    """Writes single rows of one entity, each in a transaction of its own, and returns them as messages.
+
+    All methods raise the errors of the repository and of `idempotent`.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        repository: type[Repository[Any, Session]],
+        message: type[AnswerT],
+        to_message: Callable[[Row], AnswerT],
+    ) -> None:
+        self._database = database
+        self._repository = repository
+        self._message = message
+        self._to_message = to_message
+
+    async def create(self, request: WriteRequest, values: Values) -> AnswerT:
+        """Insert a row."""
+        return await self._write(request, lambda rows: rows.create(values))
+
+    async def update(self, request: WriteRequest, update: Update) -> AnswerT:
+        """Update a row."""
+        return await self._write(request, lambda rows: rows.update(update.id, update.changes, update.version))
+
+    async def delete(self, request: DeleteRequest) -> Empty:
+        """Delete a row; raises InvalidField."""
+        id, version = deletion_from_request(request)
+        return await idempotent(
+            self._database,
+            request,
+            Empty,
+            lambda session: self._repository(session).delete(id, version),
+            lambda _: Empty(),
+        )
+
+    async def _write(
+        self, request: WriteRequest, write: Callable[[Repository[Any, Session]], Awaitable[Row]]
+    ) -> AnswerT:
+        return await idempotent(
+            self._database,
+            request,
+            self._message,
+            lambda session: write(self._repository(session)),
+            self._to_message,
+        )
 
 
 def request_id_from_text(text: str) -> UUID | None:

@@ -1,4 +1,4 @@
-"""The log: one line for each event, as JSON or as text, with the ids of the call that it belongs to.
+"""The log: one line for each event, as JSON or as text, with the ids of its call.
 
 Messages, fields and exceptions can contain text from callers. The formatters escape it, so that it can
 neither begin a line nor control a terminal; code that logs needs no precautions.
@@ -15,6 +15,7 @@ from contextlib import suppress
 from contextvars import Context, ContextVar
 from datetime import UTC, datetime
 from select import PIPE_BUF
+from types import TracebackType
 from typing import Any, Literal, TextIO
 
 import orjson
@@ -34,7 +35,7 @@ FRAME = re.compile(r'[ |+]*File "')  # of a traceback
 
 
 def configure(level: str, form: Format) -> None:
-    """Write the log to standard error; `auto` is text on a terminal, otherwise JSON."""
+    """Write the log to standard error; `auto` means text on a terminal, otherwise JSON."""
     is_text = sys.stderr.isatty() if form == "auto" else form == "text"
     handler = BufferedStreamHandler()
     handler.setFormatter(Text("%(asctime)s %(levelname)-7s %(name)s: %(message)s") if is_text else Json())
@@ -46,11 +47,11 @@ def configure(level: str, form: Format) -> None:
 
 
 def escape_failures() -> None:
-    """Format an exception that ends the process, and records before `configure`, as the text log does."""
+    """Format an exception that ends the process, and records logged before `configure`, like the text log."""
     formatter = Text("%(levelname)s %(name)s: %(message)s")
 
-    def write(*failure: Any) -> None:
-        sys.stderr.write(f"{formatter.formatException(failure)}\n")
+    def write(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        sys.stderr.write(f"{formatter.formatException((kind, error, trace))}\n")
 
     sys.excepthook = write
     if logging.lastResort:
@@ -61,9 +62,9 @@ def escape_failures() -> None:
 class BufferedStreamHandler(logging.StreamHandler[TextIO]):
     """Writes the lines of one event-loop iteration together; a warning, or a thread's line, at once.
 
-    It has the contract of `logging.handlers.MemoryHandler`: records are buffered, and formatted when they are
-    flushed, so what they refer to must not change. One format and one write after the other take half the
-    time that they take between calls: a write releases the GIL, and gRPC's threads wait for that.
+    Like `logging.handlers.MemoryHandler`, it buffers records and formats them when they are flushed, so the
+    objects they refer to must not change. Formatting and writing lines together takes half as long as doing
+    so between calls: each write releases the GIL, and gRPC's threads are waiting for it.
     """
 
     def __init__(self) -> None:
@@ -77,7 +78,7 @@ class BufferedStreamHandler(logging.StreamHandler[TextIO]):
             self.flush()
 
     def flush(self) -> None:
-        self.acquire()  # a thread's line flushes those of the event loop, too
+        self.acquire()  # a thread's line also flushes those of the event loop
         try:
             records, self._records = self._records, []
             for lines in _join([self._format(record) for record in records]):
@@ -89,7 +90,7 @@ class BufferedStreamHandler(logging.StreamHandler[TextIO]):
             self.release()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        # The standard library's prints the arguments.
+        # The inherited method prints the arguments.
         with suppress(Exception):
             self.stream.write(f"a line of the logger {record.name} could not be written\n")
 
@@ -104,7 +105,7 @@ class BufferedStreamHandler(logging.StreamHandler[TextIO]):
         return True
 
     def _format(self, record: logging.LogRecord) -> bytes:
-        """Return a record's line; empty if it can't be made, which affects no other line."""
+        """Return a record as a line; empty if formatting fails, so that other lines are not affected."""
         try:
             return f"{self.format(record)}{self.terminator}".encode()
         except Exception:  # noqa: BLE001 - as every handler does
@@ -113,7 +114,7 @@ class BufferedStreamHandler(logging.StreamHandler[TextIO]):
 
 
 def _join(lines: Iterable[bytes]) -> Iterator[str]:
-    """Yield lines joined up to PIPE_BUF: other workers write to the same pipe, and more could be torn."""
+    """Yield lines, joined up to PIPE_BUF: longer writes could mix with those of other workers."""
     joined = b""
     for line in lines:
         if joined and len(joined) + len(line) > PIPE_BUF:
@@ -125,7 +126,7 @@ def _join(lines: Iterable[bytes]) -> Iterator[str]:
 
 
 def add_call_ids(record: logging.LogRecord) -> bool:
-    """Give a record the ids of its call: it is formatted in another context."""
+    """Add the ids of the current call to a record, which is formatted in another context."""
     record.call_ids = CALL_IDS.get()
     return True
 
@@ -166,10 +167,10 @@ class Json(logging.Formatter):
 
 
 class Text(logging.Formatter):
-    """Lines for people: the message, then the fields as `name=value`.
+    """Text lines: the message, then the fields as `name=value`.
 
     An ambiguous message or value is written as a JSON string. The lines of a traceback are indented, so that
-    none looks like an event.
+    none of them looks like an event.
     """
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
@@ -186,13 +187,13 @@ class Text(logging.Formatter):
 
 
 def _own_lines(chunk: str) -> Sequence[str]:
-    """Return the lines of a chunk of a traceback; line breaks in an exception's text are not split at."""
+    """Return the lines of a chunk of a traceback; an exception's own text is not split."""
     return chunk.splitlines() if FRAME.match(chunk) else [chunk.strip("\n")]
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
     call_ids = getattr(record, "call_ids", None)
-    if call_ids is None:  # by another handler, which formats a record at once
+    if call_ids is None:  # another handler formats records at once
         call_ids = CALL_IDS.get()
     return {**call_ids, **getattr(record, "fields", {})}
 

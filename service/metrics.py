@@ -1,6 +1,6 @@
 """Prometheus metrics of the service; docs/operating.md explains each.
 
-With several workers, `PROMETHEUS_MULTIPROC_DIR` names the folder that they share for their values.
+With several workers, `PROMETHEUS_MULTIPROC_DIR` is the folder in which they share their values.
 """
 
 import logging
@@ -36,9 +36,9 @@ GATHERED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 # Named and labelled as in go-grpc-middleware, so that dashboards for it work.
 METHOD = ("grpc_type", "grpc_service", "grpc_method")
-STARTED = Counter("grpc_server_started_total", "Calls that were started.", METHOD)
-HANDLED = Counter("grpc_server_handled_total", "Calls that have ended.", (*METHOD, "grpc_code"))
-HANDLING = Histogram("grpc_server_handling_seconds", "How long calls took.", METHOD, buckets=CALL_SECONDS)
+STARTED = Counter("grpc_server_started_total", "Calls started.", METHOD)
+HANDLED = Counter("grpc_server_handled_total", "Calls ended.", (*METHOD, "grpc_code"))
+HANDLING = Histogram("grpc_server_handling_seconds", "Duration of calls.", METHOD, buckets=CALL_SECONDS)
 
 
 def _level(name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
@@ -48,36 +48,41 @@ def _level(name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
 
 READY = Gauge(
     "roster_ready",
-    "1 while health is SERVING; of several workers that of the worst.",
+    "1 while health is SERVING, otherwise 0; the minimum of all workers.",
     multiprocess_mode="livemin",
 )
-CALLS = _level("roster_calls_in_flight", "Calls and streams that have begun and not ended.", METHOD)
+CALLS = _level("roster_calls_in_flight", "Calls and streams in flight.", METHOD)
 
-BULK_ROWS = Counter("roster_bulk_rows_total", "Rows that were acknowledged.", ("operation", "outcome"))
-BULK_REFUSED = Counter("roster_bulk_refused_total", "Messages refused whole.", ("operation", "reason"))
+BULK_ROWS = Counter("roster_bulk_rows_total", "Acknowledged rows.", ("operation", "outcome"))
+BULK_REFUSED = Counter("roster_bulk_refused_total", "Messages refused as a whole.", ("operation", "reason"))
 BULK_BATCH_ROWS = Histogram(
-    "roster_bulk_batch_rows", "Rows of a recorded message.", ("operation",), buckets=BATCH_ROWS
+    "roster_bulk_batch_rows", "Rows in a committed message.", ("operation",), buckets=BATCH_ROWS
 )
 BULK_BATCH = Histogram(
     "roster_bulk_batch_seconds",
-    "From the receipt of a message to its commit.",
+    "Time from receiving a message to its commit.",
     ("operation",),
     buckets=CALL_SECONDS,
 )
-BULK_LAG = _level("roster_bulk_rows_uncommitted", "Rows received and not committed: the watermark's lag.")
+BULK_LAG = _level("roster_bulk_rows_uncommitted", "Rows received but not committed yet.")
 
-POOL_SIZE = _level("roster_pool_connections", "Open connections to the database.", ("pool",))
-POOL_IN_USE = _level("roster_pool_connections_in_use", "Connections that someone has.", ("pool",))
-POOL_WAITING = _level("roster_pool_waiting", "Who waits for a connection, or to write.", ("pool",))
-POOL_TIMEOUTS = Counter("roster_pool_timeouts_total", "Waits for a connection that were given up.", ("pool",))
-STATEMENTS = Histogram(
-    "roster_statement_seconds", "How long statements took.", ("operation",), buckets=STATEMENT_SECONDS
+POOL_SIZE = _level("roster_pool_connections", "Open database connections.", ("pool",))
+POOL_IN_USE = _level("roster_pool_connections_in_use", "Database connections in use.", ("pool",))
+POOL_WAITING = _level(
+    "roster_pool_waiting", "Calls waiting for a database connection, or for the SQLite writer.", ("pool",)
 )
-GATHERED_READS = Histogram("roster_gathered_reads", "Reads that went into one statement.", buckets=GATHERED)
+POOL_TIMEOUTS = Counter(
+    "roster_pool_timeouts_total", "Waits for a database connection that timed out.", ("pool",)
+)
+STATEMENTS = Histogram(
+    "roster_statement_seconds", "Duration of statements.", ("operation",), buckets=STATEMENT_SECONDS
+)
+GATHERED_READS = Histogram("roster_gathered_reads", "Lookups that shared one statement.", buckets=GATHERED)
 
-HASHING = _level("roster_password_hashes_in_hand", "Passwords that are being hashed, or wait for it.")
+HASHING = _level("roster_password_hashes_pending", "Passwords being hashed, or waiting to be.")
 HASHING_REFUSED = Counter(
-    "roster_password_hashes_refused_total", "Hashings refused since too many of their caller waited."
+    "roster_password_hashes_refused_total",
+    "Password hashes refused because too many of the same caller were waiting.",
 )
 
 
@@ -95,7 +100,7 @@ def serve(settings: Settings, registry: CollectorRegistry = REGISTRY) -> tuple[s
     except OSError as error:
         message = (
             f"can't serve metrics on {settings.metrics_listen}: {error.strerror}; "
-            "ROSTER_METRICS_LISTEN names another address, or none"
+            "set ROSTER_METRICS_LISTEN to another address, or to nothing"
         )
         if "metrics_listen" in settings.model_fields_set:
             raise OSError(message) from None
@@ -104,8 +109,8 @@ def serve(settings: Settings, registry: CollectorRegistry = REGISTRY) -> tuple[s
     return f"{host}:{server.port}", server.close
 
 
-def summed(folder: str, pids: Callable[[], Iterable[int]]) -> CollectorRegistry:
-    """Return the sums over the workers that write to a folder; `pids` returns those that are running.
+def sum_workers(folder: str, pids: Callable[[], Iterable[int]]) -> CollectorRegistry:
+    """Return a registry that sums the metrics of all workers; `pids` returns those that are running.
 
     When a worker has ended, `prometheus_client.multiprocess.mark_process_dead` removes its gauges.
     """

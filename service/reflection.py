@@ -1,7 +1,5 @@
 """Server reflection, v1 and v1alpha, including method symbols and error details."""
 
-from typing import Any
-
 import grpc
 from google.protobuf import descriptor_pool, text_format
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
@@ -13,16 +11,18 @@ METHOD = "ServerReflectionInfo"
 
 
 class Reflection(aio.ReflectionServicer):  # type: ignore[misc]
-    """The library's servicer, which can't look up methods: it is asked for their services instead."""
+    """The library's servicer can't look up a method, so look up its service instead."""
 
-    def _file_containing_symbol(self, request: Any, fully_qualified_name: str) -> Any:
+    def _file_containing_symbol(
+        self, request: reflection_pb2.ServerReflectionRequest, fully_qualified_name: str
+    ) -> reflection_pb2.ServerReflectionResponse:
         service, _, _ = fully_qualified_name.rpartition(".")
         is_method = service in self._service_names
         return super()._file_containing_symbol(request, service if is_method else fully_qualified_name)
 
 
 def describe_v1(pool: descriptor_pool.DescriptorPool) -> None:
-    """Add the file of v1, which the library lacks, to a pool: some clients describe every service."""
+    """Add the file of v1 to a pool. The library lacks it, but some clients describe every service."""
     alpha = FileDescriptorProto.FromString(reflection_pb2.DESCRIPTOR.serialized_pb)
     renamed = text_format.MessageToString(alpha).replace("v1alpha", "v1")
     pool.AddSerializedFile(text_format.Parse(renamed, FileDescriptorProto()).SerializeToString())

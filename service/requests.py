@@ -6,7 +6,7 @@ they remain bytes.
 """
 
 from functools import cache
-from typing import Any
+from typing import TypeVar
 
 from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto, FileDescriptorProto
@@ -19,10 +19,12 @@ from service.errors import MalformedMessage
 PACKAGE = "roster.v1."
 RESOURCES = "roster/v1/resources.proto"
 
+MessageT = TypeVar("MessageT", bound=Message)
+
 _pool = DescriptorPool()
 
 
-def request_class(message: type[Message]) -> Any:
+def request_class(message: type[Message]) -> type[Message]:
     """Return the class to parse in place of a generated class of the contract; return others unchanged."""
     if not message.DESCRIPTOR.full_name.startswith(PACKAGE):
         return message
@@ -30,7 +32,7 @@ def request_class(message: type[Message]) -> Any:
     return GetMessageClass(_pool.FindMessageTypeByName(message.DESCRIPTOR.full_name))
 
 
-def parse(sent: type[Message], message: bytes) -> Any:
+def parse(sent: type[MessageT], message: bytes) -> MessageT:
     """Parse a message; raises MalformedMessage."""
     try:
         return sent.FromString(message)

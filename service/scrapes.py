@@ -24,8 +24,8 @@ ERRORS = {400: "400 Bad Request", 503: "503 Service Unavailable"}
 class ScrapeServer:
     """Serves a registry on a host and port, in a thread of its own; raises OSError if it can't listen there.
 
-    At most 64 connections may be sending their request: for another one, the oldest is closed. At most 64
-    requests wait for their response, and making responses takes at most half of a core.
+    At most 64 connections may be sending their request; a further one closes the oldest. At most 64 requests
+    wait for their response, and making responses takes at most half of a core.
     """
 
     def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
@@ -35,7 +35,7 @@ class ScrapeServer:
         self._application: Callable[..., Sequence[bytes]] = make_wsgi_app(registry)
         self._reading: dict[asyncio.Task[None] | None, None] = {}  # the oldest first
         self._answering = 0
-        self._turn = asyncio.Lock()
+        self._answer_lock = asyncio.Lock()
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
         self._thread = Thread(target=self._run, name="metrics", daemon=True)
@@ -51,12 +51,12 @@ class ScrapeServer:
             runner.run(self._serve())
 
     async def _serve(self) -> None:
-        server = await asyncio.start_server(self._connected, sock=self._socket, limit=MAX_HEAD_BYTES)
+        server = await asyncio.start_server(self._handle_connection, sock=self._socket, limit=MAX_HEAD_BYTES)
         async with server:
             await self._stopping.wait()
             server.close()
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _handle_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(SECONDS):
                 head = await self._head(reader)
@@ -91,7 +91,7 @@ class ScrapeServer:
             return _response(ERRORS[503], [], b"")
         self._answering += 1
         try:
-            async with self._turn:
+            async with self._answer_lock:
                 began = perf_counter()
                 answer = self._call(environ)
                 await asyncio.sleep(perf_counter() - began)  # leave half of a core to calls
@@ -101,7 +101,9 @@ class ScrapeServer:
 
     def _call(self, environ: dict[str, str]) -> bytes:
         started: list[tuple[str, list[tuple[str, str]]]] = []
-        body = b"".join(self._application(environ, lambda *said: started.append(said)))
+        body = b"".join(
+            self._application(environ, lambda *status_and_headers: started.append(status_and_headers))
+        )
         return _response(*started[0], body)
 
 

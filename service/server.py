@@ -54,21 +54,21 @@ log = logging.getLogger(__name__)
 
 Clock = Callable[[], datetime]
 
-# A bulk message has at most 4 MiB. A message that is larger by one row should reach the servicer, whose error
-# says what to do; gRPC refuses larger ones by the length that they announce.
+# A bulk message has at most 4 MiB. A message that exceeds this by one row should reach the servicer, whose
+# error says what to do. gRPC refuses still larger ones before it reads them.
 MAX_RECEIVED_BYTES = 5 << 20
 MAX_PROBE_BYTES = 4 << 10
 EXPIRY_INTERVAL_SECONDS = 600
-QUIET_SECONDS = 2  # without a call in flight, for responses that are still being sent
-CUT_OFF_SECONDS = 2  # of the grace, in which calls that are cut off roll back and get their status
+QUIET_SECONDS = 2  # without a call in flight, while the last responses are being sent
+CUT_OFF_SECONDS = 2  # the end of the grace, in which cancelled calls roll back and return a status
 
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_RECEIVED_BYTES),
     # Calls on one connection. gRPC counts a call until its handler has returned, which is after the client
-    # has the response, and so refuses a client that keeps to the limit (REFUSED_STREAM, UNAVAILABLE without
-    # details): with a limit of 128 and 128 calls in flight, 58 % of 6,000 calls. A caller may have 500 calls
-    # in flight; twice as many leaves room for answered ones. A higher limit would let the resets of one
-    # connection delay the others for longer.
+    # has the response. So it refuses calls of a client that keeps to the limit (REFUSED_STREAM, UNAVAILABLE
+    # without details): 58 % of 6,000 calls, with a limit of 128 and 128 calls in flight. A caller may have
+    # 500 calls in flight; twice as many leaves room for answered ones. With a higher limit, the resets of one
+    # connection could delay the others for longer.
     ("grpc.max_concurrent_streams", 1024),
     # Calls that wait for a handler. By default gRPC cancels some of them above 1,000 (CANCELLED without
     # details), also those of callers who sent few, before ROSTER_MAX_CALLS can refuse them with a reason.
@@ -114,7 +114,7 @@ class Server:
             *(tracing.intercept for tracing in self.tracing),
             log_calls(settings.slow_call),
             measure_calls,
-            # These can end a call, each before the next spends anything on it.
+            # These can refuse a call, each before the next does any work for it.
             answer_errors,
             self.drain.intercept,
             auth.intercept,
@@ -148,7 +148,7 @@ class Server:
             add_reflection(self.server, [*SERVICE_NAMES, "grpc.health.v1.Health"])
 
     async def start(self) -> None:
-        """Start to serve; raises OSError if it can't listen on an address."""
+        """Start serving; raises OSError if it can't listen on an address."""
         self.address = _bind(self.server, self.settings.listen, "ROSTER_LISTEN", self.credentials)
         if self.settings.health_listen:
             self.health_address = _bind(
@@ -202,8 +202,8 @@ class Server:
         """Wait until gRPC has stopped and all calls have ended, at most until `end`.
 
         gRPC also waits for streams of reflection, for calls that have sent no message, and for some that it
-        never hands on. Once no other call has been in flight for a moment, the wait is over: their clients
-        learn before their deadline that they can try again.
+        never passes to a handler. So the wait ends once no other call has been in flight for a moment. Then
+        the clients of those calls learn before their deadline that they can try again.
         """
         loop = asyncio.get_running_loop()
         while not stopped.done() and loop.time() < end:
@@ -213,7 +213,7 @@ class Server:
                 return
 
     async def _delete_expired(self) -> None:
-        """Delete stored responses and outcomes from time to time, once they are old enough."""
+        """Delete expired responses and loads every ten minutes."""
         while True:
             try:
                 async with self.database.begin() as session:
@@ -240,7 +240,7 @@ def _tracing(protocol: str | None) -> "list[Tracing]":
     try:
         from service.interceptors.tracing import Tracing, exporting_provider  # noqa: PLC0415
     except ImportError as error:
-        log.warning("traces have an endpoint but can't be sent: %s; install the extra `tracing`", error)
+        log.warning("traces can't be sent to the configured endpoint: %s; install the extra `tracing`", error)
         return []
     return [Tracing(exporting_provider(protocol))]
 
@@ -263,7 +263,7 @@ def _bind(
 
 
 def _require_unused(listen: str) -> None:
-    """Raise OSError for a Unix socket in use, which gRPC would take over, or one whose folder is missing."""
+    """Raise OSError if a Unix socket is in use (gRPC would take it over), or if its folder is missing."""
     if listen.startswith("unix:"):
         path = Path(listen.removeprefix("unix:"))
         if not path.parent.is_dir():

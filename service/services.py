@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
+from importlib import import_module
 from typing import Any
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-
-from roster.v1 import bulk_pb2, bulk_pb2_grpc, posts_pb2, posts_pb2_grpc, users_pb2, users_pb2_grpc
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,17 +18,18 @@ class Service:
     add: Callable[[Any, grpc.aio.Server], None]
 
     @classmethod
-    def of(cls, messages: ModuleType, stubs: ModuleType) -> "Service":
-        """Return the one service of a file of the contract, given its two generated modules."""
+    def of(cls, file: str) -> "Service":
+        """Return the one service of a file of the contract."""
+        messages, stubs = (import_module(f"roster.v1.{file}_{kind}") for kind in ("pb2", "pb2_grpc"))
         [descriptor] = messages.DESCRIPTOR.services_by_name.values()
         servicer = f"{descriptor.name}Servicer"
         return cls(descriptor, getattr(stubs, servicer), getattr(stubs, f"add_{servicer}_to_server"))
 
 
 SERVICES = (
-    Service.of(users_pb2, users_pb2_grpc),
-    Service.of(posts_pb2, posts_pb2_grpc),
-    Service.of(bulk_pb2, bulk_pb2_grpc),
+    Service.of("users"),
+    Service.of("posts"),
+    Service.of("bulk"),
 )
 SERVICE_NAMES = tuple(service.descriptor.full_name for service in SERVICES)
 

@@ -1,7 +1,7 @@
 """Fair shares of scarce resources: connections, hashing threads, the writer.
 
-The cap is the dynamic threshold of Choudhury and Hahne (1998), known from switches whose ports share a
-buffer: a holder's cap shrinks as the others hold more. It needs no list of callers.
+The cap is the dynamic threshold that Choudhury and Hahne (1998) describe for switches whose ports share a
+buffer: the more the others hold, the smaller is a caller's cap. It needs no list of callers.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 # Without authentication all callers are the same one; the server's own work is bounded elsewhere.
 UNCAPPED = frozenset({SYSTEM, ANONYMOUS_IDENTITY})
-MANY_ROWS = 200  # take a millisecond to convert
+MANY_ROWS = 200  # converting them takes a millisecond
 
 
 class FairSemaphore:
@@ -33,7 +33,7 @@ class FairSemaphore:
         self._uncapped = uncapped
         self._free = size
         self._held: dict[str, int] = {}
-        # In the order of the turns; each caller's waiters and their weights in the order of arrival.
+        # Callers in the order in which they take turns; for each, waiters with their weights by arrival.
         self._waiting: dict[str, dict[asyncio.Future[None], int]] = {}
 
     @property
@@ -92,7 +92,7 @@ class FairSemaphore:
         self._held[caller] = self._held.get(caller, 0) + weight
 
     def _give_up(self, caller: str, waiter: asyncio.Future[None], weight: int) -> None:
-        if waiter.done() and not waiter.cancelled():  # it was served in the moment of the cancellation
+        if waiter.done() and not waiter.cancelled():  # it was served just before the cancellation
             self.release(caller, weight)
             return
         waiters = self._waiting.get(caller, {})
@@ -179,7 +179,7 @@ class FairQueue(Generic[T]):
         return item
 
     def __iter__(self) -> Iterator[T]:
-        """Yield the items without removing them, those of one caller after those of another."""
+        """Yield the items without removing them, caller by caller."""
         return chain.from_iterable(self._items.values())
 
     def clear(self) -> list[T]:

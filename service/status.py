@@ -1,6 +1,6 @@
-"""Domain error -> google.rpc.Status, with the one table of status codes.
+"""Converts domain errors to google.rpc.Status, with the only table of status codes.
 
-`client/errors.py` has the way back, `error_from_status`.
+`error_from_status` in `client/errors.py` is the inverse.
 """
 
 from functools import cache
@@ -32,7 +32,7 @@ STATUS: dict[type[RosterError], grpc.StatusCode] = {
     errors.StatementTimeout: grpc.StatusCode.DEADLINE_EXCEEDED,
     RosterError: grpc.StatusCode.INTERNAL,
 }
-# gRPC's numbers, as they are sent, to Python's enumeration.
+# The numbers of status codes, as gRPC sends them, -> Python's enumeration.
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -47,7 +47,7 @@ def _status_code(kind: type[RosterError]) -> grpc.StatusCode:
 
 
 def status_from_error(error: RosterError) -> Status:
-    """Return an error as google.rpc.Status: ErrorInfo, and BadRequest or RetryInfo where they apply."""
+    """Return the status of an error, with ErrorInfo, and with BadRequest or RetryInfo if they apply."""
     facts = {name: str(value) for name, value in error.facts.items()}
     details: list[Message] = [ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=facts)]
     if isinstance(error, errors.InvalidArgument) and error.violations:
@@ -63,7 +63,7 @@ def status_from_error(error: RosterError) -> Status:
 
 
 def _bad_request(error: RosterError) -> BadRequest:
-    """Return as many of the violations as fit into the trailing metadata."""
+    """Return as many violations as fit into the trailing metadata."""
     bad, bytes_left = BadRequest(), MAX_VIOLATION_BYTES
     for violation in error.violations[:MAX_VIOLATIONS]:
         bytes_left -= len(violation.field) + len(violation.message.encode())

@@ -1,10 +1,10 @@
-"""Bounds how many calls wait for their peers, and for how long."""
+"""Bounds how many calls wait for their clients, and for how long."""
 
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from service.errors import Draining, QuotaExceeded, RosterError
 
@@ -17,7 +17,7 @@ SWEEP_INTERVAL_SECONDS = 0.5
 class Wait:
     """A call that has waited since `began`; `group` is called only if there are too many waits."""
 
-    task: "asyncio.Task[Any]"
+    task: "asyncio.Task[None]"
     group: Callable[[], str]
     began: float
     refusal: RosterError | None = None  # the error that ended it
@@ -30,7 +30,7 @@ class Wait:
 
 
 class BoundedWaits:
-    """Waits of calls for their peers: at most `most` at a time, each for at most `seconds`.
+    """Waits of calls for their clients: at most `most` at a time, each for at most `seconds`.
 
     Twice a second the waits that have lasted too long are ended. If there are still too many, the group with
     the most waits loses its oldest one, again and again: a group that opens thousands does not displace the

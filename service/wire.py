@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, TypeAlias
 
-from google.protobuf.empty_pb2 import Empty
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from service.db.base import Values
 from service.errors import InvalidField, InvalidMask
 from service.validation import (
     MAX_EXPORT_BATCH,
@@ -34,7 +34,11 @@ MAX_PATHS = 100
 Fields: TypeAlias = Any
 
 
-class DeleteRequest(Protocol):
+class WriteRequest(Protocol):
+    request_id: str
+
+
+class DeleteRequest(WriteRequest, Protocol):
     id: int
     version: int
 
@@ -55,7 +59,7 @@ class Update:
 
     id: int
     version: int
-    changes: Mapping[str, Any]
+    changes: Values
 
 
 def check_identity(resource: Resource, name: str) -> tuple[int, int]:
@@ -66,11 +70,6 @@ def check_identity(resource: Resource, name: str) -> tuple[int, int]:
 def deletion_from_request(request: DeleteRequest) -> tuple[int, int]:
     """Return the id of the row to delete, and the version it must have, 0 for any."""
     return check_id(request.id), check_version(request.version)
-
-
-def deleted_to_message(_: None) -> Empty:
-    """Return the answer of a deletion."""
-    return Empty()
 
 
 def missing_ids(ids: Sequence[int], found: Sequence[Any]) -> Fields:
@@ -163,12 +162,27 @@ def _is_timestamp(message: type[Message], name: str) -> bool:
 
 def values_from_message(
     message: Message, rules: Mapping[str, Rule], resource: str, violations: Violations
-) -> dict[str, Any]:
+) -> Values:
     """Return the values of the fields that the rules name, and add what is wrong with them."""
     values = {field: getattr(message, field) for field in rules}
     for field, value in values.items():
-        violations.add(f"{resource}.{field}", rules[field](value))
+        violations.add(f"{resource}.{field}", rules[field].error(value))
     return values
+
+
+def update_from_message(message: Any, mask: FieldMask, rules: Mapping[str, Rule], resource: str) -> Update:
+    """Return the changes to a resource whose writable fields are those of the rules.
+
+    Raises InvalidMask, InvalidField.
+    """
+    id, version = check_identity(message, resource)
+    fields = masked_fields(message, mask, rules)
+    require_changes(fields, resource, " or ".join(rules))
+    with collect_violations() as violations:
+        changes = values_from_message(
+            message, {field: rules[field] for field in fields}, resource, violations
+        )
+    return Update(id, version, changes)
 
 
 def require_changes(fields: Collection[str], resource: str, examples: str) -> None:

@@ -1,7 +1,7 @@
 """Worker processes that share one port: started, supervised, measured and stopped together.
 
 Each is a `roster serve --worker`; with SO_REUSEPORT the kernel distributes the connections among them. A
-worker writes a line to standard output when it serves, and stops at the end of its standard input, so also
+worker writes a line to standard output once it is serving. It stops when its standard input ends, and so also
 when the supervisor is killed.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TypeVar
 
 from prometheus_client.multiprocess import mark_process_dead
 
@@ -30,6 +30,8 @@ LONGEST_PAUSE_SECONDS = 30.0
 SETTLED_SECONDS = 60  # a worker that ran for this long resets the pause before a restart
 KILL_AFTER_SECONDS = 5  # after the grace
 
+ResultT = TypeVar("ResultT")
+
 
 @dataclass(frozen=True)
 class Stop:
@@ -40,19 +42,19 @@ class Stop:
 
 
 async def supervise(settings: Settings, stop: Stop, announce: Callable[[str], None]) -> int:
-    """Keep `settings.workers` processes serving until the stop; return the exit status.
+    """Run `settings.workers` processes until the stop; return the exit status.
 
-    If the first worker can't start to serve, its status is returned. Raises OSError if a port is in use.
+    If the first worker can't start, its status is returned. Raises OSError if a port is in use.
     """
     with ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory())
-        address = stack.enter_context(reserved(settings.listen, "ROSTER_LISTEN"))
+        address = stack.enter_context(reserve(settings.listen, "ROSTER_LISTEN"))
         own = {"ROSTER_LISTEN": address, "ROSTER_METRICS_LISTEN": "", "PROMETHEUS_MULTIPROC_DIR": folder}
         if settings.health_listen:
-            health = stack.enter_context(reserved(settings.health_listen, "ROSTER_HEALTH_LISTEN"))
+            health = stack.enter_context(reserve(settings.health_listen, "ROSTER_HEALTH_LISTEN"))
             own["ROSTER_HEALTH_LISTEN"] = health
         workers = [Worker(own, folder, stop, settings.grace) for _ in range(settings.workers)]
-        numbers = metrics.summed(folder, lambda: [worker.pid for worker in workers if worker.pid])
+        numbers = metrics.sum_workers(folder, lambda: [worker.pid for worker in workers if worker.pid])
         _, close_metrics = metrics.serve(settings, numbers)
         stack.callback(close_metrics)
         first, *others = workers
@@ -77,16 +79,16 @@ class Worker:
         self._grace = grace
 
     async def start(self) -> bool:
-        """Start a process, and return whether it serves."""
+        """Start a process, and return whether it is serving."""
         self._process = await asyncio.create_subprocess_exec(
             *COMMAND, stdin=PIPE, stdout=PIPE, env=self._environment, start_new_session=True
         )
         self.pid = self._process.pid
-        said = self._process.stdout.readline() if self._process.stdout else None
-        return bool(said and await _unless(self._stop.asked, said))
+        first_line = self._process.stdout.readline() if self._process.stdout else None
+        return bool(first_line and await _unless(self._stop.asked, first_line))
 
     async def keep(self) -> None:
-        """Replace the process whenever it ends, after a growing pause; end it at the stop."""
+        """Replace the process when it ends, after a growing pause; end it at the stop."""
         loop, pause = asyncio.get_running_loop(), FIRST_PAUSE_SECONDS
         began = loop.time()
         while (status := await _unless(self._stop.asked, self._process.wait())) is not None:
@@ -103,25 +105,30 @@ class Worker:
         await self.end()
 
     async def end(self) -> int:
-        """Let the process finish, kill it if it takes much longer than the grace; return its status."""
+        """Let the process finish, or kill it if it takes much longer than the grace; return its status."""
         if self._process.stdin:
             self._process.stdin.close()
-        patience = self._grace + KILL_AFTER_SECONDS
-        if await _unless(self._stop.forced, self._process.wait(), patience) is None:
+        longest = self._grace + KILL_AFTER_SECONDS
+        if await _unless(self._stop.forced, self._process.wait(), longest) is None:
             self._process.kill()
         return await self._process.wait()
 
 
-async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, Any], timeout: float | None = None) -> Any:
-    """Return the result of work, or None if an event, or the timeout, comes first."""
-    tasks = task, told = asyncio.create_task(work), asyncio.create_task(event.wait())
-    await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-    told.cancel()
-    return task.result() if task.done() else task.cancel() and None
+async def _unless(
+    event: asyncio.Event, work: Coroutine[None, None, ResultT], timeout: float | None = None
+) -> ResultT | None:
+    """Return the result of work; None if the event or the timeout comes first."""
+    task, waiting = asyncio.create_task(work), asyncio.create_task(event.wait())
+    await asyncio.wait((task, waiting), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if task.done():
+        return task.result()
+    task.cancel()
+    return None
 
 
 @contextmanager
-def reserved(listen: str, setting: str) -> Iterator[str]:
+def reserve(listen: str, setting: str) -> Iterator[str]:
     """Reserve a port for the workers and yield the address; raises OSError if it is in use."""
     host, _, port = listen.rpartition(":")
     with ExitStack() as stack:
@@ -133,11 +140,12 @@ def reserved(listen: str, setting: str) -> Iterator[str]:
                 probe.bind(place)
                 place = probe.getsockname()
             held = stack.enter_context(socket.socket(*kind))
-            # Otherwise connections of a server that has ended block the port for a minute.
+            # Otherwise the connections of a server that has ended block the port for a minute.
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             held.bind(place)
         except OSError as error:
-            told = f"can't listen on {listen}: {error.strerror}; {setting} names another address"
-            raise OSError(told) from None
+            raise OSError(
+                f"can't listen on {listen}: {error.strerror}; set {setting} to another address"
+            ) from None
         yield f"{host}:{place[1]}"

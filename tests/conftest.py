@@ -1,4 +1,4 @@
-"""Databases for the tests, each migrated and new; a test on `database_url` runs on both kinds."""
+"""Migrated databases for the tests; a test that uses `database_url` runs on both kinds."""
 
 import asyncio
 import os
@@ -15,9 +15,9 @@ from service.settings import Settings
 from tests.support.postgres import Postgres, PostgresServer
 from tests.support.watchdog import watching
 
-# Read when grpc is imported, after this file. Its fork handlers can kill the child that starts PostgreSQL.
+# Read when grpc is imported, after this file. Its fork handlers can crash the child that starts PostgreSQL.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
-# Many servers run at a time, and few have to be measured.
+# Many servers run at a time, and few tests read their metrics.
 os.environ["ROSTER_METRICS_LISTEN"] = ""
 
 
@@ -60,26 +60,26 @@ async def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def postgresql_url(postgres: Postgres, postgresql_template: str) -> AsyncIterator[str]:
-    """A database of the test's own on PostgreSQL."""
+    """A database of the test on PostgreSQL."""
     async with postgres.database(postgresql_template) as url:
         yield url
 
 
 @pytest.fixture
 def sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
-    """A database of the test's own on SQLite."""
+    """A database of the test on SQLite."""
     return f"sqlite+aiosqlite:///{shutil.copy(sqlite_template, tmp_path)}"
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest) -> str:
-    """A database of the test's own, on the one and on the other."""
+    """A database of the test, on SQLite and on PostgreSQL."""
     return str(request.getfixturevalue(f"{request.param}_url"))
 
 
 @pytest.fixture
 async def database(database_url: str) -> AsyncIterator[Database]:
-    """The `Database` on a database of the test's own."""
+    """The `Database` on a database of the test."""
     database = Database(Settings(database_url=database_url))
     yield database
     await database.close()

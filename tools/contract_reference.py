@@ -56,7 +56,7 @@ class Reference:
         yield f"\n### {message.name}\n"
         yield from self._text(MESSAGES, number)
         for position, oneof in enumerate(message.oneof_decl):
-            # Those that protoc makes for optional fields have no comment.
+            # The oneofs that protoc creates for optional fields have no comment.
             if comment := self._sentence(MESSAGES, number, ONEOFS, position):
                 yield f"\nExactly one field of `{oneof.name}` is set: {comment}"
         yield "\n| | field | type | |\n|---|---|---|---|"
@@ -95,7 +95,7 @@ def signature(method: MethodDescriptorProto) -> str:
     """Return the request and response types of an RPC, as links."""
     sides = [(method.client_streaming, method.input_type), (method.server_streaming, method.output_type)]
     takes, answers = (("stream of " if streams else "") + link(name) for streams, name in sides)
-    return f"Takes {takes}, answers {answers}."
+    return f"Takes {takes}, returns {answers}."
 
 
 def kind(field: FieldDescriptorProto) -> str:

@@ -1,4 +1,4 @@
-"""The caller of the current call, and what it may do."""
+"""The caller of the current call, and its permissions."""
 
 from collections.abc import Set as AbstractSet
 from contextvars import ContextVar
@@ -9,7 +9,7 @@ from service.errors import PermissionDenied
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """An identity with its roles; `rpcs` are the paths of the RPCs that these allow."""
+    """An identity with its roles; `rpcs` are the paths of the RPCs that the roles allow."""
 
     identity: str
     roles: AbstractSet[str] = frozenset()
@@ -18,17 +18,17 @@ class Caller:
     def has(self, role: str) -> bool:
         return role in self.roles
 
-    def require(self, role: str, what: str) -> None:
-        """Raise PermissionDenied unless the caller has the role that `what`, a part of a request, needs."""
+    def require(self, role: str, part: str) -> None:
+        """Raise PermissionDenied unless the caller has the role that this part of its request needs."""
         if role not in self.roles:
             raise PermissionDenied.because(
-                f"{self.identity} does not have the role {role}, which {what} needs"
+                f"{self.identity} does not have the role {role}, which {part} needs"
             )
 
-    def require_rpc(self, rpc: str, what: str) -> None:
-        """Raise PermissionDenied unless the caller may call the RPC that `what`, part of a request, needs."""
+    def require_rpc(self, rpc: str, part: str) -> None:
+        """Raise PermissionDenied unless the caller may call the RPC that this part of its request needs."""
         if rpc not in self.rpcs:
-            raise PermissionDenied.because(f"{self.identity} may not call {rpc}, which {what} needs")
+            raise PermissionDenied.because(f"{self.identity} may not call {rpc}, which {part} needs")
 
     @property
     def owner(self) -> str | None:

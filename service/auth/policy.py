@@ -55,7 +55,7 @@ ROLES = _roles()
 RPCS = frozenset().union(*ROLES.values())
 ROLES["admin"] = RPCS
 
-# A view, or the answer of an update, that shows another entity needs the right to call these.
+# A view or an answer that shows another entity requires the right to call these.
 GET_USER = "/roster.v1.UserService/GetUser"
 GET_POST = "/roster.v1.PostService/GetPost"
 LIST_POSTS = "/roster.v1.PostService/ListPosts"
@@ -85,7 +85,7 @@ class Policy:
 
     def __init__(self, file: PolicyFile) -> None:
         roles = {**ROLES, **{name: _custom_role(name, rpcs) for name, rpcs in file.roles.items()}}
-        self._entries = {name: _entry(name, of, roles) for name, of in file.identities.items()}
+        self._entries = {name: _entry(name, names, roles) for name, names in file.identities.items()}
 
     @classmethod
     def read(cls, data: bytes) -> "Policy":
@@ -93,7 +93,7 @@ class Policy:
         return cls(PolicyFile.model_validate(tomllib.loads(data.decode())))
 
     def caller(self, identity: str) -> Caller:
-        """Return an identity with its roles: of its own entry, or of the longest `/*` that matches."""
+        """Return an identity with its roles: of its own entry, or of the longest matching `/*`."""
         names = [identity]
         if identity.startswith("spiffe://"):
             slashes = [at for at, letter in enumerate(identity) if letter == "/"]

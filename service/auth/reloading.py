@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class ReloadingFile(Generic[T]):
-    """The result of `read` for the contents of files, read again whenever one of them changes.
+    """The result of `read`, called with the contents of files again whenever one of them changes.
 
     The first read raises OSError for files that can't be used. A later failure is logged, and the previous
     content stays in use: a certificate and its key are not replaced at the same instant.

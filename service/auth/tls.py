@@ -28,14 +28,14 @@ def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
 
 
 def expiry(cert: Path) -> datetime:
-    """Return when a server's certificate expires."""
+    """Return the time at which a server certificate expires."""
     return load_pem_x509_certificates(cert.read_bytes())[0].not_valid_after_utc
 
 
 def _configuration(
     cert: bytes, key: bytes, client_ca: bytes | None = None
 ) -> grpc.ServerCertificateConfiguration:
-    """Return a certificate configuration; raises ValueError, since gRPC would only fail each handshake."""
+    """Return a certificate configuration; raises ValueError for one with which every handshake would fail."""
     if load_pem_x509_certificates(cert)[0].public_key() != load_pem_private_key(key, None).public_key():
         raise ValueError("the first certificate does not match the key")
     if client_ca is not None:

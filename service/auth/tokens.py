@@ -1,4 +1,4 @@
-"""Bearer tokens: JWTs (RFC 7519), validated by the best practices of RFC 8725."""
+"""Bearer tokens: JWTs (RFC 7519), validated according to RFC 8725, the best practices for JWTs."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -42,12 +42,12 @@ class Tokens:
         self._audience = audience
         self._keys = ReloadingFile(read_keys, keys)
         self._clock = clock
-        # To verify a signature takes some 150 µs, its digest 1 µs. No token itself is kept.
+        # Verifying a signature takes about 150 µs, a digest 1 µs. The tokens themselves are not kept.
         self._verified: dict[bytes, tuple[str, float]] = {}
         self._known = self._keys.current()
 
     def subject(self, token: str) -> str:
-        """Return whose token it is; raises Unauthenticated."""
+        """Return the subject of a token; raises Unauthenticated if it is not valid."""
         if (keys := self._keys.current()) is not self._known:
             self._known = keys
             self._verified.clear()
@@ -61,7 +61,7 @@ class Tokens:
         try:
             claims = self._claims(token)
         except (jwt.PyJWTError, RecursionError, OverflowError) as error:
-            # As repr: some of these texts repeat what the token says, lines of its own included.
+            # As repr: some of these messages repeat text of the token, which can contain line breaks.
             raise Unauthenticated.because(f"the token is not valid: {error!r}") from None
         if len(self._verified) >= KEPT_TOKENS:
             del self._verified[next(iter(self._verified))]
@@ -83,11 +83,11 @@ class Tokens:
                     audience=self._audience,
                     leeway=LEEWAY_SECONDS,
                 )
-        raise jwt.InvalidSignatureError("none of the keys has signed it")
+        raise jwt.InvalidSignatureError("it is not signed with any of the keys")
 
 
 def read_keys(data: bytes) -> list[Key]:
-    """Return the keys of a JWKS, or of a file of public keys in PEM; raises ValueError for a wrong one."""
+    """Return the keys of a JWKS, or of a file of public keys in PEM; raises ValueError."""
     if data.lstrip().startswith(b"{"):
         found = [key for key in jwt.PyJWKSet.from_json(data.decode()).keys if key.public_key_use != "enc"]
         keys = [Key(key.key_id, key.key, _algorithms(key.key, key.algorithm_name)) for key in found]
@@ -95,7 +95,7 @@ def read_keys(data: bytes) -> list[Key]:
         blocks = [block + PEM_END for block in data.split(PEM_END)[:-1]]
         keys = [Key(None, key, _algorithms(key)) for key in map(load_pem_public_key, blocks)]
     if not keys:
-        raise ValueError("the file has no key; it must be a JWKS, or public keys in PEM")
+        raise ValueError("the file contains no key; it must be a JWKS, or public keys in PEM")
     return keys
 
 
@@ -110,6 +110,6 @@ def _algorithms(key: Any, named: str | None = None) -> Sequence[str]:
             allowed = ["EdDSA"]
     if not allowed or named not in (None, *allowed):
         raise ValueError(
-            f"keys must be public ones: RSA of {MIN_RSA_BITS} bits or more, P-256, P-384, P-521 or Ed25519"
+            f"keys must be public keys: RSA of {MIN_RSA_BITS} bits or more, P-256, P-384, P-521 or Ed25519"
         )
     return [named] if named else allowed

@@ -1,4 +1,4 @@
-"""Views: what an answer shows of a resource, limited to what its caller may read."""
+"""Views: the parts of a resource in an answer, limited to those that its caller may read."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ SET_BY_WRITES = frozenset({"id", "version", "updated_at"})
 
 @dataclass(frozen=True)
 class View:
-    """One view of a resource: the selection that reads it, and the conversion to its message.
+    """One view of a resource: the selection that reads it, and the conversion to message fields.
 
-    A view that shows another resource `needs` the right to call the RPC that reads that one alone.
+    If the view shows another resource, the caller must be allowed to call the RPC `needs`, which reads that.
     """
 
     selection: Selection
@@ -36,7 +36,7 @@ class Views:
     enum: Any
     by_number: Mapping[int, View]
 
-    def requested(self, number: int) -> View:
+    def get(self, number: int) -> View:
         """Return the view that a request asks for.
 
         Raises InvalidField for an unknown view, PermissionDenied if the caller may not call the RPC it needs.
@@ -49,10 +49,10 @@ class Views:
 
 
 def limit_to_written(answer: MessageT, fields: Collection[str], reads: str) -> MessageT:
-    """Return the answer of an update, without what the caller may not read.
+    """Return the answer of an update, without the fields that the caller may not read.
 
     A caller who may not call the RPC `reads` sees only the fields that the update wrote. Otherwise an update
-    that changes nothing would show everything.
+    that changes nothing would reveal the whole resource.
     """
     if reads in current_caller().rpcs:
         return answer

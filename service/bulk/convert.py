@@ -1,7 +1,12 @@
 """Bulk streams: the columns that all entities have, and outcome -> message. Pure."""
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import datetime
+from operator import attrgetter
+from typing import Any, TypeAlias
+
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from roster.v1.bulk_pb2 import (
     BulkAck,
@@ -15,10 +20,13 @@ from service.db.bulk.batch import Batch, Outcome
 from service.errors import RosterError
 from service.status import status_code, status_from_error
 from service.timeslice import add_in_slices
-from service.validation import id_error, version_error
-from service.wire import datetime_from_timestamp, timestamp_error
+from service.validation import Rule, id_error, version_error
+from service.wire import Fields, datetime_from_timestamp, timestamp_error
 
 MAX_FAILURE_MESSAGE = 200
+
+# Converts rows to columns, given the fields to convert, and those that the update mask names.
+ToBatch: TypeAlias = Callable[[Sequence[Any], Collection[str], Collection[str]], Batch]
 
 
 def add_identity(batch: Batch, messages: Sequence[Any], fields: Collection[str]) -> None:
@@ -28,16 +36,50 @@ def add_identity(batch: Batch, messages: Sequence[Any], fields: Collection[str])
         batch.add("id", [message.id or None for message in messages], id_error)
         batch.add("version", [message.version or 1 for message in messages], version_error)
         for name in ("created_at", "updated_at"):
-            given = [getattr(message, name) if message.HasField(name) else None for message in messages]
-            batch.add(name, given, timestamp_error)
-            batch.columns[name] = [
-                None if moment is None or row in batch.failures else datetime_from_timestamp(moment)
-                for row, moment in enumerate(given)
-            ]
+            _add_times(batch, name, messages)
     # An update names its row by id; a version of 0 matches any.
     elif "id" in fields:
         batch.add("id", [message.id for message in messages], id_error)
         batch.add("version", [message.version for message in messages], version_error)
+
+
+def _add_times(batch: Batch, name: str, messages: Sequence[Message]) -> None:
+    moments: list[Timestamp | None] = [None] * batch.size
+    for row, message in enumerate(messages):
+        if message.HasField(name):
+            moments[row] = getattr(message, name)
+    batch.add(name, moments, timestamp_error)
+    times: list[datetime | None] = [None] * batch.size
+    for row, moment in enumerate(moments):
+        if moment is not None and row not in batch.failures:
+            times[row] = datetime_from_timestamp(moment)
+    batch.columns[name] = times
+
+
+def add_fields(
+    batch: Batch, messages: Sequence[Message], fields: Collection[str], rules: Mapping[str, Rule]
+) -> None:
+    """Add a column for each of the fields that has a rule."""
+    for name, rule in rules.items():
+        if name in fields:
+            values = list(map(attrgetter(name), messages))
+            batch.add(name, values, rule.error, is_sound=rule.accepts_all(values))
+
+
+def batch_converter(rules: Mapping[str, Rule]) -> ToBatch:
+    """Return a function that converts rows to columns, by the rules of their fields alone."""
+
+    def batch_from_messages(
+        messages: Sequence[Any],
+        fields: Collection[str],
+        masked: Collection[str],  # noqa: ARG001
+    ) -> Batch:
+        batch = Batch(len(messages))
+        add_identity(batch, messages, fields)
+        add_fields(batch, messages, fields, rules)
+        return batch
+
+    return batch_from_messages
 
 
 def opened_to_message(
@@ -84,7 +126,7 @@ def error_to_message(offset: int, next_offset: int, error: RosterError) -> BulkW
     )
 
 
-def failure_fields(failure: tuple[int, RosterError]) -> dict[str, Any]:
+def failure_fields(failure: tuple[int, RosterError]) -> Fields:
     """Return the offset and the error of a failed row as the fields of a RowFailure."""
     offset, error = failure
     return {

@@ -1,13 +1,13 @@
 """The operation of a bulk stream on one entity, and the options of a stream."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from google.protobuf.message import Message
 
 from roster.v1.bulk_pb2 import BulkOptions
+from service.bulk.convert import ToBatch
 from service.bulk.message import BulkParser
 from service.db.base import Session
 from service.db.bulk.batch import Batch, OnConflict, Outcome, WriteOptions
@@ -18,7 +18,8 @@ from service.timeslice import slices
 from service.validation import check_choice
 from service.wire import mask_paths
 
-RESTORED = ("id", "version", "created_at", "updated_at")
+IDENTITY = ("id", "version")
+RESTORED = (*IDENTITY, "created_at", "updated_at")
 # Reading a row takes 1 µs, but 100 µs if it has a text of nothing but combining marks.
 ROWS_AT_ONCE = 100
 
@@ -27,15 +28,27 @@ ROWS_AT_ONCE = 100
 class Operation:
     """One of the bulk RPCs, as data: its messages, its table, and how to convert rows."""
 
-    method: str  # the full name of the RPC
     request: type[Message]
-    rows_field: str  # the field of the request with the rows
-    fields: Sequence[str]  # the fields to read of each row; an update adds those that its mask names
-    writable: Sequence[str]  # the fields that an update mask may name; for new rows without unique keys
-    read: Callable[[Sequence[Any], Collection[str], Collection[str]], Batch]
     table: BulkTable
+    convert: ToBatch
+    writable: Sequence[str]  # the fields that an update may write; its mask names some of them
+    create_only: Sequence[str] = ()  # the fields that only a create may write
     is_update: bool = False
     required_roles: Mapping[str, str] = field(default_factory=dict)  # column -> role that a caller needs
+
+    @cached_property
+    def method(self) -> str:
+        """The full name of the RPC."""
+        request = self.request.DESCRIPTOR
+        [service] = request.file.services_by_name.values()
+        [method] = [method for method in service.methods if method.input_type == request]
+        return method.full_name
+
+    @cached_property
+    def rows_field(self) -> str:
+        """The field of the request with the rows."""
+        [rows] = [field for field in self.request.DESCRIPTOR.fields if field.is_repeated]
+        return rows.name
 
     @cached_property
     def parser(self) -> BulkParser:
@@ -77,17 +90,18 @@ class Operation:
         is_rewritten = options.is_atomic or options.validate_only or options.restores
         return is_create and options.on_conflict is not OnConflict.UPDATE and not is_rewritten
 
-    async def batch(self, messages: Sequence[Any], options: WriteOptions) -> Batch:
+    async def batch(self, messages: Sequence[Message], options: WriteOptions) -> Batch:
         """Return the rows of a request as columns."""
-        fields = self.fields
         if self.is_update:
-            fields = (*fields, *options.update_fields)
-        elif options.restores:
-            fields = (*fields, *RESTORED)
+            fields = [*IDENTITY, *options.update_fields]
+        else:
+            fields = [*self.writable, *self.create_only]
+        if options.restores:
+            fields += RESTORED
         # In slices: 5,000 rows would hold up other calls.
         batch = Batch(0)
         async for some in slices(messages, ROWS_AT_ONCE):
-            batch.extend(self.read(some, fields, options.update_fields))
+            batch.extend(self.convert(some, fields, options.update_fields))
         return batch
 
     async def write(self, session: Session, batch: Batch, options: WriteOptions) -> Outcome:

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from time import perf_counter
-from typing import Any
 
+from service.db.base import KeyValue
 from service.db.bulk.batch import Batch, OnConflict, Outcome, Result, WriteOptions
 from service.db.bulk.table import UniqueKey
 from service.errors import (
@@ -55,7 +55,7 @@ class PendingBatch:
     batch: Batch = field(default_factory=lambda: Batch(0))  # the new rows
     outcome: Outcome = field(default_factory=Outcome)  # of the new rows, once they are written
     # For the id and each unique key: value -> the first good row that has it.
-    keys: Mapping[str, Mapping[Any, int]] = field(default_factory=dict)
+    keys: Mapping[str, Mapping[KeyValue, int]] = field(default_factory=dict)
     # Row -> the earlier batch that has its unique key, and the row of that batch.
     deferred: "dict[int, tuple[PendingBatch, int]]" = field(default_factory=dict)
     task: "asyncio.Task[Outcome] | None" = None  # commits the batch

@@ -1,9 +1,10 @@
 """Pipeline: the pending batches of one bulk stream, their order, and which may be written together."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from time import perf_counter
-from typing import Any
+
+from google.protobuf.message import Message
 
 from service.auth.caller import Caller, current_share
 from service.bulk.committer import BatchCommitter, gap
@@ -117,7 +118,7 @@ class Pipeline:
 
     async def close(self, receiver: "asyncio.Task[None]") -> None:
         """Cancel the pending batches; a commit that has begun is completed."""
-        tasks: list[asyncio.Task[Any]] = [receiver]
+        tasks: list[asyncio.Task[None] | asyncio.Task[Outcome]] = [receiver]
         while not self.pending.empty():
             pending = self.pending.get_nowait()
             if pending and pending.task:
@@ -221,7 +222,7 @@ class Pipeline:
         self._last = None
         self._offsets.return_to(self._committer.watermark)
 
-    async def _start(self, pending: PendingBatch, messages: list[Any]) -> None:
+    async def _start(self, pending: PendingBatch, messages: Sequence[Message]) -> None:
         """Convert the new rows of a message and start the task that commits them."""
         await asyncio.sleep(0)  # parsing 4 MiB has just taken 20 ms
         # Convert the rows to columns, and check the caller's rights to set some of them.

@@ -18,7 +18,7 @@ from service.cli.migrate import folder_problem
 from service.cli.terminal import UsageError, echo, pluralize
 from service.db.engine import Database
 from service.db.schema import read_schema
-from service.files import exposed, sqlite_path
+from service.files import file_dangers, sqlite_path
 from service.server import authentication
 from service.settings import Settings, unknown_settings
 
@@ -87,7 +87,7 @@ def _check(settings: Settings, report: Report) -> None:
             _check_port(listen, report)
     _check_files(settings, report)
     if settings.is_embedded:
-        for danger in exposed(settings.database_url):
+        for danger in file_dangers(settings.database_url):
             report.fail("database", danger)
         file = sqlite_path(settings.database_url)
         if not file.exists():

@@ -5,17 +5,17 @@ import gzip
 import io
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import click
 import grpc
 from google.protobuf.descriptor import FieldDescriptor
 
 from service.cli.formats import csv_line, format_name, json_line, pyarrow
-from service.cli.rows import ENTITIES, Entity, values_of
+from service.cli.rows import ENTITIES, Entity, Values, values_of
 from service.cli.terminal import (
     Target,
     UsageError,
@@ -28,27 +28,36 @@ from service.cli.terminal import (
 from service.client import Backoff
 from service.errors import RosterError
 from service.escape import escape
-from service.files import replacing
+from service.files import replace_when_complete
 
 STDOUT = "-"
 GROUP_ROWS, GROUP_BYTES = 100_000, 64 << 20  # of a Parquet row group
 
-Write = Callable[[list[dict[str, Any]]], None]
+
+class Output(Protocol):
+    """A binary file, or standard output."""
+
+    def write(self, data: bytes, /) -> int | None: ...
+
+    def writelines(self, lines: Iterable[bytes], /) -> None: ...
+
+
+Write = Callable[[list[Values]], None]
 
 
 @contextmanager
-def _ndjson(file: Any, entity: Entity) -> Iterator[Write]:  # noqa: ARG001
+def _ndjson(file: Output, entity: Entity) -> Iterator[Write]:  # noqa: ARG001
     yield lambda rows: file.writelines(map(json_line, rows))
 
 
 @contextmanager
-def _csv(file: Any, entity: Entity) -> Iterator[Write]:
+def _csv(file: Output, entity: Entity) -> Iterator[Write]:
     file.write(csv_line(entity.exported))
     yield lambda rows: file.writelines(csv_line(row.values()) for row in rows)
 
 
 @contextmanager
-def _parquet(file: Any, entity: Entity) -> Iterator[Write]:
+def _parquet(file: Output, entity: Entity) -> Iterator[Write]:
     """Write times as UTC microseconds, and rows in groups large enough to compress well."""
     arrow = pyarrow()
     types = {
@@ -61,7 +70,7 @@ def _parquet(file: Any, entity: Entity) -> Iterator[Write]:
     schema = arrow.schema([(name, types[fields[name].type]) for name in entity.exported])
     group: list[Any] = []
 
-    def write(rows: list[dict[str, Any]]) -> None:
+    def write(rows: list[Values]) -> None:
         group.append(arrow.RecordBatch.from_pylist(rows, schema))
         is_long = sum(map(len, group)) >= GROUP_ROWS
         is_large = sum(batch.nbytes for batch in group) >= GROUP_BYTES
@@ -130,7 +139,7 @@ class Export:
         return self.last_id - self._first_id, self.progress()
 
     def position(self) -> str:
-        """Return where an interrupted export can be resumed."""
+        """Return the position from which an interrupted export can be resumed."""
         return f" after id {self.last_id}: {self.progress()}"
 
     def progress(self) -> str:
@@ -182,12 +191,12 @@ def export(
 
 
 @contextmanager
-def _open_output(output: str) -> Iterator[Any]:
+def _open_output(output: str) -> Iterator[Output]:
     if output == STDOUT:
         yield EscapedOutput() if sys.stdout.isatty() else sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    with replacing(Path(output)) as file:
+    with replace_when_complete(Path(output)) as file:
         if not output.endswith(".gz"):
             yield file
             return

@@ -13,14 +13,14 @@ import orjson
 from google.protobuf.message import Message
 
 from roster.v1.bulk_pb2 import RowFailure
-from service.cli.rows import ERROR, Columns, Row
+from service.cli.rows import ERROR, Columns, Row, Values
 from service.cli.terminal import UsageError, pluralize
 from service.errors import MalformedMessage, RosterError, TooLarge
 from service.escape import escape
 
 STDIN = "-"
 MAX_LINE_BYTES = 8 << 20
-KEPT_CHARACTERS = 1000  # in the rejects, of a row that is too long
+KEPT_CHARACTERS = 1000  # of a row that is too long, in the rejects
 PARQUET_ROWS = 256  # read at once; a row has up to 1 MiB
 
 BOM = b"\xef\xbb\xbf"
@@ -183,14 +183,14 @@ ENDINGS = {".ndjson": "ndjson", ".jsonl": "ndjson", ".json": "ndjson", ".csv": "
 
 
 def format_name(file: str) -> str:
-    """Return the format of a file by its name; raises UsageError if the name does not say."""
+    """Return the format that the name of a file implies; raises UsageError if there is none."""
     ending = Path(file.lower().removesuffix(".gz")).suffix
     if file != STDIN and ending not in ENDINGS:
-        raise click.UsageError(f"can't tell the format of {file} from its name; add --format")
+        raise click.UsageError(f"the name of {file} does not imply a format; add --format")
     return ENDINGS.get(ending, "ndjson")
 
 
-def json_line(values: Mapping[str, Any]) -> bytes:
+def json_line(values: Values) -> bytes:
     """Return values as a line of JSON; raises JSONEncodeError."""
     option = orjson.OPT_APPEND_NEWLINE | orjson.OPT_PASSTHROUGH_DATETIME
     return orjson.dumps(values, default=_text, option=option)
@@ -271,7 +271,7 @@ def _text(value: Any) -> str:
     return text.lower() if isinstance(value, bool) else text
 
 
-def _json_reject(values: Mapping[str, Any], row: Row, failure: RowFailure) -> bytes:
+def _json_reject(values: Values, row: Row, failure: RowFailure) -> bytes:
     error = {
         "reason": failure.reason,
         "field": failure.field,
@@ -282,7 +282,7 @@ def _json_reject(values: Mapping[str, Any], row: Row, failure: RowFailure) -> by
     return escape(line.decode().removesuffix("\n")).encode() + b"\n"
 
 
-def _json_object(line: bytes) -> dict[str, Any]:
+def _json_object(line: bytes) -> Values:
     _check_size(line)
     try:
         value = orjson.loads(line)

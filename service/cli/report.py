@@ -19,7 +19,7 @@ class LoadReport:
         self.rows = 0
         self.failed = 0
         self.skipped_rows = 0  # settled by an earlier run, and not sent again
-        self.was_finished = False  # by an earlier run
+        self.was_finished = False  # when this run started
         self.summary = pb.BulkSummary()
         self._name = name
         self._unit = unit
@@ -62,7 +62,7 @@ class LoadReport:
         return f"{self.rows:,} rows, {self.rows_per_second:,.0f} rows/s, {self.failed:,} failed"
 
     def unfinished(self, *, can_resume: bool) -> str:
-        """Return how far a load came that has not finished."""
+        """Return how far an unfinished load came."""
         outcome = "validated" if self._options.validate_only else "committed"
         text = f"{pluralize(self.rows - self.failed, 'row')} {outcome}, {self.failed:,} failed"
         if self._rejects.written_to:

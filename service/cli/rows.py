@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeAlias, TypeVar
 
+import grpc
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -18,7 +20,10 @@ from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.errors import InvalidField, RosterError, TooLarge
 
-# A row that the server accepts has little more than 1 MiB of content.
+OriginalT = TypeVar("OriginalT")
+Values: TypeAlias = Mapping[str, Any]  # the values of a row, by column
+
+# The server accepts rows with up to 1 MiB of content.
 MAX_ROW_BYTES = 2 << 20
 MAX_IGNORED_NAMES = 100
 
@@ -33,8 +38,8 @@ class Entity:
 
     name: str
     message: type[Message]
-    requests: Any
-    stub: Callable[..., Any]
+    requests: ModuleType
+    stub: Callable[[grpc.aio.Channel], Any]
     loaded: Sequence[str]
     exported: Sequence[str]
 
@@ -47,7 +52,7 @@ class Entity:
         updated = [name for name in self.loaded if name in masked or "*" in masked]
         return ("id", "version", *updated)
 
-    def rpc(self, connection: Any, verb: str) -> tuple[Any, Any]:
+    def rpc(self, connection: grpc.aio.Channel, verb: str) -> tuple[Any, Any]:
         """Return the RPC of a verb such as `Export`, and its request type."""
         name = f"{verb}{self.name.title()}"
         return getattr(self.stub(connection), name), getattr(self.requests, f"{name}Request")
@@ -88,7 +93,9 @@ class Row:
     failure: RowFailure | None = None
 
     @classmethod
-    def parse(cls, number: int, size: int, original: Any, parser: Callable[[Any], Message]) -> "Row":
+    def parse(
+        cls, number: int, size: int, original: OriginalT, parser: Callable[[OriginalT], Message]
+    ) -> "Row":
         """Return a row with the message that `parser` returns, or the failure that it raises."""
         try:
             return cls(number, size, original, parser(original))
@@ -106,7 +113,7 @@ class Columns:
         self._message = message
         self._types = {name: message.DESCRIPTOR.fields_by_name[name].type for name in names}
 
-    def to_message(self, fields: Mapping[str, Any]) -> Message:
+    def to_message(self, fields: Values) -> Message:
         """Return the message of a row; raises InvalidField, TooLarge.
 
         An empty value is unset, unless the field is a string.
@@ -127,7 +134,7 @@ class Columns:
             self.ignored[name] = None
 
 
-def values_of(message: Any, names: Sequence[str]) -> dict[str, Any]:
+def values_of(message: Any, names: Sequence[str]) -> Values:
     """Return the values of a message's fields, None for unset ones."""
     values = {}
     for name in names:
@@ -161,7 +168,7 @@ def _boolean(name: str, value: Any) -> bool:
     raise InvalidField(f"{name} must be true or false", field=name)
 
 
-def _timestamp(name: str, value: Any) -> Any:
+def _timestamp(name: str, value: Any) -> datetime:
     with suppress(TypeError, ValueError, OverflowError):
         time = value if isinstance(value, datetime) else datetime.fromisoformat(value)
         if time.tzinfo:

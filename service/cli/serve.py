@@ -20,7 +20,7 @@ from service.db import migrations
 from service.db.engine import Database
 from service.db.errors import code_of
 from service.db.schema import read_schema
-from service.files import exposed
+from service.files import file_dangers
 from service.server import Server
 from service.settings import Settings, is_local, unknown_settings
 
@@ -49,7 +49,7 @@ def serve(*, is_worker: bool) -> None:
         with report_migration_errors(settings):
             if not migrations.schema(settings.direct_url).is_newer:
                 migrations.upgrade(settings.direct_url)
-        for danger in exposed(settings.database_url):
+        for danger in file_dangers(settings.database_url):
             log.warning("%s", danger)
     try:
         sys.exit(uvloop.run(_run(settings, is_worker=is_worker)))

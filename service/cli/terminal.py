@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial, wraps
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -67,7 +68,9 @@ class Target:
         elif token:
             read_token = lambda: token  # noqa: E731
         if tls_ca:
-            ca, key, cert = (path.read_bytes() if path else None for path in (tls_ca, tls_key, tls_cert))
+            ca = tls_ca.read_bytes()
+            key = tls_key.read_bytes() if tls_key else None
+            cert = tls_cert.read_bytes() if tls_cert else None
             self._credentials = tls_credentials(ca, key, cert, token=read_token)
         elif tls_cert or tls_key or read_token:
             raise UsageError(
@@ -78,7 +81,7 @@ class Target:
         return channel(self.address, self._credentials, wait_for_ready=False)
 
     def explain(self, failure: RosterError) -> str:
-        """Return what to print about a failed call."""
+        """Return the message to print for a failed call."""
         if not isinstance(failure, Disconnected):
             return failure.message
         message = f"no server answers at {self.address}"
@@ -143,7 +146,7 @@ def exit_on_signal(describe: Callable[[], str]) -> Iterator[None]:
     """Exit on SIGINT or SIGTERM, and print `interrupted` with what `describe` returns."""
     received = [int(signal.SIGINT)]
 
-    def interrupt(number: int, _: Any) -> None:
+    def interrupt(number: int, _: FrameType | None) -> None:
         received.append(number)
         signal.raise_signal(signal.SIGINT)  # asyncio cancels its main task on SIGINT only
 

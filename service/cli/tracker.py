@@ -41,7 +41,7 @@ class RowTracker:
         for index in range(self._report.add_ack(ack)):
             row = self._waiting.popleft()
             failure = failures.get(ack.offset + index)
-            # If a batch fails as a whole, the ack lists only the rows that caused it; the others have no id.
+            # If a batch fails as a whole, its ack lists only the rows that caused it; the others have no id.
             if failure is None and ack.failed and ack.ids and not ack.ids[index]:
                 failure = BATCH_FAILURE
             if failure:

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import random
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from google.protobuf.message import Message
 
@@ -11,6 +12,9 @@ from service.client.errors import Disconnected, is_retryable
 from service.errors import RosterError
 
 log = logging.getLogger(__name__)
+
+RequestT = TypeVar("RequestT", bound=Message)
+ResponseT = TypeVar("ResponseT", bound=Message)
 
 MAX_RETRIES = 20  # about two minutes
 FIRST_PAUSE_SECONDS = 0.25
@@ -20,7 +24,7 @@ MAX_PAUSE_SECONDS = 10.0
 class Backoff:
     """Waits between retries: each pause is twice the last, with jitter, up to `max_retries` in a row.
 
-    Until a call has succeeded, a server that can't be reached may be a wrong address. That is retried only
+    If no call has succeeded yet, a server that can't be reached may be a wrong address: this is retried only
     with `retry_connect`.
     """
 
@@ -48,14 +52,14 @@ class Backoff:
             raise raised or failure
         longest = min(self._first_pause_seconds * 2**self._retries, MAX_PAUSE_SECONDS)
         self._retries += 1
-        # The server's RetryInfo is the least that it wants a client to wait.
+        # The server's RetryInfo is the shortest time that a client should wait.
         server_delay = failure.retry_after_seconds or 0
         seconds = server_delay + random.uniform(longest / 2, longest)  # noqa: S311
         cause = "no server answers" if isinstance(failure, Disconnected) else failure
         log.warning("%s; trying again in %.1f s", cause, seconds)
         await asyncio.sleep(seconds)
 
-    async def call(self, method: Any, request: Message) -> Any:
+    async def call(self, method: Callable[[RequestT], Awaitable[ResponseT]], request: RequestT) -> ResponseT:
         """Return the response of a unary RPC that is safe to repeat; raises RosterError."""
         while True:
             try:

@@ -1,4 +1,4 @@
-"""BulkLoader: loads any number of rows, each exactly once, over as many bulk streams as it takes."""
+"""BulkLoader: loads any number of rows, each exactly once, over one or more bulk streams."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine
@@ -121,7 +121,7 @@ class BulkLoader(Generic[Request]):
         self._window.restart()
         call = self._call = self._method()
         # A write that fails while the call ends replaces the call's status by INTERNAL (grpc#36066), so keep
-        # the status that it has first.
+        # its first status too.
         first_status: list[Status] = []
         call.add_done_callback(lambda ended: first_status.append(status_of_ended_call(ended)))
         sending = self._start(self._send(call))
@@ -136,7 +136,7 @@ class BulkLoader(Generic[Request]):
         except grpc.aio.AioRpcError:
             statuses = [*first_status, status_of_ended_call(call)]
             status = next((status for status in statuses if status.code != INTERNAL), statuses[-1])
-            raise self._interrupted(error_from_status(status)) from None
+            raise self._interruption(error_from_status(status)) from None
         except asyncio.CancelledError:
             # A task that failed has cancelled the call: raise its error instead.
             for task in filter(None, (self._filling, sending)):
@@ -148,7 +148,7 @@ class BulkLoader(Generic[Request]):
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    def _start(self, work: Coroutine[None, None, None]) -> "asyncio.Task[None]":
         """Run work in a task that cancels the call if it fails."""
 
         def cancel_call(done: "asyncio.Task[None]") -> None:
@@ -191,7 +191,7 @@ class BulkLoader(Generic[Request]):
         if ack.HasField("error"):
             cause = error_from_status(ack.error)
             # Messages sent during the pause are refused as well, so the window is rewound after it.
-            await self._backoff.wait(cause, self._interrupted(cause))
+            await self._backoff.wait(cause, self._interruption(cause))
             self._window.refuse()
             return False
         message = self._window.acknowledge()
@@ -230,7 +230,7 @@ class BulkLoader(Generic[Request]):
                 batch, size = [], 0
         if end < start:
             message = f"the source has only {end:,} rows, but the load already has {start:,}"
-            raise self._interrupted(FailedPrecondition(message))
+            raise self._interruption(FailedPrecondition(message))
         if batch:
             yield self._message(end, batch)
         yield self._request(offset=end, finish=True)
@@ -243,8 +243,8 @@ class BulkLoader(Generic[Request]):
             self._window_changed.clear()
             await self._window_changed.wait()
 
-    def _interrupted(self, cause: RosterError) -> LoadInterrupted:
+    def _interruption(self, cause: RosterError) -> LoadInterrupted:
         return LoadInterrupted(cause, self._acknowledged)
 
     def _protocol_error(self, message: str) -> LoadInterrupted:
-        return self._interrupted(error_from_status(Status(code=UNKNOWN, message=message)))
+        return self._interruption(error_from_status(Status(code=UNKNOWN, message=message)))

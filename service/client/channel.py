@@ -1,17 +1,39 @@
 """A channel to Roster that balances calls over its servers, retries them, and raises domain errors."""
 
 import json
-from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import grpc
-from grpc.aio import ClientCallDetails, UnaryStreamClientInterceptor, UnaryUnaryClientInterceptor
+from google.protobuf.message import Message
+from grpc.aio import (
+    ClientCallDetails,
+    UnaryStreamCall,
+    UnaryStreamClientInterceptor,
+    UnaryUnaryCall,
+    UnaryUnaryClientInterceptor,
+)
 
-from roster.v1 import bulk_pb2, posts_pb2, users_pb2
+import roster.v1
 from service.client.errors import DeadlineExceeded, error_from_call
 from service.errors import OutcomeUnknown, RosterError, Unavailable
 
+RequestT = TypeVar("RequestT", bound=Message)
+ResponseT = TypeVar("ResponseT", bound=Message)
+UnaryContinuation = Callable[[ClientCallDetails, RequestT], Awaitable["UnaryUnaryCall[RequestT, ResponseT]"]]
+StreamContinuation = Callable[
+    [ClientCallDetails, RequestT], Awaitable["UnaryStreamCall[RequestT, ResponseT]"]
+]
+
+# The generated modules of the contract's files.
+CONTRACT = [
+    import_module(f"roster.v1.{module.name}")
+    for module in iter_modules(roster.v1.__path__)
+    if module.name.endswith("_pb2")
+]
 TIMEOUT_SECONDS = 10.0
 RETRY_POLICY = {
     "maxAttempts": 5,
@@ -33,7 +55,7 @@ OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.dns_min_time_between_resolutions_ms", 1_000),
-    # gRPC would send even calls to this machine through the http_proxy of the environment.
+    # By default gRPC would send even calls to this machine through the http_proxy of the environment.
     ("grpc.enable_http_proxy", 0),
 ]
 
@@ -69,17 +91,15 @@ def channel(
 
 def service_config(*, retry: bool) -> dict[str, Any]:
     """Return a gRPC service config (https://grpc.io/docs/guides/service-config/): balancing and retries."""
-    config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}], "methodConfig": []}
-    if retry:
-        config["methodConfig"] = [{"name": _retryable_methods(), "retryPolicy": RETRY_POLICY}]
-    return config
+    retries = [{"name": _retryable_methods(), "retryPolicy": RETRY_POLICY}] if retry else []
+    return {"loadBalancingConfig": [{"round_robin": {}}], "methodConfig": retries}
 
 
 def _retryable_methods() -> list[dict[str, str]]:
     # Request streams are left out: gRPC would buffer and repeat messages without the sender's knowledge.
     return [
         {"service": service.full_name, "method": method.name}
-        for file in (users_pb2, posts_pb2, bulk_pb2)
+        for file in CONTRACT
         for service in file.DESCRIPTOR.services_by_name.values()
         for method in service.methods
         if not method.client_streaming
@@ -98,9 +118,12 @@ class UnaryInterceptor(UnaryUnaryClientInterceptor):
         self._timeout = timeout
         self._wait_for_ready = wait_for_ready
 
-    async def intercept_unary_unary(
-        self, continuation: Callable[..., Any], client_call_details: ClientCallDetails, request: Any
-    ) -> Any:
+    async def intercept_unary_unary(  # type: ignore[override]  # the channel carries only messages
+        self,
+        continuation: "UnaryContinuation[RequestT, ResponseT]",
+        client_call_details: ClientCallDetails,
+        request: RequestT,
+    ) -> ResponseT:
         details = _with_defaults(client_call_details, self._timeout, wait_for_ready=self._wait_for_ready)
         repeatable = _with_request_id(request)
         try:
@@ -110,7 +133,12 @@ class UnaryInterceptor(UnaryUnaryClientInterceptor):
                 raise
             return await self._call(continuation, details, repeatable)
 
-    async def _call(self, continuation: Callable[..., Any], details: ClientCallDetails, request: Any) -> Any:
+    async def _call(
+        self,
+        continuation: "UnaryContinuation[RequestT, ResponseT]",
+        details: ClientCallDetails,
+        request: RequestT,
+    ) -> ResponseT:
         error: RosterError
         try:
             return await (await continuation(details, request))
@@ -130,14 +158,17 @@ class ResponseStreamInterceptor(UnaryStreamClientInterceptor):
     def __init__(self, *, wait_for_ready: bool) -> None:
         self._wait_for_ready = wait_for_ready
 
-    async def intercept_unary_stream(
-        self, continuation: Callable[..., Any], client_call_details: ClientCallDetails, request: Any
-    ) -> Any:
+    async def intercept_unary_stream(  # type: ignore[override]  # the channel carries only messages
+        self,
+        continuation: "StreamContinuation[RequestT, ResponseT]",
+        client_call_details: ClientCallDetails,
+        request: RequestT,
+    ) -> AsyncGenerator[ResponseT]:
         details = _with_defaults(client_call_details, None, wait_for_ready=self._wait_for_ready)
         return _responses(await continuation(details, request))
 
 
-async def _responses(call: Any) -> AsyncGenerator[Any]:
+async def _responses(call: "UnaryStreamCall[RequestT, ResponseT]") -> AsyncGenerator[ResponseT]:
     try:
         async for response in call:
             yield response
@@ -150,7 +181,7 @@ async def _responses(call: Any) -> AsyncGenerator[Any]:
 def _with_defaults(
     details: ClientCallDetails, timeout: float | None, *, wait_for_ready: bool
 ) -> ClientCallDetails:
-    """Return the details of a call, with defaults for what the caller left open."""
+    """Return the details of a call, with defaults for those that the caller did not set."""
     if details.timeout is not None:
         timeout = details.timeout
     if details.wait_for_ready is not None:
@@ -158,14 +189,13 @@ def _with_defaults(
     return ClientCallDetails(details.method, timeout, details.metadata, details.credentials, wait_for_ready)
 
 
-def _with_request_id(request: Any) -> Any:
-    if "request_id" not in request.DESCRIPTOR.fields_by_name or request.request_id:
+def _with_request_id(request: RequestT) -> RequestT:
+    if "request_id" not in request.DESCRIPTOR.fields_by_name or _request_id(request):
         return request
-    copied = type(request)()
-    copied.CopyFrom(request)
-    copied.request_id = str(uuid4())
+    copied = type(request)(request_id=str(uuid4()))
+    copied.MergeFrom(request)
     return copied
 
 
-def _request_id(request: Any) -> str:
+def _request_id(request: Message) -> str:
     return getattr(request, "request_id", "")

@@ -1,13 +1,16 @@
-"""Status -> domain error: the inverse of the server's mapping."""
+"""Converts a status to a domain error: the inverse of the server's mapping."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 import grpc
+from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from service.errors import OutcomeUnknown, RosterError, Unavailable, error_of
+
+DetailT = TypeVar("DetailT", bound=Message)
 
 
 class Disconnected(Unavailable):
@@ -24,10 +27,10 @@ class DeadlineExceeded(RosterError):
 
 
 class UnknownError(RosterError):
-    """A status that this release of the client has no class for."""
+    """An error for which this release of the client has no class."""
 
 
-# For statuses without ErrorInfo, which gRPC itself or a proxy has made.
+# For statuses without ErrorInfo, which come from gRPC itself or from a proxy.
 WITHOUT_REASON: Mapping[int, type[RosterError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED.value[0]: DeadlineExceeded,
     grpc.StatusCode.UNAVAILABLE.value[0]: Disconnected,
@@ -50,7 +53,7 @@ def error_from_status(status: Status) -> RosterError:
         error = _error_from_info(status, info)
     else:
         error = WITHOUT_REASON.get(status.code, UnknownError)(status.message)
-    # With details, they decide whether to retry; without any, the default of the class does.
+    # The details decide whether to retry; without any, the default of the class does.
     if retry:
         error.retry_after_seconds = retry.retry_delay.ToMilliseconds() / 1000
     elif info:
@@ -63,7 +66,9 @@ def is_retryable(error: RosterError) -> bool:
     return isinstance(error, Unavailable | OutcomeUnknown) or error.retry_after_seconds is not None
 
 
-def status_from_call(code: grpc.StatusCode, message: str | None, metadata: Any) -> Status:
+def status_from_call(
+    code: grpc.StatusCode, message: str | None, metadata: grpc.aio.Metadata | None
+) -> Status:
     """Return the status of a call, with its details."""
     details = dict(metadata or ()).get("grpc-status-details-bin")
     if isinstance(details, bytes):
@@ -75,7 +80,7 @@ def status_of_ended_call(call: grpc.aio.Call) -> Status:
     """Return the status of a call that has ended, as it is at this moment.
 
     grpc.aio offers the status through coroutines only, and may replace it between two iterations of the event
-    loop (grpc#36066). On a call that has ended they never suspend, so one step runs them to their result.
+    loop (grpc#36066). Once the call has ended, they never suspend, so a single step returns their result.
     """
     try:
         _read_status(call).send(None)
@@ -93,7 +98,7 @@ def _error_from_info(status: Status, info: ErrorInfo) -> RosterError:
     field = ""
     if bad_request and bad_request.field_violations:
         field = bad_request.field_violations[0].field
-    facts = {name: int(fact) if fact.isdecimal() else fact for name, fact in info.metadata.items()}
+    facts = {name: _fact(text) for name, text in info.metadata.items()}
     try:
         return error_of(info.reason, status.message, field, facts)
     except KeyError:
@@ -102,7 +107,11 @@ def _error_from_info(status: Status, info: ErrorInfo) -> RosterError:
         return error
 
 
-def _detail(status: Status, kind: type[Any]) -> Any:
+def _fact(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def _detail(status: Status, kind: type[DetailT]) -> DetailT | None:
     for packed in status.details:
         if packed.Is(kind.DESCRIPTOR):
             detail = kind()

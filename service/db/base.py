@@ -1,18 +1,39 @@
-"""Base of all models: the naming convention, the column types, the mixins."""
+"""Base classes of all models, naming conventions, and column types."""
 
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any, NewType
+from typing import Any, NewType, TypeAlias
 
-from sqlalchemy import BigInteger, DateTime, Dialect, Identity, Integer, MetaData, String, Text, inspect
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    DateTime,
+    Dialect,
+    Identity,
+    Integer,
+    MetaData,
+    Select,
+    String,
+    Text,
+    inspect,
+)
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, mapped_column
+from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.types import TypeDecorator
+from sqlalchemy.types import TypeDecorator, TypeEngine
 
-# A session of `Database.read()`, and one of `Database.begin()` or `bulk()`, through which one can write too.
+# The session of `Database.read()`; and that of `Database.begin()` and `bulk()`, which can also write.
 ReadSession = NewType("ReadSession", AsyncSession)
 Session = NewType("Session", ReadSession)
+
+Column: TypeAlias = InstrumentedAttribute[Any]  # of a model
+ColumnType: TypeAlias = TypeEngine[Any]
+Expression: TypeAlias = ColumnElement[Any] | Column  # SQL for one value
+Query: TypeAlias = Select[Any]
+Values: TypeAlias = Mapping[str, Any]  # the values of a row, by column
+KeyValue: TypeAlias = int | str  # the value of a unique column
 
 BigInt = BigInteger().with_variant(Integer(), "sqlite")  # SQLite autoincrements INTEGER only
 
@@ -24,7 +45,7 @@ def text(length: int | None = None) -> String:
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """A time in UTC, to the microsecond; SQLite, which has no zones, stores it without one."""
+    """A time in UTC, to the microsecond. SQLite stores it without a time zone."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -37,31 +58,33 @@ class UtcDateTime(TypeDecorator[datetime]):
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
         return value and value.replace(tzinfo=UTC)
 
-    def result_processor(self, dialect: Dialect, coltype: Any) -> Any:
-        # PostgreSQL's times have a zone already; to look at each takes a third of what a row costs.
+    def result_processor(
+        self, dialect: Dialect, coltype: Any
+    ) -> Callable[[datetime], datetime | None] | None:
+        # PostgreSQL's times have a time zone already. Processing each would add half to the cost of a row.
         return super().result_processor(dialect, coltype) if dialect.name == "sqlite" else None
 
 
 class now(FunctionElement[datetime]):  # noqa: N801  (reads as SQL)
-    """The database's clock, one for all servers: the time at which the transaction began."""
+    """The start of the transaction by the database's clock, which all servers share."""
 
     type = UtcDateTime()
     inherit_cache = True
 
 
 @compiles(now)
-def _now(element: now, compiler: Any, **options: Any) -> str:  # noqa: ARG001
+def _now(element: now, compiler: SQLCompiler, **options: Any) -> str:  # noqa: ARG001
     return "now()"
 
 
 @compiles(now, "sqlite")
-def _now_sqlite(element: now, compiler: Any, **options: Any) -> str:  # noqa: ARG001
-    # SQLite's clock has milliseconds; as many digits as DateTime writes, so that text order is time order.
+def _now_sqlite(element: now, compiler: SQLCompiler, **options: Any) -> str:  # noqa: ARG001
+    # SQLite's clock has milliseconds. Padded to the six digits that DateTime writes, text sorts by time.
     return "(strftime('%Y-%m-%d %H:%M:%f000', 'now'))"
 
 
 class Base(DeclarativeBase):
-    """Every constraint has a name, so that a migration can drop it and an error can be told by it."""
+    """Names every constraint, so that a migration can drop it and an error can be recognised by it."""
 
     metadata = MetaData(
         naming_convention={
@@ -74,7 +97,7 @@ class Base(DeclarativeBase):
 
 
 class Entity(Base):
-    """What a resource has: an id that is never used twice, two times, and a version to check against."""
+    """The columns of every resource: an id that is never reused, two times, and a version for checks."""
 
     __abstract__ = True
 
@@ -85,5 +108,5 @@ class Entity(Base):
 
 
 def column_names(model: type[Entity]) -> tuple[str, ...]:
-    """Return the columns that reads select, in their order: all but the deferred ones."""
+    """Return the names of the columns that reads select, in order: all but the deferred ones."""
     return tuple(column.key for column in inspect(model).column_attrs if not column.deferred)

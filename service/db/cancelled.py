@@ -1,28 +1,28 @@
-"""Reads that are cancelled on PostgreSQL: the statement ends, the connection stays.
+"""Keeps the connection of a cancelled read on PostgreSQL; only the statement ends.
 
-SQLAlchemy closes the connection of a cancelled statement. To open another takes PostgreSQL a new process, so
-a caller with slow reads and short deadlines would keep both sides busy with that. asyncpg ends the statement
-in the database, or closes the connection if it can't. So it is enough to wait for that before the connection
-goes back to the pool.
+SQLAlchemy closes the connection of a cancelled statement. PostgreSQL starts a process for each new one, so a
+caller with slow reads and short deadlines would keep both sides busy with reconnecting. asyncpg cancels the
+statement in the database, or closes the connection if it can't. It is enough to wait for that before the
+connection goes back to the pool.
 """
 
 import asyncio
-from typing import Any
 
-from sqlalchemy import Connection, ExceptionContext, PoolResetState, event
+from sqlalchemy import AdaptedConnection, Connection, ExceptionContext, PoolResetState, event
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import ConnectionPoolEntry
 
 _CANCELLED = "statement was cancelled"
 
 
 def keep_connections_of_cancelled_reads(engine: AsyncEngine) -> None:
-    """Make an engine on asyncpg keep the connections of reads that were cancelled."""
+    """Make an engine that uses asyncpg keep the connections of cancelled reads."""
     event.listen(engine.sync_engine, "handle_error", _handle)
     event.listen(engine.sync_engine, "reset", _wait_for_end)
 
 
 def keep_if_cancelled(connection: Connection, error: BaseException) -> bool:
-    """Return whether the connection can be kept: a read on it was cancelled, and nothing else is wrong."""
+    """Return whether the connection can be kept: the error is only the cancellation of a read."""
     is_read = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
     is_kept = isinstance(error, asyncio.CancelledError) and is_read and connection.dialect.driver == "asyncpg"
     if is_kept:
@@ -35,7 +35,7 @@ def _handle(failure: ExceptionContext) -> None:
         failure.is_disconnect = False
 
 
-def _wait_for_end(connection: Any, record: Any, state: PoolResetState) -> None:
+def _wait_for_end(connection: AdaptedConnection, record: ConnectionPoolEntry, state: PoolResetState) -> None:
     # An error here makes SQLAlchemy close the connection.
     if record.info.pop(_CANCELLED, False) and state.asyncio_safe and not state.terminate_only:
         connection.run_async(lambda driver: driver.execute("SELECT 1"))

@@ -1,7 +1,7 @@
 """SQL that differs between PostgreSQL and SQLite."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -21,11 +21,10 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import InstrumentedAttribute
+from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.types import TypeEngine
 
-from service.db.base import BigInt
+from service.db.base import Base, BigInt, Column, ColumnType, Expression, KeyValue
 
 
 def is_sqlite(session: AsyncSession) -> bool:
@@ -33,15 +32,15 @@ def is_sqlite(session: AsyncSession) -> bool:
     return session.get_bind().dialect.name == "sqlite"
 
 
-def insert(session: AsyncSession, entity: Any) -> Any:
+def insert(session: AsyncSession, model: type[Base]) -> sqlite.Insert | postgresql.Insert:
     """Return an INSERT with ON CONFLICT, which both databases have."""
-    return sqlite.insert(entity) if is_sqlite(session) else postgresql.insert(entity)
+    return sqlite.insert(model) if is_sqlite(session) else postgresql.insert(model)
 
 
-def listed(session: AsyncSession, values: Sequence[int] | Sequence[str], kind: TypeEngine[Any]) -> Subquery:
+def values_table(session: AsyncSession, values: Sequence[KeyValue], kind: ColumnType) -> Subquery:
     """Return the values as a table with the columns `value` and `position`.
 
-    They are one parameter, so that the same prepared statement serves any number of them.
+    The values are one parameter, so that one prepared statement serves any number of them.
     """
     if is_sqlite(session):
         each = func.json_each(json.dumps(values)).table_valued(column("value", kind), column("key", Integer))
@@ -51,55 +50,53 @@ def listed(session: AsyncSession, values: Sequence[int] | Sequence[str], kind: T
     return select(rows.c.value, rows.c.position).subquery()
 
 
-def is_one_of_keys(column: InstrumentedAttribute[Any], dialect: Dialect) -> ColumnElement[bool]:
-    """Return the condition that a column is in the list of the parameter `keys`."""
+def is_one_of_keys(column: Column, dialect: Dialect) -> ColumnElement[bool]:
+    """Return the condition that a column has one of the values of the parameter `keys`."""
     if dialect.name == "sqlite":
         each = func.json_each(bindparam("keys", type_=JSON)).table_valued("value")
         return column.in_(select(each.c.value))
     return column == func.any(bindparam("keys", type_=ARRAY(column.type)))
 
 
-async def matched(
-    session: AsyncSession, key: InstrumentedAttribute[Any], values: Sequence[Any], kind: TypeEngine[Any]
+async def ids_of(
+    session: AsyncSession, key: Column, values: Sequence[KeyValue], kind: ColumnType
 ) -> list[int | None]:
     """Return, for each value of a unique column, the id of the row that has it.
 
-    It looks each value up in the index, never scans the table, and returns one array, not thousands of rows.
+    The statement looks up each value in the index, never scans the table, and returns one array instead of
+    thousands of rows.
     """
     if not values:
         return []
-    if is_sqlite(session):
-        each = func.json_each(json.dumps(values)).table_valued(column("value", kind))
-        gather: Any = func.json_group_array
-    else:
-        array = bindparam(None, values, type_=ARRAY(kind), unique=True)
-        each = func.unnest(array).table_valued(column("value", kind)).render_derived()
-        gather = partial(func.array_agg, type_=ARRAY(BigInt))
-    found = select(key.class_.id).where(key == each.c.value).scalar_subquery()
+    wanted = values_table(session, values, kind)
+    found = select(key.class_.id).where(key == wanted.c.value).scalar_subquery()
+    collect: Callable[[Expression], Expression] = (
+        func.json_group_array if is_sqlite(session) else partial(func.array_agg, type_=ARRAY(BigInt))
+    )
     connection = await session.connection()
-    ids = await connection.scalar(select(gather(found)).select_from(each))
+    ids = await connection.scalar(select(collect(found)).select_from(wanted))
     return json.loads(ids) if isinstance(ids, str) else cast("list[int | None]", ids)
 
 
 class octets(FunctionElement[int]):  # noqa: N801  (reads as SQL)
-    """The size of a text in bytes of UTF-8; PostgreSQL knows it without reading a long text."""
+    """The size of a text in bytes of UTF-8; PostgreSQL returns it without reading a long text."""
 
     type = Integer()
     inherit_cache = True
 
 
 @compiles(octets)
-def _octets(element: octets, compiler: Any, **options: Any) -> str:
+def _octets(element: octets, compiler: SQLCompiler, **options: Any) -> str:
     return f"octet_length({compiler.process(element.clauses, **options)})"
 
 
 @compiles(octets, "sqlite")
-def _octets_sqlite(element: octets, compiler: Any, **options: Any) -> str:
+def _octets_sqlite(element: octets, compiler: SQLCompiler, **options: Any) -> str:
     return f"length(CAST({compiler.process(element.clauses, **options)} AS BLOB))"
 
 
 class microseconds(FunctionElement[int]):  # noqa: N801  (reads as SQL)
-    """A time as microseconds since 1970: a datetime takes 1 µs to create, and 0.5 µs to convert."""
+    """A time as microseconds since 1970; a datetime would take 1 µs to create and 0.5 µs to convert."""
 
     type = BigInteger()
     inherit_cache = True
@@ -110,13 +107,13 @@ LAST = "timestamptz '9999-12-31 23:59:59.999999+00'"
 
 
 @compiles(microseconds)
-def _microseconds(element: microseconds, compiler: Any, **options: Any) -> str:
-    # asyncpg writes the smallest and the largest datetime as infinities, which have no number.
+def _microseconds(element: microseconds, compiler: SQLCompiler, **options: Any) -> str:
+    # asyncpg stores the smallest and the largest datetime as infinities, which have no number.
     time = f"greatest(least({compiler.process(element.clauses, **options)}, {LAST}), {FIRST})"
     return f"(extract(epoch FROM {time}) * 1000000)::bigint"
 
 
 @compiles(microseconds, "sqlite")
-def _microseconds_sqlite(element: microseconds, compiler: Any, **options: Any) -> str:
-    time = compiler.process(element.clauses, **options)  # always with six digits of a fraction
+def _microseconds_sqlite(element: microseconds, compiler: SQLCompiler, **options: Any) -> str:
+    time = compiler.process(element.clauses, **options)  # its fraction always has six digits
     return f"(strftime('%s', substr({time}, 1, 19)) * 1000000 + substr({time}, 21))"

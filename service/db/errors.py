@@ -20,8 +20,8 @@ UNREACHABLE = "the database can't be reached; nothing was done, try again"
 MIGRATED = "the database schema has just changed; nothing was done, try again"
 SLOW = "the database took too long; request less, or try again later"
 
-# Row values in messages: PostgreSQL's DETAIL, such as `Key (email)=(ada@example.org) already exists`, and
-# asyncpg's own errors about arguments.
+# Parts of messages that contain row values: PostgreSQL's DETAIL, such as `Key (email)=(ada@example.org)
+# already exists`, and asyncpg's errors about arguments.
 VALUES = re.compile(r"\nDETAIL:.*|(?<=invalid input for query argument ).*", re.DOTALL)
 
 # The longest prefix wins. https://www.postgresql.org/docs/current/errcodes-appendix.html
@@ -99,7 +99,11 @@ def _hide_values(error: BaseException) -> None:
     for cause in _chain(error):
         if isinstance(getattr(cause, "detail", None), str):
             cause.detail = None  # type: ignore[attr-defined]
-        cause.args = tuple(VALUES.sub("", part) if isinstance(part, str) else part for part in cause.args)
+        args = list(cause.args)
+        for position, part in enumerate(args):
+            if isinstance(part, str):
+                args[position] = VALUES.sub("", part)
+        cause.args = tuple(args)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

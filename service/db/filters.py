@@ -1,7 +1,7 @@
-"""The filter and order_by language of lists and exports -> SQLAlchemy expressions.
+"""Translates the filter and order_by of lists and exports to SQLAlchemy expressions.
 
-The filter is AIP-160's (https://google.aip.dev/160), where OR binds tighter than AND; order_by is
-AIP-132's. `docs/filtering.md` describes both for callers.
+The filter language is that of AIP-160 (https://google.aip.dev/160), in which OR binds tighter than AND;
+order_by is that of AIP-132. `docs/filtering.md` describes both for callers.
 """
 
 import json
@@ -16,21 +16,21 @@ from lark import Lark, Token, Tree, UnexpectedCharacters, UnexpectedToken
 from lark.parsers.lalr_interactive_parser import InteractiveParser
 from sqlalchemy import BigInteger, Boolean, ColumnElement, Integer, String, and_, literal, not_, or_
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import GenericFunction
-from sqlalchemy.types import TypeEngine
 
-from service.db.base import UtcDateTime
+from service.db.base import ColumnType, Expression, UtcDateTime
 from service.errors import InvalidFilter, InvalidOrder
 from service.timeslice import TimeSlice
 
 MAX_CHARACTERS = 2_000
 MAX_DEPTH = 20
 
-Columns = Mapping[str, ColumnElement[Any]]
+Columns = Mapping[str, Expression]
 
 
 class Order(NamedTuple):
-    """What a list is sorted by; ids break ties."""
+    """The sort order of a list; ids break ties."""
 
     field: str
     descending: bool
@@ -39,11 +39,11 @@ class Order(NamedTuple):
 async def condition(
     text: str, columns: Columns, normalise: Mapping[str, Callable[[str], str]] = {}
 ) -> ColumnElement[bool] | None:
-    """Return the filter as an expression over the columns, None where it is blank.
+    """Return the filter as an expression over the columns, None if it is blank.
 
-    The type of a column decides which operators and values its field takes; `normalise` has, by field,
-    what is done to a text before it is compared. At most 2,000 characters, nested at most 20 deep.
-    Raises InvalidFilter; its fact `position` counts characters from 1.
+    The type of a column decides which operators and values are allowed. `normalise` maps a field to a
+    function that is applied to a text before it is compared. A filter has at most 2,000 characters, nested
+    at most 20 deep. Raises InvalidFilter; its fact `position` counts characters from 1.
     """
     if len(text) > MAX_CHARACTERS:
         raise _error(MAX_CHARACTERS, f"a filter has at most {MAX_CHARACTERS:,} characters")
@@ -55,7 +55,7 @@ async def condition(
 
 
 def parse_order(text: str, fields: Collection[str]) -> Order:
-    """Return what to sort by: one of the fields with `asc`, `desc` or nothing; `id` where it is blank.
+    """Return the order of `field`, `field asc` or `field desc`; by `id` if the text is blank.
 
     Raises InvalidOrder; its fact `position` counts characters from 1.
     """
@@ -69,26 +69,26 @@ def parse_order(text: str, fields: Collection[str]) -> Order:
     position = next(word.start() for word, choices in words if word[0] not in choices) + 1
     raise InvalidOrder(
         f"at character {position}: expected one field ({', '.join(fields)}), then asc, desc or nothing; "
-        "id is the tie-breaker by itself",
+        "ties are always broken by id",
         field="order_by",
         position=position,
     )
 
 
 class strpos(GenericFunction[int]):  # noqa: N801  (reads as SQL)
-    """Where a text first holds another, from 1, by code point; 0 where it doesn't."""
+    """The position of one text in another, in code points from 1; 0 if it is not there."""
 
     type = Integer()
     inherit_cache = True
 
 
 @compiles(strpos, "sqlite")
-def _instr(element: strpos, compiler: Any, **options: Any) -> str:
+def _instr(element: strpos, compiler: SQLCompiler, **options: Any) -> str:
     return f"instr({compiler.process(element.clauses, **options)})"
 
 
-# A word ends only at a space, a bracket, a quote or an operator: what callers forgot to quote is one
-# word, such as foo@example.org, and can be pointed at.
+# A word ends only at a space, a bracket, a quote or an operator. So a value that a caller forgot to quote,
+# such as foo@example.org, is one word, and the error can point at it.
 _PARSER = Lark(
     r"""
     ?start: conjunction
@@ -114,7 +114,7 @@ _PARSER = Lark(
 
 _KEYWORDS = {keyword.lower(): keyword for keyword in ("AND", "OR", "NOT", "true", "false", "null")}
 
-# The first terminal that the parser would take here tells what to ask for.
+# The error asks for the first of these terminals that the parser would accept.
 _EXPECTED = {
     "WORD": 'a field, NOT or "("',
     "OPERATOR": "an operator (= != < <= > >= :)",
@@ -147,7 +147,7 @@ async def _parse(text: str, time_slice: TimeSlice) -> Tree[Token]:
 
 
 def _check(token: Token, parser: InteractiveParser) -> None:
-    """Stop at what the grammar doesn't know of: how deep it is nested, and keywords in the wrong case."""
+    """Check what the grammar can't express: the depth of nesting, and keywords in the wrong case."""
     if token.type == "WORD" and token.lower() in _KEYWORDS:
         raise _error(token.start_pos, f"keywords are case-sensitive: write {_KEYWORDS[token.lower()]}")
     stack = parser.parser_state.value_stack
@@ -157,7 +157,7 @@ def _check(token: Token, parser: InteractiveParser) -> None:
 
 
 def _unexpected(token: Token, accepted: Collection[str]) -> InvalidFilter:
-    expected = next(what for terminal, what in _EXPECTED.items() if terminal in accepted)
+    expected = next(text for terminal, text in _EXPECTED.items() if terminal in accepted)
     advice = "; put strings and times in quotes" if "STRING" in accepted and token.type == "WORD" else ""
     return _error(token.start_pos, f"expected {expected} but found {_found(token)}{advice}")
 
@@ -222,9 +222,9 @@ def _comparison(
     return _OPERATORS[compared](column, literal(operand, kind.type))
 
 
-def _null(column: ColumnElement[Any], field: Token, compared: Token, value: Token) -> ColumnElement[bool]:
+def _null(column: Expression, field: Token, compared: Token, value: Token) -> ColumnElement[bool]:
     if compared not in _EQUAL:
-        raise _error(compared.start_pos, "null goes with = and != only")
+        raise _error(compared.start_pos, "null can be compared with = and != only")
     if not getattr(column, "nullable", True):
         raise _error(value.start_pos, f"{field} is never null")
     return column.is_(None) if compared == "=" else column.is_not(None)
@@ -266,19 +266,19 @@ def _time(token: Token) -> datetime:
     try:
         return datetime.fromisoformat(text.upper()).astimezone(UTC)
     except (ValueError, OverflowError):
-        message = "there is no such time: check the date and the clock; in UTC the year is 1 to 9999"
+        message = "no such time: check the date and the time of day; in UTC the year is 1 to 9999"
         raise _error(token.start_pos, message) from None
 
 
 class _Kind(NamedTuple):
-    """What the fields of one type take."""
+    """The operators and values that fields of one type allow."""
 
     name: str
     operators: tuple[str, ...]
     value: str
     tokens: tuple[str, ...]
     read: Callable[[Token], Any]
-    type: TypeEngine[Any]
+    type: ColumnType
 
 
 _EQUAL = ("=", "!=")

@@ -1,6 +1,6 @@
-"""Statements of SQLite that end: at their timeout, and when their caller is cancelled.
+"""Interrupts SQLite statements at their timeout, and when their caller is cancelled.
 
-SQLite has no timeout for statements. aiosqlite runs them in a thread, which goes on after its caller is
+SQLite has no statement timeout. aiosqlite runs statements in a thread, which continues after its caller was
 cancelled.
 """
 
@@ -9,12 +9,16 @@ import sqlite3
 from collections.abc import Callable
 from functools import partial
 from threading import Lock
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, TypeVarTuple
 
 import aiosqlite
 from sqlalchemy import ExceptionContext
 
 from service.db.errors import code_of
+
+P = ParamSpec("P")
+Ts = TypeVarTuple("Ts")
+T = TypeVar("T")
 
 INTERRUPTED = "SQLITE_INTERRUPT"
 AGAIN_SECONDS = 0.01
@@ -22,7 +26,7 @@ ROWS_AT_A_TIME = 64  # aiosqlite's own default
 
 
 class InterruptibleConnection(aiosqlite.Connection):
-    """A connection whose statements end after `statement_timeout` seconds, or with their caller."""
+    """A connection that ends statements after `statement_timeout` seconds, or with their caller."""
 
     def __init__(self, open_file: Callable[[], sqlite3.Connection], statement_timeout: float) -> None:
         super().__init__(open_file, ROWS_AT_A_TIME)
@@ -30,14 +34,14 @@ class InterruptibleConnection(aiosqlite.Connection):
         self._statement_timeout = statement_timeout
 
     async def commit(self) -> None:
-        """Commit to the end, so that the outcome is known."""
+        """Commit without interruption, so that the outcome is known."""
         await self._finish(self._conn.commit)
 
     async def rollback(self) -> None:
-        """Roll back to the end."""
+        """Roll back without interruption."""
         await self._finish(self._conn.rollback)
 
-    async def _execute(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    async def _execute(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         if fn == self._conn.close:  # it rolls back, and an interrupted rollback keeps the writer's lock
             return await self._finish(fn)
         statement = _Statement(self._conn)
@@ -50,12 +54,13 @@ class InterruptibleConnection(aiosqlite.Connection):
         finally:
             timer.cancel()
 
-    async def _finish(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await super()._execute(function, *args)  # type: ignore[no-untyped-call]
+    async def _finish(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
+        result: T = await super()._execute(function, *args)  # type: ignore[no-untyped-call]
+        return result
 
 
 class _Statement:
-    """One call in the connection's thread. `stop` is called in the event loop's and ends no other call."""
+    """One call in the connection's thread. The event loop calls `stop`, which interrupts no other call."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
@@ -63,10 +68,10 @@ class _Statement:
         self._is_running = False
         self._is_stopped = False
 
-    def run(self, function: Callable[[], Any]) -> Any:
+    def run(self, function: Callable[[], T]) -> T:
         with self._lock:
             if self._is_stopped:
-                raise _interrupted()
+                raise _interruption()
             self._is_running = True
         try:
             return function()
@@ -84,21 +89,21 @@ class _Statement:
 
 
 def connect(statement_timeout: float, file: str, **options: Any) -> InterruptibleConnection:
-    """Return a connection to a file, to be awaited; the options are those of `sqlite3.connect`."""
+    """Return a connection to a file, which must be awaited; the options are those of `sqlite3.connect`."""
     return InterruptibleConnection(partial(sqlite3.connect, file, **options), statement_timeout)
 
 
 def discard_interrupted(failure: ExceptionContext) -> None:
     """Close the connection of an interrupted statement: SQLite has rolled its transaction back.
 
-    Otherwise what follows in the session would commit by itself. A listener of `handle_error`.
+    Otherwise later statements of the session would commit by themselves. A listener of `handle_error`.
     """
     if code_of(failure.original_exception) == INTERRUPTED:
         failure.is_disconnect = True
         failure.invalidate_pool_on_disconnect = False
 
 
-def _interrupted() -> sqlite3.OperationalError:
+def _interruption() -> sqlite3.OperationalError:
     error = sqlite3.OperationalError("interrupted")
     error.sqlite_errorname = INTERRUPTED
     return error

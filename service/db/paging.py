@@ -1,8 +1,8 @@
 """Keyset pages and their tokens.
 
-A page begins after the sort key of the previous page. The index finds that key, so that all pages
-cost the same. A token is that key, with a version, a fingerprint of the listing and a checksum. It is not a
-secret, and it gives access to nothing that a filter does not.
+A page begins after the last sort key of the previous page. The index finds that key, so all pages cost the
+same. A token contains the key, a version, a fingerprint of the listing and a checksum. It is not secret, and
+gives access to nothing that a filter does not.
 """
 
 import base64
@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from sqlalchemy import ColumnElement, FromClause, tuple_
 
-from service.db.base import UtcDateTime
+from service.db.base import Expression, UtcDateTime
 from service.errors import InvalidField, InvalidPageToken
 from service.validation import MAX_ID
 from service.wire import EPOCH, MICROSECOND
@@ -27,6 +27,7 @@ DEFAULT_PAGE_SIZE = 50
 MAX_PAGE_SIZE = 1000
 
 RowT = TypeVar("RowT")
+SortKey: TypeAlias = Sequence[Any]  # the values of a row in the columns that a listing is sorted by
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Page(Generic[RowT]):
     """Rows in order, and the sort key of the last one if others follow."""
 
     rows: Sequence[RowT]
-    next_key: list[Any] | None
+    next_key: SortKey | None
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class ListQuery:
 
     conditions: Sequence[ColumnElement[bool]]
     keyset: "Keyset"
-    after: Sequence[Any] | None
+    after: SortKey | None
     limit: int
     fingerprint: bytes = b""
     is_cacheable: bool = True  # whether SQLAlchemy may keep the compiled statement
@@ -57,23 +58,25 @@ class ListQuery:
 class Keyset:
     """An order by columns that are unique together, all in the same direction."""
 
-    columns: Sequence[ColumnElement[Any]]
+    columns: Sequence[Expression]
     descending: bool = False
 
-    def order(self) -> list[ColumnElement[Any]]:
+    def order(self) -> list[Expression]:
         """Return the ORDER BY."""
-        return [column.desc() if self.descending else column.asc() for column in self.columns]
+        if self.descending:
+            return [column.desc() for column in self.columns]
+        return [column.asc() for column in self.columns]
 
     def of(self, rows: FromClause) -> "Keyset":
         """Return the same order for the rows of a subquery."""
         return Keyset([rows.c[column.key] for column in self.columns if column.key], self.descending)
 
-    def key_of(self, row: Any) -> list[Any]:
+    def key_of(self, row: Any) -> SortKey:
         """Return the sort key of a row, with times as datetimes."""
-        return [_as_sent(getattr(row, str(column.key)), column) for column in self.columns]
+        return [_to_datetime(getattr(row, str(column.key)), column) for column in self.columns]
 
-    def after(self, key: Sequence[Any]) -> ColumnElement[bool]:
-        """Return the condition that a row comes after the key, as one comparison: OR would use no index."""
+    def after(self, key: SortKey) -> ColumnElement[bool]:
+        """Return the condition that a row comes after the key: one comparison, since OR uses no index."""
         left, right = tuple_(*self.columns), tuple_(*key)
         return left < right if self.descending else left > right
 
@@ -90,27 +93,26 @@ def fingerprint(*listing: object) -> bytes:
     return sha256(json.dumps(listing, default=str).encode()).digest()[:FINGERPRINT_BYTES]
 
 
-def encode_token(listing: bytes, key: Sequence[Any] | None) -> str:
+def encode_token(listing: bytes, key: SortKey | None) -> str:
     """Return the token of the page that begins after the key, "" if there is no key."""
     if key is None:
         return ""
-    values = [value.isoformat() if isinstance(value, datetime) else value for value in key]
-    body = listing + json.dumps(values, separators=(",", ":")).encode()
-    return _written(VERSION + zlib.crc32(body).to_bytes(4, "big") + body)
+    body = listing + json.dumps(key, default=datetime.isoformat, separators=(",", ":")).encode()
+    return _to_base64(VERSION + zlib.crc32(body).to_bytes(4, "big") + body)
 
 
-def decode_token(listing: bytes, token: str, columns: Sequence[ColumnElement[Any]]) -> list[Any] | None:
+def decode_token(listing: bytes, token: str, columns: Sequence[Expression]) -> SortKey | None:
     """Return the key in a token, None for an empty one; raises InvalidPageToken."""
     if not token:
         return None
     try:
         raw = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
     except ValueError:
-        raise _damaged() from None
+        raise _damaged_token() from None
     version, checksum, body = raw[:1], raw[1:5], raw[5:]
     # The decoder ignores some characters, and some bits of the last one.
-    if version != VERSION or zlib.crc32(body).to_bytes(4, "big") != checksum or _written(raw) != token:
-        raise _damaged()
+    if version != VERSION or zlib.crc32(body).to_bytes(4, "big") != checksum or _to_base64(raw) != token:
+        raise _damaged_token()
     if body[:FINGERPRINT_BYTES] != listing:
         raise InvalidPageToken(
             "page_token belongs to another listing; for a new filter or order_by, start without a token",
@@ -118,22 +120,22 @@ def decode_token(listing: bytes, token: str, columns: Sequence[ColumnElement[Any
         )
     try:
         values = json.loads(body[FINGERPRINT_BYTES:])
-        return [_typed(value, column) for value, column in zip(values, columns, strict=True)]
+        return [_check_type(value, column) for value, column in zip(values, columns, strict=True)]
     except (ValueError, TypeError, OverflowError, RecursionError):
-        raise _damaged() from None
+        raise _damaged_token() from None
 
 
-def _written(raw: bytes) -> str:
+def _to_base64(raw: bytes) -> str:
     return base64.urlsafe_b64encode(raw).decode().rstrip("=")
 
 
-def _as_sent(value: Any, column: ColumnElement[Any]) -> Any:
+def _to_datetime(value: Any, column: Expression) -> Any:
     if isinstance(column.type, UtcDateTime) and isinstance(value, int):
         return EPOCH + value * MICROSECOND
     return value
 
 
-def _typed(value: Any, column: ColumnElement[Any]) -> Any:
+def _check_type(value: Any, column: Expression) -> Any:
     # Anyone can forge a token with a valid checksum: the driver must get only values that it can send.
     if isinstance(column.type, UtcDateTime):
         return datetime.fromisoformat(value).astimezone(UTC)
@@ -144,7 +146,7 @@ def _typed(value: Any, column: ColumnElement[Any]) -> Any:
     return value
 
 
-def _damaged() -> InvalidPageToken:
+def _damaged_token() -> InvalidPageToken:
     return InvalidPageToken(
         "page_token is damaged; send next_page_token unchanged, or none for the first page",
         field="page_token",

@@ -1,7 +1,7 @@
-"""A pool that tells the metrics its size, its use and who waits."""
+"""A connection pool with metrics: its size, connections in use, and waiting calls."""
 
 import logging
-from typing import Any
+from collections.abc import Callable
 
 from prometheus_client import Gauge
 from sqlalchemy import AsyncAdaptedQueuePool, PoolProxiedConnection, event
@@ -10,11 +10,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from service.metrics import POOL_IN_USE, POOL_SIZE, POOL_TIMEOUTS, POOL_WAITING
 
-logging.getLogger(__name__).setLevel(logging.WARNING)  # what SQLAlchemy says of a pool is for debugging
+logging.getLogger(__name__).setLevel(logging.WARNING)  # the lower levels are for debugging SQLAlchemy
 
 
-class MeasuredPool(AsyncAdaptedQueuePool):
-    """SQLAlchemy's pool; its `logging_name` is its name in the metrics."""
+class InstrumentedPool(AsyncAdaptedQueuePool):
+    """SQLAlchemy's pool, with metrics labelled by its `logging_name`."""
 
     def connect(self) -> PoolProxiedConnection:
         """Wait for a connection; raises SQLAlchemy's TimeoutError."""
@@ -30,17 +30,17 @@ class MeasuredPool(AsyncAdaptedQueuePool):
 
 
 def measure_pool(engine: AsyncEngine, name: str) -> None:
-    """Keep the levels of an engine's pool up to date; what has not happened is told as 0."""
+    """Keep the gauges of an engine's pool up to date, and export counters that are still 0."""
     POOL_WAITING.labels(name), POOL_TIMEOUTS.labels(name)
     size, in_use = POOL_SIZE.labels(name), POOL_IN_USE.labels(name)
-    for happening, level, change in (
+    for name_of_event, gauge, change in (
         ("connect", size, 1),
         ("close", size, -1),
         ("checkout", in_use, 1),
         ("checkin", in_use, -1),
     ):
-        event.listen(engine.sync_engine, happening, _changing(level, change))
+        event.listen(engine.sync_engine, name_of_event, _listener(gauge, change))
 
 
-def _changing(level: Gauge, change: int) -> Any:
-    return lambda *_: level.inc(change)
+def _listener(gauge: Gauge, change: int) -> Callable[..., None]:
+    return lambda *_: gauge.inc(change)

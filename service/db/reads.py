@@ -1,4 +1,4 @@
-"""Reads that go past SQLAlchemy's execution: batched lookups of single rows, and exports."""
+"""Reads of one entity: batched lookups of single rows, batches, pages, and exports."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -9,19 +9,18 @@ from operator import itemgetter
 from time import perf_counter
 from typing import Any
 
-from sqlalchemy import ColumnElement, bindparam, select
+from sqlalchemy import bindparam, select
 from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.orm import InstrumentedAttribute
 
 from service.auth.caller import current_share
-from service.db.base import BigInt, Entity
+from service.db.base import BigInt, Column, Entity, Expression, KeyValue
+from service.db.compiled import CompiledSelect
 from service.db.dialect import is_one_of_keys
-from service.db.driver import DriverQuery
 from service.db.engine import Database
-from service.db.paging import Page
+from service.db.paging import ListQuery, Page
 from service.db.repository import Repository
-from service.db.selection import page_from_rows, readable_columns, select_page
-from service.db.statements import tell
+from service.db.selection import Row, Selection, page_from_rows, readable_columns, select_page
+from service.db.statements import notify_listeners
 from service.errors import DatabaseUnavailable, RosterError
 from service.metrics import GATHERED_READS
 from service.shares import FairQueue
@@ -36,9 +35,8 @@ MAX_STATEMENTS = 100
 QUIET_TURNS = 30
 MAX_GATHER_SECONDS = 0.005  # for loops with long iterations
 
-Column = InstrumentedAttribute[Any]
-Rows = Mapping[Any, Any]
-Waiting = tuple[Sequence[Any], asyncio.Future[Rows]]
+Rows = Mapping[KeyValue, Row]
+Waiting = tuple[Sequence[KeyValue], asyncio.Future[Rows]]
 
 
 class LookupBatcher:
@@ -49,20 +47,20 @@ class LookupBatcher:
     lookups does not delay the others.
     """
 
-    def __init__(self, database: Database, key: Column, columns: Sequence[Any]) -> None:
+    def __init__(self, database: Database, key: Column, columns: Sequence[Expression]) -> None:
         dialect = database.engine.dialect
         self._database = database
-        self._query = DriverQuery(select(*columns).where(is_one_of_keys(key, dialect)), dialect)
+        self._query = CompiledSelect(select(*columns).where(is_one_of_keys(key, dialect)), dialect)
         self._key_of = itemgetter([column.key for column in columns].index(key.key))
         self._waiting: FairQueue[Waiting] = FairQueue()
         self._in_flight: list[Waiting] = []
         self._task: asyncio.Task[None] | None = None
 
-    async def get(self, key: Any) -> Any | None:
+    async def get(self, key: KeyValue) -> Row | None:
         """Return the row with this key, None if there is none; raises the same errors as `get_many`."""
         return (await self.get_many([key])).get(key)
 
-    async def get_many(self, keys: Sequence[Any]) -> Rows:
+    async def get_many(self, keys: Sequence[KeyValue]) -> Rows:
         """Return the rows with these keys by key; there may be others among them.
 
         Raises the errors of `Database.read()`, an own copy in each caller.
@@ -78,7 +76,7 @@ class LookupBatcher:
             self._cancel_if_abandoned()
             raise
         finally:
-            tell(self._query.sql, perf_counter() - began)
+            notify_listeners(self._query.sql, perf_counter() - began)
 
     async def close(self) -> None:
         """Cancel all lookups, and wait until their statement has ended."""
@@ -182,7 +180,7 @@ def _copy(error: BaseException) -> Exception:
 
 
 class Reader:
-    """Reads single rows of one entity by its unique columns; concurrent reads share statements."""
+    """Reads rows of one entity. Concurrent reads of single rows, by a unique column, share statements."""
 
     def __init__(
         self, database: Database, repository: type[Repository[Any, Any]], by: Sequence[Column] = ()
@@ -199,63 +197,69 @@ class Reader:
         self._batches = LookupBatcher(database, model.id, columns)
         self._others: dict[tuple[type, Sequence[Column]], LookupBatcher] = {}
 
-    async def get(self, key: int | str) -> Any:
+    async def get(self, key: KeyValue) -> Row:
         """Return the row with this key; raises the entity's NotFound."""
         row = await self._rows[type(key)].get(key)
         if row is None:
             raise self._repository.missing()
         return row
 
-    async def get_many(self, ids: Sequence[int]) -> Rows:
-        """Return the rows with these ids by id; there may be others among them."""
+    async def get_many(self, ids: Sequence[int], selection: Selection | None = None) -> list[Row | None]:
+        """Return the rows with these ids in their order, None for each that is missing.
+
+        If the answer would be too large, the list is shorter than `ids`.
+        """
+        basic = self._repository.basic()
+        if selection not in (None, basic) or basic.size is not None:
+            async with self._database.read() as session:
+                return await self._repository(session).get_many(ids, selection)
         found = await self._batches.get_many(ids)
         await self._database.loop_turns.next(len(ids))
-        return found
+        return [found.get(id) for id in ids]
 
-    async def find_columns(self, key: int | str, columns: tuple[Column, ...]) -> Any | None:
+    async def page(self, query: ListQuery, selection: Selection | None = None) -> Page[Row]:
+        """Return a page of rows, which is shorter than its limit if the answer would be too large."""
+        async with self._database.read() as session:
+            return await self._repository(session).page(query, selection)
+
+    async def find_columns(self, key: KeyValue, columns: tuple[Column, ...]) -> Row | None:
         """Return columns of the row with this key that other reads do not select; None if there is no row."""
         kind = type(key)
         if (kind, columns) not in self._others:
             self._others[kind, columns] = LookupBatcher(self._database, self._keys[kind], columns)
         return await self._others[kind, columns].get(key)
 
+    async def export(self, filter_text: str, after_id: int, limit: int) -> AsyncGenerator[Sequence[Row]]:
+        """Yield all rows that match a filter, in id order, at most `limit` at a time; raises InvalidFilter.
+
+        Each batch is read with a connection of its own, so that a slow client holds none. The next batch is
+        read while the client receives the last one.
+        """
+        conditions = await self._repository.conditions(filter_text)
+        selection, keyset = self._repository.basic(), self._repository.by_id()
+        after = bindparam("after", type_=BigInt)
+        page = select_page(selection, *conditions, keyset=keyset, after=[after], limit=limit)
+        query = CompiledSelect(page, self._database.engine.dialect)
+
+        async def read(after: int) -> Page[Row]:
+            async with self._database.read() as session:
+                found = await query.rows(await session.connection(), after=after)
+            return page_from_rows(selection, found, keyset, limit)
+
+        reading = asyncio.create_task(read(after_id))
+        try:
+            while (found := await reading).rows:
+                if found.next_key:
+                    reading = asyncio.create_task(read(*found.next_key))
+                await self._database.loop_turns.next(len(found.rows))
+                yield found.rows
+                if not found.next_key:
+                    return
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
     async def close(self) -> None:
-        """Cancel all reads."""
+        """Cancel all reads of single rows."""
         for batcher in (*self._rows.values(), self._batches, *self._others.values()):
             await batcher.close()
-
-
-async def export_rows(
-    database: Database,
-    repository: type[Repository[Any, Any]],
-    conditions: Sequence[ColumnElement[bool]],
-    after_id: int,
-    limit: int,
-) -> AsyncGenerator[Sequence[Any]]:
-    """Yield all rows that meet the conditions, in id order, at most `limit` at a time.
-
-    Each batch is read with a connection of its own, so that a slow client holds none. The next batch is read
-    while the client receives the last one.
-    """
-    selection, keyset = repository.basic(), repository.by_id()
-    after = bindparam("after", type_=BigInt)
-    page = select_page(selection, *conditions, keyset=keyset, after=[after], limit=limit)
-    query = DriverQuery(page, database.engine.dialect)
-
-    async def read(after: int) -> Page[Any]:
-        async with database.read() as session:
-            found = await query.rows(await session.connection(), after=after)
-        return page_from_rows(selection, found, keyset, limit)
-
-    reading = asyncio.create_task(read(after_id))
-    try:
-        while (found := await reading).rows:
-            if found.next_key:
-                reading = asyncio.create_task(read(*found.next_key))
-            await database.loop_turns.next(len(found.rows))
-            yield found.rows
-            if not found.next_key:
-                return
-    finally:
-        reading.cancel()
-        await asyncio.gather(reading, return_exceptions=True)

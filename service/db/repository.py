@@ -6,15 +6,15 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from sqlalchemy import ColumnElement, delete, insert, select, update
 from sqlalchemy.sql.dml import ReturningDelete, ReturningUpdate
 
-from service.db.base import BigInt, Entity, ReadSession, Session, now
-from service.db.dialect import listed
+from service.db.base import BigInt, Column, Entity, ReadSession, Session, Values, now
+from service.db.dialect import values_table
 from service.db.filters import condition, parse_order
 from service.db.paging import Keyset, ListQuery, Page, decode_token, fingerprint, page_size
 from service.db.selection import (
     Row,
     Selection,
+    basic_selection,
     page_from_rows,
-    readable_columns,
     select_listed,
     select_page,
     select_rows,
@@ -47,8 +47,8 @@ class Repository(Generic[ModelT, SessionT]):
     model: type[ModelT]
     not_found: type[NotFound]
     # What filters and orders may name. `normalise` has the functions for the texts in filters, by field.
-    filterable: ClassVar[Mapping[str, Any]]
-    sortable: ClassVar[Mapping[str, Sequence[Any]]]
+    filterable: ClassVar[Mapping[str, Column]]
+    sortable: ClassVar[Mapping[str, Sequence[Column]]]
     normalise: ClassVar[Mapping[str, Callable[[str], str]]] = {}
 
     def __init__(self, session: SessionT) -> None:
@@ -57,13 +57,13 @@ class Repository(Generic[ModelT, SessionT]):
     @classmethod
     def basic(cls) -> Selection:
         """Return what reads and writes return by default: the columns of the model."""
-        return Selection(cls.model, readable_columns(cls.model))
+        return basic_selection(cls.model)
 
-    async def get(self, id: int, selection: Selection | None = None) -> Any:
+    async def get(self, id: int, selection: Selection | None = None) -> Row:
         """Return the row with this id; raises the entity's NotFound."""
         return await self.get_by(self.model.id == id, selection=selection)
 
-    async def get_by(self, *conditions: ColumnElement[bool], selection: Selection | None = None) -> Any:
+    async def get_by(self, *conditions: ColumnElement[bool], selection: Selection | None = None) -> Row:
         """Return the only row that meets the conditions; raises the entity's NotFound."""
         selection = selection or self.basic()
         rows = (await self.session.execute(select_rows(selection, *conditions))).all()
@@ -72,18 +72,20 @@ class Repository(Generic[ModelT, SessionT]):
         [row] = await self._add_related(selection, rows)
         return row
 
-    async def get_many(self, ids: Sequence[int], selection: Selection | None = None) -> list[Any]:
+    async def get_many(self, ids: Sequence[int], selection: Selection | None = None) -> list[Row | None]:
         """Return the rows with these ids in their order, None for each that is missing.
 
         If the answer would be too large, the list is shorter than `ids`.
         """
         selection = selection or self.basic()
-        statement = select_listed(selection, listed(self.session, ids, BigInt))
+        statement = select_listed(selection, values_table(self.session, ids, BigInt))
         rows = (await self.session.execute(statement)).all()
-        found = iter(await self._add_related(selection, [row for row in rows if row.id is not None]))
-        return [None if row.id is None else next(found) for row in rows]
+        present = [row for row in rows if row.id is not None]
+        found = await self._add_related(selection, present)
+        by_id = {row.id: result for row, result in zip(present, found, strict=True)}
+        return [by_id.get(row.id) for row in rows]
 
-    async def page(self, query: ListQuery, selection: Selection | None = None) -> Page[Any]:
+    async def page(self, query: ListQuery, selection: Selection | None = None) -> Page[Row]:
         """Return a page of rows, which is shorter than its limit if the answer would be too large."""
         selection = selection or self.basic()
         statement = select_page(
@@ -126,14 +128,12 @@ class Repository(Generic[ModelT, SessionT]):
         """Return the order by id."""
         return Keyset([cls.model.__table__.c.id])
 
-    async def create(self: "Repository[ModelT, Session]", values: Mapping[str, Any]) -> Row:
+    async def create(self: "Repository[ModelT, Session]", values: Values) -> Row:
         """Insert a row and return it."""
         statement = insert(self.model).values(**values).returning(*self.basic().columns)
         return (await self.session.execute(statement)).one()
 
-    async def update(
-        self: "Repository[ModelT, Session]", id: int, changes: Mapping[str, Any], version: int = 0
-    ) -> Row:
+    async def update(self: "Repository[ModelT, Session]", id: int, changes: Values, version: int = 0) -> Row:
         """Update a row, increment its version, and return it.
 
         Raises the entity's NotFound, and VersionMismatch if `version` is neither 0 nor the row's version.
@@ -168,11 +168,7 @@ class Repository(Generic[ModelT, SessionT]):
         current = await self.session.scalar(select(self.model.version).where(self.model.id == id))
         if current is None:
             return self.missing()
-        return VersionMismatch(
-            f"version is now {current}; read the {self._name()} again and retry",
-            field="version",
-            version=current,
-        )
+        return VersionMismatch.of(current)
 
     @classmethod
     def missing(cls) -> NotFound:
@@ -183,7 +179,7 @@ class Repository(Generic[ModelT, SessionT]):
     def _name(cls) -> str:
         return cls.model.__name__.lower()
 
-    async def _add_related(self, selection: Selection, rows: Sequence[Any]) -> Sequence[Any]:
+    async def _add_related(self, selection: Selection, rows: Sequence[Row]) -> Sequence[Row]:
         if selection.add_related is None or not rows:
             return rows
         return await selection.add_related(self.session, rows)

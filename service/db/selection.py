@@ -13,7 +13,6 @@ from typing import Any, Protocol
 from sqlalchemy import (
     ColumnElement,
     ColumnExpressionArgument,
-    Select,
     String,
     Subquery,
     func,
@@ -21,11 +20,10 @@ from sqlalchemy import (
     literal,
     select,
 )
-from sqlalchemy.orm import InstrumentedAttribute
 
-from service.db.base import Entity, ReadSession, UtcDateTime, column_names
+from service.db.base import Column, Entity, Expression, Query, ReadSession, UtcDateTime, column_names
 from service.db.dialect import microseconds, octets
-from service.db.paging import Keyset, Page
+from service.db.paging import Keyset, Page, SortKey
 
 # An answer has at most 3 MiB: by default the clients of gRPC refuse more than 4. Some of it is left for the
 # page token, or for the 1000 ids of a batch that are missing or remain.
@@ -42,7 +40,7 @@ class Row(Protocol):
 
     def __iter__(self) -> Iterator[Any]: ...
 
-    def __getitem__(self, position: Any) -> Any: ...
+    def __getitem__(self, position: int | slice) -> Any: ...
 
     def __getattr__(self, name: str) -> Any: ...
 
@@ -50,7 +48,7 @@ class Row(Protocol):
 Related = Callable[[ReadSession, Sequence[Row]], Awaitable[Sequence[Any]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Selection:
     """What a read returns of each row of a model.
 
@@ -60,30 +58,36 @@ class Selection:
     """
 
     model: type[Entity]
-    columns: Sequence[ColumnElement[Any]]
+    columns: Sequence[Expression]
     size: ColumnElement[int] | None = None
-    join: InstrumentedAttribute[Any] | None = None
+    join: Column | None = None
     add_related: Related | None = None
 
 
 @cache
-def readable_columns(model: type[Entity]) -> Sequence[ColumnElement[Any]]:
+def readable_columns(model: type[Entity]) -> Sequence[Expression]:
     """Return the columns of a model that reads select: all but the deferred ones."""
     attributes = inspect(model).attrs
     return [_readable(attributes[name].class_attribute) for name in column_names(model)]
 
 
-def _readable(column: Any) -> ColumnElement[Any]:
+@cache
+def basic_selection(model: type[Entity]) -> Selection:
+    """Return the selection of the columns of a model."""
+    return Selection(model, readable_columns(model))
+
+
+def _readable(column: Column) -> Expression:
     is_time = isinstance(column.type, UtcDateTime)
     return microseconds(column).label(column.key) if is_time else column
 
 
-def columns_by_name(model: type[Entity], *names: str) -> Mapping[str, Any]:
+def columns_by_name(model: type[Entity], *names: str) -> Mapping[str, Column]:
     """Return columns of a model by name, as filters name them."""
     return {name: getattr(model, name) for name in names}
 
 
-def size_of(columns: Sequence[ColumnElement[Any]]) -> ColumnElement[int]:
+def size_of(columns: Sequence[Expression]) -> ColumnElement[int]:
     """Return the SQL for the bytes that a row of these columns takes in an answer, rounded up."""
     size: ColumnElement[int] = literal(FIXED_BYTES)
     for column in columns:
@@ -92,19 +96,19 @@ def size_of(columns: Sequence[ColumnElement[Any]]) -> ColumnElement[int]:
     return size
 
 
-def _text_size(column: Any) -> ColumnElement[int]:
+def _text_size(column: Expression) -> ColumnElement[int]:
     # The size of a missing row stays null: only the nulls of nullable columns are empty texts.
     is_nullable = column.expression.nullable
     return func.coalesce(octets(column), 0) if is_nullable else octets(column)
 
 
-def select_rows(selection: Selection, *conditions: ColumnExpressionArgument[bool]) -> Select[Any]:
+def select_rows(selection: Selection, *conditions: ColumnExpressionArgument[bool]) -> Query:
     """Return the statement that reads the rows that meet the conditions."""
     statement = select(*selection.columns).select_from(selection.model).where(*conditions)
     return statement if selection.join is None else statement.join(selection.join)
 
 
-def select_listed(selection: Selection, listed: Subquery) -> Select[Any]:
+def select_listed(selection: Selection, listed: Subquery) -> Query:
     """Return the statement that reads one row for each listed id, in the order of the list.
 
     A row of nulls stands for a missing id. If the answer would be too large, the last rows are left out.
@@ -126,9 +130,9 @@ def select_page(
     selection: Selection,
     *conditions: ColumnExpressionArgument[bool],
     keyset: Keyset,
-    after: Sequence[Any] | None,
+    after: SortKey | None,
     limit: int,
-) -> Select[Any]:
+) -> Query:
     """Return the statement of a page. It reads one row more than the limit, to know whether others follow."""
     model = selection.model
     if after is not None:
@@ -147,7 +151,7 @@ def select_page(
     return statement.order_by(*keyset.order()).add_columns(fitting.c.total)
 
 
-def page_from_rows(selection: Selection, found: Sequence[Any], keyset: Keyset, limit: int) -> Page[Any]:
+def page_from_rows(selection: Selection, found: Sequence[Row], keyset: Keyset, limit: int) -> Page[Row]:
     """Return the page that the rows of its statement make."""
     if not found:
         return Page([], None)
@@ -157,7 +161,7 @@ def page_from_rows(selection: Selection, found: Sequence[Any], keyset: Keyset, l
     return Page(rows, keyset.key_of(rows[-1]) if has_more else None)
 
 
-def _fitting(candidates: Subquery, order: Sequence[ColumnElement[Any]]) -> Subquery:
+def _fitting(candidates: Subquery, order: Sequence[Expression]) -> Subquery:
     """Return the first candidates that fit one answer together, and `total`, the number of all candidates."""
     running = func.sum(candidates.c.size).over(order_by=order, rows=(None, 0)).label("running")
     total = func.count().over().label("total")

@@ -1,4 +1,4 @@
-"""What statements take: told to the metrics, and to whoever listens for the call in hand."""
+"""Times every SQL statement, and reports it to the metrics and to the listeners of the current call."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,11 +7,12 @@ from time import perf_counter
 from typing import Any
 
 from sqlalchemy import Connection, ExceptionContext, event
+from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from service.metrics import STATEMENTS
 
-Listener = Callable[[str, float], None]  # the statement, its seconds
+Listener = Callable[[str, float], None]  # receives the statement and its seconds
 LISTENERS: ContextVar[tuple[Listener, ...]] = ContextVar("LISTENERS", default=())
 
 _BEGAN = "statement began"
@@ -21,15 +22,15 @@ _OTHER = STATEMENTS.labels("other")
 
 
 def measure_statements(engine: AsyncEngine) -> None:
-    """Measure every statement that goes through SQLAlchemy."""
+    """Measure every statement that SQLAlchemy executes."""
     event.listen(engine.sync_engine, "before_cursor_execute", _begin)
     event.listen(engine.sync_engine, "after_cursor_execute", _end)
     event.listen(engine.sync_engine, "handle_error", _fail)
 
 
 @contextmanager
-def measured(statement: str) -> Iterator[None]:
-    """Measure what goes to the driver past SQLAlchemy."""
+def measure_statement(statement: str) -> Iterator[None]:
+    """Measure a statement that the driver executes directly."""
     began = perf_counter()
     try:
         yield
@@ -39,14 +40,14 @@ def measured(statement: str) -> Iterator[None]:
 
 def _observe(statement: str, seconds: float) -> None:
     _BY_OPERATION.get(statement.partition(" ")[0], _OTHER).observe(seconds)
-    tell(statement, seconds)
+    notify_listeners(statement, seconds)
 
 
 def _begin(connection: Connection, *_: Any) -> None:
     connection.info[_BEGAN] = perf_counter()
 
 
-def _end(connection: Connection, cursor: Any, statement: str, *_: Any) -> None:  # noqa: ARG001
+def _end(connection: Connection, cursor: DBAPICursor, statement: str, *_: Any) -> None:  # noqa: ARG001
     _observe(statement, perf_counter() - connection.info[_BEGAN])
 
 
@@ -56,7 +57,7 @@ def _fail(failure: ExceptionContext) -> None:
         _observe(failure.statement, perf_counter() - began)
 
 
-def tell(statement: str, seconds: float) -> None:
-    """Tell whoever listens for the call in hand what it waited for."""
+def notify_listeners(statement: str, seconds: float) -> None:
+    """Report a statement that the current call waited for."""
     for listener in LISTENERS.get():
         listener(statement, seconds)

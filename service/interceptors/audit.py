@@ -8,11 +8,12 @@ from operator import attrgetter
 from typing import Any
 
 from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import Message
 
 from roster.v1.bulk_pb2 import BulkLoad, BulkWriteResponse
 from service.auth.caller import current_caller
 from service.errors import RosterError
-from service.interceptors.chain import Context, Proceed, Rpc
+from service.interceptors.chain import Context, Proceed, Request, Response, Rpc
 from service.loads.model import COUNTED
 from service.services import RPCS
 
@@ -25,7 +26,7 @@ READ_PREFIXES = ("Get", "BatchGet", "List", "Export", "Verify")
 
 
 def _target_path(method: MethodDescriptor) -> str:
-    """Return where in its request a write names its target: "" if only the response has it."""
+    """Return the field of a request that identifies the target; "" if only the response does."""
     request = method.input_type
     if method.client_streaming or method.name.startswith("Create"):
         return ""
@@ -38,7 +39,7 @@ def _target_path(method: MethodDescriptor) -> str:
     return ""
 
 
-# The writes, each with the path of its target in the request.
+# RPC -> the field of its request that identifies the target, for all RPCs that write.
 TARGETS = {
     path: _target_path(method) for path, method in RPCS.items() if not method.name.startswith(READ_PREFIXES)
 }
@@ -46,7 +47,7 @@ TARGETS = {
 
 @dataclass
 class Entry:
-    """The fields of one line; the counts are of rows that this stream was the first to write.
+    """The fields of one line; the counts include only rows that this stream was the first to write.
 
     `owner` is the caller whose load the target is; an admin may write to the load of another caller.
     """
@@ -58,8 +59,8 @@ class Entry:
     counts: dict[str, int] = field(default_factory=dict)
     outcome: str = "OK"
 
-    def note(self, response: Any) -> None:
-        """Add what a response says of the target or the rows."""
+    def note(self, response: Response) -> None:
+        """Add the target and the row counts of a response."""
         if isinstance(response, BulkLoad):
             self.owner = response.caller
         elif not isinstance(response, BulkWriteResponse):
@@ -71,7 +72,7 @@ class Entry:
 
 
 class NotingContext:
-    """A stream's context whose responses are noted in an entry before they are written."""
+    """A stream's context that notes each response in an entry before it is written."""
 
     def __init__(self, context: Context, entry: Entry) -> None:
         self._context = context
@@ -80,20 +81,20 @@ class NotingContext:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._context, name)
 
-    async def write(self, response: Any) -> None:
+    async def write(self, response: Message) -> None:
         self._entry.note(response)
         await self._context.write(response)
 
 
 def audit_writes(rpc: Rpc, proceed: Proceed) -> Proceed:
-    """Log the writes of callers who may write; the innermost interceptor, since it reads parsed requests."""
+    """Log each write. This is the innermost interceptor, because it reads parsed requests."""
     if rpc.path not in TARGETS:
         return proceed
     target = attrgetter(TARGETS[rpc.path]) if TARGETS[rpc.path] else None
 
-    async def audit(request: Any, context: Context) -> Any:
+    async def audit(request: Request, context: Context) -> Response:
         entry = Entry(current_caller().identity, rpc.path, target(request) if target else "")
-        with _logged(entry):
+        with _log_at_end(entry):
             if rpc.is_download:
                 noting: Any = NotingContext(context, entry)
                 return await proceed(request, noting)
@@ -105,8 +106,8 @@ def audit_writes(rpc: Rpc, proceed: Proceed) -> Proceed:
 
 
 @contextmanager
-def _logged(entry: Entry) -> Iterator[None]:
-    """Write the line of an entry when the call ends, in whatever way."""
+def _log_at_end(entry: Entry) -> Iterator[None]:
+    """Log the entry when the call ends, whether it succeeds or fails."""
     try:
         yield
     except RosterError as error:

@@ -1,14 +1,13 @@
 """Authenticates and authorises each call before any of its messages is read."""
 
 import logging
-from typing import Any
 
 from service.auth.caller import NOBODY, Caller, set_caller
 from service.auth.policy import ANONYMOUS, HEALTH, Policy
 from service.auth.reloading import ReloadingFile
 from service.auth.tokens import Tokens
 from service.errors import PermissionDenied, Refused, Unauthenticated
-from service.interceptors.chain import Context, Proceed, Rpc
+from service.interceptors.chain import Context, Proceed, Request, Response, Rpc
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +18,7 @@ class Auth:
     """Identifies callers by bearer token, or else by client certificate; health checks need neither.
 
     Without a policy every caller is anonymous and may call everything. The log says why a call was refused;
-    its caller gets the same message for every cause.
+    the caller gets the same message for every cause.
     """
 
     def __init__(self, policy: ReloadingFile[Policy] | None, tokens: Tokens | None) -> None:
@@ -29,7 +28,7 @@ class Auth:
     def intercept(self, rpc: Rpc, proceed: Proceed) -> Proceed:
         """Refuse calls of an RPC by callers who may not call it; set the caller of the others."""
 
-        async def authorise(request: Any, context: Context) -> Any:
+        async def authorise(request: Request, context: Context) -> Response:
             try:
                 self._authorise(rpc.path, context)
                 return await proceed(request, context)
@@ -71,7 +70,7 @@ def _bearer_token(context: Context) -> str | None:
         return None
     scheme, _, token = values[0].partition(" ")
     if len(values) > 1 or scheme.lower() != "bearer":
-        raise Unauthenticated.because("authorization must be sent once, as Bearer and a token")
+        raise Unauthenticated.because("authorization must be sent once, as `Bearer TOKEN`")
     return token
 
 
@@ -80,8 +79,8 @@ def _certificate_identity(context: Context) -> str:
     names = {name: [*values] for name, values in context.auth_context().items()}
     if "peer_spiffe_id" in names:
         return names["peer_spiffe_id"][0].decode()
-    # A certificate with several URIs has no valid SPIFFE ID (X509-SVID, section 2); it is not known by its
-    # DNS name instead.
+    # A certificate with several URIs has no valid SPIFFE ID (X509-SVID, section 2). Its DNS name is not used
+    # instead.
     if "peer_dns" in names and "peer_uri" not in names:
         return f"dns:{names['peer_dns'][0].decode().lower()}"
     raise Unauthenticated.because(

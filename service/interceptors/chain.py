@@ -1,9 +1,9 @@
-"""The chain of interceptors: each is a function around the next, called once for each RPC.
+"""The chain of interceptors: each is a function that wraps the next one, called once for each RPC.
 
     def count_calls(rpc: Rpc, proceed: Proceed) -> Proceed:
         counter = CALLS.labels(rpc.path)  # once for each RPC
 
-        async def counted(request: Any, context: Context) -> Any:
+        async def counted(request: Request, context: Context) -> Response:
             counter.inc()  # for each call
             return await proceed(request, context)
 
@@ -15,10 +15,10 @@ An interceptor that has state of its own is a method of a class.
 import asyncio
 import inspect
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.message import Message
@@ -26,14 +26,17 @@ from google.protobuf.message import Message
 from service.status import CODES
 
 Context = grpc.aio.ServicerContext[Any, Any]
-# Takes a request, or the iterator over the requests of an upload, and returns the response, or None once
-# it has written the responses of a stream to the context.
-Proceed = Callable[[Any, Context], Awaitable[Any]]
+# A message, or an iterator over the messages of an upload; bytes until they are parsed.
+Request: TypeAlias = Message | AsyncIterator[Message] | AsyncIterator[bytes]
+# None if the responses of a stream were written to the context.
+Response: TypeAlias = Message | None
+# The next interceptor, or the method of a servicer, which takes only requests of its own type.
+Proceed = Callable[[Any, Context], Awaitable[Response]]
 
 
 @dataclass(frozen=True, slots=True)
 class Rpc:
-    """What interceptors know of an RPC; `path` is its name on the wire, `/roster.v1.UserService/GetUser`."""
+    """An RPC as interceptors see it; `path` is its full name, such as `/roster.v1.UserService/GetUser`."""
 
     path: str
     request_type: type[Message]
@@ -54,37 +57,38 @@ class Rpc:
 
 
 Interceptor = Callable[[Rpc, Proceed], Proceed]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class Chain(grpc.aio.ServerInterceptor):
     """Surrounds every call of a server with interceptors, the first of them outermost.
 
-    gRPC hands each call on before its message is read, whatever its kind. Otherwise it would receive the one
-    message of a unary call before anything is known about the caller: a hundred calls on one connection take
-    a gigabyte. So one of the interceptors has to be `Messages.intercept`, which reads and parses messages.
+    Calls enter the chain before their message is read. By default gRPC receives the message of a unary call
+    before anything is known about the caller, and a hundred such calls on one connection can take a gigabyte.
+    So one of the interceptors has to be `Messages.intercept`, which reads and parses messages.
 
-    The responses of a stream are written inside the chain, not yielded through it: a client that goes away
-    then cancels the call where it stands, and every `finally` runs at once.
+    The responses of a stream are written inside the chain, not yielded through it. If the client goes away,
+    the call is then cancelled at the point where it waits, and every `finally` runs at once.
     """
 
     def __init__(self, *interceptors: Interceptor) -> None:
         self._interceptors = interceptors
-        self._handlers: dict[str, Any] = {}
+        self._handlers: dict[str, Handler] = {}
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]",
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
+    ) -> "Handler | None":
         path = handler_call_details.method
         if path not in self._handlers:
             handler = await continuation(handler_call_details)
-            if handler is None:  # gRPC answers UNIMPLEMENTED; a stranger's paths must not fill the memory
+            if handler is None:  # gRPC answers UNIMPLEMENTED; don't store paths that clients make up
                 return None
             self._handlers[path] = self._surround(path, handler)
         return self._handlers[path]
 
-    def _surround(self, path: str, handler: Any) -> Any:
+    def _surround(self, path: str, handler: Any) -> Handler:
         """Return a handler whose calls go through the chain."""
         rpc = Rpc(
             path,
@@ -98,7 +102,7 @@ class Chain(grpc.aio.ServerInterceptor):
             proceed = handler.stream_unary or handler.unary_unary
         for interceptor in reversed(self._interceptors):
             proceed = interceptor(rpc, proceed)
-        make_handler: Callable[..., Any] = (
+        make_handler: Callable[..., Handler] = (
             grpc.stream_stream_rpc_method_handler if rpc.is_download else grpc.stream_unary_rpc_method_handler
         )
         # Without a deserializer gRPC hands over bytes.
@@ -106,7 +110,7 @@ class Chain(grpc.aio.ServerInterceptor):
 
 
 def code_at_end(context: Context) -> grpc.StatusCode:
-    """Return the status code of a call; to be called in a `finally` around it."""
+    """Return the status code of a call that is ending; call it in a `finally`."""
     if isinstance(sys.exception(), asyncio.CancelledError):
         is_late = context.time_remaining() == 0
         return grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
@@ -120,13 +124,13 @@ def host_of(context: Context) -> str:
 
 
 def _write_responses(behaviour: Callable[..., Any]) -> Proceed:
-    """Return a coroutine function that writes what a generator yields."""
-    if not inspect.isasyncgenfunction(inspect.unwrap(behaviour)):
+    """Return a coroutine function that writes the responses that a method returns as an iterator."""
+    if inspect.iscoroutinefunction(inspect.unwrap(behaviour)):
         return behaviour  # it writes its responses itself
 
-    async def write_all(request: Any, context: Context) -> None:
-        responses: AsyncIterator[Any] = behaviour(request, context)
-        async with aclosing(responses):  # type: ignore[type-var]
+    async def write_all(request: Request, context: Context) -> None:
+        responses: AsyncGenerator[Message] = behaviour(request, context)
+        async with aclosing(responses):
             async for response in responses:
                 await context.write(response)
 

@@ -2,31 +2,30 @@
 
 import asyncio
 from contextlib import suppress
-from typing import Any
 
 from service.auth.policy import REFLECTION
 from service.db.engine import CancelledAfterCommit
 from service.errors import Draining, OutcomeUnknown
-from service.interceptors.chain import Context, Proceed, Rpc
+from service.interceptors.chain import Context, Proceed, Request, Response, Rpc
 
 
 class Drain:
-    """Knows the tasks of all calls, since grpc.aio's own stop doesn't wait for them (grpc#37239).
+    """Tracks the tasks of all calls, because grpc.aio's own stop doesn't wait for them (grpc#37239).
 
-    Streams of reflection are not tracked: grpcurl keeps one open as long as its own input lasts, and it has
+    Streams of reflection are not tracked: grpcurl keeps one open until its own input ends, and they have
     nothing to clean up.
     """
 
     def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._cut_off: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._cut_off: set[asyncio.Task[None]] = set()
 
     def intercept(self, rpc: Rpc, proceed: Proceed) -> Proceed:
-        """Track the calls of an RPC; a call that is cut off fails with an error that says so."""
+        """Track the calls of an RPC; a call that is cut off fails with Draining or OutcomeUnknown."""
         if rpc.path in REFLECTION:
             return proceed
 
-        async def track(request: Any, context: Context) -> Any:
+        async def track(request: Request, context: Context) -> Response:
             task = asyncio.current_task()
             if task is None:
                 raise RuntimeError("a call runs in a task")
@@ -57,14 +56,14 @@ class Drain:
                     await asyncio.wait(self._tasks)
 
     def cut_off(self) -> None:
-        """Cancel the calls in flight; their callers get an error that says what to do."""
+        """Cancel the calls in flight. Their callers get an error that says whether to send the call again."""
         self._cut_off |= self._tasks
         for task in self._tasks:
             task.cancel()
 
 
 def _error(cancelled: asyncio.CancelledError) -> Draining | OutcomeUnknown:
-    # A client that sent no request_id would write twice if it sent the call again.
+    # Draining would invite a client that sent no request_id to write twice.
     if isinstance(cancelled, CancelledAfterCommit):
         return OutcomeUnknown("the server stopped after the commit; the write is stored")
-    return Draining("the server stopped before this call was done; send it again")
+    return Draining("the server stopped before this call was finished; send it again")

@@ -2,13 +2,13 @@
 
 import asyncio
 import logging
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import grpc
 from google.rpc.status_pb2 import Status
 
 from service.errors import RosterError
-from service.interceptors.chain import Context, Proceed, Rpc
+from service.interceptors.chain import Context, Proceed, Request, Response, Rpc
 from service.status import CODES, status_from_error
 
 log = logging.getLogger(__name__)
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 def answer_errors(rpc: Rpc, proceed: Proceed) -> Proceed:
     """Turn exceptions into statuses; the log has those that are faults of the server."""
 
-    async def answer(request: Any, context: Context) -> Any:
+    async def answer(request: Request, context: Context) -> Response:
         try:
             return await proceed(request, context)
         except RosterError as error:

@@ -1,15 +1,15 @@
-"""Limits calls in flight and call rates, by caller and method and in all: a guard against runaways."""
+"""Limits calls in flight and call rates, per caller and method and in total, against runaway clients."""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from service.auth.caller import current_share
 from service.auth.policy import HEALTH
 from service.errors import Overloaded, QuotaExceeded, RateLimited, RosterError
-from service.interceptors.chain import Context, Proceed, Rpc
+from service.interceptors.chain import Context, Proceed, Response, Rpc
 from service.settings import Settings
 from service.shares import FairSemaphore
 
@@ -18,23 +18,24 @@ BURST_SECONDS = 1
 MAX_IDLE_USES = 1000
 
 CallerAndPath = tuple[str, str]
+RequestT = TypeVar("RequestT")
 
 
 @dataclass(slots=True)
 class Use:
-    """One caller's use of one RPC: calls in flight, and the time until which the rate is used up (GCRA)."""
+    """One caller's use of one RPC: calls in flight, and the time until which its rate is used up (GCRA)."""
 
     in_flight: int = 0
     spent_until: float = 0.0
 
 
 class Limits:
-    """Refuses calls above the limits of a caller, or of the server; nothing of a refused call was done.
+    """Refuses calls above the limits of a caller or of the server, before they do anything.
 
-    A caller's own limit is QuotaExceeded or RateLimited, the server's is Overloaded. Of the calls in flight
-    a caller may have its fair share, whatever the RPCs.
-    A stream whose client sends nothing for too long is QuotaExceeded. One whose client does not read keeps
-    its place: gRPC sends no status past messages that wait to be read. Health checks are never refused.
+    Above a caller's own limits the error is QuotaExceeded or RateLimited, above the server's Overloaded. A
+    caller may have its fair share of all calls in flight, whatever the RPCs. A stream whose client sends
+    nothing for too long ends with QuotaExceeded. One whose client does not read can't be ended: gRPC sends
+    the status only after the messages that wait to be read. Health checks are never refused.
     """
 
     def __init__(self, settings: Settings, now: Callable[[], float] = time.monotonic) -> None:
@@ -49,7 +50,7 @@ class Limits:
             return proceed
         max_in_flight = self._settings.caller_streams if rpc.is_stream else self._settings.caller_calls
 
-        async def limit(request: Any, context: Context) -> Any:
+        async def limit(request: Any, context: Context) -> Response:
             caller = current_share()
             use = self._use((caller, rpc.path))
             self._admit(use, max_in_flight)
@@ -66,7 +67,7 @@ class Limits:
 
         return limit
 
-    async def _end_when_idle(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async def _end_when_idle(self, requests: AsyncIterator[RequestT]) -> AsyncIterator[RequestT]:
         seconds = self._settings.stream_idle_timeout
         while True:
             try:
@@ -93,7 +94,7 @@ class Limits:
     def _admit(self, use: Use, max_in_flight: int) -> None:
         if use.in_flight >= max_in_flight:
             raise QuotaExceeded(
-                f"{max_in_flight} calls of this method are in flight already; wait until some have ended"
+                f"{max_in_flight} calls of this method are in flight already; try again when some have ended"
             )
         now, rate = self._now(), self._settings.caller_rate
         spent_until = max(use.spent_until, now)
@@ -105,6 +106,6 @@ class Limits:
         if self._calls.free:
             return QuotaExceeded(
                 f"this caller has {self._calls.held(caller)} calls in flight, which is its share of "
-                f"{self._calls.size}; wait until some have ended"
+                f"{self._calls.size}; try again when some have ended"
             )
         return Overloaded("the server has too many calls in flight; nothing was done, try again")

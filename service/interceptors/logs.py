@@ -9,12 +9,12 @@ from typing import Any
 from service.auth.caller import current_caller
 from service.auth.policy import HEALTH
 from service.db.statements import LISTENERS
-from service.interceptors.chain import Context, Interceptor, Proceed, Rpc, code_at_end
+from service.interceptors.chain import Context, Interceptor, Proceed, Request, Response, Rpc, code_at_end
 from service.logs import CALL_IDS
 
 log = logging.getLogger("service.calls")
 
-# Printable ASCII, as HTTP/2 carries text in gRPC; no raw byte of a header reaches the log.
+# Printable ASCII, as gRPC allows in text headers; raw bytes of a header never reach the log.
 REQUEST_ID = re.compile(r"[ -~]{1,128}")
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}.*")
 
@@ -36,8 +36,8 @@ class StatementTotals:
 def log_calls(slow_seconds: float) -> Interceptor:
     """Return an interceptor that logs each call when it has ended, as a warning if it was slow.
 
-    No line has anything of a request or a response. The request id is the caller's `x-request-id`, 1 to 128
-    printable ASCII characters, otherwise a random one; the trace id is that of `traceparent`.
+    A line contains nothing of the request or the response. The request id is the caller's `x-request-id` if
+    it has 1 to 128 printable ASCII characters, otherwise a random one. The trace id is that of `traceparent`.
     """
 
     def intercept(rpc: Rpc, proceed: Proceed) -> Proceed:
@@ -46,7 +46,7 @@ def log_calls(slow_seconds: float) -> Interceptor:
         # A stream lasts as long as its client wants.
         can_be_slow = rpc.path not in HEALTH and not rpc.is_stream
 
-        async def log_call(request: Any, context: Context) -> Any:
+        async def log_call(request: Request, context: Context) -> Response:
             # Each call is a task with a context of its own, so nothing has to be reset.
             ids = _ids(context)
             CALL_IDS.set(ids)
@@ -81,7 +81,7 @@ def _ids(context: Context) -> dict[str, str]:
     metadata: dict[str, Any] = dict(context.invocation_metadata() or ())
     request_id = metadata.get("x-request-id", "")
     if not REQUEST_ID.fullmatch(request_id):
-        # Nobody gains by guessing one, and uuid4 takes 8 µs, since it asks the system for each.
+        # It needs no secrecy, and uuid4 takes 8 µs, because it reads random bytes from the system each time.
         request_id = f"{getrandbits(128):032x}"
     ids = {"request_id": request_id}
     # https://www.w3.org/TR/trace-context/#traceparent-header

@@ -1,6 +1,6 @@
 """Reads and parses the messages of a call, once the call is admitted.
 
-`Chain` hands every call on as a stream of bytes, and says why.
+`Chain` explains why it passes every call on as a stream of bytes.
 """
 
 import asyncio
@@ -9,16 +9,17 @@ from functools import partial
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
 from service.auth.caller import NOBODY, current_caller
 from service.auth.policy import HEALTH
 from service.errors import MalformedMessage, TooLarge
-from service.interceptors.chain import Context, Proceed, Rpc, host_of
+from service.interceptors.chain import Context, Proceed, Response, Rpc, host_of
 from service.posts.rules import MAX_CONTENT_BYTES
 from service.requests import parse, request_class
 from service.waits import BoundedWaits
 
-# A user with its 50 posts, as a caller may send back what it has read, has 60 KiB.
+# A caller may send back a user as it was read, with its 50 posts: 60 KiB.
 MAX_BYTES = 64 << 10
 MAX_HEALTH_BYTES = 512
 LARGER = {
@@ -29,16 +30,16 @@ LARGER = {
 MAX_UNFINISHED = 64
 ARRIVAL_SECONDS = 10
 CANCELLATION_SECONDS = 0.01
-SLOW = f"the message did not arrive within {ARRIVAL_SECONDS} s, or too many are on their way; try again"
+SLOW = f"the message did not arrive within {ARRIVAL_SECONDS} s, or too many are arriving; try again"
 
-Parser = Callable[[bytes], Any]
+Parser = Callable[[bytes], Message]
 
 
 class Messages:
-    """Parses messages; the interceptors before it look at none.
+    """Parses messages; the interceptors before it don't use them.
 
     Raises TooLarge and MalformedMessage, and QuotaExceeded for a message that does not arrive. Bulk streams
-    get bytes: they answer a message that is too large, and go on.
+    get bytes: they report a message that is too large, and continue.
     """
 
     def __init__(self) -> None:
@@ -54,10 +55,10 @@ class Messages:
             return proceed
         parser = _parser(rpc)
 
-        async def parse_stream(requests: AsyncIterator[bytes], context: Context) -> Any:
+        async def parse_stream(requests: AsyncIterator[bytes], context: Context) -> Response:
             return await proceed(_parse_all(parser, requests), context)
 
-        async def parse_request(_: AsyncIterator[bytes], context: Context) -> Any:
+        async def parse_request(_: AsyncIterator[bytes], context: Context) -> Response:
             message = await self._read(context)
             return await proceed(parser(message), context)
 
@@ -67,13 +68,13 @@ class Messages:
         """Return the one message of a call."""
         message: Any = await self._unfinished.bound(context.read(), partial(_group, context))
         if message is grpc.aio.EOF:
-            # A call that was cancelled looks like this at first; its cancellation comes next.
+            # A cancelled call looks like this at first, and its cancellation follows.
             await asyncio.sleep(CANCELLATION_SECONDS)
             raise MalformedMessage("the call ended without its message")
         return bytes(message)
 
 
-async def _parse_all(parser: Parser, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+async def _parse_all(parser: Parser, requests: AsyncIterator[bytes]) -> AsyncIterator[Message]:
     async for request in requests:
         yield parser(request)
 
@@ -84,7 +85,7 @@ def _parser(rpc: Rpc) -> Parser:
     return partial(_parse, request_class(rpc.request_type), limit)
 
 
-def _parse(request_type: Any, limit: int, message: bytes) -> Any:
+def _parse(request_type: type[Message], limit: int, message: bytes) -> Message:
     if len(message) > limit:
         name = request_type.DESCRIPTOR.name
         raise TooLarge(f"a {name} has at most {limit:,} bytes, this one has {len(message):,}")
@@ -94,6 +95,6 @@ def _parse(request_type: Any, limit: int, message: bytes) -> Any:
 
 
 def _group(context: Context) -> str:
-    """Return who is charged for an unfinished message: the caller, or the host of an unknown one."""
+    """Return the group that an unfinished message counts for: its caller or, if unknown, its host."""
     identity = current_caller().identity
     return host_of(context) if identity == NOBODY.identity else identity

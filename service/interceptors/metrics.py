@@ -1,14 +1,13 @@
-"""Metrics of calls: how many began and ended, with which code, how long they took, how many are in flight."""
+"""Call metrics: calls started, ended by code, and in flight, and their duration."""
 
 from time import perf_counter
-from typing import Any
 
 import grpc
 
-from service.interceptors.chain import Context, Proceed, Rpc, code_at_end
+from service.interceptors.chain import Context, Proceed, Request, Response, Rpc, code_at_end
 from service.metrics import CALLS, HANDLED, HANDLING, STARTED
 
-# The names of go-grpc-middleware, as those of the metrics.
+# Named as in go-grpc-middleware, like the metrics.
 CODE_NAMES = {code: code.name.title().replace("_", "") for code in grpc.StatusCode} | {
     grpc.StatusCode.OK: "OK",
     grpc.StatusCode.CANCELLED: "Canceled",
@@ -16,7 +15,7 @@ CODE_NAMES = {code: code.name.title().replace("_", "") for code in grpc.StatusCo
 
 
 def measure_calls(rpc: Rpc, proceed: Proceed) -> Proceed:
-    """Count and time every call; outside of `answer_errors`, which gives a call its code."""
+    """Count and time every call. It wraps `answer_errors`, which sets the code of a call."""
     labels = _grpc_type(rpc), rpc.service, rpc.name
     # A look-up by labels takes longer than the increment, so it is done once.
     started = STARTED.labels(*labels)
@@ -24,7 +23,7 @@ def measure_calls(rpc: Rpc, proceed: Proceed) -> Proceed:
     seconds = HANDLING.labels(*labels)
     handled = {code: HANDLED.labels(*labels, name) for code, name in CODE_NAMES.items()}
 
-    async def measure(request: Any, context: Context) -> Any:
+    async def measure(request: Request, context: Context) -> Response:
         started.inc()
         in_flight.inc()
         began = perf_counter()

@@ -1,13 +1,12 @@
 """OpenTelemetry traces, if the extra `tracing` is installed and an endpoint is set.
 
-There is a span for each call and for each of its statements. OpenTelemetry's own variables set everything:
-endpoint, protocol, headers, sampler, the service's name.
+There is a span for each call and for each of its statements. OpenTelemetry's own environment variables
+configure everything: endpoint, protocol, headers, sampler, service name.
 https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
 """
 
 from importlib import import_module
 from time import time_ns
-from typing import Any
 
 import grpc
 from opentelemetry import propagate
@@ -17,7 +16,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, StatusCode, format_trace_id
 
 from service.db.statements import LISTENERS
-from service.interceptors.chain import Context, Proceed, Rpc, code_at_end
+from service.interceptors.chain import Context, Proceed, Request, Response, Rpc, code_at_end
 from service.logs import CALL_IDS
 
 MAX_STATEMENT = 2000
@@ -43,7 +42,7 @@ def exporting_provider(protocol: str) -> TracerProvider:
 
 
 class Tracing:
-    """Makes each call a span, a child of the caller's, and each of its statements a child of that."""
+    """Creates a span for each call, a child of the caller's, and a child span for each of its statements."""
 
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider
@@ -57,7 +56,7 @@ class Tracing:
         """Trace the calls of an RPC."""
         attributes = {"rpc.system": "grpc", "rpc.service": rpc.service, "rpc.method": rpc.name}
 
-        async def trace(request: Any, context: Context) -> Any:
+        async def trace(request: Request, context: Context) -> Response:
             with self._tracer.start_as_current_span(
                 f"{rpc.service}/{rpc.name}",
                 propagate.extract(dict(context.invocation_metadata() or ())),
@@ -80,7 +79,7 @@ class Tracing:
         self._tracer.start_span(
             statement.partition(" ")[0],
             kind=SpanKind.CLIENT,
-            attributes={"db.query.text": statement[:MAX_STATEMENT]},  # values are parameters, so not in it
+            attributes={"db.query.text": statement[:MAX_STATEMENT]},  # without values, which are parameters
             start_time=now - int(seconds * 1e9),
         ).end(now)
 

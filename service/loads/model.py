@@ -31,7 +31,7 @@ class Load(Base):
 
     __tablename__ = "bulk_loads"
     __table_args__ = (
-        Index("uq_bulk_loads_caller_load_id", "caller", "load_id", unique=True),
+        Index("uq_bulk_loads_load_id_caller", "load_id", "caller", unique=True),
         {"sqlite_autoincrement": True},
     )
 

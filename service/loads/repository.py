@@ -51,12 +51,14 @@ class LoadRepository:
         A load keeps the method and the options it began with. Until the contracting migration has run, a name
         has one load: raises LoadNotFound if it is another caller's.
         """
-        # Without a target, ON CONFLICT covers both unique keys that the table has before the contracting
-        # migration. With the target (caller, load_id), a concurrent opener could violate the other one.
-        begun = insert(self.session, Load).values(
-            load_id=load_id, caller=self.caller, method=method, stored_options=options
+        # Without a target, ON CONFLICT covers the key that the table has: before the contracting migration
+        # the name alone, after it the name and the caller.
+        begun = (
+            insert(self.session, Load)
+            .values(load_id=load_id, caller=self.caller, method=method, stored_options=options)
+            .on_conflict_do_nothing()
+            .returning(Load.id)
         )
-        begun = begun.on_conflict_do_nothing().returning(Load.id)
         # The INSERT waits for a concurrent transaction with the same key. If that one commits, its row is
         # visible to the UPDATE, which has a later snapshot. Loads are never deleted.
         id = await self.session.scalar(begun) or await self._continue(load_id)

@@ -1,36 +1,24 @@
 """Posts: messages <-> values. Pure functions; all checks of a request happen here."""
 
 from collections.abc import Collection, Sequence
-from typing import Any
-
-from google.protobuf.field_mask_pb2 import FieldMask
 
 from roster.v1.posts_pb2 import ListPostsRequest, UpdatePostRequest
 from roster.v1.resources_pb2 import Post as PostMessage
-from service.bulk.convert import add_identity
-from service.db.base import column_names
+from service.bulk.convert import add_fields, add_identity
+from service.db.base import Values, column_names
 from service.db.bulk.batch import Batch
 from service.db.selection import Row
 from service.errors import InvalidField
 from service.posts.model import Post
-from service.posts.rules import (
-    CREATE_RULES,
-    MAX_CONTENT_BYTES,
-    MAX_TITLE,
-    RULES,
-    content_error,
-    title_error,
-)
+from service.posts.rules import CREATE_RULES, RULES
 from service.users.convert import user_to_fields
 from service.users.rules import are_plain_emails, email_error, normalise_email
-from service.validation import are_valid_texts, check_id, collect_violations, id_error
+from service.validation import check_id, collect_violations, id_error
 from service.wire import (
     Fields,
     Update,
-    check_identity,
-    masked_fields,
-    require_changes,
     row_converter,
+    update_from_message,
     values_from_message,
 )
 
@@ -50,7 +38,7 @@ def post_with_author_to_fields(row: Row) -> Fields:
     return {**post_to_fields(row), "author": user_to_fields(row[len(POST_COLUMNS) :])}
 
 
-def post_from_message(message: PostMessage) -> dict[str, Any]:
+def post_from_message(message: PostMessage) -> Values:
     """Return the values of a new post; raises InvalidField."""
     with collect_violations() as violations:
         if message.author_email:
@@ -60,16 +48,7 @@ def post_from_message(message: PostMessage) -> dict[str, Any]:
 
 def post_update_from_request(request: UpdatePostRequest) -> Update:
     """Return the changes to a post; raises InvalidMask, InvalidField."""
-    id, version = check_identity(request.post, "post")
-    return Update(id, version, post_changes_from_message(request.post, request.update_mask))
-
-
-def post_changes_from_message(message: PostMessage, mask: FieldMask) -> dict[str, Any]:
-    """Return the values that an update writes; raises InvalidMask, InvalidField."""
-    fields = masked_fields(message, mask, WRITABLE)
-    require_changes(fields, "post", "title or content")
-    with collect_violations() as violations:
-        return values_from_message(message, {field: RULES[field] for field in fields}, "post", violations)
+    return update_from_message(request.post, request.update_mask, RULES, "post")
 
 
 def author_id_from_request(request: ListPostsRequest) -> int:
@@ -90,17 +69,7 @@ def post_batch_from_messages(
     add_identity(batch, messages, fields)
     if "author_id" in fields:
         _add_authors(batch, messages)
-    if "title" in fields:
-        titles = [message.title for message in messages]
-        batch.add(
-            "title", titles, title_error, is_sound="" not in titles and are_valid_texts(titles, MAX_TITLE)
-        )
-    if "content" in fields:
-        contents = [message.content for message in messages]
-        # A character has at most 4 bytes.
-        batch.add(
-            "content", contents, content_error, is_sound=are_valid_texts(contents, MAX_CONTENT_BYTES // 4)
-        )
+    add_fields(batch, messages, fields, RULES)
     return batch
 
 
@@ -108,7 +77,9 @@ def _add_authors(batch: Batch, messages: Sequence[PostMessage]) -> None:
     ids: list[int | None] = [message.author_id or None for message in messages]
     given = [message.author_email for message in messages]
     is_plain = are_plain_emails(given)
-    emails = given if is_plain else [normalise_email(email) or None for email in given]
+    emails: list[str | None] = [*given]
+    if not is_plain:
+        emails = [normalise_email(email) or None for email in given]
     batch.add("author_id", ids, id_error, is_sound=not any(ids))
     batch.add("author_email", emails, email_error, is_sound=is_plain)
     if is_plain and not any(ids):

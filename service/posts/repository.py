@@ -1,16 +1,11 @@
 """PostRepository: all SQL about posts."""
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from sqlalchemy import Text
 from sqlalchemy.exc import IntegrityError
 
-from service.db.base import BigInt, Session
-from service.db.bulk.batch import Batch
-from service.db.bulk.table import BulkTable
-from service.db.dialect import matched
+from service.db.base import Session, Values
+from service.db.bulk.table import BulkTable, Reference
 from service.db.repository import Repository, SessionT
 from service.db.selection import Row, Selection, columns_by_name, readable_columns, size_of
 from service.errors import AuthorNotFound, PostNotFound
@@ -43,7 +38,7 @@ class PostRepository(Repository[Post, SessionT]):
     def basic(cls) -> Selection:
         return BASIC
 
-    async def create(self: "PostRepository[Session]", values: Mapping[str, Any]) -> Row:
+    async def create(self: "PostRepository[Session]", values: Values) -> Row:
         """Insert a post; raises AuthorNotFound."""
         try:
             return await super().create(values)
@@ -51,29 +46,10 @@ class PostRepository(Repository[Post, SessionT]):
             raise author_not_found("author_id") from None
 
 
-async def resolve_authors(session: Session, batch: Batch) -> Batch:
-    """Return new posts with the ids of their authors, who are given by id or e-mail; fail posts without one.
-
-    The authors are not locked. If one is deleted meanwhile, the foreign key raises an IntegrityError.
-    """
-    columns = dict(batch.columns)
-    ids, emails = columns["author_id"], columns.pop("author_email")
-    good = batch.good_rows()
-    by_id = [id for row in good if (id := ids[row])]
-    by_email = [email for row in good if (email := emails[row])]
-    known: dict[int | str | None, int | None] = {}
-    known.update(zip(by_id, await matched(session, User.id, by_id, BigInt), strict=True))
-    known.update(zip(by_email, await matched(session, User.email, by_email, Text()), strict=True))
-    authors = [known.get(id or email) for id, email in zip(ids, emails, strict=True)]
-    for row in good:
-        if authors[row] is None:
-            batch.fail(row, author_not_found("author_id" if ids[row] else "author_email"))
-    return replace(batch, columns=columns | {"author_id": authors})
-
-
 def author_not_found(field: str) -> AuthorNotFound:
     """Return the error for a post whose author does not exist."""
     return AuthorNotFound("there is no user for this author", field=field)
 
 
-POSTS = BulkTable(Post, PostRepository.missing, prepare=resolve_authors)
+AUTHORS = Reference(Post.author_id, {"author_id": User.id, "author_email": User.email}, author_not_found)
+POSTS = BulkTable(Post, PostRepository.missing, references=[AUTHORS])

@@ -1,6 +1,8 @@
 """The rules of a post's fields."""
 
-from service.validation import Rule, id_error, text_error
+from collections.abc import Sequence
+
+from service.validation import Rule, are_valid_texts, id_error, text_error
 
 MAX_TITLE = 255
 MAX_CONTENT_BYTES = 1 << 20
@@ -19,6 +21,18 @@ def content_error(content: str) -> str | None:
     return None
 
 
+def are_valid_titles(titles: Sequence[str]) -> bool:
+    return "" not in titles and are_valid_texts(titles, MAX_TITLE)
+
+
+def are_short_contents(contents: Sequence[str]) -> bool:
+    # A character has at most 4 bytes.
+    return are_valid_texts(contents, MAX_CONTENT_BYTES // 4)
+
+
 # The fields that a request may write. An update can't write `author_id`.
-RULES: dict[str, Rule] = {"title": title_error, "content": content_error}
-CREATE_RULES: dict[str, Rule] = {"author_id": id_error, **RULES}
+RULES = {
+    "title": Rule(title_error, are_valid_titles),
+    "content": Rule(content_error, are_short_contents),
+}
+CREATE_RULES = {"author_id": Rule(id_error), **RULES}

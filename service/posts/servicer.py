@@ -14,8 +14,8 @@ from service.auth.views import View, Views, limit_to_written
 from service.bulk.operation import Operation
 from service.bulk.stream import BulkStreams
 from service.db.engine import Database
-from service.db.reads import Reader, export_rows
-from service.idempotency import idempotent
+from service.db.reads import Reader
+from service.idempotency import Writer
 from service.interceptors.chain import Context
 from service.posts.convert import (
     WRITABLE,
@@ -31,27 +31,12 @@ from service.posts.model import Post
 from service.posts.repository import POSTS, WITH_AUTHOR, PostRepository
 from service.timeslice import add_in_slices
 from service.validation import check_id, check_ids
-from service.wire import deleted_to_message, deletion_from_request, export_from_request, missing_ids
+from service.wire import export_from_request, missing_ids
 
 CREATE_POSTS = Operation(
-    method="roster.v1.PostService.BulkCreatePosts",
-    request=pb.BulkCreatePostsRequest,
-    rows_field="posts",
-    fields=(*WRITABLE, "author_id"),
-    writable=WRITABLE,
-    read=post_batch_from_messages,
-    table=POSTS,
+    pb.BulkCreatePostsRequest, POSTS, post_batch_from_messages, WRITABLE, create_only=("author_id",)
 )
-UPDATE_POSTS = Operation(
-    method="roster.v1.PostService.BulkUpdatePosts",
-    request=pb.BulkUpdatePostsRequest,
-    rows_field="posts",
-    fields=("id", "version"),
-    writable=WRITABLE,
-    read=post_batch_from_messages,
-    table=POSTS,
-    is_update=True,
-)
+UPDATE_POSTS = Operation(pb.BulkUpdatePostsRequest, POSTS, post_batch_from_messages, WRITABLE, is_update=True)
 BASIC = View(PostRepository.basic(), post_to_fields)
 VIEWS = Views(
     PostMessage.View,
@@ -68,21 +53,15 @@ class PostServicer(PostServiceServicer):
     def __init__(self, database: Database, reader: Reader, bulk: BulkStreams) -> None:
         self.database = database
         self.reader = reader
+        self.writer = Writer(database, PostRepository, PostMessage, post_to_message)
         self.bulk = bulk
 
     async def CreatePost(self, request: pb.CreatePostRequest, context: Context) -> PostMessage:
-        values = post_from_message(request.post)
-        return await idempotent(
-            self.database,
-            request,
-            PostMessage,
-            lambda session: PostRepository(session).create(values),
-            post_to_message,
-        )
+        return await self.writer.create(request, post_from_message(request.post))
 
     async def GetPost(self, request: pb.GetPostRequest, context: Context) -> PostMessage:
         id = check_id(request.id)
-        view = VIEWS.requested(request.view)
+        view = VIEWS.get(request.view)
         if view is BASIC:
             return post_to_message(await self.reader.get(id))
         async with self.database.read() as session:
@@ -93,9 +72,8 @@ class PostServicer(PostServiceServicer):
         self, request: pb.BatchGetPostsRequest, context: Context
     ) -> pb.BatchGetPostsResponse:
         ids = check_ids(request.ids)
-        view = VIEWS.requested(request.view)
-        async with self.database.read() as session:
-            found = await PostRepository(session).get_many(ids, view.selection)
+        view = VIEWS.get(request.view)
+        found = await self.reader.get_many(ids, view.selection)
         response = pb.BatchGetPostsResponse(**missing_ids(ids, found))
         await add_in_slices(response.posts, view.to_fields, [post for post in found if post])
         return response
@@ -104,54 +82,34 @@ class PostServicer(PostServiceServicer):
         author_id = author_id_from_request(request)
         scope = [Post.author_id == author_id] if author_id else []
         query = await PostRepository.list_query(request, *scope, scope_key=author_id)
-        view = VIEWS.requested(request.view)
-        async with self.database.read() as session:
-            page = await PostRepository(session).page(query, view.selection)
+        view = VIEWS.get(request.view)
+        page = await self.reader.page(query, view.selection)
         response = pb.ListPostsResponse(next_page_token=query.next_token(page))
         await add_in_slices(response.posts, view.to_fields, page.rows)
         return response
 
     async def UpdatePost(self, request: pb.UpdatePostRequest, context: Context) -> PostMessage:
         update = post_update_from_request(request)
-        updated = await idempotent(
-            self.database,
-            request,
-            PostMessage,
-            lambda session: PostRepository(session).update(update.id, update.changes, update.version),
-            post_to_message,
-        )
+        updated = await self.writer.update(request, update)
         return limit_to_written(updated, update.changes, reads=GET_POST)
 
     async def DeletePost(self, request: pb.DeletePostRequest, context: Context) -> Empty:
-        id, version = deletion_from_request(request)
-        return await idempotent(
-            self.database,
-            request,
-            Empty,
-            lambda session: PostRepository(session).delete(id, version),
-            deleted_to_message,
-        )
+        return await self.writer.delete(request)
 
-    async def BulkCreatePosts(
+    def BulkCreatePosts(
         self, requests: AsyncIterator[pb.BulkCreatePostsRequest], context: Context
     ) -> AsyncIterator[BulkWriteResponse]:
-        async with aclosing(self.bulk.run(requests, CREATE_POSTS)) as events:
-            async for event in events:
-                yield event
+        return self.bulk.run(requests, CREATE_POSTS)
 
-    async def BulkUpdatePosts(
+    def BulkUpdatePosts(
         self, requests: AsyncIterator[pb.BulkUpdatePostsRequest], context: Context
     ) -> AsyncIterator[BulkWriteResponse]:
-        async with aclosing(self.bulk.run(requests, UPDATE_POSTS)) as events:
-            async for event in events:
-                yield event
+        return self.bulk.run(requests, UPDATE_POSTS)
 
     async def ExportPosts(
         self, request: pb.ExportPostsRequest, context: Context
     ) -> AsyncIterator[pb.ExportPostsResponse]:
-        conditions = await PostRepository.conditions(request.filter)
-        after_id, limit = export_from_request(request)
-        rows = export_rows(self.database, PostRepository, conditions, after_id, limit)
+        rows = self.reader.export(request.filter, *export_from_request(request))
         async with aclosing(rows):
             async for posts in rows:
                 yield pb.ExportPostsResponse(posts=map(post_to_fields, posts), last_id=posts[-1].id)

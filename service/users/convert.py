@@ -10,11 +10,10 @@ from google.protobuf.message import Message
 from roster.v1.resources_pb2 import Post as PostMessage, User as UserMessage
 from roster.v1.users_pb2 import GetUserRequest, UpdateUserRequest, VerifyPasswordRequest
 from service.bulk.convert import add_identity
-from service.db.base import column_names
+from service.db.base import Values, column_names
 from service.db.bulk.batch import Batch
 from service.db.selection import Row
 from service.errors import InvalidField
-from service.users.hashes import password_hash_error
 from service.users.model import User
 from service.users.repository import LISTED_POST, UserWithPosts
 from service.users.rules import (
@@ -25,7 +24,7 @@ from service.users.rules import (
     normalise_email,
     password_error,
 )
-from service.validation import are_valid_texts, collect_violations, id_error
+from service.validation import collect_violations, id_error
 from service.wire import (
     Fields,
     Update,
@@ -53,7 +52,7 @@ def user_with_posts_to_fields(row: UserWithPosts) -> Fields:
     return {**user_to_fields(row.user), "posts": list(map(_listed_post_to_fields, row.posts))}
 
 
-def user_from_message(message: UserMessage) -> dict[str, Any]:
+def user_from_message(message: UserMessage) -> Values:
     """Return the values of a new user, with a `password` not hashed yet; raises InvalidField."""
     optional = [field for field in WRITABLE if field != "email" and is_set(message, field)]
     return _values(message, ["email", *optional])
@@ -65,7 +64,7 @@ def user_update_from_request(request: UpdateUserRequest) -> Update:
     return Update(id, version, user_changes_from_message(request.user, request.update_mask))
 
 
-def user_changes_from_message(message: UserMessage, mask: FieldMask) -> dict[str, Any]:
+def user_changes_from_message(message: UserMessage, mask: FieldMask) -> Values:
     """Return the values that an update writes; raises InvalidMask, InvalidField."""
     fields = masked_fields(message, mask, WRITABLE)
     if list(mask.paths) == ["*"]:
@@ -98,20 +97,16 @@ def user_batch_from_messages(
             _add_optional_texts(batch, field, messages)
     if "is_active" in fields:
         default = None if "is_active" in masked else True
-        active = [
-            is_active if (is_active := message.is_active) or message.HasField("is_active") else default
-            for message in messages
-        ]
-        batch.add("is_active", active, is_required=True)
+        batch.add("is_active", _values_or(default, "is_active", messages), is_required=True)
     if "hashed_password" in fields:
         hashes = [message.hashed_password or None for message in messages]
         is_required = "hashed_password" in masked
         batch.add(
             "hashed_password",
             hashes,
-            password_hash_error,
+            RULES["hashed_password"].error,
             is_required=is_required,
-            is_sound=not any(hashes),
+            is_sound=RULES["hashed_password"].accepts_all(hashes),
         )
     if any(message.password for message in messages):
         batch.add("password", [message.password or None for message in messages], _bulk_password_error)
@@ -120,11 +115,21 @@ def user_batch_from_messages(
 
 
 def _add_optional_texts(batch: Batch, field: str, messages: Sequence[Message]) -> None:
-    text_of = attrgetter(field)
-    # HasField is needed only for a text that reads as its default.
-    texts = [text if (text := text_of(message)) or message.HasField(field) else None for message in messages]
-    is_sound = are_valid_texts(texts, OPTIONAL_TEXTS[field])
-    batch.add(field, texts, RULES[field], is_sound=is_sound)
+    texts = _values_or(None, field, messages)
+    rule = RULES[field]
+    batch.add(field, texts, rule.error, is_sound=rule.accepts_all(texts))
+
+
+def _values_or(default: bool | None, field: str, messages: Sequence[Message]) -> list[Any]:
+    """Return the values of a field, and the default for messages in which it is unset."""
+    values = list(map(attrgetter(field), messages))
+    if all(values):
+        return values
+    # HasField is needed only for a value that reads as its default.
+    for row, value in enumerate(values):
+        if not value and not messages[row].HasField(field):
+            values[row] = default
+    return values
 
 
 def key_from_request(request: GetUserRequest | VerifyPasswordRequest) -> str | int:
@@ -148,7 +153,7 @@ def credentials_from_request(request: VerifyPasswordRequest) -> tuple[str | int,
     return key, request.password
 
 
-def _values(message: UserMessage, fields: Sequence[str]) -> dict[str, Any]:
+def _values(message: UserMessage, fields: Sequence[str]) -> Values:
     values = {field: _value(message, field) for field in fields}
     with collect_violations() as violations:
         for field, value in values.items():
@@ -166,7 +171,7 @@ def _value(message: UserMessage, field: str) -> Any:
 
 def _error(field: str, value: Any) -> str | None:
     if value is not None:
-        return RULES[field](value)
+        return RULES[field].error(value)
     return None if field in OPTIONAL_TEXTS else "is required where update_mask names it"
 
 

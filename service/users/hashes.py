@@ -1,4 +1,4 @@
-"""The forms of password hashes: which are taken, what each may cost to check, and how that is done."""
+"""Formats of password hashes: which are accepted, what each may cost to check, and how to check it."""
 
 import re
 from base64 import b64decode
@@ -11,9 +11,9 @@ import bcrypt
 from argon2 import PasswordHasher
 from argon2.exceptions import VerificationError
 
-MAX_BCRYPT_BYTES = 72  # bcrypt itself passes over the rest; the library refuses it
-SCRYPT_MEMORY_BYTES = 1 << 28  # for stored hashes; OpenSSL refuses more than 32 MiB by itself
-# A check at any of these caps takes about 1 s of one core (2.5 GHz). It can't be interrupted meanwhile.
+MAX_BCRYPT_BYTES = 72  # the algorithm ignores the rest; the library refuses it
+SCRYPT_MEMORY_BYTES = 1 << 28  # for stored hashes; by default OpenSSL refuses more than 32 MiB
+# A check at any of these limits takes about 1 s of one core (2.5 GHz), and can't be interrupted.
 MAX_ARGON2_KIB = 1 << 18
 MAX_ARGON2_KIB_PASSES = 1 << 20  # 0.98 s
 MAX_ARGON2_LANES = 8
@@ -26,8 +26,8 @@ SALT_AND_KEY = r"\$(?P<salt>[A-Za-z0-9./+]{2,128})\$(?P<key>[A-Za-z0-9./+]{16,12
 
 
 @dataclass(frozen=True)
-class Form:
-    """A form of hashes: its pattern, the rule for the costs in it, and how a password is checked."""
+class HashFormat:
+    """A hash format: its pattern, the limit of its costs, and how to check a password."""
 
     pattern: re.Pattern[str]
     is_affordable: Callable[[re.Match[str]], bool]
@@ -57,7 +57,7 @@ def _is_affordable_pbkdf2(stored: re.Match[str]) -> bool:
 
 def _matches_argon2(stored: re.Match[str], password: bytes) -> bool:
     try:
-        return PasswordHasher().verify(stored[0], password)  # at the costs that the hash names
+        return PasswordHasher().verify(stored[0], password)  # at the costs in the hash
     except VerificationError:
         return False
 
@@ -68,7 +68,7 @@ def _matches_bcrypt(stored: re.Match[str], password: bytes) -> bool:
 
 def _matches_scrypt(stored: re.Match[str], password: bytes) -> bool:
     costs = {"n": 1 << int(stored["ln"]), "r": int(stored["r"]), "p": int(stored["p"])}
-    salt, key = _decoded(stored["salt"]), _decoded(stored["key"])
+    salt, key = _decode(stored["salt"]), _decode(stored["key"])
     return compare_digest(
         scrypt(password, salt=salt, dklen=len(key), maxmem=SCRYPT_MEMORY_BYTES, **costs), key
     )
@@ -76,19 +76,19 @@ def _matches_scrypt(stored: re.Match[str], password: bytes) -> bool:
 
 def _matches_pbkdf2(stored: re.Match[str], password: bytes) -> bool:
     digest = stored["digest"] or "sha1"
-    # The first block is as hard to guess as the whole key, each further one would take all rounds again.
-    key = _decoded(stored["key"])[: PBKDF2_BLOCK_BYTES[digest]]
-    derived = pbkdf2_hmac(digest, password, _decoded(stored["salt"]), int(stored["rounds"]), len(key))
+    # The first block is as hard to guess as the whole key; each further one would cost all rounds again.
+    key = _decode(stored["key"])[: PBKDF2_BLOCK_BYTES[digest]]
+    derived = pbkdf2_hmac(digest, password, _decode(stored["salt"]), int(stored["rounds"]), len(key))
     return compare_digest(derived, key)
 
 
-def _decoded(text: str) -> bytes:
+def _decode(text: str) -> bytes:
     # Without padding; passlib writes a dot where base64 has a plus.
     return b64decode(text.replace(".", "+") + "=" * (-len(text) % 4))
 
 
-FORMS = (
-    Form(
+FORMATS = (
+    HashFormat(
         re.compile(
             r"\$argon2(?:id|i|d)\$v=19\$m=(?P<m>\d{1,7}),t=(?P<t>\d{1,3}),p=(?P<p>\d{1,3})"
             r"\$[A-Za-z0-9+/]{11,128}\$[A-Za-z0-9+/]{16,128}"
@@ -97,49 +97,49 @@ FORMS = (
         "an argon2 hash with at most 256 MiB of memory, 1 GiB of memory times passes, and 8 lanes",
         _matches_argon2,
     ),
-    Form(
+    HashFormat(
         re.compile(r"\$2[aby]\$(?P<cost>0[4-9]|[1-3]\d)\$[A-Za-z0-9./]{53}"),
         _is_affordable_bcrypt,
         "a bcrypt hash with a cost of at most 14",
         _matches_bcrypt,
     ),
-    Form(
+    HashFormat(
         re.compile(r"\$scrypt\$ln=(?P<ln>\d{1,2}),r=(?P<r>\d{1,2}),p=(?P<p>\d{1,2})" + SALT_AND_KEY),
         _is_affordable_scrypt,
         "a scrypt hash with N*r of at most 2^20 (128 MiB) and N*r*p of at most 2^21",
         _matches_scrypt,
     ),
-    Form(
+    HashFormat(
         re.compile(r"\$pbkdf2(?:-(?P<digest>sha256|sha512))?\$(?P<rounds>\d{1,8})" + SALT_AND_KEY),
         _is_affordable_pbkdf2,
-        "a pbkdf2 hash of at most 3,000,000 rounds, or 1,000,000 with sha512",
+        "a pbkdf2 hash with at most 3,000,000 rounds, or 1,000,000 with sha512",
         _matches_pbkdf2,
     ),
 )
 
 ADVICE = (
-    "so that a check takes at most about a second; leave hashed_password out and let this user set a new "
+    "so that a check takes at most about a second; leave hashed_password out and have this user set a new "
     "password"
 )
 
 
 def matches(stored: str, password: str) -> bool:
-    """Tell whether a password is a hash's, at the cost that the hash names; False for what is no hash."""
-    form, match = _form_of(stored)
+    """Return whether a password matches a stored hash, at the costs in the hash; False for other text."""
+    hash_format, match = _format_of(stored)
     try:
-        return match is not None and form.matches(match, password.encode())
+        return match is not None and hash_format.matches(match, password.encode())
     except ValueError:  # a salt that can't be decoded
         return False
 
 
 def password_hash_error(value: str) -> str | None:
-    """Judge a hash from elsewhere by its form and by what it costs to check."""
-    form, match = _form_of(value)
+    """Return why an imported hash is not accepted: its format, or its cost; None if it is."""
+    hash_format, match = _format_of(value)
     if not match:
         return "must be a hash by argon2, bcrypt, scrypt or pbkdf2, such as $argon2id$v=19$m=…"
-    return None if form.is_affordable(match) else f"must be {form.limit}, {ADVICE}"
+    return None if hash_format.is_affordable(match) else f"must be {hash_format.limit}, {ADVICE}"
 
 
-def _form_of(value: str) -> tuple[Form, re.Match[str] | None]:
-    found = ((form, form.pattern.fullmatch(value)) for form in FORMS)
-    return next(((form, match) for form, match in found if match), (FORMS[0], None))
+def _format_of(value: str) -> tuple[HashFormat, re.Match[str] | None]:
+    found = ((hash_format, hash_format.pattern.fullmatch(value)) for hash_format in FORMATS)
+    return next(((hash_format, match) for hash_format, match in found if match), (FORMATS[0], None))

@@ -1,7 +1,7 @@
-"""Passwords: argon2id in a few threads, so that hashing never holds up the event loop.
+"""Hashes passwords with argon2id in a few threads, so that hashing never blocks the event loop.
 
-The threads are shared fairly among callers: one with a thousand checks, or with dear ones, leaves a thread
-to the others, unless there is only one.
+Callers share the threads fairly: one with a thousand checks, or with expensive ones, leaves a thread to the
+others, unless there is only one.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Passwords:
-    """Hashes and checks passwords; raises Overloaded if too many of the same caller wait already."""
+    """Hashes and checks passwords; raises Overloaded if too many of the same caller are waiting."""
 
     def __init__(self, settings: Settings) -> None:
         self._hasher = PasswordHasher(
@@ -34,7 +34,7 @@ class Passwords:
         self._threads = ThreadPoolExecutor(settings.password_workers, thread_name_prefix="password")
         self._shares = FairSemaphore(settings.password_workers)
         self._queue = settings.password_queue
-        # Checked where there is no hash, so that an unknown user costs what a known one does.
+        # Checked if there is no hash, so that an unknown user costs as much time as a known one.
         self._nobody = _hash_of_nothing(self._hasher)
 
     async def hash(self, password: str) -> str:
@@ -42,17 +42,17 @@ class Passwords:
         return await self._run(lambda: self._hasher.hash(password))
 
     async def check(self, stored: str, password: str) -> tuple[bool, str | None]:
-        """Tell whether the password is the stored hash's; where that is weak, return a better one besides.
+        """Return whether the password matches, and a stronger hash if it does and the stored one is weak.
 
-        "" is nobody's hash, at the same cost. A weak one costs a hash more, whether it matches or not.
+        An empty hash matches no password, at the same cost. A weak hash costs one more, matching or not.
         """
-        return await self._run(lambda: self._checked(stored, password))
+        return await self._run(lambda: self._check(stored, password))
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Cancel waiting work and let the threads end."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _checked(self, stored: str, password: str) -> tuple[bool, str | None]:
+    def _check(self, stored: str, password: str) -> tuple[bool, str | None]:
         if not self._is_weak(stored):
             return matches(stored or self._nobody, password), None
         if matches(stored, password):
@@ -60,7 +60,7 @@ class Passwords:
         return matches(self._nobody, password), None
 
     def _is_weak(self, stored: str) -> bool:
-        """Tell whether a hash costs an attacker less than today's: another kind, less memory or time."""
+        """Return whether a hash is of another kind, or has less memory or time, than new hashes."""
         try:
             costs = extract_parameters(stored)
         except InvalidHashError:
@@ -76,18 +76,18 @@ class Passwords:
         if self._shares.held(caller) + self._shares.waiting(caller) >= self._queue:
             HASHING_REFUSED.inc()
             raise Overloaded(
-                f"{self._queue} passwords of this caller are being hashed; nothing was done, try again"
+                f"{self._queue} passwords of this caller are waiting already; nothing was done, try again"
             )
         with HASHING.track_inprogress():
             await self._shares.acquire(caller)
             hashing = asyncio.get_running_loop().run_in_executor(self._threads, work)
-            # A thread can't be interrupted: it is free when it has finished, though the call was cancelled.
+            # A thread can't be interrupted: it stays busy to the end, even if the call was cancelled.
             hashing.add_done_callback(lambda _: self._shares.release(caller))
             return await asyncio.shield(hashing)
 
 
 def _hash_of_nothing(hasher: PasswordHasher) -> str:
-    """Return a hash that no password has, with the hasher's costs; a real one would delay the start."""
+    """Return a hash that matches no password, with the hasher's costs; a real one would delay the start."""
     costs = f"m={hasher.memory_cost},t={hasher.time_cost},p={hasher.parallelism}"
     salt, digest = (
         b64encode(token_bytes(size)).decode().rstrip("=") for size in (hasher.salt_len, hasher.hash_len)

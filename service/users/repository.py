@@ -1,17 +1,17 @@
 """UserRepository: all SQL about users."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
 from sqlalchemy import ColumnElement, and_, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased
 
-from service.db.base import BigInt, ReadSession, Session, column_names
+from service.db.base import BigInt, Column, Expression, ReadSession, Session, Values, column_names
 from service.db.bulk.table import BulkTable, UniqueKey
-from service.db.dialect import insert, listed
-from service.db.paging import ListQuery, Page
+from service.db.dialect import insert, values_table
+from service.db.paging import ListQuery, Page, SortKey
 from service.db.repository import Repository, SessionT
 from service.db.selection import Row, Selection, columns_by_name, readable_columns, size_of
 from service.errors import EmailTaken, UserNotFound
@@ -25,7 +25,7 @@ POSTS_AT_ONCE = 500
 # Posts are listed with their author without their content.
 LISTED_POST = tuple(name for name in column_names(Post) if name != "content")
 LISTED_POST_COLUMNS = [column for column in readable_columns(Post) if column.key in LISTED_POST]
-CREDENTIALS: tuple[Any, ...] = (User.id, User.email, User.hashed_password, User.is_active)
+CREDENTIALS: tuple[Column, ...] = (User.id, User.email, User.hashed_password, User.is_active)
 
 
 class UserWithPosts(NamedTuple):
@@ -48,15 +48,15 @@ class UserRepository(Repository[User, SessionT]):
     }
     normalise: ClassVar = {"email": normalise_email}
 
-    async def get_by_email(self, email: str, selection: Selection | None = None) -> Any:
+    async def get_by_email(self, email: str, selection: Selection | None = None) -> Row:
         """Return the user with this normalised e-mail; raises UserNotFound."""
         return await self.get_by(User.email == email, selection=selection)
 
-    async def list_active(self, *, after: Sequence[Any] | None = None, limit: int) -> Page[Row]:
+    async def list_active(self, *, after: SortKey | None = None, limit: int) -> Page[Row]:
         """Return a page of the active users, in id order."""
         return await self.page(ListQuery([User.is_active.expression], self.by_id(), after, limit))
 
-    async def create(self: "UserRepository[Session]", values: Mapping[str, Any]) -> Row:
+    async def create(self: "UserRepository[Session]", values: Values) -> Row:
         """Insert a user; raises EmailTaken with the `existing_id`."""
         statement = insert(self.session, User).values(**values).on_conflict_do_nothing()
         inserted = await self.session.execute(statement.returning(*self.basic().columns))
@@ -65,9 +65,7 @@ class UserRepository(Repository[User, SessionT]):
             raise email_taken(await self._id_by_email(values["email"]))
         return created
 
-    async def update(
-        self: "UserRepository[Session]", id: int, changes: Mapping[str, Any], version: int = 0
-    ) -> Row:
+    async def update(self: "UserRepository[Session]", id: int, changes: Values, version: int = 0) -> Row:
         """Update a user; raises the errors of the base class, and EmailTaken."""
         if "email" in changes:
             owner = await self._id_by_email(changes["email"])
@@ -99,7 +97,7 @@ async def add_newest_posts(session: ReadSession, rows: Sequence[Row]) -> Sequenc
 
 async def _newest_posts(session: ReadSession, author_ids: list[int]) -> dict[int, list[Row]]:
     """Return posts by author; a page can have 50,000 of them."""
-    authors = listed(session, author_ids, BigInt)
+    authors = values_table(session, author_ids, BigInt)
     newest = (
         select(*LISTED_POST_COLUMNS)
         .join_from(Post, authors, _is_newest_of(authors.c.value))
@@ -116,7 +114,7 @@ async def _newest_posts(session: ReadSession, author_ids: list[int]) -> dict[int
     return posts
 
 
-def credentials_from_row(row: Any | None) -> tuple[int, str]:
+def credentials_from_row(row: Row | None) -> tuple[int, str]:
     """Return id and hash of an active user with a password, otherwise (0, "")."""
     if row and row.is_active and row.hashed_password:
         return row.id, row.hashed_password
@@ -137,7 +135,7 @@ USERS = BulkTable(
 )
 
 
-def _is_newest_of(author_id: Any) -> ColumnElement[bool]:
+def _is_newest_of(author_id: Expression) -> ColumnElement[bool]:
     # One step on the index for each author finds the first of the newest posts; a window over all posts would
     # read all of them.
     newest = aliased(Post)

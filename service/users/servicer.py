@@ -1,8 +1,8 @@
 """UserService: users by id or e-mail, one at a time, in pages, and in bulk."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
-from typing import Any
+from dataclasses import replace
 
 from google.protobuf.empty_pb2 import Empty
 
@@ -15,10 +15,11 @@ from service.auth.policy import GET_USER, LIST_POSTS
 from service.auth.views import View, Views, limit_to_written
 from service.bulk.operation import Operation
 from service.bulk.stream import BulkStreams
+from service.db.base import Values
 from service.db.engine import Database
-from service.db.reads import Reader, export_rows
+from service.db.reads import Reader
 from service.errors import OutcomeUnknown, ResourceExhausted, StatementTimeout, Unavailable, UserNotFound
-from service.idempotency import idempotent
+from service.idempotency import Writer
 from service.interceptors.chain import Context
 from service.timeslice import add_in_slices
 from service.users.convert import (
@@ -41,27 +42,21 @@ from service.users.repository import (
     credentials_from_row,
 )
 from service.validation import check_ids
-from service.wire import deleted_to_message, deletion_from_request, export_from_request, missing_ids
+from service.wire import export_from_request, missing_ids
 
 REQUIRED_ROLES = {"hashed_password": "loader"}
 CREATE_USERS = Operation(
-    method="roster.v1.UserService.BulkCreateUsers",
-    request=pb.BulkCreateUsersRequest,
-    rows_field="users",
-    fields=BULK_WRITABLE,
-    writable=BULK_WRITABLE,
-    read=user_batch_from_messages,
-    table=USERS,
+    pb.BulkCreateUsersRequest,
+    USERS,
+    user_batch_from_messages,
+    BULK_WRITABLE,
     required_roles=REQUIRED_ROLES,
 )
 UPDATE_USERS = Operation(
-    method="roster.v1.UserService.BulkUpdateUsers",
-    request=pb.BulkUpdateUsersRequest,
-    rows_field="users",
-    fields=("id", "version"),
-    writable=BULK_WRITABLE,
-    read=user_batch_from_messages,
-    table=USERS,
+    pb.BulkUpdateUsersRequest,
+    USERS,
+    user_batch_from_messages,
+    BULK_WRITABLE,
     is_update=True,
     required_roles=REQUIRED_ROLES,
 )
@@ -81,22 +76,16 @@ class UserServicer(UserServiceServicer):
     def __init__(self, database: Database, reader: Reader, passwords: Passwords, bulk: BulkStreams) -> None:
         self.database = database
         self.reader = reader
+        self.writer = Writer(database, UserRepository, UserMessage, user_to_message)
         self.passwords = passwords
         self.bulk = bulk
 
     async def CreateUser(self, request: pb.CreateUserRequest, context: Context) -> UserMessage:
-        values = await self._hashed(user_from_message(request.user))
-        return await idempotent(
-            self.database,
-            request,
-            UserMessage,
-            lambda session: UserRepository(session).create(values),
-            user_to_message,
-        )
+        return await self.writer.create(request, await self._hashed(user_from_message(request.user)))
 
     async def GetUser(self, request: pb.GetUserRequest, context: Context) -> UserMessage:
         key = key_from_request(request)
-        view = VIEWS.requested(request.view)
+        view = VIEWS.get(request.view)
         if view is BASIC:
             return user_to_message(await self.reader.get(key))
         async with self.database.read() as session:
@@ -111,47 +100,28 @@ class UserServicer(UserServiceServicer):
         self, request: pb.BatchGetUsersRequest, context: Context
     ) -> pb.BatchGetUsersResponse:
         ids = check_ids(request.ids)
-        view = VIEWS.requested(request.view)
-        if view is BASIC:
-            rows = await self.reader.get_many(ids)
-            found = [rows.get(id) for id in ids]
-        else:
-            async with self.database.read() as session:
-                found = await UserRepository(session).get_many(ids, view.selection)
+        view = VIEWS.get(request.view)
+        found = await self.reader.get_many(ids, view.selection)
         response = pb.BatchGetUsersResponse(**missing_ids(ids, found))
         await add_in_slices(response.users, view.to_fields, [user for user in found if user])
         return response
 
     async def ListUsers(self, request: pb.ListUsersRequest, context: Context) -> pb.ListUsersResponse:
         query = await UserRepository.list_query(request)
-        view = VIEWS.requested(request.view)
-        async with self.database.read() as session:
-            page = await UserRepository(session).page(query, view.selection)
+        view = VIEWS.get(request.view)
+        page = await self.reader.page(query, view.selection)
         response = pb.ListUsersResponse(next_page_token=query.next_token(page))
         await add_in_slices(response.users, view.to_fields, page.rows)
         return response
 
     async def UpdateUser(self, request: pb.UpdateUserRequest, context: Context) -> UserMessage:
         update = user_update_from_request(request)
-        changes = await self._hashed(update.changes)
-        updated = await idempotent(
-            self.database,
-            request,
-            UserMessage,
-            lambda session: UserRepository(session).update(update.id, changes, update.version),
-            user_to_message,
-        )
-        return limit_to_written(updated, changes, reads=GET_USER)
+        update = replace(update, changes=await self._hashed(update.changes))
+        updated = await self.writer.update(request, update)
+        return limit_to_written(updated, update.changes, reads=GET_USER)
 
     async def DeleteUser(self, request: pb.DeleteUserRequest, context: Context) -> Empty:
-        id, version = deletion_from_request(request)
-        return await idempotent(
-            self.database,
-            request,
-            Empty,
-            lambda session: UserRepository(session).delete(id, version),
-            deleted_to_message,
-        )
+        return await self.writer.delete(request)
 
     async def VerifyPassword(
         self, request: pb.VerifyPasswordRequest, context: Context
@@ -166,31 +136,25 @@ class UserServicer(UserServiceServicer):
                     await UserRepository(session).replace_hash(id, stored, stronger)
         return await self._verified(id) if is_valid else pb.VerifyPasswordResponse()
 
-    async def BulkCreateUsers(
+    def BulkCreateUsers(
         self, requests: AsyncIterator[pb.BulkCreateUsersRequest], context: Context
     ) -> AsyncIterator[BulkWriteResponse]:
-        async with aclosing(self.bulk.run(requests, CREATE_USERS)) as events:
-            async for event in events:
-                yield event
+        return self.bulk.run(requests, CREATE_USERS)
 
-    async def BulkUpdateUsers(
+    def BulkUpdateUsers(
         self, requests: AsyncIterator[pb.BulkUpdateUsersRequest], context: Context
     ) -> AsyncIterator[BulkWriteResponse]:
-        async with aclosing(self.bulk.run(requests, UPDATE_USERS)) as events:
-            async for event in events:
-                yield event
+        return self.bulk.run(requests, UPDATE_USERS)
 
     async def ExportUsers(
         self, request: pb.ExportUsersRequest, context: Context
     ) -> AsyncIterator[pb.ExportUsersResponse]:
-        conditions = await UserRepository.conditions(request.filter)
-        after_id, limit = export_from_request(request)
-        rows = export_rows(self.database, UserRepository, conditions, after_id, limit)
+        rows = self.reader.export(request.filter, *export_from_request(request))
         async with aclosing(rows):
             async for users in rows:
                 yield pb.ExportUsersResponse(users=map(user_to_fields, users), last_id=users[-1].id)
 
-    async def _hashed(self, values: Mapping[str, Any]) -> dict[str, Any]:
+    async def _hashed(self, values: Values) -> Values:
         if "hashed_password" in values:
             current_caller().require("loader", "hashed_password")
         stored = dict(values)

@@ -38,7 +38,7 @@ def installed(name: str, *folders: Path) -> Path:
 
 
 class Refused(grpc.RpcError):
-    """How a client told that its call failed."""
+    """The error of a call, as a client reports it."""
 
     def __init__(self, status: Status) -> None:
         super().__init__(status.message)

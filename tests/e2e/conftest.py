@@ -19,7 +19,7 @@ from tests.support.wire import Wire
 
 @pytest.fixture
 async def server(database_url: str) -> AsyncIterator[Server]:
-    """A server of the test's own."""
+    """A server of the test."""
     async with serve(database_url) as server:
         yield server
 
@@ -57,7 +57,7 @@ async def wire(
     sqlite_template: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Wire]:
-    """A client that sends any bytes, to a server that the tests of one file share."""
+    """A client that sends any bytes, to a server that the tests of a module share."""
     async with AsyncExitStack() as stack:
         if request.param == "sqlite":
             url = f"sqlite:///{shutil.copy(sqlite_template, tmp_path_factory.mktemp('wire'))}"

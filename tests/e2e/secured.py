@@ -15,11 +15,11 @@ from service.client import tls_credentials
 from service.idempotency import Request
 from service.loads.model import Load
 from service.server import Server
-from service.settings import Settings
 from service.users.model import User
 from tests.e2e.clients import CHECKOUT, Grpcurl
 from tests.support.authority import DAY, Authority, Pair
 from tests.support.issuer import AUDIENCE, ISSUER, Issuer
+from tests.support.server import serve
 
 POLICY = """
 [identities]
@@ -108,16 +108,6 @@ async def secured(
         settings["tls_client_ca_file"] = ca
     if tokens:
         settings |= {"jwt_issuer": ISSUER, "jwt_audience": AUDIENCE, "jwt_keys_file": issuer.write(folder)}
-    server = Server(
-        Settings(
-            database_url=database_url,
-            listen="127.0.0.1:0",
-            tls_cert_file=cert,
-            tls_key_file=key,
-            policy_file=policy,
-            **settings,
-        )
-    )
-    await server.start()
-    yield Secured(server, authority, issuer, folder)
-    await server.stop(grace=0)
+    settings |= {"tls_cert_file": cert, "tls_key_file": key, "policy_file": policy}
+    async with serve(database_url, **settings) as server:
+        yield Secured(server, authority, issuer, folder)

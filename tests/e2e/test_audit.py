@@ -1,4 +1,4 @@
-"""The audit log: one line for each write, with what it takes to know who did what to which."""
+"""The audit log: one line for each write, with who did what to which row."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -29,7 +29,7 @@ from tests.support.errors import refusal
 
 
 def audited(log: pytest.LogCaptureFixture) -> list[tuple[Any, ...]]:
-    """The audit log's lines; the root's level, which ROSTER_LOG_LEVEL sets, is WARNING here."""
+    """The lines of the audit log; ROSTER_LOG_LEVEL is WARNING."""
     fields = ("method", "target", "counts", "outcome")
     entries = [orjson.loads(Json().format(line)) for line in log.records if line.name == "roster.audit"]
     assert {line["caller"] for line in entries} == {"anonymous"}
@@ -37,7 +37,7 @@ def audited(log: pytest.LogCaptureFixture) -> list[tuple[Any, ...]]:
 
 
 def test_audits_every_rpc_that_writes() -> None:
-    """Each with the place of its target in the request, if it has one."""
+    """Each entry says where the request has the id of its target."""
     assert TARGETS == {
         "/roster.v1.UserService/CreateUser": "",
         "/roster.v1.UserService/UpdateUser": "user.id",
@@ -53,10 +53,10 @@ def test_audits_every_rpc_that_writes() -> None:
     }
 
 
-async def test_each_write_is_one_line(
+async def test_write_is_one_line(
     users: UserServiceStub, posts: PostServiceStub, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With the id of what was written, and how it ended; reads leave none."""
+    """It has the id of the row and the outcome; reads are not logged."""
     ada = await users.CreateUser(CreateUserRequest(user=User(id=4711, email="ada@example.org")))
     post = await posts.CreatePost(CreatePostRequest(post=Post(author_id=ada.id, title="Notes")))
     await users.GetUser(GetUserRequest(id=ada.id))
@@ -78,10 +78,10 @@ async def test_each_write_is_one_line(
     ]
 
 
-async def test_a_bulk_stream_is_one_line(
+async def test_bulk_stream_is_one_line(
     channel: grpc.aio.Channel, users: UserServiceStub, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At its end, with the load's name and what became of the rows; of a replay only what is new counts."""
+    """It is written at the end, with the load's name and the counts of new rows."""
 
     async def messages(*sizes: int) -> AsyncIterator[BulkCreateUsersRequest]:
         options = BulkOptions(load_id="staff, two lines", on_conflict=BulkOptions.SKIP)
@@ -108,10 +108,10 @@ async def test_a_bulk_stream_is_one_line(
     assert not [line for line in caplog.records if "\n" in line.getMessage()]
 
 
-async def test_a_write_that_broke_has_its_line(
+async def test_failed_write_is_one_line(
     users: UserServiceStub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is INTERNAL, with nothing of the exception."""
+    """Its code is INTERNAL, and it has nothing of the exception."""
 
     async def broken(*_: object) -> None:
         raise ValueError("xyzzy")
@@ -123,10 +123,10 @@ async def test_a_write_that_broke_has_its_line(
     assert [line for line in caplog.messages if "xyzzy" in line] == []
 
 
-async def test_a_write_whose_caller_went_away_has_its_line(
+async def test_cancelled_write_is_one_line(
     server: Server, users: UserServiceStub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A single one, and a stream, with what it had settled by then."""
+    """A stream counts the rows that were committed."""
     begun = asyncio.Event()
 
     async def waiting(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Who may call what: tokens, roles, fields that need one, and whose loads are whose."""
+"""Authentication and authorisation: tokens, roles, fields that need a role, and the owners of loads."""
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -40,13 +40,13 @@ Call = Callable[[Secured, str | None, str, dict[str, Any]], Awaitable[Refusal]]
 
 @pytest.fixture
 async def roster(sqlite_url: str, tmp_path: Path) -> AsyncIterator[Secured]:
-    """A server that knows its callers by their tokens."""
+    """A server that authenticates callers by their tokens."""
     async with secured(sqlite_url, tmp_path, tokens=True) as server:
         yield server
 
 
 async def from_python(server: Secured, token: str | None, rpc: str, message: dict[str, Any]) -> Refusal:
-    """Call with our own client, any RPC that has one request as a stream of answers.
+    """Call an RPC with our client, as a stream of responses.
 
     With a stream of requests grpc.aio's client can report INTERNAL in place of the status (grpc#36066).
     """
@@ -59,7 +59,7 @@ async def from_python(server: Secured, token: str | None, rpc: str, message: dic
 
 
 async def from_grpcurl(server: Secured, token: str | None, rpc: str, message: dict[str, Any]) -> Refusal:
-    """Call as a person does."""
+    """Call an RPC with grpcurl."""
     return await refusal(server.grpcurl(token).call(rpc, message))
 
 
@@ -73,7 +73,7 @@ WRONG: dict[str, Callable[[Issuer], str | None]] = {
     "expired": lambda issuer: issuer.token("writer", exp=datetime.now(UTC) - timedelta(minutes=2)),
     "not valid yet": lambda issuer: issuer.token("writer", nbf=datetime.now(UTC) + timedelta(hours=1)),
     "alg none": lambda issuer: issuer.unsigned("writer"),
-    "RS256 to HS256": lambda issuer: issuer.confused("writer"),
+    "RS256 to HS256": lambda issuer: issuer.hs256_token("writer"),
     "another audience": lambda issuer: issuer.token("writer", aud="billing"),
     "another issuer": lambda issuer: issuer.token("writer", iss="https://evil.example.org"),
     "without end": lambda issuer: issuer.token("writer", exp=None),
@@ -89,10 +89,10 @@ WRONG: dict[str, Callable[[Issuer], str | None]] = {
 
 @pytest.mark.parametrize("call", [from_python, from_grpcurl])
 @pytest.mark.parametrize("wrong", WRONG)
-async def test_a_caller_who_is_not_known_gets_nowhere(
+async def test_unknown_caller_is_refused(
     wrong: str, call: Call, roster: Secured, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One sentence for every cause, which is in the log; nothing is done."""
+    """All causes have the same message; the log has the cause."""
     token = WRONG[wrong](roster.issuer)
     caplog.set_level(logging.WARNING, "service.interceptors.auth")
     refused = await call(roster, token, "CreateUser", CREATE)
@@ -124,10 +124,10 @@ async def test_a_caller_who_is_not_known_gets_nowhere(
         ("support", "BulkCreateUsers", {"users": [{"email": "ada@example.org", "hashed_password": HASH}]}),
     ],
 )
-async def test_a_caller_without_the_role_gets_nowhere(
+async def test_caller_without_the_role_is_refused(
     call: Call, subject: str, rpc: str, message: dict[str, Any], roster: Secured
 ) -> None:
-    """One sentence for every cause; what they have no right to is not even looked up."""
+    """All causes have the same message, and no row is looked up."""
     refused = await call(roster, roster.issuer.token(subject), rpc, message)
 
     assert (refused.code, refused.reason) == (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED")
@@ -135,16 +135,16 @@ async def test_a_caller_without_the_role_gets_nowhere(
     assert await roster.stored() == 0
 
 
-async def test_a_caller_with_the_role_is_served(roster: Secured) -> None:
-    """By grpcurl, which learns the contract with the same token."""
+async def test_caller_with_the_role_is_served(roster: Secured) -> None:
+    """Also by grpcurl, which reads the contract by reflection with the same token."""
     grpcurl = roster.grpcurl(roster.issuer.token("writer"), reflects=True)
 
     (created,) = await grpcurl.call("CreateUser", CREATE)
     assert await grpcurl.call("GetUser", {"id": created.id}) == [created]
 
 
-async def test_a_hash_may_be_set_by_a_writer_who_is_a_loader_too(roster: Secured) -> None:
-    """And by nobody else, whatever else is updated with it."""
+async def test_only_a_writer_and_loader_may_set_a_hash(roster: Secured) -> None:
+    """Other callers are refused, whatever else they update with it."""
     async with roster.channel(roster.issuer.token("admin")) as channel:
         admin = UserServiceStub(channel)
         user = User(email="ada@example.org", hashed_password=HASH)
@@ -159,8 +159,8 @@ async def test_a_hash_may_be_set_by_a_writer_who_is_a_loader_too(roster: Secured
     assert unchanged == created
 
 
-async def test_passwords_are_verified_for_the_verifier(roster: Secured) -> None:
-    """Who sees that there is no such user, and nothing else."""
+async def test_only_a_verifier_may_verify_passwords(roster: Secured) -> None:
+    """A verifier may do nothing else."""
     async with roster.channel(roster.issuer.token("verifier")) as channel:
         request = VerifyPasswordRequest(email="ada@example.org", password="secret")
         answer = await UserServiceStub(channel).VerifyPassword(request)
@@ -169,13 +169,13 @@ async def test_passwords_are_verified_for_the_verifier(roster: Secured) -> None:
 
 
 async def load(server: Secured, subject: str, load_id: str) -> list[Any]:
-    """Load nothing, by name."""
+    """Complete an empty load, and return its id."""
     async with server.channel(server.issuer.token(subject)) as channel:
         message = BulkCreateUsersRequest(options=BulkOptions(load_id=load_id), finish=True)
         return [event async for event in UserServiceStub(channel).BulkCreateUsers(iter([message]))]
 
 
-async def test_a_load_is_its_caller_s_and_an_admin_sees_all(roster: Secured) -> None:
+async def test_load_is_visible_to_its_caller_and_admins(roster: Secured) -> None:
     """Other callers can't find it, and begin a load of their own under its name."""
     await load(roster, "loader", "theirs")
     await load(roster, "admin", "mine")
@@ -201,8 +201,8 @@ async def test_a_load_is_its_caller_s_and_an_admin_sees_all(roster: Secured) -> 
         ]
 
 
-async def test_request_ids_are_each_caller_s_own(roster: Secured) -> None:
-    """Otherwise one could learn, or take, what another was answered."""
+async def test_callers_have_separate_request_ids(roster: Secured) -> None:
+    """Otherwise a caller could read the response to another."""
     request_id = "0b0e9c5e-8f3e-4ac1-9a0e-6d9f1f6f3a11"
     created = []
     for subject in ("writer", "admin", "writer"):
@@ -233,8 +233,10 @@ async def test_request_ids_are_each_caller_s_own(roster: Secured) -> None:
     ],
 )
 @pytest.mark.parametrize("subject", ["admin", "nobody", None])
-async def test_a_path_that_is_no_method_gets_nowhere(path: str, subject: str | None, roster: Secured) -> None:
-    """Whoever asks and whatever is meant, they are told the same."""
+async def test_unknown_method_is_refused_alike_for_all_callers(
+    path: str, subject: str | None, roster: Secured
+) -> None:
+    """The response depends neither on the caller nor on the path."""
     request = GetUserRequest(id=1).SerializeToString()
     async with roster.channel(subject and roster.issuer.token(subject)) as channel:
         call: Any = channel.unary_unary(path)
@@ -243,10 +245,8 @@ async def test_a_path_that_is_no_method_gets_nowhere(path: str, subject: str | N
     assert (refused.code, refused.message) == (grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
 
 
-async def test_the_log_names_a_caller_who_was_refused(
-    roster: Secured, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Who has no role for a call is known all the same."""
+async def test_log_names_a_refused_caller(roster: Secured, caplog: pytest.LogCaptureFixture) -> None:
+    """A caller without the role is still identified."""
     caplog.set_level(logging.INFO, "service.calls")
     async with roster.channel(roster.issuer.token("stranger")) as channel:
         await refusal(UserServiceStub(channel).GetUser(GetUserRequest(id=1)))
@@ -258,16 +258,16 @@ async def test_the_log_names_a_caller_who_was_refused(
     assert (fields["caller"], fields["code"]) == ("jwt:stranger", "PERMISSION_DENIED")
 
 
-async def test_health_needs_no_identity(roster: Secured) -> None:
-    """Probes bring nothing."""
+async def test_health_needs_no_authentication(roster: Secured) -> None:
+    """Probes have no credentials."""
     async with roster.channel() as channel:
         answer = await HealthStub(channel).Check(HealthCheckRequest())
 
     assert answer.status == HealthCheckResponse.SERVING
 
 
-async def test_two_tokens_are_none(roster: Secured) -> None:
-    """A proxy in between could have looked at the other one."""
+async def test_two_tokens_are_refused(roster: Secured) -> None:
+    """A proxy could have checked the other one."""
     token = roster.issuer.token("reader")
     both = tuple(("authorization", f"Bearer {word}") for word in (token, token))
     async with roster.channel() as channel:
@@ -276,8 +276,8 @@ async def test_two_tokens_are_none(roster: Secured) -> None:
     assert (refused.code, refused.message) == (grpc.StatusCode.UNAUTHENTICATED, UNKNOWN)
 
 
-async def test_what_a_stranger_sends_is_not_parsed(roster: Secured) -> None:
-    """Parsing can take 70 times the bytes in memory; one who may call is told what is wrong with them."""
+async def test_message_of_an_unauthenticated_caller_is_not_parsed(roster: Secured) -> None:
+    """Parsing can take 70 times its bytes. An authorised caller learns what is wrong with it."""
     for token, code in (
         (None, grpc.StatusCode.UNAUTHENTICATED),
         (roster.issuer.token("reader"), grpc.StatusCode.INVALID_ARGUMENT),
@@ -288,10 +288,8 @@ async def test_what_a_stranger_sends_is_not_parsed(roster: Secured) -> None:
 
 
 @pytest.mark.parametrize("is_on", [True, False])
-async def test_reflection_tells_the_contract_to_callers_with_a_role(
-    is_on: bool, sqlite_url: str, tmp_path: Path
-) -> None:
-    """To nobody else, and only where it is on."""
+async def test_reflection_needs_a_role(is_on: bool, sqlite_url: str, tmp_path: Path) -> None:
+    """It is refused to others, and where it is off."""
     async with secured(sqlite_url, tmp_path, tokens=True, reflection=is_on) as server:
         shown, hidden = [
             await server.grpcurl(server.issuer.token(subject), reflects=True).ask(server.address, "list")
@@ -303,8 +301,8 @@ async def test_reflection_tells_the_contract_to_callers_with_a_role(
     assert "roster" not in hidden.out
 
 
-async def test_keys_and_policy_are_read_again_when_they_change(roster: Secured) -> None:
-    """A new key counts from the next call on, an old one no more, whoever was let in with it before."""
+async def test_keys_and_policy_are_reloaded_when_they_change(roster: Secured) -> None:
+    """New keys apply from the next call on, and old ones no longer."""
     token, renewed = roster.issuer.token("support"), Issuer()
     async with roster.channel(token) as channel:
         await refusal(UserServiceStub(channel).GetUser(GetUserRequest(id=1)))

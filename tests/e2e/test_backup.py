@@ -1,4 +1,4 @@
-"""docs/operating.md: what it says of backups, done to servers that run."""
+"""The backup commands of docs/operating.md, run against running servers."""
 
 import os
 import re
@@ -22,13 +22,13 @@ ROLES = CHECKOUT / "deploy/sql/roles.sql"
 
 
 def block(title: str) -> str:
-    """The commands under a title."""
+    """Return the commands under a heading."""
     [commands] = re.findall(rf"^```sh\n# {title}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     return str(commands)
 
 
-async def done(commands: str, folder: Path, **environment: str) -> None:
-    """Type commands in a folder; each of them has to succeed."""
+async def run_commands(commands: str, folder: Path, **environment: str) -> None:
+    """Run commands in a folder; all must succeed."""
     ended = await run("sh", "-ec", commands, folder=folder, stdin=b"", **environment)
     assert ended.status == 0, ended.err
 
@@ -43,49 +43,49 @@ async def emails(address: str) -> list[str]:
         return [user.email for user in (await UserServiceStub(channel).ListUsers(ListUsersRequest())).users]
 
 
-async def test_sqlite_goes_back_to_its_backup(tmp_path: Path) -> None:
-    """It is taken while the server runs, with what was just committed and is in the log alone."""
+async def test_restores_sqlite_from_its_backup(tmp_path: Path) -> None:
+    """The backup is taken while the server runs, and has commits that are only in the log."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     async with serving(tmp_path) as server:
         await create(server.address, "ada@example.org")
-        await done(block("backup on SQLite"), tmp_path, PATH=path)
+        await run_commands(block("backup on SQLite"), tmp_path, PATH=path)
         await create(server.address, "alan@example.org")
     assert (tmp_path / "roster.db-wal").exists()  # it was killed
 
-    await done(block("restore on SQLite"), tmp_path)
+    await run_commands(block("restore on SQLite"), tmp_path)
     async with serving(tmp_path) as server:
         assert await emails(server.address) == ["ada@example.org"]
 
 
 @pytest.fixture
 def libpq() -> Iterator[dict[str, str]]:
-    """The variables by which PostgreSQL's programs find a server of the test's own, and these programs."""
+    """The environment for the programs of PostgreSQL, which connect to a server of the tests."""
     with PostgresServer() as server:
         programs = find_programs("createdb", "createuser", "pg_dump", "pg_restore", "psql")
         path = os.pathsep.join([str(programs), os.environ["PATH"]])
         yield {"PGHOST": "127.0.0.1", "PGPORT": str(server.url.port), "PGUSER": "postgres", "PATH": path}
 
 
-async def test_postgresql_goes_back_to_its_backup(libpq: dict[str, str], tmp_path: Path) -> None:
-    """In another database, where the two roles may do what they could, and nobody else comes in."""
+async def test_restores_postgresql_from_its_backup(libpq: dict[str, str], tmp_path: Path) -> None:
+    """In another database, with the same rights for both roles and no others."""
 
     def url(role: str, database: str) -> dict[str, str]:
         place = URL.create("postgresql", role, None, libpq["PGHOST"], int(libpq["PGPORT"]), database)
         return {"ROSTER_DATABASE_URL": str(place)}
 
     (tmp_path / "deploy").symlink_to(CHECKOUT / "deploy")
-    await done(f"createdb roster; psql --quiet --file={ROLES} roster", tmp_path, **libpq)
-    await done(f"{ROSTER} migrate", tmp_path, **url("roster_migrator", "roster"))
+    await run_commands(f"createdb roster; psql --quiet --file={ROLES} roster", tmp_path, **libpq)
+    await run_commands(f"{ROSTER} migrate", tmp_path, **url("roster_migrator", "roster"))
     async with serving(tmp_path, **url("roster_service", "roster")) as server:
         await create(server.address, "ada@example.org")
-        await done(block("backup on PostgreSQL"), tmp_path, **libpq)
+        await run_commands(block("backup on PostgreSQL"), tmp_path, **libpq)
         await create(server.address, "alan@example.org")
 
-    await done(block("restore on PostgreSQL"), tmp_path, **libpq)
-    await done(f"{ROSTER} migrate", tmp_path, **url("roster_migrator", "restored"))
+    await run_commands(block("restore on PostgreSQL"), tmp_path, **libpq)
+    await run_commands(f"{ROSTER} migrate", tmp_path, **url("roster_migrator", "restored"))
     async with serving(tmp_path, **url("roster_service", "restored")) as server:
         assert await emails(server.address) == ["ada@example.org"]
         await create(server.address, "grace@example.org")
-    await done("createuser stranger", tmp_path, **libpq)
+    await run_commands("createuser stranger", tmp_path, **libpq)
     refused = await run("psql", "--username=stranger", "restored", folder=tmp_path, stdin=b"", **libpq)
     assert "permission denied for database" in refused.err

@@ -1,4 +1,4 @@
-"""Bad messages and bad rows in a bulk stream: each is told in its ack, and the stream goes on."""
+"""Bad messages and bad rows in a bulk stream: each is reported in its ack, and the stream continues."""
 
 from typing import Any
 from uuid import uuid4
@@ -88,14 +88,14 @@ BAD_ROWS = [
 
 
 class Rows:
-    """Rows that can be written."""
+    """Builds valid rows."""
 
     def __init__(self, author_id: int, post_id: int) -> None:
         self.author_id = author_id
         self.post_id = post_id
 
     def good(self, rpc: str) -> dict[str, Any]:
-        """Return one for this RPC, never the same e-mail twice."""
+        """Return a valid row for this RPC with a new e-mail."""
         email = f"{uuid4()}@example.org"
         user = {"email": email, "full_name": "Ada", "is_active": True, "hashed_password": HASH}
         return {
@@ -108,17 +108,17 @@ class Rows:
 
 @pytest.fixture
 async def rows(wire: Wire) -> Rows:
-    """Rows for a user and a post that exist."""
+    """Rows for an existing user and post."""
     (author,) = await wire.call("CreateUser", {"user": {"email": f"{uuid4()}@example.org"}})
     (post,) = await wire.call("CreatePost", {"post": {"author_id": author.id, "title": "Notes"}})
     return Rows(author.id, post.id)
 
 
 @pytest.mark.parametrize(("rpc", "wrong", "code", "reason", "field"), [*BAD_ROWS, *REFUSED_ROWS])
-async def test_a_bad_row_fails_alone(
+async def test_bad_row_fails_alone(
     wire: Wire, rows: Rows, rpc: str, wrong: dict[str, Any], code: int, reason: str, field: str
 ) -> None:
-    """It comes back with code, reason, field and sentence; the rows before and behind it are written."""
+    """The failure has code, reason, field and message; all other rows are written."""
     name, options = STREAMS[rpc]
     batch = [rows.good(rpc), {**rows.good(rpc), **wrong}, rows.good(rpc)]
 
@@ -133,8 +133,8 @@ async def test_a_bad_row_fails_alone(
 
 
 @pytest.mark.parametrize("rpc", STREAMS)
-async def test_a_bad_message_is_refused_alone(wire: Wire, rows: Rows, rpc: str) -> None:
-    """Too many rows, too many bytes or an impossible offset: told in the ack, and the stream stays open."""
+async def test_bad_message_is_refused_alone(wire: Wire, rows: Rows, rpc: str) -> None:
+    """The ack has the error, and the stream stays open."""
     name, options = STREAMS[rpc]
     text = "email" if name == "users" else "content"
     bad: list[tuple[dict[str, Any], int, str, str]] = [
@@ -154,14 +154,14 @@ async def test_a_bad_message_is_refused_alone(wire: Wire, rows: Rows, rpc: str) 
     )
 
     expected = [(code, reason, field) for _, code, reason, field in bad]
-    assert [told(answer.ack.error) for answer in acks] == expected
+    assert [error_of(answer.ack.error) for answer in acks] == expected
     assert [answer.ack.next_offset for answer in acks] == [0] * len(bad)
     assert not any(SECRET.encode() in answer.SerializeToString() for answer in acks)
     assert not written.ack.HasField("error")
     assert (summary.summary.next_offset, summary.summary.state) == (1, BulkLoad.FINISHED)
 
 
-def told(error: Status) -> tuple[int, str, str]:
+def error_of(error: Status) -> tuple[int, str, str]:
     """Return code, reason and field of an ack's error."""
     info, bad = ErrorInfo(), BadRequest()
     for detail in error.details:

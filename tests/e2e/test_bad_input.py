@@ -1,4 +1,4 @@
-"""Bad input to every RPC: a status that says where and what, never UNKNOWN or INTERNAL."""
+"""Bad input to every RPC gets a status that names field and reason, never UNKNOWN or INTERNAL."""
 
 import re
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ ROWS = [
 ]
 
 
-def test_the_table_has_every_rpc() -> None:
-    """An RPC that is added to the contract gets its bad input here."""
+def test_table_has_every_rpc() -> None:
+    """New RPCs need their bad input here."""
     assert set(TABLE) == set(RPCS)
     assert all(TABLE.values())
 
@@ -33,14 +33,14 @@ def test_the_table_has_every_rpc() -> None:
 @on_sqlite
 @pytest.mark.parametrize(("rpc", "request_", "reason", "field"), ROWS)
 async def test_refuses_bad_input(wire: Wire, rpc: str, request_: Any, reason: str, field: str) -> None:
-    """The status has the reason and the field, tells nothing of the value, and the next call is answered."""
+    """The status has reason and field, but not the value; the next call is answered."""
     messages = request_ if isinstance(request_, list) else [request_]
 
     refused = await refusal(wire.call(rpc, *messages))
 
     assert refused.code == StatusCode.INVALID_ARGUMENT
     assert (refused.reason, refused.fields) == (reason, [field] if field else [])
-    assert_is_well_told(refused)
+    assert_is_readable(refused)
     assert SECRET.encode() not in refused.status.SerializeToString().lower()
     assert not set(re.findall(r"\d{10,}", repr(request_))) & set(re.findall(r"-?\d+", refused.message))
     await assert_serves(wire)
@@ -49,8 +49,8 @@ async def test_refuses_bad_input(wire: Wire, rpc: str, request_: Any, reason: st
 @on_sqlite
 @pytest.mark.parametrize("rpc", RPCS)
 @pytest.mark.parametrize("bytes_", [b"\xff", b"\x0a\x05ab", b"\x00", b"\x7b" * 101 + b"\x7c" * 101])
-async def test_refuses_bytes_that_are_no_message(wire: Wire, rpc: str, bytes_: bytes) -> None:
-    """Garbage, a message that is cut off, and one nested over 100 deep; the message is named."""
+async def test_refuses_malformed_messages(wire: Wire, rpc: str, bytes_: bytes) -> None:
+    """Random bytes, a truncated message, and one nested over 100 deep; the error names the message."""
     refused = await refusal(wire.call(rpc, bytes_))
 
     assert_is_malformed(refused, rpc)
@@ -59,7 +59,7 @@ async def test_refuses_bytes_that_are_no_message(wire: Wire, rpc: str, bytes_: b
 
 @on_sqlite
 async def test_reads_messages_nested_100_deep(wire: Wire) -> None:
-    """Unknown fields are passed over, as deep as the limit."""
+    """Unknown fields are skipped up to this depth."""
     assert await wire.call("BatchGetUsers", b"\x08\x01" + b"\x7b" * 100 + b"\x7c" * 100)
 
 
@@ -67,7 +67,7 @@ OUTPUT_ONLY = {"roster.v1.User.posts", "roster.v1.Post.author"}  # no request ha
 
 
 def texts(message: Descriptor, *path: FieldDescriptor) -> Iterator[tuple[FieldDescriptor, ...]]:
-    """Yield the way to each text in a message, into messages of one type once."""
+    """Yield the path to each text of a message, into each message type once."""
     for field in message.fields:
         if field.type == FieldDescriptor.TYPE_STRING:
             yield (*path, field)
@@ -76,7 +76,7 @@ def texts(message: Descriptor, *path: FieldDescriptor) -> Iterator[tuple[FieldDe
 
 
 def encoded(path: tuple[FieldDescriptor, ...], value: bytes) -> bytes:
-    """Return a message that has only this field; up to 127 bytes."""
+    """Return a message with only this field, of up to 127 bytes."""
     for field in reversed(path):
         value = bytes([field.number << 3 | 2, len(value)]) + value
     return value
@@ -93,7 +93,7 @@ def encoded(path: tuple[FieldDescriptor, ...], value: bytes) -> bytes:
     ],
 )
 async def test_refuses_text_that_is_not_utf8(wire: Wire, rpc: str, path: tuple[FieldDescriptor, ...]) -> None:
-    """Every text of every request."""
+    """In every text of every request."""
     refused = await refusal(wire.call(rpc, encoded(path, SECRET.encode() + b"\xff")))
 
     assert_is_malformed(refused, rpc)
@@ -102,7 +102,7 @@ async def test_refuses_text_that_is_not_utf8(wire: Wire, rpc: str, path: tuple[F
 
 @on_sqlite
 async def test_refuses_a_message_over_the_receive_limit(wire: Wire) -> None:
-    """The answer is gRPC's own, before anything is parsed, the same for all methods."""
+    """The library refuses it before it is parsed, for all methods."""
     refused = await refusal(wire.call("CreateUser", bytes(MAX_RECEIVED_BYTES + 1)))
 
     assert refused.code == StatusCode.RESOURCE_EXHAUSTED
@@ -110,8 +110,8 @@ async def test_refuses_a_message_over_the_receive_limit(wire: Wire) -> None:
 
 
 @on_sqlite
-async def test_tells_everything_wrong_with_the_fields_at_once(wire: Wire) -> None:
-    """Whoever fills in a form should not have to send it five times."""
+async def test_reports_all_violations_at_once(wire: Wire) -> None:
+    """A caller who fills in a form corrects it once."""
     user = {"email": "", "full_name": "\0", "password": "\0", "hashed_password": "x"}
     refused = await refusal(wire.call("CreateUser", {"user": user}))
 
@@ -121,8 +121,8 @@ async def test_tells_everything_wrong_with_the_fields_at_once(wire: Wire) -> Non
 
 
 @on_sqlite
-async def test_tells_as_many_violations_as_fit_the_trailer(wire: Wire) -> None:
-    """400 would be RESOURCE_EXHAUSTED instead: metadata has a limit of 16 KiB."""
+async def test_reports_violations_up_to_the_trailer_limit(wire: Wire) -> None:
+    """Metadata is limited to 16 KiB: with 400 violations the call would be RESOURCE_EXHAUSTED."""
     refused = await refusal(wire.call("BatchGetUsers", {"ids": [0] * 1000}))
 
     assert refused.code == StatusCode.INVALID_ARGUMENT
@@ -133,11 +133,11 @@ def assert_is_malformed(refused: Refusal, rpc: str) -> None:
     assert (refused.code, refused.reason) == (StatusCode.INVALID_ARGUMENT, "MALFORMED_MESSAGE")
     assert RPCS[rpc].input_type.full_name in refused.message
     assert SECRET not in refused.message
-    assert_is_well_told(refused)
+    assert_is_readable(refused)
 
 
-def assert_is_well_told(refused: Refusal) -> None:
-    """One sentence, short enough for a terminal, and the same in the status and its details."""
+def assert_is_readable(refused: Refusal) -> None:
+    """Check that the message is one short sentence, the same in the status and its details."""
     assert re.fullmatch(r"[^\n]{10,249}", refused.message)
     assert ". " not in refused.message
     assert refused.status.message == refused.message

@@ -1,4 +1,4 @@
-"""Page tokens that are damaged, belong elsewhere, or were made up: INVALID_PAGE_TOKEN."""
+"""Page tokens that are damaged, forged, or from another list: INVALID_PAGE_TOKEN."""
 
 from base64 import urlsafe_b64encode
 from typing import Any
@@ -18,7 +18,7 @@ POSTS = {"filter": 'title = "Notes"', "order_by": "created_at desc", "page_size"
 
 @pytest.fixture
 async def tokens(wire: Wire) -> dict[str, str]:
-    """A real token of each of the two listings."""
+    """A valid token of each of the two lists."""
     authors = [await wire.call("CreateUser", {"user": {"email": f"{uuid4()}@example.org"}}) for _ in "ab"]
     for (author,) in authors:
         await wire.call("CreatePost", {"post": {"author_id": author.id, "title": "Notes"}})
@@ -38,7 +38,7 @@ async def assert_refuses(wire: Wire, rpc: str, request: dict[str, Any]) -> None:
 async def test_refuses_a_damaged_token(
     wire: Wire, tokens: dict[str, str], rpc: str, listing: dict[str, Any]
 ) -> None:
-    """Cut off, lengthened, or with one character that is another."""
+    """It is truncated, extended, or one character differs."""
     whole = tokens[rpc]
     changed = [f"{whole[:at]}{'B' if whole[at] == 'A' else 'A'}{whole[at + 1 :]}" for at in (0, 3, 9, 20)]
     for token in [whole[:-1], whole[:-4], whole[:5], whole[1:], f"{whole}A", f"{whole}=", *changed]:
@@ -58,22 +58,22 @@ async def test_refuses_a_damaged_token(
         ("ListPosts", {**POSTS, "author_id": 1}),
     ],
 )
-async def test_refuses_a_token_of_another_listing(
+async def test_refuses_token_of_another_listing(
     wire: Wire, tokens: dict[str, str], rpc: str, elsewhere: dict[str, Any]
 ) -> None:
-    """Another filter, another order or another author: its key means nothing there."""
+    """With another filter, order or author its key has no meaning."""
     await assert_refuses(wire, rpc, {**elsewhere, "page_token": tokens[rpc]})
 
 
-async def test_refuses_a_token_of_another_method(wire: Wire) -> None:
-    """The same filter and the same order, of the other service."""
+async def test_refuses_token_of_another_method(wire: Wire) -> None:
+    """Even if filter and order are the same."""
     (page,) = await wire.call("ListUsers", {"page_size": 1})
 
     await assert_refuses(wire, "ListPosts", {"page_token": page.next_page_token, "page_size": 1})
 
 
-async def test_takes_a_token_with_another_page_size_and_view(wire: Wire, tokens: dict[str, str]) -> None:
-    """They don't change which rows come next."""
+async def test_accepts_token_with_another_page_size_and_view(wire: Wire, tokens: dict[str, str]) -> None:
+    """They do not change the order of the rows."""
     token = tokens["ListUsers"]
 
     (page,) = await wire.call("ListUsers", {**USERS, "page_token": token, "page_size": 7, "view": 1})
@@ -103,15 +103,15 @@ async def test_takes_a_token_with_another_page_size_and_view(wire: Wire, tokens:
         ("created_at", ["2024-01-01T00:00:00+00:00"]),
     ],
 )
-async def test_refuses_a_token_that_was_made_up(wire: Wire, order_by: str, key: Any) -> None:
-    """A token is no secret: anybody can make one with the right checksum and a key that is none."""
+async def test_refuses_forged_token(wire: Wire, order_by: str, key: Any) -> None:
+    """Anyone can make a token with a valid checksum and an invalid key."""
     token = encode_token(fingerprint("users", "", order_by, False, 0), key)
 
     await assert_refuses(wire, "ListUsers", {"order_by": order_by, "page_token": token})
 
 
-async def test_refuses_a_token_that_is_nested_too_deep(wire: Wire) -> None:
-    """It is JSON inside, which Python reads recursively."""
+async def test_refuses_deeply_nested_token(wire: Wire) -> None:
+    """It contains JSON, which Python reads recursively."""
     body = fingerprint("users", "", "id", False, 0) + b"[" * 40_000
     raw = VERSION + crc32(body).to_bytes(4, "big") + body
 

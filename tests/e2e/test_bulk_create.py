@@ -5,9 +5,8 @@ from typing import Any
 import pytest
 from argon2 import PasswordHasher
 from google.protobuf.field_mask_pb2 import FieldMask
-from google.rpc.code_pb2 import ALREADY_EXISTS
 
-from roster.v1.bulk_pb2 import BulkAck, BulkOptions, RowFailure
+from roster.v1.bulk_pb2 import BulkAck, BulkOptions
 from roster.v1.posts_pb2 import BatchGetPostsRequest, BulkCreatePostsRequest, GetPostRequest, ListPostsRequest
 from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.resources_pb2 import Post, User
@@ -15,10 +14,11 @@ from roster.v1.users_pb2 import (
     BatchGetUsersRequest,
     BulkCreateUsersRequest,
     CreateUserRequest,
-    ListUsersRequest,
     VerifyPasswordRequest,
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
+from tests.support.load_stream import email_taken, load_once, named
+from tests.support.users import list_users
 
 MAX_CONTENT_BYTES = 1 << 20
 TEXTS = ["\U0001d49c\U0001f600", "a\r\nb\rc\n", "\\N", "\\.", "a\tb\\", "\"{},'", "\ufeff\u2028\x7f", "NULL"]
@@ -27,56 +27,35 @@ HASHER = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 
 @pytest.fixture
 async def ada(users: UserServiceStub) -> User:
-    """A user who is stored already."""
+    """A stored user."""
     return await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org", full_name="Ada")))
 
 
-async def created(users: UserServiceStub, rows: list[User], **options: Any) -> BulkAck:
+async def create_users(users: UserServiceStub, rows: list[User], **options: Any) -> BulkAck:
     """Create users in one message and return its ack."""
     chosen = BulkOptions(return_ids=True, **options)
     request = BulkCreateUsersRequest(options=chosen, users=rows, finish=True)
-    _, settled, _ = [event async for event in users.BulkCreateUsers(iter([request]))]
-    return settled.ack
+    return await load_once(users.BulkCreateUsers, request)
 
 
-async def written(posts: PostServiceStub, rows: list[Post], **options: Any) -> BulkAck:
+async def create_posts(posts: PostServiceStub, rows: list[Post], **options: Any) -> BulkAck:
     """Create posts in one message and return its ack."""
     chosen = BulkOptions(return_ids=True, **options)
     request = BulkCreatePostsRequest(options=chosen, posts=rows, finish=True)
-    _, settled, _ = [event async for event in posts.BulkCreatePosts(iter([request]))]
-    return settled.ack
+    return await load_once(posts.BulkCreatePosts, request)
 
 
-async def everybody(users: UserServiceStub) -> list[User]:
-    return list((await users.ListUsers(ListUsersRequest())).users)
-
-
-def named(*names: str, full_name: str | None = None) -> list[User]:
-    return [User(email=f"{name}@example.org", full_name=full_name) for name in names]
-
-
-def taken(offset: int, existing_id: int) -> RowFailure:
-    return RowFailure(
-        offset=offset,
-        code=ALREADY_EXISTS,
-        reason="EMAIL_TAKEN",
-        field="email",
-        message="email belongs to another user",
-        existing_id=existing_id,
-    )
-
-
-async def test_rows_become_users(users: UserServiceStub) -> None:
-    """Ids rise in file order, whatever the e-mails; what a row leaves out has the default of a create."""
+async def test_creates_users_in_file_order(users: UserServiceStub) -> None:
+    """Ids rise in file order, whatever the e-mails; unset fields get the defaults of CreateUser."""
     rows = [
         User(email=" Zoe@Example.org", full_name="Zoe", is_active=False),
         User(email="ada@example.org"),
         User(email="bob@example.org", full_name=""),
     ]
 
-    ack = await created(users, rows)
+    ack = await create_users(users, rows)
 
-    zoe, ada, bob = await everybody(users)
+    zoe, ada, bob = await list_users(users)
     assert ack == BulkAck(next_offset=3, created=3, ids=[zoe.id, ada.id, bob.id])
     assert (zoe.email, zoe.full_name, zoe.is_active) == ("zoe@example.org", "Zoe", False)
     assert (ada.HasField("full_name"), ada.is_active, ada.version) == (False, True, 1)
@@ -84,43 +63,43 @@ async def test_rows_become_users(users: UserServiceStub) -> None:
     assert zoe.created_at == zoe.updated_at == bob.created_at
 
 
-async def test_ids_belong_to_their_rows(users: UserServiceStub) -> None:
-    """Also in a batch of many rows, which are written in another order."""
+async def test_returns_ids_in_row_order(users: UserServiceStub) -> None:
+    """Also for a large batch, whose rows are written in another order."""
     rows = named(*(f"{number * 7919 % 1000:03}" for number in range(1000)))
 
-    ack = await created(users, rows)
+    ack = await create_users(users, rows)
 
     found = await users.BatchGetUsers(BatchGetUsersRequest(ids=ack.ids))
     assert [user.email for user in found.users] == [row.email for row in rows]
 
 
-async def test_a_taken_email_fails_its_row(users: UserServiceStub, ada: User) -> None:
-    """Taken by a stored user or by a row before: the failure tells whose it is, the others are created."""
-    ack = await created(users, named("ada", "bob", "bob", "cyd"))
+async def test_taken_email_fails_its_row(users: UserServiceStub, ada: User) -> None:
+    """The failure names the owner, a stored user or an earlier row; other rows are created."""
+    ack = await create_users(users, named("ada", "bob", "bob", "cyd"))
 
-    _, bob, cyd = await everybody(users)
+    _, bob, cyd = await list_users(users)
     assert ack == BulkAck(
         next_offset=4,
         created=2,
         failed=2,
         ids=[0, bob.id, 0, cyd.id],
-        failures=[taken(0, ada.id), taken(2, bob.id)],
+        failures=[email_taken(0, ada.id), email_taken(2, bob.id)],
     )
 
 
-async def test_a_taken_email_is_skipped(users: UserServiceStub, ada: User) -> None:
-    """The stored user stays as it is, and so does the first of two rows."""
+async def test_taken_email_is_skipped(users: UserServiceStub, ada: User) -> None:
+    """The stored user and the first of two rows stay unchanged."""
     rows = [*named("ada", full_name="Other"), *named("bob"), *named("bob", full_name="Other")]
 
-    ack = await created(users, rows, on_conflict="SKIP")
+    ack = await create_users(users, rows, on_conflict="SKIP")
 
-    stored, bob = await everybody(users)
+    stored, bob = await list_users(users)
     assert ack == BulkAck(next_offset=3, created=1, skipped=2, ids=[ada.id, bob.id, bob.id])
     assert stored == ada
     assert (bob.HasField("full_name"), bob.version) == (False, 1)
 
 
-async def test_a_taken_email_updates_its_user(users: UserServiceStub, ada: User) -> None:
+async def test_taken_email_updates_its_user(users: UserServiceStub, ada: User) -> None:
     """The last of several rows wins in the fields of the mask, and each of them is counted."""
     rows = [
         User(email="ada@example.org", full_name="First", is_active=False),
@@ -129,50 +108,52 @@ async def test_a_taken_email_updates_its_user(users: UserServiceStub, ada: User)
         User(email="bob@example.org"),
     ]
 
-    ack = await created(users, rows, on_conflict="UPDATE", update_mask=FieldMask(paths=["full_name"]))
+    ack = await create_users(users, rows, on_conflict="UPDATE", update_mask=FieldMask(paths=["full_name"]))
 
-    stored, bob = await everybody(users)
+    stored, bob = await list_users(users)
     assert ack == BulkAck(next_offset=4, created=1, updated=3, ids=[ada.id, bob.id, ada.id, bob.id])
     assert (stored.full_name, stored.is_active, stored.version) == ("Last", True, 3)
     assert (bob.HasField("full_name"), bob.is_active, bob.version) == (False, False, 2)
     assert stored.created_at == ada.created_at
 
 
-async def test_one_bad_row_fails_an_atomic_batch(users: UserServiceStub, ada: User) -> None:
-    """Nothing of the message is written, all its rows count as failed, and only the culprits are told."""
-    ack = await created(users, named("bob", "ada", "cyd"), atomicity="BATCH")
+async def test_bad_row_fails_an_atomic_batch(users: UserServiceStub, ada: User) -> None:
+    """No row of the message is written and all count as failed; only the bad rows are reported."""
+    ack = await create_users(users, named("bob", "ada", "cyd"), atomicity="BATCH")
 
-    assert ack == BulkAck(next_offset=3, failed=3, ids=[0, 0, 0], failures=[taken(1, ada.id)])
-    assert await everybody(users) == [ada]
+    assert ack == BulkAck(next_offset=3, failed=3, ids=[0, 0, 0], failures=[email_taken(1, ada.id)])
+    assert await list_users(users) == [ada]
 
 
-async def test_validation_records_nothing(users: UserServiceStub, ada: User) -> None:
-    """Every check is made and counted; a row that would be created has no id yet."""
-    ack = await created(users, named("bob", "ada", "bob"), validate_only=True)
+async def test_validation_writes_nothing(users: UserServiceStub, ada: User) -> None:
+    """All checks are made and counted; a row that would be created has no id."""
+    ack = await create_users(users, named("bob", "ada", "bob"), validate_only=True)
 
     assert ack == BulkAck(
-        next_offset=3, created=1, failed=2, ids=[0, 0, 0], failures=[taken(1, ada.id), taken(2, 0)]
+        next_offset=3,
+        created=1,
+        failed=2,
+        ids=[0, 0, 0],
+        failures=[email_taken(1, ada.id), email_taken(2, 0)],
     )
-    assert await everybody(users) == [ada]
+    assert await list_users(users) == [ada]
 
 
-async def test_a_hashed_password_can_be_used(users: UserServiceStub) -> None:
-    """Who was loaded with the hash of a password can log in with the password."""
-    await created(users, [User(email="bob@example.org", hashed_password=HASHER.hash("open sesame"))])
+async def test_loaded_hash_verifies_its_password(users: UserServiceStub) -> None:
+    """Users loaded with a hash can log in with their password."""
+    await create_users(users, [User(email="bob@example.org", hashed_password=HASHER.hash("open sesame"))])
 
     for password, valid in [("open sesame", True), ("open barley", False)]:
         request = VerifyPasswordRequest(email="bob@example.org", password=password)
         assert (await users.VerifyPassword(request)).valid == valid
 
 
-async def test_texts_are_stored_as_they_are(
-    users: UserServiceStub, posts: PostServiceStub, ada: User
-) -> None:
-    """Whatever they mean to the ways in which many rows reach a database."""
-    people = await created(
+async def test_texts_are_stored_unchanged(users: UserServiceStub, posts: PostServiceStub, ada: User) -> None:
+    """Including those that COPY or JSON would treat as syntax."""
+    people = await create_users(
         users, [User(email=f"{i}@example.org", full_name=text) for i, text in enumerate(TEXTS)]
     )
-    ack = await written(posts, [Post(author_id=ada.id, title=text, content=text) for text in TEXTS])
+    ack = await create_posts(posts, [Post(author_id=ada.id, title=text, content=text) for text in TEXTS])
 
     found = await users.BatchGetUsers(BatchGetUsersRequest(ids=people.ids))
     stored = await posts.BatchGetPosts(BatchGetPostsRequest(ids=ack.ids))
@@ -180,14 +161,14 @@ async def test_texts_are_stored_as_they_are(
     assert [(post.title, post.content) for post in stored.posts] == [(text, text) for text in TEXTS]
 
 
-async def test_a_content_may_have_a_mebibyte(posts: PostServiceStub, ada: User) -> None:
-    """Counted in bytes of UTF-8; one byte more fails the row alone."""
+async def test_content_is_limited_to_one_mebibyte(posts: PostServiceStub, ada: User) -> None:
+    """It is counted in bytes of UTF-8; one byte more fails its row only."""
     largest = "\U0001d49c" * (MAX_CONTENT_BYTES // 4)
     rows = [
         Post(author_id=ada.id, title="Notes", content=content) for content in ("", largest, largest + "x")
     ]
 
-    ack = await written(posts, rows)
+    ack = await create_posts(posts, rows)
 
     (failure,) = ack.failures
     assert (failure.offset, failure.reason, failure.field) == (2, "INVALID_FIELD", "content")
@@ -195,8 +176,8 @@ async def test_a_content_may_have_a_mebibyte(posts: PostServiceStub, ada: User) 
     assert [post.content for post in stored] == ["", largest]
 
 
-async def test_a_post_knows_its_author_by_id_or_email(posts: PostServiceStub, ada: User) -> None:
-    """One of the two, and that of a user who exists; what goes for one row goes for no other."""
+async def test_author_is_given_by_id_or_email(posts: PostServiceStub, ada: User) -> None:
+    """Exactly one of them, and the user must exist; each row is checked by itself."""
     rows = [
         Post(title="Notes", author_id=ada.id),
         Post(title="Notes", author_email=" ADA@example.org"),
@@ -206,7 +187,7 @@ async def test_a_post_knows_its_author_by_id_or_email(posts: PostServiceStub, ad
         Post(title="Notes", author_email="bob@example.org"),
     ]
 
-    ack = await written(posts, rows)
+    ack = await create_posts(posts, rows)
 
     assert [(failure.offset, failure.reason, failure.field) for failure in ack.failures] == [
         (2, "INVALID_FIELD", "author_id"),
@@ -218,11 +199,11 @@ async def test_a_post_knows_its_author_by_id_or_email(posts: PostServiceStub, ad
     assert [post.author_id for post in stored] == [ada.id] * 2
 
 
-async def test_an_atomic_batch_of_posts_needs_all_authors(posts: PostServiceStub, ada: User) -> None:
-    """One unknown author, and none of the message's posts is written."""
+async def test_unknown_author_fails_an_atomic_batch(posts: PostServiceStub, ada: User) -> None:
+    """No post of the message is written."""
     rows = [Post(title="Notes", author_id=ada.id), Post(title="Notes", author_email="bob@example.org")]
 
-    ack = await written(posts, rows, atomicity="BATCH")
+    ack = await create_posts(posts, rows, atomicity="BATCH")
 
     assert (ack.created, ack.failed, list(ack.ids), len(ack.failures)) == (0, 2, [0, 0], 1)
     assert not (await posts.ListPosts(ListPostsRequest())).posts

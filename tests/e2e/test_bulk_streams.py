@@ -1,4 +1,4 @@
-"""The bulk-stream protocol: what is answered to which message, whatever the rows are."""
+"""The bulk-stream protocol: the response to each message, whatever its rows."""
 
 import asyncio
 import gc
@@ -24,40 +24,40 @@ from service.users.servicer import CREATE_USERS
 from tests.support.errors import refusal
 from tests.support.load_stream import LoadStream, gap, named
 
-# Messages that a stream may have read and not yet answered.
-IN_HAND = 3
+# How many messages a stream reads before it answers the first of them.
+MAX_PENDING = 3
 
 
 @pytest.fixture
 async def stream(users: UserServiceStub) -> LoadStream:
-    """A stream that is open."""
+    """An open stream."""
     stream = LoadStream(users)
     await stream.send()
     await stream.answer()
     return stream
 
 
-async def answered(users: UserServiceStub, *messages: BulkCreateUsersRequest) -> list[BulkWriteResponse]:
-    """Send a whole load and return the events."""
+async def run_load(users: UserServiceStub, *messages: BulkCreateUsersRequest) -> list[BulkWriteResponse]:
+    """Send all messages of a load, and return the events."""
     return [event async for event in users.BulkCreateUsers(iter(messages))]
 
 
-async def stored(server: Server) -> int:
+async def count_users(server: Server) -> int:
     """Return how many users are stored."""
     async with server.database.read() as session:
         return await session.scalar(select(func.count()).select_from(UserRow)) or 0
 
 
-async def test_opens_with_the_limits(users: UserServiceStub) -> None:
-    """The first event says where to begin and how large a message may be."""
-    opened, *_ = await answered(users, BulkCreateUsersRequest(finish=True))
+async def test_first_event_has_offset_and_limits(users: UserServiceStub) -> None:
+    """It says where to start, and how large a message may be."""
+    opened, *_ = await run_load(users, BulkCreateUsersRequest(finish=True))
 
     assert opened.WhichOneof("event") == "opened"
     assert (opened.opened.next_offset, opened.opened.max_rows, opened.opened.max_bytes) == (0, 5000, 4 << 20)
 
 
-async def test_opens_before_any_row_is_sent(users: UserServiceStub) -> None:
-    """Options alone are answered at once: the client may wait for it."""
+async def test_options_alone_open_the_stream(users: UserServiceStub) -> None:
+    """Clients may wait for the first event before they send rows."""
     stream = LoadStream(users)
     await stream.send(options=BulkOptions())
 
@@ -65,8 +65,8 @@ async def test_opens_before_any_row_is_sent(users: UserServiceStub) -> None:
 
 
 async def test_acknowledges_each_message_in_order(users: UserServiceStub) -> None:
-    """Rows may ride with the options; every message with rows has an ack, and the end is a summary."""
-    _, *acks, last = await answered(
+    """The first message may have rows too; every message with rows has an ack, then comes the summary."""
+    _, *acks, last = await run_load(
         users,
         BulkCreateUsersRequest(options=BulkOptions(), users=named("a", "b")),
         BulkCreateUsersRequest(users=named("c", "d", "e")),
@@ -83,8 +83,8 @@ async def test_acknowledges_each_message_in_order(users: UserServiceStub) -> Non
 
 
 async def test_counts_each_row_once(users: UserServiceStub) -> None:
-    """The summary adds up what the acks told."""
-    *_, last = await answered(
+    """The summary is the sum of the acks."""
+    *_, last = await run_load(
         users,
         BulkCreateUsersRequest(options=BulkOptions(on_conflict=BulkOptions.SKIP), users=named("a", "b")),
         BulkCreateUsersRequest(users=[*named("b", "c"), User(email="nobody")], finish=True),
@@ -93,15 +93,15 @@ async def test_counts_each_row_once(users: UserServiceStub) -> None:
     assert last.summary == BulkSummary(next_offset=5, created=3, skipped=1, failed=1, state=BulkLoad.FINISHED)
 
 
-async def test_takes_explicit_offsets(stream: LoadStream) -> None:
-    """A client may number its rows itself."""
+async def test_accepts_explicit_offsets(stream: LoadStream) -> None:
+    """Clients may number their rows."""
     await stream.acknowledged("a", "b", offset=0)
 
     assert (await stream.acknowledged("c", offset=2)).next_offset == 3
 
 
 async def test_refuses_a_gap_and_stays_open(stream: LoadStream) -> None:
-    """Rows ahead of the watermark aren't written; the stream says where to go on, and does."""
+    """Rows ahead of the watermark are not written; the error has the offset to continue from."""
     await stream.acknowledged("a")
 
     ahead = await stream.acknowledged("b", offset=5)
@@ -113,19 +113,19 @@ async def test_refuses_a_gap_and_stays_open(stream: LoadStream) -> None:
 
 
 async def test_refuses_rows_below_the_watermark(server: Server, stream: LoadStream) -> None:
-    """Without load_id outcomes aren't kept, so rows sent again can't be answered; nor are they written."""
+    """Without a load_id no outcomes are stored, so rows sent again are neither replayed nor written."""
     await stream.acknowledged("a", "b")
 
     again = await stream.acknowledged("x", offset=0)
     straddling = await stream.acknowledged("y", "z", offset=1)
 
     assert gap(again) == gap(straddling) == (OUT_OF_RANGE, "OFFSET_GAP", "2")
-    assert await stored(server) == 2
+    assert await count_users(server) == 2
     assert (await stream.acknowledged("c", offset=2)).next_offset == 3
 
 
-async def test_what_was_sent_behind_a_refused_message_is_a_gap(server: Server, stream: LoadStream) -> None:
-    """Messages without an offset follow the one before, written or not, until the client goes back."""
+async def test_messages_after_a_refused_one_are_refused(server: Server, stream: LoadStream) -> None:
+    """A message without an offset follows the previous one, even a refused one."""
     await stream.acknowledged("a")
     await stream.send("b", offset=2)
     await stream.send("c")
@@ -142,11 +142,11 @@ async def test_what_was_sent_behind_a_refused_message_is_a_gap(server: Server, s
         (1, 2, 0),
         (2, 3, 0),
     ]
-    assert await stored(server) == 3
+    assert await count_users(server) == 3
 
 
-async def test_takes_5000_rows_and_no_more(stream: LoadStream) -> None:
-    """One row more is told, and the stream stays open at the same place."""
+async def test_message_is_limited_to_5000_rows(stream: LoadStream) -> None:
+    """A larger message is refused; the stream stays open at the same offset."""
     names = [f"user{number}" for number in range(MAX_ROWS + 1)]
 
     refused = await stream.acknowledged(*names)
@@ -156,7 +156,7 @@ async def test_takes_5000_rows_and_no_more(stream: LoadStream) -> None:
     assert (written.created, written.next_offset) == (MAX_ROWS, MAX_ROWS)
 
 
-async def test_takes_4_mib_and_no_more(stream: LoadStream) -> None:
+async def test_message_is_limited_to_4_mib(stream: LoadStream) -> None:
     """The limit is the size of the message on the wire, to the byte."""
     largest = BulkCreateUsersRequest(users=[*named("a"), User(full_name="")])
     largest.users[1].full_name = "x" * (MAX_BYTES - largest.ByteSize() - 6)
@@ -175,18 +175,16 @@ async def test_takes_4_mib_and_no_more(stream: LoadStream) -> None:
     assert (taken.created, taken.failed, taken.next_offset) == (1, 1, 3)
 
 
-async def test_a_half_close_is_no_success(users: UserServiceStub, server: Server) -> None:
-    """Without finish the stream ends with a summary that says so; what was acknowledged is in."""
-    *_, last = await answered(users, BulkCreateUsersRequest(users=named("a")))
+async def test_half_close_does_not_finish_the_load(users: UserServiceStub, server: Server) -> None:
+    """Without `finish` the summary has no final state; acknowledged rows are stored."""
+    *_, last = await run_load(users, BulkCreateUsersRequest(users=named("a")))
 
     assert last.summary == BulkSummary(next_offset=1, created=1, state=BulkLoad.STATE_UNSPECIFIED)
-    assert await stored(server) == 1
+    assert await count_users(server) == 1
 
 
-async def test_finish_behind_rows_that_were_not_written_completes_nothing(
-    server: Server, stream: LoadStream
-) -> None:
-    """A load with a gap isn't complete: the stream stays open for the rows that are missing."""
+async def test_finish_after_a_gap_completes_nothing(server: Server, stream: LoadStream) -> None:
+    """The stream stays open for the missing rows."""
     ahead = await stream.acknowledged("b", offset=1, finish=True)
     alone = await stream.acknowledged(finish=True)
     await stream.send("a", "b", offset=0, finish=True)
@@ -198,25 +196,25 @@ async def test_finish_behind_rows_that_were_not_written_completes_nothing(
 
 
 async def test_refuses_a_stream_without_messages(users: UserServiceStub) -> None:
-    """There is nothing to do, and nothing is answered but that."""
-    refused = await refusal(answered(users))
+    """The only response is the error."""
+    refused = await refusal(run_load(users))
 
     assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_OPTIONS")
 
 
 async def test_refuses_options_after_the_first_message(server: Server, stream: LoadStream) -> None:
-    """The stream ends, and what was acknowledged stays."""
+    """The stream ends; acknowledged rows stay."""
     await stream.acknowledged("a")
     await stream.send("b", options=BulkOptions())
 
     refused = await refusal(stream.answer())
 
     assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_OPTIONS")
-    assert await stored(server) == 1
+    assert await count_users(server) == 1
 
 
 async def test_too_many_failures_end_the_stream(server: Server, users: UserServiceStub) -> None:
-    """A summary comes first; what was acknowledged stays."""
+    """A summary precedes the error; acknowledged rows stay."""
     stream = LoadStream(users)
     await stream.send("a", "a", "b", options=BulkOptions(max_failures=1))
     await stream.send("a", "c")
@@ -227,50 +225,50 @@ async def test_too_many_failures_end_the_stream(server: Server, users: UserServi
     assert (first.ack.failed, second.ack.failed) == (1, 1)
     assert last.summary == BulkSummary(next_offset=5, created=3, failed=2)
     assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "TOO_MANY_FAILURES")
-    assert await stored(server) == 3
+    assert await count_users(server) == 3
 
 
-async def test_sends_ids_only_where_asked(users: UserServiceStub) -> None:
-    """`ids[i]` belongs to row i of the message, 0 where it failed; without `return_ids` there are none."""
+async def test_returns_ids_only_on_request(users: UserServiceStub) -> None:
+    """`ids[i]` belongs to row i of the message, and is 0 if the row failed."""
     rows = [*named("c", "a"), User(email="nobody"), *named("b", "a")]
     options = BulkOptions(return_ids=True, on_conflict=BulkOptions.SKIP)
 
-    _, told, _ = await answered(users, BulkCreateUsersRequest(options=options, users=rows))
-    _, untold, _ = await answered(users, BulkCreateUsersRequest(users=rows))
+    _, with_ids, _ = await run_load(users, BulkCreateUsersRequest(options=options, users=rows))
+    _, without_ids, _ = await run_load(users, BulkCreateUsersRequest(users=rows))
 
     ids = [(await users.GetUser(GetUserRequest(email=row.email))).id for row in rows if "@" in row.email]
-    assert told.ack.ids == [*ids[:2], 0, *ids[2:]]
-    assert untold.ack.ids == []
+    assert with_ids.ack.ids == [*ids[:2], 0, *ids[2:]]
+    assert without_ids.ack.ids == []
 
 
-async def test_takes_no_more_than_it_answers(database: Database) -> None:
-    """A client that doesn't read is not read from, so that memory doesn't grow with the load."""
+async def test_reads_at_most_three_messages_ahead(database: Database) -> None:
+    """The server does not read ahead of a client that does not read, so its memory stays bounded."""
     taken = answered = 0
 
     async def requests() -> AsyncIterator[bytes]:
         nonlocal taken
-        for number in range(10 * IN_HAND):
+        for number in range(10 * MAX_PENDING):
             taken += 1
             yield BulkCreateUsersRequest(users=named(f"user{number}")).SerializeToString()
 
     async with aclosing(BulkStreams(database).run(requests(), CREATE_USERS)) as events:
         async for _ in events:
-            assert taken <= answered + IN_HAND
+            assert taken <= answered + MAX_PENDING
             answered += 1
 
 
-async def test_keeps_nothing_of_what_it_has_answered(database: Database) -> None:
-    """Not even where each message has a key of the one before, and waits for what becomes of it."""
+async def test_keeps_no_answered_batches(database: Database) -> None:
+    """Even if each batch depends on the previous one."""
     kept = 0
 
     async def requests() -> AsyncIterator[bytes]:
         nonlocal kept
-        for number in range(10 * IN_HAND):
+        for number in range(10 * MAX_PENDING):
             yield BulkCreateUsersRequest(
                 users=named(f"user{number}", f"user{number + 1}")
             ).SerializeToString()
         gc.collect()
-        # In a thread: this generator runs in the service's task, and the watchdog counts what that does.
+        # In a thread, because the watchdog would count the time against the service's task.
         kept = await asyncio.to_thread(
             lambda: sum(isinstance(found, PendingBatch) for found in gc.get_objects())
         )
@@ -278,5 +276,5 @@ async def test_keeps_nothing_of_what_it_has_answered(database: Database) -> None
     async with aclosing(BulkStreams(database).run(requests(), CREATE_USERS)) as events:
         last = [event async for event in events][-1]
 
-    assert (last.summary.created, last.summary.failed) == (10 * IN_HAND + 1, 10 * IN_HAND - 1)
-    assert kept <= IN_HAND + 1  # the last one answered is still known to the one after it
+    assert (last.summary.created, last.summary.failed) == (10 * MAX_PENDING + 1, 10 * MAX_PENDING - 1)
+    assert kept <= MAX_PENDING + 1  # the next batch refers to the last one answered

@@ -1,4 +1,4 @@
-"""The examples of docs/calling.md in other languages, as they stand there."""
+"""The examples in other languages on docs/calling.md."""
 
 import os
 import re
@@ -26,54 +26,54 @@ INCLUDES = [
 
 
 def example(language: str) -> tuple[str, str]:
-    """A program of the page, and what it is said to print."""
+    """Return a program of the page, and its expected output."""
     (program, printed), *_ = re.findall(rf"```{language}\n(.*?)```\n```text\n(.*?)```", PAGE, re.DOTALL)
     return program, printed
 
 
 @pytest.fixture
 async def address(tmp_path: Path) -> AsyncIterator[str]:
-    """Where a server listens."""
+    """The address of a server."""
     async with serving(tmp_path) as server:
         yield server.address
 
 
-async def done(*command: str | Path, folder: Path) -> Ended:
-    """Run a program that has to succeed."""
+async def run_program(*command: str | Path, folder: Path) -> Ended:
+    """Run a program, which must succeed."""
     ended = await run(*command, folder=folder)
     assert ended.status == 0, ended.err
     return ended
 
 
-async def test_node(address: str, tmp_path: Path) -> None:
-    """It creates a user once, sends the same again, and tells the reason of a refusal."""
+async def test_node_example(address: str, tmp_path: Path) -> None:
+    """It creates a user once, repeats the request, and prints the reason of an error."""
     if not (NODE / "node_modules").is_dir():
         pytest.skip(f"{NODE}/node_modules is missing: run `make tools`, and heed its warnings")
     program, printed = example("js")
     (tmp_path / "node_modules").symlink_to(NODE / "node_modules")
     (tmp_path / "hello.mjs").write_text(program)
 
-    ended = await done(installed("node"), "hello.mjs", address, *INCLUDES[:2], folder=tmp_path)
+    ended = await run_program(installed("node"), "hello.mjs", address, *INCLUDES[:2], folder=tmp_path)
     assert ended.out == printed
 
 
 @pytest.mark.skipif("ROSTER_TEST_GO" not in os.environ, reason="compiles for a minute: run `make test-go`")
-async def test_go(address: str, tmp_path: Path) -> None:
-    """The same, with generated stubs."""
+async def test_go_example(address: str, tmp_path: Path) -> None:
+    """It does the same with generated stubs."""
     program, printed = example("go")
     shutil.copy(GO / "go.mod", tmp_path)
     shutil.copy(GO / "go.sum", tmp_path)
     (tmp_path / "hello.go").write_text(program)
     go = installed("go")
-    await done(go, "build", "-o", f"{tmp_path}/", "tool", folder=tmp_path)
-    await done(*protoc(tmp_path), folder=tmp_path)
-    await done(go, "build", "-o", "hello", ".", folder=tmp_path)
+    await run_program(go, "build", "-o", f"{tmp_path}/", "tool", folder=tmp_path)
+    await run_program(*protoc(tmp_path), folder=tmp_path)
+    await run_program(go, "build", "-o", "hello", ".", folder=tmp_path)
 
-    assert (await done(tmp_path / "hello", address, folder=tmp_path)).out == printed
+    assert (await run_program(tmp_path / "hello", address, folder=tmp_path)).out == printed
 
 
 def protoc(folder: Path) -> list[str | Path]:
-    """The command that makes the stubs."""
+    """Return the command that generates the stubs."""
     command: list[str | Path] = [sys.executable, "-m", "grpc_tools.protoc"]
     command += [f"-I{path}" for path in INCLUDES]
     for kind in ("go", "go-grpc"):

@@ -1,4 +1,4 @@
-"""Secrets that are planted everywhere a caller can, and looked for in everything that comes out."""
+"""Secrets put wherever callers can put them, and searched for in all output."""
 
 import base64
 import logging
@@ -93,14 +93,14 @@ BROKEN: list[tuple[str, list[Any]]] = [
 
 @pytest.fixture
 async def wire(server: Server) -> AsyncIterator[Wire]:
-    """A client of a server of the test's own."""
+    """A client of a server for one test."""
     with grpc.insecure_channel(server.address) as channel:
         yield Wire(channel)
 
 
 @pytest.fixture
 def sinks(caplog: pytest.LogCaptureFixture) -> dict[str, Callable[[], str]]:
-    """What, beside the answers, a secret could get into: the log, as talkative as a server can be started."""
+    """Everything besides the responses that could hold a secret: the log, at its most verbose level."""
     caplog.set_level(logging.DEBUG)
     fields = logging.LogRecord("", 0, "", 0, "", None, None).__dict__.keys()
 
@@ -111,8 +111,8 @@ def sinks(caplog: pytest.LogCaptureFixture) -> dict[str, Callable[[], str]]:
     return {"log": logged}
 
 
-async def told(wire: Wire, rpc: str, messages: list[Any]) -> tuple[list[Message], str]:
-    """Return the responses of a call, and what its error tells in any of its parts."""
+async def responses_and_error(wire: Wire, rpc: str, messages: list[Any]) -> tuple[list[Message], str]:
+    """Return the responses of a call, and all parts of its error."""
     try:
         return await wire.call(rpc, *messages), ""
     except grpc.RpcError as error:
@@ -129,16 +129,16 @@ def leaked(secrets: tuple[str, ...], output: str) -> list[str]:
     return [secret for secret in secrets if secret in output]
 
 
-def test_every_rpc_is_tried() -> None:
-    """One that is new has to be listed here."""
+def test_every_rpc_is_called() -> None:
+    """New RPCs must be listed here."""
     assert {rpc for rpc, _ in CALLS} == set(RPCS)
 
 
-async def answered(wire: Wire, calls: list[tuple[str, list[Any]]]) -> set[str]:
-    """Make the calls, look at what each answers, and return the RPCs that had an answer."""
+async def calls_answered(wire: Wire, calls: list[tuple[str, list[Any]]]) -> set[str]:
+    """Make the calls, check each response, and return the RPCs that had one."""
     done = set()
     for rpc, messages in calls:
-        responses, error = await told(wire, rpc, messages)
+        responses, error = await responses_and_error(wire, rpc, messages)
         assert leaked(CONFIDENTIAL, error) == [], rpc
         assert leaked(SECRETS, str(responses)) == [], rpc
         assert leaked(CONFIDENTIAL, "".join(map(page_token, responses))) == [], rpc
@@ -146,13 +146,15 @@ async def answered(wire: Wire, calls: list[tuple[str, list[Any]]]) -> set[str]:
     return done
 
 
-async def test_no_secret_comes_out(sinks: dict[str, Callable[[], str]], server: Server, wire: Wire) -> None:
-    """In a response, an error, a page token, or a line of the log; not even where the database fails."""
-    assert await answered(wire, CALLS) == set(RPCS)
+async def test_no_secret_is_disclosed(
+    sinks: dict[str, Callable[[], str]], server: Server, wire: Wire
+) -> None:
+    """In a response, error, page token or log line, even if the database fails."""
+    assert await calls_answered(wire, CALLS) == set(RPCS)
     if not server.database.is_sqlite:
         async with server.database.begin() as session:
             await session.execute(text(REFUSES_HASHES))
-        assert await answered(wire, BROKEN) <= {"BulkCreateUsers", "BulkUpdateUsers"}
+        assert await calls_answered(wire, BROKEN) <= {"BulkCreateUsers", "BulkUpdateUsers"}
 
     for name, output in sinks.items():
         assert "CreateUser" in output(), name

@@ -99,7 +99,7 @@ async def proxied(lossy: LossyProxy) -> AsyncIterator[UserServiceStub]:
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
-async def test_a_retried_write_is_applied_once(users: UserServiceStub, code: grpc.StatusCode) -> None:
+async def test_retried_write_is_applied_once(users: UserServiceStub, code: grpc.StatusCode) -> None:
     """The response was lost; the retry has the same request_id, so it gets the first response."""
     lossy = LossyProxy(users, code)
     async with proxied(lossy) as stub:
@@ -123,8 +123,8 @@ async def test_retries_a_write_with_an_unknown_outcome(users: UserServiceStub) -
     assert await users.GetUser(GetUserRequest(email=ADA.email)) == created
 
 
-async def test_the_error_of_a_timed_out_write_has_its_request_id() -> None:
-    """The caller can repeat the write, although the client has made up the id."""
+async def test_error_of_timed_out_write_has_its_request_id() -> None:
+    """The caller can repeat the write with the id that the client generated."""
     async with channel("unix:/nowhere/roster.sock", timeout=0.1) as connection:
         with pytest.raises(DeadlineExceeded) as late:
             await UserServiceStub(connection).CreateUser(CreateUserRequest(user=ADA))
@@ -151,7 +151,7 @@ async def test_yields_the_rows_of_all_pages(users: UserServiceStub) -> None:
     assert listed == emails
 
 
-async def test_a_load_without_options_gets_a_load_id(users: UserServiceStub) -> None:
+async def test_load_without_options_gets_a_load_id(users: UserServiceStub) -> None:
     """It can be resumed after the server restarts."""
 
     async def rows() -> AsyncIterator[User]:
@@ -166,7 +166,7 @@ async def test_a_load_without_options_gets_a_load_id(users: UserServiceStub) -> 
     assert summary.created == 1
 
 
-async def test_fails_at_once_without_wait_for_ready() -> None:
+async def test_fails_immediately_without_wait_for_ready() -> None:
     """With it, the call waits for a server until its deadline."""
     async with channel("unix:/nowhere/roster.sock", wait_for_ready=False) as connection:
         with pytest.raises(Disconnected):

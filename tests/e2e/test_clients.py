@@ -1,4 +1,4 @@
-"""Clients in other languages, as people use them, against the command that people start."""
+"""Clients in other languages against the command `roster serve`."""
 
 from collections.abc import AsyncIterator
 
@@ -24,14 +24,14 @@ CLIENTS = [Grpcurl, Buf, Node]
 
 @pytest.fixture(scope="module")
 async def address(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
-    """Where `roster serve` listens, as the embedded default has it; one for all tests."""
+    """The address of a `roster serve` on SQLite that all tests share."""
     async with serving(tmp_path_factory.mktemp("server")) as server:
         yield server.address
 
 
 @pytest.fixture(scope="module")
 async def socket(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
-    """Where one listens on a Unix socket."""
+    """The address of a `roster serve` on a Unix socket."""
     folder = tmp_path_factory.mktemp("socket")
     async with serving(folder, ROSTER_LISTEN=f"unix:{folder}/roster.sock") as server:
         yield server.address
@@ -39,19 +39,19 @@ async def socket(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]
 
 @pytest.fixture(params=CLIENTS)
 def client(request: pytest.FixtureRequest, address: str) -> Client:
-    """One client after the other."""
+    """Each client in turn."""
     client: Client = request.param(address)
     return client
 
 
 @pytest.fixture
 def domain(request: pytest.FixtureRequest, client: Client) -> str:
-    """A domain for the e-mails of one test with one client."""
+    """A domain for the e-mails of one test and client."""
     return f"{request.function.__name__}.{type(client).__name__.lower()}.example".replace("_", "-")
 
 
-async def test_a_user_is_created_and_found_by_email(client: Client, domain: str) -> None:
-    """What was created comes back, whatever the spelling of the e-mail."""
+async def test_creates_and_finds_user_by_email(client: Client, domain: str) -> None:
+    """The lookup ignores the case of the e-mail."""
     email = f"zo\u00eb@{domain}"
     (created,) = await client.call(
         "CreateUser", {"user": {"email": email, "full_name": "Zo\u00eb \U0001d6bf"}}
@@ -61,8 +61,8 @@ async def test_a_user_is_created_and_found_by_email(client: Client, domain: str)
     assert [created] == await client.call("GetUser", {"email": email.upper()})
 
 
-async def test_a_filter_says_what_is_listed(client: Client, domain: str) -> None:
-    """In its language, quotes and all, and a page at a time."""
+async def test_lists_users_by_filter(client: Client, domain: str) -> None:
+    """With quotes in the filter, page by page."""
     for name in ("ada", "alan", "barbara"):
         await client.call("CreateUser", {"user": {"email": f"{name}@{domain}", "is_active": name != "ada"}})
 
@@ -74,8 +74,8 @@ async def test_a_filter_says_what_is_listed(client: Client, domain: str) -> None
     assert second.next_page_token == ""
 
 
-async def test_a_refusal_can_be_read(client: Client, domain: str) -> None:
-    """The reason to switch on, the facts, and the field at fault."""
+async def test_reads_error_details(client: Client, domain: str) -> None:
+    """Reason, facts and violated field."""
     (ada,) = await client.call("CreateUser", {"user": {"email": f"ada@{domain}"}})
 
     taken = await refusal(client.call("CreateUser", {"user": {"email": f"ada@{domain}"}}))
@@ -88,8 +88,8 @@ async def test_a_refusal_can_be_read(client: Client, domain: str) -> None:
     assert wrong.message == "user.email must be one name, one @ and one domain, without spaces"
 
 
-async def test_lines_of_json_are_a_bulk_load(client: Client, domain: str) -> None:
-    """A row that fails says why, and takes no other with it."""
+async def test_loads_users_in_bulk(client: Client, domain: str) -> None:
+    """A bad row has a reason, and does not affect the others."""
     opened, first, second, third, summary = await client.call(
         "BulkCreateUsers",
         {"options": {"return_ids": True}, "users": [{"email": f"ada@{domain}"}]},
@@ -108,8 +108,8 @@ async def test_lines_of_json_are_a_bulk_load(client: Client, domain: str) -> Non
     assert list(first.ack.ids) == [ada.id]
 
 
-async def test_an_export_streams_what_was_loaded(client: Client, domain: str) -> None:
-    """Message by message, as many users in each as asked for."""
+async def test_exports_loaded_users(client: Client, domain: str) -> None:
+    """Each message has the requested number of users."""
     rows = [{"email": f"{name}@{domain}"} for name in ("ada", "alan", "barbara")]
     await client.call("BulkCreateUsers", {"users": rows})
 
@@ -120,16 +120,16 @@ async def test_an_export_streams_what_was_loaded(client: Client, domain: str) ->
 
 
 @pytest.mark.parametrize("kind", CLIENTS)
-async def test_a_unix_socket_takes_calls_too(kind: type[Client], socket: str) -> None:
-    """The address that the server prints is what clients take."""
+async def test_calls_over_unix_socket(kind: type[Client], socket: str) -> None:
+    """Clients use the address that the server prints."""
     email = f"{kind.__name__.lower()}@example.org"
     (created,) = await kind(socket).call("CreateUser", {"user": {"email": email}})
 
     assert created.email == email
 
 
-async def test_grpcurl_describes_all_that_it_lists(address: str) -> None:
-    """All services without being told a name, a method by its own name (ghz asks so), and a message."""
+async def test_grpcurl_lists_and_describes_services(address: str) -> None:
+    """Without files of the contract; ghz asks for a method by its own name."""
     grpcurl = Grpcurl(address)
     listed = await grpcurl.ask(address, "list")
     assert listed.out.splitlines() == SERVICES
@@ -144,8 +144,8 @@ async def test_grpcurl_describes_all_that_it_lists(address: str) -> None:
     assert "string email = 2;" in message.out
 
 
-async def test_grpcurl_prints_error_details_for_people(address: str) -> None:
-    """Not as bytes: the server teaches it the types of google.rpc as well."""
+async def test_grpcurl_prints_error_details(address: str) -> None:
+    """Decoded: reflection also serves the types of google.rpc."""
     said = (await Grpcurl(address).ask("-d", "{}", address, "roster.v1.UserService/CreateUser")).err
 
     assert "Code: InvalidArgument" in said
@@ -154,7 +154,7 @@ async def test_grpcurl_prints_error_details_for_people(address: str) -> None:
 
 
 async def test_buf_lists_services_and_their_methods(address: str) -> None:
-    """Of every service that the server has."""
+    """All services of the server."""
     services = await Buf(address).ask("--list-services")
     assert services.out.splitlines() == SERVICES
 

@@ -1,4 +1,4 @@
-"""What `docker compose up` does, in turn and without containers: scripts, commands and their environments."""
+"""The scripts, commands and environments of `docker compose up`, run in order without containers."""
 
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -13,10 +13,9 @@ from sqlalchemy import URL, make_url
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import CreateUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.server import Server
-from service.settings import Settings
 from tests.support.command import ROSTER, run, serving
 from tests.support.postgres import PostgresServer, find_programs
+from tests.support.server import FREE_PORT, serve
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SERVICES = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
@@ -27,7 +26,7 @@ WHO_COMES_IN = "host all postgres 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 
 
 @pytest.fixture
 def postgres_server() -> Iterator[PostgresServer]:
-    """A PostgreSQL of the test's own, since roles are shared by all databases; it wants passwords."""
+    """A PostgreSQL server for these tests alone, because databases share roles; it requires passwords."""
     with PostgresServer() as server:
         server.stop()
         (server._folder / "data/pg_hba.conf").write_text(WHO_COMES_IN)
@@ -37,13 +36,13 @@ def postgres_server() -> Iterator[PostgresServer]:
 
 @pytest.fixture
 async def database(postgres_server: PostgresServer) -> AsyncIterator[URL]:
-    """A database that was just made."""
+    """A new database."""
     async with postgres_server.database() as url:
         yield make_url(url).set(drivername="postgresql")
 
 
 def environment(service: str, database: URL) -> dict[str, str]:
-    """The variables of a service, with the passwords, for this database and a free port."""
+    """Return the variables of a service, with passwords, for this database and a free port."""
     values: dict[str, Any] = dict(SERVICES[service]["environment"])
     for name, password in PASSWORDS.items():
         values = {key: str(value).replace(f"${{{name}:?}}", password) for key, value in values.items()}
@@ -57,7 +56,7 @@ def environment(service: str, database: URL) -> dict[str, str]:
 
 
 async def prepare(database: URL) -> None:
-    """Run the scripts as the image of PostgreSQL does, in the order of their names there."""
+    """Run the scripts in the order of the PostgreSQL image."""
     mounts = [mount.split(":") for mount in SERVICES["database"]["volumes"]]
     scripts = sorted((target, source) for source, target, *_ in mounts if "initdb.d" in target)
     assert len(scripts) == 2
@@ -72,8 +71,8 @@ async def prepare(database: URL) -> None:
         assert ended.status == 0, ended.err
 
 
-async def test_the_services_come_up_in_turn(database: URL, tmp_path: Path) -> None:
-    """The migration as the one role, the server as the other; each with its password."""
+async def test_services_start_in_order(database: URL, tmp_path: Path) -> None:
+    """The migration and the server have different roles and passwords."""
     await prepare(database)
     migrate = environment("migrate", database)
     command = (ROSTER, *SERVICES["migrate"]["command"])
@@ -91,25 +90,22 @@ async def test_the_services_come_up_in_turn(database: URL, tmp_path: Path) -> No
 
 
 def mistyped(environment: dict[str, str]) -> dict[str, str]:
-    """The same with another password."""
+    """Return the variables with another password."""
     return {
         name: value.replace(PASSWORDS["MIGRATOR_PASSWORD"], "wrong") for name, value in environment.items()
     }
 
 
-async def test_the_container_is_healthy_while_the_server_is_ready(sqlite_url: str) -> None:
-    """It says why it is not: the server drains, or there is none."""
-    server = Server(Settings(database_url=sqlite_url, listen="127.0.0.1:0", health_listen="127.0.0.1:0"))
-    await server.start()
+async def test_container_is_healthy_while_server_is_ready(sqlite_url: str) -> None:
+    """Otherwise the check prints the reason: the server drains, or does not run."""
 
-    async def asked() -> tuple[int | None, str]:
-        ended = await run(
-            sys.executable, DEPLOY / "healthcheck.py", ROSTER_HEALTH_LISTEN=server.health_address
-        )
+    async def check(address: str) -> tuple[int | None, str]:
+        ended = await run(sys.executable, DEPLOY / "healthcheck.py", ROSTER_HEALTH_LISTEN=address)
         return ended.status, ended.err
 
-    assert await asked() == (0, "")
-    await server.health.enter_graceful_shutdown()
-    assert await asked() == (1, "not ready; the server's log says why\n")
-    await server.stop(grace=0)
-    assert await asked() == (1, "no answer: StatusCode.UNAVAILABLE\n")
+    async with serve(sqlite_url, health_listen=FREE_PORT) as server:
+        address = server.health_address
+        assert await check(address) == (0, "")
+        await server.health.enter_graceful_shutdown()
+        assert await check(address) == (1, "not ready; the server's log says why\n")
+    assert await check(address) == (1, "no answer: StatusCode.UNAVAILABLE\n")

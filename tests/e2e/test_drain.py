@@ -1,4 +1,4 @@
-"""How a server stops, as its callers see it, and what one says that can't start."""
+"""How a server stops, as its callers see it, and how a server that can't start reports why."""
 
 import asyncio
 import signal
@@ -9,55 +9,41 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
 from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 from prometheus_client import generate_latest
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import create_async_engine
 
-from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkOptions, BulkSummary
+from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkSummary
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUserRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.client import BulkLoader, channel, pages
+from service.db.engine import Database
 from service.interceptors.chain import Rpc
 from service.interceptors.drain import Drain
 from service.server import Server
-from service.settings import Settings
 from tests.support.command import ROSTER, run, serving, waiting_to_serve
 from tests.support.errors import refusal
-from tests.support.rival import rival
+from tests.support.load_stream import LoadStream
+from tests.support.rival import LOCK_COMMITS, delay_commits, rival
+from tests.support.rows import read_emails
 from tests.support.scrape import Scrape
+from tests.support.server import serve
 
 ADA = User(email="ada@example.org")
 RESTARTS = 2
 BATCH = 50
-SLOW_COMMIT = [
-    (
-        "CREATE FUNCTION wait() RETURNS trigger AS "
-        "'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NULL; END' LANGUAGE plpgsql"
-    ),
-    (
-        "CREATE CONSTRAINT TRIGGER wait AFTER INSERT ON users "
-        "DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait()"
-    ),
-]
+on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 
 
-async def opened(users: UserServiceStub) -> Any:
-    """A bulk stream that the server has opened, and that waits for rows."""
-    load: Any = users.BulkCreateUsers()
-    await load.write(BulkCreateUsersRequest(options=BulkOptions(load_id="staff")))
-    assert (await load.read()).HasField("opened")
-    return load
-
-
-async def test_a_start_that_waits_for_the_database_ends_without_a_pause(tmp_path: Path) -> None:
-    """No load balancer knows of it yet."""
+async def test_server_stops_at_once_while_it_waits_for_its_database(tmp_path: Path) -> None:
+    """The drain pause is skipped: no load balancer knows the server yet."""
     with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))  # and doesn't listen
+        nobody.bind(("127.0.0.1", 0))  # but do not listen
         url = f"postgresql://ada@127.0.0.1:{nobody.getsockname()[1]}/roster"
         settings = {"ROSTER_DATABASE_URL": url, "ROSTER_DRAIN_PAUSE": "25", "ROSTER_GRACE": "60"}
         async with waiting_to_serve(tmp_path, **settings) as server:
@@ -70,35 +56,40 @@ async def test_a_start_that_waits_for_the_database_ends_without_a_pause(tmp_path
 async def test_bulk_stream_finishes_received_batches_before_server_stops(
     server: Server, users: UserServiceStub
 ) -> None:
-    """It acknowledges a batch that waits for its commit, then reports the watermark to continue from."""
-    load = await opened(users)
+    """It acknowledges the batches that wait for their commits, then reports where to continue."""
+    load = await LoadStream.open(users)
     async with AsyncExitStack() as stack:
-        # All connections for loads are taken, so that the stop comes before the commit.
+        # All connections for loads are taken, so that the stop begins before the first commit.
         for _ in range(1 if server.database.is_sqlite else server.settings.bulk_connections):
             await stack.enter_async_context(server.database.bulk())
-        await load.write(BulkCreateUsersRequest(users=[ADA]))
-        while not Scrape(generate_latest().decode()).value("roster_bulk_rows_uncommitted"):  # noqa: ASYNC110
+        await load.send("ada")
+        await load.send("bob")
+        while Scrape(generate_latest().decode()).value("roster_bulk_rows_uncommitted") < 2:  # noqa: ASYNC110
             await asyncio.sleep(0)
         stopping = asyncio.create_task(server.stop())
         await asyncio.wait([stopping], timeout=0)
 
-    assert (await load.read()).ack.created == 1
-    summary = (await load.read()).summary
-    assert (summary.next_offset, summary.state) == (1, BulkLoad.OPEN)
-    refused = await refusal(load.read())
+    acks = [(await load.answer()).ack for _ in range(2)]
+    assert [(ack.created, ack.next_offset) for ack in acks] == [(1, 1), (1, 2)]
+    summary = await load.summary()
+    assert (summary.next_offset, summary.state) == (2, BulkLoad.OPEN)
+    refused = await refusal(load.answer())
     assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
-    assert refused.facts == {"next_offset": "1"}
+    assert refused.facts == {"next_offset": "2"}
     await stopping
 
 
-async def test_calls_that_come_while_others_end_are_waited_for_too() -> None:
-    """GRPC hands on what it has accepted, also when a stop has begun."""
+async def test_stop_also_waits_for_calls_that_arrive_during_it() -> None:
+    """GRPC passes on the calls that it accepted before the stop began."""
     drain, ends = Drain(), [asyncio.Event() for _ in range(2)]
     get_user = Rpc("/roster.v1.UserService/GetUser", GetUserRequest, is_upload=False, is_download=False)
     context: Any = None
 
     async def call(end: asyncio.Event) -> None:
-        await drain.intercept(get_user, lambda *_: end.wait())(None, context)
+        async def wait(*_: object) -> None:
+            await end.wait()
+
+        await drain.intercept(get_user, wait)(None, context)
 
     calls = [asyncio.create_task(call(ends[0]))]
     await asyncio.sleep(0)
@@ -115,30 +106,34 @@ async def test_calls_that_come_while_others_end_are_waited_for_too() -> None:
     assert calls[1].done()
 
 
-async def test_a_batch_in_hand_is_acknowledged_before_the_end(postgresql_url: str) -> None:
-    """Also one that waits for a lock when the stop comes."""
-    server = await started(postgresql_url)
-    async with grpc.aio.insecure_channel(server.address) as connection, rival(postgresql_url) as other:
-        load = await opened(UserServiceStub(connection))
+@on_postgresql
+async def test_batch_waiting_for_lock_is_acknowledged_before_server_stops(
+    database_url: str, server: Server, users: UserServiceStub
+) -> None:
+    """Its transaction has begun when the stop begins."""
+    async with rival(database_url) as other:
+        load = await LoadStream.open(users)
         await other.execute("LOCK TABLE users")
-        await load.write(BulkCreateUsersRequest(users=[ADA]))
-        await other.waiting()
+        await load.send("ada")
+        await other.wait_for_blocked()
         stopping = asyncio.create_task(server.stop())
         await asyncio.wait([stopping], timeout=0)
         await other.rollback()
 
-        assert (await load.read()).ack.created == 1
-        assert (await load.read()).summary.next_offset == 1
+        assert (await load.answer()).ack.created == 1
+        assert (await load.summary()).next_offset == 1
         await stopping
 
 
-async def test_a_call_that_outlasts_the_grace_is_told_to_try_again(postgresql_url: str) -> None:
-    """With a reason and a pause, not as a connection that broke; nothing of it is in."""
-    server = await started(postgresql_url)
-    async with grpc.aio.insecure_channel(server.address) as connection, rival(postgresql_url) as other:
+@on_postgresql
+async def test_call_that_outlasts_grace_is_refused_as_retryable(
+    database_url: str, database: Database, server: Server, users: UserServiceStub
+) -> None:
+    """The error has a reason and a delay, and the call has written nothing."""
+    async with rival(database_url) as other:
         await other.execute("LOCK TABLE users")
-        call = UserServiceStub(connection).CreateUser(CreateUserRequest(user=ADA))
-        await other.waiting()
+        call = users.CreateUser(CreateUserRequest(user=ADA))
+        await other.wait_for_blocked()
         stopping = asyncio.create_task(server.stop(grace=0.1))
 
         refused = await refusal(call)
@@ -146,57 +141,55 @@ async def test_a_call_that_outlasts_the_grace_is_told_to_try_again(postgresql_ur
         assert refused.retry_seconds is not None
         await stopping
         await other.rollback()
-    assert await emails_in(postgresql_url) == []
+    assert await read_emails(database) == []
 
 
-async def test_a_call_that_never_sends_its_message_holds_no_stop(database_url: str) -> None:
-    """Nor one that gRPC has accepted and never hands on: its client tries again, long before its deadline."""
-    server = await started(database_url)
-    async with grpc.aio.insecure_channel(server.address) as connection:
-        call: Any = connection.stream_unary("/roster.v1.UserService/GetUser")()
-        await call.wait_for_connection()
-        await HealthStub(connection).Check(HealthCheckRequest())  # behind it on the same connection
-        async with asyncio.timeout(20):
-            await server.stop(grace=60)
-        assert await call.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+async def test_call_without_a_message_does_not_delay_a_stop(
+    server: Server, channel: grpc.aio.Channel
+) -> None:
+    """GRPC accepts such a call, but never passes it on. Its client retries long before its deadline."""
+    call: Any = channel.stream_unary("/roster.v1.UserService/GetUser")()
+    await call.wait_for_connection()
+    await HealthStub(channel).Check(HealthCheckRequest())  # sent after the call, on the same connection
+    async with asyncio.timeout(20):
+        await server.stop(grace=60)
+    assert await call.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 
 
-async def test_a_client_that_asks_for_the_contract_holds_no_stop(database_url: str) -> None:
-    """As grpcurl, which keeps the stream open while it waits for its own input."""
-    server = await started(database_url)
-    async with grpc.aio.insecure_channel(server.address) as connection:
-        call: Any = ServerReflectionStub(connection).ServerReflectionInfo()
-        await call.write(ServerReflectionRequest(list_services=""))
-        assert (await call.read()).HasField("list_services_response")
-        async with asyncio.timeout(20):
-            await server.stop(grace=60)
-        assert await call.code() is grpc.StatusCode.UNAVAILABLE
+async def test_reflection_stream_does_not_delay_a_stop(server: Server, channel: grpc.aio.Channel) -> None:
+    """The client grpcurl keeps this stream open while it waits for its own input."""
+    call: Any = ServerReflectionStub(channel).ServerReflectionInfo()
+    await call.write(ServerReflectionRequest(list_services=""))
+    assert (await call.read()).HasField("list_services_response")
+    async with asyncio.timeout(20):
+        await server.stop(grace=60)
+    assert await call.code() is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_a_write_that_is_in_is_not_told_to_be_sent_again(postgresql_url: str) -> None:
-    """A call that is cut off during its commit: without a request_id it would happen twice."""
-    engine = create_async_engine(postgresql_url)
-    async with engine.begin() as connection:
-        for statement in SLOW_COMMIT:
-            await connection.execute(text(statement))
-    await engine.dispose()
-    server = await started(postgresql_url)
-    async with grpc.aio.insecure_channel(server.address) as channel_, rival(postgresql_url) as other:
-        await other.execute("SELECT pg_advisory_xact_lock(1)")
-        call = UserServiceStub(channel_).CreateUser(CreateUserRequest(user=ADA))
-        await other.waiting()
+@on_postgresql
+async def test_call_cut_off_during_its_commit_has_unknown_outcome(
+    database_url: str, database: Database, server: Server, users: UserServiceStub
+) -> None:
+    """A retryable error would let a client without a request_id write twice."""
+    await delay_commits(database_url)
+    async with rival(database_url) as other:
+        await other.execute(LOCK_COMMITS)
+        call = users.CreateUser(CreateUserRequest(user=ADA))
+        await other.wait_for_blocked()
         server.drain.cut_off()
         await other.rollback()
 
         assert (await refusal(call)).reason == "OUTCOME_UNKNOWN"
     await server.stop(grace=0)
-    assert await emails_in(postgresql_url) == [ADA.email]
+    assert await read_emails(database) == [ADA.email]
 
 
-async def test_health_says_so_before_calls_are_refused(database_url: str) -> None:
-    """Load balancers have a pause to notice; a call that comes in it is answered."""
-    server = await started(database_url, drain_pause=1, grace=4)
-    async with grpc.aio.insecure_channel(server.address) as connection:
+async def test_health_changes_before_calls_are_refused(database_url: str) -> None:
+    """During the drain pause load balancers notice the stop, and calls are still answered."""
+    async with (
+        serve(database_url, drain_pause=1, grace=4) as server,
+        grpc.aio.insecure_channel(server.address) as connection,
+    ):
         watch: Any = HealthStub(connection).Watch(HealthCheckRequest())
         assert (await watch.read()).status == HealthCheckResponse.SERVING
         stopping = asyncio.create_task(server.stop())
@@ -207,8 +200,8 @@ async def test_health_says_so_before_calls_are_refused(database_url: str) -> Non
         await stopping
 
 
-async def test_a_rolling_restart_is_no_error_and_no_loss(postgresql_url: str, tmp_path: Path) -> None:
-    """Calls and a bulk load go on through servers in turn on one address; all is there, and once."""
+async def test_rolling_restart_causes_no_errors_and_no_loss(postgresql_url: str, tmp_path: Path) -> None:
+    """Calls and a bulk load continue on the next server at the address, and each row is written once."""
     address = f"127.0.0.1:{free_port()}"
     environment = {"ROSTER_LISTEN": address, "ROSTER_DATABASE_URL": postgresql_url}
     is_over = asyncio.Event()
@@ -238,7 +231,7 @@ async def test_a_rolling_restart_is_no_error_and_no_loss(postgresql_url: str, tm
 
 
 async def calls(users: UserServiceStub, name: str, is_over: asyncio.Event) -> list[str]:
-    """Create one user after the other until it is over; return their e-mails."""
+    """Create users one by one until the event is set, and return their e-mails."""
     created: list[str] = []
     while not is_over.is_set():
         user = User(email=f"{name}-{len(created)}@example.org")
@@ -247,7 +240,7 @@ async def calls(users: UserServiceStub, name: str, is_over: asyncio.Event) -> li
 
 
 async def rows(is_over: asyncio.Event) -> AsyncGenerator[User, None]:
-    """Users without an end, until it is over."""
+    """Yield new users until the event is set."""
     number = 0
     while not is_over.is_set():
         yield User(email=f"row-{number}@example.org")
@@ -256,50 +249,33 @@ async def rows(is_over: asyncio.Event) -> AsyncGenerator[User, None]:
 
 
 async def acknowledged(events: Any) -> None:
-    """Wait until some more rows of a load are in."""
+    """Wait until the next batch of a load is acknowledged."""
     async for event in events:
         if isinstance(event, BulkAck):
             return
 
 
-async def test_a_schema_that_is_newer_is_not_to_be_migrated(postgresql_url: str, tmp_path: Path) -> None:
-    """It says so, as `roster migrate` would be the wrong advice."""
-    engine = create_async_engine(postgresql_url)
-    async with engine.begin() as connection:
-        await connection.execute(text("UPDATE roster_schema SET version_num = '9999'"))
-        await connection.execute(text("UPDATE schema_compatibility SET min_revision = '9999'"))
-    await engine.dispose()
-    ended = await run(ROSTER, "serve", folder=tmp_path, ROSTER_DATABASE_URL=postgresql_url)
+@on_postgresql
+async def test_server_refuses_a_newer_schema(database_url: str, database: Database, tmp_path: Path) -> None:
+    """The error advises to use the newer release."""
+    async with database.begin() as session:
+        await session.execute(text("UPDATE roster_schema SET version_num = '9999'"))
+        await session.execute(text("UPDATE schema_compatibility SET min_revision = '9999'"))
+    ended = await run(ROSTER, "serve", folder=tmp_path, ROSTER_DATABASE_URL=database_url)
 
     assert ended.status == 2
     assert "the schema is at revision 9999, which is newer than this release" in ended.err
 
 
-async def test_a_socket_without_a_folder_is_refused(tmp_path: Path) -> None:
-    """With the folder that is missing."""
+async def test_server_refuses_a_socket_in_a_missing_folder(tmp_path: Path) -> None:
+    """The error names the folder."""
     ended = await run(ROSTER, "serve", folder=tmp_path, ROSTER_LISTEN=f"unix:{tmp_path}/run/roster.sock")
 
     assert ended.status == 2
     assert f"the folder {tmp_path}/run does not exist; create it first" in ended.err
 
 
-async def started(database_url: str, **values: Any) -> Server:
-    """A server of the test's own, which the test stops."""
-    server = Server(Settings(database_url=database_url, listen="127.0.0.1:0", metrics_listen="", **values))
-    await server.start()
-    return server
-
-
-async def emails_in(url: str) -> list[str]:
-    """Who is in the database."""
-    engine = create_async_engine(url)
-    async with engine.connect() as connection:
-        emails = [email for (email,) in await connection.execute(text("SELECT email FROM users"))]
-    await engine.dispose()
-    return emails
-
-
 def free_port() -> int:
-    """A port that nobody has at the moment."""
+    """Return a port that is free at the moment."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])

@@ -1,4 +1,4 @@
-"""What a caller is told when the database is busy, slow or gone, and that the next call is served."""
+"""Errors while the database is busy, slow or away; the next call is answered."""
 
 import asyncio
 import socket
@@ -31,8 +31,9 @@ from service.settings import Settings
 from service.users.model import User as UserRow
 from tests.support.errors import refusal
 from tests.support.postgres import PostgresServer
+from tests.support.server import serve
 
-# Far beyond every time-out of the server's: who waits so long got no status.
+# Longer than every timeout of the server: a call that takes so long got no status.
 TIMEOUT_SECONDS = 20
 BLOCKED_UPDATES = """
     SELECT count(*) FROM pg_stat_activity
@@ -42,23 +43,23 @@ CREATE = CreateUserRequest(user=User(email="ada@example.org"))
 
 
 @asynccontextmanager
-async def serving(database_url: str, **options: Any) -> AsyncIterator[tuple[Server, UserServiceStub]]:
-    """Serve a database with settings of the test's own; yield the server and a client."""
-    server = Server(Settings(database_url=database_url, listen="127.0.0.1:0", **options))
-    await server.start()
-    async with grpc.aio.insecure_channel(server.address) as channel:
+async def serve_users(database_url: str, **settings: Any) -> AsyncIterator[tuple[Server, UserServiceStub]]:
+    """Serve a database with some settings; yield the server and a client."""
+    async with (
+        serve(database_url, **settings) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
         yield server, UserServiceStub(channel)
-    await server.stop(grace=0)
 
 
 def narrow(database_url: str) -> AbstractAsyncContextManager[tuple[Server, UserServiceStub]]:
-    """Serve with one connection, for which nobody waits long."""
-    return serving(database_url, pool_size=1, max_overflow=0, pool_timeout=0.2)
+    """Serve with one connection and a short wait for it."""
+    return serve_users(database_url, pool_size=1, max_overflow=0, pool_timeout=0.2)
 
 
 @asynccontextmanager
 async def connected(database_url: str) -> AsyncIterator["asyncpg.Connection[Any]"]:
-    """Connect to PostgreSQL from elsewhere."""
+    """Connect to PostgreSQL directly."""
     url = make_url(database_url).set(drivername="postgresql").render_as_string(hide_password=False)
     connection = await asyncpg.connect(url)
     try:
@@ -69,7 +70,7 @@ async def connected(database_url: str) -> AsyncIterator["asyncpg.Connection[Any]
 
 @asynccontextmanager
 async def row_locked(database_url: str, id: int) -> AsyncIterator["asyncpg.Connection[Any]"]:
-    """Hold a user's row, as a transaction elsewhere would."""
+    """Lock a user's row in another transaction."""
     async with connected(database_url) as connection, connection.transaction():
         await connection.execute("SELECT FROM users WHERE id = $1 FOR UPDATE", id)
         yield connection
@@ -77,14 +78,14 @@ async def row_locked(database_url: str, id: int) -> AsyncIterator["asyncpg.Conne
 
 @pytest.fixture(scope="module")
 def own_postgres() -> Iterator[PostgresServer]:
-    """A server that may be stopped."""
+    """A PostgreSQL server that tests may stop."""
     with PostgresServer() as server:
         yield server
 
 
 @pytest.fixture
 async def own_database_url(own_postgres: PostgresServer) -> AsyncIterator[str]:
-    """A migrated database on it."""
+    """A migrated database on that server."""
     async with own_postgres.database() as url:
         await asyncio.to_thread(migrations.upgrade, url)
         yield url
@@ -98,8 +99,8 @@ def renamed(id: int) -> UpdateUserRequest:
     return UpdateUserRequest(user=User(id=id, full_name="Ada"))
 
 
-async def test_an_exhausted_pool_is_told_within_its_timeout(database_url: str) -> None:
-    """A write that gets no connection, or on SQLite no turn, may be tried again; then it works."""
+async def test_write_without_connection_is_retryable(database_url: str) -> None:
+    """A write that gets no connection, or no turn on SQLite, fails within the timeout; a retry succeeds."""
     async with narrow(database_url) as (server, users):
         async with server.database.begin() as session:
             await session.execute(select(1))
@@ -110,8 +111,8 @@ async def test_an_exhausted_pool_is_told_within_its_timeout(database_url: str) -
         assert await create(users)
 
 
-async def test_an_exhausted_pool_is_told_to_readers(database_url: str) -> None:
-    """A read that gets no connection may be tried again; then it works."""
+async def test_read_without_connection_is_retryable(database_url: str) -> None:
+    """A read that gets no connection fails within the timeout; a retry succeeds."""
     async with narrow(database_url) as (server, users):
         async with server.database.read() as session:
             await session.execute(select(1))
@@ -122,9 +123,9 @@ async def test_an_exhausted_pool_is_told_to_readers(database_url: str) -> None:
         assert not (await users.ListUsers(ListUsersRequest())).users
 
 
-async def test_a_statement_that_takes_too_long_is_told(postgresql_url: str) -> None:
-    """A row that is locked elsewhere: the statement is given up after `statement_timeout`."""
-    async with serving(postgresql_url, statement_timeout=0.3) as (_, users):
+async def test_statement_on_locked_row_times_out(postgresql_url: str) -> None:
+    """It ends after `statement_timeout`."""
+    async with serve_users(postgresql_url, statement_timeout=0.3) as (_, users):
         id = await create(users)
         async with row_locked(postgresql_url, id):
             refused = await refusal(users.UpdateUser(renamed(id), timeout=TIMEOUT_SECONDS))
@@ -134,8 +135,8 @@ async def test_a_statement_that_takes_too_long_is_told(postgresql_url: str) -> N
         assert (await users.UpdateUser(renamed(id))).full_name == "Ada"
 
 
-async def test_a_callers_deadline_ends_the_statement(postgresql_url: str) -> None:
-    """Nothing of the call is left: no statement in the database, no connection out of the pool."""
+async def test_deadline_cancels_the_statement(postgresql_url: str) -> None:
+    """No statement stays in the database, and no connection out of the pool."""
     async with narrow(postgresql_url) as (_, users):
         id = await create(users)
         async with row_locked(postgresql_url, id), connected(postgresql_url) as observer:
@@ -150,13 +151,11 @@ async def test_a_callers_deadline_ends_the_statement(postgresql_url: str) -> Non
         assert not (await users.GetUser(GetUserRequest(id=id))).full_name
 
 
-async def test_sqlite_that_another_process_writes_is_unavailable(
-    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A lock that is held for longer than the busy time-out: nothing was done, try again."""
+async def test_locked_sqlite_is_unavailable(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process holds the lock longer than the timeout; the call is retryable."""
     monkeypatch.setattr(engine, "SQLITE_BUSY_TIMEOUT_SECONDS", 0.1)
     other = Database(Settings(database_url=sqlite_url))
-    async with serving(sqlite_url) as (_, users):
+    async with serve_users(sqlite_url) as (_, users):
         async with other.begin() as session:
             await session.execute(select(1))
             refused = await refusal(users.CreateUser(CREATE, timeout=TIMEOUT_SECONDS))
@@ -168,11 +167,11 @@ async def test_sqlite_that_another_process_writes_is_unavailable(
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
-async def test_a_database_that_is_gone_is_told_and_comes_back(
+async def test_stopped_database_is_unavailable_until_it_is_back(
     own_postgres: PostgresServer, own_database_url: str, mode: Literal["fast", "immediate"]
 ) -> None:
-    """Stopped or crashed: calls are told at once to try again, and served as soon as it is back."""
-    async with serving(own_database_url) as (_, users):
+    """Calls fail immediately as retryable, and succeed once the database is back."""
+    async with serve_users(own_database_url) as (_, users):
         id = await create(users)
         await asyncio.to_thread(own_postgres.stop, mode)
         refused = [
@@ -181,19 +180,19 @@ async def test_a_database_that_is_gone_is_told_and_comes_back(
         ]
         await asyncio.to_thread(own_postgres.start)
 
-        for told in refused:
-            assert (told.code, told.reason) == (StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")
-            assert told.retry_seconds == 1
-            assert str(make_url(own_database_url).port) not in told.message
+        for error in refused:
+            assert (error.code, error.reason) == (StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")
+            assert error.retry_seconds == 1
+            assert str(make_url(own_database_url).port) not in error.message
         assert (await users.UpdateUser(renamed(id))).version == 2
 
 
-async def test_a_bulk_stream_outlives_a_database_that_is_gone(
+async def test_bulk_stream_survives_a_stopped_database(
     own_postgres: PostgresServer, own_database_url: str
 ) -> None:
-    """The message is not written, its ack says that it can be sent again, and then it is written."""
+    """The ack has a retryable error; the message sent again is written."""
     batch = BulkCreateUsersRequest(users=[User(email="ada@example.org")], offset=0, finish=True)
-    async with serving(own_database_url) as (_, users):
+    async with serve_users(own_database_url) as (_, users):
         stream = users.BulkCreateUsers(timeout=TIMEOUT_SECONDS)
         await stream.write(BulkCreateUsersRequest())
         assert (await read(stream)).HasField("opened")
@@ -215,29 +214,29 @@ async def read(stream: Any) -> Any:
     return await stream.read()
 
 
-async def test_a_database_that_never_answers_is_unavailable() -> None:
-    """A black hole takes the connection and is silent: nothing was sent, so the call may be tried again."""
+async def test_unresponsive_database_is_unavailable() -> None:
+    """It accepts the connection and never answers; nothing was sent, so the call is retryable."""
     with socket.create_server(("127.0.0.1", 0)) as hole:
         url = f"postgresql://roster@127.0.0.1:{hole.getsockname()[1]}/roster"
-        async with serving(url, connect_timeout=0.2) as (_, users):
+        async with serve_users(url, connect_timeout=0.2) as (_, users):
             refused = await refusal(users.GetUser(GetUserRequest(id=1), timeout=TIMEOUT_SECONDS))
 
     assert (refused.code, refused.reason) == (StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")
 
 
-async def test_a_standby_is_unavailable_to_writers(postgresql_url: str) -> None:
-    """After a failover a connection may lead to a server that can only read: try again."""
+async def test_write_to_a_standby_is_unavailable(postgresql_url: str) -> None:
+    """After a failover a connection may lead to a read-only server; the call is retryable."""
     name = make_url(postgresql_url).database
     async with connected(postgresql_url) as connection:
         await connection.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
-    async with serving(postgresql_url) as (_, users):
+    async with serve_users(postgresql_url) as (_, users):
         refused = await refusal(users.CreateUser(CREATE))
 
     assert (refused.code, refused.reason) == (StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE")
 
 
-async def test_a_statement_prepared_before_a_migration_may_be_tried_again(postgresql_url: str) -> None:
-    """A column that changes its type spoils what a connection has prepared, once a statement."""
+async def test_stale_prepared_statement_is_retryable(postgresql_url: str) -> None:
+    """A column that changes its type invalidates each prepared statement of a connection once."""
     async with narrow(postgresql_url) as (_, users):
         id = await create(users)
         await users.UpdateUser(renamed(id))
@@ -250,8 +249,8 @@ async def test_a_statement_prepared_before_a_migration_may_be_tried_again(postgr
         assert (await users.UpdateUser(renamed(id))).version == 3
 
 
-async def test_a_commit_whose_answer_is_lost_has_an_unknown_outcome(postgresql_url: str) -> None:
-    """The connection breaks between the last statement and the commit's answer: to try again may double."""
+async def test_lost_response_to_commit_is_unknown_outcome(postgresql_url: str) -> None:
+    """The connection breaks during the commit, so a retry could write twice."""
     database = Database(Settings(database_url=postgresql_url))
 
     async def write_and_lose_the_connection() -> None:

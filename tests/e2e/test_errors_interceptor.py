@@ -1,4 +1,4 @@
-"""What callers are told where a handler misbehaves, and what of it the log has."""
+"""Errors of handlers: the status that callers get, and what is logged."""
 
 import asyncio
 import logging
@@ -78,7 +78,7 @@ KINDS = {
 
 @asynccontextmanager
 async def serving(kind: str, behaviour: Any) -> AsyncIterator[Callable[..., Any]]:
-    """Serve one method, with the interceptor around it, and yield the way to call it."""
+    """Serve one method with the interceptor, and yield a function that calls it."""
     handler = KINDS[kind](behaviour, Empty.FromString, Empty.SerializeToString)
     server = grpc.aio.server(interceptors=[Chain(answer_errors, Messages().intercept)])
     server.add_generic_rpc_handlers(
@@ -92,8 +92,8 @@ async def serving(kind: str, behaviour: Any) -> AsyncIterator[Callable[..., Any]
     await server.stop(grace=None)
 
 
-async def refused_after_all(kind: str, behaviour: Any) -> Refusal:
-    """Return how the method refuses a call, all answers to it read."""
+async def refusal_at_end(kind: str, behaviour: Any) -> Refusal:
+    """Read all responses, and return the final status."""
     request = iter([b""]) if kind.startswith("stream") else b""
     async with serving(kind, behaviour) as stub:
         call = stub(request, timeout=TIMEOUT_SECONDS)
@@ -107,13 +107,13 @@ async def read_all(call: Any) -> list[bytes]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_an_unexpected_exception_is_opaque_to_callers_and_whole_in_the_log(
+async def test_unexpected_exception_is_logged_and_hidden_from_callers(
     kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No class name, no text and no address gets out, whether before the first answer or behind it."""
+    """No class name, text or address gets out, before or after the first response."""
     for behaviour in FAILING_UNARY if kind.endswith("unary") else FAILING_STREAM:
         caplog.clear()
-        refused = await refused_after_all(kind, behaviour)
+        refused = await refusal_at_end(kind, behaviour)
 
         assert (refused.code, refused.message, refused.reason) == (StatusCode.INTERNAL, OPAQUE, "INTERNAL")
         assert refused.status.message == OPAQUE
@@ -124,22 +124,18 @@ async def test_an_unexpected_exception_is_opaque_to_callers_and_whole_in_the_log
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_cancellation_that_nobody_asked_for_gets_a_status(
-    kind: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """grpc.aio by itself would send none, and the caller would wait for its deadline."""
-    refused = await refused_after_all(kind, cancels if kind.endswith("unary") else cancels_between_answers)
+async def test_unrequested_cancellation_gets_a_status(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Otherwise grpc.aio would send none, and the caller would wait for its deadline."""
+    refused = await refusal_at_end(kind, cancels if kind.endswith("unary") else cancels_between_answers)
 
     assert (refused.code, refused.message) == (StatusCode.INTERNAL, OPAQUE)
     assert "was cut off by a cancellation inside" in caplog.text
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_domain_error_gets_its_status_and_details(
-    kind: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """With reason, facts and when to try again; nothing of it is an error of the server's."""
-    refused = await refused_after_all(kind, refuses if kind.endswith("unary") else refuses_between_answers)
+async def test_domain_error_gets_its_status_and_details(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Reason, facts and retry delay; it is not logged as an error."""
+    refused = await refusal_at_end(kind, refuses if kind.endswith("unary") else refuses_between_answers)
 
     assert (refused.code, refused.message) == (StatusCode.UNAVAILABLE, "too much at once")
     assert (refused.reason, refused.facts, refused.retry_seconds) == ("OVERLOADED", {"seconds": "7"}, 1)
@@ -148,8 +144,10 @@ async def test_a_domain_error_gets_its_status_and_details(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_cancelled_call_runs_its_finally_at_once(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A caller who goes away leaves no session open behind it, and nothing in the log."""
+async def test_cancelled_call_runs_its_finally_immediately(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It leaves no session open and nothing in the log."""
     started, ended = asyncio.Event(), asyncio.Event()
 
     async def wait(request: Any, context: Context) -> Empty:
@@ -174,8 +172,8 @@ async def test_a_cancelled_call_runs_its_finally_at_once(kind: str, caplog: pyte
     assert not caplog.records
 
 
-async def test_a_caller_who_stops_reading_and_goes_away_ends_the_handler() -> None:
-    """The `finally` around a `yield` runs too where the answer could not be sent."""
+async def test_handler_ends_when_a_slow_reader_leaves() -> None:
+    """The `finally` around a `yield` runs even if the response could not be sent."""
     ended = asyncio.Event()
 
     async def pour(requests: Any, context: Context) -> AsyncIterator[Empty]:
@@ -193,9 +191,9 @@ async def test_a_caller_who_stops_reading_and_goes_away_ends_the_handler() -> No
             await ended.wait()
 
 
-async def test_violations_are_cut_to_what_a_trailer_holds() -> None:
-    """400 of 200 bytes would end the call with RESOURCE_EXHAUSTED and nothing said."""
-    refused = await refused_after_all("unary_unary", has_much_to_say)
+async def test_violations_are_truncated_to_the_trailer_limit() -> None:
+    """400 of 200 bytes would end the call with RESOURCE_EXHAUSTED."""
+    refused = await refusal_at_end("unary_unary", has_much_to_say)
 
     assert (refused.code, refused.reason) == (StatusCode.INVALID_ARGUMENT, "INVALID_FIELD")
     assert refused.fields == [f"ids[{number}]" for number in range(len(refused.fields))]
@@ -236,26 +234,26 @@ STATUSES: Mapping[type[RosterError], StatusCode] = {
     errors.Unauthenticated: StatusCode.UNAUTHENTICATED,
     errors.PermissionDenied: StatusCode.PERMISSION_DENIED,
     errors.StatementTimeout: StatusCode.DEADLINE_EXCEEDED,
-    # Not UNAVAILABLE, which clients are told to try again by themselves: the write may be in.
+    # Not UNAVAILABLE, which clients retry by themselves: the write may be stored.
     errors.OutcomeUnknown: StatusCode.INTERNAL,
 }
 
 
 def with_reasons(kind: type[RosterError]) -> set[type[RosterError]]:
-    """Return the error types below one that have a reason of their own; not those of the client alone."""
+    """Return the error types below a type that have their own reason, without those of the client."""
     ours = (each for each in kind.__subclasses__() if each.__module__ == errors.__name__)
     found = {each for each in ours if "reason" in vars(each)}
     return found.union(*(with_reasons(each) for each in kind.__subclasses__()))
 
 
-def test_the_table_has_every_reason() -> None:
-    """A new one gets its code here."""
+def test_table_has_every_reason() -> None:
+    """New reasons need their code here."""
     assert set(STATUSES) == with_reasons(RosterError)
 
 
 @pytest.mark.parametrize(("kind", "code"), STATUSES.items())
 def test_every_reason_has_its_code(kind: type[RosterError], code: StatusCode) -> None:
-    """The table of the contract; what can be tried again, and only that, says when."""
+    """As in the table of the contract; exactly the retryable ones have a delay."""
     assert status_code(kind("no")) == code
     may_retry = code in (StatusCode.UNAVAILABLE, StatusCode.RESOURCE_EXHAUSTED)
     assert (kind.retry_after_seconds is not None) == may_retry

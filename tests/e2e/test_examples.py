@@ -1,7 +1,5 @@
 """The programs in `examples/`, against a real server."""
 
-import asyncio
-import os
 import sys
 from pathlib import Path
 
@@ -9,7 +7,7 @@ import pytest
 
 from service.server import Server
 from tests.e2e.clients import CHECKOUT
-from tests.support.command import Ended, run
+from tests.support.command import Ended, run, start
 from tests.support.rows import add_users
 
 EXAMPLES = CHECKOUT / "examples"
@@ -62,13 +60,8 @@ async def test_list_users(server: Server) -> None:
 
 async def test_bulk_load_resumes_after_a_kill(server: Server) -> None:
     """The second run starts where the server is, and each row is written once."""
-    killed = await asyncio.create_subprocess_exec(
-        sys.executable,
-        EXAMPLES / "bulk_load.py",
-        "20000",
-        env={**os.environ, "ROSTER_ADDRESS": server.address},
-        stdout=asyncio.subprocess.PIPE,
-    )
+    script = EXAMPLES / "bulk_load.py"
+    killed = await start(sys.executable, script, "20000", ROSTER_ADDRESS=server.address)
     assert killed.stdout
     async for line in killed.stdout:
         if line.endswith(b"rows committed\n"):

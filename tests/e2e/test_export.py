@@ -178,7 +178,7 @@ async def test_exports_no_rows(roster: Roster) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--output", "posts.txt"], "can't tell the format of posts.txt from its name; add --format"),
+        (["--output", "posts.txt"], "the name of posts.txt does not imply a format; add --format"),
         (["--output", "nowhere/posts.csv"], "No such file or directory: 'nowhere/posts.csv.part'"),
         (["--output", "posts.csv", "--filter", "title"], "at character 6"),
         (["--output", "posts.csv", "--address", "127.0.0.1:1"], "no server answers at 127.0.0.1:1"),
@@ -225,10 +225,8 @@ async def test_continues_after_a_restart_of_the_server(roster: Roster, server: S
     """Each row is exported once, in order."""
     process = await exporting(roster, server)
     await server.stop(grace=0)
-    another = Server(Settings(database_url=server.settings.database_url, listen=server.address))
-    await another.start()
-    done = await ended(process)
-    await another.stop(grace=0)
+    async with serve(server.settings.database_url, listen=server.address):
+        done = await ended(process)
 
     assert done.status == 0
     assert "trying again in " in done.err
@@ -240,10 +238,8 @@ async def test_an_error_says_how_to_resume(roster: Roster, server: Server, tmp_p
     """It names the last row written. Here the server comes back with an empty database."""
     process = await exporting(roster, server)
     await server.stop(grace=0)
-    another = Server(Settings(database_url=f"sqlite:///{tmp_path}/empty.db", listen=server.address))
-    await another.start()
-    done = await ended(process)
-    await another.stop(grace=0)
+    async with serve(f"sqlite:///{tmp_path}/empty.db", listen=server.address):
+        done = await ended(process)
 
     last_id = json.loads(f"{{{done.out}".splitlines()[-1])["id"]
     assert done.status == 2

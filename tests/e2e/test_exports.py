@@ -1,6 +1,6 @@
 """Exports: every row once, in id order, in messages that are never too large."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
@@ -11,10 +11,10 @@ from roster.v1.posts_pb2 import ExportPostsRequest, ExportPostsResponse, ListPos
 from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.users_pb2 import ExportUsersRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.db.driver import DriverQuery
 from service.server import Server
-from service.settings import Settings
 from tests.support.rows import add_posts, add_users
+from tests.support.server import serve
+from tests.support.statements import Statement, record_statements
 
 MIB = 1 << 20
 MAX_ANSWER_BYTES = 3 * MIB
@@ -26,21 +26,20 @@ IN_TRANSACTION = text(
 
 @pytest.fixture
 async def narrow(server: Server) -> AsyncIterator[PostServiceStub]:
-    """The client of a second server on the same database, with one connection for its calls."""
-    url = server.settings.database_url
-    narrow = Server(Settings(database_url=url, listen="127.0.0.1:0", pool_size=1, max_overflow=0))
-    await narrow.start()
-    async with grpc.aio.insecure_channel(narrow.address) as channel:
+    """The client of a second server on the same database, with one connection for calls."""
+    async with (
+        serve(server.settings.database_url, pool_size=1, max_overflow=0) as narrow,
+        grpc.aio.insecure_channel(narrow.address) as channel,
+    ):
         yield PostServiceStub(channel)
-    await narrow.stop(grace=0)
 
 
 async def exported_posts(posts: PostServiceStub, request: ExportPostsRequest) -> list[ExportPostsResponse]:
     return [message async for message in posts.ExportPosts(request)]
 
 
-async def test_an_export_has_every_user_once(server: Server, users: UserServiceStub) -> None:
-    """In id order, as many a message as asked for; `last_id` tells where a broken one goes on."""
+async def test_exports_every_user_once_in_id_order(server: Server, users: UserServiceStub) -> None:
+    """Each message has the requested number of rows, and the `last_id` to resume after."""
     ids = await add_users(server.database, 1001)
 
     async def sent(**asked: Any) -> list[list[int]]:
@@ -55,16 +54,16 @@ async def test_an_export_has_every_user_once(server: Server, users: UserServiceS
     assert await sent(after_id=ids[-1]) == []
 
 
-async def test_an_exported_user_is_the_one_that_is_listed(server: Server, users: UserServiceStub) -> None:
-    """With every field but the posts."""
+async def test_exported_user_equals_listed_user(server: Server, users: UserServiceStub) -> None:
+    """It has every field but the posts."""
     await add_users(server.database, 3, full_name="Ada")
     (message,) = [message async for message in users.ExportUsers(ExportUsersRequest())]
 
     assert list(message.users) == list((await users.ListUsers(ListUsersRequest())).users)
 
 
-async def test_an_export_has_every_post_once(server: Server, posts: PostServiceStub) -> None:
-    """Large ones come a few at a time: no message is larger than 3 MiB."""
+async def test_exports_every_post_once_in_id_order(server: Server, posts: PostServiceStub) -> None:
+    """No message is larger than 3 MiB, so large posts come a few at a time."""
     author_ids = await add_users(server.database)
     ids = await add_posts(server.database, author_ids * 5, content="é" * (MIB // 2))
     ids += await add_posts(server.database, author_ids * 5)
@@ -81,32 +80,25 @@ async def test_an_export_has_every_post_once(server: Server, posts: PostServiceS
     assert [[post.id for post in message.posts] for message in filtered] == [[ids[4]], [ids[9]]]
 
 
-async def test_an_export_holds_no_connection_while_it_waits_for_its_reader(
+async def test_export_holds_no_connection_while_its_client_is_slow(
     server: Server, narrow: PostServiceStub
 ) -> None:
-    """On a server with one connection others are served meanwhile, and the export goes on after that."""
+    """On a server with one connection other calls are answered, and the export continues."""
     ids = await add_posts(server.database, await add_users(server.database) * 20, content="x" * MIB)
 
     export = aiter(narrow.ExportPosts(ExportPostsRequest()))
     first = await anext(export)
-    for _ in range(10):  # meanwhile the export has sent what a reader's window takes, and waits
+    for _ in range(10):  # the export has filled its client's window, and waits
         assert (await narrow.ListPosts(ListPostsRequest(page_size=1))).posts
     rest = [message async for message in export]
     assert [post.id for message in [first, *rest] for post in message.posts] == ids
 
 
 @pytest.fixture
-def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The statements that read posts."""
-    executed: list[str] = []
-    fetched = DriverQuery._fetched
-
-    async def noted(query: DriverQuery, *arguments: Any) -> Any:
-        executed.append(query.sql)
-        return await fetched(query, *arguments)
-
-    monkeypatch.setattr(DriverQuery, "_fetched", noted)
-    return executed
+def statements() -> Iterator[list[Statement]]:
+    """The statements sent to the database."""
+    with record_statements() as statements:
+        yield statements
 
 
 async def posts_in_transactions(server: Server) -> int:
@@ -116,10 +108,10 @@ async def posts_in_transactions(server: Server) -> int:
         return int(await session.scalar(count) or 0)
 
 
-async def test_an_export_reads_no_further_than_its_reader(
-    server: Server, users: UserServiceStub, posts: PostServiceStub, statements: list[str]
+async def test_export_reads_only_a_window_ahead_of_its_client(
+    server: Server, users: UserServiceStub, posts: PostServiceStub, statements: list[Statement]
 ) -> None:
-    """One who stops holds up what a window takes, not the rest of the posts, and no transaction."""
+    """It holds no transaction either while its client does not read."""
     [author_id] = await add_users(server.database)
     ids = await add_posts(server.database, [author_id] * 40, content="x" * MIB)
 
@@ -139,8 +131,8 @@ async def test_an_export_reads_no_further_than_its_reader(
     assert [post.id for message in [first, *rest] for post in message.posts] == ids
 
 
-async def test_an_export_can_be_left(server: Server, users: UserServiceStub) -> None:
-    """A reader who has seen enough goes, and the server serves on."""
+async def test_cancelled_export_does_not_disturb_others(server: Server, users: UserServiceStub) -> None:
+    """The server answers the next call."""
     await add_users(server.database, 1000)
     call = users.ExportUsers(ExportUsersRequest(batch_size=1))
     await call.read()

@@ -1,4 +1,4 @@
-"""The port that has the health service alone, for probes that speak no TLS."""
+"""The port that serves only the health service, for probes without TLS."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -14,42 +14,40 @@ from roster.v1.users_pb2_grpc import UserServiceStub
 from service import health
 from service.metrics import READY
 from service.server import Server
-from service.settings import Settings
 from tests.support.errors import refusal
-from tests.support.server import serve
+from tests.support.server import FREE_PORT, serve
 
-FREE = "127.0.0.1:0"
 SERVING, NOT_SERVING = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
 
 
 @pytest.fixture
 async def server(sqlite_url: str) -> AsyncIterator[Server]:
-    """A server with a port for probes."""
-    async with serve(sqlite_url, health_listen=FREE) as server:
+    """A server with a health port."""
+    async with serve(sqlite_url, health_listen=FREE_PORT) as server:
         yield server
 
 
 @pytest.fixture
 async def probes(server: Server) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel to that port."""
+    """A channel to the health port."""
     async with grpc.aio.insecure_channel(server.health_address) as channel:
         yield channel
 
 
 @pytest.mark.parametrize("service", ["", "roster.v1.UserService", "live"])
-async def test_the_health_port_answers_probes(probes: grpc.aio.Channel, service: str) -> None:
-    """Readiness of all and of one service, and liveness, as on the main port."""
+async def test_health_port_answers_probes(probes: grpc.aio.Channel, service: str) -> None:
+    """Readiness of the server and of a service, and liveness, as on the main port."""
     assert (await HealthStub(probes).Check(HealthCheckRequest(service=service))).status == SERVING
 
 
-async def test_the_health_port_has_nothing_else(probes: grpc.aio.Channel) -> None:
-    """Whoever finds it open reaches no data."""
+async def test_health_port_serves_no_data(probes: grpc.aio.Channel) -> None:
+    """Any other service is unimplemented there."""
     refused = await refusal(UserServiceStub(probes).GetUser(GetUserRequest(id=1)))
     assert refused.code == grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_a_database_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice in a row it has not answered in time: one that is frozen refuses no connection either."""
+async def test_hanging_database_is_reported_after_two_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen database does not refuse connections, so each check has a timeout."""
     monkeypatch.setattr(health, "INTERVAL_SECONDS", 0.01)
     looks = health.Health(Frozen(), [])  # type: ignore[arg-type]
     for status in (SERVING, NOT_SERVING):
@@ -65,8 +63,8 @@ class Frozen:
         await asyncio.Event().wait()
 
 
-async def test_a_server_that_stops_is_alive(server: Server, probes: grpc.aio.Channel) -> None:
-    """It takes no more calls, but whoever restarted it would cut off those in hand."""
+async def test_stopping_server_is_alive(server: Server, probes: grpc.aio.Channel) -> None:
+    """An orchestrator that restarted it would cut off calls in flight."""
     await server.health.enter_graceful_shutdown()
 
     health = HealthStub(probes)
@@ -74,8 +72,8 @@ async def test_a_server_that_stops_is_alive(server: Server, probes: grpc.aio.Cha
     assert statuses == {"": NOT_SERVING, "live": SERVING}
 
 
-async def test_the_health_port_tells_of_a_stop(server: Server, probes: grpc.aio.Channel) -> None:
-    """A watcher hears it there too, before the port closes."""
+async def test_health_port_reports_a_stop(server: Server, probes: grpc.aio.Channel) -> None:
+    """Watchers on it are notified before the port closes."""
     watch = aiter(HealthStub(probes).Watch(HealthCheckRequest()))
     assert (await anext(watch)).status == SERVING
 
@@ -83,21 +81,22 @@ async def test_the_health_port_tells_of_a_stop(server: Server, probes: grpc.aio.
     assert [answer.status async for answer in watch] == [NOT_SERVING]
 
 
-class Unread:
-    """A call whose client never reads: what is written to it does not get out."""
+class UnreadCall:
+    """A call whose client never reads, so that no write completes."""
 
     def peer(self) -> str:
         """Return the address of its client."""
         return "ipv4:127.0.0.1:50052"
 
     async def write(self, message: HealthCheckResponse) -> None:  # noqa: ARG002
-        """Wait for room."""
+        """Wait forever."""
         await asyncio.Event().wait()
 
 
-async def test_a_watcher_that_does_not_read_holds_nobody_up(server: Server, probes: grpc.aio.Channel) -> None:
-    """Neither the others, nor a stop."""
-    unread = asyncio.create_task(server.health.Watch(HealthCheckRequest(), Unread()))
+async def test_watcher_that_does_not_read_blocks_nothing(server: Server, probes: grpc.aio.Channel) -> None:
+    """Neither other watchers nor a stop."""
+    context: Any = UnreadCall()
+    unread = asyncio.create_task(server.health.Watch(HealthCheckRequest(), context))
     watch = aiter(HealthStub(probes).Watch(HealthCheckRequest()))
     assert (await anext(watch)).status == SERVING
 
@@ -107,10 +106,10 @@ async def test_a_watcher_that_does_not_read_holds_nobody_up(server: Server, prob
         await unread
 
 
-async def test_bytes_that_are_no_message_are_answered_as_on_the_other_port(
+async def test_invalid_message_is_refused_as_on_main_port(
     probes: grpc.aio.Channel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without a traceback in the log, which anybody who finds the port could fill."""
+    """The log gets no traceback, with which strangers could fill it."""
     call: Any = probes.unary_unary("/grpc.health.v1.Health/Check")
     refused = await refusal(call(b"\xff\xff\xff"))
 
@@ -118,10 +117,8 @@ async def test_bytes_that_are_no_message_are_answered_as_on_the_other_port(
     assert caplog.records == []
 
 
-async def test_a_health_port_that_is_taken_is_named(server: Server, sqlite_url: str) -> None:
-    """The message says which setting it was."""
-    taken = Settings(database_url=sqlite_url, listen=FREE, health_listen=server.health_address)
-    second = Server(taken)
+async def test_taken_health_port_is_named(server: Server, sqlite_url: str) -> None:
+    """The error names the setting."""
     with pytest.raises(OSError, match="ROSTER_HEALTH_LISTEN sets the address"):
-        await second.start()
-    await second.database.close()
+        async with serve(sqlite_url, health_listen=server.health_address):
+            pass

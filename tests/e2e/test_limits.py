@@ -1,4 +1,4 @@
-"""What one caller may take, what the server takes on, and that neither ever refuses a health check."""
+"""Limits of a caller and of the server, neither of which ever refuses a health check."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -25,7 +25,7 @@ TIMEOUT_SECONDS = 20
 
 @pytest.fixture
 def limits(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The limits of the server, as a test's parameter."""
+    """The settings of the server, a parameter of each test."""
     return dict(request.param)
 
 
@@ -62,10 +62,10 @@ async def health(channel: grpc.aio.Channel) -> int:
 
 
 @pytest.mark.parametrize("limits", [{"caller_calls": 1}], indirect=True)
-async def test_a_caller_has_so_many_calls_in_flight(
+async def test_calls_in_flight_are_limited_per_caller_and_method(
     channel: grpc.aio.Channel, users: UserServiceStub, posts: PostServiceStub, held: asyncio.Event
 ) -> None:
-    """More of one method are refused for a while; other methods have room of their own."""
+    """Further calls of the method are refused until one ends; other methods have their own limit."""
     refused = await refusal(users.GetUser(GetUserRequest(id=1)))
     assert (refused.code, refused.reason, refused.retry_seconds) == (EXHAUSTED, "QUOTA_EXCEEDED", 1)
     assert (await refusal(posts.GetPost(GetPostRequest(id=1)))).reason == "POST_NOT_FOUND"
@@ -78,10 +78,10 @@ async def test_a_caller_has_so_many_calls_in_flight(
 
 
 @pytest.mark.parametrize("limits", [{"max_calls": 1}], indirect=True)
-async def test_the_server_has_so_many_calls_in_flight(
+async def test_calls_in_flight_are_limited_per_server(
     channel: grpc.aio.Channel, posts: PostServiceStub, held: asyncio.Event
 ) -> None:
-    """More, of whatever method, are refused as its overload, so that another server is tried."""
+    """Further calls are UNAVAILABLE, so that clients try another server."""
     refused = await refusal(posts.GetPost(GetPostRequest(id=1)))
 
     assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "OVERLOADED")
@@ -90,8 +90,10 @@ async def test_the_server_has_so_many_calls_in_flight(
 
 
 @pytest.mark.parametrize("limits", [{"caller_streams": 1}], indirect=True)
-async def test_a_caller_has_so_many_streams_open(channel: grpc.aio.Channel, users: UserServiceStub) -> None:
-    """More of one method are refused until one has ended; health can be watched all the same."""
+async def test_open_streams_are_limited_per_caller_and_method(
+    channel: grpc.aio.Channel, users: UserServiceStub
+) -> None:
+    """Further streams of the method are refused until one ends; health can still be watched."""
     first: Any = users.BulkCreateUsers()
     await first.write(BulkCreateUsersRequest(options=BulkOptions()))
     assert (await first.read()).HasField("opened")
@@ -110,10 +112,10 @@ async def test_a_caller_has_so_many_streams_open(channel: grpc.aio.Channel, user
 
 
 @pytest.mark.parametrize("limits", [{"caller_rate": 1}], indirect=True)
-async def test_a_caller_has_so_many_calls_a_second(
+async def test_call_rate_is_limited_per_caller_and_method(
     channel: grpc.aio.Channel, users: UserServiceStub, posts: PostServiceStub
 ) -> None:
-    """More of one method are refused for a while."""
+    """Further calls of the method are refused for a moment."""
 
     async def insisting() -> None:
         while True:
@@ -126,8 +128,8 @@ async def test_a_caller_has_so_many_calls_a_second(
 
 
 @pytest.mark.parametrize("limits", [{"stream_idle_timeout": 0.2}], indirect=True)
-async def test_a_stream_that_sends_nothing_is_ended(users: UserServiceStub) -> None:
-    """What is acknowledged stays; the load can be gone on with."""
+async def test_idle_stream_is_ended(users: UserServiceStub) -> None:
+    """Acknowledged rows stay, and the load can be resumed."""
     stream: Any = users.BulkCreateUsers()
     rows = [User(email="ada@example.org")]
     await stream.write(BulkCreateUsersRequest(options=BulkOptions(load_id="staff"), users=rows))

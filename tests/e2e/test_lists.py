@@ -1,4 +1,4 @@
-"""Lists: filters, orders, pages, tokens, and how large a page gets."""
+"""Lists: filters, orders, pages, tokens, and the size limit of a page."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -78,7 +78,7 @@ async def people(server: Server) -> None:
 
 
 async def user_pages(users: UserServiceStub, **asked: Any) -> list[ListUsersResponse]:
-    """Return all pages of a listing."""
+    """Return all pages of a list of users."""
     pages = [await users.ListUsers(ListUsersRequest(**asked))]
     while pages[-1].next_page_token:
         request = ListUsersRequest(**asked, page_token=pages[-1].next_page_token)
@@ -87,7 +87,7 @@ async def user_pages(users: UserServiceStub, **asked: Any) -> list[ListUsersResp
 
 
 async def post_pages(posts: PostServiceStub, **asked: Any) -> list[ListPostsResponse]:
-    """Return all pages of a listing."""
+    """Return all pages of a list of posts."""
     pages = [await posts.ListPosts(ListPostsRequest(**asked))]
     while pages[-1].next_page_token:
         request = ListPostsRequest(**asked, page_token=pages[-1].next_page_token)
@@ -95,8 +95,8 @@ async def post_pages(posts: PostServiceStub, **asked: Any) -> list[ListPostsResp
     return pages
 
 
-async def test_a_page_has_50_rows_unless_told_otherwise(server: Server, users: UserServiceStub) -> None:
-    """At most 1000; more is taken as that."""
+async def test_page_has_50_rows_by_default(server: Server, users: UserServiceStub) -> None:
+    """The maximum is 1000; larger sizes are reduced to it."""
     ids = await add_users(server.database, 1001)
 
     assert [len(page.users) for page in await user_pages(users)] == [50] * 20 + [1]
@@ -106,15 +106,15 @@ async def test_a_page_has_50_rows_unless_told_otherwise(server: Server, users: U
         assert [user.id for page in pages for user in page.users] == ids
 
 
-async def test_a_listing_of_nothing_is_an_empty_page(users: UserServiceStub, posts: PostServiceStub) -> None:
-    """Without a token."""
+async def test_list_without_rows_is_an_empty_page(users: UserServiceStub, posts: PostServiceStub) -> None:
+    """It has no token."""
     assert await users.ListUsers(ListUsersRequest()) == ListUsersResponse()
     assert await posts.ListPosts(ListPostsRequest()) == ListPostsResponse()
 
 
 @pytest.mark.usefixtures("people")
 async def test_pages_follow_the_order(users: UserServiceStub) -> None:
-    """Of any size; the id breaks ties, in the same direction."""
+    """With any page size; the id breaks ties, in the same direction."""
     for page_size, count in {1: 4, 2: 2, 3: 2, 4: 1, 50: 1}.items():
         found = {}
         for order_by in ORDERS:
@@ -125,8 +125,8 @@ async def test_pages_follow_the_order(users: UserServiceStub) -> None:
 
 
 @pytest.mark.usefixtures("people")
-async def test_a_filter_says_which(users: UserServiceStub) -> None:
-    """The same in a list, page by page, and in an export."""
+async def test_filter_selects_rows(users: UserServiceStub) -> None:
+    """The same rows in a list, page by page, and in an export."""
     listed, exported = {}, {}
     for text in FILTERS:
         pages = await user_pages(users, filter=text, page_size=1)
@@ -138,8 +138,8 @@ async def test_a_filter_says_which(users: UserServiceStub) -> None:
 
 
 @pytest.mark.usefixtures("people")
-async def test_posts_are_filtered_and_ordered_too(server: Server, posts: PostServiceStub) -> None:
-    """By their own fields; those of one author by `author_id`, beside the filter."""
+async def test_filters_and_orders_posts(server: Server, posts: PostServiceStub) -> None:
+    """By their own fields; `author_id` restricts the list in addition to the filter."""
     await add_posts(server.database, [1, 2, 1, 3, 1])
 
     async def ids(**asked: Any) -> list[int]:
@@ -154,8 +154,8 @@ async def test_posts_are_filtered_and_ordered_too(server: Server, posts: PostSer
 
 
 @pytest.mark.usefixtures("people")
-async def test_a_token_belongs_to_its_filter_and_order(users: UserServiceStub) -> None:
-    """With others it is refused; the size of the page and the view may change."""
+async def test_token_is_bound_to_filter_and_order(users: UserServiceStub) -> None:
+    """Page size and view may change."""
     asked: dict[str, Any] = {"filter": "id > 0", "order_by": "email desc"}
     first = await users.ListUsers(ListUsersRequest(**asked, page_size=1))
     token = first.next_page_token
@@ -169,8 +169,8 @@ async def test_a_token_belongs_to_its_filter_and_order(users: UserServiceStub) -
 
 
 @pytest.mark.usefixtures("people")
-async def test_a_token_of_posts_belongs_to_their_author(server: Server, posts: PostServiceStub) -> None:
-    """With another `author_id`, or with none, it is refused."""
+async def test_token_of_posts_is_bound_to_author(server: Server, posts: PostServiceStub) -> None:
+    """Another `author_id`, or none, is refused."""
     await add_posts(server.database, [1, 1, 2, 2])
     first = await posts.ListPosts(ListPostsRequest(author_id=1, page_size=1))
 
@@ -181,10 +181,10 @@ async def test_a_token_of_posts_belongs_to_their_author(server: Server, posts: P
     assert [post.id for post in rest.posts] == [2]
 
 
-async def test_a_token_of_users_is_none_of_posts(
+async def test_token_of_users_is_refused_for_posts(
     server: Server, users: UserServiceStub, posts: PostServiceStub
 ) -> None:
-    """Even where filter and order are the same."""
+    """Even if filter and order are the same."""
     await add_users(server.database, 2)
     token = (await users.ListUsers(ListUsersRequest(page_size=1))).next_page_token
 
@@ -193,8 +193,8 @@ async def test_a_token_of_users_is_none_of_posts(
 
 
 @pytest.mark.usefixtures("people")
-async def test_pages_are_stable_while_users_come_and_go(users: UserServiceStub) -> None:
-    """Whoever stays is met once; even the user that the token points at may be gone."""
+async def test_pages_are_stable_while_users_change(users: UserServiceStub) -> None:
+    """Each remaining user is listed once, even if the user that the token points at is deleted."""
     asked: dict[str, Any] = {"order_by": "email", "page_size": 2}
     first = await users.ListUsers(ListUsersRequest(**asked))
     assert [user.email for user in first.users] == ["ada@example.org", "alan@example.net"]
@@ -214,7 +214,7 @@ async def test_pages_are_stable_while_users_come_and_go(users: UserServiceStub) 
 
 @pytest.mark.parametrize("order_by", ["id", "created_at desc"])
 async def test_pages_of_large_posts_end_early(server: Server, posts: PostServiceStub, order_by: str) -> None:
-    """None is larger than 3 MiB, and their tokens lead through all rows, each met once."""
+    """No page is larger than 3 MiB, and the pages have every post once."""
     author_ids = await add_users(server.database, full_name="😀" * 255)
     ids = await add_posts(server.database, author_ids * 5, title="😀" * 255, content="é" * (MIB // 2))
     ids += await add_posts(server.database, author_ids * 5)
@@ -228,7 +228,7 @@ async def test_pages_of_large_posts_end_early(server: Server, posts: PostService
 
 
 async def test_pages_of_users_with_many_posts_end_early(server: Server, users: UserServiceStub) -> None:
-    """None is larger than 3 MiB, and their tokens lead through all users, each met once."""
+    """No page is larger than 3 MiB, and the pages have every user once."""
     ids = await add_users(server.database, 80)
     await add_posts(server.database, ids * 50, title="😀" * 255)
 

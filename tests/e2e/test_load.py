@@ -15,9 +15,10 @@ from roster.v1.users_pb2 import GetUserRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.client import channel
 from service.server import Server
-from service.settings import Settings
 from tests.support.command import Roster, ended, ndjson
 from tests.support.rows import add_users
+from tests.support.server import serve
+from tests.support.users import list_users
 
 # The rows are committed before the command receives the acks.
 COMMITTED = "(250|500|750|1,000) rows committed, 0 failed"
@@ -332,18 +333,13 @@ async def test_continues_after_a_restart_of_the_server(
     process = await roster.start("load", "users", roster.write("users.ndjson", *rows), "--batch-rows", "3")
     await wait_for_rows(users, 100, process)
     await server.stop(grace=0)
-    another = Server(Settings(database_url=server.settings.database_url, listen=server.address))
-    await another.start()
-    try:
+    async with serve(server.settings.database_url, listen=server.address):
         done = await ended(process)
-        async with channel(another.address) as connection:
-            page = await UserServiceStub(connection).ListUsers(ListUsersRequest(page_size=1000))
-    finally:
-        await another.stop(grace=0)
+        stored = await list_users(users)
 
     assert "trying again in " in done.err
     assert done.out.splitlines()[0].endswith("): 450 created, 0 updated, 0 skipped, 50 failed")
-    assert len(page.users) == 450
+    assert len(stored) == 450
     assert [row["email"] for row in roster.rejects("users.rejects.ndjson")] == [
         f"{number}@example.org" for number in range(50)
     ]

@@ -1,4 +1,4 @@
-"""The log of a real server: a line a call, what it belongs to, and nothing that was in it."""
+"""The log of a real server: one line for each call, with its ids and without its content."""
 
 import asyncio
 import io
@@ -18,9 +18,9 @@ from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUs
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service import logs
 from service.server import Server
-from service.settings import Settings
 from tests.support.command import serving
 from tests.support.errors import refusal
+from tests.support.server import serve
 
 SECRET = "ada-lovelace@example.org"
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
@@ -28,8 +28,8 @@ IDS = [("x-request-id", "from the gateway"), ("traceparent", f"00-{TRACE_ID}-b7a
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
-class Written:
-    """What is written to the log, in one of its forms."""
+class CapturedLog:
+    """Captures the log in one of its formats."""
 
     def __init__(self, formatter: logging.Formatter) -> None:
         self.handler = logging.StreamHandler(io.StringIO())
@@ -37,11 +37,11 @@ class Written:
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """Return the whole log."""
         return str(self.handler.stream.getvalue())
 
     async def calls(self, count: int = 1) -> list[dict[str, Any]]:
-        """Return the lines of calls, once there are so many: a refused one's comes behind its answer."""
+        """Wait for this many lines of calls, and return them; a failed call is logged after its status."""
         while len(found := self._calls()) < count:
             await asyncio.to_thread(self.handler.flush)
         return found
@@ -53,14 +53,14 @@ class Written:
 
 @pytest.fixture
 def form() -> logging.Formatter:
-    """How the log is written."""
+    """The format of the log."""
     return logs.Json()
 
 
 @pytest.fixture
-def written(form: logging.Formatter) -> Iterator[Written]:
+def written(form: logging.Formatter) -> Iterator[CapturedLog]:
     """The log of the test, from DEBUG on."""
-    written, ours = Written(form), logging.getLogger("service")
+    written, ours = CapturedLog(form), logging.getLogger("service")
     level = ours.level
     ours.setLevel(logging.DEBUG)
     ours.addHandler(written.handler)
@@ -69,8 +69,8 @@ def written(form: logging.Formatter) -> Iterator[Written]:
     ours.setLevel(level)
 
 
-async def test_a_call_is_a_line(server: Server, written: Written, users: UserServiceStub) -> None:
-    """Who called what, how it ended, how long it took, and what it asked of the database."""
+async def test_call_is_one_line(server: Server, written: CapturedLog, users: UserServiceStub) -> None:
+    """It has caller, method, code, duration and statements."""
     await users.CreateUser(CreateUserRequest(user=User(email=SECRET)), metadata=IDS)
 
     (line,) = await written.calls()
@@ -90,8 +90,8 @@ async def test_a_call_is_a_line(server: Server, written: Written, users: UserSer
     }
 
 
-async def test_a_stream_is_a_line(written: Written, users: UserServiceStub) -> None:
-    """With the statements of all its batches."""
+async def test_stream_is_one_line(written: CapturedLog, users: UserServiceStub) -> None:
+    """It has the statements of all batches."""
     messages = [BulkCreateUsersRequest(users=[User(email=f"{n}{SECRET}")]) for n in range(3)]
     async for _ in users.BulkCreateUsers(iter(messages)):
         pass
@@ -101,8 +101,8 @@ async def test_a_stream_is_a_line(written: Written, users: UserServiceStub) -> N
 
 
 @on_sqlite
-async def test_no_line_has_what_was_in_a_call(written: Written, users: UserServiceStub) -> None:
-    """Neither of one that is fine nor of one that is refused, nor at the most talkative level."""
+async def test_lines_have_no_content_of_calls(written: CapturedLog, users: UserServiceStub) -> None:
+    """Whether the call succeeds or fails, even at the most verbose level."""
     await users.CreateUser(CreateUserRequest(user=User(email=SECRET)))
     await refusal(users.CreateUser(CreateUserRequest(user=User(email=SECRET, password="x"))))
     await refusal(users.GetUser(GetUserRequest(email=f"not {SECRET}")))
@@ -113,8 +113,8 @@ async def test_no_line_has_what_was_in_a_call(written: Written, users: UserServi
 
 
 @on_sqlite
-async def test_a_call_without_ids_gets_one(written: Written, users: UserServiceStub) -> None:
-    """Another one each time; a trace is not made up."""
+async def test_call_without_request_id_gets_one(written: CapturedLog, users: UserServiceStub) -> None:
+    """It differs for each call; no trace id is made up."""
     for _ in range(2):
         await refusal(users.GetUser(GetUserRequest(id=99)))
 
@@ -124,10 +124,10 @@ async def test_a_call_without_ids_gets_one(written: Written, users: UserServiceS
 
 
 @on_sqlite
-async def test_lines_of_a_call_carry_its_ids(
-    written: Written, server: Server, users: UserServiceStub
+async def test_lines_during_a_call_have_its_ids(
+    written: CapturedLog, server: Server, users: UserServiceStub
 ) -> None:
-    """What went wrong inside is found by the id that the caller knows."""
+    """The caller's id finds what went wrong in the server."""
     server.database.read = None  # type: ignore[method-assign, assignment]
     await refusal(users.GetUser(GetUserRequest(id=1), metadata=IDS))
 
@@ -138,8 +138,8 @@ async def test_lines_of_a_call_carry_its_ids(
 
 
 @on_sqlite
-async def test_probes_are_quiet(written: Written, channel: grpc.aio.Channel) -> None:
-    """They come every few seconds, and tell nothing."""
+async def test_probes_are_logged_at_debug(written: CapturedLog, channel: grpc.aio.Channel) -> None:
+    """They come every few seconds."""
     await HealthStub(channel).Check(HealthCheckRequest())
 
     (line,) = await written.calls()
@@ -147,25 +147,23 @@ async def test_probes_are_quiet(written: Written, channel: grpc.aio.Channel) -> 
 
 
 class TestSlowCalls:
-    """A server to which every call is slow."""
+    """A server for which every call is slow."""
 
     @pytest.fixture
     async def server(self, sqlite_url: str) -> AsyncIterator[Server]:
         """A server of the test's own."""
-        server = Server(Settings(database_url=sqlite_url, listen="127.0.0.1:0", slow_call=1e-9))
-        await server.start()
-        yield server
-        await server.stop(grace=0)
+        async with serve(sqlite_url, slow_call=1e-9) as server:
+            yield server
 
-    async def test_a_slow_call_is_a_warning(self, written: Written, users: UserServiceStub) -> None:
-        """With the number of its statements, the first thing to look at."""
+    async def test_slow_call_is_a_warning(self, written: CapturedLog, users: UserServiceStub) -> None:
+        """It has the number of statements."""
         await users.CreateUser(CreateUserRequest(user=User(email=SECRET)))
 
         (line,) = await written.calls()
         assert (line["level"], line["statements"]) == ("WARNING", 2)  # the first is SQLite's BEGIN
 
-    async def test_a_stream_is_never_slow(self, written: Written, users: UserServiceStub) -> None:
-        """It lasts as long as its client wants."""
+    async def test_stream_is_never_slow(self, written: CapturedLog, users: UserServiceStub) -> None:
+        """Its client decides how long it lasts."""
         async for _ in users.BulkCreateUsers(iter([BulkCreateUsersRequest(finish=True)])):
             pass
 
@@ -175,8 +173,8 @@ class TestSlowCalls:
 
 @pytest.mark.parametrize("form", [logs.Text("%(levelname)s %(name)s: %(message)s")])
 @on_sqlite
-async def test_a_terminal_gets_lines_to_read(written: Written, users: UserServiceStub) -> None:
-    """The same fields, after the message; a value with spaces is quoted."""
+async def test_terminal_gets_readable_lines(written: CapturedLog, users: UserServiceStub) -> None:
+    """The fields follow the message; a value with spaces is quoted."""
     await users.CreateUser(CreateUserRequest(user=User(email=SECRET)), metadata=IDS)
 
     assert written.text.startswith(
@@ -190,10 +188,10 @@ async def test_a_terminal_gets_lines_to_read(written: Written, users: UserServic
     [({}, '"method":"/roster.v1'), ({"ROSTER_LOG_FORMAT": "text"}, " method=/roster.v1")],
     ids=["where nobody watches", "as text"],
 )
-async def test_the_command_logs_in_the_form_that_is_set(
+async def test_command_uses_the_configured_format(
     tmp_path: Path, settings: dict[str, str], expected: str
 ) -> None:
-    """JSON, unless standard error is a terminal or the setting has it otherwise."""
+    """The default is JSON, and text on a terminal."""
     async with serving(tmp_path, **settings) as process:
         async with grpc.aio.insecure_channel(process.address) as channel:
             await refusal(UserServiceStub(channel).GetUser(GetUserRequest(id=1)))

@@ -1,4 +1,4 @@
-"""What Prometheus reads from a real server, while it works."""
+"""The metrics that a real server reports to Prometheus."""
 
 import asyncio
 import socket
@@ -30,26 +30,30 @@ from service.settings import Settings
 from service.users.passwords import Passwords
 from tests.support.errors import refusal
 from tests.support.scrape import Scrape
-from tests.support.server import serve
+from tests.support.server import FREE_PORT, serve
 
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
-FREE = "127.0.0.1:0"
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
 @pytest.fixture
 async def server(database_url: str) -> AsyncIterator[Server]:
-    """A server that tells its metrics, with one connection for calls and room for one password."""
+    """A server with a metrics port, one connection for calls and a queue of one password."""
     for level in (metrics.POOL_SIZE, metrics.POOL_IN_USE):
-        level.clear()  # of databases that other tests have left to the garbage collector
+        level.clear()  # other tests' databases may not be collected yet
     async with serve(
-        database_url, metrics_listen=FREE, pool_size=1, max_overflow=0, pool_timeout=0.5, password_queue=1
+        database_url,
+        metrics_listen=FREE_PORT,
+        pool_size=1,
+        max_overflow=0,
+        pool_timeout=0.5,
+        password_queue=1,
     ) as server:
         yield server
 
 
-async def test_calls_are_counted_by_method_and_code(server: Server, users: UserServiceStub) -> None:
-    """Begun, ended, and measured, under the names and labels that Go's servers have."""
+async def test_counts_and_times_calls_by_method_and_code(server: Server, users: UserServiceStub) -> None:
+    """Names and labels are those of go-grpc-middleware."""
     before = await Scrape.of(server.metrics_address)
     await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org")))
     began = perf_counter()
@@ -70,7 +74,7 @@ async def test_calls_are_counted_by_method_and_code(server: Server, users: UserS
 async def test_measures_gathered_reads(database_url: str) -> None:
     """Eight calls that wait for the only connection share one statement, which is measured too."""
     async with (
-        serve(database_url, metrics_listen=FREE, pool_size=1, max_overflow=0) as server,
+        serve(database_url, metrics_listen=FREE_PORT, pool_size=1, max_overflow=0) as server,
         grpc.aio.insecure_channel(server.address) as channel,
     ):
         users = UserServiceStub(channel)
@@ -86,13 +90,13 @@ async def test_measures_gathered_reads(database_url: str) -> None:
         after = await Scrape.of(server.metrics_address)
     assert after.since(before, "roster_gathered_reads_sum") == 8
     assert after.since(before, "roster_gathered_reads_count") == 1
-    # The health check may have asked something meanwhile.
+    # The health check may have sent one too.
     assert after.since(before, "roster_statement_seconds_count", operation="select") >= 1
 
 
 @on_sqlite
-async def test_calls_that_their_callers_left_are_counted(server: Server, users: UserServiceStub) -> None:
-    """A call that is cancelled has a code too, though nobody gets it."""
+async def test_counts_cancelled_calls(server: Server, users: UserServiceStub) -> None:
+    """They have a code, although no client receives it."""
     before = await Scrape.of(server.metrics_address)
     call = users.BulkCreateUsers()
     await call.write(BulkCreateUsersRequest(options=BulkOptions(load_id="left")))
@@ -108,8 +112,8 @@ async def test_calls_that_their_callers_left_are_counted(server: Server, users: 
     assert after.value("roster_calls_in_flight", **bulk) == 0
 
 
-async def test_bulk_rows_are_counted_by_outcome(server: Server, users: UserServiceStub) -> None:
-    """And the messages, their sizes, their durations, and those that were refused."""
+async def test_counts_bulk_rows_by_outcome(server: Server, users: UserServiceStub) -> None:
+    """Batches, their sizes, durations and refusals are measured too."""
     before = await Scrape.of(server.metrics_address)
     options = BulkOptions(load_id="counted", on_conflict=BulkOptions.SKIP)
     rows = [User(email=email) for email in ("ada@example.org", "ada@example.org", "nobody")]
@@ -135,8 +139,8 @@ async def test_bulk_rows_are_counted_by_outcome(server: Server, users: UserServi
     assert after.value("roster_bulk_rows_uncommitted") == 0
 
 
-async def test_rows_that_wait_for_their_commit_are_told(server: Server, users: UserServiceStub) -> None:
-    """While others have all connections for loads, a batch and its rows wait."""
+async def test_reports_uncommitted_rows_and_waiting_batches(server: Server, users: UserServiceStub) -> None:
+    """A batch waits while all connections for loads are in use."""
     pool = "writer" if server.database.is_sqlite else "bulk"
     async with AsyncExitStack() as stack:
         for _ in range(1 if server.database.is_sqlite else server.settings.bulk_connections):
@@ -156,8 +160,8 @@ async def test_rows_that_wait_for_their_commit_are_told(server: Server, users: U
     assert (await Scrape.of(server.metrics_address)).value("roster_bulk_rows_uncommitted") == 0
 
 
-async def test_the_pool_tells_its_size_use_and_timeouts(server: Server, users: UserServiceStub) -> None:
-    """Somebody has the only connection: a call waits, and gives up."""
+async def test_reports_size_use_and_timeouts_of_the_pool(server: Server, users: UserServiceStub) -> None:
+    """While the only connection is in use, a call times out."""
     pool = "readers" if server.database.is_sqlite else "calls"
     async with server.database.read() as session:
         await session.connection()
@@ -167,13 +171,13 @@ async def test_the_pool_tells_its_size_use_and_timeouts(server: Server, users: U
         assert (await refusal(users.GetUser(GetUserRequest(id=1)))).reason == "POOL_EXHAUSTED"
 
     after = await Scrape.of(server.metrics_address)
-    # The health check may want a connection meanwhile too.
+    # The health check may have waited for a connection too.
     assert after.since(before, "roster_pool_timeouts_total", pool=pool) >= 1
     assert after.value("roster_pool_connections_in_use", pool=pool) == 0
 
 
-async def test_a_closed_database_has_no_connections(server: Server) -> None:
-    """The levels go down to nothing, whatever the way there."""
+async def test_closed_database_has_no_connections(server: Server) -> None:
+    """All gauges return to zero."""
     async with server.database.begin() as session:
         await session.connection()
     await server.database.close()
@@ -183,8 +187,8 @@ async def test_a_closed_database_has_no_connections(server: Server) -> None:
     assert scrape.value("roster_pool_connections") == 0
 
 
-async def test_statements_are_measured_by_operation(server: Server, users: UserServiceStub) -> None:
-    """Those that fail too, and PostgreSQL's COPY, which goes past SQLAlchemy."""
+async def test_measures_statements_by_operation(server: Server, users: UserServiceStub) -> None:
+    """Including failed ones, and COPY, which bypasses SQLAlchemy."""
     before = await Scrape.of(server.metrics_address)
     for _ in range(2):
         async for _ in users.BulkCreateUsers(
@@ -202,8 +206,8 @@ async def test_statements_are_measured_by_operation(server: Server, users: UserS
 
 
 @on_sqlite
-async def test_passwords_in_hand_and_refused_are_told(server: Server, users: UserServiceStub) -> None:
-    """Of two at once the second is refused where one may wait."""
+async def test_counts_refused_password_checks(server: Server, users: UserServiceStub) -> None:
+    """The second of two concurrent checks is refused, because the queue has one place."""
     before = await Scrape.of(server.metrics_address)
     request = VerifyPasswordRequest(email="nobody@example.org", password="secret")
     answers = await asyncio.gather(*(users.VerifyPassword(request) for _ in range(2)), return_exceptions=True)
@@ -211,53 +215,47 @@ async def test_passwords_in_hand_and_refused_are_told(server: Server, users: Use
 
     after = await Scrape.of(server.metrics_address)
     assert after.since(before, "roster_password_hashes_refused_total") == 1
-    assert after.value("roster_password_hashes_in_hand") == 0
+    assert after.value("roster_password_hashes_pending") == 0
 
 
-async def test_a_password_is_in_hand_until_it_is_hashed() -> None:
-    """So the queue can be watched."""
+async def test_reports_pending_password_hashes() -> None:
+    """A hash is pending until it is done, so that the queue can be watched."""
     passwords = Passwords(Settings(password_workers=1, password_queue=2))
     hashings = [asyncio.create_task(passwords.hash("secret")) for _ in range(2)]
-    await asyncio.sleep(0)  # both begin
-    assert Scrape(generate_latest().decode()).value("roster_password_hashes_in_hand") == 2
+    await asyncio.sleep(0)  # both start
+    assert Scrape(generate_latest().decode()).value("roster_password_hashes_pending") == 2
 
     await asyncio.gather(*hashings)
-    assert Scrape(generate_latest().decode()).value("roster_password_hashes_in_hand") == 0
+    assert Scrape(generate_latest().decode()).value("roster_password_hashes_pending") == 0
     passwords.close()
 
 
 @on_sqlite
-async def test_the_process_tells_its_own_figures(server: Server) -> None:
-    """Time of the processor, memory, files."""
+async def test_reports_figures_of_the_process(server: Server) -> None:
+    """CPU time, memory and open files."""
     scrape = await Scrape.of(server.metrics_address)
     for name in ("process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds"):
         assert scrape.value(name) > 0
 
 
-async def test_a_chosen_port_for_metrics_must_be_free(sqlite_url: str) -> None:
-    """Whoever asks for metrics would miss them."""
+async def test_configured_metrics_port_must_be_free(sqlite_url: str) -> None:
+    """Otherwise metrics would be missing unnoticed."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = f"127.0.0.1:{other.getsockname()[1]}"
-        server = Server(Settings(database_url=sqlite_url, listen=FREE, metrics_listen=taken))
-        with pytest.raises(OSError, match="ROSTER_METRICS_LISTEN names another address"):
-            await server.start()
-        await server.database.close()
+        with pytest.raises(OSError, match="set ROSTER_METRICS_LISTEN to another address"):
+            async with serve(sqlite_url, metrics_listen=taken):
+                pass
 
 
-async def test_the_default_port_for_metrics_may_be_taken(
-    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the first of two servers on one machine: the second one serves all the same."""
+async def test_default_metrics_port_may_be_taken(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second server on a machine starts without metrics."""
     monkeypatch.delenv("ROSTER_METRICS_LISTEN")
     with ExitStack() as stack:
         with suppress(OSError):  # somebody has it already
             stack.enter_context(socket.create_server(("127.0.0.1", 9464)))
-        server = Server(Settings(database_url=sqlite_url, listen=FREE))
-        await server.start()
-        assert server.metrics_address == ""
-        async with grpc.aio.insecure_channel(server.address) as channel:
+        async with serve(sqlite_url) as server, grpc.aio.insecure_channel(server.address) as channel:
+            assert server.metrics_address == ""
             assert (await refusal(UserServiceStub(channel).GetUser(GetUserRequest(id=1)))).code == NOT_FOUND
-        await server.stop(grace=0)
 
 
 WORKER = """
@@ -269,8 +267,8 @@ input()
 """
 
 
-def test_the_numbers_of_workers_are_summed(tmp_path: Path) -> None:
-    """Counts of all that ever were; levels and the figures of processes of those that live."""
+def test_sums_the_metrics_of_workers(tmp_path: Path) -> None:
+    """Counters include workers that have ended; gauges and process figures do not."""
     environment = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
     started = [
         subprocess.Popen(
@@ -282,7 +280,7 @@ def test_the_numbers_of_workers_are_summed(tmp_path: Path) -> None:
     for worker in started:
         assert worker.stdout
         worker.stdout.readline()
-    registry = metrics.summed(str(tmp_path), lambda: living)
+    registry = metrics.sum_workers(str(tmp_path), lambda: living)
     both = Scrape(generate_latest(registry).decode())
     assert both.value("grpc_server_started_total", grpc_method="method") == 4
     assert both.value("roster_bulk_rows_uncommitted") == 6

@@ -1,4 +1,4 @@
-"""Passwords: who is let in, what it costs to ask, and that no hash is ever shown."""
+"""Passwords: which are valid, the cost of a check, and that no hash is ever returned."""
 
 import asyncio
 import threading
@@ -30,6 +30,7 @@ from service.settings import Settings
 from service.users.passwords import Passwords
 from service.users.repository import CREDENTIALS, UserRepository, credentials_from_row
 from tests.support.errors import refusal
+from tests.support.server import serve
 
 PASSWORD = "correct horse battery staple"
 # What the settings have by default.
@@ -44,17 +45,14 @@ WEAK = {
 
 @pytest.fixture
 async def server(database_url: str) -> AsyncIterator[Server]:
-    """A server that hashes one password at a time and refuses more."""
-    settings = Settings(database_url=database_url, listen="127.0.0.1:0", password_workers=1, password_queue=1)
-    server = Server(settings)
-    await server.start()
-    yield server
-    await server.stop(grace=0)
+    """A server that hashes one password at a time, with a queue of one."""
+    async with serve(database_url, password_workers=1, password_queue=1) as server:
+        yield server
 
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The hashes that the libraries make and check, each by its kind and costs."""
+    """The hashes made and checked by the libraries, each with its kind and cost."""
     done: list[str] = []
     verify, make, checkpw = PasswordHasher.verify, PasswordHasher.hash, bcrypt.checkpw
 
@@ -91,18 +89,16 @@ async def stored_hash(server: Server, id: int) -> str:
     return credentials_from_row(await server.users.find_columns(id, CREDENTIALS))[1]
 
 
-async def test_the_right_password_is_valid(users: UserServiceStub, ada: User, work: list[str]) -> None:
-    """By id or by e-mail, in any spelling; the answer has the user."""
+async def test_right_password_is_valid(users: UserServiceStub, ada: User, work: list[str]) -> None:
+    """By id or by e-mail in any spelling; the response has the user."""
     answers = [await verified(users, id=ada.id), await verified(users, email=" ADA@example.org")]
 
     assert answers == [VerifyPasswordResponse(valid=True, user=ada)] * 2
     assert work == [ONE_HASH] * 2
 
 
-async def test_whoever_is_not_let_in_can_t_tell_why(
-    users: UserServiceStub, ada: User, work: list[str]
-) -> None:
-    """Wrong password, unknown, inactive, without a password: one answer, at the cost of one hash each."""
+async def test_failures_are_indistinguishable(users: UserServiceStub, ada: User, work: list[str]) -> None:
+    """Wrong password, unknown, inactive, without a password: the same response, at the cost of one hash."""
     away = User(email="away@example.org", password=PASSWORD, is_active=False)
     open_door = User(email="open@example.org")
     imported = User(email="imported@example.org", hashed_password=WEAK["bcrypt 04"], is_active=False)
@@ -126,8 +122,8 @@ async def test_whoever_is_not_let_in_can_t_tell_why(
         assert work == [ONE_HASH]
 
 
-async def test_a_password_can_be_changed(users: UserServiceStub, ada: User) -> None:
-    """The new one is valid from then on, and the old one is not."""
+async def test_changed_password_replaces_the_old_one(users: UserServiceStub, ada: User) -> None:
+    """The old password is no longer valid."""
     changed = await users.UpdateUser(UpdateUserRequest(user=User(id=ada.id, password="new")))
 
     assert changed.version == 2
@@ -135,8 +131,8 @@ async def test_a_password_can_be_changed(users: UserServiceStub, ada: User) -> N
     assert (await verified(users, id=ada.id, password="new")).user == changed
 
 
-async def test_a_change_of_every_field_leaves_the_password(users: UserServiceStub, ada: User) -> None:
-    """`*` writes it only where one is set."""
+async def test_star_mask_keeps_the_password_if_unset(users: UserServiceStub, ada: User) -> None:
+    """`*` writes the password only if the request has one."""
     user = User(id=ada.id, email=ada.email, is_active=True)
     request = UpdateUserRequest(user=user, update_mask=FieldMask(paths=["*"]))
     await users.UpdateUser(request)
@@ -148,10 +144,10 @@ async def test_a_change_of_every_field_leaves_the_password(users: UserServiceStu
 
 
 @pytest.mark.parametrize("kind", WEAK)
-async def test_a_weak_hash_is_replaced_after_success(
+async def test_weak_hash_is_replaced_after_success(
     server: Server, users: UserServiceStub, work: list[str], kind: str
 ) -> None:
-    """Not after a failure, which takes as much work; neither version nor time change."""
+    """A failure costs the same and replaces nothing; version and time stay."""
     weak = WEAK[kind]
     user = User(email="ada@example.org", hashed_password=weak)
     ada = await users.CreateUser(CreateUserRequest(user=user))
@@ -168,8 +164,8 @@ async def test_a_weak_hash_is_replaced_after_success(
     assert await users.GetUser(GetUserRequest(id=ada.id)) == ada
 
 
-async def test_a_hash_is_never_replaced_by_a_weaker_one(server: Server, users: UserServiceStub) -> None:
-    """One from elsewhere that is stronger than ours stays."""
+async def test_stronger_hash_is_not_replaced(server: Server, users: UserServiceStub) -> None:
+    """Hashes of other systems can be stronger than ours."""
     ada = await users.CreateUser(
         CreateUserRequest(user=User(email="ada@example.org", hashed_password=STRONG))
     )
@@ -179,10 +175,10 @@ async def test_a_hash_is_never_replaced_by_a_weaker_one(server: Server, users: U
 
 
 @pytest.mark.parametrize("fault", [DatabaseUnavailable, StatementTimeout, OutcomeUnknown])
-async def test_a_hash_that_can_t_be_replaced_now_lets_in_all_the_same(
+async def test_failure_to_replace_a_hash_does_not_fail_the_check(
     server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch, fault: type[RosterError]
 ) -> None:
-    """The next success will do."""
+    """The next successful check replaces it."""
     weak = WEAK["bcrypt 04"]
     ada = await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org", hashed_password=weak)))
 
@@ -194,8 +190,8 @@ async def test_a_hash_that_can_t_be_replaced_now_lets_in_all_the_same(
     assert await stored_hash(server, ada.id) == weak
 
 
-async def test_a_password_is_stored_as_an_argon2id_hash(server: Server, users: UserServiceStub) -> None:
-    """Each with a salt of its own."""
+async def test_password_is_stored_as_argon2id_hash(server: Server, users: UserServiceStub) -> None:
+    """Each hash has its own salt."""
     ids = [
         (await users.CreateUser(CreateUserRequest(user=User(email=email, password=PASSWORD)))).id
         for email in ("ada@example.org", "alan@example.org")
@@ -206,8 +202,8 @@ async def test_a_password_is_stored_as_an_argon2id_hash(server: Server, users: U
     assert first.split("$")[4] != second.split("$")[4]
 
 
-async def test_neither_a_password_nor_its_hash_is_ever_shown(server: Server, users: UserServiceStub) -> None:
-    """Whatever is called, and whatever came in."""
+async def test_no_response_has_a_password_or_hash(server: Server, users: UserServiceStub) -> None:
+    """Of all calls, whatever the request has."""
     user = User(email="ada@example.org", hashed_password=STRONG)
     user.id = (await users.CreateUser(CreateUserRequest(user=user))).id
     changed = UpdateUserRequest(user=User(id=user.id, password=PASSWORD), request_id="0" * 32)
@@ -225,8 +221,8 @@ async def test_neither_a_password_nor_its_hash_is_ever_shown(server: Server, use
     assert {(user.id, user.password, user.hashed_password) for user in answers} == {(user.id, "", "")}
 
 
-async def test_a_cancelled_check_holds_its_thread_until_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread can't be interrupted: by leaving early a caller gets no further ones."""
+async def test_cancelled_check_occupies_its_thread_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread can't be interrupted, so a cancelled call gives its caller no further thread."""
     passwords = Passwords(Settings(password_workers=2))
     loop, both, may_end = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
     begun: list[str] = []
@@ -237,7 +233,7 @@ async def test_a_cancelled_check_holds_its_thread_until_it_has_ended(monkeypatch
             loop.call_soon_threadsafe(both.set)
         return may_end.wait(60), None
 
-    monkeypatch.setattr(passwords, "_checked", slow)
+    monkeypatch.setattr(passwords, "_check", slow)
     set_caller(Caller("greedy"))
     for _ in range(3):
         with pytest.raises(TimeoutError):
@@ -253,10 +249,10 @@ async def test_a_cancelled_check_holds_its_thread_until_it_has_ended(monkeypatch
     passwords.close()
 
 
-async def test_too_many_passwords_at_once_are_refused(
+async def test_full_password_queue_refuses_calls(
     server: Server, users: UserServiceStub, ada: User, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To check or to set: the call may be tried again, and works once there is room."""
+    """Checks and changes are retryable, and succeed once the queue has room."""
     loop = asyncio.get_running_loop()
     begun, may_end = asyncio.Event(), threading.Event()
 
@@ -264,7 +260,7 @@ async def test_too_many_passwords_at_once_are_refused(
         loop.call_soon_threadsafe(begun.set)
         return may_end.wait(60), None
 
-    monkeypatch.setattr(server.passwords, "_checked", slow)
+    monkeypatch.setattr(server.passwords, "_check", slow)
     first = asyncio.ensure_future(verified(users, id=ada.id))
     await begun.wait()
     for call in (

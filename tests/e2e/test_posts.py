@@ -1,4 +1,4 @@
-"""Posts, one at a time and by their ids, through the API."""
+"""Single posts and batches of posts, through the API."""
 
 import asyncio
 from uuid import uuid4
@@ -42,8 +42,8 @@ async def notes(posts: PostServiceStub, ada: User) -> Post:
     return await posts.CreatePost(CreatePostRequest(post=post))
 
 
-async def test_a_new_post_has_an_id_a_version_and_two_times(posts: PostServiceStub, ada: User) -> None:
-    """What is output only is ignored; the content may be missing, which is empty."""
+async def test_new_post_has_id_version_and_times(posts: PostServiceStub, ada: User) -> None:
+    """Output-only fields are ignored; missing content is empty."""
     sent = Post(id=4711, author_id=ada.id, title="Notes", version=9, author=User(id=4711))
     created = await posts.CreatePost(CreatePostRequest(post=sent))
 
@@ -60,8 +60,10 @@ async def test_a_new_post_has_an_id_a_version_and_two_times(posts: PostServiceSt
     assert await posts.GetPost(GetPostRequest(id=1)) == created
 
 
-async def test_a_post_needs_an_author(posts: PostServiceStub, users: UserServiceStub, ada: User) -> None:
-    """An id that is nobody's, or nobody's any more, is refused."""
+async def test_post_needs_an_existing_author(
+    posts: PostServiceStub, users: UserServiceStub, ada: User
+) -> None:
+    """Unknown ids and ids of deleted users are refused."""
     await users.DeleteUser(DeleteUserRequest(id=ada.id))
 
     for author_id in (ada.id, 4711):
@@ -71,8 +73,8 @@ async def test_a_post_needs_an_author(posts: PostServiceStub, users: UserService
         assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "AUTHOR_NOT_FOUND")
 
 
-async def test_a_post_is_not_found_by_an_id_that_is_none_s(posts: PostServiceStub) -> None:
-    """To read, to change, or to delete."""
+async def test_unknown_post_is_not_found(posts: PostServiceStub) -> None:
+    """By reads, updates and deletes."""
     for call in (
         posts.GetPost(GetPostRequest(id=4711)),
         posts.UpdatePost(UpdatePostRequest(post=Post(id=4711, title="x"))),
@@ -82,8 +84,8 @@ async def test_a_post_is_not_found_by_an_id_that_is_none_s(posts: PostServiceStu
         assert (refused.code, refused.reason) == (grpc.StatusCode.NOT_FOUND, "POST_NOT_FOUND")
 
 
-async def test_a_post_comes_with_its_author(posts: PostServiceStub, ada: User, notes: Post) -> None:
-    """In each way of reading posts, and only if asked for."""
+async def test_view_adds_the_author(posts: PostServiceStub, ada: User, notes: Post) -> None:
+    """To each kind of read, on request."""
     view = Post.WITH_AUTHOR
     found = [
         await posts.GetPost(GetPostRequest(id=notes.id, view=view)),
@@ -97,8 +99,8 @@ async def test_a_post_comes_with_its_author(posts: PostServiceStub, ada: User, n
     assert await posts.GetPost(GetPostRequest(id=notes.id)) == notes
 
 
-async def test_many_posts_come_in_the_order_asked(server: Server, posts: PostServiceStub, ada: User) -> None:
-    """Each once, at its first place; ids without a post are listed apart."""
+async def test_batch_has_posts_in_requested_order(server: Server, posts: PostServiceStub, ada: User) -> None:
+    """Each once, at its first place; missing ids are listed separately."""
     first, second, third = await add_posts(server.database, [ada.id] * 3)
 
     answer = await posts.BatchGetPosts(BatchGetPostsRequest(ids=[third, 4711, first, third, second, 4712]))
@@ -108,10 +110,10 @@ async def test_many_posts_come_in_the_order_asked(server: Server, posts: PostSer
 
 
 @pytest.mark.parametrize("view", [Post.BASIC, Post.WITH_AUTHOR])
-async def test_large_posts_are_answered_as_far_as_they_fit(
+async def test_batch_of_large_posts_is_cut_at_3_mib(
     server: Server, posts: PostServiceStub, view: Post.View.ValueType
 ) -> None:
-    """Asking for the remaining ids until there are none gets them all, each in an answer below 3 MiB."""
+    """Repeated calls for the remaining ids return all posts."""
     author_ids = await add_users(server.database, full_name="😀" * 255)
     ids = await add_posts(server.database, author_ids * 7, title="😀" * 255, content="é" * (MIB // 2))
 
@@ -128,8 +130,8 @@ async def test_large_posts_are_answered_as_far_as_they_fit(
     assert list(answers[-1].missing_ids) == [4711]
 
 
-async def test_ids_count_in_the_size_of_a_batch(server: Server, posts: PostServiceStub) -> None:
-    """Contents that would fill 3 MiB to the last bytes leave none for the ids of missing posts."""
+async def test_missing_ids_count_in_the_size_of_a_batch(server: Server, posts: PostServiceStub) -> None:
+    """Contents that nearly fill 3 MiB leave no space for the ids of missing posts."""
     content = "x" * (MIB - 110)
     ids = await add_posts(server.database, await add_users(server.database) * 3, content=content)
 
@@ -151,10 +153,10 @@ async def test_ids_count_in_the_size_of_a_batch(server: Server, posts: PostServi
     ],
     ids=["set", "set to nothing", "named", "named but unset", "every field"],
 )
-async def test_an_update_writes_what_is_set_or_named(
+async def test_update_writes_set_or_named_fields(
     posts: PostServiceStub, notes: Post, sent: Post, mask: list[str], expected: tuple[str, str]
 ) -> None:
-    """The answer is the post as it is now, one version further, by the author that it had."""
+    """The response is the updated post with the next version and the same author."""
     request = UpdatePostRequest(post=sent, update_mask=FieldMask(paths=mask))
     request.post.id, request.post.author_id = notes.id, 4711
     updated = await posts.UpdatePost(request)
@@ -173,10 +175,10 @@ async def test_an_update_writes_what_is_set_or_named(
         (Post(content="x"), ["title"], "INVALID_FIELD"),
     ],
 )
-async def test_what_can_t_be_written_is_refused(
+async def test_update_refuses_author_and_empty_title(
     posts: PostServiceStub, notes: Post, sent: Post, mask: list[str], reason: str
 ) -> None:
-    """The author can't be changed, and a title can't be unset."""
+    """The author can't change, and a title can't be unset."""
     request = UpdatePostRequest(post=sent, update_mask=FieldMask(paths=mask))
     request.post.id = notes.id
 
@@ -184,8 +186,8 @@ async def test_what_can_t_be_written_is_refused(
     assert await posts.GetPost(GetPostRequest(id=notes.id)) == notes
 
 
-async def test_a_version_must_be_the_current_one(posts: PostServiceStub, notes: Post) -> None:
-    """For a change and for a delete; 0 is no check. The error says the current version."""
+async def test_expected_version_must_be_current(posts: PostServiceStub, notes: Post) -> None:
+    """In updates and deletes; 0 is no check. The error has the current version."""
     await posts.UpdatePost(UpdatePostRequest(post=Post(id=notes.id, title="More", version=1)))
     for call in (
         posts.UpdatePost(UpdatePostRequest(post=Post(id=notes.id, title="Most", version=1))),
@@ -200,17 +202,17 @@ async def test_a_version_must_be_the_current_one(posts: PostServiceStub, notes: 
     assert (await refusal(posts.GetPost(GetPostRequest(id=notes.id)))).reason == "POST_NOT_FOUND"
 
 
-async def test_a_post_goes_with_its_author(
+async def test_posts_are_deleted_with_their_author(
     posts: PostServiceStub, users: UserServiceStub, notes: Post
 ) -> None:
-    """A deleted user leaves no posts."""
+    """No post of a deleted user remains."""
     await users.DeleteUser(DeleteUserRequest(id=notes.author_id))
 
     assert (await refusal(posts.GetPost(GetPostRequest(id=notes.id)))).reason == "POST_NOT_FOUND"
 
 
-async def test_a_repeated_write_is_answered_and_not_done_again(posts: PostServiceStub, ada: User) -> None:
-    """One `request_id` serves a create, an update and a delete, each apart."""
+async def test_repeated_write_is_answered_once_applied(posts: PostServiceStub, ada: User) -> None:
+    """Creates, updates and deletes may share a `request_id`."""
     request_id = str(uuid4())
     create = CreatePostRequest(post=Post(author_id=ada.id, title="Notes"), request_id=request_id)
     created = await posts.CreatePost(create)
@@ -226,8 +228,8 @@ async def test_a_repeated_write_is_answered_and_not_done_again(posts: PostServic
     assert not (await posts.ListPosts(ListPostsRequest())).posts
 
 
-async def test_a_request_id_stands_for_one_body(posts: PostServiceStub, notes: Post) -> None:
-    """Another one is refused, and not done."""
+async def test_request_id_with_another_body_is_refused(posts: PostServiceStub, notes: Post) -> None:
+    """Nothing is written."""
     request = UpdatePostRequest(post=Post(id=notes.id, title="More"), request_id=str(uuid4()))
     updated = await posts.UpdatePost(request)
 
@@ -236,8 +238,8 @@ async def test_a_request_id_stands_for_one_body(posts: PostServiceStub, notes: P
     assert await posts.GetPost(GetPostRequest(id=notes.id)) == updated
 
 
-async def test_calls_at_once_with_one_request_id_write_one_row(posts: PostServiceStub, ada: User) -> None:
-    """Posts have no key that would be taken: without the id there would be five."""
+async def test_concurrent_calls_with_one_request_id_write_one_row(posts: PostServiceStub, ada: User) -> None:
+    """Posts have no unique key, so without the id there would be five."""
     request = CreatePostRequest(post=Post(author_id=ada.id, title="Notes"), request_id=str(uuid4()))
     answers = await asyncio.gather(*(posts.CreatePost(request) for _ in range(5)))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from service.server import Server
-from service.settings import Settings
+from tests.support.server import FREE_PORT, serve
 
 CHECKOUT = Path(__file__).parents[2]
 PATH = os.pathsep.join([str(CHECKOUT / ".tools/bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -76,10 +76,8 @@ def database_url(sqlite_url: str) -> str:
 @pytest.fixture
 async def server(database_url: str) -> AsyncIterator[Server]:
     """Start a new server with a metrics port."""
-    server = Server(Settings(database_url=database_url, listen=FREE, metrics_listen=FREE))
-    await server.start()
-    yield server
-    await server.stop(grace=0)
+    async with serve(database_url, metrics_listen=FREE_PORT) as server:
+        yield server
 
 
 def parts(page: str) -> list[str]:

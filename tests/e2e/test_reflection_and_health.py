@@ -1,4 +1,4 @@
-"""What the server says of itself: its contract to those who ask, and whether it can serve."""
+"""Reflection, which describes the contract, and the health service."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -23,6 +23,7 @@ from service.server import Server
 from service.settings import Settings
 from tests.support.errors import refusal
 from tests.support.postgres import PostgresServer
+from tests.support.server import serve
 
 SERVING = HealthCheckResponse.SERVING
 NOT_SERVING = HealthCheckResponse.NOT_SERVING
@@ -63,7 +64,7 @@ def files(answer: ServerReflectionResponse) -> list[FileDescriptorProto]:
 
 @on_sqlite
 async def test_reflection_lists_every_service(ask: Ask) -> None:
-    """Those of the contract, health, and reflection itself in both versions."""
+    """Those of the contract, health, and both versions of reflection."""
     answer = await ask(list_services="")
 
     listed = [service.name for service in answer.list_services_response.service]
@@ -72,7 +73,7 @@ async def test_reflection_lists_every_service(ask: Ask) -> None:
 
 @on_sqlite
 async def test_reflection_finds_the_file_of_a_symbol(ask: Ask) -> None:
-    """A service, a method, a message, an enum, and what errors carry, so that grpcurl can print it."""
+    """Of a service, method, message, enum, and error detail, which grpcurl prints."""
     expected = {
         "roster.v1.UserService": "roster/v1/users.proto",
         "roster.v1.UserService.GetUser": "roster/v1/users.proto",
@@ -90,8 +91,8 @@ async def test_reflection_finds_the_file_of_a_symbol(ask: Ask) -> None:
 
 
 @on_sqlite
-async def test_reflection_teaches_the_whole_contract(ask: Ask) -> None:
-    """From the files and what they import a client can build every request."""
+async def test_reflection_has_the_whole_contract(ask: Ask) -> None:
+    """Clients can build every request from the files and their imports."""
     known: dict[str, FileDescriptorProto] = {}
     wanted = ["roster/v1/users.proto", "roster/v1/posts.proto"]
     while wanted:
@@ -108,8 +109,8 @@ async def test_reflection_teaches_the_whole_contract(ask: Ask) -> None:
 
 
 @on_sqlite
-async def test_reflection_says_what_it_does_not_know(ask: Ask) -> None:
-    """The error is an answer: the stream goes on."""
+async def test_reflection_reports_unknown_symbols(ask: Ask) -> None:
+    """The error is a response, so the stream continues."""
     unknown = [
         {"file_containing_symbol": "roster.v1.Nobody"},
         {"file_containing_symbol": ""},
@@ -125,8 +126,8 @@ async def test_reflection_says_what_it_does_not_know(ask: Ask) -> None:
 
 
 async def test_reflection_can_be_switched_off(sqlite_url: str) -> None:
-    """Neither version is there then, and all else is."""
-    async with serving(sqlite_url, reflection=False) as (_, channel):
+    """Neither version is served, and all other services are."""
+    async with serve_channel(sqlite_url, reflection=False) as channel:
         for version in VERSIONS:
             refused = await refusal(asking(channel, version)(list_services=""))
             assert refused.code == StatusCode.UNIMPLEMENTED
@@ -135,13 +136,13 @@ async def test_reflection_can_be_switched_off(sqlite_url: str) -> None:
 
 
 @asynccontextmanager
-async def serving(database_url: str, **options: Any) -> AsyncIterator[tuple[Server, grpc.aio.Channel]]:
-    """Serve a database with settings of the test's own."""
-    server = Server(Settings(database_url=database_url, listen="127.0.0.1:0", **options))
-    await server.start()
-    async with grpc.aio.insecure_channel(server.address) as channel:
-        yield server, channel
-    await server.stop(grace=0)
+async def serve_channel(database_url: str, **settings: Any) -> AsyncIterator[grpc.aio.Channel]:
+    """Serve a database with some settings, and yield a channel to the server."""
+    async with (
+        serve(database_url, **settings) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        yield channel
 
 
 async def check(channel: grpc.aio.Channel, service: str) -> int:
@@ -155,7 +156,7 @@ async def statuses(channel: grpc.aio.Channel) -> dict[str, int]:
 
 @pytest.mark.parametrize("service", ["", *SERVICES, "live"])
 async def test_healthy_services_serve(channel: grpc.aio.Channel, service: str) -> None:
-    """The server as a whole, each service, and the process."""
+    """The server, each service, and the process."""
     assert await check(channel, service) == SERVING
 
 
@@ -167,7 +168,7 @@ async def test_health_lists_all_services(channel: grpc.aio.Channel) -> None:
 
 @on_sqlite
 async def test_health_of_an_unknown_service_is_not_found(channel: grpc.aio.Channel) -> None:
-    """As the health protocol has it; to watch one is no error, since it may come."""
+    """As in the health protocol; a watch is accepted, since the service may appear."""
     refused = await refusal(HealthStub(channel).Check(HealthCheckRequest(service="roster.v1.Nobody")))
     assert refused.code == StatusCode.NOT_FOUND
 
@@ -176,8 +177,8 @@ async def test_health_of_an_unknown_service_is_not_found(channel: grpc.aio.Chann
 
 
 @on_sqlite
-async def test_a_stop_is_told_to_watchers_and_does_not_wait_for_them(server: Server) -> None:
-    """They have no end of their own: a stop would wait for all of its grace."""
+async def test_stop_notifies_watchers_and_ends_them(server: Server) -> None:
+    """Watches never end by themselves: a stop would wait for its whole grace."""
     async with grpc.aio.insecure_channel(server.address) as channel:
         watch = aiter(HealthStub(channel).Watch(HealthCheckRequest()))
         assert (await anext(watch)).status == SERVING
@@ -188,8 +189,8 @@ async def test_a_stop_is_told_to_watchers_and_does_not_wait_for_them(server: Ser
         assert [answer.status async for answer in watch] == [NOT_SERVING]
 
 
-class Away(Database):
-    """A database that answers or not, as the test has it."""
+class FakeDatabase(Database):
+    """A database whose answers the test sets."""
 
     is_away = False
 
@@ -199,9 +200,9 @@ class Away(Database):
         await super().ping()
 
 
-async def test_one_failed_look_is_not_told(sqlite_url: str) -> None:
-    """A failover's blink must not take a server out of rotation; two failed looks in a row do."""
-    database = Away(Settings(database_url=sqlite_url))
+async def test_single_failed_check_is_not_reported(sqlite_url: str) -> None:
+    """A short failover must not remove a server; two failed checks in a row do."""
+    database = FakeDatabase(Settings(database_url=sqlite_url))
     health = Health(database, SERVICES)
     server = grpc.aio.server()
     add_HealthServicer_to_server(health, server)
@@ -223,10 +224,10 @@ async def test_one_failed_look_is_not_told(sqlite_url: str) -> None:
 
 
 async def test_health_follows_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gone, it is not serving, but alive; back again, it is serving."""
+    """Without it the server is not serving, but alive; then it serves again."""
     monkeypatch.setattr(health, "INTERVAL_SECONDS", 0.05)
     with PostgresServer() as postgres:
-        async with postgres.database() as url, serving(url) as (_, channel):
+        async with postgres.database() as url, serve_channel(url) as channel:
             watch = HealthStub(channel).Watch(HealthCheckRequest(), timeout=TIMEOUT_SECONDS)
             assert (await watch.read()).status == SERVING
 

@@ -1,4 +1,4 @@
-"""Writes with a `request_id`: done once, and answered the same each time."""
+"""Writes with a `request_id`: applied once, with the same response each time."""
 
 import asyncio
 from datetime import timedelta
@@ -13,13 +13,13 @@ from roster.v1.users_pb2 import (
     CreateUserRequest,
     DeleteUserRequest,
     GetUserRequest,
-    ListUsersRequest,
     UpdateUserRequest,
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server, utc_now
-from service.settings import Settings
 from tests.support.errors import refusal
+from tests.support.server import serve
+from tests.support.users import list_users
 
 HASH = "$argon2id$v=19$m=65536,t=3,p=4$c29tZXNhbHQxMjM0NTY$dGhpcyBpcyBub3QgYSBoYXNoIGF0IGFsbA"
 
@@ -31,12 +31,8 @@ async def ada(users: UserServiceStub) -> User:
     return await users.CreateUser(CreateUserRequest(user=user))
 
 
-async def everybody(users: UserServiceStub) -> list[User]:
-    return list((await users.ListUsers(ListUsersRequest())).users)
-
-
-async def test_a_repeated_create_is_answered_and_not_done_again(users: UserServiceStub) -> None:
-    """With the first answer, even after a change of what was created."""
+async def test_repeated_create_gets_first_response(users: UserServiceStub) -> None:
+    """Even after an update of the created user."""
     request = CreateUserRequest(user=User(email="ada@example.org"), request_id=str(uuid4()))
     created = await users.CreateUser(request)
     await users.UpdateUser(UpdateUserRequest(user=User(id=created.id, full_name="Ada")))
@@ -44,11 +40,11 @@ async def test_a_repeated_create_is_answered_and_not_done_again(users: UserServi
     assert await users.CreateUser(request) == created
     request.request_id = request.request_id.upper()
     assert await users.CreateUser(request) == created
-    assert [user.id for user in await everybody(users)] == [created.id]
+    assert [user.id for user in await list_users(users)] == [created.id]
 
 
-async def test_a_repeated_update_is_answered_and_not_done_again(users: UserServiceStub, ada: User) -> None:
-    """The version that it expects has passed, and it is answered all the same."""
+async def test_repeated_update_gets_first_response(users: UserServiceStub, ada: User) -> None:
+    """Although the expected version is no longer current."""
     request = UpdateUserRequest(
         user=User(id=ada.id, full_name="Countess", version=1), request_id=str(uuid4())
     )
@@ -58,8 +54,8 @@ async def test_a_repeated_update_is_answered_and_not_done_again(users: UserServi
     assert (await users.GetUser(GetUserRequest(id=ada.id))).version == 2
 
 
-async def test_a_repeated_delete_is_answered(users: UserServiceStub, ada: User) -> None:
-    """Without a `request_id` there is nobody to delete any more."""
+async def test_repeated_delete_gets_first_response(users: UserServiceStub, ada: User) -> None:
+    """Without a `request_id` the user is not found."""
     request = DeleteUserRequest(id=ada.id, request_id=str(uuid4()))
 
     assert [await users.DeleteUser(request), await users.DeleteUser(request)] == [Empty(), Empty()]
@@ -67,19 +63,19 @@ async def test_a_repeated_delete_is_answered(users: UserServiceStub, ada: User) 
     assert (await refusal(users.DeleteUser(request))).reason == "USER_NOT_FOUND"
 
 
-async def test_a_request_id_stands_for_one_body(users: UserServiceStub) -> None:
-    """Another one is refused, and not done."""
+async def test_request_id_with_another_body_is_refused(users: UserServiceStub) -> None:
+    """Nothing is written."""
     request_id = str(uuid4())
     await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org"), request_id=request_id))
     another = CreateUserRequest(user=User(email="alan@example.org"), request_id=request_id)
 
     refused = await refusal(users.CreateUser(another))
     assert (refused.code, refused.reason) == (grpc.StatusCode.ALREADY_EXISTS, "REQUEST_ID_REUSED")
-    assert [user.email for user in await everybody(users)] == ["ada@example.org"]
+    assert [user.email for user in await list_users(users)] == ["ada@example.org"]
 
 
-async def test_a_request_id_belongs_to_its_method(users: UserServiceStub) -> None:
-    """The same one may come with a create, an update and a delete."""
+async def test_request_id_is_scoped_to_its_method(users: UserServiceStub) -> None:
+    """A create, an update and a delete may share it."""
     request_id = str(uuid4())
     user = User(email="ada@example.org")
     user.id = (await users.CreateUser(CreateUserRequest(user=user, request_id=request_id))).id
@@ -88,17 +84,17 @@ async def test_a_request_id_belongs_to_its_method(users: UserServiceStub) -> Non
     assert await users.DeleteUser(DeleteUserRequest(id=user.id, request_id=request_id)) == Empty()
 
 
-async def test_calls_at_once_with_one_request_id_write_one_row(users: UserServiceStub) -> None:
-    """All get the answer of the one that wrote it."""
+async def test_concurrent_calls_with_one_request_id_write_one_row(users: UserServiceStub) -> None:
+    """All get the response of the call that wrote it."""
     request = CreateUserRequest(user=User(email="ada@example.org"), request_id=str(uuid4()))
     answers = await asyncio.gather(*(users.CreateUser(request) for _ in range(5)))
 
     assert answers == [answers[0]] * 5
-    assert await everybody(users) == [answers[0]]
+    assert await list_users(users) == [answers[0]]
 
 
-async def test_a_call_that_failed_is_not_kept(users: UserServiceStub, ada: User) -> None:
-    """The same request succeeds once its reason to fail is gone."""
+async def test_failed_call_is_not_stored(users: UserServiceStub, ada: User) -> None:
+    """The same request succeeds once the cause is gone."""
     request = CreateUserRequest(user=User(email=ada.email), request_id=str(uuid4()))
     assert (await refusal(users.CreateUser(request))).reason == "EMAIL_TAKEN"
     await users.DeleteUser(DeleteUserRequest(id=ada.id))
@@ -106,8 +102,8 @@ async def test_a_call_that_failed_is_not_kept(users: UserServiceStub, ada: User)
     assert (await users.CreateUser(request)).email == ada.email
 
 
-async def test_a_password_is_not_part_of_what_is_compared(users: UserServiceStub) -> None:
-    """A body is the same with another password; any other field counts, a hash too."""
+async def test_passwords_are_not_compared(users: UserServiceStub) -> None:
+    """All other fields are, including a hash."""
     request = CreateUserRequest(user=User(email="ada@example.org", password="one"), request_id=str(uuid4()))
     created = await users.CreateUser(request)
 
@@ -118,19 +114,15 @@ async def test_a_password_is_not_part_of_what_is_compared(users: UserServiceStub
     assert (await refusal(users.CreateUser(request))).reason == "REQUEST_ID_REUSED"
 
 
-async def test_a_day_later_a_request_id_is_new(server: Server, users: UserServiceStub) -> None:
-    """A server whose clock is a day ahead forgets the answer as it starts: the same call is done again."""
+async def test_request_id_is_new_after_a_day(server: Server, users: UserServiceStub) -> None:
+    """A server whose clock is a day ahead deletes the response when it starts."""
     request = CreateUserRequest(user=User(email="ada@example.org"), request_id=str(uuid4()))
     created = await users.CreateUser(request)
-
-    settings = Settings(database_url=server.settings.database_url, listen="127.0.0.1:0")
-    tomorrow = Server(settings, clock=lambda: utc_now() + timedelta(hours=24))
-    await tomorrow.start()
 
     async def repeat() -> None:
         while True:
             assert await users.CreateUser(request) == created
 
-    refused = await refusal(repeat())
+    async with serve(server.settings.database_url, clock=lambda: utc_now() + timedelta(hours=24)):
+        refused = await refusal(repeat())
     assert refused.reason == "EMAIL_TAKEN"
-    await tomorrow.stop(grace=0)

@@ -1,4 +1,4 @@
-"""Restoring: rows that bring their ids, times and versions, beside those who draw new ids."""
+"""Restores: rows with their ids, times and versions, together with rows that draw new ids."""
 
 import asyncio
 from typing import Any
@@ -12,12 +12,14 @@ from roster.v1.bulk_pb2 import BulkAck, BulkOptions
 from roster.v1.posts_pb2 import BulkCreatePostsRequest, CreatePostRequest, GetPostRequest
 from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.resources_pb2 import Post, User
-from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUserRequest, ListUsersRequest
+from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db.bulk import postgresql
 from service.server import Server
 from service.users.model import User as UserRow
+from tests.support.load_stream import load_once, named
 from tests.support.rival import until
+from tests.support.users import list_users
 
 BATCHES, BATCH = 15, 10
 WAITS_FOR_THE_TABLE = text(
@@ -26,74 +28,66 @@ WAITS_FOR_THE_TABLE = text(
 )
 
 
-async def loaded(users: UserServiceStub, *rows: User, **options: Any) -> BulkAck:
+async def create_users(users: UserServiceStub, *rows: User, **options: Any) -> BulkAck:
     """Create users in one message and return its ack."""
     chosen = BulkOptions(return_ids=True, **options)
     request = BulkCreateUsersRequest(options=chosen, users=rows, finish=True)
-    _, settled, _ = [event async for event in users.BulkCreateUsers(iter([request]))]
-    return settled.ack
+    return await load_once(users.BulkCreateUsers, request)
 
 
-async def restored(users: UserServiceStub, *rows: User, **options: Any) -> BulkAck:
+async def restore_users(users: UserServiceStub, *rows: User, **options: Any) -> BulkAck:
     """Restore users in one message and return its ack."""
-    return await loaded(users, *rows, restore=True, **options)
+    return await create_users(users, *rows, restore=True, **options)
 
 
-async def restored_posts(posts: PostServiceStub, *rows: Post, **options: Any) -> BulkAck:
+async def restore_posts(posts: PostServiceStub, *rows: Post, **options: Any) -> BulkAck:
     """Restore posts in one message and return its ack."""
     chosen = BulkOptions(restore=True, return_ids=True, **options)
     request = BulkCreatePostsRequest(options=chosen, posts=rows, finish=True)
-    _, settled, _ = [event async for event in posts.BulkCreatePosts(iter([request]))]
-    return settled.ack
+    return await load_once(posts.BulkCreatePosts, request)
 
 
-async def created(users: UserServiceStub, name: str) -> User:
+async def create_user(users: UserServiceStub, name: str) -> User:
     return await users.CreateUser(CreateUserRequest(user=User(email=f"{name}@example.org")))
 
 
-async def everybody(users: UserServiceStub) -> dict[int, str]:
-    """Return all users' names by id."""
-    page = await users.ListUsers(ListUsersRequest(page_size=1000))
-    assert not page.next_page_token
-    return {user.id: user.email.removesuffix("@example.org") for user in page.users}
+async def names_by_id(users: UserServiceStub) -> dict[int, str]:
+    """Return the names of all users by their ids."""
+    return {user.id: user.email.removesuffix("@example.org") for user in await list_users(users)}
 
 
-def named(*names: str, **fields: Any) -> list[User]:
-    return [User(email=f"{name}@example.org", **fields) for name in names]
-
-
-def moment(text: str) -> Timestamp:
-    """Return a time written as in RFC 3339."""
+def parse_time(text: str) -> Timestamp:
+    """Return a time given as in RFC 3339."""
     time = Timestamp()
     time.FromJsonString(text)
     return time
 
 
-async def test_a_restored_user_is_as_it_was(users: UserServiceStub) -> None:
-    """With its id, version and times, to the microsecond; what is finer is cut off."""
+async def test_restored_user_keeps_id_version_and_times(users: UserServiceStub) -> None:
+    """Times are truncated to microseconds."""
     row = User(
         id=4711,
         email="ada@example.org",
         full_name="Ada",
         is_active=False,
         version=7,
-        created_at=moment("1815-12-10T00:00:00.000001Z"),
-        updated_at=moment("2024-02-29T23:59:59.123456789Z"),
+        created_at=parse_time("1815-12-10T00:00:00.000001Z"),
+        updated_at=parse_time("2024-02-29T23:59:59.123456789Z"),
     )
 
-    ack = await restored(users, row)
+    ack = await restore_users(users, row)
 
     row.updated_at.nanos = 123456000
     assert (ack.created, ack.ids) == (1, [4711])
     assert await users.GetUser(GetUserRequest(id=4711)) == row
 
 
-async def test_what_a_row_does_not_bring_it_is_given(users: UserServiceStub) -> None:
-    """Each of id, version and times by itself, as a new user is given it."""
-    old, zero = moment("2001-01-01T00:00:00Z"), Timestamp()
-    new = await created(users, "new")
+async def test_unset_control_fields_get_defaults(users: UserServiceStub) -> None:
+    """Each of id, version and times by itself, as in a new user."""
+    old, zero = parse_time("2001-01-01T00:00:00Z"), Timestamp()
+    new = await create_user(users, "new")
 
-    ack = await restored(
+    ack = await restore_users(
         users, *named("a", id=100), *named("b", created_at=old), *named("c", updated_at=zero, version=3)
     )
 
@@ -105,31 +99,33 @@ async def test_what_a_row_does_not_bring_it_is_given(users: UserServiceStub) -> 
         assert given.ToNanoseconds() >= new.created_at.ToNanoseconds()
 
 
-async def test_a_restored_post_is_as_it_was(users: UserServiceStub, posts: PostServiceStub) -> None:
-    """Its author is named by id or by e-mail, and those without an id draw one past the restored."""
-    ada = await created(users, "ada")
+async def test_restored_post_keeps_id_version_and_times(
+    users: UserServiceStub, posts: PostServiceStub
+) -> None:
+    """Its author is given by id or e-mail; posts without an id draw one above the restored ids."""
+    ada = await create_user(users, "ada")
     row = Post(
         id=4711,
         title="Notes",
         content="On the engine",
         author_id=ada.id,
         version=2,
-        created_at=moment("1843-07-01T12:00:00.5Z"),
-        updated_at=moment("1843-10-01T12:00:00.000001Z"),
+        created_at=parse_time("1843-07-01T12:00:00.5Z"),
+        updated_at=parse_time("1843-10-01T12:00:00.000001Z"),
     )
 
-    ack = await restored_posts(posts, row, Post(title="More", author_email="ada@example.org"))
+    ack = await restore_posts(posts, row, Post(title="More", author_email="ada@example.org"))
 
     assert (ack.created, ack.ids) == (2, [4711, 4712])
     assert await posts.GetPost(GetPostRequest(id=4711)) == row
     assert (await posts.CreatePost(CreatePostRequest(post=Post(title="New", author_id=ada.id)))).id == 4713
 
 
-async def test_a_taken_id_or_email_fails_its_row(users: UserServiceStub) -> None:
-    """Taken by a stored user or by a row before; the failure says by whom, and takes no other with it."""
-    ada = await created(users, "ada")
+async def test_taken_id_or_email_fails_its_row(users: UserServiceStub) -> None:
+    """The failure names the owner, a stored user or an earlier row; other rows are restored."""
+    ada = await create_user(users, "ada")
 
-    ack = await restored(
+    ack = await restore_users(
         users,
         *named("bob", id=ada.id),
         *named("ada", id=50),
@@ -151,37 +147,37 @@ async def test_a_taken_id_or_email_fails_its_row(users: UserServiceStub) -> None
         (5, ALREADY_EXISTS, "ID_TAKEN", "id", ada.id),
     ]
     assert (ack.created, ack.failed) == (2, 5)
-    assert await everybody(users) == {ada.id: "ada", 51: "cyd", ack.ids[6]: "eve"}
+    assert await names_by_id(users) == {ada.id: "ada", 51: "cyd", ack.ids[6]: "eve"}
 
 
-async def test_a_taken_id_or_email_is_skipped(users: UserServiceStub) -> None:
-    """The stored user stays as it is, and its id is told."""
-    ada = await created(users, "ada")
+async def test_taken_id_or_email_is_skipped(users: UserServiceStub) -> None:
+    """The stored user stays unchanged, and its id is returned."""
+    ada = await create_user(users, "ada")
 
     rows = [*named("bob", id=ada.id), *named("ada", id=50), *named("cyd", id=51), *named("dan", id=51)]
-    ack = await restored(users, *rows, on_conflict="SKIP")
+    ack = await restore_users(users, *rows, on_conflict="SKIP")
 
     assert (ack.created, ack.skipped, ack.ids) == (1, 3, [ada.id, ada.id, 51, 51])
     assert await users.GetUser(GetUserRequest(id=ada.id)) == ada
-    assert await everybody(users) == {ada.id: "ada", 51: "cyd"}
+    assert await names_by_id(users) == {ada.id: "ada", 51: "cyd"}
 
 
-async def test_a_taken_post_fails_or_is_skipped(users: UserServiceStub, posts: PostServiceStub) -> None:
-    """A post has no key but its id."""
-    ada = await created(users, "ada")
+async def test_taken_post_id_fails_or_is_skipped(users: UserServiceStub, posts: PostServiceStub) -> None:
+    """The id is the only key of a post."""
+    ada = await create_user(users, "ada")
     rows = [Post(id=5, title=title, author_id=ada.id) for title in ("First", "Second")]
 
-    failing = await restored_posts(posts, *rows)
-    skipping = await restored_posts(posts, *rows, on_conflict="SKIP")
+    failing = await restore_posts(posts, *rows)
+    skipping = await restore_posts(posts, *rows, on_conflict="SKIP")
 
     assert (failing.created, failing.ids, failing.failures[0].reason) == (1, [5, 0], "ID_TAKEN")
     assert (skipping.skipped, skipping.ids) == (2, [5, 5])
     assert (await posts.GetPost(GetPostRequest(id=5))).title == "First"
 
 
-async def test_a_bad_value_fails_its_row(users: UserServiceStub) -> None:
-    """An id, a version or a time that no row can have."""
-    ack = await restored(
+async def test_invalid_control_field_fails_its_row(users: UserServiceStub) -> None:
+    """An id, a version or a time outside its range."""
+    ack = await restore_users(
         users,
         *named("a", id=-1),
         *named("b", id=2**53 + 1),
@@ -198,55 +194,55 @@ async def test_a_bad_value_fails_its_row(users: UserServiceStub) -> None:
         (3, "created_at"),
         (4, "updated_at"),
     ]
-    assert await everybody(users) == {7: "f"}
+    assert await names_by_id(users) == {7: "f"}
 
 
-async def test_large_ids_are_restored(users: UserServiceStub) -> None:
-    """Beyond 32 bits, and new ids follow behind them."""
+async def test_restores_ids_beyond_32_bits(users: UserServiceStub) -> None:
+    """New ids continue after them."""
     large = [2**31, 2**32 + 1, 2**53 - 2]
     rows = [User(id=id, email=f"user{id}@example.org") for id in large]
 
-    ack = await restored(users, *rows, *named("next"))
-    behind = await created(users, "last")
+    ack = await restore_users(users, *rows, *named("next"))
+    following = await create_user(users, "last")
 
-    assert (list(ack.ids), behind.id) == ([*large, 2**53 - 1], 2**53)
+    assert (list(ack.ids), following.id) == ([*large, 2**53 - 1], 2**53)
 
 
-async def test_an_atomic_batch_is_restored_whole_or_not(users: UserServiceStub) -> None:
-    """One taken id, and none of the message's rows is there."""
-    ada = await created(users, "ada")
+async def test_taken_id_fails_an_atomic_batch(users: UserServiceStub) -> None:
+    """No row of the message is restored."""
+    ada = await create_user(users, "ada")
 
-    ack = await restored(users, *named("bob", id=50), *named("cyd", id=ada.id), atomicity="BATCH")
+    ack = await restore_users(users, *named("bob", id=50), *named("cyd", id=ada.id), atomicity="BATCH")
 
     assert (ack.created, ack.failed, [failure.offset for failure in ack.failures]) == (0, 2, [1])
-    assert await everybody(users) == {ada.id: "ada"}
+    assert await names_by_id(users) == {ada.id: "ada"}
 
 
 async def test_validation_restores_nothing(users: UserServiceStub) -> None:
-    """Nor does it move the ids that are drawn next."""
-    ack = await restored(users, *named("a", id=1_000_000), validate_only=True)
+    """It does not advance the next id either."""
+    ack = await restore_users(users, *named("a", id=1_000_000), validate_only=True)
 
     assert (ack.created, ack.ids) == (1, [0])
-    assert (await created(users, "b")).id < 1_000_000
+    assert (await create_user(users, "b")).id < 1_000_000
 
 
-async def test_an_id_of_a_deleted_row_can_be_restored(users: UserServiceStub) -> None:
-    """It lies behind the last one drawn, which stays where it is."""
-    await restored(users, *named("a", id=100))
+async def test_restores_id_of_a_deleted_row(users: UserServiceStub) -> None:
+    """It is below the last id drawn, which stays the same."""
+    await restore_users(users, *named("a", id=100))
 
-    ack = await restored(users, *named("b", id=50))
+    ack = await restore_users(users, *named("b", id=50))
 
     assert ack.ids == [50]
-    assert (await created(users, "c")).id == 101
+    assert (await create_user(users, "c")).id == 101
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-async def test_a_restore_waits_for_those_who_have_drawn_ids(server: Server, users: UserServiceStub) -> None:
-    """An id that a create has drawn but not written yet is the create's, and the restored row's no more."""
+async def test_restore_waits_for_drawn_ids(server: Server, users: UserServiceStub) -> None:
+    """A create that has drawn an id and not yet written it keeps the id."""
     async with server.database.begin() as create:
         (drawn,) = await postgresql.next_ids(create, UserRow, 1)
         restore = asyncio.create_task(
-            restored(users, *named("late", id=drawn), *named("later", id=drawn + 1))
+            restore_users(users, *named("late", id=drawn), *named("later", id=drawn + 1))
         )
         async with server.database.read() as session:
             await until(lambda: _waits(session))
@@ -254,40 +250,40 @@ async def test_a_restore_waits_for_those_who_have_drawn_ids(server: Server, user
 
     ack = await restore
     assert (ack.created, ack.failed, ack.ids) == (1, 1, [0, drawn + 1])
-    assert await everybody(users) == {drawn: "early", drawn + 1: "later"}
+    assert await names_by_id(users) == {drawn: "early", drawn + 1: "later"}
 
 
 async def _waits(session: Any) -> bool:
     return bool(await session.scalar(WAITS_FOR_THE_TABLE))
 
 
-class Crowd:
-    """Clients that create and restore users; `told` is who was said to be in, by id."""
+class Clients:
+    """Clients that create and restore users; `reported` has the names that they got an answer for, by id."""
 
     def __init__(self, users: UserServiceStub) -> None:
         self.users = users
-        self.told: dict[int, str] = {}
+        self.reported: dict[int, str] = {}
 
     async def create(self, number: int) -> None:
         """Create users one by one."""
         for name in (f"single{number}-{step}" for step in range(BATCHES)):
-            self._tell((await created(self.users, name)).id, name)
+            self._tell((await create_user(self.users, name)).id, name)
 
     async def create_in_bulk(self, number: int) -> None:
-        """Create users batch by batch."""
+        """Create users in batches."""
         for step in range(BATCHES):
             names = [f"bulk{number}-{step}-{row}" for row in range(BATCH)]
-            ack = await loaded(self.users, *named(*names))
+            ack = await create_users(self.users, *named(*names))
             assert ack.created == BATCH
             for id, name in zip(ack.ids, names, strict=True):
                 self._tell(id, name)
 
     async def restore(self, number: int) -> None:
-        """Restore users with ids that are drawn just now, or will be soon."""
+        """Restore users with ids close to those being drawn."""
         for step in range(BATCHES):
-            first = max(self.told, default=0) + 1 + step % 5 * BATCH
+            first = max(self.reported, default=0) + 1 + step % 5 * BATCH
             names = {id: f"old{number}-{step}-{id}" for id in range(first, first + BATCH)}
-            ack = await loaded(
+            ack = await create_users(
                 self.users, *(named(name, id=id)[0] for id, name in names.items()), restore=True
             )
             assert {failure.reason for failure in ack.failures} <= {"ID_TAKEN"}
@@ -295,16 +291,16 @@ class Crowd:
                 self._tell(id, names[id])
 
     def _tell(self, id: int, name: str) -> None:
-        assert self.told.setdefault(id, name) == name
+        assert self.reported.setdefault(id, name) == name
 
 
-async def test_creates_and_restores_of_neighbouring_ids_go_together(users: UserServiceStub) -> None:
-    """No create meets an id that is taken; who is told to be in is in, under the id that was told."""
-    crowd = Crowd(users)
+async def test_concurrent_creates_and_restores_do_not_collide(users: UserServiceStub) -> None:
+    """No create meets a taken id; each reported user is stored under the reported id."""
+    clients = Clients(users)
     async with asyncio.TaskGroup() as tasks:
         for number in range(2):
-            for work in (crowd.create, crowd.create_in_bulk, crowd.restore):
+            for work in (clients.create, clients.create_in_bulk, clients.restore):
                 tasks.create_task(work(number))
 
-    assert await everybody(users) == crowd.told
-    assert len(crowd.told) > 2 * BATCHES * (1 + BATCH)  # some were restored, beside all who were created
+    assert await names_by_id(users) == clients.reported
+    assert len(clients.reported) > 2 * BATCHES * (1 + BATCH)  # all creates and some restores

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 
-from service.server import Server
-from service.settings import Settings
 from tests.e2e.clients import CHECKOUT
 from tests.e2e.secured import Secured, secured
 from tests.e2e.test_readme import PATH
 from tests.support.authority import Authority
-from tests.support.command import ROSTER, Ended, ended, run, serving
+from tests.support.command import ROSTER, Ended, ended, run, serving, start
+from tests.support.server import serve
 
 PAGE = CHECKOUT / "docs/security.md"
 POLICY = '[identities]\n"jwt:ada" = ["admin"]\n'
@@ -75,7 +74,7 @@ async def until(words: bytes, lines: asyncio.StreamReader) -> AsyncIterator[byte
         ("policy.toml", None, "No such file"),
     ],
 )
-def test_an_unusable_file_keeps_the_server_from_starting(
+async def test_an_unusable_file_keeps_the_server_from_starting(
     name: str, content: bytes | None, sentence: str, sqlite_url: str, tmp_path: Path
 ) -> None:
     """The error names the file and the reason."""
@@ -83,7 +82,8 @@ def test_an_unusable_file_keeps_the_server_from_starting(
     (tmp_path / name).write_bytes(content) if content else (tmp_path / name).unlink()
 
     with pytest.raises(OSError, match=f"can't use .*{name}.*{sentence}"):
-        Server(Settings(database_url=sqlite_url, listen="127.0.0.1:0", **settings))
+        async with serve(sqlite_url, **settings):
+            pass
 
 
 def protection(folder: Path) -> dict[str, Any]:
@@ -136,15 +136,7 @@ async def served(sqlite_url: str, tmp_path: Path) -> Any:
 
 async def command(server: Secured, *words: str, **environment: str) -> Ended:
     """Run the command as a client of the server."""
-    process = await asyncio.create_subprocess_exec(
-        ROSTER,
-        *words,
-        cwd=server.folder,
-        env={**os.environ, "ROSTER_ADDRESS": server.address, **environment},
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    process = await start(ROSTER, *words, folder=server.folder, ROSTER_ADDRESS=server.address, **environment)
     return await ended(process)
 
 

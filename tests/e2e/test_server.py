@@ -1,4 +1,4 @@
-"""The server as a whole: start, stop, and what it says of itself."""
+"""The start of a server, its addresses and its connections."""
 
 import socket
 from pathlib import Path
@@ -11,43 +11,38 @@ from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
-from service.settings import Settings
+from tests.support.server import serve
 
 
-async def test_serves_what_it_stored(users: UserServiceStub) -> None:
-    """A user who was created can be read."""
+async def test_returns_what_it_stored(users: UserServiceStub) -> None:
+    """A created user can be read."""
     created = await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org")))
 
     assert await users.GetUser(GetUserRequest(id=created.id)) == created
 
 
-async def test_refuses_a_port_that_is_taken(server: Server) -> None:
-    """A second server on the same port says so instead of sharing it in silence."""
-    second = Server(Settings(database_url=server.settings.database_url, listen=server.address))
-
+async def test_refuses_a_taken_port(server: Server) -> None:
+    """A second server on the port fails instead of sharing it."""
     with pytest.raises(OSError, match="is another server listening there"):
-        await second.start()
-    await second.database.close()
+        async with serve(server.settings.database_url, listen=server.address):
+            pass
 
 
-async def test_refuses_a_unix_socket_that_is_taken(sqlite_url: str, tmp_path: Path) -> None:
-    """A second server would be given the socket's path, and the first be cut off from its clients."""
-    settings = Settings(database_url=sqlite_url, listen=f"unix:{tmp_path}/roster.sock")
-    first, second = Server(settings), Server(settings)
-    await first.start()
-
-    with pytest.raises(OSError, match="another server is listening there"):
-        await second.start()
-    await second.database.close()
-    await first.stop()
+async def test_refuses_a_taken_unix_socket(sqlite_url: str, tmp_path: Path) -> None:
+    """Otherwise the first server would lose its clients to the second."""
+    address = f"unix:{tmp_path}/roster.sock"
+    async with serve(sqlite_url, listen=address):
+        with pytest.raises(OSError, match="another server is listening there"):
+            async with serve(sqlite_url, listen=address):
+                pass
 
 
 async def test_replaces_old_connection_but_not_its_streams(database_url: str) -> None:
-    """Its client connects again for new calls, and a load goes on over the old connection."""
-    settings = Settings(database_url=database_url, listen="127.0.0.1:0", max_connection_age=0.2)
-    server = Server(settings)
-    await server.start()
-    async with grpc.aio.insecure_channel(server.address) as channel:
+    """The client reconnects for new calls, and a load continues on the old connection."""
+    async with (
+        serve(database_url, max_connection_age=0.2) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
         users = UserServiceStub(channel)
         load: Any = users.BulkCreateUsers()
         await load.write(BulkCreateUsersRequest(users=[User(email="ada@example.org")]))
@@ -59,16 +54,13 @@ async def test_replaces_old_connection_but_not_its_streams(database_url: str) ->
         assert (await load.read()).ack.created == 1
         assert (await load.read()).summary.created == 2
         assert (await users.GetUser(GetUserRequest(email="alan@example.org"))).id == 2
-    await server.stop()
 
 
-async def test_takes_over_a_unix_socket_that_a_crash_left_behind(sqlite_url: str, tmp_path: Path) -> None:
-    """Nobody listens there: the file is in no one's way."""
+async def test_replaces_a_unix_socket_left_by_a_crash(sqlite_url: str, tmp_path: Path) -> None:
+    """No process listens there."""
     path = str(tmp_path / "roster.sock")
     with socket.socket(socket.AF_UNIX) as left_behind:
         left_behind.bind(path)
 
-    server = Server(Settings(database_url=sqlite_url, listen=f"unix:{path}"))
-    await server.start()
-    assert server.address == f"unix:{path}"
-    await server.stop()
+    async with serve(sqlite_url, listen=f"unix:{path}") as server:
+        assert server.address == f"unix:{path}"

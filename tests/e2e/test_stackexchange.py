@@ -1,4 +1,4 @@
-"""Two real sites, loaded with `roster load` as a person would, and read back through the API."""
+"""Two real sites, loaded with `roster load` and read back through the API."""
 
 import gzip
 import hashlib
@@ -23,16 +23,16 @@ SITES = ("quantum", "french")
 USERS = {"quantum": 3461, "french": 1703}
 POSTS = {"quantum": 1986, "french": 781}
 WITHOUT_AUTHOR = {"quantum": 2, "french": 33}
-# Whose the posts without an author become, once their rows are mended.
+# The author given to the rejected posts without one.
 ADOPTER = "-1@french.stackexchange.example"
 
 Row = dict[str, Any]
 
 
 class Sites:
-    """A server into which both sites are loaded, one file after the other.
+    """A server into which both sites are loaded one by one.
 
-    `loaded` has status and counts of each load, by what was loaded.
+    `loaded` has the status and counts of each load, by its name.
     """
 
     def __init__(self, address: str, folder: Path) -> None:
@@ -41,29 +41,29 @@ class Sites:
         self.loaded: dict[str, Row] = {}
 
     async def load(self, entity: str, file: str | Path, *options: str, stdin: bytes = b"") -> Row:
-        """Load a file and return what the summary says, beside the exit status."""
+        """Load a file, and return its summary and exit status."""
         options = ("--address", self.address, "--json", *options)
         ended = await run(ROSTER, "load", entity, file, *options, folder=self.folder, stdin=stdin)
         assert ended.out, ended.err
         return {"status": ended.status, **json.loads(ended.out)}
 
     async def load_all(self) -> None:
-        """Load users and posts of each site, then the mended rejects."""
+        """Load users and posts of each site, then the corrected rejects."""
         for site in SITES:
             rejects = str(self.rejects(site))
             self.loaded[f"{site} users"] = await self.load("users", source(site, "users"))
             self.loaded[f"{site} posts"] = await self.load(
                 "posts", source(site, "posts"), "--rejects", rejects
             )
-        self.loaded["mended"] = await self.load("posts", self.mended())
+        self.loaded["corrected"] = await self.load("posts", self.correct_rejects())
 
     def rejects(self, site: str) -> Path:
-        """Return the path of the file of a site's posts that failed."""
+        """Return the path of the rejected posts of a site."""
         return self.folder / f"{site}.rejects.ndjson"
 
-    def mended(self) -> Path:
-        """Write the rejects of both sites to one file, with an author, and return its path."""
-        path = self.folder / "mended.ndjson"
+    def correct_rejects(self) -> Path:
+        """Write the rejects of both sites with an author to one file, and return its path."""
+        path = self.folder / "corrected.ndjson"
         lost = [row for site in SITES for row in rows(self.rejects(site))]
         path.write_text("".join(json.dumps({**row, "author_email": ADOPTER}) + "\n" for row in lost))
         return path
@@ -76,7 +76,7 @@ async def sites(
     postgresql_template: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Sites]:
-    """Both sites on one database and on the other, loaded once for all tests."""
+    """Both sites on one database, loaded once for all tests."""
     folder = tmp_path_factory.mktemp("stackexchange")
     async with AsyncExitStack() as stack:
         url = "sqlite:///roster.db"
@@ -103,7 +103,7 @@ def of_both(entity: str) -> list[Row]:
 
 
 def digest(rows: Iterable[tuple[str, ...]]) -> str:
-    """Return one digest of all rows, in whatever order they come."""
+    """Return one digest of all rows, whatever their order."""
     return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
 
 
@@ -113,13 +113,13 @@ def counts(load: Row) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("site", SITES)
 def test_every_user_is_created(sites: Sites, site: str) -> None:
-    """A load without a failed row ends with status 0."""
+    """The status of a load without failed rows is 0."""
     assert counts(sites.loaded[f"{site} users"]) == (0, USERS[site], 0)
 
 
 @pytest.mark.parametrize("site", SITES)
 def test_posts_without_an_author_are_rejected(sites: Sites, site: str) -> None:
-    """They take no other with them, and stand in the rejects with the reason; the status is 1."""
+    """The rejects have the reason, the other rows are loaded, and the status is 1."""
     lost = WITHOUT_AUTHOR[site]
     assert counts(sites.loaded[f"{site} posts"]) == (1, POSTS[site] - lost, lost)
 
@@ -129,20 +129,20 @@ def test_posts_without_an_author_are_rejected(sites: Sites, site: str) -> None:
     assert {(error["reason"], error["field"]) for error in errors} == {("INVALID_FIELD", "author_id")}
 
 
-def test_mended_rejects_load(sites: Sites) -> None:
-    """With an author, and the reason still beside each row."""
-    assert counts(sites.loaded["mended"]) == (0, sum(WITHOUT_AUTHOR.values()), 0)
+def test_corrected_rejects_load(sites: Sites) -> None:
+    """With an author; the reason in each row is ignored."""
+    assert counts(sites.loaded["corrected"]) == (0, sum(WITHOUT_AUTHOR.values()), 0)
 
 
-async def test_loading_again_creates_nobody(sites: Sites) -> None:
-    """Both files at once, through a pipe, as gzip can be put one behind the other."""
+async def test_loading_again_creates_nothing(sites: Sites) -> None:
+    """Both files at once through a pipe, because gzip files can be concatenated."""
     both = b"".join(source(site, "users").read_bytes() for site in SITES)
     again = await sites.load("users", "-", "--on-conflict", "skip", stdin=both)
 
     assert (again["status"], again["created"], again["skipped"]) == (0, 0, sum(USERS.values()))
 
 
-async def test_everything_comes_back_as_it_was_written(sites: Sites) -> None:
+async def test_exports_equal_the_input(sites: Sites) -> None:
     """All users and all posts, to the byte."""
     async with grpc.aio.insecure_channel(sites.address) as channel:
         exported = UserServiceStub(channel).ExportUsers(ExportUsersRequest())

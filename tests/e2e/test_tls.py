@@ -1,4 +1,4 @@
-"""TLS: who gets a connection, who is known by a certificate, and certificates that change meanwhile."""
+"""TLS: which connections are accepted, callers with certificates, and the rotation of certificates."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ CREATE = {"user": {"email": "ada@example.org"}}
 
 @pytest.fixture
 async def roster(sqlite_url: str, tmp_path: Path) -> AsyncIterator[Secured]:
-    """A server that knows its callers by their certificates, or by tokens that come over these."""
+    """A server that authenticates callers by certificates, or by tokens on top of them."""
     async with secured(sqlite_url, tmp_path, client_ca=True, tokens=True) as server:
         yield server
 
@@ -45,10 +45,8 @@ async def create(connection: grpc.aio.Channel) -> Refusal:
 
 
 @pytest.mark.parametrize("pair", [None, "stranger's", "expired"])
-async def test_a_client_without_a_right_certificate_gets_no_connection(
-    pair: str | None, roster: Secured
-) -> None:
-    """None, one of another authority, or one that was right once: nothing of a call is read."""
+async def test_client_without_valid_certificate_is_refused(pair: str | None, roster: Secured) -> None:
+    """Without one, with one of another authority, or an expired one: no call is read."""
     pairs = {
         "stranger's": Authority().issue(LOADER),
         "expired": roster.authority.issue(LOADER, valid_for=EXPIRED),
@@ -56,20 +54,20 @@ async def test_a_client_without_a_right_certificate_gets_no_connection(
     }
     refused = await create(roster.channel(roster.issuer.token("admin"), pairs[pair]))
     grpcurl = roster.grpcurl(roster.issuer.token("admin"), pairs[pair])
-    told = await grpcurl.run(METHOD, json.dumps(CREATE))
+    ended = await grpcurl.run(METHOD, json.dumps(CREATE))
 
     assert refused.code == grpc.StatusCode.UNAVAILABLE
-    assert told.status
+    assert ended.status
     assert await roster.stored() == 0
 
 
-async def test_plain_text_gets_no_connection(roster: Secured) -> None:
-    """Neither from our client nor from grpcurl."""
+async def test_plain_text_connection_is_refused(roster: Secured) -> None:
+    """From our client and from grpcurl."""
     refused = await create(grpc.aio.insecure_channel(roster.address))
-    told = await Grpcurl(roster.address, "-plaintext", "-connect-timeout=1").ask(roster.address, "list")
+    ended = await Grpcurl(roster.address, "-plaintext", "-connect-timeout=1").ask(roster.address, "list")
 
     assert refused.code == grpc.StatusCode.UNAVAILABLE
-    assert told.status
+    assert ended.status
     assert await roster.stored() == 0
 
 
@@ -78,7 +76,7 @@ async def test_plain_text_gets_no_connection(roster: Secured) -> None:
     [("127.0.0.1", DAY, False), ("127.0.0.1", EXPIRED, True), ("roster.example.org", DAY, True)],
     ids=["another authority", "expired", "another name"],
 )
-async def test_a_client_turns_from_a_server_that_it_can_t_trust(
+async def test_client_refuses_an_untrusted_server(
     name: str, valid_for: timedelta, is_trusted: bool, sqlite_url: str, tmp_path: Path
 ) -> None:
     """Before it sends its token."""
@@ -89,10 +87,10 @@ async def test_a_client_turns_from_a_server_that_it_can_t_trust(
         refused = await create(
             grpc.aio.secure_channel(server.address, tls_credentials(trusted.cert, token=lambda: token))
         )
-        told = await server.grpcurl(token).run(METHOD, json.dumps(CREATE))
+        ended = await server.grpcurl(token).run(METHOD, json.dumps(CREATE))
 
         assert refused.code == grpc.StatusCode.UNAVAILABLE
-        assert "x509: " in told.err
+        assert "x509: " in ended.err
         assert await server.stored() == 0
 
 
@@ -108,10 +106,10 @@ async def test_a_client_turns_from_a_server_that_it_can_t_trust(
         (["loads.example.org", LOADER, READER], grpc.StatusCode.UNAUTHENTICATED, UNKNOWN),
     ],
 )
-async def test_a_certificate_gives_no_more_than_its_name_has(
+async def test_certificate_grants_only_the_rights_of_its_name(
     names: list[str], code: grpc.StatusCode, message: str, roster: Secured
 ) -> None:
-    """From either client; a SPIFFE ID has to be the only URI."""
+    """From both clients; a SPIFFE ID must be the only URI."""
     pair = roster.authority.issue(*names)
 
     for refused in (
@@ -126,13 +124,13 @@ async def test_a_certificate_gives_no_more_than_its_name_has(
     ("name", "rpc"),
     [(READER, "ListUsers"), (LOADER, "ListBulkLoads"), ("Loads.Example.org", "ListBulkLoads")],
 )
-async def test_a_caller_is_known_by_a_certificate(name: str, rpc: str, roster: Secured) -> None:
-    """By its SPIFFE ID, for which the most exact line of the policy counts, or by its DNS name."""
+async def test_certificate_identifies_its_caller(name: str, rpc: str, roster: Secured) -> None:
+    """By its SPIFFE ID, with the most specific line of the policy, or by its DNS name."""
     assert len(await roster.grpcurl(pair=roster.authority.issue(name)).call(rpc, {})) == 1
 
 
-async def test_a_token_goes_before_a_certificate(roster: Secured) -> None:
-    """What came with it is whose it says; a wrong one is not made good by the certificate."""
+async def test_token_takes_precedence_over_certificate(roster: Secured) -> None:
+    """An invalid token is refused despite a valid certificate."""
     pair = roster.authority.issue(READER)
     good = roster.grpcurl(roster.issuer.token("writer"), pair)
     assert len(await good.call("CreateUser", CREATE)) == 1
@@ -142,7 +140,7 @@ async def test_a_token_goes_before_a_certificate(roster: Secured) -> None:
 
 
 async def handshake(server: Secured, version: ssl.TLSVersion | None = None) -> ssl.SSLObject:
-    """Shake hands with the server as any client does, and return what came of it."""
+    """Perform a TLS handshake as a client, and return the result."""
     context = ssl.create_default_context(cadata=server.authority.cert.decode())
     context.load_cert_chain(*server.authority.issue(READER).write(server.folder / "client"))
     context.set_alpn_protocols(["h2"])
@@ -157,8 +155,8 @@ async def handshake(server: Secured, version: ssl.TLSVersion | None = None) -> s
     return shaken
 
 
-async def test_old_versions_of_tls_are_refused(roster: Secured) -> None:
-    """1.2 is the least."""
+async def test_tls_before_1_2_is_refused(roster: Secured) -> None:
+    """The library's default may be lower."""
     (roster.folder / "client").mkdir()
 
     assert (await handshake(roster, ssl.TLSVersion.TLSv1_2)).version() == "TLSv1.2"
@@ -166,8 +164,8 @@ async def test_old_versions_of_tls_are_refused(roster: Secured) -> None:
         await handshake(roster, ssl.TLSVersion.TLSv1_1)
 
 
-async def test_certificates_change_without_a_call_dropped(roster: Secured) -> None:
-    """Also while only one file of the pair is the new one; a stream that is open goes on."""
+async def test_certificate_rotation_drops_no_call(roster: Secured) -> None:
+    """Also while only one file of the pair is new; open streams continue."""
     (roster.folder / "client").mkdir()
     old = (roster.folder / "cert.pem").read_bytes()
     new = roster.authority.issue("127.0.0.1")
@@ -196,7 +194,7 @@ async def test_certificates_change_without_a_call_dropped(roster: Secured) -> No
 
 
 async def calling(server: Secured, answered: asyncio.Semaphore, stop: asyncio.Event, *, is_new: bool) -> None:
-    """Call all the time, over one connection or over a new one each time."""
+    """Make calls all the time, on one connection or on a new one each time."""
     pair = server.authority.issue(READER)
     credentials = tls_credentials(server.authority.cert, pair.key, pair.cert)
     options = [*OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
@@ -211,7 +209,7 @@ async def calling(server: Secured, answered: asyncio.Semaphore, stop: asyncio.Ev
 
 
 async def served_meanwhile(server: Secured, answered: asyncio.Semaphore) -> bytes:
-    """Return the certificate that a new connection gets, in the middle of other calls."""
+    """Return the certificate that a new connection gets while other calls run."""
     for _ in range(CALLS):
         await answered.acquire()
     certificate = (await handshake(server)).getpeercert(binary_form=True)

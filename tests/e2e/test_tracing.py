@@ -1,4 +1,4 @@
-"""Traces: spans of calls and of their statements, in the trace of the caller, sent to a collector."""
+"""Traces: spans of calls and their statements in the caller's trace, sent to a collector."""
 
 import asyncio
 import logging
@@ -31,7 +31,6 @@ from roster.v1.users_pb2 import BulkCreateUsersRequest, ExportUsersRequest, GetU
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.interceptors import tracing
 from service.server import Server
-from service.settings import Settings
 from tests.support.errors import refusal
 from tests.support.server import serve
 
@@ -42,7 +41,7 @@ on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 @pytest.fixture
 def exporter(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
-    """Where the spans of a server go that starts now."""
+    """Collects the spans of servers that start after it."""
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
@@ -59,9 +58,9 @@ async def server(exporter: InMemorySpanExporter, database_url: str) -> AsyncIter
 
 
 async def spans(exporter: InMemorySpanExporter) -> list[ReadableSpan]:
-    """The spans of the first call that has ended, its own the last."""
+    """Return the spans of the first call that ends; its own span is the last."""
     while not any(span.kind is SpanKind.SERVER for span in exporter.get_finished_spans()):
-        await asyncio.to_thread(exporter.force_flush)  # the span of a refused call ends behind its answer
+        await asyncio.to_thread(exporter.force_flush)  # the span of a failed call ends after its status
     return list(exporter.get_finished_spans())
 
 
@@ -69,10 +68,10 @@ def names(of: list[ReadableSpan]) -> list[str]:
     return [span.name for span in of]
 
 
-async def test_a_call_is_a_span_in_its_callers_trace(
+async def test_call_is_a_span_in_its_callers_trace(
     exporter: InMemorySpanExporter, users: UserServiceStub
 ) -> None:
-    """With its method and its code; its statements are spans below it."""
+    """It has method and code; its statements are child spans."""
     await refusal(users.GetUser(GetUserRequest(id=99), metadata=CALLER))
 
     *statements, call = await spans(exporter)
@@ -89,10 +88,10 @@ async def test_a_call_is_a_span_in_its_callers_trace(
         assert (call.start_time or 0) <= (statement.start_time or 0) <= (statement.end_time or 0)
 
 
-async def test_a_stream_is_a_span_with_the_statements_of_all_its_batches(
+async def test_stream_span_has_the_statements_of_all_batches(
     exporter: InMemorySpanExporter, users: UserServiceStub
 ) -> None:
-    """Though they run in tasks of their own; PostgreSQL's COPY too."""
+    """Including COPY, although batches run in their own tasks."""
     messages = [BulkCreateUsersRequest(users=[User(email=f"user{n}@example.org")]) for n in range(2)]
     async for _ in users.BulkCreateUsers(iter(messages), metadata=CALLER):
         pass
@@ -105,8 +104,8 @@ async def test_a_stream_is_a_span_with_the_statements_of_all_its_batches(
 
 
 @on_sqlite
-async def test_an_export_is_a_span(exporter: InMemorySpanExporter, users: UserServiceStub) -> None:
-    """A trace begins where the caller has none."""
+async def test_export_is_a_span(exporter: InMemorySpanExporter, users: UserServiceStub) -> None:
+    """A new trace begins if the caller has none."""
     async for _ in users.ExportUsers(ExportUsersRequest()):
         pass
 
@@ -115,10 +114,10 @@ async def test_an_export_is_a_span(exporter: InMemorySpanExporter, users: UserSe
 
 
 @on_sqlite
-async def test_a_servers_fault_is_an_error(
+async def test_internal_error_marks_the_span(
     exporter: InMemorySpanExporter, server: Server, users: UserServiceStub
 ) -> None:
-    """Without what it was about: the log has that."""
+    """Without the exception, which is in the log."""
     await server.database.close()
     server.database.begin = server.database.read = None  # type: ignore[method-assign, assignment]
     await refusal(users.GetUser(GetUserRequest(id=1)))
@@ -129,7 +128,7 @@ async def test_a_servers_fault_is_an_error(
 
 
 class Collector(TraceServiceServicer):
-    """An OTLP collector: keeps what it is sent."""
+    """An OTLP collector that keeps what it receives."""
 
     def __init__(self) -> None:
         self.received: Queue[ExportTraceServiceRequest] = Queue()
@@ -155,7 +154,7 @@ class Collector(TraceServiceServicer):
                 self.end_headers()
 
             def log_message(self, *_: object) -> None:
-                """Say nothing."""
+                """Log nothing."""
 
         with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
             Thread(target=server.serve_forever).start()
@@ -165,11 +164,8 @@ class Collector(TraceServiceServicer):
 
 async def call_once(database_url: str) -> None:
     """Start a server, call it, and stop it."""
-    server = Server(Settings(database_url=database_url, listen="127.0.0.1:0"))
-    await server.start()
-    async with grpc.aio.insecure_channel(server.address) as channel:
+    async with serve(database_url) as server, grpc.aio.insecure_channel(server.address) as channel:
         await refusal(UserServiceStub(channel).GetUser(GetUserRequest(id=1), metadata=CALLER))
-    await server.stop(grace=1)
 
 
 def check(request: ExportTraceServiceRequest) -> None:
@@ -182,7 +178,7 @@ def check(request: ExportTraceServiceRequest) -> None:
 
 
 async def test_spans_reach_a_collector_over_http(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them before the server has stopped."""
+    """All spans arrive before the server has stopped."""
     collector = Collector()
     with collector.over_http() as port:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
@@ -192,7 +188,7 @@ async def test_spans_reach_a_collector_over_http(sqlite_url: str, monkeypatch: p
 
 
 async def test_spans_reach_a_collector_over_grpc(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The protocol is what OpenTelemetry's variable says."""
+    """OpenTelemetry's variable selects the protocol."""
     collector, server = Collector(), grpc.aio.server()
     add_TraceServiceServicer_to_server(collector, server)  # type: ignore[no-untyped-call]
     port = server.add_insecure_port("127.0.0.1:0")
@@ -205,10 +201,10 @@ async def test_spans_reach_a_collector_over_grpc(sqlite_url: str, monkeypatch: p
     check(collector.received.get_nowait())
 
 
-async def test_a_collector_that_never_answers_holds_up_no_stop(
+async def test_unresponsive_collector_does_not_delay_a_stop(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it was not sent is lost."""
+    """The remaining spans are lost."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
@@ -217,18 +213,18 @@ async def test_a_collector_that_never_answers_holds_up_no_stop(
             await call_once(sqlite_url)
 
 
-def test_nothing_of_it_is_imported_without_an_endpoint() -> None:
-    """Whoever wants no traces pays nothing."""
+def test_imports_no_telemetry_without_an_endpoint() -> None:
+    """Servers without traces do not pay for them."""
     look = "import sys, service.server; print([m for m in sys.modules if m.startswith('opentelemetry')])"
     environment = {"PYTHONPATH": ":".join(sys.path)}
     imported = subprocess.run([sys.executable, "-c", look], env=environment, capture_output=True, check=True)
     assert imported.stdout.decode().strip() == "[]"
 
 
-async def test_an_endpoint_without_the_extra_is_told(
+async def test_endpoint_without_the_extra_is_reported(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The server serves, without traces."""
+    """The server starts without traces."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
     monkeypatch.setitem(sys.modules, "service.interceptors.tracing", None)
     with caplog.at_level(logging.WARNING):

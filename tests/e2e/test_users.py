@@ -1,4 +1,4 @@
-"""Users, one at a time and by their ids, through the API."""
+"""Single users and batches of users, through the API."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -22,6 +22,7 @@ from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
 from tests.support.errors import refusal
 from tests.support.rows import add_posts, add_users
+from tests.support.users import list_users
 
 MAX_ANSWER_BYTES = 3 << 20
 HASH = "$argon2id$v=19$m=65536,t=3,p=4$c29tZXNhbHQxMjM0NTY$dGhpcyBpcyBub3QgYSBoYXNoIGF0IGFsbA"
@@ -41,12 +42,8 @@ async def ada(users: UserServiceStub) -> User:
     return await users.CreateUser(CreateUserRequest(user=user))
 
 
-async def everybody(users: UserServiceStub) -> list[User]:
-    return list((await users.ListUsers(ListUsersRequest())).users)
-
-
-async def test_a_new_user_has_an_id_a_version_and_two_times(users: UserServiceStub) -> None:
-    """Who says nothing else is active and has no name."""
+async def test_new_user_has_id_version_and_times(users: UserServiceStub) -> None:
+    """By default it is active and has no name."""
     before = datetime.now(UTC)
     created = await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org")))
 
@@ -61,8 +58,8 @@ async def test_a_new_user_has_an_id_a_version_and_two_times(users: UserServiceSt
     assert abs(created.created_at.ToDatetime(UTC) - before) < timedelta(minutes=1)
 
 
-async def test_a_new_user_keeps_what_it_was_created_with(users: UserServiceStub) -> None:
-    """An empty name is not the same as none; what is output only is ignored."""
+async def test_new_user_keeps_its_fields(users: UserServiceStub) -> None:
+    """An empty name differs from none; output-only fields are ignored."""
     sent = User(
         id=4711, email="ada@example.org", full_name="", is_active=False, version=9, posts=[Post(id=1)]
     )
@@ -73,8 +70,8 @@ async def test_a_new_user_keeps_what_it_was_created_with(users: UserServiceStub)
     assert await users.GetUser(GetUserRequest(id=1)) == created
 
 
-async def test_an_email_is_one_whatever_its_spelling(users: UserServiceStub) -> None:
-    """Where it is stored, looked up, filtered by, and compared with others."""
+async def test_email_is_normalised_everywhere(users: UserServiceStub) -> None:
+    """When it is stored, looked up, filtered and compared."""
     for email in SPELLINGS:
         created = await users.CreateUser(CreateUserRequest(user=User(email=email)))
         assert created.email == "\u00e9va@example.org"
@@ -87,8 +84,8 @@ async def test_an_email_is_one_whatever_its_spelling(users: UserServiceStub) -> 
         await users.DeleteUser(DeleteUserRequest(id=created.id))
 
 
-async def test_a_taken_email_is_refused_and_says_by_whom(users: UserServiceStub, ada: User) -> None:
-    """To a new user as well as to a changed one."""
+async def test_taken_email_is_refused_with_its_owner(users: UserServiceStub, ada: User) -> None:
+    """In creates and updates."""
     alan = await users.CreateUser(CreateUserRequest(user=User(email="alan@example.org")))
     refusals = [
         await refusal(users.CreateUser(CreateUserRequest(user=User(email=ada.email)))),
@@ -98,11 +95,11 @@ async def test_a_taken_email_is_refused_and_says_by_whom(users: UserServiceStub,
     for taken in refusals:
         assert (taken.code, taken.reason) == (grpc.StatusCode.ALREADY_EXISTS, "EMAIL_TAKEN")
         assert taken.facts == {"existing_id": str(ada.id)}
-    assert await everybody(users) == [ada, alan]
+    assert await list_users(users) == [ada, alan]
 
 
-async def test_nobody_is_not_found(users: UserServiceStub) -> None:
-    """By id, by e-mail, for a change and for a delete."""
+async def test_unknown_user_is_not_found(users: UserServiceStub) -> None:
+    """By id and by e-mail, in updates and deletes."""
     for call in (
         users.GetUser(GetUserRequest(id=4711)),
         users.GetUser(GetUserRequest(email="nobody@example.org")),
@@ -115,8 +112,8 @@ async def test_nobody_is_not_found(users: UserServiceStub) -> None:
         assert (refused.code, refused.reason) == (grpc.StatusCode.NOT_FOUND, "USER_NOT_FOUND")
 
 
-async def test_a_user_comes_with_the_newest_50_posts(server: Server, users: UserServiceStub) -> None:
-    """Newest first, without contents, and only if asked for."""
+async def test_view_adds_the_newest_50_posts(server: Server, users: UserServiceStub) -> None:
+    """Newest first, without contents, on request."""
     (id,) = await add_users(server.database)
     ids = await add_posts(server.database, [id] * 51, content="long")
 
@@ -130,8 +127,8 @@ async def test_a_user_comes_with_the_newest_50_posts(server: Server, users: User
     assert not (await users.GetUser(GetUserRequest(id=id))).posts
 
 
-async def test_many_users_come_in_the_order_asked(server: Server, users: UserServiceStub) -> None:
-    """Each once, at its first place; ids without a user are listed apart."""
+async def test_batch_has_users_in_requested_order(server: Server, users: UserServiceStub) -> None:
+    """Each once, at its first place; missing ids are listed separately."""
     first, second, third = await add_users(server.database, 3)
 
     request = BatchGetUsersRequest(ids=[third, 4711, first, third, 4712, second, 4711])
@@ -142,10 +139,8 @@ async def test_many_users_come_in_the_order_asked(server: Server, users: UserSer
     assert answer.users[1] == await users.GetUser(GetUserRequest(id=first))
 
 
-async def test_a_thousand_of_the_largest_users_fit_in_one_answer(
-    server: Server, users: UserServiceStub
-) -> None:
-    """None remains to be asked for."""
+async def test_batch_of_1000_largest_users_fits(server: Server, users: UserServiceStub) -> None:
+    """No ids remain."""
     ids = await add_users(server.database, 1000, full_name="😀" * 255)
 
     answer = await users.BatchGetUsers(BatchGetUsersRequest(ids=ids))
@@ -153,10 +148,8 @@ async def test_a_thousand_of_the_largest_users_fit_in_one_answer(
     assert answer.ByteSize() <= MAX_ANSWER_BYTES
 
 
-async def test_users_with_many_posts_are_answered_as_far_as_they_fit(
-    server: Server, users: UserServiceStub
-) -> None:
-    """Asking for the remaining ids until there are none gets them all, each in an answer below 3 MiB."""
+async def test_batch_with_posts_is_cut_at_3_mib(server: Server, users: UserServiceStub) -> None:
+    """Repeated calls for the remaining ids return all users."""
     ids = await add_users(server.database, 80)
     await add_posts(server.database, ids * 50, title="😀" * 255)
 
@@ -173,8 +166,8 @@ async def test_users_with_many_posts_are_answered_as_far_as_they_fit(
     assert [id for answer in answers for id in answer.missing_ids] == [4711, 4712]
 
 
-async def test_an_update_without_a_mask_writes_what_is_set(users: UserServiceStub, ada: User) -> None:
-    """The answer is the user as it is now, one version further."""
+async def test_update_without_mask_writes_set_fields(users: UserServiceStub, ada: User) -> None:
+    """The response is the updated user with the next version."""
     updated = await users.UpdateUser(UpdateUserRequest(user=User(id=ada.id, is_active=False)))
 
     expected = User(updated_at=updated.updated_at)
@@ -193,10 +186,10 @@ async def test_an_update_without_a_mask_writes_what_is_set(users: UserServiceStu
     ],
     ids=["named", "named but unset", "every field"],
 )
-async def test_an_update_with_a_mask_writes_what_it_names(
+async def test_update_with_mask_writes_named_fields(
     users: UserServiceStub, ada: User, sent: User, mask: list[str], expected: tuple[str, str | None, bool]
 ) -> None:
-    """Exactly that; a name that is named and not set becomes null."""
+    """Only those; an unset name becomes null."""
     request = UpdateUserRequest(user=sent, update_mask=FieldMask(paths=mask))
     request.user.id = ada.id
     await users.UpdateUser(request)
@@ -207,9 +200,7 @@ async def test_an_update_with_a_mask_writes_what_it_names(
 
 
 @pytest.mark.parametrize("path", ["email", "is_active", "hashed_password"])
-async def test_a_field_that_can_t_be_null_is_refused_unset(
-    users: UserServiceStub, ada: User, path: str
-) -> None:
+async def test_update_refuses_null_for_required_fields(users: UserServiceStub, ada: User, path: str) -> None:
     """Nothing is written."""
     mask = FieldMask(paths=["full_name", path])
     refused = await refusal(users.UpdateUser(UpdateUserRequest(user=User(id=ada.id), update_mask=mask)))
@@ -218,8 +209,8 @@ async def test_a_field_that_can_t_be_null_is_refused_unset(
     assert await users.GetUser(GetUserRequest(id=ada.id)) == ada
 
 
-async def test_a_version_must_be_the_current_one(users: UserServiceStub, ada: User) -> None:
-    """For a change and for a delete; 0 is no check. The error says the current version."""
+async def test_expected_version_must_be_current(users: UserServiceStub, ada: User) -> None:
+    """In updates and deletes; 0 is no check. The error has the current version."""
     await users.UpdateUser(UpdateUserRequest(user=User(id=ada.id, full_name="Countess", version=1)))
     for call in (
         users.UpdateUser(UpdateUserRequest(user=User(id=ada.id, full_name="Ada", version=1))),
@@ -234,8 +225,8 @@ async def test_a_version_must_be_the_current_one(users: UserServiceStub, ada: Us
     assert await users.DeleteUser(DeleteUserRequest(id=ada.id, version=3)) == Empty()
 
 
-async def test_of_two_changes_of_one_version_one_is_accepted(users: UserServiceStub, ada: User) -> None:
-    """The other is told that somebody was first."""
+async def test_one_of_two_updates_of_a_version_succeeds(users: UserServiceStub, ada: User) -> None:
+    """The other gets an error."""
     requests = [
         UpdateUserRequest(user=User(id=ada.id, full_name=name, version=1)) for name in ("Augusta", "Byron")
     ]
@@ -249,8 +240,8 @@ async def test_of_two_changes_of_one_version_one_is_accepted(users: UserServiceS
     assert await users.GetUser(GetUserRequest(id=ada.id)) == accepted
 
 
-async def test_changes_at_once_without_a_version_are_all_counted(users: UserServiceStub, ada: User) -> None:
-    """No change is lost, and each has a version of its own."""
+async def test_concurrent_updates_each_increase_the_version(users: UserServiceStub, ada: User) -> None:
+    """Without an expected version all succeed."""
     updated = await asyncio.gather(
         *(
             users.UpdateUser(UpdateUserRequest(user=User(id=ada.id, full_name=str(number))))
@@ -261,8 +252,8 @@ async def test_changes_at_once_without_a_version_are_all_counted(users: UserServ
     assert sorted(user.version for user in updated) == list(range(2, 12))
 
 
-async def test_a_delete_takes_the_posts_along(server: Server, users: UserServiceStub, ada: User) -> None:
-    """The user is gone, and the id is never another's."""
+async def test_delete_removes_user_and_posts(server: Server, users: UserServiceStub, ada: User) -> None:
+    """Its id is never reused."""
     await add_posts(server.database, [ada.id] * 3)
     assert await users.DeleteUser(DeleteUserRequest(id=ada.id)) == Empty()
 

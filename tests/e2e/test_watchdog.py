@@ -1,4 +1,4 @@
-"""The watchdog of the suite finds service code that holds the event loop, and nothing else."""
+"""The watchdog of the tests finds service code that blocks the event loop, and no other code."""
 
 import asyncio
 import io
@@ -16,16 +16,16 @@ from tests.support.watchdog import LIMIT_SECONDS, watching
 
 
 def compute() -> None:
-    """Use five times as much CPU as a callback may: one is allowed more while the machine is disturbed."""
+    """Use five times the CPU time of a callback's limit, which is higher while the machine is disturbed."""
     end = time.thread_time() + 5 * LIMIT_SECONDS
     while time.thread_time() < end:
         pass
 
 
-async def test_finds_a_handler_that_holds_the_event_loop(
+async def test_finds_a_handler_that_blocks_the_event_loop(
     server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The handler of an RPC is known by the coroutine that grpc.aio runs it in."""
+    """An RPC's handler is recognised by the coroutine that grpc.aio runs it in."""
     monkeypatch.setattr(server.users, "get", lambda _: compute())
     with watching() as recorder:
         await refusal(users.GetUser(GetUserRequest(id=1)))
@@ -33,10 +33,10 @@ async def test_finds_a_handler_that_holds_the_event_loop(
     assert hold.startswith("an RPC handler held the event loop")
 
 
-async def test_finds_a_callback_of_the_service_that_holds_the_event_loop(
+async def test_finds_a_callback_that_blocks_the_event_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Not only tasks: the log is flushed by a plain callback."""
+    """The log, for example, is flushed by a plain callback."""
     handler = BufferedStreamHandler()
     handler.setStream(io.StringIO())
     monkeypatch.setattr(handler, "format", lambda _: compute())
@@ -47,10 +47,10 @@ async def test_finds_a_callback_of_the_service_that_holds_the_event_loop(
     assert hold.startswith("BufferedStreamHandler.flush held the event loop")
 
 
-async def test_the_test_s_own_work_and_waiting_are_not_counted(
+async def test_ignores_work_of_the_test_and_waiting(
     server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both share the loop's thread with the service, or hold it without using the CPU."""
+    """Both use the loop's thread, or block it without using the CPU."""
     monkeypatch.setattr(server.users, "get", lambda _: time.sleep(5 * LIMIT_SECONDS))
     with watching() as recorder:
         compute()

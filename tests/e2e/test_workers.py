@@ -1,4 +1,4 @@
-"""Several processes behind one address: they share the work, replace each other, and end together."""
+"""Worker processes that share one address: they are replaced, and end together."""
 
 import asyncio
 import os
@@ -14,7 +14,7 @@ import pytest
 
 from roster.v1.users_pb2 import ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.workers import reserved
+from service.workers import reserve
 from tests.support.command import ROSTER, Serving, run, serving
 from tests.support.rival import rival, until
 
@@ -22,20 +22,20 @@ CONNECTIONS = 16
 
 
 def children(server: Serving) -> list[int]:
-    """The workers of a server, by their process ids."""
+    """Return the process ids of a server's workers."""
     path = Path(f"/proc/{server.pid}/task/{server.pid}/children")
     return [int(pid) for pid in path.read_text().split()]
 
 
 async def call(address: str) -> None:
-    """Make a call on a connection of its own."""
+    """Make a call on its own connection."""
     options = [("grpc.use_local_subchannel_pool", 1)]
     async with grpc.aio.insecure_channel(address, options) as channel:
         await UserServiceStub(channel).ListUsers(ListUsersRequest(), wait_for_ready=True, timeout=30)
 
 
-def counted(metrics: str) -> float:
-    """How many calls were handled, by the metrics of the server."""
+def count_calls(metrics: str) -> float:
+    """Return how many calls the server's metrics count."""
     with urlopen(f"http://{metrics}/metrics") as answer:
         lines = answer.read().decode().splitlines()
     return sum(
@@ -47,30 +47,28 @@ def counted(metrics: str) -> float:
 
 @pytest.fixture
 def address() -> str:
-    """A free address, for the metrics."""
+    """A free address for the metrics."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return f"127.0.0.1:{listener.getsockname()[1]}"
 
 
 @pytest.fixture
 def environment(postgresql_url: str) -> dict[str, Any]:
-    """Two workers on PostgreSQL."""
+    """Settings for two workers on PostgreSQL."""
     return {"ROSTER_DATABASE_URL": postgresql_url, "ROSTER_WORKERS": "2"}
 
 
-async def test_the_metrics_are_those_of_all(
-    environment: dict[str, Any], address: str, tmp_path: Path
-) -> None:
+async def test_metrics_include_all_workers(environment: dict[str, Any], address: str, tmp_path: Path) -> None:
     """Whichever worker a connection goes to."""
     async with serving(tmp_path, **environment, ROSTER_METRICS_LISTEN=address) as server:
         await asyncio.gather(*(call(server.address) for _ in range(CONNECTIONS)))
 
         assert len(children(server)) == 2
-        assert await asyncio.to_thread(counted, address) == CONNECTIONS
+        assert await asyncio.to_thread(count_calls, address) == CONNECTIONS
 
 
-async def test_a_worker_that_dies_is_replaced(environment: dict[str, Any], tmp_path: Path) -> None:
-    """The others serve meanwhile; then there are as many as before."""
+async def test_dead_worker_is_replaced(environment: dict[str, Any], tmp_path: Path) -> None:
+    """The others serve meanwhile."""
     async with serving(tmp_path, **environment) as server:
         before = children(server)
         os.kill(before[0], signal.SIGKILL)
@@ -84,8 +82,8 @@ async def has_replaced(server: Serving, dead: int) -> bool:
     return len(now) == 2 and dead not in now
 
 
-async def test_all_workers_end_with_the_server(environment: dict[str, Any], tmp_path: Path) -> None:
-    """Told to stop, it ends well, and nobody is left."""
+async def test_workers_end_with_the_server(environment: dict[str, Any], tmp_path: Path) -> None:
+    """On SIGTERM the status is 0, and no process remains."""
     async with serving(tmp_path, **environment) as server:
         workers = children(server)
         server.signal(signal.SIGTERM)
@@ -93,23 +91,23 @@ async def test_all_workers_end_with_the_server(environment: dict[str, Any], tmp_
     assert living(workers) == []
 
 
-async def test_workers_end_though_the_server_is_killed(environment: dict[str, Any], tmp_path: Path) -> None:
-    """Nobody else would end them, and they would keep the port."""
+async def test_workers_end_when_the_server_is_killed(environment: dict[str, Any], tmp_path: Path) -> None:
+    """Otherwise they would keep the port."""
     async with serving(tmp_path, **environment) as server:
         workers = children(server)
         server.signal(signal.SIGKILL)
         await until(partial(are_gone, workers))
 
 
-async def test_a_second_signal_ends_all_at_once(environment: dict[str, Any], tmp_path: Path) -> None:
-    """Whatever they have in hand; nobody is left who keeps the port."""
+async def test_second_signal_ends_all_processes(environment: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever is in flight; no process keeps the port."""
     url = environment["ROSTER_DATABASE_URL"]
     async with serving(tmp_path, **environment, ROSTER_GRACE="300") as server, rival(url) as other:
         workers = children(server)
         await other.execute("LOCK TABLE users")
         async with grpc.aio.insecure_channel(server.address) as channel:
             waits = UserServiceStub(channel).ListUsers(ListUsersRequest())
-            await other.waiting()
+            await other.wait_for_blocked()
             server.signal(signal.SIGTERM)
             await server.said("stopping")
             server.signal(signal.SIGTERM)
@@ -118,20 +116,20 @@ async def test_a_second_signal_ends_all_at_once(environment: dict[str, Any], tmp
             waits.cancel()
 
 
-async def test_the_processor_s_time_does_not_fall_with_a_worker(
+async def test_cpu_time_does_not_decrease_when_a_worker_ends(
     environment: dict[str, Any], address: str, tmp_path: Path
 ) -> None:
-    """Prometheus would take that for a start from nothing, and add the others' time again."""
+    """Prometheus would see a reset, and count the other workers' time again."""
     async with serving(tmp_path, **environment, ROSTER_METRICS_LISTEN=address) as server:
         await asyncio.gather(*(call(server.address) for _ in range(CONNECTIONS)))
-        before = await asyncio.to_thread(processor, address)
+        before = await asyncio.to_thread(cpu_seconds, address)
         os.kill(children(server)[0], signal.SIGKILL)
         await server.said("ended with status -9")
-        assert await asyncio.to_thread(processor, address) >= before > 0
+        assert await asyncio.to_thread(cpu_seconds, address) >= before > 0
 
 
-def processor(metrics: str) -> float:
-    """How many seconds of processors were used, by the metrics of the server."""
+def cpu_seconds(metrics: str) -> float:
+    """Return the CPU time in the server's metrics."""
     with urlopen(f"http://{metrics}/metrics") as page:
         lines = page.read().decode().splitlines()
     return float(next(line.split()[1] for line in lines if line.startswith("process_cpu_seconds_total ")))
@@ -145,8 +143,8 @@ def living(pids: list[int]) -> list[int]:
     return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
-async def test_a_port_that_others_share_is_refused(environment: dict[str, Any], tmp_path: Path) -> None:
-    """The kernel would let the workers of two servers share it, and calls go to either."""
+async def test_shared_port_is_refused(environment: dict[str, Any], tmp_path: Path) -> None:
+    """Otherwise the kernel would distribute calls over the workers of two servers."""
     async with serving(tmp_path, **environment) as server:
         second = await run(ROSTER, "serve", folder=tmp_path, **environment, ROSTER_LISTEN=server.address)
 
@@ -154,10 +152,8 @@ async def test_a_port_that_others_share_is_refused(environment: dict[str, Any], 
     assert f"can't listen on {server.address}" in second.err
 
 
-async def test_what_keeps_workers_from_starting_is_told_once(
-    environment: dict[str, Any], tmp_path: Path
-) -> None:
-    """And ends the server, as it would without workers."""
+async def test_failure_to_start_is_reported_once(environment: dict[str, Any], tmp_path: Path) -> None:
+    """It ends the server, as without workers."""
     environment["ROSTER_DATABASE_URL"] += "_missing"
     ended = await run(ROSTER, "serve", folder=tmp_path, **environment, ROSTER_LISTEN="127.0.0.1:0")
 
@@ -170,8 +166,8 @@ async def test_what_keeps_workers_from_starting_is_told_once(
     [("127.0.0.1:0", "sqlite:///roster.db"), ("unix:roster.sock", "postgresql://ada@127.0.0.1/roster")],
     ids=["sqlite", "unix socket"],
 )
-async def test_several_workers_need_what_can_be_shared(listen: str, url: str, tmp_path: Path) -> None:
-    """Neither SQLite, which has one writer, nor a Unix socket, which one process has."""
+async def test_workers_need_postgresql_and_a_port(listen: str, url: str, tmp_path: Path) -> None:
+    """SQLite has one writer, and a Unix socket one process."""
     ended = await run(
         ROSTER, "serve", folder=tmp_path, ROSTER_WORKERS="2", ROSTER_LISTEN=listen, ROSTER_DATABASE_URL=url
     )
@@ -180,8 +176,8 @@ async def test_several_workers_need_what_can_be_shared(listen: str, url: str, tm
     assert "ROSTER_WORKERS: must be 1 with " in ended.err
 
 
-def test_connections_that_a_server_has_ended_keep_no_port() -> None:
-    """They are there for a minute, in TIME_WAIT; one worker may have been served by that port before."""
+def test_closed_connections_do_not_block_the_port() -> None:
+    """They stay in TIME_WAIT for a minute."""
     with socket.create_server(("127.0.0.1", 0)) as before:
         port = before.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)) as client:
@@ -189,5 +185,5 @@ def test_connections_that_a_server_has_ended_keep_no_port() -> None:
             connection.close()  # the side that ends first waits
             assert client.recv(1) == b""
 
-    with reserved(f"127.0.0.1:{port}", "ROSTER_LISTEN") as address:
+    with reserve(f"127.0.0.1:{port}", "ROSTER_LISTEN") as address:
         assert address == f"127.0.0.1:{port}"

@@ -1,7 +1,7 @@
-"""A load through crashes of everything around it, and an account of what became of each row.
+"""A bulk load through crashes, and a check of every row afterwards.
 
-A history is plain data, so that one that failed can be kept as JSON: the database, how many rows a message
-has, and faults, each so many messages and then a pause behind the one before.
+A history is plain data, so that one that fails can be saved as JSON: the database, the rows of a message, and
+the faults. Each fault follows the one before it after a number of messages and a pause.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from roster.v1.users_pb2 import BulkCreateUsersRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.client import BulkLoader, LoadInterrupted, channel
 from service.db import migrations
-from tests.faults.histories import keeping
+from tests.faults.histories import save_if_failed
 from tests.support.postgres import PostgresServer
 from tests.support.rival import Rival, rival, until
 
@@ -51,15 +51,15 @@ LONGEST_PAUSE_SECONDS = 0.1
 FIRST_RETRY_SECONDS = 0.05
 DEADLINE_SECONDS = 110
 LOG_CHARACTERS = 20_000
-TAKE = "INSERT INTO users (email) VALUES ($1) ON CONFLICT DO NOTHING RETURNING id"
+INSERT = "INSERT INTO users (email) VALUES ($1) ON CONFLICT DO NOTHING RETURNING id"
 TERMINATE_ANY = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE application_name LIKE 'roster%' AND datname = current_database() ORDER BY random() LIMIT 1
 """
 
 
-def drawn(random: Random, database: str) -> dict[str, Any]:
-    """Return a history with all kinds of faults."""
+def draw_history(random: Random, database: str) -> dict[str, Any]:
+    """Return a random history with every kind of fault once."""
     kinds = [*ANY_DATABASE, *(POSTGRESQL if database == "postgresql" else ())]
     random.shuffle(kinds)
     faults = [
@@ -69,9 +69,9 @@ def drawn(random: Random, database: str) -> dict[str, Any]:
 
 
 async def replay(history: dict[str, Any], postgres: PostgresServer, folder: Path) -> None:
-    """Let a history happen in a new database; one that fails is kept."""
+    """Run a history on a new database; a history that fails is saved."""
     log = folder / "log"
-    with keeping("crash", history):
+    with save_if_failed("crash", history):
         try:
             if history["database"] == "sqlite":
                 await Trial(history, f"sqlite:///{folder}/roster.db", log, postgres).run()
@@ -85,14 +85,14 @@ async def replay(history: dict[str, Any], postgres: PostgresServer, folder: Path
 
 
 class File:
-    """Rows to load, of which some are bad, and some have the e-mail of one before; it ends when told so."""
+    """Rows to load: some are invalid, and some have the e-mail of an earlier row."""
 
     def __init__(self) -> None:
         self.size: int | None = None
-        self.read = 0  # by whoever read most
+        self.read = 0  # by the loader that has read most
 
     async def rows(self) -> AsyncIterator[User]:
-        """Return the rows from the first on."""
+        """Yield the rows from the first one on."""
         number = 0
         while self.size is None or number < self.size:
             self.read = max(self.read, number + 1)
@@ -100,48 +100,48 @@ class File:
             number += 1
 
     def end(self) -> None:
-        """Have no more rows than somebody has read already."""
+        """End after the last row that a loader has read."""
         self.size = self.read
 
     @staticmethod
     def row(number: int) -> User:
-        """Return a row."""
+        """Return a row by its number."""
         name = {7: f"no user {number}", 17: f"user{number // 2}"}.get(number % 20, f"user{number}")
         return User(email=f"{name}@example.org", full_name=f"Row {number}")
 
 
 class Ledger:
-    """What loaders were told of the rows: id, reason, id of the row that has the key."""
+    """The outcomes that the loaders received: id, reason, and id of the row that owns the key."""
 
     def __init__(self) -> None:
-        self.told: dict[int, tuple[int, str, int]] = {}
+        self.outcomes: dict[int, tuple[int, str, int]] = {}
         self.failures: dict[int, RowFailure] = {}
-        self.messages = 0  # those with rows that nobody was told of before
-        self.grown = asyncio.Condition()
+        self.messages = 0  # messages with rows that were not acknowledged before
+        self.changed = asyncio.Condition()
 
     async def note(self, ack: BulkAck) -> None:
-        """Take in an ack; what is told again is told alike."""
+        """Record an ack; a row that is acknowledged again must have the same outcome."""
         failures = {failure.offset: failure for failure in ack.failures}
-        is_new = ack.offset + len(ack.ids) - 1 not in self.told
+        is_new = ack.offset + len(ack.ids) - 1 not in self.outcomes
         for offset, id in enumerate(ack.ids, ack.offset):
             failure = failures.get(offset, RowFailure())
-            told = (id, failure.reason, failure.existing_id)
-            assert self.told.setdefault(offset, told) == told
+            outcome = (id, failure.reason, failure.existing_id)
+            assert self.outcomes.setdefault(offset, outcome) == outcome
         for offset, failure in failures.items():
             assert self.failures.setdefault(offset, failure) == failure
-        async with self.grown:
+        async with self.changed:
             self.messages += is_new
-            self.grown.notify_all()
+            self.changed.notify_all()
 
-    async def grows(self, messages: int) -> None:
-        """Wait for so many more messages."""
+    async def wait_for(self, messages: int) -> None:
+        """Wait for this many more messages with new rows."""
         end = self.messages + messages
-        async with self.grown:
-            await self.grown.wait_for(lambda: self.messages >= end)
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.messages >= end)
 
 
 class MortalServer:
-    """A server in a process of its own, which is started again whenever it dies."""
+    """A server in its own process, which is restarted whenever it dies."""
 
     def __init__(self, url: str, log: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -151,30 +151,30 @@ class MortalServer:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Keep it alive."""
+        """Keep the server running."""
         await self._start()
-        keeping = asyncio.create_task(self._keep())
+        restarting = asyncio.create_task(self._restart_forever())
         try:
             yield
         finally:
-            keeping.cancel()
-            await asyncio.gather(keeping, return_exceptions=True)
+            restarting.cancel()
+            await asyncio.gather(restarting, return_exceptions=True)
             self._process.kill()
             await self._process.wait()
 
-    async def killed(self) -> None:
-        """Kill it."""
+    async def kill(self) -> None:
+        """Kill the server."""
         process = self._process
         process.kill()
         await process.wait()
 
-    def order(self, accident: str) -> "asyncio.subprocess.Process":
-        """Let it have an accident at its next commit."""
+    def order(self, fault: str) -> "asyncio.subprocess.Process":
+        """Let the server fail at its next commit in this way."""
         assert self._process.stdin
-        self._process.stdin.write(f"{accident}\n".encode())
+        self._process.stdin.write(f"{fault}\n".encode())
         return self._process
 
-    async def _keep(self) -> None:
+    async def _restart_forever(self) -> None:
         while True:
             await self._process.wait()
             await self._start()
@@ -192,7 +192,7 @@ class MortalServer:
 
 
 class Trial:
-    """A history as it happens: loaders at work, and faults."""
+    """Runs a history: loaders at work, and faults."""
 
     def __init__(self, history: dict[str, Any], url: str, log: Path, postgres: PostgresServer) -> None:
         self.history = history
@@ -205,17 +205,17 @@ class Trial:
         self.fenced = asyncio.Semaphore(0)
 
     async def run(self) -> None:
-        """Load through all faults, and account for each row; raises AssertionError."""
+        """Load through all faults, then check each row; raises AssertionError."""
         async with asyncio.timeout(DEADLINE_SECONDS), self.server.running():
             async with asyncio.TaskGroup() as self.tasks:
                 self._begin(self.history["batch_rows"])
                 for messages, pause, kind in self.history["faults"]:
-                    await self.ledger.grows(messages)
+                    await self.ledger.wait_for(messages)
                     await asyncio.sleep(pause)
                     await self._inject(kind)
                 self.file.end()
-            await self._load(batch_rows=1000)  # all rows once more, with their first outcome
-            await self._account()
+            await self._load(batch_rows=1000)  # replays the outcomes of all rows
+            await self._check()
 
     def _begin(self, batch_rows: int) -> None:
         self.loaders.append(self.tasks.create_task(self._load(batch_rows)))
@@ -242,7 +242,7 @@ class Trial:
 
     async def _inject(self, kind: str) -> None:
         if kind == "kill the server":
-            await self.server.killed()
+            await self.server.kill()
         elif kind.startswith("die"):
             await self.server.order(kind).wait()
         elif kind in ("lose the answer", "terminate before commit"):
@@ -268,17 +268,17 @@ class Trial:
             if kind == "terminate any backend":
                 await other.execute(TERMINATE_ANY)
                 return
-            await until(lambda: self._is_ahead(other))
-            await other.execute(f"SELECT pg_terminate_backend({await other.waiting()})")
+            await until(lambda: self._insert_ahead(other))
+            await other.execute(f"SELECT pg_terminate_backend({await other.wait_for_blocked()})")
             await other.rollback()
 
-    async def _is_ahead(self, other: Rival) -> bool:
-        """Let the other session take a row before the loader does, and tell whether that went well."""
-        ahead = self.file.read + 20 - self.file.read % 20  # neither bad nor like another
-        return await other.connection.fetchval(TAKE, self.file.row(ahead).email) is not None
+    async def _insert_ahead(self, other: Rival) -> bool:
+        """Insert a row that the loader has not read yet; return whether that succeeded."""
+        ahead = self.file.read + 20 - self.file.read % 20  # neither invalid nor a duplicate
+        return await other.connection.fetchval(INSERT, self.file.row(ahead).email) is not None
 
-    async def _account(self) -> None:
-        """Compare what loaders were told of each row with what is there."""
+    async def _check(self) -> None:
+        """Compare the outcomes that the loaders received with the stored rows."""
         async with channel(self.server.address) as connection:
             users = await _users(UserServiceStub(connection))
             loads = BulkServiceStub(connection)
@@ -287,7 +287,7 @@ class Trial:
         first: dict[str, str] = {}
         for number in range(self.file.read):
             row = self.file.row(number)
-            assert self.ledger.told[number] == _expected(row, users, is_new=row.email not in first)
+            assert self.ledger.outcomes[number] == _expected(row, users, is_new=row.email not in first)
             first.setdefault(row.email, row.full_name)
         assert {email: user.full_name for email, user in users.items()} == {
             email: name for email, name in first.items() if " " not in email

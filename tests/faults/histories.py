@@ -1,4 +1,4 @@
-"""The histories that ever failed: one JSON file each, so that they are tried again for good."""
+"""Histories that have failed, one JSON file each, which the tests repeat."""
 
 import json
 import os
@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).parent / "history"
-# ROSTER_TEST_SEED tries the random histories of an earlier run again.
+# ROSTER_TEST_SEED repeats the random histories of an earlier run.
 SEED = int(os.environ.get("ROSTER_TEST_SEED") or secrets.randbits(32))
 
 
-def kept(kind: str) -> list[Any]:
-    """Return the histories of a kind, as parameters of a test."""
+def saved_histories(kind: str) -> list[Any]:
+    """Return the saved histories of a kind, as parameters of a test."""
     files = sorted(FOLDER.glob(f"{kind}-*.json"))
     return [pytest.param(json.loads(file.read_text()), id=file.stem) for file in files]
 
 
 @contextmanager
-def keeping(kind: str, history: dict[str, Any]) -> Iterator[None]:
-    """Keep a history that fails; of those of one seed the last, to which hypothesis shrinks them."""
+def save_if_failed(kind: str, history: dict[str, Any]) -> Iterator[None]:
+    """Save a history that fails; of one seed the last, which is the smallest that hypothesis finds."""
     try:
         yield
     except Exception:

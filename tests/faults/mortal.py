@@ -1,6 +1,6 @@
-"""`roster serve` that has accidents: a word on standard input says which, at the next commit.
+"""`roster serve` with faults at its commits: each line of standard input orders one.
 
-A module of its own, so that the service has no failpoints. It dies with whoever holds its standard input.
+The service itself has no failpoints. The process dies when its standard input is closed.
 """
 
 import os
@@ -16,45 +16,45 @@ from service.db import engine
 from service.errors import OutcomeUnknown
 
 commit = engine._commit
-accident = ""
+next_fault = ""
 
 
-def obey() -> None:
-    """Take orders, to the end."""
-    global accident  # noqa: PLW0603  (the threads' only way to each other)
+def read_orders() -> None:
+    """Read orders until standard input ends."""
+    global next_fault  # noqa: PLW0603  (shared by the two threads)
     for line in sys.stdin:
-        accident = line.strip()
+        next_fault = line.strip()
     die()
 
 
 def die() -> None:
-    """Die as a machine does that loses its power: nothing is tidied up."""
+    """Kill this process, as a loss of power would."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-async def accident_prone(session: Any) -> None:
-    """Commit, in the way that was ordered."""
-    global accident
-    order, accident = accident, ""
-    if order == "die before commit":
+async def commit_with_fault(session: Any) -> None:
+    """Commit, with the ordered fault."""
+    global next_fault
+    fault, next_fault = next_fault, ""
+    if fault == "die before commit":
         die()
-    if order == "terminate before commit":
-        await terminate(session)
+    if fault == "terminate before commit":
+        await terminate_backend(session)
     await commit(session)
-    if order == "die after commit":
+    if fault == "die after commit":
         die()
-    if order == "lose the answer":
+    if fault == "lose the answer":
         raise OutcomeUnknown("the answer to a commit was lost, for a test")
 
 
-async def terminate(session: Any) -> None:
-    """Let PostgreSQL end the session's backend, between its last statement and its commit."""
+async def terminate_backend(session: Any) -> None:
+    """Terminate the session's backend between its last statement and its commit."""
     own = (await (await session.connection()).get_raw_connection()).driver_connection
     other = await asyncpg.connect(os.environ["ROSTER_DATABASE_URL"].replace("+asyncpg", ""))
     await other.execute(f"SELECT pg_terminate_backend({own.get_server_pid()}, 5000)")
     await other.close()
 
 
-engine._commit = accident_prone
-Thread(target=obey, daemon=True).start()
+engine._commit = commit_with_fault
+Thread(target=read_orders, daemon=True).start()
 main(["serve"])

@@ -23,10 +23,10 @@ from service.db import migrations
 from service.db.base import Session
 from service.db.bulk import postgresql
 from service.server import Server
-from service.settings import Settings
-from service.users.model import User as UserRow
 from tests.support.postgres import PostgresServer
 from tests.support.rival import Rival, rival, until
+from tests.support.server import serve
+from tests.support.users import list_names
 
 # The last message of a backend that is terminated.
 REASON = b"SFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0"
@@ -55,7 +55,7 @@ asyncio.run(load())
 @pytest.fixture
 async def server(postgresql_url: str) -> AsyncIterator[Server]:
     """A server on PostgreSQL."""
-    async with serving(postgresql_url) as server:
+    async with serve(postgresql_url) as server:
         yield server
 
 
@@ -72,16 +72,6 @@ async def other(postgresql_url: str) -> AsyncIterator[Rival]:
     async with rival(postgresql_url) as other:
         await other.execute("INSERT INTO users (email) VALUES ('bob@example.org')")
         yield other
-
-
-@asynccontextmanager
-async def serving(url: str) -> AsyncIterator[Server]:
-    server = Server(Settings(database_url=url, listen="127.0.0.1:0"))
-    await server.start()
-    try:
-        yield server
-    finally:
-        await server.stop(grace=0)
 
 
 @asynccontextmanager
@@ -103,11 +93,6 @@ async def answer(call: Any) -> BulkWriteResponse:
     return event
 
 
-async def emails(server: Server) -> list[str]:
-    async with server.database.read() as session:
-        return list(await session.scalars(select(UserRow.email).order_by(UserRow.email)))
-
-
 async def holds_no_connection(server: Server) -> bool:
     return bool(server.database._engines.bulk.pool.checkedout() == 0)  # type: ignore[attr-defined]
 
@@ -119,13 +104,13 @@ async def test_broken_connection_commits_batch_once(
     call = users.BulkCreateUsers()
     await call.write(batch("ada", "bob", "cyd"))
     await answer(call)
-    await other.execute(f"SELECT pg_terminate_backend({await other.waiting()})")
+    await other.execute(f"SELECT pg_terminate_backend({await other.wait_for_blocked()})")
     await other.rollback()
 
     ack = (await answer(call)).ack
 
     assert (ack.created, ack.next_offset, ack.HasField("error")) == (3, 3, False)
-    assert await emails(server) == ["ada@example.org", "bob@example.org", "cyd@example.org"]
+    assert sorted(await list_names(users)) == ["ada", "bob", "cyd"]
     await until(lambda: holds_no_connection(server))
 
 
@@ -142,7 +127,7 @@ async def test_connection_broken_during_large_copy(
     large = [User(email=f"{name}@example.org", full_name="\N{GRINNING FACE}" * 255) for name in names]
     await call.write(BulkCreateUsersRequest(users=large))
     await answer(call)
-    waiting = await other.waiting()
+    waiting = await other.wait_for_blocked()
     assert driver._transport.get_write_buffer_size() > 0
     await other.execute(f"SELECT pg_terminate_backend({waiting})")
     await other.rollback()
@@ -163,7 +148,7 @@ async def test_connection_broken_during_look_up(
         call = users.BulkCreateUsers()
         await call.write(batch("ada", "bob", options=options))
         await answer(call)
-        await other.execute(f"SELECT pg_terminate_backend({await other.waiting()})")
+        await other.execute(f"SELECT pg_terminate_backend({await other.wait_for_blocked()})")
         await other.rollback()
 
         ack = (await answer(call)).ack
@@ -222,7 +207,7 @@ async def test_connection_terminated_but_not_closed_yet(
 
 async def test_stream_survives_restart_of_database(caplog: pytest.LogCaptureFixture) -> None:
     """After three attempts the ack has an error. Once the database is back, the stream continues."""
-    async with database_of_its_own() as (postgres, url), serving(url) as server:
+    async with database_of_its_own() as (postgres, url), serve(url) as server:
         async with grpc.aio.insecure_channel(server.address) as channel:
             call = UserServiceStub(channel).BulkCreateUsers()
             await call.write(batch("ada", "bob"))
@@ -249,12 +234,12 @@ async def test_stream_survives_restart_of_database(caplog: pytest.LogCaptureFixt
 async def test_cancelled_load_keeps_acknowledged_rows(
     server: Server, users: UserServiceStub, other: Rival
 ) -> None:
-    """Nothing of the pending batch is kept. Its connection is free at once."""
+    """Nothing of the pending batch is stored. Its connection is free immediately."""
     call = users.BulkCreateUsers()
     await call.write(batch("ada"))
     _, acknowledged = await answer(call), await answer(call)
     await call.write(batch("bob"))
-    await other.waiting()
+    await other.wait_for_blocked()
 
     call.cancel()
 
@@ -267,7 +252,7 @@ async def test_killed_client_keeps_acknowledged_rows(
 ) -> None:
     """To the server it looks like the end of any stream."""
     client = await asyncio.create_subprocess_exec(sys.executable, "-c", CLIENT, server.address)
-    await other.waiting()
+    await other.wait_for_blocked()
 
     client.kill()
 
@@ -279,6 +264,6 @@ async def only_ada_is_left(server: Server, users: UserServiceStub, other: Rival)
     # Free while the other session still blocks the batch: it was cancelled, not completed.
     await until(lambda: holds_no_connection(server))
     await other.rollback()
-    assert await emails(server) == ["ada@example.org"]
+    assert await list_names(users) == ["ada"]
     events = [event async for event in users.BulkCreateUsers(iter([batch("bob", finish=True)]))]
     assert events[-1].summary.created == 1

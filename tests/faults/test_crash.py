@@ -1,4 +1,4 @@
-"""A load through crashes: nothing is lost, nothing is doubled, and what is told twice is told alike."""
+"""A load through crashes: no row is lost or duplicated, and repeated outcomes are the same."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,23 +7,23 @@ from typing import Any
 
 import pytest
 
-from tests.faults.crash import drawn, replay
-from tests.faults.histories import SEED, kept
+from tests.faults.crash import draw_history, replay
+from tests.faults.histories import SEED, saved_histories
 from tests.support.postgres import PostgresServer
 
 
 @pytest.fixture(scope="module")
 def mortal_postgres() -> Iterator[PostgresServer]:
-    """A PostgreSQL that keeps its promises through crashes."""
+    """A PostgreSQL server with fsync, which survives crashes."""
     with PostgresServer(fsync=True) as postgres:
         yield postgres
 
 
-@pytest.mark.parametrize("history", kept("crash"))
+@pytest.mark.parametrize("history", saved_histories("crash"))
 async def test_history_that_once_failed_passes(
     mortal_postgres: PostgresServer, tmp_path: Path, history: dict[str, Any]
 ) -> None:
-    """Every history that has failed is kept."""
+    """Every history that has failed is saved."""
     await replay(history, mortal_postgres, tmp_path)
 
 
@@ -31,5 +31,5 @@ async def test_history_that_once_failed_passes(
 async def test_load_survives_all_faults(
     mortal_postgres: PostgresServer, tmp_path: Path, database: str
 ) -> None:
-    """One after the other, in a random order; `make test-crash` goes on with other orders."""
-    await replay(drawn(Random(SEED), database), mortal_postgres, tmp_path)
+    """In a random order; `make test-crash` runs further orders."""
+    await replay(draw_history(Random(SEED), database), mortal_postgres, tmp_path)

@@ -1,4 +1,4 @@
-"""Random histories of a load: each stream gets the answers of the model."""
+"""Random histories of a load: each stream gets the responses of the model."""
 
 import asyncio
 import os
@@ -29,57 +29,55 @@ from service.db.bulk.batch import Outcome
 from service.errors import DatabaseUnavailable, OutcomeUnknown
 from service.loads.model import Load
 from service.loads.repository import LoadRepository
-from service.server import Server
-from service.settings import Settings
-from tests.faults.histories import SEED, keeping, kept
+from tests.faults.histories import SEED, save_if_failed, saved_histories
 from tests.support.errors import refusal
-from tests.support.load_model import BAD_ROW, HISTORIES, Ended, LoadModel, Message, Stream, placed
+from tests.support.load_model import BAD_ROW, HISTORIES, Ended, LoadModel, Message, Stream, place
 from tests.support.load_stream import LoadStream
+from tests.support.server import serve
 
-# More of them find what is rare: ROSTER_TEST_EXAMPLES=2000 takes some minutes.
+# More examples find rarer histories: ROSTER_TEST_EXAMPLES=2000 takes some minutes.
 EXAMPLES = int(os.environ.get("ROSTER_TEST_EXAMPLES", "30"))
 numbers = count()
 
 
 @pytest.fixture
 async def channel(database_url: str) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel to a server of the test's own."""
-    # Streams that are left behind are still open for a moment.
-    settings = Settings(database_url=database_url, listen="127.0.0.1:0", caller_streams=1000)
-    server = Server(settings)
-    await server.start()
-    async with grpc.aio.insecure_channel(server.address) as channel:
+    """A channel to a server of the test."""
+    # Abandoned streams stay open for a moment.
+    async with (
+        serve(database_url, caller_streams=1000) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
         yield channel
-    await server.stop(grace=0)
 
 
 @pytest.fixture
-def accidents(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def faults(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The faults of the next commits of batches."""
     planned: list[str] = []
     commit, record = engine._commit, LoadRepository.record
 
     async def recorded(loads: LoadRepository, load: Load, offset: int, outcome: Outcome) -> None:
         await record(loads, load, offset, outcome)
-        loads.session.info["accident"] = planned.pop(0) if planned else ""
+        loads.session.info["fault"] = planned.pop(0) if planned else ""
 
-    async def accident_prone(session: AsyncSession) -> None:
-        accident = session.info.get("accident")
-        if accident == "refuse":
+    async def commit_with_fault(session: AsyncSession) -> None:
+        fault = session.info.get("fault")
+        if fault == "refuse":
             raise DatabaseUnavailable("the database has refused a commit, for a test")
-        if accident != "forget":
+        if fault != "forget":
             await commit(session)
-        if accident:
+        if fault:
             raise OutcomeUnknown("the answer to a commit was lost, for a test")
 
     monkeypatch.setattr(LoadRepository, "record", recorded)
-    monkeypatch.setattr(engine, "_commit", accident_prone)
+    monkeypatch.setattr(engine, "_commit", commit_with_fault)
     monkeypatch.setattr("service.bulk.committer.FIRST_PAUSE_SECONDS", 0)
     return planned
 
 
 class Play:
-    """A history as it happens, on the server and in the model."""
+    """Runs a history on the server and in the model."""
 
     def __init__(self, channel: grpc.aio.Channel, options: dict[str, Any]) -> None:
         self.users, self.loads = UserServiceStub(channel), BulkServiceStub(channel)
@@ -91,7 +89,7 @@ class Play:
         self.ids: dict[int, int] = {}  # what the model calls them
 
     async def step(self, kind: str, number: int = 0, messages: Sequence[Message] = ()) -> None:
-        """Take one step of a history."""
+        """Run one step of a history."""
         if kind == "open":
             await self._open()
         elif kind == "abort":
@@ -104,7 +102,7 @@ class Play:
                 assert await stream.half_closed() == self.model.summary()
                 del self.streams[number]
                 return
-            sent = placed(known, messages)
+            sent = place(known, messages)
             await self._write(stream, sent)
             if kind == "lose":
                 del self.streams[number]
@@ -113,16 +111,16 @@ class Play:
                 del self.streams[number]
 
     async def end(self) -> None:
-        """Compare all that is known of the load in the end, the outcome of each row included."""
+        """Compare the final state of the load, with the outcome of each row."""
         if self.model.state != BulkLoad.ABORTED:
             await self._open()
             size = len(self.model.rows)  # where rows are sent again matters, and not what they are
             cut = size // 2
             await self.step("send", 0, [(-size, BAD_ROW * cut, False), (None, BAD_ROW * (size - cut), False)])
         request = ListBulkLoadFailuresRequest(load_id=self.load_id, page_size=1000)
-        told = BulkAck(failures=(await self.loads.ListBulkLoadFailures(request)).failures)
+        listed = BulkAck(failures=(await self.loads.ListBulkLoadFailures(request)).failures)
         expected = BulkAck(failures=self.model.failures())
-        assert self._in_model(told, expected) == expected
+        assert self._in_model(listed, expected) == expected
         assert await self._stored() == sorted(self.model.users)
 
     async def _open(self) -> None:
@@ -137,7 +135,7 @@ class Play:
         self.streams.insert(0, (stream, known))
 
     async def _answered(self, stream: LoadStream, known: Stream, sent: Sequence[Message]) -> bool:
-        """Compare the answers to what was sent, and tell whether the stream is still open."""
+        """Compare the responses to messages, and return whether the stream is still open."""
         try:
             for offset, names, finish in sent:
                 expected = self.model.send(known, offset, names)
@@ -154,7 +152,7 @@ class Play:
         return True
 
     async def _lose(self, stream: LoadStream, known: Stream, sent: Sequence[Message]) -> None:
-        """Go away without an answer, and see with the next stream what became of the messages."""
+        """Leave without reading, and learn the result from the next stream."""
         stream.call.cancel()
         opening = LoadStream.open(self.users, self.load_id, **self.options)
         if self.model.state == BulkLoad.ABORTED:
@@ -163,7 +161,9 @@ class Play:
         newer = await opening
         load = await self.loads.GetBulkLoad(GetBulkLoadRequest(load_id=self.load_id))
         found = (newer.opened.next_offset, load.state)
-        possible = {(len(model.rows), model.state): model for model in self.model.landed(known, sent)}
+        possible = {
+            (len(model.rows), model.state): model for model in self.model.possible_states(known, sent)
+        }
         self.model = possible[found]
         self.streams.insert(0, (newer, self.model.open()))
 
@@ -178,20 +178,20 @@ class Play:
         )
 
     def _in_model(self, ack: BulkAck, expected: BulkAck) -> BulkAck:
-        """Return an ack as the model tells it: with its ids, and without codes and sentences."""
+        """Return an ack as the model has it: with the model's ids, without codes and messages."""
         self._learn(zip(ack.ids, expected.ids, strict=True))
         pairs = zip(ack.failures, expected.failures, strict=True)
         self._learn((failure.existing_id, model.existing_id) for failure, model in pairs)
-        told = BulkAck()
-        told.CopyFrom(ack)
-        told.ids[:] = [self.ids.get(id, 0) for id in ack.ids]
-        del told.failures[:]
+        received = BulkAck()
+        received.CopyFrom(ack)
+        received.ids[:] = [self.ids.get(id, 0) for id in ack.ids]
+        del received.failures[:]
         for failure in ack.failures:
             existing_id = self.ids.get(failure.existing_id, 0)
-            told.failures.add(offset=failure.offset, reason=failure.reason, existing_id=existing_id)
+            received.failures.add(offset=failure.offset, reason=failure.reason, existing_id=existing_id)
         if ack.HasField("error"):
-            told.error.CopyFrom(Status(code=ack.error.code))
-        return told
+            received.error.CopyFrom(Status(code=ack.error.code))
+        return received
 
     def _learn(self, pairs: Iterable[tuple[int, int]]) -> None:
         for real, id in pairs:
@@ -211,9 +211,9 @@ async def _refused(call: Awaitable[Any], ended: Ended) -> None:
     assert is_replaced or refused.reason == str(ended)
 
 
-async def play(channel: grpc.aio.Channel, accidents: list[str], history: dict[str, Any]) -> None:
-    accidents[:] = history.get("accidents", [])
-    with keeping("offsets", history):
+async def play(channel: grpc.aio.Channel, faults: list[str], history: dict[str, Any]) -> None:
+    faults[:] = history.get("accidents", [])
+    with save_if_failed("offsets", history):
         run = Play(channel, history["options"])
         await run.step("open")
         for step in history["steps"]:
@@ -221,12 +221,12 @@ async def play(channel: grpc.aio.Channel, accidents: list[str], history: dict[st
         await run.end()
 
 
-@pytest.mark.parametrize("history", kept("offsets"))
+@pytest.mark.parametrize("history", saved_histories("offsets"))
 async def test_history_that_once_failed_passes(
-    channel: grpc.aio.Channel, accidents: list[str], history: dict[str, Any]
+    channel: grpc.aio.Channel, faults: list[str], history: dict[str, Any]
 ) -> None:
-    """Every history that has failed the test below is kept."""
-    await play(channel, accidents, history)
+    """Every history that has failed the test below is saved."""
+    await play(channel, faults, history)
 
 
 @seed(SEED)
@@ -237,8 +237,8 @@ async def test_history_that_once_failed_passes(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(history=HISTORIES)
-async def test_streams_get_the_answers_of_the_model(
-    channel: grpc.aio.Channel, accidents: list[str], history: dict[str, Any]
+async def test_streams_get_the_responses_of_the_model(
+    channel: grpc.aio.Channel, faults: list[str], history: dict[str, Any]
 ) -> None:
-    """In the end each row has its outcome, and each user exists once."""
-    await play(channel, accidents, history)
+    """At the end each row has its outcome, and each user exists once."""
+    await play(channel, faults, history)

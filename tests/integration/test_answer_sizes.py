@@ -1,4 +1,4 @@
-"""The size that SQL gives a row is never less than what the row takes in an answer."""
+"""The size of a row as SQL computes it is at least its size in a response."""
 
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -29,7 +29,7 @@ texts = pytest.mark.parametrize("text", ["x", "x" * 255, "é" * 255, "\U0001f600
 
 
 async def fill(database: Database, text: str) -> None:
-    """Store a user whose texts are these, with as many posts as an answer has."""
+    """Store a user with these texts, and as many posts as a response has."""
     user = {"id": MAX_ID, "email": text, "full_name": text, **LARGEST}
     posts = [
         {"id": MAX_ID - i, "title": text, "content": text * 9, "author_id": MAX_ID, **LARGEST}
@@ -52,10 +52,10 @@ def framed(message: Message) -> int:
 
 @texts
 async def test_user_with_posts_is_no_larger_than_its_size_in_sql(database: Database, text: str) -> None:
-    """Whatever the texts are written in, and where they are nearly nothing beside the numbers."""
+    """In any script, and for texts that are much shorter than the numbers."""
     await fill(database, text)
     async with database.read() as session:
-        row = await UserRepository(session).get(MAX_ID, WITH_POSTS)
+        row: Any = await UserRepository(session).get(MAX_ID, WITH_POSTS)
         message = UserMessage(**user_with_posts_to_fields(row))
         assert len(message.posts) == NEWEST_POSTS
         assert framed(message) <= await size(session, WITH_POSTS)

@@ -1,4 +1,4 @@
-"""Bulk loads on both databases, against the model."""
+"""Bulk loads on both databases, compared with a model."""
 
 from contextlib import aclosing
 from typing import Any, cast
@@ -16,7 +16,7 @@ from service.db.engine import Database
 from service.posts.model import Post
 from service.users.model import User
 from tests.support.bulk_loads import LOADS
-from tests.support.bulk_model import ADA, Load, Tables, applied, stored
+from tests.support.bulk_model import ADA, Load, Tables, apply_load, initial_tables
 from tests.support.items import ItemRow, create_table
 
 MODELS: dict[str, type[Entity]] = {"users": User, "posts": Post, "items": ItemRow}
@@ -30,15 +30,15 @@ async def refill(database: Database) -> None:
     async with database.begin() as session:
         await session.execute(delete(User))
         await session.execute(delete(ItemRow))
-        for name, rows in stored().items():
+        for name, rows in initial_tables().items():
             await session.execute(insert(TABLES[name]), [{"id": id, **values} for id, values in rows.items()])
 
 
 async def contents(database: Database) -> Tables:
-    """Return the stored rows, with the columns that the model has."""
+    """Return the stored rows with the columns of the model."""
     found: Tables = {}
     async with database.read() as session:
-        for name, rows in stored().items():
+        for name, rows in initial_tables().items():
             columns = [TABLES[name].c[column] for column in ("id", *rows[ADA])]
             found[name] = {}
             for id, *values in await session.execute(select(*columns)):
@@ -46,7 +46,7 @@ async def contents(database: Database) -> Tables:
     return found
 
 
-async def loaded(database: Database, load: Load) -> list[BulkAck]:
+async def run_load(database: Database, load: Load) -> list[BulkAck]:
     """Run a load as a stream does, and return its acks."""
 
     async def requests() -> Any:
@@ -60,7 +60,7 @@ async def loaded(database: Database, load: Load) -> list[BulkAck]:
 
 
 def new_ids(acks: list[BulkAck], expected: list[BulkAck]) -> dict[int, int]:
-    """Return the model's id of each row that is new; their ids rise in file order."""
+    """Return the model's id of each new row; ids rise in file order."""
     pairs = [
         (id, name)
         for ack, model in zip(acks, expected, strict=True)
@@ -73,7 +73,7 @@ def new_ids(acks: list[BulkAck], expected: list[BulkAck]) -> dict[int, int]:
 
 
 def as_model(acks: list[BulkAck], names: dict[int, int]) -> list[BulkAck]:
-    """Return acks with the ids of the model and without messages of failures."""
+    """Return acks with the model's ids and without messages of failures."""
     for ack in acks:
         ack.ids[:] = [names.get(id, id) for id in ack.ids]
         for failure in ack.failures:
@@ -94,14 +94,14 @@ def as_model(acks: list[BulkAck], names: dict[int, int]) -> list[BulkAck]:
 async def test_load_has_the_result_of_rows_in_file_order(
     database: Database, kind: str, data: st.DataObject
 ) -> None:
-    """The acks and tables after a random load are those of the model, however it is cut into messages."""
+    """Acks and tables equal those of the model, however the load is cut into messages."""
     load = data.draw(LOADS[kind])
     await create_table(database)
     await refill(database)
 
-    acks = await loaded(database, load)
+    acks = await run_load(database, load)
 
-    expected, tables = applied(stored(), load)
+    expected, tables = apply_load(initial_tables(), load)
     names = new_ids(acks, expected)
     found = await contents(database)
     rows = found[load.operation.rows_field]

@@ -15,7 +15,13 @@ from service.bulk.operation import Operation
 from service.bulk.stream import BulkStreams
 from service.db.engine import Database
 from service.settings import Settings
-from tests.support.items import CREATE_ITEMS, UPDATE_ITEMS, BulkWriteItemsRequest, Item, ItemRow, create_table
+from tests.support.items import (
+    CREATE_ITEMS,
+    UPDATE_ITEMS,
+    Item,
+    ItemRow,
+    create_table,
+)
 from tests.support.rival import rival
 
 UPDATE_SLUG = BulkOptions(update_mask=FieldMask(paths=["slug"]))
@@ -36,7 +42,7 @@ async def run(
 
     async def requests() -> AsyncIterator[bytes]:
         for number, rows in enumerate(messages):
-            request = BulkWriteItemsRequest(items=rows, options=options if number == 0 else None)
+            request = operation.request(items=rows, options=options if number == 0 else None)
             yield request.SerializeToString()
 
     set_caller(ANONYMOUS)
@@ -187,7 +193,7 @@ async def test_slug_taken_by_another_writer_fails_its_row(postgresql_url: str) -
     async with rival(postgresql_url) as other:
         await other.execute("INSERT INTO items (id, slug, times, expected) VALUES (77, 'b', 0, '')")
         update = asyncio.create_task(run(database, UPDATE_ITEMS, UPDATE_SLUG, [Item(id=id, slug="b")]))
-        await other.waiting()
+        await other.wait_for_blocked()
         await other.commit()
 
         (ack,) = await update

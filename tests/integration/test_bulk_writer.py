@@ -28,7 +28,7 @@ from service.users.model import User as UserRow
 from service.users.repository import USERS
 from service.users.servicer import CREATE_USERS, UPDATE_USERS
 from tests.support.rival import Rival, rival
-from tests.support.rows import add_users
+from tests.support.rows import add_users, read_emails
 
 COLUMNS: dict[str, list[Any]] = {"id": [7], "email": ["ada@example.org"]}
 
@@ -59,11 +59,6 @@ async def acknowledged(database: Database, operation: Operation, *messages: Any)
     return [event.ack async for event in events if event.HasField("ack")]
 
 
-async def emails(database: Database) -> list[str]:
-    async with database.read() as session:
-        return list(await session.scalars(select(UserRow.email).order_by(UserRow.id)))
-
-
 def reasons(ack: BulkAck) -> list[tuple[int, str, int]]:
     return [(failure.offset, failure.reason, failure.existing_id) for failure in ack.failures]
 
@@ -76,7 +71,7 @@ async def test_rollback_removes_copied_rows(served: Database) -> None:
             await postgresql.insert_rows(session, UserRow, COLUMNS, None)
             raise ZeroDivisionError
 
-    assert await emails(served) == []
+    assert await read_emails(served) == []
 
 
 async def test_refuses_copy_outside_a_transaction(served: Database) -> None:
@@ -85,7 +80,7 @@ async def test_refuses_copy_outside_a_transaction(served: Database) -> None:
         async with served.bulk() as session:
             await postgresql.insert_rows(session, UserRow, COLUMNS, None)
 
-    assert await emails(served) == []
+    assert await read_emails(served) == []
 
 
 async def test_insert_keeps_texts_and_times(database: Database) -> None:
@@ -142,7 +137,7 @@ async def test_retry_undoes_the_failed_attempt(database: Database) -> None:
         writer = BulkWriter(session, USERS)
         outcome = await writer.retry_on_conflict(batch, attempt)
 
-    assert await emails(database) == ["2@example.org"]
+    assert await read_emails(database) == ["2@example.org"]
     assert (len(attempts), outcome.failures) == (2, attempts[1].failures)
 
 
@@ -179,7 +174,7 @@ async def test_detects_key_taken_during_write(
     request = BulkCreateUsersRequest(options=options, users=rows)
     request.options.return_ids = True
     load = asyncio.create_task(acknowledged(served, CREATE_USERS, request))
-    await other.waiting()
+    await other.wait_for_blocked()
     await other.commit()
 
     (ack,) = await load
@@ -190,7 +185,7 @@ async def test_detects_key_taken_during_write(
     assert reasons(ack) == ([(1, "EMAIL_TAKEN", bob.id)] if ack.failed else [])
     assert ack.ids[1] == (0 if ack.failed else bob.id)
     assert bob.full_name == full_name
-    assert ("ada@example.org" in await emails(served)) == (ack.created == 1)
+    assert ("ada@example.org" in await read_emails(served)) == (ack.created == 1)
 
 
 async def test_creates_row_if_other_writer_rolls_back(served: Database, other: Rival) -> None:
@@ -198,12 +193,12 @@ async def test_creates_row_if_other_writer_rolls_back(served: Database, other: R
     await other.execute("INSERT INTO users (email) VALUES ('ada@example.org')")
     request = BulkCreateUsersRequest(users=[User(email="ada@example.org")])
     load = asyncio.create_task(acknowledged(served, CREATE_USERS, request))
-    await other.waiting()
+    await other.wait_for_blocked()
     await other.rollback()
 
     (ack,) = await load
 
-    assert (ack.created, await emails(served)) == (1, ["ada@example.org"])
+    assert (ack.created, await read_emails(served)) == (1, ["ada@example.org"])
 
 
 async def test_detects_email_taken_during_update(served: Database, other: Rival) -> None:
@@ -213,13 +208,13 @@ async def test_detects_email_taken_during_update(served: Database, other: Rival)
     rows = [User(id=first, email="ada@example.org"), User(id=second, email="bob@example.org")]
     request = BulkUpdateUsersRequest(options=BulkOptions(update_mask=FieldMask(paths=["email"])), users=rows)
     load = asyncio.create_task(acknowledged(served, UPDATE_USERS, request))
-    await other.waiting()
+    await other.wait_for_blocked()
     await other.commit()
 
     (ack,) = await load
 
     assert (ack.updated, reasons(ack)) == (1, [(0, "EMAIL_TAKEN", 77)])
-    assert await emails(served) == ["user0@example.org", "bob@example.org", "ada@example.org"]
+    assert await read_emails(served) == ["user0@example.org", "bob@example.org", "ada@example.org"]
 
 
 async def test_detects_version_changed_during_update(served: Database, other: Rival) -> None:
@@ -230,7 +225,7 @@ async def test_detects_version_changed_during_update(served: Database, other: Ri
     rows = [User(id=id, is_active=False, version=1), User(id=id, is_active=False, version=2)]
     request = BulkUpdateUsersRequest(options=options, users=rows)
     load = asyncio.create_task(acknowledged(served, UPDATE_USERS, request))
-    await other.waiting()
+    await other.wait_for_blocked()
     await other.commit()
 
     (ack,) = await load
@@ -247,7 +242,7 @@ async def test_detects_author_deleted_during_write(served: Database, other: Riva
     for post in request.posts:
         post.title = "Notes"
     load = asyncio.create_task(acknowledged(served, CREATE_POSTS, request))
-    await other.waiting()
+    await other.wait_for_blocked()
     await other.commit()
 
     (ack,) = await load
@@ -292,9 +287,9 @@ async def crossing(
 ) -> list[BulkAck]:
     """Run two loads that wait for a lock of the other session, release it, and return their acks."""
     first = asyncio.create_task(acknowledged(database, operation, messages[0]))
-    waiting = await other.waiting()
+    waiting = await other.wait_for_blocked()
     second = asyncio.create_task(acknowledged(database, operation, messages[1]))
-    await other.waiting(waiting)
+    await other.wait_for_blocked(waiting)
     await other.rollback()
     return [*await first, *await second]
 

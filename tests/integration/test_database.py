@@ -1,4 +1,4 @@
-"""The engines and their pools, the unit of work, and the door for reads."""
+"""The engines and their pools, units of work, and sessions for reading."""
 
 import asyncio
 import sqlite3
@@ -16,24 +16,13 @@ from service.db.engine import Database
 from service.errors import DatabaseUnavailable, PoolExhausted, QuotaExceeded
 from service.settings import Settings
 from service.users.model import User
-from tests.support.rows import add_posts, add_users
-
-# A commit with a new user waits until the advisory lock 1 is free.
-SLOW_COMMIT = (
-    """
-    CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
-    'BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NULL; END'
-    """,
-    """
-    CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON users
-    DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait()
-    """,
-)
+from tests.support.rival import LOCK_COMMITS, delay_commits, rival
+from tests.support.rows import add_posts, add_users, read_emails
 
 
 @pytest.fixture
 async def small(database_url: str) -> AsyncIterator[Database]:
-    """A database with one connection for calls, for which nobody waits long."""
+    """A database with one connection for calls and a short wait for it."""
     database = Database(Settings(database_url=database_url, pool_size=1, max_overflow=0, pool_timeout=0.1))
     yield database
     await database.close()
@@ -61,27 +50,22 @@ def file(sqlite_url: str) -> Path:
     return Path(str(make_url(sqlite_url).database))
 
 
-async def emails(database: Database) -> list[str]:
-    async with database.read() as session:
-        return list(await session.scalars(select(User.email).order_by(User.id)))
-
-
-def write_from_elsewhere(file: Path) -> None:
-    """Write as another process would; raises OperationalError at once where somebody else is writing."""
+def write_from_another_process(file: Path) -> None:
+    """Write as another process would; raises OperationalError immediately while somebody else writes."""
     with closing(sqlite3.connect(file, timeout=0)) as connection, connection:
         connection.execute("INSERT INTO users (email) VALUES ('elsewhere@example.org')")
 
 
-async def test_a_clean_exit_commits(database: Database) -> None:
-    """What a unit of work wrote is there for others after its end."""
+async def test_unit_of_work_commits_at_its_end(database: Database) -> None:
+    """Other sessions then see its writes."""
     async with database.begin() as session:
         await session.execute(insert(User).values(email="ada@example.org"))
 
-    assert await emails(database) == ["ada@example.org"]
+    assert await read_emails(database) == ["ada@example.org"]
 
 
-async def test_an_exception_rolls_back(database: Database) -> None:
-    """A unit of work that raises leaves nothing, and the exception comes out as it was."""
+async def test_exception_rolls_back(database: Database) -> None:
+    """Nothing is stored, and the exception is raised unchanged."""
 
     async def call() -> None:
         async with database.begin() as session:
@@ -90,11 +74,11 @@ async def test_an_exception_rolls_back(database: Database) -> None:
 
     with pytest.raises(ZeroDivisionError):
         await call()
-    assert await emails(database) == []
+    assert await read_emails(database) == []
 
 
-async def test_a_cancel_in_the_body_rolls_back(database: Database) -> None:
-    """A call that is cancelled before its commit leaves nothing, and the next one can write."""
+async def test_cancellation_before_commit_rolls_back(database: Database) -> None:
+    """Nothing is stored, and the next call can write."""
     written = asyncio.Event()
 
     async def call() -> None:
@@ -110,14 +94,12 @@ async def test_a_cancel_in_the_body_rolls_back(database: Database) -> None:
         await task
 
     await add_users(database)
-    assert await emails(database) == ["user0@example.org"]
+    assert await read_emails(database) == ["user0@example.org"]
 
 
 @pytest.mark.parametrize("times", [1, 2])
-async def test_a_commit_goes_on_to_its_end_when_its_caller_is_cancelled(
-    database: Database, times: int
-) -> None:
-    """The outcome of a write is known: cancelled during the commit, even twice, the rows are in."""
+async def test_cancellation_during_commit_does_not_stop_it(database: Database, times: int) -> None:
+    """Even a second one: the rows are stored."""
     loop = asyncio.get_running_loop()
 
     async def call() -> None:
@@ -134,36 +116,28 @@ async def test_a_commit_goes_on_to_its_end_when_its_caller_is_cancelled(
     with pytest.raises(asyncio.CancelledError):
         await task
 
-    assert await emails(database) == ["ada@example.org"]
+    assert await read_emails(database) == ["ada@example.org"]
 
 
-async def test_a_commit_is_not_cut_off(big: Database) -> None:
-    """A commit that waits in the database goes on waiting when its caller is cancelled, and then is in."""
-    async with big.begin() as session:
-        for statement in SLOW_COMMIT:
-            await session.execute(text(statement))
-    async with big.bulk() as blocker:
-        await blocker.execute(text("SELECT pg_advisory_lock(1)"))
+async def test_a_cancelled_commit_is_completed(big: Database, postgresql_url: str) -> None:
+    """A caller that is cancelled during its commit waits until PostgreSQL has committed."""
+    await delay_commits(postgresql_url)
+    async with rival(postgresql_url) as other:
+        await other.execute(LOCK_COMMITS)
         task = asyncio.create_task(add_users(big))
-        waiting = (
-            select(func.count())
-            .select_from(text("pg_locks"))
-            .where(text("locktype = 'advisory' AND NOT granted"))
-        )
-        while not await blocker.scalar(waiting):
-            pass
+        await other.wait_for_blocked()
         task.cancel()
         done, _ = await asyncio.wait([task], timeout=0.2)
         assert not done
-        await blocker.execute(text("SELECT pg_advisory_unlock(1)"))
+        await other.rollback()
     with pytest.raises(asyncio.CancelledError):
         await task
 
-    assert await emails(big) == ["user0@example.org"]
+    assert await read_emails(big) == ["user0@example.org"]
 
 
-async def test_a_read_holds_no_transaction(database: Database) -> None:
-    """Each statement of a read sees what was committed before it, and nothing stays open behind it."""
+async def test_read_holds_no_transaction(database: Database) -> None:
+    """Each statement sees earlier commits, and no transaction stays open."""
     async with database.read() as session:
         count = select(func.count()).select_from(User)
         before = await session.scalar(count)
@@ -177,7 +151,7 @@ async def test_a_read_holds_no_transaction(database: Database) -> None:
 
 
 async def test_an_exhausted_pool_refuses_within_its_timeout(small: Database) -> None:
-    """A call that gets no connection within `pool_timeout` is told so; it works once one is free."""
+    """A call that gets no connection within `pool_timeout` fails; it succeeds once one is free."""
     async with small.begin() as session:
         await session.execute(select(1))
         async with asyncio.timeout(5):
@@ -185,11 +159,11 @@ async def test_an_exhausted_pool_refuses_within_its_timeout(small: Database) -> 
                 await add_users(small)
 
     await add_users(small)
-    assert await emails(small) == ["user0@example.org"]
+    assert await read_emails(small) == ["user0@example.org"]
 
 
 async def test_an_exhausted_pool_refuses_reads_too(small: Database) -> None:
-    """A read that gets no connection within `pool_timeout` is told so; it works once one is free."""
+    """A read that gets no connection within `pool_timeout` fails; it succeeds once one is free."""
     async with small.read() as session:
         await session.execute(select(1))
         async with asyncio.timeout(5):
@@ -199,8 +173,8 @@ async def test_an_exhausted_pool_refuses_reads_too(small: Database) -> None:
     await small.ping()
 
 
-async def test_a_caller_holds_a_share_of_the_connections_and_no_more(database_url: str) -> None:
-    """Its further calls are refused with the numbers; another caller still gets a connection."""
+async def test_caller_gets_only_its_share_of_connections(database_url: str) -> None:
+    """Further calls are refused with the numbers; another caller still gets a connection."""
     settings = Settings(database_url=database_url, pool_size=8, max_overflow=0, pool_timeout=0.1)
     database = Database(settings)
     share = 1 if database.is_sqlite else 2
@@ -216,8 +190,8 @@ async def test_a_caller_holds_a_share_of_the_connections_and_no_more(database_ur
     await database.close()
 
 
-async def test_a_cancelled_read_keeps_its_connection(postgresql_url: str) -> None:
-    """Its statement has ended in the database before the next call gets the connection."""
+async def test_cancelled_read_returns_its_connection(postgresql_url: str) -> None:
+    """Its statement ends in the database before the next call gets the connection."""
     database = Database(Settings(database_url=postgresql_url, pool_size=1, max_overflow=0))
     connections = []
     event.listen(database.engine.sync_engine, "connect", lambda *_: connections.append(1))
@@ -241,19 +215,19 @@ async def test_a_cancelled_read_keeps_its_connection(postgresql_url: str) -> Non
     await database.close()
 
 
-async def test_calls_don_t_wait_for_loads(big: Database) -> None:
-    """Loads that hold all their connections leave those of the calls alone."""
+async def test_calls_do_not_wait_for_loads(big: Database) -> None:
+    """Loads have their own connections."""
     async with AsyncExitStack() as loads:
         for _ in range(4):
             session = await loads.enter_async_context(big.bulk())
             await session.execute(select(1))
         await add_users(big)
 
-    assert await emails(big) == ["user0@example.org"]
+    assert await read_emails(big) == ["user0@example.org"]
 
 
-async def test_a_database_that_is_away_is_unavailable(database_url: str) -> None:
-    """Nothing that answers, or no file to open: the caller may try again."""
+async def test_missing_database_is_unavailable(database_url: str) -> None:
+    """No server answers, or the file can't be opened: the call is retryable."""
     url = make_url(database_url).set(
         **({"database": "/dev/null/roster.db"} if "sqlite" in database_url else {"port": 1})
     )
@@ -264,13 +238,13 @@ async def test_a_database_that_is_away_is_unavailable(database_url: str) -> None
 
 
 async def test_foreign_keys_are_enforced(database: Database) -> None:
-    """A post by nobody is refused, on SQLite too."""
+    """A post without an existing author is refused, on SQLite too."""
     with pytest.raises(IntegrityError):
         await add_posts(database, [4711])
 
 
-async def test_the_id_of_a_deleted_row_is_never_used_again(database: Database) -> None:
-    """Not even where it was the largest."""
+async def test_ids_of_deleted_rows_are_never_reused(database: Database) -> None:
+    """Not even the largest one."""
     (deleted,) = await add_users(database)
     async with database.begin() as session:
         await session.delete(await session.get_one(User, deleted))
@@ -279,8 +253,8 @@ async def test_the_id_of_a_deleted_row_is_never_used_again(database: Database) -
     assert next_id > deleted
 
 
-async def test_writers_come_first_come_first_served(embedded: Database) -> None:
-    """SQLite has one writer; those who wait for it are served in the order in which they came."""
+async def test_sqlite_writers_are_served_in_order(embedded: Database) -> None:
+    """SQLite has one writer; others wait in a queue."""
     order = []
 
     async def write(number: int) -> None:
@@ -294,52 +268,50 @@ async def test_writers_come_first_come_first_served(embedded: Database) -> None:
     await asyncio.gather(*waiting)
 
     assert order == list(range(10))
-    assert await emails(embedded) == [f"{number}@example.org" for number in range(10)]
+    assert await read_emails(embedded) == [f"{number}@example.org" for number in range(10)]
 
 
-async def test_a_unit_of_work_takes_the_writer_s_lock_before_it_writes(
-    embedded: Database, file: Path
-) -> None:
-    """BEGIN IMMEDIATE: whoever reads first and then writes can't be overtaken in between."""
+async def test_unit_of_work_locks_sqlite_before_it_reads(embedded: Database, file: Path) -> None:
+    """BEGIN IMMEDIATE: no other write can come between its read and its write."""
     async with embedded.begin() as session:
         await session.execute(select(1))
         with pytest.raises(sqlite3.OperationalError, match="database is locked"):
-            write_from_elsewhere(file)
+            write_from_another_process(file)
 
-    write_from_elsewhere(file)
+    write_from_another_process(file)
 
 
-async def test_a_read_does_not_lock_writers_out(embedded: Database, file: Path) -> None:
-    """Other processes write while a read is under way."""
+async def test_read_does_not_block_writers(embedded: Database, file: Path) -> None:
+    """Other processes write during a read."""
     async with embedded.read() as session:
         await session.execute(select(User.id))
-        write_from_elsewhere(file)
+        write_from_another_process(file)
 
-    assert await emails(embedded) == ["elsewhere@example.org"]
+    assert await read_emails(embedded) == ["elsewhere@example.org"]
 
 
-async def test_readers_see_the_last_commit_while_one_writes(embedded: Database) -> None:
-    """WAL: a write under way does not hold up reads."""
+async def test_write_does_not_block_readers(embedded: Database) -> None:
+    """With WAL they see the last commit."""
     async with embedded.begin() as session:
         await session.execute(insert(User).values(email="ada@example.org"))
-        assert await emails(embedded) == []
+        assert await read_emails(embedded) == []
 
     async with embedded.read() as session:
         assert await session.scalar(text("PRAGMA journal_mode")) == "wal"
 
 
 async def test_a_reader_can_t_write(embedded: Database) -> None:
-    """SQLite refuses a write that came in through the door for reads."""
+    """SQLite refuses a write in a session for reading."""
     with pytest.raises(DatabaseUnavailable):
         async with embedded.read() as session:
             await session.execute(insert(User).values(email="ada@example.org"))
 
-    assert await emails(embedded) == []
+    assert await read_emails(embedded) == []
 
 
 @pytest.mark.parametrize("setting", ["statement_timeout", "idle_in_transaction_session_timeout"])
-async def test_no_statement_and_no_transaction_stays_for_ever(big: Database, setting: str) -> None:
-    """PostgreSQL itself ends them, for calls and for loads."""
+async def test_postgresql_has_timeouts_for_statements_and_transactions(big: Database, setting: str) -> None:
+    """For calls and for loads."""
     for begin in (big.begin, big.bulk, big.read):
         async with begin() as session:
             assert await session.scalar(text(f"SHOW {setting}")) == "30s"

@@ -20,7 +20,7 @@ from tests.support.filter_model import (
     matches,
     post_filters,
     user_filters,
-    written,
+    write_filter,
 )
 
 # All examples read the same rows, so they can share the database.
@@ -44,7 +44,7 @@ async def agrees(
     rows: Sequence[UserRow | PostRow],
 ) -> None:
     model: Any = repository.model
-    conditions = await repository.conditions(written(node))
+    conditions = await repository.conditions(write_filter(node))
     async with database.read() as session:
         found = await session.scalars(select(model.id).where(*conditions).order_by(model.id))
         assert found.all() == [row.id for row in rows if matches(node, row)]
@@ -52,21 +52,21 @@ async def agrees(
 
 @sharing
 @given(node=user_filters)
-async def test_both_databases_find_the_users_that_the_model_says(filled: Database, node: Node) -> None:
-    """A random filter finds on either database what three-valued logic in plain Python finds."""
+async def test_databases_find_the_users_of_the_model(filled: Database, node: Node) -> None:
+    """The model evaluates a random filter in plain Python with three-valued logic."""
     await agrees(filled, UserRepository, node, USERS)
 
 
 @sharing
 @given(node=post_filters)
-async def test_both_databases_find_the_posts_that_the_model_says(filled: Database, node: Node) -> None:
+async def test_databases_find_the_posts_of_the_model(filled: Database, node: Node) -> None:
     """The same for the fields of posts."""
     await agrees(filled, PostRepository, node, POSTS)
 
 
 @pytest.mark.parametrize(("repository", "row"), [(UserRepository, USERS[0]), (PostRepository, POSTS[0])])
-def test_the_model_has_every_field_of_a_filter(
+def test_model_has_every_field_of_a_filter(
     repository: type[Repository[Any, Any]], row: UserRow | PostRow
 ) -> None:
-    """None is left out of the comparison; `content` is stored, but no field of a filter."""
+    """`content` is stored, but is not a field of filters."""
     assert set(row._fields) - {"content"} == set(repository.filterable)

@@ -1,4 +1,4 @@
-"""Repeatable writes: what is kept of a request, for whom, and for how long."""
+"""Repeatable writes: which responses are stored, for which callers, and for how long."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -18,7 +18,7 @@ BODY = b"body"
 
 @pytest.fixture
 async def kept(database: Database) -> Database:
-    """A database that has the answer of one request."""
+    """A database with the response to one request."""
     async with database.begin() as session:
         requests = RequestRepository(session, "ops", "CreateUser")
         assert await requests.claim(ID, BODY) is None
@@ -31,13 +31,13 @@ async def claim(database: Database, *, caller: str = "ops", method: str = "Creat
         return await RequestRepository(session, caller, method).claim(ID, BODY)
 
 
-async def test_the_first_answer_is_given_again(kept: Database) -> None:
-    """As often as the request comes."""
+async def test_repeated_request_gets_first_response(kept: Database) -> None:
+    """However often it comes."""
     assert [await claim(kept), await claim(kept)] == [b"answer", b"answer"]
 
 
-async def test_an_empty_answer_is_one_too(database: Database) -> None:
-    """That of a delete has no bytes, and is still the answer."""
+async def test_empty_response_is_stored_too(database: Database) -> None:
+    """The response of a delete has no bytes."""
     async with database.begin() as session:
         requests = RequestRepository(session, "ops", "CreateUser")
         await requests.claim(ID, BODY)
@@ -47,20 +47,20 @@ async def test_an_empty_answer_is_one_too(database: Database) -> None:
 
 
 async def test_another_body_is_refused(kept: Database) -> None:
-    """The id stands for the request that it first came with."""
+    """The id belongs to the request that it first came with."""
     with pytest.raises(RequestIdReused):
         async with kept.begin() as session:
             await RequestRepository(session, "ops", "CreateUser").claim(ID, b"another body")
 
 
-async def test_callers_and_methods_have_ids_of_their_own(kept: Database) -> None:
-    """One id of another caller, or to another method, is another request."""
+async def test_ids_are_scoped_to_callers_and_methods(kept: Database) -> None:
+    """The same id of another caller or method is another request."""
     assert await claim(kept, caller="someone else") is None
     assert await claim(kept, method="UpdateUser") is None
 
 
-async def test_what_failed_is_not_kept(database: Database) -> None:
-    """The claim goes with the unit of work that made it."""
+async def test_failed_request_is_not_stored(database: Database) -> None:
+    """The claim is rolled back with the unit of work that made it."""
 
     async def fail() -> None:
         async with database.begin() as session:
@@ -73,8 +73,8 @@ async def test_what_failed_is_not_kept(database: Database) -> None:
 
 
 @pytest.mark.parametrize("first_fails", [False, True])
-async def test_of_two_at_once_the_second_waits_for_the_first(database: Database, first_fails: bool) -> None:
-    """It gets the first one's answer; where that failed, it is the first one itself."""
+async def test_concurrent_request_waits_for_the_first(database: Database, first_fails: bool) -> None:
+    """It gets the first response; if the first one fails, it takes its place."""
     claimed = asyncio.Event()
 
     async def first() -> None:
@@ -96,8 +96,8 @@ async def test_of_two_at_once_the_second_waits_for_the_first(database: Database,
     assert answer == (None if first_fails else b"answer")
 
 
-async def test_answers_are_forgotten_after_24_hours(kept: Database) -> None:
-    """Not before; afterwards the same request is a new one."""
+async def test_responses_are_deleted_after_24_hours(kept: Database) -> None:
+    """Not earlier; afterwards the same request is a new one."""
     async with kept.read() as session:
         created_at = await session.scalar(select(Request.created_at))
     assert created_at

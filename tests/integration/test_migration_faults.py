@@ -50,10 +50,11 @@ for line in sys.stdin:
 HEAD = revisions.head()
 UPGRADE = "import sys; from service.db import migrations; migrations.upgrade(sys.argv[1])"
 INSERT = "INSERT INTO bulk_loads (load_id, caller, method, options) VALUES (:name, 'ada', 'm', '')"
-IS_VALID = "SELECT indisvalid FROM pg_index WHERE indexrelid = 'uq_bulk_loads_caller_load_id'::regclass"
+CREATE_KEY = "CREATE UNIQUE INDEX uq_bulk_loads_load_id_caller ON bulk_loads (load_id, caller)"
+IS_VALID = "SELECT indisvalid FROM pg_index WHERE indexrelid = 'uq_bulk_loads_load_id_caller'::regclass"
 INVALIDATE = """
     UPDATE pg_index SET indisvalid = false
-    WHERE indexrelid = 'uq_bulk_loads_caller_load_id'::regclass
+    WHERE indexrelid = 'uq_bulk_loads_load_id_caller'::regclass
 """
 
 
@@ -149,6 +150,8 @@ async def test_calls_go_on_while_a_migration_waits_for_a_lock(
     """It gives up its place in the queue, names the session it waits for, and tries again."""
     await migrate_as_old_release(engine)
     await upgrade(url, "0003")
+    # As an interrupted run leaves it: only the ALTER TABLE is left.
+    await execute(engine, CREATE_KEY)
     async with engine.connect() as report:
         await report.execute(text("SET application_name = 'report'"))
         await report.execute(text("SELECT * FROM bulk_loads"))
@@ -169,10 +172,10 @@ async def test_calls_go_on_while_a_migration_waits_for_a_lock(
 async def test_invalid_index_is_built_again(url: str, engine: AsyncEngine) -> None:
     """A run that was interrupted while it built one leaves it, and no insert looks at it."""
     await migrate_as_old_release(engine)
-    await execute(engine, "CREATE UNIQUE INDEX uq_bulk_loads_caller_load_id ON bulk_loads (caller, load_id)")
+    await execute(engine, CREATE_KEY)
     await execute(engine, INVALIDATE)
 
-    await upgrade(url, "0003")
+    await upgrade(url)
 
     async with engine.connect() as connection:
         assert await connection.scalar(text(IS_VALID)) is True

@@ -1,4 +1,4 @@
-"""The wheel has all that an installed `roster` needs, and nothing else."""
+"""The wheel has everything that an installed `roster` needs, and nothing else."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ print(migrations.__file__)
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the wheel unpacks to; built from a checkout in which no stub was generated yet."""
+    """The unpacked wheel, built from a checkout without generated stubs."""
     checkout, dist, installed = (tmp_path_factory.mktemp(name) for name in ("checkout", "dist", "installed"))
     for name in FOLDERS:
         shutil.copytree(CHECKOUT / name, checkout / name, ignore=MADE)
@@ -42,7 +42,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_has_the_stubs_with_their_types(installed: Path) -> None:
-    """A client of the wheel gets typed stubs for every proto of the contract."""
+    """Clients get typed stubs of every proto."""
     protos = {path.stem for path in (CHECKOUT / "protos/roster/v1").glob("*.proto")}
     generated = {path.name for path in (installed / "roster/v1").iterdir()}
     stubs = {
@@ -52,13 +52,13 @@ def test_wheel_has_the_stubs_with_their_types(installed: Path) -> None:
 
 
 def test_wheel_has_no_tests_and_no_tools(installed: Path) -> None:
-    """Only the two packages are installed, and what describes them."""
+    """It has only the two packages and their metadata."""
     names = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
     assert names == {"service", "roster"}
 
 
 def test_installed_service_migrates_a_database(installed: Path, tmp_path: Path) -> None:
-    """The migrations are found in the wheel, far from any checkout."""
+    """The wheel contains the migrations."""
     database = tmp_path / "roster.db"
     used = subprocess.check_output(
         [sys.executable, "-c", MIGRATE, f"sqlite+aiosqlite:///{database}"],

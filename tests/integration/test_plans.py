@@ -167,7 +167,7 @@ each_list_rpc = pytest.mark.parametrize("rpc", LIST_RPCS.values(), ids=LIST_RPCS
 
 
 class Client:
-    """A client of a server in this process that explains the statements behind its calls."""
+    """A client of a server in this process that explains the statements of its calls."""
 
     def __init__(self, channel: grpc.aio.Channel, database: Database) -> None:
         self._methods = vars(UserServiceStub(channel)) | vars(PostServiceStub(channel))

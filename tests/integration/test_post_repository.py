@@ -15,7 +15,7 @@ SORTABLE = PostRepository.sortable
 BY_ID = PostRepository.by_id()
 
 
-async def test_a_post_needs_an_author(database: Database) -> None:
+async def test_post_needs_an_author(database: Database) -> None:
     """A post without one is refused, and the error names the field."""
     with pytest.raises(AuthorNotFound) as caught:
         async with database.begin() as session:
@@ -55,7 +55,9 @@ async def test_posts_are_read_with_their_authors(database: Database) -> None:
 
 
 @pytest.mark.parametrize("selection", [BASIC, WITH_AUTHOR], ids=["BASIC", "WITH_AUTHOR"])
-async def test_get_many_ends_before_the_answer_is_too_large(database: Database, selection: Selection) -> None:
+async def test_get_many_ends_before_the_response_is_too_large(
+    database: Database, selection: Selection
+) -> None:
     """The result is the longest prefix that fits, missing ids included."""
     author_ids = await add_users(database)
     ids = await add_posts(database, author_ids * 8, content="x" * (MIB - 8000))
@@ -73,7 +75,7 @@ async def test_get_many_ends_before_the_answer_is_too_large(database: Database, 
 
 @pytest.mark.parametrize("descending", [False, True])
 @pytest.mark.parametrize("field", list(SORTABLE))
-async def test_page_ends_before_the_answer_is_too_large(
+async def test_page_ends_before_the_response_is_too_large(
     database: Database, field: str, descending: bool
 ) -> None:
     """Pages of large posts are short, and every row is on one page."""

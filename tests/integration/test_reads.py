@@ -1,9 +1,9 @@
-"""Single reads that come together share a statement, and nothing else."""
+"""Concurrent reads of single rows share statements, but nothing else."""
 
 import asyncio
 import json
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,7 +17,6 @@ from sqlalchemy import make_url, select, text, update
 from roster.v1 import posts_pb2, posts_pb2_grpc, resources_pb2, users_pb2, users_pb2_grpc
 from service.auth.caller import Caller, set_caller
 from service.db import reads as lookups
-from service.db.driver import DriverQuery
 from service.db.engine import Database
 from service.db.reads import Reader
 from service.db.statements import LISTENERS
@@ -29,20 +28,22 @@ from service.users.model import User
 from service.users.repository import CREDENTIALS, UserRepository, credentials_from_row
 from tests.support.rows import add_posts, add_users
 from tests.support.server import serve
+from tests.support.statements import Fetch, Statement, intercept_fetches
 
 CALLER: ContextVar[str] = ContextVar("CALLER")
 
 
 @dataclass
 class Gate:
-    """Notes the keys of every statement, and holds back the answers to those that ask for a held key."""
+    """Notes the keys of every look-up, and holds the rows of those that ask for a held key."""
 
     keys: list[list[Any]] = field(default_factory=list)
     held: set[Any] = field(default_factory=set)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     opened: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def noted(self, keys: list[Any]) -> None:
+    async def note(self, keys: list[Any]) -> None:
+        """Note the keys of a statement, and wait if one of them is held."""
         self.keys.append(sorted(keys))
         if self.held.intersection(keys):
             self.arrived.set()
@@ -50,18 +51,18 @@ class Gate:
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
-    """The gate before which the answers of all statements wait."""
-    gate, fetched = Gate(), DriverQuery._fetched
+def gate() -> Iterator[Gate]:
+    """The gate that the rows of every look-up have to pass."""
+    gate = Gate()
 
-    async def gated(query: DriverQuery, driver: Any, bound: Any) -> Any:
-        found = await fetched(query, driver, bound)
-        keys = bound[0]
-        await gate.noted(json.loads(keys) if isinstance(keys, str) else keys)
-        return found
+    async def pass_gate(statement: Statement, fetch: Fetch) -> Any:
+        rows = await fetch()
+        keys = statement.parameters[0]
+        await gate.note(json.loads(keys) if isinstance(keys, str) else keys)
+        return rows
 
-    monkeypatch.setattr(DriverQuery, "_fetched", gated)
-    return gate
+    with intercept_fetches(pass_gate):
+        yield gate
 
 
 def user_reader(database: Database) -> Reader:
@@ -93,8 +94,8 @@ async def errors_of(calls: list[Awaitable[Any]]) -> list[Any]:
     return await asyncio.gather(*calls, return_exceptions=True)
 
 
-async def test_a_user_is_found_by_id_and_by_email(database: Database, users: Reader) -> None:
-    """The columns that are shown, by either key; times are microseconds."""
+async def test_finds_user_by_id_and_by_email(database: Database, users: Reader) -> None:
+    """With its public columns; times are microseconds."""
     (id,) = await add_users(database, full_name="Ada")
     found = [await users.get(id), await users.get("user0@example.org")]
     assert [(user.id, user.email, user.full_name, user.is_active, user.version) for user in found] == [
@@ -105,7 +106,7 @@ async def test_a_user_is_found_by_id_and_by_email(database: Database, users: Rea
     assert [user.created_at for user in found] == [stored.created_at] * 2
 
 
-async def test_a_post_is_found_by_id(database: Database, posts: Reader) -> None:
+async def test_finds_post_by_id(database: Database, posts: Reader) -> None:
     """With its content."""
     [author_id] = await add_users(database)
     [id] = await add_posts(database, [author_id], content="Text")
@@ -113,8 +114,10 @@ async def test_a_post_is_found_by_id(database: Database, posts: Reader) -> None:
     assert (post.id, post.title, post.content, post.author_id) == (id, "Post 0", "Text", author_id)
 
 
-async def test_what_is_not_there_is_told_apart(database: Database, users: Reader, posts: Reader) -> None:
-    """Each caller of a statement gets its own row, or is told that there is none."""
+async def test_missing_rows_are_reported_to_their_callers(
+    database: Database, users: Reader, posts: Reader
+) -> None:
+    """Each caller of a statement gets its own row, or an error if there is none."""
     (id,) = await add_users(database)
     found, missing, other = await errors_of([users.get(id), users.get(4711), users.get(4712)])
     assert found.id == id
@@ -125,8 +128,8 @@ async def test_what_is_not_there_is_told_apart(database: Database, users: Reader
         await posts.get(4711)
 
 
-async def test_a_password_hash_is_read_of_those_who_may_come_in(database: Database, users: Reader) -> None:
-    """An inactive user, one without a password and an unknown one are nobody."""
+async def test_reads_hashes_of_active_users_only(database: Database, users: Reader) -> None:
+    """Inactive users, users without a password and unknown users look the same."""
     async with database.begin() as session:
         repository = UserRepository(session)
         ada = await repository.create({"email": "ada@example.org", "hashed_password": "$argon2id$"})
@@ -143,10 +146,10 @@ async def test_a_password_hash_is_read_of_those_who_may_come_in(database: Databa
         assert await credentials(nobody) == (0, "")
 
 
-async def test_what_one_caller_is_told_is_not_told_another(
+async def test_statements_are_reported_to_their_callers_only(
     database: Database, users: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A statement is asked in nobody's context; each of its callers hears of it, and of no other."""
+    """A statement runs in no call's context; each of its callers hears of it."""
     ids = await add_users(database, 3)
     asked_in: list[str] = []
     read = database.read
@@ -168,17 +171,15 @@ async def test_what_one_caller_is_told_is_not_told_another(
     assert set(asked_in) == {""}
 
 
-async def test_calls_that_come_together_share_a_statement(
-    database: Database, users: Reader, gate: Gate
-) -> None:
-    """A hundred at most; who asks for the same row is answered with it too."""
+async def test_concurrent_lookups_share_a_statement(database: Database, users: Reader, gate: Gate) -> None:
+    """At most a hundred keys; equal keys are read once."""
     ids = await add_users(database, 150)
     found = await asyncio.gather(*(users.get(id) for id in ids + ids[:1]))
     assert [user.id for user in found] == ids + ids[:1]
     assert gate.keys == [ids[:100], [ids[0], *ids[100:]]]
 
 
-async def test_a_statement_waits_for_those_that_a_busy_loop_brings(
+async def test_statement_waits_for_lookups_of_a_busy_loop(
     database: Database, users: Reader, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lookups, "MAX_GATHER_SECONDS", 60)
@@ -192,10 +193,10 @@ async def test_a_statement_waits_for_those_that_a_busy_loop_brings(
     assert gate.keys == [ids]
 
 
-async def test_no_statement_waits_for_ever(
+async def test_statement_waits_a_limited_time(
     database: Database, users: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though every turn of the loop brings somebody."""
+    """Even if every iteration of the loop brings another lookup."""
     monkeypatch.setattr(lookups, "MAX_KEYS", 1_000_000)
     ids = await add_users(database, 2)
     first, others = asyncio.create_task(users.get(ids[0])), []
@@ -206,35 +207,32 @@ async def test_no_statement_waits_for_ever(
     assert {user.id for user in await asyncio.gather(*others)} == {ids[1]}
 
 
-async def test_batches_are_not_parted_and_share_statements(
+async def test_batches_are_not_split_and_share_statements(
     database: Database, users: Reader, gate: Gate
 ) -> None:
-    """The ids of a batch are read by one statement, other batches with them until there are a hundred."""
+    """Further batches join until a statement has a hundred keys."""
     ids = await add_users(database, 150)
     first, many, late = await asyncio.gather(
         users.get_many(ids[:1]), users.get_many([*ids[1:], 4711]), users.get_many(ids[1:2])
     )
-    assert (first[ids[0]].id, late[ids[1]].id) == (ids[0], ids[1])
-    assert [many[id].id for id in ids[1:]] == ids[1:]
-    assert 4711 not in many
+    assert [user and user.id for user in (*first, *late)] == ids[:2]
+    assert [user and user.id for user in many] == [*ids[1:], None]
     assert gate.keys == [sorted([*ids, 4711]), ids[1:2]]
 
 
-async def test_a_single_look_up_does_not_wait_for_a_batch(
-    database: Database, users: Reader, gate: Gate
-) -> None:
-    """They are read by statements of their own."""
+async def test_single_lookup_does_not_wait_for_a_batch(database: Database, users: Reader, gate: Gate) -> None:
+    """They have separate statements."""
     ids = await add_users(database, 2)
     gate.held = {ids[0]}
     batch = asyncio.create_task(users.get_many(ids[:1]))
     await gate.arrived.wait()
     assert (await users.get(ids[1])).id == ids[1]
     gate.opened.set()
-    assert (await batch)[ids[0]].id == ids[0]
+    assert [user and user.id for user in await batch] == ids[:1]
 
 
-async def test_look_ups_of_callers_who_wait_go_in_turn(database: Database, users: Reader, gate: Gate) -> None:
-    """A caller with many batches holds another up for one of them, not for all."""
+async def test_waiting_callers_take_turns(database: Database, users: Reader, gate: Gate) -> None:
+    """A caller with many batches delays another by one of them, not by all."""
     ids = await add_users(database, 102)
     gate.held = {ids[0]}
 
@@ -251,10 +249,8 @@ async def test_look_ups_of_callers_who_wait_go_in_turn(database: Database, users
     assert [len(keys) for keys in gate.keys] == [100, 100, 102, 102, 100]
 
 
-async def test_a_call_sees_what_was_committed_before_it(
-    database: Database, users: Reader, gate: Gate
-) -> None:
-    """One that comes while a statement is under way does not get that statement's answer."""
+async def test_lookup_sees_earlier_commits(database: Database, users: Reader, gate: Gate) -> None:
+    """A lookup that comes during a statement does not get that statement's rows."""
     (id,) = await add_users(database, full_name="before")
     gate.held = {id}
     early = asyncio.create_task(users.get(id))
@@ -262,15 +258,13 @@ async def test_a_call_sees_what_was_committed_before_it(
     async with database.begin() as session:
         await session.execute(update(User).values(full_name="after"))
     late = asyncio.create_task(users.get(id))
-    await asyncio.sleep(0)  # it has asked by now
+    await asyncio.sleep(0)  # it has sent its statement
     gate.opened.set()
     assert [(await early).full_name, (await late).full_name] == ["before", "after"]
 
 
-async def test_a_caller_that_leaves_takes_no_other_with_it(
-    database: Database, users: Reader, gate: Gate
-) -> None:
-    """Neither those of its statement, nor those who wait for the next one."""
+async def test_cancelled_lookup_does_not_affect_others(database: Database, users: Reader, gate: Gate) -> None:
+    """Neither those of its statement nor those that wait for the next one."""
     first, second, third = await add_users(database, 3)
     gate.held = {first}
     leaving, staying = (asyncio.create_task(users.get(id)) for id in (first, second))
@@ -285,10 +279,8 @@ async def test_a_caller_that_leaves_takes_no_other_with_it(
     assert gate.keys == [[first, second], [third]]
 
 
-async def test_a_statement_that_nobody_waits_for_is_cancelled(
-    database: Database, users: Reader, gate: Gate
-) -> None:
-    """So that the next one goes at once, and a stuck one is bounded by its callers' deadlines."""
+async def test_abandoned_statement_is_cancelled(database: Database, users: Reader, gate: Gate) -> None:
+    """The next one starts immediately, so that deadlines bound a stuck statement."""
     first, second = await add_users(database, 2)
     gate.held = {first}
     stuck = asyncio.create_task(users.get(first))
@@ -302,8 +294,8 @@ async def test_a_statement_that_nobody_waits_for_is_cancelled(
         await stuck
 
 
-async def test_a_statement_is_gone_from_postgresql_with_its_last_caller(postgresql_url: str) -> None:
-    """The backend is told to stop: nothing runs on for somebody who has left."""
+async def test_abandoned_statement_ends_in_postgresql(postgresql_url: str) -> None:
+    """Its backend gets a cancel request."""
     database = Database(Settings(database_url=postgresql_url))
     users = user_reader(database)
     waiting = text("SELECT count(*) FROM pg_locks WHERE relation = 'users'::regclass AND NOT granted")
@@ -322,8 +314,8 @@ async def test_a_statement_is_gone_from_postgresql_with_its_last_caller(postgres
     await database.close()
 
 
-async def test_an_error_reaches_every_caller_as_its_own(database: Database, users: Reader) -> None:
-    """And the next statement starts afresh."""
+async def test_every_caller_gets_its_own_error(database: Database, users: Reader) -> None:
+    """The next statement is not affected."""
     (id,) = await add_users(database)
     assert (await users.get(id)).id == id
     await rename(database, "users", "gone")
@@ -334,8 +326,8 @@ async def test_an_error_reaches_every_caller_as_its_own(database: Database, user
     assert (await users.get(id)).id == id
 
 
-async def test_a_database_that_is_away_is_told_to_every_caller(database_url: str) -> None:
-    """As an error of its own, with the reason."""
+async def test_missing_database_is_reported_to_every_caller(database_url: str) -> None:
+    """Each gets its own error, with the reason."""
     away = {"database": "/dev/null/roster.db"} if "sqlite" in database_url else {"port": 1}
     url = make_url(database_url).set(**away)
     database = Database(Settings(database_url=url.render_as_string(hide_password=False)))
@@ -347,8 +339,8 @@ async def test_a_database_that_is_away_is_told_to_every_caller(database_url: str
     await database.close()
 
 
-async def test_connections_of_before_a_restart_fail_no_call(postgresql_url: str) -> None:
-    """Though the whole pool is of them: the statement is sent once more, and only reads."""
+async def test_stale_connections_fail_no_call(postgresql_url: str) -> None:
+    """After a restart of PostgreSQL the statement, a read, is sent again."""
     database, other = (Database(Settings(database_url=postgresql_url)) for _ in range(2))
     users = user_reader(database)
     (id,) = await add_users(database)
@@ -366,8 +358,8 @@ async def test_connections_of_before_a_restart_fail_no_call(postgresql_url: str)
     await other.close()
 
 
-async def test_an_exhausted_pool_refuses_all_within_its_timeout(database_url: str) -> None:
-    """However many wait; it works once a connection is free."""
+async def test_exhausted_pool_refuses_all_within_its_timeout(database_url: str) -> None:
+    """However many wait; lookups succeed once a connection is free."""
     database = Database(Settings(database_url=database_url, pool_size=1, max_overflow=0, pool_timeout=0.1))
     (id,) = await add_users(database)
     users = user_reader(database)
@@ -381,10 +373,10 @@ async def test_an_exhausted_pool_refuses_all_within_its_timeout(database_url: st
     await database.close()
 
 
-async def test_a_connection_goes_back_to_the_pool_now_and_then(
+async def test_connection_is_returned_after_some_statements(
     database: Database, users: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many wait, other calls get it too; and all are answered."""
+    """So that other calls get it, however many lookups wait."""
     monkeypatch.setattr(lookups, "MAX_KEYS", 1)
     monkeypatch.setattr(lookups, "MAX_STATEMENTS", 2)
     ids = await add_users(database, 5)
@@ -395,8 +387,8 @@ async def test_a_connection_goes_back_to_the_pool_now_and_then(
     assert read.call_count == 3
 
 
-async def test_close_ends_what_is_under_way(database: Database, users: Reader, gate: Gate) -> None:
-    """Nobody is left waiting, neither for this statement nor for the next."""
+async def test_close_cancels_all_lookups(database: Database, users: Reader, gate: Gate) -> None:
+    """Those of the current statement, and those that wait."""
     (id,) = await add_users(database)
     gate.held = {id}
     asked = asyncio.create_task(users.get(id))
@@ -409,13 +401,13 @@ async def test_close_ends_what_is_under_way(database: Database, users: Reader, g
 
 @pytest.fixture
 async def server(database_url: str) -> AsyncIterator[Server]:
-    """A server for the test alone."""
+    """A server of the test."""
     async with serve(database_url) as server:
         yield server
 
 
-async def test_many_calls_of_get_user_take_few_statements(server: Server, gate: Gate) -> None:
-    """64 at once: those that come while the first one's statement is under way share the second."""
+async def test_64_calls_of_get_user_take_two_statements(server: Server, gate: Gate) -> None:
+    """Those that come during the first statement share the second."""
     ids = await add_users(server.database, 64)
     gate.held = {ids[0]}
     async with grpc.aio.insecure_channel(server.address) as channel:
@@ -423,15 +415,15 @@ async def test_many_calls_of_get_user_take_few_statements(server: Server, gate: 
         calls = [get(users_pb2.GetUserRequest(id=ids[0]))]
         await gate.arrived.wait()
         calls += [get(users_pb2.GetUserRequest(id=id)) for id in ids[1:]]
-        while len(server.users._rows[int]._waiting) < len(calls) - 1:  # noqa: ASYNC110  (no event tells)
+        while len(server.users._rows[int]._waiting) < len(calls) - 1:  # noqa: ASYNC110  (there is no event)
             await asyncio.sleep(0)
         gate.opened.set()
         assert [(await call).id for call in calls] == ids
     assert gate.keys == [ids[:1], ids[1:]]
 
 
-async def test_a_deadline_ends_its_own_call_only(server: Server, gate: Gate) -> None:
-    """Who shares a statement with one that is too late is answered."""
+async def test_deadline_ends_its_own_call_only(server: Server, gate: Gate) -> None:
+    """Other callers of the same statement are answered."""
     first, second = await add_users(server.database, 2)
     gate.held = {first}
     async with grpc.aio.insecure_channel(server.address) as channel:
@@ -448,8 +440,8 @@ async def test_a_deadline_ends_its_own_call_only(server: Server, gate: Gate) -> 
 
 
 @asynccontextmanager
-async def frozen(database_url: str) -> AsyncIterator[None]:
-    """Let nobody write: SQLite's one writer is somebody else, PostgreSQL is as a replica is."""
+async def block_writes(database_url: str) -> AsyncIterator[None]:
+    """Let nobody write: SQLite is locked, PostgreSQL is read-only."""
     if database_url.startswith("sqlite"):
         with closing(sqlite3.connect(str(make_url(database_url).database))) as connection:
             connection.execute("BEGIN IMMEDIATE")
@@ -464,7 +456,7 @@ async def frozen(database_url: str) -> AsyncIterator[None]:
 
 
 def reads(channel: grpc.aio.Channel, user: int, post: int) -> dict[str, Awaitable[Any]]:
-    """Return every RPC that reads, called; an export is read to its first message."""
+    """Call every RPC that reads; an export is read to its first message."""
     users, posts = users_pb2_grpc.UserServiceStub(channel), posts_pb2_grpc.PostServiceStub(channel)
     with_posts, with_author = resources_pb2.User.WITH_POSTS, resources_pb2.Post.WITH_AUTHOR
     return {
@@ -483,17 +475,17 @@ def reads(channel: grpc.aio.Channel, user: int, post: int) -> dict[str, Awaitabl
 
 
 async def test_reads_need_no_writer(database: Database, database_url: str) -> None:
-    """Every read is answered the same where nothing can be written, so that a replica could serve it."""
+    """Without write access every read has the same response, so that a replica could serve it."""
     [user] = await add_users(database)
     [post] = await add_posts(database, [user])
-    answers = await answers_to_reads(database_url, user, post)
-    async with frozen(database_url):
-        assert await answers_to_reads(database_url, user, post) == answers
+    answers = await responses_to_reads(database_url, user, post)
+    async with block_writes(database_url):
+        assert await responses_to_reads(database_url, user, post) == answers
     assert [name for name, answer in answers.items() if not answer.ByteSize()] == ["VerifyPassword"]
 
 
-async def answers_to_reads(database_url: str, user: int, post: int) -> dict[str, Any]:
-    """Return what a new server answers to every RPC that reads."""
+async def responses_to_reads(database_url: str, user: int, post: int) -> dict[str, Any]:
+    """Return the response of a new server to every RPC that reads."""
     async with serve(database_url) as server, grpc.aio.insecure_channel(server.address) as channel:
         return {name: await call for name, call in reads(channel, user, post).items()}
 
@@ -502,8 +494,8 @@ def id_of(error: RosterError) -> int:
     return id(error)
 
 
-async def test_those_who_left_are_forgotten(database_url: str) -> None:
-    """Also where no connection was to be had; the list of them would grow with an outage."""
+async def test_cancelled_lookups_are_removed(database_url: str) -> None:
+    """Even if there is no connection; otherwise the queue would grow during an outage."""
     database = Database(Settings(database_url=database_url, pool_size=1, max_overflow=0, pool_timeout=60))
     users = user_reader(database)
     async with database.read() as session:

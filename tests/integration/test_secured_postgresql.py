@@ -1,4 +1,4 @@
-"""PostgreSQL as it is in production: by TLS, with a role for migrations and one for the service."""
+"""PostgreSQL as in production: with TLS, and with separate roles for migrations and for the service."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -25,10 +25,10 @@ from service.db import migrations, revisions
 from service.db.engine import Database
 from service.db.schema import read_schema
 from service.errors import DatabaseUnavailable
-from service.server import Server
 from service.settings import Settings
 from tests.support.authority import Authority
 from tests.support.postgres import PostgresServer
+from tests.support.server import serve
 from tests.support.wire import Wire
 
 ROLES = Path(__file__).parents[2] / "deploy/sql/roles.sql"
@@ -56,14 +56,14 @@ FORBIDDEN = [
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[PostgresServer]:
-    """A PostgreSQL of these tests' own, since roles are shared by all databases of one."""
+    """A PostgreSQL server for these tests alone, because databases share roles."""
     with PostgresServer() as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 async def url(server: PostgresServer) -> AsyncIterator[str]:
-    """A database that the script has prepared; run twice, as it may be."""
+    """A database prepared by the script, which is run twice."""
     async with server.database() as url:
         for _ in range(2):
             await executed(url, ROLES.read_text())
@@ -85,16 +85,14 @@ async def executed(url: str, statement: str) -> None:
 
 @pytest.fixture
 async def wire(url: str) -> AsyncIterator[Wire]:
-    """A client of a server that has the service's role."""
-    server = Server(Settings(database_url=as_role(url, "roster_service"), listen="127.0.0.1:0"))
-    await server.start()
-    with grpc.insecure_channel(server.address) as channel:
-        yield Wire(channel)
-    await server.stop(grace=0)
+    """A client of a server with the service's role."""
+    async with serve(as_role(url, "roster_service")) as server:
+        with grpc.insecure_channel(server.address) as channel:
+            yield Wire(channel)
 
 
-async def test_the_service_s_role_is_enough(url: str, wire: Wire) -> None:
-    """For every kind of write, and for what the server asks and tidies by itself."""
+async def test_role_of_the_service_suffices(url: str, wire: Wire) -> None:
+    """For every kind of write, and for the server's own queries and deletions."""
 
     async def bulk(rpc: str, kind: Any, **message: Any) -> list[str]:
         events = await wire.call(rpc, kind(finish=True, **message))
@@ -134,21 +132,21 @@ async def test_the_service_s_role_is_enough(url: str, wire: Wire) -> None:
 
 
 @pytest.mark.parametrize("statement", FORBIDDEN)
-async def test_the_service_s_role_can_do_no_more(url: str, statement: str) -> None:
-    """Whoever takes the service over can neither change the schema nor reach beyond the tables."""
+async def test_role_of_the_service_is_restricted(url: str, statement: str) -> None:
+    """It can neither change the schema nor use anything but the tables."""
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
         await executed(as_role(url, "roster_service"), statement)
 
 
-async def test_others_can_t_connect(url: str) -> None:
-    """A role that is not ours, in the same PostgreSQL."""
+async def test_other_roles_cannot_connect(url: str) -> None:
+    """Even if they exist in the same PostgreSQL."""
     await executed(url, "CREATE ROLE stranger LOGIN")
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
         await executed(as_role(url, "stranger"), "SELECT 1")
 
 
-async def test_postgresql_logs_no_rows_of_the_service(server: PostgresServer, url: str) -> None:
-    """What went wrong, but not with which values."""
+async def test_postgresql_logs_no_values(server: PostgresServer, url: str) -> None:
+    """Its log has the errors without the rows."""
     connection = await asyncpg.connect(
         make_url(as_role(url, "roster_service")).set(drivername="postgresql").render_as_string()
     )
@@ -163,13 +161,13 @@ async def test_postgresql_logs_no_rows_of_the_service(server: PostgresServer, ur
 
 @pytest.fixture(scope="module")
 def authority() -> Authority:
-    """Who signed the certificate of `tls_url`."""
+    """The CA of `tls_url`."""
     return Authority()
 
 
 @pytest.fixture(scope="module")
 async def tls_url(authority: Authority) -> AsyncIterator[str]:
-    """A database on a PostgreSQL that takes TLS alone."""
+    """A database on a PostgreSQL that accepts only TLS."""
     server, pair = PostgresServer(), authority.issue("127.0.0.1")
     server.require_tls(pair.cert, pair.key)
     with ExitStack() as stack:
@@ -184,10 +182,10 @@ async def tls_url(authority: Authority) -> AsyncIterator[str]:
 
 
 @pytest.mark.parametrize("name", ["ssl", "sslmode"])
-async def test_postgresql_is_known_by_its_certificate(
+async def test_verifies_certificate_of_postgresql(
     tls_url: str, authority: Authority, tmp_path: Path, name: str
 ) -> None:
-    """With `verify-full` the authority must have signed it, for the host in the URL; migrations ask too."""
+    """With `verify-full` the CA must have signed it for the host of the URL; migrations verify it too."""
     ours, strange = authority.write(tmp_path), tmp_path / "strange.pem"
     strange.write_bytes(Authority().cert)
 

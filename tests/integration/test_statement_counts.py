@@ -1,4 +1,4 @@
-"""How many statements a call takes: as many for a thousand rows as for one."""
+"""The number of statements of each RPC, which does not depend on the number of rows."""
 
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -41,18 +41,18 @@ from roster.v1.users_pb2 import (
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db.bulk.sqlite import ROWS_AT_ONCE
-from service.db.driver import DriverQuery
 from service.server import Server
 from tests.support.rows import add_posts, add_users
 from tests.support.server import serve
+from tests.support.statements import Fetch, Statement, intercept_fetches
 
-# Beside calls a server asks whether the database is there, and forgets old requests.
+# Besides calls, a server pings the database and deletes old requests.
 NOT_COUNTED = ("BEGIN", "SAVEPOINT", "RELEASE", "SELECT 1", "DELETE FROM requests")
 
 
 @dataclass
 class Api:
-    """A server with so many users, each with a post, and the first user with as many posts more."""
+    """A server with a number of users, each with a post; the first user has as many more."""
 
     users: UserServiceStub
     posts: PostServiceStub
@@ -63,7 +63,7 @@ class Api:
 
 @pytest.fixture
 async def server(database_url: str) -> AsyncIterator[Server]:
-    """A server of the test's own."""
+    """A server of the test."""
     async with serve(database_url) as server:
         yield server
 
@@ -78,16 +78,13 @@ async def api(request: pytest.FixtureRequest, server: Server) -> AsyncIterator[A
 
 
 @pytest.fixture
-def statements(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The statements that are executed, through SQLAlchemy or by the driver itself."""
+def statements() -> Iterator[list[str]]:
+    """The statements sent, through SQLAlchemy or by the driver."""
     executed: list[str] = []
-    fetched = DriverQuery._fetched
 
-    async def noted(query: DriverQuery, *arguments: Any) -> Any:
-        executed.append(query.sql)
-        return await fetched(query, *arguments)
-
-    monkeypatch.setattr(DriverQuery, "_fetched", noted)
+    async def note_fetch(statement: Statement, fetch: Fetch) -> Any:
+        executed.append(statement.sql)
+        return await fetch()
 
     full_part = ""  # SQLite's writer sends the rows of a statement in parts
 
@@ -98,7 +95,8 @@ def statements(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         full_part = statement if executemany and len(rows) == ROWS_AT_ONCE else ""
 
     event.listen(Engine, "before_cursor_execute", note)
-    yield executed
+    with intercept_fetches(note_fetch):
+        yield executed
     event.remove(Engine, "before_cursor_execute", note)
 
 
@@ -254,7 +252,7 @@ CALLS: dict[str, tuple[int, Callable[[Api], Awaitable[Any]]]] = {
 
 
 def test_every_rpc_is_counted() -> None:
-    """None of the two services is missing from the table."""
+    """The table has all RPCs of the two services."""
     services = [
         users_pb2.DESCRIPTOR.services_by_name["UserService"],
         posts_pb2.DESCRIPTOR.services_by_name["PostService"],
@@ -266,7 +264,7 @@ def test_every_rpc_is_counted() -> None:
 async def test_a_call_takes_as_many_statements_for_a_thousand_rows_as_for_one(
     api: Api, statements: list[str]
 ) -> None:
-    """The numbers of the table, transaction control not counted; a bulk message is one call."""
+    """As in the table, without transaction control; a bulk message is one call."""
     counted = {}
     for name, (_, call) in CALLS.items():
         statements.clear()

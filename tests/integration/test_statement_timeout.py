@@ -1,4 +1,4 @@
-"""A statement that takes too long ends on both databases, and so does one whose caller has left."""
+"""Statements end at their timeout, and when their caller is cancelled, on both databases."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -10,7 +10,7 @@ from sqlalchemy import Integer, column, event, func, insert, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from service.db.driver import DriverQuery
+from service.db.compiled import CompiledSelect
 from service.db.engine import Database
 from service.errors import StatementTimeout
 from service.settings import Settings
@@ -28,7 +28,7 @@ SERIES = {
 
 @pytest.fixture
 async def impatient(database_url: str) -> AsyncIterator[Database]:
-    """A database whose statements have a third of a second, with one connection for reads."""
+    """A database with a statement timeout of a third of a second, and one connection for reads."""
     settings = Settings(
         database_url=database_url, statement_timeout=TIMEOUT_SECONDS, pool_size=1, max_overflow=0
     )
@@ -39,7 +39,7 @@ async def impatient(database_url: str) -> AsyncIterator[Database]:
 
 @pytest.fixture
 async def patient(database_url: str) -> AsyncIterator[Database]:
-    """A database with one connection for reads, whose statements may take minutes."""
+    """A database with one connection for reads, and a statement timeout of minutes."""
     settings = Settings(
         database_url=database_url, statement_timeout=600, pool_timeout=30, pool_size=1, max_overflow=0
     )
@@ -56,8 +56,8 @@ async def count(session: AsyncSession) -> int | None:
     return await session.scalar(select(func.count()).select_from(User))
 
 
-async def test_a_read_ends_at_the_statement_timeout_and_the_next_one_succeeds(impatient: Database) -> None:
-    """The error is the same on both databases; nothing of the first statement is left on the connection."""
+async def test_read_ends_at_the_statement_timeout(impatient: Database) -> None:
+    """Both databases raise the same error, and the next read on the connection succeeds."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         for _ in range(3):
             with pytest.raises(StatementTimeout):
@@ -81,8 +81,8 @@ async def write(database: Database, unit: str, email: str) -> None:
 
 
 @pytest.mark.parametrize("unit", ["begin", "bulk"])
-async def test_a_write_that_times_out_is_rolled_back_whole(impatient: Database, unit: str) -> None:
-    """Nothing of it is stored, also not what a savepoint had released, and the next write succeeds."""
+async def test_write_that_times_out_is_rolled_back(impatient: Database, unit: str) -> None:
+    """Including released savepoints; the next write succeeds."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         with pytest.raises(StatementTimeout):
             await endless_write(impatient, unit)
@@ -92,8 +92,8 @@ async def test_a_write_that_times_out_is_rolled_back_whole(impatient: Database, 
             assert list(await session.scalars(select(User.email))) == ["second@example.org"]
 
 
-async def test_a_unit_of_work_that_goes_on_after_a_timeout_commits_nothing(impatient: Database) -> None:
-    """SQLite ends the transaction with the statement: what follows must not be committed by itself."""
+async def test_unit_of_work_commits_nothing_after_a_timeout(impatient: Database) -> None:
+    """SQLite ends the transaction with the statement; later ones must not commit alone."""
 
     async def go_on() -> None:
         async with impatient.begin() as session:
@@ -109,8 +109,8 @@ async def test_a_unit_of_work_that_goes_on_after_a_timeout_commits_nothing(impat
             assert await count(session) == 0
 
 
-async def test_many_short_statements_in_one_call_end_at_the_timeout(sqlite_url: str) -> None:
-    """On SQLite an executemany is one statement to its caller; each of its rows is one to the database."""
+async def test_executemany_ends_at_the_timeout(sqlite_url: str) -> None:
+    """For its caller it is one statement; for SQLite each row is one."""
     database = Database(Settings(database_url=sqlite_url, statement_timeout=TIMEOUT_SECONDS))
     rows = [("ada@example.org",)] * 5_000_000
 
@@ -128,8 +128,8 @@ async def test_many_short_statements_in_one_call_end_at_the_timeout(sqlite_url: 
 
 
 @pytest.mark.parametrize("unit", ["read", "begin", "bulk"])
-async def test_a_statement_ends_when_its_caller_is_cancelled(patient: Database, unit: str) -> None:
-    """The only connection is free again long before the statement would have ended."""
+async def test_cancellation_ends_the_statement(patient: Database, unit: str) -> None:
+    """The connection is free long before the statement would have ended."""
     begun = asyncio.Event()
     for engine in (patient.engine, patient._engines.reader, patient._engines.bulk):
         event.listen(engine.sync_engine, "before_cursor_execute", lambda *_: begun.set())
@@ -149,11 +149,11 @@ async def test_a_statement_ends_when_its_caller_is_cancelled(patient: Database, 
                 assert await count(session) == 0
 
 
-async def test_a_direct_fetch_ends_when_its_caller_is_cancelled(patient: Database) -> None:
-    """Past SQLAlchemy as well: the connection is not used again, and another takes its place."""
+async def test_cancellation_ends_a_fetch_of_the_driver(patient: Database) -> None:
+    """Its connection is replaced."""
     dialect = patient.engine.dialect
     series = text(f"({SERIES[dialect.name].format(ENDLESS)}) AS series")
-    query = DriverQuery(select(column("i", Integer)).select_from(series), dialect)
+    query = CompiledSelect(select(column("i", Integer)).select_from(series), dialect)
 
     async def stay(begun: asyncio.Event) -> None:
         async with patient.read() as session:
@@ -172,8 +172,8 @@ async def test_a_direct_fetch_ends_when_its_caller_is_cancelled(patient: Databas
             assert await count(session) == 0
 
 
-async def test_a_cancelled_statement_never_ends_another(patient: Database) -> None:
-    """Readers that stay get their answer, whenever their neighbours leave."""
+async def test_cancellation_never_ends_another_statement(patient: Database) -> None:
+    """Other readers get their rows, whenever their neighbours are cancelled."""
 
     async def read() -> int | None:
         async with patient.read() as session:

@@ -1,4 +1,4 @@
-"""Certificates for the tests, by an authority of their own."""
+"""Certificates for the tests, and their certificate authority."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -53,14 +53,14 @@ class Pair:
 
 
 class Authority:
-    """Signs the certificates of servers and their callers."""
+    """A CA that signs certificates of servers and callers."""
 
     def __init__(self) -> None:
         self._pair = _pair("authority", [], None, DAY)
         self.cert = self._pair.cert
 
     def issue(self, *names: str, valid_for: timedelta = DAY) -> Pair:
-        """Return a certificate for these names: URIs, e-mail, IP addresses, DNS names."""
+        """Return a certificate for these names: URIs, e-mails, IP addresses, DNS names."""
         return _pair(names[0][:64], [_general(name) for name in names], self._pair, valid_for)
 
     def write(self, folder: Path) -> Path:

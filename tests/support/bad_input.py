@@ -1,4 +1,4 @@
-"""Requests that are refused, for every RPC: what is sent, the reason, and the field at fault."""
+"""Invalid requests to every RPC, each with its reason and the violated field."""
 
 from typing import Any
 
@@ -18,21 +18,21 @@ Bad = tuple[Any, str, str]
 
 
 def at(path: str, value: Any) -> dict[str, Any]:
-    """Return a request in which one field is set, as in {"user": {"id": 1}} for "user.id"."""
+    """Return a request with only one field, as in {"user": {"id": 1}} for "user.id"."""
     for name in reversed(path.split(".")):
         value = {name: value}
     return value  # type: ignore[no-any-return]
 
 
-def merged(request: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def merge(request: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Return a request with the fields of both."""
-    shared = {name: merged(request[name], other[name]) for name in request.keys() & other.keys()}
+    shared = {name: merge(request[name], other[name]) for name in request.keys() & other.keys()}
     return {**request, **other, **shared}
 
 
 def bad_values(path: str, values: list[Any], **rest: Any) -> list[Bad]:
     """Return a request for each bad value of one field."""
-    return [(merged(rest, at(path, value)), "INVALID_FIELD", path) for value in values]
+    return [(merge(rest, at(path, value)), "INVALID_FIELD", path) for value in values]
 
 
 def bad_ids(path: str, **rest: Any) -> list[Bad]:
@@ -54,7 +54,7 @@ def bad_views(**rest: Any) -> list[Bad]:
 def bad_masks(paths: list[str], *, path: str = "update_mask", **rest: Any) -> list[Bad]:
     everywhere = [SECRET, "", "*.*", "full_name.x", "version", "id", "created_at", "updated_at"]
     masks = [[name] for name in [*everywhere, *paths]] + [["*", "title", "email"]]
-    return [(merged(rest, at(path, {"paths": mask})), "INVALID_MASK", path) for mask in masks]
+    return [(merge(rest, at(path, {"paths": mask})), "INVALID_MASK", path) for mask in masks]
 
 
 def bad_filters() -> list[Bad]:
@@ -115,7 +115,7 @@ def bad_batches() -> list[Bad]:
 
 
 def bad_streams(rows: str, row: dict[str, Any], **needed: Any) -> list[Bad]:
-    """Return what ends a bulk stream; `needed` are the options without which it would not begin."""
+    """Return messages that end a bulk stream; `needed` are the options that it requires."""
     first = {"options": needed, rows: [row]}
     return [
         ([], "INVALID_OPTIONS", ""),
@@ -163,7 +163,7 @@ BAD_EMAILS = [
     f"{SECRET}\u00a0@example.org",
     f"{SECRET}\0@example.org",
     f"{SECRET}@{'x' * 250}",
-    # Minutes of work for whoever brings it to NFC.
+    # Normalising it to NFC takes minutes.
     SECRET + "\u0301\u0316" * 15_000 + "@example.org",
 ]
 BAD_NAMES = [SECRET + "x" * 251, f"{SECRET}\0"]

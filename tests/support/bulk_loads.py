@@ -1,4 +1,4 @@
-"""Random bulk loads over few keys, cut into messages anyhow."""
+"""Random bulk loads over few keys, cut into random messages."""
 
 from itertools import pairwise
 from operator import or_
@@ -12,7 +12,7 @@ from tests.support.bulk_model import ADA, BAD, BOB, CYD, EMAILS, HASHES, Load, V
 from tests.support.items import Item
 
 UNKNOWN = 7
-# What COPY, JSON and UTF-16 each have their own opinion of.
+# Texts that are special in COPY, in JSON or in UTF-16.
 TEXTS = ["Ada", "", "\\N", "\\.\n", "a\tb\r\nc\\", "\"'{},", "\U0001d49cda", "\u2028"]
 KEYS = {
     "id": st.sampled_from([ADA, BOB, CYD, ADA, BOB, CYD, UNKNOWN]),
@@ -37,7 +37,7 @@ AUTHORS: list[dict[str, Any]] = [
 def loads(
     draw: st.DrawFn, /, kind: str, row: st.SearchStrategy[Any], **options: st.SearchStrategy[Any]
 ) -> Load:
-    """Draw a load of a kind over few keys, cut into messages anyhow; some rows are bad."""
+    """Draw a load of a kind over few keys, cut into random messages; some rows are invalid."""
     chosen = BulkOptions(
         return_ids=True,
         atomicity=draw(st.sampled_from([BulkOptions.ROW, BulkOptions.ROW, BulkOptions.BATCH])),

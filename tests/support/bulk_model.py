@@ -8,13 +8,11 @@ from typing import Any
 from google.rpc.code_pb2 import Code
 
 from roster.v1.bulk_pb2 import BulkAck, BulkOptions, RowFailure
-from roster.v1.posts_pb2 import BulkCreatePostsRequest, BulkUpdatePostsRequest
 from roster.v1.resources_pb2 import Post, User
-from roster.v1.users_pb2 import BulkCreateUsersRequest, BulkUpdateUsersRequest
 from service.bulk.operation import Operation
 from service.posts.servicer import CREATE_POSTS, UPDATE_POSTS
 from service.users.servicer import CREATE_USERS, UPDATE_USERS
-from tests.support.items import CREATE_ITEMS, UPDATE_ITEMS, BulkWriteItemsRequest
+from tests.support.items import CREATE_ITEMS, UPDATE_ITEMS
 
 Values = dict[str, Any]
 Tables = dict[str, dict[int, Values]]
@@ -23,7 +21,7 @@ Write = Callable[[Tables, Any, BulkOptions], tuple[str, int]]
 ADA, BOB, CYD = 1_000_001, 1_000_002, 1_000_003
 HASHES = [f"$argon2id$v=19$m=8,t=1,p=1$c29tZXNhbHQ${letter * 22}" for letter in "AB"]
 
-# As it is sent -> as it is stored.
+# The e-mail sent -> the e-mail stored.
 EMAILS = {
     "ada@example.org": "ada@example.org",
     " ADA@Example.org\n": "ada@example.org",
@@ -63,10 +61,9 @@ CODES = {
 
 @dataclass(frozen=True)
 class Kind:
-    """One of the bulk RPCs, and what it does to one row."""
+    """One of the bulk RPCs, and its effect on one row."""
 
     operation: Operation
-    request: type[Any]
     write: Write
 
 
@@ -80,18 +77,18 @@ class Load:
 
     @property
     def operation(self) -> Operation:
-        """What the stream does."""
+        """Return the operation of the stream."""
         return KINDS[self.kind].operation
 
     def requests(self) -> Iterable[Any]:
         """Return the messages of the stream."""
         for number, rows in enumerate(self.batches):
             options = self.options if number == 0 else None
-            yield KINDS[self.kind].request(options=options, **{self.operation.rows_field: rows})
+            yield self.operation.request(options=options, **{self.operation.rows_field: rows})
 
 
-def stored() -> Tables:
-    """Return what is in the database before a load."""
+def initial_tables() -> Tables:
+    """Return the contents of the database before a load."""
     users = {
         ADA: _user("ada@example.org", "Ada", HASHES[0], version=1),
         BOB: _user("bob@example.org", None, None, version=2),
@@ -110,8 +107,8 @@ def stored() -> Tables:
     return {"users": users, "posts": posts, "items": items}
 
 
-def applied(tables: Tables, load: Load) -> tuple[list[BulkAck], Tables]:
-    """Return the acks of a load and what is stored after it; new rows have the ids -1, -2, …"""
+def apply_load(tables: Tables, load: Load) -> tuple[list[BulkAck], Tables]:
+    """Return the acks of a load and the tables after it; new rows have the ids -1, -2, …"""
     acks: list[BulkAck] = []
     offset = 0
     for rows in load.batches:
@@ -143,7 +140,7 @@ def _applied_batch(tables: Tables, load: Load, offset: int, rows: list[Any]) -> 
 
 
 def _with_ids(known: Collection[int], ack: BulkAck) -> BulkAck:
-    """Take from an ack the ids of rows that its batch did not create after all."""
+    """Remove from an ack the ids of rows that the batch did not create after all."""
     ack.ids[:] = [id if id in known else 0 for id in ack.ids]
     for failure in ack.failures:
         failure.existing_id = failure.existing_id if failure.existing_id in known else 0
@@ -151,14 +148,14 @@ def _with_ids(known: Collection[int], ack: BulkAck) -> BulkAck:
 
 
 class Refused(Exception):
-    """Why a row fails."""
+    """The reason for which a row fails."""
 
     def __init__(self, reason: str, field: str = "", existing_id: int = 0) -> None:
         super().__init__(reason)
         self.reason, self.field, self.existing_id = reason, field, existing_id
 
     def to_message(self, offset: int) -> RowFailure:
-        """Return the failure of the row at an offset, without its sentence."""
+        """Return the failure of the row at an offset, without a message."""
         code, reason = CODES[self.reason], self.reason
         return RowFailure(
             offset=offset, code=code, reason=reason, field=self.field, existing_id=self.existing_id
@@ -247,7 +244,7 @@ def _update_item(tables: Tables, row: Any, options: BulkOptions) -> tuple[str, i
 
 
 def _item_conflict(items: dict[int, Values], wanted: Values) -> "Refused | None":
-    """Return why an item can't have unique values; the slug counts first."""
+    """Return the conflict of an item's unique values, of the slug first."""
     for name in ("slug", "code"):
         for id, values in items.items():
             if wanted.get(name) is not None and values[name] == wanted[name]:
@@ -301,10 +298,10 @@ def _user(email: str, full_name: str | None, hashed_password: str | None, versio
 
 
 KINDS = {
-    "create users": Kind(CREATE_USERS, BulkCreateUsersRequest, _create_user),
-    "update users": Kind(UPDATE_USERS, BulkUpdateUsersRequest, _update_user),
-    "create posts": Kind(CREATE_POSTS, BulkCreatePostsRequest, _create_post),
-    "update posts": Kind(UPDATE_POSTS, BulkUpdatePostsRequest, _update_post),
-    "create items": Kind(CREATE_ITEMS, BulkWriteItemsRequest, _create_item),
-    "update items": Kind(UPDATE_ITEMS, BulkWriteItemsRequest, _update_item),
+    "create users": Kind(CREATE_USERS, _create_user),
+    "update users": Kind(UPDATE_USERS, _update_user),
+    "create posts": Kind(CREATE_POSTS, _create_post),
+    "update posts": Kind(UPDATE_POSTS, _update_post),
+    "create items": Kind(CREATE_ITEMS, _create_item),
+    "update items": Kind(UPDATE_ITEMS, _update_item),
 }

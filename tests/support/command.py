@@ -1,4 +1,4 @@
-"""The installed command `roster`, and other programs, in processes of their own."""
+"""The installed command `roster`, and other programs, in their own processes."""
 
 import asyncio
 import json
@@ -28,7 +28,7 @@ class Ended:
 async def start(
     *command: str | Path, folder: Path | None = None, **environment: str
 ) -> asyncio.subprocess.Process:
-    """Start a program; of Roster's settings it gets only those given."""
+    """Start a program; it inherits the environment except for settings of Roster."""
     inherited = {
         name: value for name, value in os.environ.items() if not re.match("ROSTER_|DATABASE_URL$", name)
     }
@@ -51,12 +51,12 @@ async def ended(process: asyncio.subprocess.Process, stdin: bytes = b"") -> Ende
 async def run(
     *command: str | Path, folder: Path | None = None, stdin: bytes = b"", **environment: str
 ) -> Ended:
-    """Run a program until it ends; of Roster's settings it gets only those given."""
+    """Run a program until it ends; it inherits the environment except for settings of Roster."""
     return await ended(await start(*command, folder=folder, **environment), stdin)
 
 
 class Roster:
-    """`roster` as a client of one server, run in a folder of its own."""
+    """`roster` as a client of one server, run in its own folder."""
 
     def __init__(self, folder: Path, address: str) -> None:
         self.folder = folder
@@ -86,7 +86,7 @@ class Roster:
 
 
 def ndjson(*rows: object) -> bytes:
-    """Return rows as lines of JSON; a string is a line as it is."""
+    """Return rows as lines of JSON; strings are lines already."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     return "".join(f"{line}\n" for line in lines).encode()
 
@@ -108,13 +108,13 @@ class Serving:
         await _line(self._process, words)
 
     async def ended(self) -> Ended:
-        """Wait for its end; `err` is what `said` did not read."""
+        """Wait for its end; `err` is the output that `said` has not read."""
         return await ended(self._process)
 
 
 @asynccontextmanager
 async def waiting_to_serve(folder: Path, **environment: str) -> AsyncIterator[Serving]:
-    """Run a `roster serve` that does not get to listen; kill it at the end of the block."""
+    """Run a `roster serve` that can't listen yet; kill it at the end of the block."""
     process = await start(ROSTER, "serve", folder=folder, **{**SERVER_DEFAULTS, **environment})
     try:
         yield Serving(process, "")

@@ -1,4 +1,4 @@
-"""What deploy/ has, parsed."""
+"""The files of deploy/, parsed."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 
 
 def manifests() -> dict[str, dict[str, Any]]:
-    """Everything that is applied, by its kind."""
+    """Return all manifests by their kind."""
     names = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["resources"]
     found = [yaml.safe_load((KUBERNETES / name).read_text()) for name in names]
     return {manifest["kind"]: manifest for manifest in found}

@@ -1,4 +1,4 @@
-"""What a refused call told its caller."""
+"""The errors that callers get."""
 
 from collections.abc import Awaitable
 from typing import Any
@@ -11,7 +11,7 @@ from google.rpc.status_pb2 import Status
 
 
 class Refusal:
-    """The status of a call that failed, its details unpacked."""
+    """The status of a call that failed, with its details unpacked."""
 
     def __init__(self, error: Any) -> None:
         self.code = error.code()
@@ -21,7 +21,7 @@ class Refusal:
         self.status = Status.FromString(details if isinstance(details, bytes) else details.encode())
 
     def detail(self, kind: type[Any]) -> Any:
-        """Return the detail of this type, None where there is none."""
+        """Return the detail of this type, None if there is none."""
         for packed in self.status.details:
             message: Message = kind()
             if packed.Unpack(message):
@@ -40,19 +40,19 @@ class Refusal:
 
     @property
     def fields(self) -> list[str]:
-        """The paths of the fields at fault."""
+        """The paths of the violated fields."""
         bad = self.detail(BadRequest)
         return [violation.field for violation in bad.field_violations] if bad else []
 
     @property
     def retry_seconds(self) -> float | None:
-        """After how long to try again, None where that is not worth it."""
+        """The delay before a retry, None if the error is not retryable."""
         retry = self.detail(RetryInfo)
         return retry.retry_delay.ToMilliseconds() / 1000 if retry else None
 
 
 async def refusal(call: Awaitable[Any]) -> Refusal:
-    """Return how a call was refused; fails the test where it was not."""
+    """Return the error of a call; fails the test if the call succeeds."""
     with pytest.raises(grpc.RpcError) as caught:
         await call
     return Refusal(caught.value)

@@ -1,4 +1,4 @@
-"""A model of the filter language in plain Python: random filters, how they are written, what they match."""
+"""A model of the filter language in plain Python: random filters, their texts, and the rows they match."""
 
 import operator
 from collections.abc import Callable, Mapping
@@ -118,7 +118,7 @@ COMPARED: Mapping[str, Callable[[Any, Any], bool]] = {
 
 
 def matches(node: Node, row: UserRow | PostRow) -> bool | None:
-    """Say what SQL would say of the row: true, false, or None for unknown."""
+    """Return the result of SQL for the row: true, false, or None for unknown."""
     match node:
         case Comparison():
             return _compares(node, getattr(row, node.field))
@@ -143,21 +143,21 @@ def _decided_by(decisive: bool, terms: list[bool | None]) -> bool | None:
     return None if None in terms else not decisive
 
 
-def written(node: Node) -> str:
-    """Write the filter with no more parentheses than the language needs: OR binds tighter than AND."""
+def write_filter(node: Node) -> str:
+    """Write the filter with as few parentheses as possible: OR binds tighter than AND."""
     match node:
         case Comparison():
             return f"{node.field} {node.operator} {node.written}"
         case Not():
             return f"NOT {_enclosed(node.term, And, Or)}"
         case And():
-            return " AND ".join(written(term) for term in node.terms)
+            return " AND ".join(write_filter(term) for term in node.terms)
         case Or():
             return " OR ".join(_enclosed(term, And) for term in node.terms)
 
 
 def _enclosed(node: Node, *looser: type) -> str:
-    return f"({written(node)})" if isinstance(node, looser) else written(node)
+    return f"({write_filter(node)})" if isinstance(node, looser) else write_filter(node)
 
 
 def _quoted(text: str, quote: str) -> str:

@@ -11,7 +11,7 @@ CHECKOUT = Path(__file__).parents[2]
 FOLDERS = ("alembic", "deploy", "docs", "protos", "service", "tests")
 FILES = ("alembic.ini", "hatch_build.py", "pyproject.toml", "LICENSE", "README.md")
 GENERATED = shutil.ignore_patterns("__pycache__", "*_pb2*", "node_modules")
-BLOCK = re.compile(r"^```(diff|python|proto)\n(?:#|//) (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(diff|python|sh)\n# (\S+/\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 GENERATE = "import pathlib, hatch_build; hatch_build.generate(pathlib.Path('protos'))"
 
 
@@ -24,8 +24,9 @@ def apply_hunk(text: str, hunk: str) -> str:
     return text.replace(before, after)
 
 
-def apply_block(path: Path, kind: str, block: str) -> None:
-    """Create or edit the file that a block shows."""
+def apply_block(folder: Path, kind: str, name: str, block: str) -> None:
+    """Create or edit the file that a block shows; a command prints its content."""
+    path = folder / name
     if kind == "diff":
         text = path.read_text()
         for hunk in block.split("@@\n"):
@@ -34,6 +35,10 @@ def apply_block(path: Path, kind: str, block: str) -> None:
         return
     assert not path.exists()
     path.parent.mkdir(exist_ok=True)
+    if kind == "sh":
+        block = subprocess.run(
+            ["sh", "-c", block], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout
     path.write_text(block)
 
 
@@ -44,8 +49,7 @@ def apply_guide(page: str, folder: Path) -> None:
     for name in FILES:
         shutil.copy(CHECKOUT / name, folder)
     for kind, name, block in BLOCK.findall((CHECKOUT / "docs" / page).read_text()):
-        header = f"// {name}\n" if kind == "proto" else ""
-        apply_block(folder / name, kind, header + block)
+        apply_block(folder, kind, name, block)
     run_python(folder, "-c", GENERATE)
 
 

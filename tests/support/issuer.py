@@ -1,4 +1,4 @@
-"""Bearer tokens for the tests, by an issuer of their own."""
+"""Bearer tokens for the tests, and their issuer."""
 
 import base64
 import hmac
@@ -29,15 +29,15 @@ class Issuer:
         return folder / "keys.pem"
 
     def token(self, subject: str = "ada", headers: dict[str, Any] | None = None, **claims: Any) -> str:
-        """Return a token that is right, but for the claims and headers given; None leaves a claim out."""
+        """Return a valid token, except for the claims and headers given; None omits a claim."""
         return jwt.encode(_claims(subject, **claims), self._private, "RS256", headers)
 
     def unsigned(self, subject: str = "ada") -> str:
         """Return a token with `alg: none`."""
         return jwt.encode(_claims(subject), "", "none")
 
-    def confused(self, subject: str = "ada") -> str:
-        """Return a token signed by HS256, with the public key for a secret; no library makes one."""
+    def hs256_token(self, subject: str = "ada") -> str:
+        """Return a token signed by HS256 with the public key as the secret; no library makes one."""
         claims = {**_claims(subject), "exp": int((datetime.now(UTC) + HOUR).timestamp())}
         parts = [_segment({"alg": "HS256", "typ": "JWT"}), _segment(claims)]
         signature = hmac.digest(self.pem, b".".join(parts), "sha256")

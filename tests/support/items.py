@@ -3,21 +3,21 @@
 `slug` is a text that every item has, `code` a number that may be null.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from google.protobuf.descriptor_pb2 import (
-    DescriptorProto,
-    FieldDescriptorProto,
-    FileDescriptorProto,
-    OneofDescriptorProto,
-)
+import grpc_tools
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.protobuf.descriptor_pool import Default
 from google.protobuf.message_factory import GetMessageClass
+from google.rpc import status_pb2
+from grpc_tools import protoc
 from sqlalchemy import MetaData
 from sqlalchemy.orm import Mapped, mapped_column
 
-from roster.v1 import bulk_pb2
+import roster.v1
 from service.bulk.convert import add_identity
 from service.bulk.operation import Operation
 from service.db.base import Base, BigInt, Entity, text
@@ -26,6 +26,7 @@ from service.db.bulk.table import BulkTable, UniqueKey
 from service.db.engine import Database
 from service.errors import AlreadyExists, NotFound
 
+FOLDER = Path(__file__).parent
 WRITABLE = ("slug", "code", "times", "expected")
 
 
@@ -61,68 +62,26 @@ async def create_table(database: Database) -> None:
         await (await session.connection()).run_sync(ItemRow.metadata.create_all)
 
 
-def _messages() -> tuple[type[Any], type[Any]]:
-    """Return the classes of an item and of a request with items, like those that protoc generates."""
-    kinds = FieldDescriptorProto
-    item = DescriptorProto(name="Item")
-    for number, (name, kind) in enumerate(
-        [
-            ("id", kinds.TYPE_INT64),
-            ("version", kinds.TYPE_INT64),
-            ("slug", kinds.TYPE_STRING),
-            ("code", kinds.TYPE_INT64),
-            ("times", kinds.TYPE_INT64),
-            ("expected", kinds.TYPE_STRING),
-        ],
-        1,
-    ):
-        item.field.add(name=name, number=number, type=kind, label=kinds.LABEL_OPTIONAL)
-    for number, name in enumerate(["created_at", "updated_at"], 7):
-        item.field.add(
-            name=name,
-            number=number,
-            type=kinds.TYPE_MESSAGE,
-            type_name=".google.protobuf.Timestamp",
-            label=kinds.LABEL_OPTIONAL,
-        )
-    request = DescriptorProto(name="BulkWriteItemsRequest", oneof_decl=[OneofDescriptorProto(name="_offset")])
-    request.field.add(
-        name="options",
-        number=1,
-        type=kinds.TYPE_MESSAGE,
-        type_name=".roster.v1.BulkOptions",
-        label=kinds.LABEL_OPTIONAL,
-    )
-    request.field.add(
-        name="offset",
-        number=2,
-        type=kinds.TYPE_INT64,
-        label=kinds.LABEL_OPTIONAL,
-        proto3_optional=True,
-        oneof_index=0,
-    )
-    request.field.add(
-        name="items",
-        number=3,
-        type=kinds.TYPE_MESSAGE,
-        type_name=".roster.tests.Item",
-        label=kinds.LABEL_REPEATED,
-    )
-    request.field.add(name="finish", number=4, type=kinds.TYPE_BOOL, label=kinds.LABEL_OPTIONAL)
-    file = FileDescriptorProto(
-        name="roster/tests/items.proto",
-        package="roster.tests",
-        syntax="proto3",
-        dependency=[bulk_pb2.DESCRIPTOR.name, "google/protobuf/timestamp.proto"],
-        message_type=[item, request],
-    )
+def _compile_messages(*names: str) -> Iterator[type[Any]]:
+    """Compile items.proto, and return the classes of its messages."""
+    includes = [
+        FOLDER,
+        Path(roster.v1.__file__).parents[2],
+        Path(status_pb2.__file__).parents[2],  # google/rpc/*.proto
+        Path(grpc_tools.__file__).parent / "_proto",
+    ]
+    with TemporaryDirectory() as folder:
+        compiled = Path(folder, "items.binpb")
+        arguments = [*(f"-I{include}" for include in includes), f"--descriptor_set_out={compiled}"]
+        assert protoc.main(["protoc", *arguments, "items.proto"]) == 0
+        [file] = FileDescriptorSet.FromString(compiled.read_bytes()).file
     Default().AddSerializedFile(file.SerializeToString())
-    names = ("roster.tests.Item", "roster.tests.BulkWriteItemsRequest")
-    item_class, request_class = (GetMessageClass(Default().FindMessageTypeByName(name)) for name in names)
-    return item_class, request_class
+    return (GetMessageClass(Default().FindMessageTypeByName(f"{file.package}.{name}")) for name in names)
 
 
-Item, BulkWriteItemsRequest = _messages()
+Item, BulkCreateItemsRequest, BulkUpdateItemsRequest = _compile_messages(
+    "Item", "BulkCreateItemsRequest", "BulkUpdateItemsRequest"
+)
 
 
 def item_batch_from_messages(
@@ -166,22 +125,5 @@ ITEMS = BulkTable(
     ],
     sort_by=ItemRow.slug,
 )
-CREATE_ITEMS = Operation(
-    method="roster.tests.ItemService.BulkCreateItems",
-    request=BulkWriteItemsRequest,
-    rows_field="items",
-    fields=WRITABLE,
-    writable=WRITABLE,
-    read=item_batch_from_messages,
-    table=ITEMS,
-)
-UPDATE_ITEMS = Operation(
-    method="roster.tests.ItemService.BulkUpdateItems",
-    request=BulkWriteItemsRequest,
-    rows_field="items",
-    fields=("id", "version"),
-    writable=WRITABLE,
-    read=item_batch_from_messages,
-    table=ITEMS,
-    is_update=True,
-)
+CREATE_ITEMS = Operation(BulkCreateItemsRequest, ITEMS, item_batch_from_messages, WRITABLE)
+UPDATE_ITEMS = Operation(BulkUpdateItemsRequest, ITEMS, item_batch_from_messages, WRITABLE, is_update=True)

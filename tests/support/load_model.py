@@ -1,23 +1,23 @@
-"""A model of one named load in plain Python: what each of its streams is told; and random histories for it.
+"""A model of one named load in plain Python, with the responses to each stream; and random histories for it.
 
-A history is plain data, so that one that failed can be kept as JSON. Its steps:
+A history is plain data, so that one that fails can be saved as JSON. Its steps:
 
-["open"]                    open a stream; the newest is number 0
-["send", stream, messages]  send messages one behind the other, then read the answers
-["lose", stream, messages]  send messages and go away without reading; open another stream
+["open"]                    open a stream; the latest is number 0
+["send", stream, messages]  send several messages, then read the responses
+["lose", stream, messages]  send messages, leave without reading, and open another stream
 ["half-close", stream]      end a stream without completing the load
 ["abort"]                   abort the load
 
-Its accidents are what happens to the commits of batches, one after the other; none comes twice in a row, as
-a message is tried again:
+Its "accidents" are the faults of the commits of batches, in order. There are never two in a row, because a
+message is retried:
 
-"refuse"  the database refuses
-"forget"  nothing is committed, and the answer is lost
-"lose"    the answer is lost
+"refuse"  the database refuses the commit
+"forget"  nothing is committed, and the response is lost
+"lose"    the response is lost
 ""        none
 
-A message is [shift, rows, finish]: its offset, counted from the watermark that the stream knows before
-the step, or null for none; a letter for each row, which names a user, or "!" for a row that is bad.
+A message is [shift, rows, finish]: its offset relative to the watermark that the stream knew before the step,
+or null for no offset; a letter for each row, which names a user, or "!" for an invalid row.
 """
 
 from collections.abc import Sequence
@@ -34,32 +34,32 @@ BAD_ROW = "!"
 MASK = {"paths": ["full_name"]}
 COUNTED = ("created", "updated", "skipped", "failed")
 
-# Its offset, its rows, and whether it is the last one.
+# Its offset, its rows, and whether it completes the load.
 Message = tuple[int | None, str, bool]
 
 
 class Ended(Exception):
-    """A stream ends with a status; its reason is the argument."""
+    """A stream ends with a status; the argument is its reason."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one row for good."""
+    """The outcome of one row."""
 
     what: str
     id: int = 0
-    reason: str = ""  # why it failed; of a batch that fails as a whole only the culprits have one
+    reason: str = ""  # of its failure; in a batch that fails as a whole only the invalid rows have one
     existing_id: int = 0
 
 
 @dataclass
 class Stream:
-    """What one stream of a load knows."""
+    """The state of one stream of a load."""
 
     epoch: int
     watermark: int
     has_finished: bool  # when it was opened
-    end: int = 0  # behind its last message
+    end: int = 0  # after its last message
 
 
 @dataclass
@@ -80,13 +80,13 @@ class LoadModel:
         return Stream(self.epoch, len(self.rows), self.state == BulkLoad.FINISHED)
 
     def abort(self) -> None:
-        """Abort the load where it is open."""
+        """Abort the load if it is open."""
         if self.state == BulkLoad.OPEN:
             self.state = BulkLoad.ABORTED
             self.epoch += 1
 
     def send(self, stream: Stream, offset: int | None, names: str) -> BulkAck | None:
-        """Return the ack of a message, None where it has none; raises Ended."""
+        """Return the ack of a message, None if it has none; raises Ended."""
         begin = stream.end if offset is None else offset
         stream.end = end = begin + len(names)
         if begin > stream.watermark:
@@ -106,16 +106,16 @@ class LoadModel:
         return self.summary()
 
     def summary(self) -> BulkSummary:
-        """Return the load's numbers."""
+        """Return the counts of the load."""
         counts = {what: sum(row.what == what for row in self.rows) for what in COUNTED}
         return BulkSummary(next_offset=len(self.rows), state=self.state, **counts)
 
     def failures(self) -> list[RowFailure]:
-        """Return the failures of all its rows."""
+        """Return the failures of all rows."""
         return _failures(0, self.rows)
 
-    def landed(self, stream: Stream, messages: Sequence[Message]) -> "list[LoadModel]":
-        """Return what the load can be after messages that nobody read the answers to: all, some, or none."""
+    def possible_states(self, stream: Stream, messages: Sequence[Message]) -> "list[LoadModel]":
+        """Return the possible states of the load after messages whose acks were not read."""
         possible, after = [self], deepcopy(self)
         for offset, names, finish in messages:
             try:
@@ -173,8 +173,8 @@ class LoadModel:
         )
 
 
-def placed(stream: Stream, messages: Sequence[Message]) -> list[Message]:
-    """Return messages with their offsets in place of their shifts."""
+def place(stream: Stream, messages: Sequence[Message]) -> list[Message]:
+    """Return messages with offsets instead of shifts."""
     return [
         (None if shift is None else max(stream.watermark + shift, 0), names, finish)
         for shift, names, finish in messages

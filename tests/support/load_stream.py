@@ -2,9 +2,10 @@
 
 from typing import Any, Self
 
+from google.rpc.code_pb2 import ALREADY_EXISTS
 from google.rpc.error_details_pb2 import ErrorInfo
 
-from roster.v1.bulk_pb2 import BulkAck, BulkOpened, BulkOptions, BulkSummary, BulkWriteResponse
+from roster.v1.bulk_pb2 import BulkAck, BulkOpened, BulkOptions, BulkSummary, BulkWriteResponse, RowFailure
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
@@ -14,8 +15,20 @@ LOAD_ID = "staff"
 
 
 def named(*names: str, **fields: Any) -> list[User]:
-    """Return rows with the e-mails name@example.org; a name with a space is one that no user can have."""
+    """Return rows with the e-mails name@example.org; a name with a space makes an invalid e-mail."""
     return [User(email=f"{name}@example.org", **fields) for name in names]
+
+
+def email_taken(offset: int, existing_id: int) -> RowFailure:
+    """Return the failure of a row whose e-mail belongs to another user."""
+    return RowFailure(
+        offset=offset,
+        code=ALREADY_EXISTS,
+        reason="EMAIL_TAKEN",
+        field="email",
+        message="email belongs to another user",
+        existing_id=existing_id,
+    )
 
 
 def gap(ack: BulkAck) -> tuple[int, str, str]:
@@ -68,7 +81,7 @@ class LoadStream:
         return await self.summary()
 
     async def summary(self) -> BulkSummary:
-        """Return the summary, which comes next."""
+        """Return the summary, the next event."""
         event = await self.answer()
         assert event.HasField("summary")
         return event.summary
@@ -82,6 +95,13 @@ class LoadStream:
         """Send rows that end the stream, and return why."""
         await self.send(*names, **fields)
         return await refusal(self.answer())
+
+
+async def load_once(rpc: Any, request: Any) -> BulkAck:
+    """Send the only message of a load, and return its ack."""
+    _, event, summary = [event async for event in rpc(iter([request]))]
+    assert summary.HasField("summary")
+    return event.ack  # type: ignore[no-any-return]
 
 
 async def refused_to_open(users: UserServiceStub, **options: Any) -> Refusal:

@@ -9,7 +9,7 @@ END = re.compile(" ")
 
 
 def parse(line: str) -> tuple[str, dict[str, Any]]:
-    """Return the message and the fields of a line, without what is before the message."""
+    """Return the message and the fields of a line, without the parts before the message."""
     message, line = _value(line, FIELD)
     fields = {}
     while line:

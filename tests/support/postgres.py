@@ -1,4 +1,4 @@
-"""A real PostgreSQL for the tests: a server of your own, or one started from binaries found here."""
+"""A real PostgreSQL for the tests: an existing server, or one started from the binaries found here."""
 
 import importlib.util
 import os
@@ -80,17 +80,17 @@ class PostgresServer(Postgres):
         self._guard.communicate()
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start the server, and wait until it answers."""
         log = self._folder / "log"
         if self._run("pg_ctl", "start", "--wait", f"--pgdata={self._folder}/data", f"--log={log}").returncode:
             raise RuntimeError(f"PostgreSQL did not start: {log.read_text()}")
 
     def stop(self, mode: Literal["smart", "fast", "immediate"] = "fast") -> None:
-        """Stop it, and wait until it is gone; "immediate" is a crash, which the next start recovers from."""
+        """Stop the server, and wait for its end; the mode "immediate" is a crash."""
         self._run("pg_ctl", "stop", "--wait", f"--mode={mode}", f"--pgdata={self._folder}/data")
 
     def require_tls(self, certificate: bytes, key: bytes) -> None:
-        """Let the next start take TLS connections alone."""
+        """Accept only TLS connections from the next start on."""
         data = self._folder / "data"
         (data / "server.crt").write_bytes(certificate)
         (data / "server.key").write_bytes(key)
@@ -102,7 +102,7 @@ class PostgresServer(Postgres):
             configuration.write("ssl = on\n")
 
     def log(self) -> str:
-        """Return what it has logged."""
+        """Return the server's log."""
         return (self._folder / "log").read_text()
 
     def _initialise(self, port: int, *, fsync: bool) -> None:
@@ -130,7 +130,7 @@ class PostgresServer(Postgres):
 
 
 def find_programs(*names: str) -> Path:
-    """Return the folder of a PostgreSQL that has all the programs; FileNotFoundError where none has."""
+    """Return the folder of a PostgreSQL with all programs; raises FileNotFoundError if there is none."""
     for folder in _folders():
         if all((folder / name).is_file() for name in names):
             return folder
@@ -152,7 +152,7 @@ def _folders() -> Iterator[Path]:
 
 
 def _owner() -> dict[str, Any]:
-    """Return whom to run as: ourselves; PostgreSQL refuses root, so for root it is nobody."""
+    """Return the user to run as: this one, or for root nobody, because PostgreSQL refuses root."""
     if os.geteuid() != 0:
         return {"cwd": "/"}
     nobody = pwd.getpwnam("nobody")

@@ -1,4 +1,4 @@
-"""Another session on the same PostgreSQL, which gets in the way."""
+"""Another session on the same PostgreSQL, which blocks the service."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,8 +17,18 @@ WHERE NOT granted AND pid <> $1 AND pg_blocking_pids(pid) && ARRAY[$1, pg_backen
 """
 
 
+# Once a rival has executed this, the commits of `delay_commits` wait until its transaction ends.
+LOCK_COMMITS = "SELECT pg_advisory_xact_lock(1)"
+DELAYED_COMMIT = f"""
+CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
+'BEGIN PERFORM {LOCK_COMMITS.removeprefix("SELECT ")}; RETURN NULL; END';
+CREATE CONSTRAINT TRIGGER wait AFTER INSERT ON users
+DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait();
+"""
+
+
 class Rival:
-    """A session in a transaction of its own; what it locks others wait for."""
+    """A session with an open transaction, for whose locks others wait."""
 
     def __init__(self, connection: "asyncpg.Connection[Any]") -> None:
         self.connection = connection
@@ -28,22 +38,22 @@ class Rival:
         """Execute a statement in the transaction."""
         await self.connection.execute(statement)
 
-    async def waiting(self, other: int = 0) -> int:
-        """Wait until a session waits for this one, or for another that does, and return its process id."""
+    async def wait_for_blocked(self, other: int = 0) -> int:
+        """Wait until a session waits for this one, directly or through another, and return its process id."""
         return int(await until(lambda: self.connection.fetchval(WAITING, other)))
 
     async def commit(self) -> None:
-        """Let the others see what this one wrote."""
+        """Commit the transaction."""
         await self.transaction.commit()
 
     async def rollback(self) -> None:
-        """Undo it."""
+        """Roll the transaction back."""
         await self.transaction.rollback()
 
 
 @asynccontextmanager
 async def rival(url: str) -> AsyncIterator[Rival]:
-    """Open a session beside the service's."""
+    """Open another session, and begin a transaction."""
     plain = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
     connection = await asyncpg.connect(plain)
     try:
@@ -54,8 +64,15 @@ async def rival(url: str) -> AsyncIterator[Rival]:
         await connection.close()
 
 
+async def delay_commits(url: str) -> None:
+    """Let each commit of a new user take the lock of LOCK_COMMITS."""
+    async with rival(url) as session:
+        await session.execute(DELAYED_COMMIT)
+        await session.commit()
+
+
 async def until(condition: Callable[[], Awaitable[T]]) -> T:
-    """Ask again and again until the answer is true, and return it; raises TimeoutError in the end."""
+    """Check a condition until it is true, and return its value; raises TimeoutError after 20 s."""
     async with asyncio.timeout(DEADLINE_SECONDS):
         while not (answer := await condition()):  # noqa: ASYNC110  (another process changes it)
             await asyncio.sleep(0.01)

@@ -1,8 +1,8 @@
-"""Rows written straight to a database, many in one transaction."""
+"""Rows written to a database and read from it without the API."""
 
 from typing import Any
 
-from sqlalchemy import insert
+from sqlalchemy import insert, select
 
 from service.db.engine import Database
 from service.posts.model import Post
@@ -20,6 +20,12 @@ async def add_posts(database: Database, author_ids: list[int], **values: Any) ->
         {"author_id": id, "title": f"Post {i}", "content": "", **values} for i, id in enumerate(author_ids)
     ]
     return await _add(database, Post, rows)
+
+
+async def read_emails(database: Database) -> list[str]:
+    """Return the e-mails of all users in the order of their ids."""
+    async with database.read() as session:
+        return list(await session.scalars(select(User.email).order_by(User.id)))
 
 
 async def _add(database: Database, model: Any, rows: list[dict[str, Any]]) -> list[int]:

@@ -1,4 +1,4 @@
-"""What Prometheus reads from a server."""
+"""The metrics of a server, as Prometheus reads them."""
 
 import asyncio
 from collections.abc import Mapping
@@ -27,12 +27,12 @@ class Scrape:
         return cls(await asyncio.to_thread(_read, f"http://{address}/metrics"))
 
     def value(self, name: str, **labels: str) -> float:
-        """Return the sum of the samples that have these labels, among others."""
+        """Return the sum of the samples with these labels and possibly others."""
         wanted = labels.items()
         return sum(value for (its, has), value in self.samples.items() if its == name and wanted <= set(has))
 
     def since(self, earlier: Self, name: str, **labels: str) -> float:
-        """Return by how much a value has grown."""
+        """Return the increase of a value since an earlier scrape."""
         return self.value(name, **labels) - earlier.value(name, **labels)
 
 

@@ -1,6 +1,6 @@
 """The statements that reach the database drivers, with their parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,6 +17,32 @@ class Statement(NamedTuple):
     parameters: tuple[Any, ...]
 
 
+Fetch = Callable[[], Awaitable[Any]]
+
+
+@contextmanager
+def intercept_fetches(interceptor: Callable[[Statement, Fetch], Awaitable[Any]]) -> Iterator[None]:
+    """Pass every statement that bypasses SQLAlchemy to an interceptor while the block runs.
+
+    The interceptor calls the driver, and returns its rows.
+    """
+    fetch = asyncpg.Connection.fetch
+    execute_fetchall = aiosqlite.Connection.execute_fetchall
+
+    async def intercepted_fetch(self: Any, sql: str, *parameters: Any, **options: Any) -> Any:
+        statement = Statement(sql, parameters)
+        return await interceptor(statement, lambda: fetch(self, sql, *parameters, **options))
+
+    async def intercepted_fetchall(self: Any, sql: str, parameters: Any = ()) -> Any:
+        statement = Statement(sql, tuple(parameters))
+        return await interceptor(statement, lambda: execute_fetchall(self, sql, parameters))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncpg.Connection, "fetch", intercepted_fetch)
+        patch.setattr(aiosqlite.Connection, "execute_fetchall", intercepted_fetchall)
+        yield
+
+
 @contextmanager
 def record_statements() -> Iterator[list[Statement]]:
     """Record every statement of this process while the block runs, in the order in which they are sent.
@@ -28,22 +54,13 @@ def record_statements() -> Iterator[list[Statement]]:
     def before_cursor_execute(connection: Any, cursor: Any, sql: str, parameters: Any, *_: Any) -> None:
         recorded.append(Statement(sql, tuple(parameters)))
 
-    fetch = asyncpg.Connection.fetch
-    execute_fetchall = aiosqlite.Connection.execute_fetchall
-
-    async def recorded_fetch(self: Any, sql: str, *parameters: Any, **options: Any) -> Any:
-        recorded.append(Statement(sql, parameters))
-        return await fetch(self, sql, *parameters, **options)
-
-    async def recorded_fetchall(self: Any, sql: str, parameters: Any = ()) -> Any:
-        recorded.append(Statement(sql, tuple(parameters)))
-        return await execute_fetchall(self, sql, parameters)
+    async def record(statement: Statement, fetch: Fetch) -> Any:
+        recorded.append(statement)
+        return await fetch()
 
     event.listen(Engine, "before_cursor_execute", before_cursor_execute)
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(asyncpg.Connection, "fetch", recorded_fetch)
-            patch.setattr(aiosqlite.Connection, "execute_fetchall", recorded_fetchall)
+        with intercept_fetches(record):
             yield recorded
     finally:
         event.remove(Engine, "before_cursor_execute", before_cursor_execute)

@@ -1,4 +1,4 @@
-"""Any bytes to any RPC: what the stubs would never send."""
+"""Calls with any bytes, including those that the stubs would never send."""
 
 import asyncio
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ TIMEOUT_SECONDS = 20
 
 
 def message_bytes(rpc: str, message: Mapping[str, Any] | Message | bytes) -> bytes:
-    """Return one message of an RPC, given as its fields, as itself or as bytes already."""
+    """Return the bytes of a message of an RPC, given as fields, message or bytes."""
     if isinstance(message, bytes):
         return message
     if isinstance(message, Message):
@@ -25,17 +25,17 @@ def message_bytes(rpc: str, message: Mapping[str, Any] | Message | bytes) -> byt
 
 
 class Wire:
-    """A client of all services; on the wire all kinds of calls are streams.
+    """A client of all services that calls every RPC as a stream.
 
-    It is the blocking one in a thread: where the server ends a call while grpc.aio's client still writes,
-    that says INTERNAL in place of the server's status.
+    It uses the blocking client in a thread. If the server ends a call while the client still writes, that
+    of grpc.aio reports INTERNAL instead of the status.
     """
 
     def __init__(self, channel: grpc.Channel) -> None:
         self.channel = channel
 
     async def call(self, rpc: str, *messages: Mapping[str, Any] | Message | bytes) -> list[Any]:
-        """Return everything that the RPC answers; raises RpcError."""
+        """Return all responses of the RPC; raises RpcError."""
         method = RPCS[rpc]
         stream: Any = self.channel.stream_stream(
             f"/{method.containing_service.full_name}/{rpc}",

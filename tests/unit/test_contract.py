@@ -1,4 +1,4 @@
-"""The contract: documented, in the style agreed on, and compatible with what was released."""
+"""The contract: documented, in the agreed style, and compatible with the released one."""
 
 import re
 import shutil
@@ -16,7 +16,7 @@ FULL_NAME = "  optional string full_name = 3;\n"
 
 
 def buf(*arguments: str | Path) -> str:
-    """Return what buf has to say, "" where it finds nothing wrong."""
+    """Return the findings of buf, "" if there are none."""
     command = [BUF, *arguments, "--config", PROTOS / "buf.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     complaints = done.stdout + done.stderr
@@ -38,7 +38,7 @@ def edit(protos: Path, pattern: str, replacement: str) -> None:
 
 
 def test_passes_lint_with_every_field_documented(tmp_path: Path) -> None:
-    """The rules of buf hold, those about comments among them."""
+    """The rules of buf include those on comments."""
     image = write_image(tmp_path / "now.binpb", comments=True)
     assert buf("lint", image) == ""
 
@@ -50,8 +50,8 @@ def test_lint_names_a_field_without_comment(edited: Path, tmp_path: Path) -> Non
     assert 'Field "full_name" should have a non-empty comment' in buf("lint", image)
 
 
-def test_breaks_nothing_that_was_released(tmp_path: Path) -> None:
-    """A client made from the released contract goes on working with this one."""
+def test_is_compatible_with_released_contract(tmp_path: Path) -> None:
+    """Clients of the released contract keep working."""
     image = write_image(tmp_path / "now.binpb", comments=True)
     assert buf("breaking", image, "--against", RELEASED) == ""
 
@@ -65,8 +65,8 @@ def test_breaks_nothing_that_was_released(tmp_path: Path) -> None:
         pytest.param(FULL_NAME.replace("string", "bytes"), id="retyped"),
     ],
 )
-def test_a_broken_field_is_named(edited: Path, tmp_path: Path, replacement: str) -> None:
-    """A change that breaks clients of the released contract is found and its field named."""
+def test_check_names_an_incompatible_field(edited: Path, tmp_path: Path, replacement: str) -> None:
+    """The check itself can fail."""
     edit(edited, re.escape(FULL_NAME), replacement)
     image = write_image(tmp_path / "edited.binpb", edited, comments=True)
     complaints = buf("breaking", image, "--against", RELEASED)
@@ -75,6 +75,6 @@ def test_a_broken_field_is_named(edited: Path, tmp_path: Path, replacement: str)
 
 
 def test_released_image_has_no_comments() -> None:
-    """The one binary file in the repository holds descriptors and nothing else."""
+    """The only binary file of the repository has just descriptors."""
     released = FileDescriptorSet.FromString(RELEASED.read_bytes())
     assert [file.name for file in released.file if file.HasField("source_code_info")] == []

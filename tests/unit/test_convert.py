@@ -1,6 +1,7 @@
-"""Message -> values and stored row -> message: mirrored, and the same for one row as for many."""
+"""Conversions from messages to values and from rows to messages, for single rows and in bulk."""
 
 from collections import namedtuple
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -8,15 +9,16 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import assume, given, settings, strategies as st
 
+from roster.v1.posts_pb2 import UpdatePostRequest
 from roster.v1.resources_pb2 import Post as PostMessage, User as UserMessage
 from roster.v1.users_pb2 import GetUserRequest
-from service.db.base import Entity, column_names
+from service.db.base import Entity, Values, column_names
 from service.errors import InvalidField, InvalidMask
 from service.posts.convert import (
     post_batch_from_messages,
-    post_changes_from_message,
     post_from_message,
     post_to_message,
+    post_update_from_request,
     post_with_author_to_fields,
 )
 from service.posts.model import Post
@@ -59,14 +61,14 @@ def row_of(model: type[Entity], values: dict[str, Any]) -> Any:
     return row._make(values.get(name) for name in names)
 
 
-def user_values(message: UserMessage) -> dict[str, Any] | None:
+def user_values(message: UserMessage) -> Values | None:
     try:
         return user_from_message(message)
     except InvalidField:
         return None
 
 
-def post_values(message: PostMessage) -> dict[str, Any] | None:
+def post_values(message: PostMessage) -> Values | None:
     try:
         return post_from_message(message)
     except InvalidField:
@@ -75,8 +77,8 @@ def post_values(message: PostMessage) -> dict[str, Any] | None:
 
 @settings(deadline=None)
 @given(message=user_messages)
-def test_a_user_keeps_every_writable_field(message: UserMessage) -> None:
-    """What is sent and accepted is what comes back, but for the hash, and the e-mail in its one form."""
+def test_user_keeps_every_writable_field(message: UserMessage) -> None:
+    """Except for the hash, which is never returned, and the e-mail, which is normalised."""
     values = user_values(message)
     assume(values is not None)
     assert values is not None  # for mypy
@@ -96,8 +98,8 @@ def test_a_user_keeps_every_writable_field(message: UserMessage) -> None:
 
 @settings(deadline=None)
 @given(message=post_messages)
-def test_a_post_keeps_every_writable_field(message: PostMessage) -> None:
-    """What is sent and accepted is what comes back."""
+def test_post_keeps_every_writable_field(message: PostMessage) -> None:
+    """What is accepted is returned."""
     values = post_values(message)
     assume(values is not None)
     assert values is not None  # for mypy
@@ -115,8 +117,8 @@ def test_a_post_keeps_every_writable_field(message: PostMessage) -> None:
 
 @settings(deadline=None)
 @given(messages=st.lists(user_messages, max_size=5))
-def test_users_in_bulk_are_judged_as_one_by_one(messages: list[UserMessage]) -> None:
-    """The same rows are accepted, with the same values; what one leaves out, many have as a default."""
+def test_bulk_users_are_validated_like_single_ones(messages: list[UserMessage]) -> None:
+    """The same rows are accepted with the same values, and unset fields get defaults."""
     batch = user_batch_from_messages(messages, BULK_WRITABLE, [])
     defaults = {**UNSET_TEXTS, "is_active": True, "hashed_password": None}
 
@@ -131,8 +133,8 @@ def test_users_in_bulk_are_judged_as_one_by_one(messages: list[UserMessage]) -> 
 
 @settings(deadline=None)
 @given(messages=st.lists(post_messages, max_size=5))
-def test_posts_in_bulk_are_judged_as_one_by_one(messages: list[PostMessage]) -> None:
-    """The same rows are accepted, with the same values."""
+def test_bulk_posts_are_validated_like_single_ones(messages: list[PostMessage]) -> None:
+    """The same rows are accepted with the same values."""
     batch = post_batch_from_messages(messages, ("author_id", "title", "content"), [])
 
     alone = [post_values(message) for message in messages]
@@ -144,8 +146,8 @@ def test_posts_in_bulk_are_judged_as_one_by_one(messages: list[PostMessage]) -> 
         assert values == {"author_email": None, **(alone[row] or {})}
 
 
-def test_what_the_database_gives_is_not_taken_from_a_message() -> None:
-    """Output-only fields of a request are ignored."""
+def test_output_only_fields_are_ignored() -> None:
+    """The database sets them."""
     user = UserMessage(id=1, email="a@b", version=9, created_at=Timestamp(seconds=1), posts=[PostMessage()])
     post = PostMessage(id=1, author_id=2, title="t", version=9, author=user, created_at=Timestamp(seconds=1))
 
@@ -153,7 +155,7 @@ def test_what_the_database_gives_is_not_taken_from_a_message() -> None:
     assert post_from_message(post) == {"author_id": 2, "title": "t", "content": ""}
 
 
-def test_everything_wrong_with_a_user_is_told_at_once() -> None:
+def test_reports_all_violations_of_a_user() -> None:
     """Each field by its path."""
     message = UserMessage(email="ada", full_name="x" * 256, password="x", hashed_password="x")
 
@@ -167,7 +169,7 @@ def test_everything_wrong_with_a_user_is_told_at_once() -> None:
     ]
 
 
-def test_everything_wrong_with_a_post_is_told_at_once() -> None:
+def test_reports_all_violations_of_a_post() -> None:
     """Each field by its path."""
     with pytest.raises(InvalidField) as caught:
         post_from_message(PostMessage(author_id=0, author_email="a@b", title="", content="\0"))
@@ -203,10 +205,10 @@ USER_CHANGES: list[tuple[UserMessage, list[str], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("message", "paths", "changes"), USER_CHANGES)
-def test_an_update_of_a_user_writes_what_is_set_or_named(
+def test_update_of_user_writes_set_or_named_fields(
     message: UserMessage, paths: list[str], changes: dict[str, Any]
 ) -> None:
-    """`full_name` alone can be made null; `*` leaves the password as it is where none is set."""
+    """Only `full_name` can become null; `*` keeps the password if none is set."""
     assert user_changes_from_message(message, FieldMask(paths=paths)) == changes
 
 
@@ -223,10 +225,8 @@ def test_an_update_of_a_user_writes_what_is_set_or_named(
         (UserMessage(password="x", hashed_password=HASH), [], "user.password"),
     ],
 )
-def test_an_update_of_a_user_needs_something_to_write(
-    message: UserMessage, paths: list[str], field: str
-) -> None:
-    """A field that can't be null is refused where it is named and unset; so are two passwords."""
+def test_update_of_user_needs_a_valid_field(message: UserMessage, paths: list[str], field: str) -> None:
+    """A required field that is named and unset is refused; so are two passwords."""
     with pytest.raises(InvalidField) as caught:
         user_changes_from_message(message, FieldMask(paths=paths))
     assert [violation.field for violation in caught.value.violations] == [field]
@@ -242,12 +242,20 @@ POST_CHANGES: list[tuple[PostMessage, list[str], dict[str, Any]]] = [
 ]
 
 
+def post_changes(message: PostMessage, paths: list[str]) -> Mapping[str, Any]:
+    """Return what an update of a post writes."""
+    message.id = 7
+    return post_update_from_request(
+        UpdatePostRequest(post=message, update_mask=FieldMask(paths=paths))
+    ).changes
+
+
 @pytest.mark.parametrize(("message", "paths", "changes"), POST_CHANGES)
-def test_an_update_of_a_post_writes_what_is_set_or_named(
+def test_update_of_post_writes_set_or_named_fields(
     message: PostMessage, paths: list[str], changes: dict[str, Any]
 ) -> None:
-    """`content` becomes empty where it is named and unset; the author is never written."""
-    assert post_changes_from_message(message, FieldMask(paths=paths)) == changes
+    """Named and unset `content` becomes empty; the author is never written."""
+    assert post_changes(message, paths) == changes
 
 
 @pytest.mark.parametrize(
@@ -258,23 +266,21 @@ def test_an_update_of_a_post_writes_what_is_set_or_named(
         (PostMessage(content="c"), ["*"], "post.title"),
     ],
 )
-def test_an_update_of_a_post_needs_something_to_write(
-    message: PostMessage, paths: list[str], field: str
-) -> None:
-    """A title is refused where it is named and unset."""
+def test_update_of_post_needs_a_valid_field(message: PostMessage, paths: list[str], field: str) -> None:
+    """A title that is named and unset is refused."""
     with pytest.raises(InvalidField) as caught:
-        post_changes_from_message(message, FieldMask(paths=paths))
+        post_changes(message, paths)
     assert [violation.field for violation in caught.value.violations] == [field]
 
 
-def test_the_author_of_a_post_can_t_be_changed() -> None:
+def test_author_of_post_can_not_be_changed() -> None:
     """A mask that names it is refused."""
     with pytest.raises(InvalidMask):
-        post_changes_from_message(PostMessage(author_id=9), FieldMask(paths=["author_id"]))
+        post_changes(PostMessage(author_id=9), ["author_id"])
 
 
-def test_a_user_is_looked_up_by_id_or_by_email() -> None:
-    """By the normalised e-mail; one of the two is required."""
+def test_user_key_is_id_or_email() -> None:
+    """Exactly one is required; the e-mail is normalised."""
     assert key_from_request(GetUserRequest(id=7)) == 7
     assert key_from_request(GetUserRequest(email=" ADA@example.org")) == "ada@example.org"
     for request in (

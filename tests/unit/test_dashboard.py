@@ -1,8 +1,8 @@
-"""Dashboard, alerts and their page: every query asks for what a real server tells."""
+"""Dashboard, alerts and their page: every query uses only metrics that a real server reports."""
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,13 @@ import yaml
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.server import Server
-from service.settings import Settings
 from tests.support.errors import refusal
 from tests.support.scrape import Scrape
+from tests.support.server import FREE_PORT, serve
 
 CHECKOUT = Path(__file__).parents[2]
 PAGE = (CHECKOUT / "docs/operating.md").read_text()
-BY_PROMETHEUS = {"job", "instance"}  # the labels that it adds itself
+BY_PROMETHEUS = {"job", "instance"}  # the labels that Prometheus adds
 RULES = yaml.safe_load((CHECKOUT / "deploy/alerts.yaml").read_text())["groups"][0]["rules"]
 PANELS = [
     panel
@@ -30,15 +29,16 @@ PANELS = [
 ]
 LEGEND = re.compile(r"\{\{\s*(?:\$labels\.)?(\w+)\s*\}\}")
 
-Told = dict[str, set[frozenset[tuple[str, str]]]]
+Samples = dict[str, set[frozenset[tuple[str, str]]]]
 
 
 @pytest.fixture
-async def told(sqlite_url: str) -> AsyncIterator[Told]:
-    """What a server tells after some calls: the names of its samples, with the labels of each."""
-    server = Server(Settings(database_url=sqlite_url, listen="127.0.0.1:0", metrics_listen="127.0.0.1:0"))
-    await server.start()
-    async with grpc.aio.insecure_channel(server.address) as channel:
+async def samples(sqlite_url: str) -> Samples:
+    """The names of the samples that a server reports after some calls, with the labels of each."""
+    async with (
+        serve(sqlite_url, metrics_listen=FREE_PORT) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
         users = UserServiceStub(channel)
         await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org")))
         await refusal(users.GetUser(GetUserRequest(id=99)))
@@ -46,11 +46,11 @@ async def told(sqlite_url: str) -> AsyncIterator[Told]:
         messages = [BulkCreateUsersRequest(users=rows), BulkCreateUsersRequest(users=rows, offset=9)]
         async for _ in users.BulkCreateUsers(iter(messages)):
             pass
-    told: Told = {"up": {frozenset()}}  # which Prometheus adds
-    for name, labels in (await Scrape.of(server.metrics_address)).samples:
-        told.setdefault(name, set()).add(labels)
-    yield told
-    await server.stop(grace=0)
+        scrape = await Scrape.of(server.metrics_address)
+    samples: Samples = {"up": {frozenset()}}  # Prometheus itself adds "up"
+    for name, labels in scrape.samples:
+        samples.setdefault(name, set()).add(labels)
+    return samples
 
 
 def parsed(query: str) -> promql_parser.Expr:
@@ -58,7 +58,7 @@ def parsed(query: str) -> promql_parser.Expr:
 
 
 def selectors(query: str) -> Iterator[promql_parser.VectorSelector]:
-    """The metrics that a query asks for, each with the labels that it wants."""
+    """Return the metrics that a query selects, each with its label matchers."""
     found: list[Any] = []
 
     def visit(expression: Any) -> bool:
@@ -70,7 +70,7 @@ def selectors(query: str) -> Iterator[promql_parser.VectorSelector]:
 
 
 def labels_of(query: str) -> set[str]:
-    """The labels by which a query groups."""
+    """Return the labels by which a query groups."""
     found: set[str] = set()
 
     def visit(expression: Any) -> bool:
@@ -82,11 +82,11 @@ def labels_of(query: str) -> set[str]:
     return found
 
 
-def unknown(query: str, shown: str, told: Told) -> list[str]:
-    """What a query, or the text that is shown with it, names and no server tells."""
+def unknown(query: str, shown: str, samples: Samples) -> list[str]:
+    """Return the names in a query, or in the text shown with it, that no server reports."""
     missing, known = [], set(BY_PROMETHEUS)
     for selector in selectors(query):
-        series = told.get(selector.name or "", set())
+        series = samples.get(selector.name or "", set())
         names = {name for labels in series for name, _ in labels} | BY_PROMETHEUS
         known |= names
         missing += [str(selector.name)] * (not series)
@@ -101,36 +101,36 @@ def unknown(query: str, shown: str, told: Told) -> list[str]:
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
-async def test_a_panel_shows_what_a_server_tells(panel: dict[str, Any], told: Told) -> None:
-    """Metrics, labels and legends are there in a scrape."""
+async def test_panel_uses_only_reported_metrics(panel: dict[str, Any], samples: Samples) -> None:
+    """A scrape has its metrics, labels and legends."""
     assert panel["targets"]
     for target in panel["targets"]:
-        assert unknown(target["expr"], target["legendFormat"], told) == []
+        assert unknown(target["expr"], target["legendFormat"], samples) == []
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
-async def test_an_alert_asks_for_what_a_server_tells(rule: dict[str, Any], told: Told) -> None:
-    """And says so in words that have values."""
-    assert unknown(rule["expr"], rule["annotations"]["summary"], told) == []
+async def test_alert_uses_only_reported_metrics(rule: dict[str, Any], samples: Samples) -> None:
+    """Its summary uses only labels that have values."""
+    assert unknown(rule["expr"], rule["annotations"]["summary"], samples) == []
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
-def test_an_alert_has_a_runbook(rule: dict[str, Any]) -> None:
-    """A section of the page for operators, which its annotation names."""
+def test_alert_has_a_runbook(rule: dict[str, Any]) -> None:
+    """Its annotation names a section of the page for operators."""
     assert f"\n### {rule['alert']}\n" in PAGE
     assert rule["annotations"]["runbook"] == f"docs/operating.md#{rule['alert'].lower()}"
 
 
-async def test_the_page_lists_every_metric(told: Told) -> None:
-    """Those of the service, by the names of their families."""
+async def test_the_page_lists_every_metric(samples: Samples) -> None:
+    """Metrics of the service are compared by the names of their families."""
     listed = set(re.findall(r"^\| `((?:grpc|roster)_\w+)`", PAGE, re.MULTILINE))
-    families = {re.sub("_(bucket|sum|count)$", "", name) for name in told}
+    families = {re.sub("_(bucket|sum|count)$", "", name) for name in samples}
     assert listed == {name for name in families if name.startswith(("grpc_", "roster_"))}
 
 
 @pytest.mark.parametrize(
     "query", ["no_such_total", "up{no_such_label='x'}", "sum by (no_such) (up)", "up{grpc_type='none'}"]
 )
-async def test_a_query_for_what_is_not_there_is_found(query: str, told: Told) -> None:
+async def test_check_finds_unknown_metrics_and_labels(query: str, samples: Samples) -> None:
     """The check itself can fail."""
-    assert unknown(query, "", told) != []
+    assert unknown(query, "", samples) != []

@@ -1,6 +1,6 @@
-"""What deploy/ says is true of the service: settings, ports, probes, times, sums.
+"""deploy/ agrees with the service: settings, ports, probes, times, sums.
 
-No container is built or run: the machine need not have an engine.
+No container is built or run: an engine is not needed.
 """
 
 import re
@@ -34,7 +34,7 @@ PROBES = [name for name in SERVER if name.endswith("Probe")]
 
 
 def settings(monkeypatch: pytest.MonkeyPatch, folder: Path, *environments: Mapping[str, str]) -> Settings:
-    """The settings of a container; a secret that has the database's URL is there."""
+    """Return the settings of a container; a secret has the URL of the database."""
     (folder / "url").write_text("postgresql://roster_service@database/roster")
     for name, value in [pair for environment in environments for pair in environment.items()]:
         monkeypatch.setenv(name, str(folder / "url") if name == "ROSTER_DATABASE_URL_FILE" else value)
@@ -45,8 +45,8 @@ def port(address: str) -> int:
     return int(address.rpartition(":")[2])
 
 
-def named(text: str) -> set[str]:
-    """The settings that a text names."""
+def settings_in(text: str) -> set[str]:
+    """Return the settings that a text names."""
     return set(re.findall(rf"\b{PREFIX}[A-Z_]+\b", text))
 
 
@@ -55,22 +55,20 @@ def files() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("path", sorted(files()), ids=lambda path: str(path.relative_to(DEPLOY)))
-def test_a_file_names_settings_that_there_are(path: Path) -> None:
-    """Each as it is, or as the file that has its value."""
+def test_file_names_existing_settings(path: Path) -> None:
+    """Directly, or as a file with the value."""
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
-    assert named(path.read_text()) <= known | {f"{name}_FILE" for name in known}
+    assert settings_in(path.read_text()) <= known | {f"{name}_FILE" for name in known}
 
 
-def test_the_server_takes_the_settings_of_the_deployment(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """All of them together: it listens for everybody since it has TLS and knows its callers."""
+def test_server_accepts_settings_of_the_deployment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It listens on all addresses, because it has TLS and authenticates callers."""
     chosen = settings(monkeypatch, tmp_path, IMAGE_ENVIRONMENT, ENVIRONMENT)
     assert (chosen.insecure, chosen.listen) == (False, "0.0.0.0:50051")
 
 
-def test_the_migration_takes_the_settings_of_its_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Though it has no certificate."""
+def test_migration_accepts_settings_of_its_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Although it has no certificate."""
     [container] = PODS["Job"]["spec"]["containers"]
     environment = {variable["name"]: variable["value"] for variable in container["env"]}
     assert settings(monkeypatch, tmp_path, IMAGE_ENVIRONMENT, environment).database_url.startswith(
@@ -78,26 +76,26 @@ def test_the_migration_takes_the_settings_of_its_job(monkeypatch: pytest.MonkeyP
     )
 
 
-def test_the_policy_can_be_read() -> None:
-    """Every role in it is one."""
+def test_policy_is_valid() -> None:
+    """Every role in it exists."""
     Policy.read((KUBERNETES / "policy.toml").read_bytes())
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_a_probe_asks_where_health_answers(probe: str) -> None:
-    """On the port without TLS, for a name that is known there."""
+def test_probe_uses_the_health_port(probe: str) -> None:
+    """It needs no TLS, and asks for a service that exists."""
     assert SERVER[probe]["grpc"]["port"] == port(ENVIRONMENT["ROSTER_HEALTH_LISTEN"])
     assert SERVER[probe]["grpc"].get("service", "") in {"", LIVENESS, *SERVICE_NAMES}
 
 
-def test_a_probe_restarts_none_whose_database_is_away() -> None:
-    """Startup and liveness ask whether the process lives, readiness whether the database answers."""
+def test_liveness_does_not_depend_on_the_database() -> None:
+    """Startup and liveness check the process, readiness the database."""
     asked = {probe: SERVER[probe]["grpc"].get("service", "") for probe in PROBES}
     assert asked == {"startupProbe": LIVENESS, "livenessProbe": LIVENESS, "readinessProbe": ""}
 
 
-def test_ports_are_those_where_the_server_listens() -> None:
-    """In the pod, the image, the service, the network's policy and the monitor."""
+def test_ports_are_those_of_the_server() -> None:
+    """In the pod, the image, the service, the network policy and the monitor."""
     listens = {
         "grpc": port(ENVIRONMENT["ROSTER_LISTEN"]),
         "health": port(ENVIRONMENT["ROSTER_HEALTH_LISTEN"]),
@@ -112,8 +110,8 @@ def test_ports_are_those_where_the_server_listens() -> None:
     assert [each["port"] for each in MANIFESTS["ServiceMonitor"]["spec"]["endpoints"]] == ["metrics"]
 
 
-def test_selectors_find_the_servers_and_no_migration() -> None:
-    """Those of the deployment, the service and the budget; the network's policy is for both."""
+def test_selectors_match_servers_only() -> None:
+    """In the deployment, the service and the budget; the network policy also matches migrations."""
     servers = MANIFESTS["Deployment"]["spec"]["selector"]["matchLabels"]
     assert servers == MANIFESTS["Service"]["spec"]["selector"]
     assert servers == MANIFESTS["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"]
@@ -125,13 +123,13 @@ def test_selectors_find_the_servers_and_no_migration() -> None:
     assert monitored <= MANIFESTS["Service"]["metadata"]["labels"].items()
 
 
-def test_alerts_know_the_servers_by_the_name_of_their_service() -> None:
-    """Which is what the operator makes the job."""
+def test_alerts_use_the_name_of_the_service() -> None:
+    """The operator makes it the job."""
     assert f'job="{MANIFESTS["Service"]["metadata"]["name"]}"' in (DEPLOY / "alerts.yaml").read_text()
 
 
-def test_a_pod_has_time_to_stop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """More than the pause and the grace together; compose the same."""
+def test_pod_has_time_to_stop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """More than pause and grace; compose too."""
     chosen = settings(monkeypatch, tmp_path, ENVIRONMENT)
     allowed = PODS["Deployment"]["spec"]["terminationGracePeriodSeconds"]
     assert allowed >= chosen.grace + chosen.drain_pause + 5
@@ -139,15 +137,15 @@ def test_a_pod_has_time_to_stop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert int(composed["stop_grace_period"].removesuffix("s")) > int(composed["environment"]["ROSTER_GRACE"])
 
 
-def test_a_pod_has_time_to_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pod_has_time_to_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As long as it may wait for its database."""
     probe = SERVER["startupProbe"]
     wait = settings(monkeypatch, tmp_path, ENVIRONMENT).database_wait
     assert probe["periodSeconds"] * probe["failureThreshold"] > wait
 
 
-def test_the_database_has_connections_for_all_pods(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Also while one more is started by a rolling restart."""
+def test_database_has_connections_for_all_pods(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also during a rolling restart, which starts one more."""
     chosen = settings(monkeypatch, tmp_path, ENVIRONMENT)
     deployment = MANIFESTS["Deployment"]["spec"]
     pods = deployment["replicas"] + deployment["strategy"]["rollingUpdate"]["maxSurge"]
@@ -155,8 +153,8 @@ def test_the_database_has_connections_for_all_pods(monkeypatch: pytest.MonkeyPat
     assert pods * chosen.workers * pool <= CONNECTIONS
 
 
-def test_the_page_on_scaling_adds_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its sums are those of the defaults, and of the deployment."""
+def test_sums_of_the_page_on_scaling_are_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the defaults, and with the deployment."""
     page = (CHECKOUT / "docs/scaling.md").read_text()
     names = ("pool_size", "max_overflow", "bulk_connections")
     defaults = [Settings.model_fields[name].default for name in names]
@@ -168,19 +166,20 @@ def test_the_page_on_scaling_adds_up(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     ]
     chosen = settings(monkeypatch, tmp_path, ENVIRONMENT)
     terms = [str(getattr(chosen, name)) for name in names]
-    assert f"take {' + '.join(terms)} for three pods, at most {4 * sum(map(int, terms))}" in " ".join(
-        page.split()
+    assert (
+        f"set {' + '.join(terms)} for each of three pods, so at most {4 * sum(map(int, terms))}"
+        in " ".join(page.split())
     )
 
 
-def test_a_disruption_leaves_servers() -> None:
-    """Nodes are emptied one pod at a time."""
+def test_disruption_budget_keeps_servers() -> None:
+    """Nodes are drained one pod at a time."""
     budget = MANIFESTS["PodDisruptionBudget"]["spec"]["maxUnavailable"]
     assert 0 < budget < MANIFESTS["Deployment"]["spec"]["replicas"]
 
 
-def test_nothing_runs_as_root_or_writes_to_its_root() -> None:
-    """By a number, which Kubernetes can look at, and the same in the image."""
+def test_containers_are_not_root_and_read_only() -> None:
+    """The user is a number, which Kubernetes can check, as in the image."""
     *_, (user, group) = re.findall(r"^USER (\d+):(\d+)$", DOCKERFILE, re.MULTILINE)
     assert int(user) > 0
     for pod in PODS.values():
@@ -199,8 +198,8 @@ def test_nothing_runs_as_root_or_writes_to_its_root() -> None:
     assert [COMPOSE["services"][name]["read_only"] for name in ("migrate", "roster")] == [True, True]
 
 
-def test_the_image_is_made_of_what_there_is() -> None:
-    """Each path that is let into the context exists, and what is copied is among them."""
+def test_image_copies_existing_files() -> None:
+    """Each path in the build context exists, and includes all copied files."""
     ignore = (DEPLOY / "Dockerfile.dockerignore").read_text()
     allowed = set(re.findall(r"^!(.*)$", ignore, re.MULTILINE))
     assert [path for path in allowed if not (CHECKOUT / path).exists()] == []
@@ -212,8 +211,8 @@ def test_the_image_is_made_of_what_there_is() -> None:
     assert {Path(path).parts[0] for path in [*packed["packages"], *packed["force-include"]]} <= allowed
 
 
-def test_the_lock_has_every_dependency() -> None:
-    """The image installs what is locked and looks for nothing more."""
+def test_lock_has_every_dependency() -> None:
+    """The image installs only locked packages."""
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
     needed = [*project["dependencies"], *project["optional-dependencies"]["tracing"]]
     pins = re.compile(r"^([\w.-]+)==(\S+)", re.MULTILINE)
@@ -223,11 +222,11 @@ def test_the_lock_has_every_dependency() -> None:
 
 
 def test_both_stages_have_the_same_python() -> None:
-    """The virtual environment of the one runs in the other."""
+    """The second stage runs the virtual environment of the first."""
     assert len(set(re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE))) == 1
 
 
-def test_compose_mounts_what_there_is() -> None:
-    """Docker would make a folder of a path that is missing."""
+def test_compose_mounts_existing_paths() -> None:
+    """Docker would create a folder at a missing path."""
     mounts = [mount.split(":")[0] for mount in COMPOSE["services"]["database"]["volumes"]]
     assert [path for path in mounts if path.startswith(".") and not (DEPLOY / path).is_file()] == []

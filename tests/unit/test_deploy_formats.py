@@ -1,4 +1,4 @@
-"""deploy/ passes the linters and fits the schemas of its kinds."""
+"""deploy/ passes linters, and matches the schemas of its formats."""
 
 import re
 import shutil
@@ -22,41 +22,41 @@ OPERATORS = {"ServiceMonitor"}  # of which Kubernetes itself has no schema
 
 
 def lint(tool: str, *arguments: str | Path) -> str:
-    """What a tool of the virtual environment has to say, "" where it finds nothing wrong."""
+    """Return the findings of a tool of the virtual environment, "" if there are none."""
     command = [Path(sys.executable).with_name(tool), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout + done.stderr if done.returncode else ""
 
 
-def test_the_dockerfile_passes_hadolint() -> None:
-    """With all of its rules, those of its shell commands among them."""
+def test_dockerfile_passes_hadolint() -> None:
+    """With all rules, including those for shell commands."""
     assert lint("hadolint", DEPLOY / "Dockerfile") == ""
 
 
-def test_hadolint_finds_what_is_wrong(tmp_path: Path) -> None:
+def test_hadolint_finds_errors(tmp_path: Path) -> None:
     """The check itself can fail."""
     broken = tmp_path / "Dockerfile"
     broken.write_text(re.sub(r"(FROM python):\S+", r"\1", DOCKERFILE))
     assert "DL3006" in lint("hadolint", broken)
 
 
-def test_the_yaml_passes_yamllint() -> None:
+def test_yaml_passes_yamllint() -> None:
     """Duplicate keys, ambiguous values, indentation."""
     assert lint("yamllint", "--strict", "--config-data", YAML_RULES, DEPLOY) == ""
 
 
-def test_the_compose_file_fits_its_schema() -> None:
-    """That of the Compose specification."""
+def test_compose_file_matches_its_schema() -> None:
+    """The schema of the Compose specification."""
     assert lint("check-jsonschema", "--builtin-schema", "vendor.compose-spec", DEPLOY / "compose.yaml") == ""
 
 
 @pytest.mark.parametrize("kind", sorted(MANIFESTS.keys() - OPERATORS))
-def test_a_manifest_fits_the_schema_of_kubernetes(kind: str) -> None:
-    """Strictly: a field that nobody knows is an error."""
+def test_manifest_matches_the_schema_of_kubernetes(kind: str) -> None:
+    """Unknown fields are errors."""
     kubernetes_validate.validate(MANIFESTS[kind], KUBERNETES_VERSION, strict=True)
 
 
-def test_a_misspelt_field_does_not_fit() -> None:
+def test_misspelt_field_does_not_match() -> None:
     """The check itself can fail."""
     broken = MANIFESTS["PodDisruptionBudget"] | {"spec": {"maxUnavailible": 1}}
     with pytest.raises(kubernetes_validate.ValidationError, match="maxUnavailible"):
@@ -64,12 +64,12 @@ def test_a_misspelt_field_does_not_fit() -> None:
 
 
 def test_every_manifest_is_applied() -> None:
-    """No file of the folder is forgotten in the kustomization."""
+    """The kustomization lists every file of the folder."""
     listed = yaml.safe_load((KUBERNETES / "kustomization.yaml").read_text())["resources"]
     assert sorted(path.name for path in KUBERNETES.glob("*.yaml")) == sorted([*listed, "kustomization.yaml"])
 
 
-def test_kustomize_makes_one_of_them() -> None:
+def test_kustomize_builds_all_manifests() -> None:
     """In one namespace, with the image that is named once."""
     kubectl = shutil.which("kubectl")
     if not kubectl:

@@ -1,4 +1,4 @@
-"""Text of callers in the log and on terminals: it stays on its line, and can be read back."""
+"""Texts of callers in the log and on terminals: each stays on its line, and can be read back."""
 
 import io
 import json
@@ -22,8 +22,8 @@ TEXT = st.text(
 FORGED = "ada\n2026-01-01 00:00:00,000 INFO    roster.audit: forged"
 
 
-def logged(formatter: logging.Formatter, message: str, *arguments: object, **fields: Any) -> str:
-    """Return the line, or lines, of a record."""
+def format_record(formatter: logging.Formatter, message: str, *arguments: object, **fields: Any) -> str:
+    """Return the lines of a record."""
     record = logging.LogRecord(
         "service.test", logging.INFO, "", 0, message, arguments, sys.exc_info() if sys.exception() else None
     )
@@ -41,18 +41,18 @@ def read(line: str) -> tuple[str, dict[str, Any]]:
 
 
 @given(message=TEXT, first=TEXT, second=TEXT)
-def test_a_line_of_text_is_read_back_as_it_was_written(message: str, first: str, second: str) -> None:
-    """One printable line, whatever is in the message and in the fields."""
-    line = logged(text(), "%s", message, first=first, second=second, counts={first: 1})
+def test_text_line_can_be_read_back(message: str, first: str, second: str) -> None:
+    """It is one printable line, whatever the message and the fields have."""
+    line = format_record(text(), "%s", message, first=first, second=second, counts={first: 1})
 
     assert line.isprintable()
     assert read(line) == (message, {"first": first, "second": second, "counts": {first: 1}})
 
 
 @given(message=TEXT, field=TEXT)
-def test_a_line_of_json_is_read_back_as_it_was_written(message: str, field: str) -> None:
-    """One printable line as well: people look at JSON on terminals too."""
-    line = logged(logs.Json(), "%s", message, field=field)
+def test_json_line_can_be_read_back(message: str, field: str) -> None:
+    """It is one printable line too, because people read JSON on terminals."""
+    line = format_record(logs.Json(), "%s", message, field=field)
 
     assert line.isprintable()
     found = json.loads(line)
@@ -60,16 +60,16 @@ def test_a_line_of_json_is_read_back_as_it_was_written(message: str, field: str)
 
 
 @given(TEXT)
-def test_escaped_text_is_printable_and_a_json_document_stays_the_same(document: str) -> None:
-    """Printable characters stay as they are."""
+def test_escaped_text_is_printable_and_keeps_json(document: str) -> None:
+    """Printable characters are unchanged, and so is the value of a JSON document."""
     assert escape(document).isprintable()
     assert json.loads(escape(json.dumps(document, ensure_ascii=False))) == document
     assert escape("Ada Löveläce, 日本 \\n 🙂") == "Ada Löveläce, 日本 \\n 🙂"
 
 
 @given(first=TEXT, second=TEXT)
-def test_only_the_first_line_of_an_exception_looks_like_an_event(first: str, second: str) -> None:
-    """The others are indented; an exception's own line breaks are escaped."""
+def test_only_first_line_of_exception_looks_like_event(first: str, second: str) -> None:
+    """The others are indented; line breaks in the exception's text are escaped."""
     try:
         try:
             raise ValueError(first)  # noqa: TRY301
@@ -77,43 +77,43 @@ def test_only_the_first_line_of_an_exception_looks_like_an_event(first: str, sec
             error.add_note(f"{FORGED}\n{second}")
             raise ExceptionGroup(second, [error, KeyError(first)]) from error
     except ExceptionGroup:
-        head, *lines = logged(text(), "failed").split("\n")
+        head, *lines = format_record(text(), "failed").split("\n")
 
     assert head == "INFO service.test: failed"
     assert all(line.startswith("  ") and line.isprintable() for line in lines)
 
 
-def test_an_exception_is_on_one_line_of_its_traceback() -> None:
-    """A text with line breaks adds no line."""
+def test_exception_text_is_one_line_of_its_traceback() -> None:
+    """Its line breaks add no lines."""
     try:
         raise ValueError('first\n  File "forged.py", line 1\nlast')  # noqa: TRY301
     except ValueError:
-        lines = logged(text(), "failed").splitlines()
+        lines = format_record(text(), "failed").splitlines()
 
     assert lines[-1] == '  ValueError: first\\u000a  File "forged.py", line 1\\u000alast'
     assert lines[1] == "  Traceback (most recent call last):"
 
 
 @pytest.mark.parametrize("formatter", [text(), logs.Json()])
-def test_a_line_of_the_log_has_a_bounded_length(formatter: logging.Formatter) -> None:
-    """Long texts are cut, and say so."""
-    line = logged(formatter, "m" * 1_000_000, field="f" * 1_000_000)
+def test_length_of_log_lines_is_limited(formatter: logging.Formatter) -> None:
+    """Truncated texts are marked."""
+    line = format_record(formatter, "m" * 1_000_000, field="f" * 1_000_000)
 
     assert len(line) < 3 * MAX_CHARACTERS
     assert line.count("(983,616 more characters)") == 2
 
 
 @pytest.mark.parametrize("formatter", [text(), logs.Json()])
-def test_a_value_that_json_can_t_hold_costs_no_line(formatter: logging.Formatter) -> None:
-    """Lone surrogates and large integers are written too."""
-    line = logged(formatter, "message", field="\udcff", number=1 << 70, counts={1: 2})
+def test_values_outside_json_are_logged(formatter: logging.Formatter) -> None:
+    """Lone surrogates and large integers."""
+    line = format_record(formatter, "message", field="\udcff", number=1 << 70, counts={1: 2})
 
     assert "\\udcff" in line
     assert str(1 << 70) in line
 
 
-def written(name: str, message: str, *arguments: object) -> str:
-    """Return what is written for a record of a library's logger, the one of a failure now handled."""
+def write_failure(name: str, message: str, *arguments: object) -> str:
+    """Return the line of a record of a library that logs the current exception."""
     record = logging.LogRecord(name, logging.ERROR, "", 0, message, arguments, sys.exc_info())
     assert drop_values(record)
     return text().format(record)
@@ -126,14 +126,12 @@ def written(name: str, message: str, *arguments: object) -> str:
         ("asyncio", "Exception in callback f(b'secret')\nhandle: <Handle f(b'secret')>", "callback f"),
     ],
 )
-def test_libraries_that_log_what_they_received_keep_only_the_kind_of_event(
-    logger: str, message: str, kept: str
-) -> None:
-    """The place in the code stays, values and the texts of exceptions go."""
+def test_lines_of_libraries_have_no_values(logger: str, message: str, kept: str) -> None:
+    """The place in the code stays; values and exception texts are removed."""
     try:
         b"\xffsecret".decode()
     except UnicodeDecodeError:
-        line = written(logger, message, *[b"secret"] * message.count("%"))
+        line = write_failure(logger, message, *[b"secret"] * message.count("%"))
 
     assert kept in line.splitlines()[0]
     assert "test_escape.py" in line
@@ -141,8 +139,8 @@ def test_libraries_that_log_what_they_received_keep_only_the_kind_of_event(
     assert "secret" not in line.replace('"secret".decode', "").replace("\\xffsecret", "")
 
 
-def test_a_line_that_can_t_be_written_shows_no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The standard library's handler prints them."""
+def test_unwritable_line_shows_no_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The standard library's handler would print them."""
     stream = io.StringIO()
     handler = logs.BufferedStreamHandler()
     handler.setStream(stream)
@@ -152,10 +150,10 @@ def test_a_line_that_can_t_be_written_shows_no_arguments(monkeypatch: pytest.Mon
     assert stream.getvalue() == "a line of the logger service.test could not be written\n"
 
 
-def test_ids_of_a_call_are_escaped_like_fields() -> None:
+def test_ids_of_a_call_are_escaped() -> None:
     """Wherever they come from."""
     token = CALL_IDS.set({"request_id": FORGED})
     try:
-        assert read(logged(text(), "call"))[1] == {"request_id": FORGED}
+        assert read(format_record(text(), "call"))[1] == {"request_id": FORGED}
     finally:
         CALL_IDS.reset(token)

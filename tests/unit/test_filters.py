@@ -14,7 +14,7 @@ from service.db.filters import Columns, Order, parse_order
 from service.errors import InvalidFilter, InvalidOrder
 from service.posts.repository import PostRepository
 from service.users.repository import UserRepository
-from tests.support.filter_model import Node, user_filters, written
+from tests.support.filter_model import Node, user_filters, write_filter
 
 COLUMNS, POST_COLUMNS = UserRepository.filterable, PostRepository.filterable
 POSTGRESQL = make_url("postgresql+asyncpg://").get_dialect()()
@@ -24,7 +24,7 @@ DOCUMENTATION = Path(__file__).parents[2] / "docs/filtering.md"
 
 
 def condition(text: str, columns: Columns, normalise: Any = MappingProxyType({})) -> Any:
-    """Run the coroutine here: it waits for nothing but its turn."""
+    """Run the coroutine, which only waits for its turn."""
     running = filters.condition(text, columns, normalise)
     while True:
         try:
@@ -94,17 +94,17 @@ GOOD = [
 
 
 @pytest.mark.parametrize(("text", "postgresql", "embedded", "parameters"), GOOD)
-def test_a_filter_becomes_an_expression_with_bound_parameters(
+def test_filter_becomes_sql_with_bound_parameters(
     text: str, postgresql: str, embedded: str, parameters: list[Any]
 ) -> None:
-    """Every value travels beside the SQL, and each database gets its own spelling."""
+    """In the dialect of each database."""
     assert compiled(text, POSTGRESQL) == (postgresql, parameters)
     assert compiled(text, SQLITE) == (embedded, parameters)
 
 
 @pytest.mark.parametrize("text", ["", "  \n\t"])
-def test_a_blank_filter_is_no_condition(text: str) -> None:
-    """Nothing asked for is nothing to filter by."""
+def test_blank_filter_is_no_condition(text: str) -> None:
+    """All rows match."""
     assert condition(text, COLUMNS) is None
 
 
@@ -138,7 +138,7 @@ BAD = [
     ("is_active < true", 11, "is_active is a boolean and takes = !="),
     ('created_at : "2024"', 12, "created_at is a time and takes = != < <= > >="),
     ("email = null", 9, "email is never null"),
-    ("full_name : null", 11, "null goes with = and != only"),
+    ("full_name : null", 11, "null can be compared with = and != only"),
     # times
     ('created_at < "2024-01-01"', 14, "RFC 3339"),
     ('created_at < "2024-01-01T00:00:00"', 14, "Z or an offset"),
@@ -168,8 +168,8 @@ BAD = [
 
 
 @pytest.mark.parametrize(("text", "position", "fragment"), BAD)
-def test_a_bad_filter_is_pointed_at(text: str, position: int, fragment: str) -> None:
-    """The error names the character, counted from 1, and what would be right there."""
+def test_error_points_into_the_filter(text: str, position: int, fragment: str) -> None:
+    """It has the position of the character, from 1, and what would be valid there."""
     error = rejected(text)
     assert error.message.startswith(f"at character {position}: ")
     assert fragment in error.message
@@ -188,16 +188,16 @@ def test_a_bad_filter_is_pointed_at(text: str, position: int, fragment: str) -> 
         "email hunter2 'a'",
     ],
 )
-def test_an_error_echoes_no_value(text: str) -> None:
-    """What a caller looks for may be personal, and errors end up in logs."""
+def test_error_repeats_no_value(text: str) -> None:
+    """Values may be personal, and errors end up in logs."""
     assert "hunter2" not in rejected(text).message
 
 
 @pytest.mark.parametrize(
     "text", ["(" * 20 + "id = 1" + ")" * 20, "NOT " * 20 + "id = 1", "NOT (" * 10 + "id = 1" + ")" * 10]
 )
-def test_a_filter_may_be_nested_20_deep(text: str) -> None:
-    """Parentheses and NOT count alike, and an even number of NOTs is none."""
+def test_filter_may_be_nested_20_deep(text: str) -> None:
+    """Parentheses and NOT both count; an even number of NOTs cancels out."""
     assert compiled(text, SQLITE) == ("id = ?", [1])
 
 
@@ -210,19 +210,19 @@ def test_a_filter_may_be_nested_20_deep(text: str) -> None:
     ],
 )
 def test_deeper_nesting_is_rejected(text: str, position: int) -> None:
-    """The parser stops at the first level too many, whatever follows."""
+    """The parser stops at the first level too many."""
     error = rejected(text)
     assert error.message == f"at character {position}: parentheses and NOT are nested more than 20 deep"
 
 
 def test_closed_parentheses_do_not_count() -> None:
-    """The bound is on depth, not on how many there are."""
+    """The limit is on depth, not on number."""
     sql, parameters = compiled(" AND ".join(["NOT (NOT (id = 1))"] * 50), SQLITE)
     assert (sql.count("id = ?"), parameters) == (50, [1] * 50)
 
 
-def test_a_filter_has_at_most_2000_characters() -> None:
-    """The longest one is accepted, one character more is not."""
+def test_filter_has_at_most_2000_characters() -> None:
+    """One character more is refused."""
     longest = 'email = "' + "x" * 1990 + '"'
     assert compiled(longest, SQLITE) == ("email = ?", ["x" * 1990])
     error = rejected(longest + " ")
@@ -231,14 +231,14 @@ def test_a_filter_has_at_most_2000_characters() -> None:
 
 @pytest.mark.parametrize("word", ["AND", "OR"])
 def test_many_terms_are_one_flat_expression(word: str) -> None:
-    """A long filter isn't a deep one: neither Python nor a database recurses into its terms."""
+    """Neither Python nor a database recurses into the terms of a long filter."""
     terms = 200
     sql, parameters = compiled(f" {word} ".join(["id=1"] * terms), SQLITE)
     assert (sql, parameters) == (f" {word} ".join(["id = ?"] * terms), [1] * terms)
 
 
-def test_texts_of_a_field_are_normalised_before_they_are_compared() -> None:
-    """An e-mail is found however it was typed; other fields are left as they are."""
+def test_values_of_a_field_are_normalised() -> None:
+    """E-mails match in any spelling; other fields are compared unchanged."""
     expression = condition('email : "É@B" AND full_name = "É"', COLUMNS, {"email": str.lower})
     assert expression is not None
     statement = expression.compile(dialect=SQLITE)
@@ -250,8 +250,8 @@ OPERATORS = {"=", "!=", "<", "<=", ">", ">=", ":"}
 
 
 @pytest.mark.parametrize(("column", "columns"), [(0, COLUMNS), (1, POST_COLUMNS)], ids=["users", "posts"])
-def test_the_documented_table_is_what_a_filter_takes(column: int, columns: Columns) -> None:
-    """Every field stands in it, with the operators that it takes, no others, and examples of its values."""
+def test_documented_table_matches_the_filters(column: int, columns: Columns) -> None:
+    """It has every field with exactly its operators, and examples of its values."""
     rows = [[set(re.findall(r"`([^`]+)`", cell)) for cell in row.strip("| ").split("|")] for row in TABLE]
     documented = {field: (row[3], row[4]) for row in rows for field in row[column]}
     assert set(documented) == set(columns)
@@ -270,8 +270,8 @@ _pieces = st.sampled_from([*_words.split(" "), '"2024-01-01T00:00:00Z"', "\n"])
 
 @settings(deadline=None)
 @given(st.lists(_pieces, max_size=30).map(" ".join) | st.lists(_pieces, max_size=30).map("".join))
-def test_whatever_is_typed_is_a_filter_or_an_error_that_points_into_it(text: str) -> None:
-    """No other exception gets out, and no position lies outside."""
+def test_any_text_is_a_filter_or_an_invalid_filter(text: str) -> None:
+    """No other exception is raised, and the position is inside the text."""
     try:
         condition(text, COLUMNS)
     except InvalidFilter as error:
@@ -280,9 +280,9 @@ def test_whatever_is_typed_is_a_filter_or_an_error_that_points_into_it(text: str
 
 @settings(deadline=None)
 @given(node=user_filters, dialect=st.sampled_from([POSTGRESQL, SQLITE]))
-def test_nothing_of_a_filter_gets_into_the_sql(node: Node, dialect: Dialect) -> None:
-    """It has words, brackets and operators; no quote, and no digit but those of a placeholder."""
-    sql, _ = compiled(written(node), dialect)
+def test_no_value_gets_into_the_sql(node: Node, dialect: Dialect) -> None:
+    """It has no quote, and no digit but those of placeholders."""
+    sql, _ = compiled(write_filter(node), dialect)
     assert re.fullmatch(r"(?:[a-z_]+|[A-Z]+|\$\d+|[?:(),.=<>! ])*", sql)
 
 
@@ -297,8 +297,8 @@ def test_nothing_of_a_filter_gets_into_the_sql(node: Node, dialect: Dialect) -> 
         ("id desc", Order("id", descending=True)),
     ],
 )
-def test_an_order_is_a_field_and_a_direction(text: str, order: Order) -> None:
-    """Ascending unless it says otherwise; by id where nothing is asked for."""
+def test_order_is_a_field_and_a_direction(text: str, order: Order) -> None:
+    """The defaults are the id, ascending."""
     assert parse_order(text, FIELDS) == order
 
 
@@ -317,11 +317,11 @@ def test_an_order_is_a_field_and_a_direction(text: str, order: Order) -> None:
     ],
 )
 def test_any_other_order_is_rejected(text: str, position: int) -> None:
-    """The error points at the first word that is wrong, names the fields and says what id does."""
+    """The error points at the first wrong word, and lists the fields."""
     with pytest.raises(InvalidOrder) as caught:
         parse_order(text, FIELDS)
     assert caught.value.message == (
         f"at character {position}: expected one field (id, email, created_at), then asc, desc or nothing; "
-        "id is the tie-breaker by itself"
+        "ties are always broken by id"
     )
     assert (caught.value.field, caught.value.facts) == ("order_by", {"position": position})

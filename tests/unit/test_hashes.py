@@ -1,4 +1,4 @@
-"""Hashes from elsewhere: which are taken, and that each lets in its own password only."""
+"""Imported hashes: which are accepted, and that each verifies only its own password."""
 
 from base64 import b64encode
 from hashlib import pbkdf2_hmac, scrypt
@@ -20,7 +20,7 @@ def encoded(raw: bytes) -> str:
 
 
 def argon2(kind: Type) -> str:
-    """As weak as argon2 allows."""
+    """Return the cheapest argon2 hash of a password."""
     return PasswordHasher(time_cost=1, memory_cost=8, parallelism=1, type=kind).hash(PASSWORD, salt=SALT)
 
 
@@ -45,15 +45,15 @@ IMPORTED = {
 
 
 @pytest.mark.parametrize("stored", IMPORTED.values(), ids=IMPORTED)
-def test_a_hash_from_elsewhere_lets_its_password_in(stored: str) -> None:
-    """And no other."""
+def test_imported_hash_verifies_its_password_only(stored: str) -> None:
+    """No other password is valid."""
     assert password_hash_error(stored) is None
     assert matches(stored, PASSWORD) is True
     assert matches(stored, PASSWORD + " ") is False
 
 
-def test_the_hash_of_another_program_is_understood() -> None:
-    """The example in passlib's documentation of pbkdf2_sha256, and one of jBCrypt's tests."""
+def test_verifies_hashes_of_other_programs() -> None:
+    """An example of passlib's pbkdf2_sha256, and one of jBCrypt's tests."""
     passlib = "$pbkdf2-sha256$6400$.6UI/S.nXIk8jcbdHx3Fhg$98jZicV16ODfEsEZeYPGHU3kbrUrvUEXOPimVSQDD44"
     jbcrypt = "$2a$06$m0CrhHm10qJ3lXRY.5zDGO3rS2KdeeWLuGmsfGlMfOxih58VYVfxe"
 
@@ -61,8 +61,8 @@ def test_the_hash_of_another_program_is_understood() -> None:
     assert matches(jbcrypt, "a") is True
 
 
-def test_of_a_long_password_bcrypt_knows_the_beginning() -> None:
-    """72 bytes of it, as wherever the hash was made."""
+def test_bcrypt_uses_the_first_72_bytes() -> None:
+    """As in the program that made the hash."""
     stored = bcrypt.hashpw(LONG[:72].encode(), bcrypt.gensalt(4)).decode()
 
     assert matches(stored, LONG) is True
@@ -90,8 +90,8 @@ def test_of_a_long_password_bcrypt_knows_the_beginning() -> None:
         ("pbkdf2-sha512", "$1000$", "$1000001$"),
     ],
 )
-def test_a_hash_that_is_too_dear_is_refused(form: str, cost: str, too_much: str) -> None:
-    """A check must not hold a thread for long; the sentence says what is allowed and what to do."""
+def test_refuses_hash_with_excessive_cost(form: str, cost: str, too_much: str) -> None:
+    """A check must not occupy a thread for long; the error has the limit and the remedy."""
     wrong = password_hash_error(IMPORTED[form].replace(cost, too_much))
 
     assert wrong
@@ -117,14 +117,14 @@ def test_a_hash_that_is_too_dear_is_refused(form: str, cost: str, too_much: str)
         ("pbkdf2-sha512", "$1000$", "$210000$"),  # Keycloak, OWASP
     ],
 )
-def test_accepts_hashes_at_the_costs_that_others_use(form: str, cost: str, used_elsewhere: str) -> None:
-    """Exports of other systems load as they are."""
+def test_accepts_costs_of_other_systems(form: str, cost: str, used_elsewhere: str) -> None:
+    """Their exports load unchanged."""
     assert cost in IMPORTED[form]
     assert password_hash_error(IMPORTED[form].replace(cost, used_elsewhere)) is None
 
 
-def test_a_long_derived_key_costs_no_more_than_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PBKDF2 takes all rounds for each block of the key; older releases of Keycloak keep 64 bytes."""
+def test_long_derived_key_costs_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PBKDF2 runs all rounds for each block of the key; older releases of Keycloak store 64 bytes."""
     lengths = []
 
     def derive(digest: str, password: bytes, salt: bytes, rounds: int, length: int) -> bytes:
@@ -155,8 +155,8 @@ def test_a_long_derived_key_costs_no_more_than_one_block(monkeypatch: pytest.Mon
         IMPORTED["pbkdf2"].replace("pbkdf2", "pbkdf2-md5"),
     ],
 )
-def test_what_is_no_hash_is_refused(stored: str) -> None:
-    """Nor does it let anybody in, should it be stored all the same."""
+def test_refuses_invalid_hashes(stored: str) -> None:
+    """If one is stored all the same, no password is valid."""
     wrong = password_hash_error(stored)
 
     assert wrong
@@ -164,6 +164,6 @@ def test_what_is_no_hash_is_refused(stored: str) -> None:
     assert matches(stored, stored) is False
 
 
-def test_a_salt_that_can_t_be_decoded_lets_nobody_in() -> None:
-    """Its form alone can't tell."""
+def test_hash_with_invalid_salt_verifies_no_password() -> None:
+    """Its format alone does not show it."""
     assert matches("$pbkdf2-sha256$1$AAAAA$AAAAAAAAAAAAAAAAA", PASSWORD) is False

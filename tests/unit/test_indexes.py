@@ -10,20 +10,20 @@ from service.users.repository import UserRepository
 
 
 def indexes(table: Table) -> list[list[str]]:
-    """The columns of each index of a table, and of each key, which has one of its own."""
+    """Return the columns of each index and key of a table."""
     kinds = (PrimaryKeyConstraint, UniqueConstraint)
     keys = [constraint for constraint in table.constraints if isinstance(constraint, kinds)]
     return [[column.name for column in each.columns] for each in (*table.indexes, *keys)]
 
 
 def has_index(columns: list[Any]) -> bool:
-    """Tell whether some index begins with these columns."""
+    """Return whether an index begins with these columns."""
     names = [column.name for column in columns]
     return any(index[: len(names)] == names for index in indexes(columns[0].table))
 
 
 def test_every_order_and_every_reference_has_an_index() -> None:
-    """No page sorts a whole table, and no delete scans one for the rows that go with it."""
+    """No page sorts a whole table, and no delete scans one for dependent rows."""
     orders = [
         [attribute.property.columns[0] for attribute in order]
         for order in (*UserRepository.sortable.values(), *PostRepository.sortable.values())

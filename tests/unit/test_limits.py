@@ -1,4 +1,4 @@
-"""The token buckets, by a clock of the test's own."""
+"""The limits of calls, with a clock that the tests set."""
 
 import asyncio
 
@@ -21,7 +21,7 @@ class Clock:
 
 
 def rpc(path: str) -> Rpc:
-    """A unary RPC."""
+    """Return a unary RPC."""
     return Rpc(path, GetUserRequest, is_upload=False, is_download=False)
 
 
@@ -29,8 +29,8 @@ async def answered(*_: object) -> str:
     return ""
 
 
-async def admitted(guard: Limits, caller: str, method: str = METHOD) -> str:
-    """Make a call; return "" or the reason for which it was refused."""
+async def reason_of_refusal(guard: Limits, caller: str, method: str = METHOD) -> str:
+    """Make a call, and return the reason for which it was refused, or ""."""
     set_caller(Caller(caller))
     try:
         return str(await guard.intercept(rpc(method), answered)(None, None))  # type: ignore[arg-type]
@@ -38,37 +38,37 @@ async def admitted(guard: Limits, caller: str, method: str = METHOD) -> str:
         return error.reason
 
 
-async def test_a_second_s_worth_may_come_at_once() -> None:
-    """Then as many as the rate lets in; each caller and each method has a bucket of its own."""
+async def test_burst_has_the_calls_of_one_second() -> None:
+    """After that the rate applies; each caller and each method has its own bucket."""
     clock = Clock()
     guard = Limits(Settings(caller_rate=4), clock)
 
-    assert [await admitted(guard, "ada") for _ in range(5)] == ["", "", "", "", "RATE_LIMITED"]
-    assert await admitted(guard, "alan") == ""
-    assert await admitted(guard, "ada", "/roster.v1.UserService/ListUsers") == ""
+    assert [await reason_of_refusal(guard, "ada") for _ in range(5)] == ["", "", "", "", "RATE_LIMITED"]
+    assert await reason_of_refusal(guard, "alan") == ""
+    assert await reason_of_refusal(guard, "ada", "/roster.v1.UserService/ListUsers") == ""
     clock.now += 0.25
-    assert [await admitted(guard, "ada") for _ in range(2)] == ["", "RATE_LIMITED"]
+    assert [await reason_of_refusal(guard, "ada") for _ in range(2)] == ["", "RATE_LIMITED"]
     clock.now += 1000
-    assert [await admitted(guard, "ada") for _ in range(5)] == ["", "", "", "", "RATE_LIMITED"]
+    assert [await reason_of_refusal(guard, "ada") for _ in range(5)] == ["", "", "", "", "RATE_LIMITED"]
 
 
-async def test_callers_who_stay_away_are_forgotten() -> None:
-    """Memory is bounded by those of the last second, not by all there ever were; an empty bucket is kept."""
+async def test_idle_callers_are_evicted() -> None:
+    """Memory is bounded by the callers of the last second; an empty bucket is kept."""
     clock = Clock()
     guard = Limits(Settings(caller_rate=1), clock)
     for number in range(limits.MAX_IDLE_USES - 1):
-        await admitted(guard, f"caller {number}")
+        await reason_of_refusal(guard, f"caller {number}")
     clock.now += 1
-    await admitted(guard, "ada")
+    await reason_of_refusal(guard, "ada")
 
-    assert await admitted(guard, "alan") == ""
-    assert await admitted(guard, "ada") == "RATE_LIMITED"
+    assert await reason_of_refusal(guard, "alan") == ""
+    assert await reason_of_refusal(guard, "ada") == "RATE_LIMITED"
     assert len(guard._uses) == 2
     assert sum(use.in_flight for use in guard._uses.values()) == 0
 
 
-async def test_a_caller_can_not_take_all_calls_with_several_methods() -> None:
-    """Half of what the others leave is its share of the calls in flight; the others still get in."""
+async def test_caller_cannot_use_all_calls_with_several_methods() -> None:
+    """A caller's share is half of the calls in flight that the others leave, so others get in."""
     guard, may_end = Limits(Settings(max_calls=8)), asyncio.Event()
 
     async def held(*_: object) -> None:
@@ -80,12 +80,12 @@ async def test_a_caller_can_not_take_all_calls_with_several_methods() -> None:
 
     calls = [asyncio.create_task(hold("greedy", f"/method/{number}")) for number in range(4)]
     await asyncio.sleep(0)
-    assert await admitted(guard, "greedy", "/method/4") == "QUOTA_EXCEEDED"
-    assert await admitted(guard, "ada") == ""
+    assert await reason_of_refusal(guard, "greedy", "/method/4") == "QUOTA_EXCEEDED"
+    assert await reason_of_refusal(guard, "ada") == ""
 
     calls += [asyncio.create_task(hold(caller, METHOD)) for caller in ("ada", "ada", "alan", "grace")]
     await asyncio.sleep(0)
-    assert await admitted(guard, "edsger") == "OVERLOADED"
+    assert await reason_of_refusal(guard, "edsger") == "OVERLOADED"
     may_end.set()
     await asyncio.gather(*calls)
-    assert await admitted(guard, "greedy", "/method/4") == ""
+    assert await reason_of_refusal(guard, "greedy", "/method/4") == ""

@@ -31,7 +31,7 @@ def written() -> Stream:
 
 @pytest.fixture
 def handler(written: Stream) -> BufferedStreamHandler:
-    """A handler that writes there."""
+    """A handler that writes to it."""
     handler = BufferedStreamHandler()
     handler.setStream(written)
     handler.setFormatter(Text("%(message)s"))
@@ -49,7 +49,7 @@ def log(handler: BufferedStreamHandler) -> Iterator[logging.Logger]:
 
 
 async def test_lines_carry_the_ids_of_their_calls(log: logging.Logger, written: Stream) -> None:
-    """They are formatted later, in no call's context."""
+    """They are formatted later, outside of the call's context."""
 
     async def call(request_id: str) -> None:
         CALL_IDS.set({"request_id": request_id})
@@ -74,8 +74,8 @@ async def test_lines_of_one_iteration_are_one_write(log: logging.Logger, written
         assert written.writes == ["\n".join(lines) + "\n"]
 
 
-async def test_lines_are_joined_up_to_what_a_pipe_takes_whole(log: logging.Logger, written: Stream) -> None:
-    """Other workers write to the same pipe; a longer line is a write of its own."""
+async def test_lines_are_joined_up_to_pipe_buf(log: logging.Logger, written: Stream) -> None:
+    """Other workers write to the same pipe; a longer line is written alone."""
     lines = ["e" * 1400] * 6 + ["e" * 2 * PIPE_BUF, "short"]
     for line in lines:
         log.info(line)
@@ -104,7 +104,7 @@ async def test_line_of_a_thread_is_written_at_once(log: logging.Logger, written:
 async def test_line_that_cannot_be_formatted_affects_no_other(
     handler: BufferedStreamHandler, written: Stream
 ) -> None:
-    """Its place has a line without its arguments."""
+    """It is replaced by a line without its arguments."""
     for argument in ("not a number", 2):
         handler.handle(
             logging.makeLogRecord({"msg": "%d", "args": (argument,), "name": "test", "levelno": logging.INFO})

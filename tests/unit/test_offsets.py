@@ -46,7 +46,7 @@ def test_placement_agrees_with_each_row(offset: int, size: int, watermark: int) 
 
 
 def test_message_without_offset_follows_the_one_before() -> None:
-    """Also after a message that was refused."""
+    """Also after a refused message."""
     offsets = Offsets(0, largest=100)
 
     assert offsets.of_message(None, 3) == 0

@@ -1,4 +1,4 @@
-"""Page tokens: they hold the key of the page before, and nothing else passes for one."""
+"""Page tokens: each holds the last key of a page, and any other text is refused."""
 
 import string
 from datetime import UTC, datetime
@@ -29,16 +29,16 @@ positions = st.sampled_from(sorted(keys)).flatmap(lambda field: st.tuples(st.jus
 
 
 @given(position=positions)
-def test_a_token_leads_back_to_its_key(position: tuple[str, tuple[Any, ...]]) -> None:
-    """Ids, texts and times come out as they went in."""
+def test_token_decodes_to_its_key(position: tuple[str, tuple[Any, ...]]) -> None:
+    """Ids, texts and times are unchanged."""
     field, key = position
 
     assert decode_token(LISTING, encode_token(LISTING, key), SORTABLE[field]) == list(key)
 
 
 @pytest.mark.parametrize("id", [1, 12, 123])  # the length of a token decides how much its last character says
-def test_a_token_with_one_character_changed_is_refused(id: int) -> None:
-    """Whichever it is, and whatever it became."""
+def test_token_with_one_changed_character_is_refused(id: int) -> None:
+    """Whichever character it is."""
     token = encode_token(LISTING, [id])
     alphabet = string.printable + "\0é"
 
@@ -49,15 +49,15 @@ def test_a_token_with_one_character_changed_is_refused(id: int) -> None:
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
-def test_what_is_no_token_is_refused(text: str) -> None:
+def test_invalid_token_is_refused(text: str) -> None:
     """Any text but the empty one, which asks for the first page."""
     with pytest.raises(InvalidPageToken, match="damaged"):
         decode_token(LISTING, text, SORTABLE["id"])
 
 
 @pytest.mark.parametrize("cut", [1, 4, 8, -1, -4])
-def test_a_token_that_was_cut_is_refused(cut: int) -> None:
-    """At the front as well as at the end."""
+def test_truncated_token_is_refused(cut: int) -> None:
+    """At either end."""
     token = encode_token(LISTING, [4711])
 
     for part in (token[:cut], token[cut:]):
@@ -65,14 +65,14 @@ def test_a_token_that_was_cut_is_refused(cut: int) -> None:
             decode_token(LISTING, part, SORTABLE["id"])
 
 
-def test_there_is_no_token_without_a_next_page() -> None:
-    """The last page has the empty one, which is where the first page begins."""
+def test_last_page_has_an_empty_token() -> None:
+    """An empty token asks for the first page."""
     assert encode_token(LISTING, None) == ""
     assert decode_token(LISTING, "", SORTABLE["id"]) is None
 
 
-def test_a_token_belongs_to_its_listing() -> None:
-    """Another filter, another order, another direction or another resource refuses it."""
+def test_token_is_bound_to_its_listing() -> None:
+    """Another filter, order, direction or resource refuses it."""
     listings = [
         fingerprint(*parts)
         for parts in [
@@ -97,21 +97,21 @@ def test_a_token_belongs_to_its_listing() -> None:
 @pytest.mark.parametrize(
     ("requested", "rows"), [(0, 50), (1, 1), (1000, 1000), (1001, 1000), (2**31 - 1, 1000)]
 )
-def test_a_page_has_50_rows_by_default_and_1000_at_most(requested: int, rows: int) -> None:
-    """More is taken as 1000."""
+def test_page_has_50_rows_by_default_and_at_most_1000(requested: int, rows: int) -> None:
+    """Larger sizes are reduced to 1000."""
     assert page_size(requested) == rows
 
 
-def test_a_page_has_no_negative_size() -> None:
-    """It is refused."""
+def test_negative_page_size_is_refused() -> None:
+    """Zero means the default."""
     with pytest.raises(InvalidField, match="page_size"):
         page_size(-1)
 
 
 @pytest.mark.parametrize("driver", ["postgresql+asyncpg", "sqlite+aiosqlite"])
 @pytest.mark.parametrize(("descending", "operator"), [(False, ">"), (True, "<")])
-def test_the_next_page_is_found_by_one_row_comparison(driver: str, descending: bool, operator: str) -> None:
-    """Written with OR it would not use the index, and cost more the deeper the page."""
+def test_next_page_starts_by_one_row_comparison(driver: str, descending: bool, operator: str) -> None:
+    """With OR the index would not be used, and deep pages would cost more."""
     dialect: Dialect = make_url(f"{driver}://").get_dialect()()
     after = Keyset(SORTABLE["created_at"], descending).after([datetime(2024, 1, 1, tzinfo=UTC), 4711])
 

@@ -13,11 +13,11 @@ from service.db.bulk.plan import StoredKey, plan_creates, plan_updates
 from service.errors import PostNotFound
 from service.users.repository import USERS
 from tests.support.bulk_loads import LOADS
-from tests.support.bulk_model import Load, Tables, Values, applied, stored
+from tests.support.bulk_model import Load, Tables, Values, apply_load, initial_tables
 
 
-async def written(tables: Tables, load: Load) -> list[BulkAck]:
-    """Write a load into the tables, each set of rows at once, and return its acks."""
+async def write_load(tables: Tables, load: Load) -> list[BulkAck]:
+    """Write a load into the tables, one set of rows after another, and return its acks."""
     options = StreamOptions.from_message(load.options, load.operation).write
     write = write_updates if load.operation.is_update else write_creates
     acks: list[BulkAck] = []
@@ -81,8 +81,8 @@ def without_sentences(acks: list[BulkAck]) -> list[BulkAck]:
 async def test_plan_has_the_result_of_rows_in_file_order(kind: str, data: Any) -> None:
     """Writing the sets of a plan gives the acks and tables of the model, which applies row by row."""
     load = data.draw(LOADS[kind])
-    tables = stored()
+    tables = initial_tables()
 
-    acks = await written(tables, load)
+    acks = await write_load(tables, load)
 
-    assert (without_sentences(acks), tables) == applied(stored(), load)
+    assert (without_sentences(acks), tables) == apply_load(initial_tables(), load)

@@ -1,4 +1,4 @@
-"""The policy: every RPC has its role, and a file says no more than it means."""
+"""The policy: every RPC has its role, and unclear files are refused."""
 
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +12,7 @@ CONTRACT = Path(__file__).parents[2] / "protos/roster/v1"
 
 
 def methods() -> set[str]:
-    """Every RPC of every file of the contract, as it is named on the wire."""
+    """Return every RPC of the contract by its path."""
     files = [import_module(f"roster.v1.{path.stem}_pb2").DESCRIPTOR for path in CONTRACT.glob("*.proto")]
     services = [service for file in files for service in file.services_by_name.values()]
     return {
@@ -27,27 +27,27 @@ def caller(policy: str, identity: str) -> Caller:
 
 
 def test_every_rpc_has_a_role() -> None:
-    """One that had none could be called by nobody, not even an admin; one that is gone has none."""
+    """Otherwise nobody could call it, not even an admin; no role lists a removed RPC."""
     assert methods() == RPCS
 
 
-def test_an_admin_may_do_everything() -> None:
-    """What needs a role beside the RPC, too."""
+def test_admin_may_do_everything() -> None:
+    """Including what needs a role besides the RPC."""
     admin = caller('[identities]\n"jwt:root" = ["admin"]', "jwt:root")
 
     assert admin.rpcs == RPCS | REFLECTION
     assert all(map(admin.has, ROLES))
 
 
-def test_no_other_role_has_what_another_has() -> None:
-    """So that each says by itself what it allows."""
+def test_roles_do_not_overlap() -> None:
+    """So each role says by itself what it allows; `admin` excepted."""
     others = [rpcs for name, rpcs in ROLES.items() if name != "admin"]
 
     assert sum(map(len, others)) == len(RPCS)
 
 
-def test_nobody_may_do_anything() -> None:
-    """Nor somebody who is named without a role."""
+def test_unknown_identity_may_do_nothing() -> None:
+    """Nor may an identity without a role."""
     policy = '[identities]\n"jwt:ada" = []'
 
     assert [caller(policy, identity).rpcs for identity in ("jwt:ada", "jwt:bob", "ada")] == [frozenset()] * 3
@@ -70,8 +70,8 @@ def test_nobody_may_do_anything() -> None:
         ("spiffe://example.org/prod/*", "reader"),
     ],
 )
-def test_the_most_exact_name_counts(identity: str, role: str | None) -> None:
-    """A name that ends in `/*` is for all below it, and for one kind of identities only."""
+def test_most_specific_name_counts(identity: str, role: str | None) -> None:
+    """A name that ends in `/*` matches all names below it, of one kind of identity."""
     policy = """
         [identities]
         "spiffe://example.org/prod/*" = ["reader"]
@@ -82,8 +82,8 @@ def test_the_most_exact_name_counts(identity: str, role: str | None) -> None:
     assert list(caller(policy, identity).roles) == ([role] if role else [])
 
 
-def test_roles_add_up() -> None:
-    """A role of the file's own is a list of RPCs."""
+def test_rights_of_several_roles_add_up() -> None:
+    """The file can define roles as lists of RPCs."""
     policy = """
         [identities]
         "jwt:ada" = ["verifier", "support"]
@@ -116,7 +116,7 @@ def test_roles_add_up() -> None:
         ("identities", "Expected"),
     ],
 )
-def test_a_policy_that_says_nothing_clear_is_refused(policy: str, sentence: str) -> None:
-    """Rather than to mean less, or more, than its author thinks."""
+def test_ambiguous_policy_is_refused(policy: str, sentence: str) -> None:
+    """It could mean less, or more, than its author thinks."""
     with pytest.raises(ValueError, match=sentence):
         Policy.read(policy.encode())

@@ -1,4 +1,4 @@
-"""docs/reference.md: what the protos say, all of it, and as they say it now."""
+"""docs/reference.md has everything that the protos say, and is up to date."""
 
 import re
 import shutil
@@ -10,13 +10,13 @@ from tools.contract_reference import PAGE, page
 SHOWN = PAGE.read_text()
 
 
-def test_the_page_is_the_one_of_these_protos() -> None:
-    """Otherwise `make reference` writes it anew."""
+def test_page_is_up_to_date() -> None:
+    """Otherwise run `make reference`."""
     assert page() == SHOWN
 
 
-def test_nothing_is_missing() -> None:
-    """Every RPC, message, enum, field and value that the protos name."""
+def test_page_is_complete() -> None:
+    """It has every RPC, message, enum, field and value of the protos."""
     source = "".join(re.sub(r"//.*", "", path.read_text()) for path in PROTOS.rglob("*.proto"))
     rpcs, types = (
         set(re.findall(rf"\b{kind} (\w+)", source)) for kind in ("rpc", "(?:service|message|enum)")
@@ -28,12 +28,12 @@ def test_nothing_is_missing() -> None:
 
 
 def test_links_lead_to_sections() -> None:
-    """By the names that headings get."""
+    """By the anchors of the headings."""
     sections = {name.lower().replace(".", "") for name in re.findall(r"^#+ (\S+)$", SHOWN, re.MULTILINE)}
     assert set(re.findall(r"\]\(#(\w+)\)", SHOWN)) <= sections
 
 
-def test_a_comment_that_changes_is_a_page_that_changes(tmp_path: Path) -> None:
+def test_changed_comment_changes_the_page(tmp_path: Path) -> None:
     """The check itself can fail."""
     protos = Path(shutil.copytree(PROTOS, tmp_path / "protos", ignore=shutil.ignore_patterns("*.py*")))
     users = protos / "roster/v1/users.proto"

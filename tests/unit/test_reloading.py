@@ -9,13 +9,13 @@ from service.auth.reloading import ReloadingFile
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A file with a number in it."""
+    """A file with a number."""
     (tmp_path / "number").write_text("1")
     return tmp_path / "number"
 
 
-def test_what_is_in_a_file_is_read_again_when_it_changes(path: Path) -> None:
-    """Written over, or another in its place as Kubernetes does it; and not while it stays."""
+def test_changed_file_is_read_again(path: Path) -> None:
+    """Whether it is overwritten or replaced, as in Kubernetes; an unchanged file is not read."""
     watched = ReloadingFile(int, path)
     assert (watched.current(), watched.update()) == (1, None)
 
@@ -26,10 +26,8 @@ def test_what_is_in_a_file_is_read_again_when_it_changes(path: Path) -> None:
     assert watched.current() == 33
 
 
-def test_what_can_t_be_used_changes_nothing_and_is_told_once(
-    path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A file that is gone, or is not what it should be: until it is right again."""
+def test_unusable_file_keeps_the_last_value(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A missing or invalid file is reported once, until it is valid again."""
     watched = ReloadingFile(int, path)
     path.write_text("one")
     assert [watched.current() for _ in range(3)] == [1, 1, 1]
@@ -43,8 +41,8 @@ def test_what_can_t_be_used_changes_nothing_and_is_told_once(
     assert "No such file" in gone
 
 
-def test_what_can_t_be_used_at_first_is_an_error(path: Path) -> None:
-    """With the file's name."""
+def test_file_unusable_at_start_is_an_error(path: Path) -> None:
+    """The error names the file."""
     path.write_text("one")
 
     with pytest.raises(OSError, match=f"can't use {path}: "):

@@ -1,4 +1,4 @@
-"""Fair shares: who is served next, how much one may hold, and that no slot is ever lost."""
+"""Fair shares: which request is served next, how much a caller may hold, and that no slot is lost."""
 
 import asyncio
 from collections import Counter, deque
@@ -14,7 +14,7 @@ CALLERS = ("ada", "alan", "grace")
 
 
 class Line:
-    """Acquisitions of one semaphore, noted in the order in which they were served."""
+    """Acquisitions of one semaphore, in the order in which they succeed."""
 
     def __init__(self, size: int, part: int = 2) -> None:
         self.shares = FairSemaphore(size, part)
@@ -29,7 +29,7 @@ class Line:
 
 
 async def until_idle() -> None:
-    """Let all tasks go on as far as they can."""
+    """Run all tasks as far as possible."""
     for _ in range(10):
         await asyncio.sleep(0)
 
@@ -37,8 +37,8 @@ async def until_idle() -> None:
 @pytest.mark.parametrize(
     ("part", "held"), [(2, [10, 5, 3, 1, 1]), (4, [5, 4, 3, 2, 2, 1, 1, 1, 1])], ids=["half", "quarter"]
 )
-async def test_one_caller_holds_a_part_of_what_the_others_leave(part: int, held: list[int]) -> None:
-    """Each newcomer gets that part of the rest, rounded up, until nothing is left."""
+async def test_caller_holds_a_part_of_the_free_slots(part: int, held: list[int]) -> None:
+    """Each new caller gets that part of the rest, rounded up, until nothing is left."""
     line = Line(20, part)
     calls = [line.acquire(caller) for caller in "abcdefghij" for _ in range(20)]
     await until_idle()
@@ -50,15 +50,15 @@ async def test_one_caller_holds_a_part_of_what_the_others_leave(part: int, held:
 
 
 @pytest.mark.parametrize("caller", [SYSTEM, ANONYMOUS_IDENTITY])
-async def test_without_a_policy_the_only_caller_may_hold_everything(caller: str) -> None:
-    """So may the server's own work."""
+async def test_only_caller_may_hold_all_slots_without_a_policy(caller: str) -> None:
+    """So may the server itself."""
     shares = FairSemaphore(3)
     assert [shares.try_acquire(caller) for _ in range(4)] == [True, True, True, False]
     assert not shares.is_capped(caller)
 
 
-async def test_callers_who_wait_are_served_in_turn() -> None:
-    """And the waiters of one caller in the order in which they came."""
+async def test_waiting_callers_take_turns() -> None:
+    """The requests of one caller keep their order."""
     line = Line(1)
     await line.acquire("grace")
     waiting = [line.acquire(caller) for caller in ("ada", "ada", "ada", "alan", "alan")]
@@ -70,8 +70,8 @@ async def test_callers_who_wait_are_served_in_turn() -> None:
     assert line.served == ["grace", "ada", "alan", "ada", "alan", "ada"]
 
 
-async def test_a_newcomer_passes_those_whose_share_is_used_up() -> None:
-    """What they may not have is for others."""
+async def test_new_caller_passes_callers_that_used_their_share() -> None:
+    """Slots that these may not have are for others."""
     line = Line(4)
     greedy = [line.acquire("ada") for _ in range(10)]
     await until_idle()
@@ -84,8 +84,8 @@ async def test_a_newcomer_passes_those_whose_share_is_used_up() -> None:
         task.cancel()
 
 
-async def test_a_light_newcomer_does_not_pass_a_heavy_waiter() -> None:
-    """Otherwise a steady flow of light ones would keep it waiting for ever."""
+async def test_light_request_does_not_pass_a_heavy_one() -> None:
+    """Otherwise a steady flow of light requests would starve it."""
     line = Line(4)
     for caller in ("ada", "alan"):
         await line.acquire(caller)
@@ -102,8 +102,8 @@ async def test_a_light_newcomer_does_not_pass_a_heavy_waiter() -> None:
     assert line.served == ["ada", "alan", "grace", "edsger"]
 
 
-async def test_a_weight_above_all_slots_takes_all_of_them() -> None:
-    """It is served once everything is free, and gives back what it took."""
+async def test_weight_above_all_slots_takes_all_of_them() -> None:
+    """It waits until all slots are free, and returns as many as it took."""
     shares = FairSemaphore(4)
     await shares.acquire("ada", 100)
     assert shares.free == 0
@@ -111,8 +111,8 @@ async def test_a_weight_above_all_slots_takes_all_of_them() -> None:
     assert shares.free == 4
 
 
-async def test_a_wait_ends_with_its_timeout() -> None:
-    """The waiter leaves nothing behind."""
+async def test_wait_ends_at_its_timeout() -> None:
+    """Nothing of the request remains."""
     shares = FairSemaphore(1)
     await shares.acquire("ada")
     with pytest.raises(TimeoutError):
@@ -123,8 +123,8 @@ async def test_a_wait_ends_with_its_timeout() -> None:
 
 
 @pytest.mark.parametrize("is_served_first", [True, False])
-async def test_a_waiter_cancelled_as_it_is_served_loses_no_slot(is_served_first: bool) -> None:
-    """Whether it is cancelled in the same iteration of the loop just before or just after."""
+async def test_cancelled_wait_loses_no_slot(is_served_first: bool) -> None:
+    """Whether it is cancelled just before or just after it is served, in the same iteration of the loop."""
     line = Line(1)
     await line.acquire("ada")
     leaving, staying = line.acquire("alan"), line.acquire("grace")
@@ -140,7 +140,7 @@ async def test_a_waiter_cancelled_as_it_is_served_loses_no_slot(is_served_first:
 
 
 class Model:
-    """The rules once more, naively: a list of waiters, and a look at all of them."""
+    """A simple model of the rules: a list of requests, all of which are looked at."""
 
     def __init__(self, size: int) -> None:
         self.free = size
@@ -201,7 +201,7 @@ STEPS = st.lists(
 @given(st.integers(3, 8), STEPS)
 @settings(deadline=None, max_examples=200)
 def test_agrees_with_a_model(size: int, steps: list[tuple[str, str, int, int]]) -> None:
-    """Whatever is acquired, released and cancelled in whatever order; at the end every slot is free."""
+    """For any order of acquisitions, releases and cancellations; at the end every slot is free."""
     asyncio.run(replay(size, steps))
 
 
@@ -242,8 +242,8 @@ async def replay(size: int, steps: list[tuple[str, str, int, int]]) -> None:
 
 
 @given(st.lists(st.sampled_from(CALLERS), max_size=30))
-def test_a_queue_gives_out_one_item_of_each_caller_in_turn(puts: list[str]) -> None:
-    """In order within a caller; the number of items is known."""
+def test_queue_serves_callers_in_turn(puts: list[str]) -> None:
+    """The items of one caller keep their order; the number of items is known."""
     queue: FairQueue[tuple[str, int]] = FairQueue()
     expected: dict[str, deque[tuple[str, int]]] = {}
     for number, caller in enumerate(puts):
@@ -257,8 +257,8 @@ def test_a_queue_gives_out_one_item_of_each_caller_in_turn(puts: list[str]) -> N
     assert [queue.get() for _ in puts] == rounds
 
 
-def test_a_queue_drops_the_items_that_are_unwanted() -> None:
-    """And gives all others back when it is cleared."""
+def test_queue_drops_unwanted_items() -> None:
+    """It returns all others when it is cleared."""
     queue: FairQueue[int] = FairQueue()
     for number in range(6):
         queue.put("ada" if number < 2 else "alan", number)

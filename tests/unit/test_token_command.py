@@ -41,14 +41,14 @@ def test_creates_private_keys_and_never_overwrites_them(folder: Path) -> None:
     assert "private.pem already exists" in again.output
 
 
-def test_the_keys_of_a_server_are_public(folder: Path) -> None:
+def test_keys_of_the_server_are_public(folder: Path) -> None:
     """They can verify tokens, but not sign them."""
     [key] = jwt.PyJWKSet.from_json((folder / "jwks.json").read_text()).keys
 
     assert not hasattr(key.key, "sign")
 
 
-def test_a_token_has_its_subject_and_expiry(folder: Path) -> None:
+def test_token_has_its_subject_and_expiry(folder: Path) -> None:
     """Issuer and audience match the server's settings."""
     private = str(folder / "private.pem")
     made = token("issue", "ada", "--key", private, "--minutes", "5", *NAMED).output.strip()
@@ -61,7 +61,7 @@ def test_a_token_has_its_subject_and_expiry(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["jwks.json", "missing.pem", "public.pem"])
-def test_a_token_requires_the_private_key(name: str, folder: Path) -> None:
+def test_token_requires_the_private_key(name: str, folder: Path) -> None:
     """Other files are refused in one line."""
     [key] = jwt.PyJWKSet.from_json((folder / "jwks.json").read_text()).keys
     public = key.key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)

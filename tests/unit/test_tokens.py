@@ -1,4 +1,4 @@
-"""Tokens: whose they are, by which keys, and for how long."""
+"""Tokens: their subjects, the keys that verify them, and their expiry."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -26,12 +26,12 @@ KINDS: dict[type[Any], type[Algorithm]] = {
 
 @pytest.fixture(scope="module")
 def rsa() -> RSAPrivateKey:
-    """A key that takes a while to make."""
+    """An RSA key, which takes a while to make."""
     return generate_private_key(65537, 2048)
 
 
 class Clock:
-    """A clock that a test sets."""
+    """A clock that the tests set."""
 
     def __init__(self) -> None:
         self.now = datetime.now(UTC)
@@ -41,7 +41,7 @@ class Clock:
 
 
 def jwk(key: Any, **members: str) -> dict[str, Any]:
-    """The public half of a key as a JWK; an algorithm's name is bytes as they are."""
+    """Return the public half of a key as a JWK; bytes are kept as they are."""
     if isinstance(key, bytes):
         return {"kty": "oct", "k": key.decode(), **members}
     kind = next(KINDS[kind] for kind in KINDS if isinstance(key, kind))
@@ -49,7 +49,7 @@ def jwk(key: Any, **members: str) -> dict[str, Any]:
 
 
 def tokens(folder: Path, *keys: dict[str, Any], clock: Clock | None = None) -> Tokens:
-    """What accepts the tokens of an issuer with these keys."""
+    """Return an object that accepts the issuer's tokens by these keys."""
     path = folder / "jwks.json"
     path.write_text(json.dumps({"keys": keys}))
     return Tokens(ISSUER, AUDIENCE, path, clock or Clock())
@@ -65,8 +65,8 @@ def pem(key: Any) -> bytes:
     return public
 
 
-def test_a_key_goes_by_the_algorithms_of_its_kind(rsa: RSAPrivateKey, tmp_path: Path) -> None:
-    """Whatever a token says of itself; a key that names one has only that."""
+def test_key_accepts_only_its_own_algorithms(rsa: RSAPrivateKey, tmp_path: Path) -> None:
+    """Whatever the token says; a key that names an algorithm accepts only that."""
     p256, p384, ed = (
         ec.generate_private_key(ec.SECP256R1()),
         ec.generate_private_key(ec.SECP384R1()),
@@ -79,8 +79,8 @@ def test_a_key_goes_by_the_algorithms_of_its_kind(rsa: RSAPrivateKey, tmp_path: 
         tokens(tmp_path, jwk(rsa, alg="PS256")).subject(signed(rsa, "RS256"))
 
 
-def test_the_key_that_a_token_names_has_to_have_signed_it(rsa: RSAPrivateKey, tmp_path: Path) -> None:
-    """One that names none can be of any."""
+def test_token_must_be_signed_by_the_key_it_names(rsa: RSAPrivateKey, tmp_path: Path) -> None:
+    """A token that names no key can be signed by any."""
     other = generate_private_key(65537, 2048)
     both = tokens(tmp_path, jwk(other, kid="a"), jwk(rsa, kid="b"))
 
@@ -91,29 +91,29 @@ def test_the_key_that_a_token_names_has_to_have_signed_it(rsa: RSAPrivateKey, tm
             both.subject(signed(rsa, "RS256", kid=wrong))
 
 
-def test_a_key_that_a_token_brings_along_is_nobody_s(rsa: RSAPrivateKey, tmp_path: Path) -> None:
-    """Nor is one looked for where it says (RFC 8725, 3.10)."""
+def test_key_inside_a_token_is_ignored(rsa: RSAPrivateKey, tmp_path: Path) -> None:
+    """No key is fetched from a URL in the token either (RFC 8725, 3.10)."""
     thief = generate_private_key(65537, 2048)
     headers = {"jwk": jwk(thief), "jku": "https://evil.example.org/jwks.json"}
     with pytest.raises(Unauthenticated):
         tokens(tmp_path, jwk(rsa)).subject(signed(thief, "RS256", **headers))
 
 
-def test_what_a_token_says_is_critical_is_not_passed_over(rsa: RSAPrivateKey, tmp_path: Path) -> None:
+def test_unknown_critical_header_is_refused(rsa: RSAPrivateKey, tmp_path: Path) -> None:
     """RFC 7515, 4.1.11."""
     with pytest.raises(Unauthenticated):
         tokens(tmp_path, jwk(rsa)).subject(signed(rsa, "RS256", crit=["bound"], bound="other"))
 
 
 @pytest.mark.parametrize("token", ["", ".", "..", "a.b.c", "é", "eyJhbGciOiJub25lIn0..", "W" * 10_000 + ".."])
-def test_what_is_no_token_is_nobody_s(token: str, rsa: RSAPrivateKey, tmp_path: Path) -> None:
-    """However strange, it is refused and nothing else."""
+def test_invalid_token_is_refused(token: str, rsa: RSAPrivateKey, tmp_path: Path) -> None:
+    """Whatever it is, no other error is raised."""
     with pytest.raises(Unauthenticated):
         tokens(tmp_path, jwk(rsa)).subject(token)
 
 
-def test_a_token_that_was_good_is_good_until_it_ends(rsa: RSAPrivateKey, tmp_path: Path) -> None:
-    """It is verified once, and its end looked at each time."""
+def test_valid_token_is_valid_until_it_expires(rsa: RSAPrivateKey, tmp_path: Path) -> None:
+    """It is verified once, and its expiry checked each time."""
     clock = Clock()
     known, token = tokens(tmp_path, jwk(rsa), clock=clock), signed(rsa, "RS256")
     assert known.subject(token) == "ada"
@@ -125,10 +125,10 @@ def test_a_token_that_was_good_is_good_until_it_ends(rsa: RSAPrivateKey, tmp_pat
         known.subject(token)
 
 
-def test_a_token_is_verified_once(
+def test_verified_token_is_cached(
     rsa: RSAPrivateKey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And only so many are remembered."""
+    """The number of cached tokens is limited."""
     verified: list[str] = []
     decode = jwt.decode
 
@@ -147,8 +147,8 @@ def test_a_token_is_verified_once(
     assert verified == [first, second, third, first]
 
 
-def test_a_token_of_a_key_that_is_gone_is_nobody_s(rsa: RSAPrivateKey, tmp_path: Path) -> None:
-    """Even if it was good before; a file that has no keys changes nothing."""
+def test_token_of_a_removed_key_is_refused(rsa: RSAPrivateKey, tmp_path: Path) -> None:
+    """Even if it was valid before; a file without keys changes nothing."""
     known, token = tokens(tmp_path, jwk(rsa)), signed(rsa, "RS256")
     assert known.subject(token) == "ada"
 
@@ -160,8 +160,8 @@ def test_a_token_of_a_key_that_is_gone_is_nobody_s(rsa: RSAPrivateKey, tmp_path:
         known.subject(token)
 
 
-def test_a_file_of_pem_may_have_several_keys(rsa: RSAPrivateKey, tmp_path: Path) -> None:
-    """As while one is replaced by another."""
+def test_pem_file_may_have_several_keys(rsa: RSAPrivateKey, tmp_path: Path) -> None:
+    """As during a rotation."""
     other = ec.generate_private_key(ec.SECP256R1())
     (tmp_path / "keys.pem").write_bytes(b"the old one\n" + pem(rsa) + b"\nand the new one\n" + pem(other))
     known = Tokens(ISSUER, AUDIENCE, tmp_path / "keys.pem", Clock())
@@ -195,13 +195,13 @@ def test_a_file_of_pem_may_have_several_keys(rsa: RSAPrivateKey, tmp_path: Path)
         "private PEM",
     ],
 )
-def test_keys_that_must_not_be_used_are_refused(data: bytes) -> None:
-    """A secret that both sides have, one that is too weak, one that should not be here."""
+def test_unsuitable_keys_are_refused(data: bytes) -> None:
+    """A shared secret, a weak key, and a private key."""
     with pytest.raises((ValueError, jwt.PyJWTError)):
         read_keys(data)
 
 
-def test_keys_for_encryption_are_passed_over(rsa: RSAPrivateKey) -> None:
+def test_encryption_keys_are_skipped(rsa: RSAPrivateKey) -> None:
     """Providers publish them in the same set."""
     keys = {"keys": [jwk(rsa, use="enc", kid="a"), jwk(rsa, use="sig", kid="b")]}
 

@@ -8,7 +8,7 @@ from roster.v1.resources_pb2 import User
 from service.errors import InvalidField, TooLarge
 from service.validation import (
     MAX_ID,
-    Rule,
+    Check,
     are_valid_texts,
     check_choice,
     check_ids,
@@ -22,7 +22,7 @@ from service.validation import (
 @pytest.mark.parametrize(
     ("rule", "value"), [(id_error, 1), (id_error, MAX_ID), (version_error, 0), (version_error, 2**63 - 1)]
 )
-def test_accepts_ids_and_versions_up_to_their_limits(rule: Rule, value: Any) -> None:
+def test_accepts_ids_and_versions_up_to_their_limits(rule: Check, value: Any) -> None:
     """Both limits are valid values."""
     assert rule(value) is None
 
@@ -30,7 +30,7 @@ def test_accepts_ids_and_versions_up_to_their_limits(rule: Rule, value: Any) -> 
 @pytest.mark.parametrize(
     ("rule", "value"), [(id_error, 0), (id_error, -1), (id_error, MAX_ID + 1), (version_error, -1)]
 )
-def test_rejects_ids_and_versions_out_of_range(rule: Rule, value: Any) -> None:
+def test_rejects_ids_and_versions_out_of_range(rule: Check, value: Any) -> None:
     """The error ends a sentence that begins with the name of the field."""
     error = rule(value)
 

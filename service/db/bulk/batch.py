@@ -1,12 +1,15 @@
 """The rows of one message as columns, the options to write them with, and their outcome."""
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import Any
+from typing import Any, TypeAlias
 
+from service.db.base import KeyValue
 from service.errors import InvalidField, RosterError
+
+BatchColumns: TypeAlias = Mapping[str, Sequence[Any]]  # values by row, for each column
 
 
 class OnConflict(Enum):
@@ -61,7 +64,7 @@ class Batch:
         self.failures.update((self.size + row, error) for row, error in other.failures.items())
         self.size += other.size
 
-    def keys(self, names: Iterable[str]) -> dict[str, dict[Any, int]]:
+    def keys(self, names: Iterable[str]) -> dict[str, dict[KeyValue, int]]:
         """Return the values of good rows in each of these columns, with the first row of each."""
         rows = self.good_rows()[::-1]  # backwards, so that the first row of several is the one that stays
         keys = {}
@@ -111,7 +114,9 @@ class Batch:
     def take(self, name: str, rows: Sequence[int]) -> list[Any]:
         """Return some rows of a column."""
         column = self.columns[name]
-        return column if rows == range(self.size) else [column[row] for row in rows]
+        if rows == range(self.size):
+            return column
+        return [column[row] for row in rows]
 
 
 class Result(IntEnum):

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.db.bulk.batch import Batch, OnConflict, Outcome, Result, WriteOptions
+from service.db.base import KeyValue
+from service.db.bulk.batch import Batch, BatchColumns, OnConflict, Outcome, Result, WriteOptions
 from service.db.bulk.table import UniqueKey
 from service.errors import RosterError, VersionMismatch
 from service.timeslice import slices
@@ -26,7 +27,7 @@ class CreatePlan:
     skipped: dict[int, int] = field(default_factory=dict)  # skipped row -> stored id
     repeated: dict[int, int] = field(default_factory=dict)  # row -> the inserted row that has its key
 
-    def columns(self, batch: Batch, options: WriteOptions) -> dict[str, list[Any]]:
+    def columns(self, batch: Batch, options: WriteOptions) -> BatchColumns:
         """Return the columns to insert, with later updates of the same rows applied."""
         columns = {name: batch.take(name, self.inserted) for name in batch.columns}
         if self.amended:
@@ -64,7 +65,7 @@ class StoredKey:
     """A unique key, and the id of the stored row for each of the batch's values that is taken."""
 
     key: UniqueKey
-    ids: Mapping[Any, int]
+    ids: Mapping[KeyValue, int]
 
 
 async def plan_creates(batch: Batch, keys: Sequence[StoredKey], on_conflict: OnConflict) -> CreatePlan:
@@ -78,7 +79,7 @@ async def plan_creates(batch: Batch, keys: Sequence[StoredKey], on_conflict: OnC
 
 async def _plan_by_one_key(batch: Batch, stored: StoredKey, on_conflict: OnConflict) -> CreatePlan:
     plan = CreatePlan()
-    first: dict[Any, int] = {}
+    first: dict[KeyValue | tuple[None, int], int] = {}
     values, ids = batch.columns[stored.key.name], stored.ids
     async for some in slices(batch.good_rows()):
         for row in some:
@@ -97,7 +98,7 @@ async def _plan_by_one_key(batch: Batch, stored: StoredKey, on_conflict: OnConfl
 async def _plan_by_keys(batch: Batch, keys: Sequence[StoredKey], on_conflict: OnConflict) -> CreatePlan:
     plan, inserted = CreatePlan(), []
     # For each key, the rows to insert by their value. Rows that are not inserted take no values.
-    tracked: list[tuple[StoredKey, list[Any], dict[Any, int]]] = [
+    tracked: list[tuple[StoredKey, list[Any], dict[KeyValue, int]]] = [
         (stored, batch.columns[stored.key.name], {}) for stored in keys
     ]
     async for some in slices(batch.good_rows()):
@@ -154,14 +155,18 @@ class UniqueValues:
     """
 
     def __init__(
-        self, key: UniqueKey, wanted: Sequence[Any], current: Mapping[int, Any], stored: Mapping[Any, int]
+        self,
+        key: UniqueKey,
+        wanted: Sequence[KeyValue | None],
+        current: Mapping[int, KeyValue | None],
+        stored: Mapping[KeyValue, int],
     ) -> None:
         self.key = key
         self.has_moves = False  # a value that one row had goes to another row of the batch
         self._wanted = wanted
         self._current = dict(current)
         # None as an owner: a row of this batch had the value, and has given it up.
-        self._owners: dict[Any, int | None] = {**stored}
+        self._owners: dict[KeyValue | None, int | None] = dict(stored.items())
         self._owners.update((value, id) for id, value in current.items() if value is not None)
 
     def conflict(self, row: int, id: int) -> RosterError | None:
@@ -204,7 +209,7 @@ async def plan_updates(
             if id not in current:
                 batch.fail(row, not_found())
             elif expected[row] not in (0, current[id]):
-                batch.fail(row, _outdated(current[id]))
+                batch.fail(row, VersionMismatch.of(current[id]))
             elif unique and (error := _first_conflict(unique, row, id)):
                 batch.fail(row, error)
             else:
@@ -221,8 +226,3 @@ def _first_conflict(unique: Sequence[UniqueValues], row: int, id: int) -> Roster
         if error := values.conflict(row, id):
             return error
     return None
-
-
-def _outdated(version: int) -> RosterError:
-    message = f"version is now {version}; read the row again and retry the update"
-    return VersionMismatch(message, field="version", version=version)

@@ -20,10 +20,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import REGCLASS
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.types import TypeEngine
 
-from service.db.base import BigInt, Entity, Session, now
-from service.db.statements import measured
+from service.db.base import BigInt, ColumnType, Entity, Expression, Session, now
+from service.db.bulk.batch import BatchColumns
+from service.db.statements import measure_statement
 from service.timeslice import TimeSlice, map_in_slices
 
 # COPY's text format: https://www.postgresql.org/docs/current/sql-copy.html
@@ -33,6 +33,7 @@ TEXT_OF: Mapping[type, Callable[[Any], str]] = {
     datetime: datetime.isoformat,
 }
 CHUNK_BYTES = 512 << 10
+NULL = r"\N"
 ESCAPES = {"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"}  # the backslash first
 
 
@@ -50,7 +51,7 @@ async def next_ids(session: Session, model: type[Entity], count: int) -> Sequenc
     return cast("list[int]", ids)
 
 
-def _sequence(model: type[Entity]) -> ScalarSelect[Any]:
+def _sequence(model: type[Entity]) -> ScalarSelect[str]:
     # A subquery is evaluated once. As a plain argument of nextval it was evaluated for every row: 3.6 µs.
     return select(cast_to(func.pg_get_serial_sequence(model.__tablename__, "id"), REGCLASS)).scalar_subquery()
 
@@ -64,7 +65,7 @@ async def reserve_ids(session: Session, model: type[Entity], largest: int) -> No
 
 
 async def insert_rows(
-    session: Session, model: type[Entity], columns: Mapping[str, Sequence[Any]], sort_key: str | None
+    session: Session, model: type[Entity], columns: BatchColumns, sort_key: str | None
 ) -> None:
     """Insert rows by COPY; raises IntegrityError.
 
@@ -78,7 +79,7 @@ async def insert_rows(
     table = cast("Table", model.__table__)
     rows = _text([(columns[name], bool(table.c[name].nullable)) for name in names], sort_key)
     try:
-        with measured(f"COPY {model.__tablename__}"):
+        with measure_statement(f"COPY {model.__tablename__}"):
             await driver.copy_to_table(model.__tablename__, source=rows, columns=names)
     except asyncpg.IntegrityConstraintViolationError as error:
         raise IntegrityError(None, None, error) from error
@@ -109,15 +110,28 @@ async def _text(columns: Sequence[tuple[Sequence[Any], bool]], sort_key: str | N
 
 async def _texts(values: Sequence[Any], *, is_nullable: bool) -> Sequence[str]:
     kind = type(next((value for value in values if value is not None), ""))
-    if kind is not str:
-        to_text = TEXT_OF[kind]
-        if is_nullable and None in values:
-            return [r"\N" if value is None else to_text(value) for value in values]
+    if kind is str:
+        return await _escaped_texts(values)
+    to_text = TEXT_OF[kind]
+    if not (is_nullable and None in values):
         return list(map(to_text, values))
+    texts = [NULL] * len(values)
+    for row, value in enumerate(values):
+        if value is not None:
+            texts[row] = to_text(value)
+    return texts
+
+
+async def _escaped_texts(values: Sequence[str | None]) -> Sequence[str]:
     joined = "".join(filter(None, values))
     if any(character in joined for character in ESCAPES):
         values = await map_in_slices(_escaped, values, step=1)
-    return [r"\N" if value is None else value for value in values] if None in values else values
+    texts: list[Any] = list(values)
+    if None in texts:
+        for row, value in enumerate(values):
+            if value is None:
+                texts[row] = NULL
+    return texts
 
 
 def _escaped(value: str | None) -> str | None:
@@ -131,7 +145,7 @@ async def update_rows(
     session: Session,
     model: type[Entity],
     ids: Sequence[int],
-    columns: Mapping[str, Sequence[Any]],
+    columns: BatchColumns,
     *,
     increments: Sequence[int],
     expected: Sequence[int] | None = None,
@@ -143,7 +157,7 @@ async def update_rows(
     table = cast("Table", model.__table__)
     # The arrays of the entity's columns come first and are numbered, so that no column of an entity can
     # have the name of one of the three that control the update.
-    given: list[tuple[str, TypeEngine[Any], Sequence[Any]]] = [
+    given: list[tuple[str, ColumnType, Sequence[Any]]] = [
         (f"column_{number}", table.c[name].type, values)
         for number, (name, values) in enumerate(columns.items())
     ]
@@ -153,7 +167,7 @@ async def update_rows(
     arrays = [bindparam(f"new_{name}", values, type_=ARRAY(kind)) for name, kind, values in given]
     names = [column(name, kind) for name, kind, _ in given]
     new = func.unnest(*arrays).table_valued(*names).render_derived()
-    changes: dict[str, Any] = {name: new.c[f"column_{number}"] for number, name in enumerate(columns)}
+    changes: dict[str, Expression] = {name: new.c[f"column_{number}"] for number, name in enumerate(columns)}
     changes |= {"version": table.c.version + new.c.increment, "updated_at": now()}
     statement = update(table).where(table.c.id == new.c.id).values(changes)
     if expected is not None:

@@ -1,6 +1,6 @@
 """Writes to SQLite: SQLAlchemy's executemany. There is no other writer meanwhile."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any, cast
 
@@ -18,9 +18,9 @@ from sqlalchemy import (
     table,
     update,
 )
-from sqlalchemy.types import TypeEngine
 
-from service.db.base import BigInt, Entity, Session, now
+from service.db.base import BigInt, ColumnType, Entity, Expression, Session, now
+from service.db.bulk.batch import BatchColumns
 from service.timeslice import map_in_slices, slices
 
 ROWS_AT_ONCE = 250
@@ -43,7 +43,7 @@ async def reserve_ids(session: Session, model: type[Entity], largest: int) -> No
 
 
 async def insert_rows(
-    session: Session, model: type[Entity], columns: Mapping[str, Sequence[Any]], sort_key: str | None
+    session: Session, model: type[Entity], columns: BatchColumns, sort_key: str | None
 ) -> None:
     """Insert rows; raises IntegrityError.
 
@@ -66,7 +66,7 @@ async def update_rows(
     session: Session,
     model: type[Entity],
     ids: Sequence[int],
-    columns: Mapping[str, Sequence[Any]],
+    columns: BatchColumns,
     *,
     increments: Sequence[int],
     expected: Sequence[int] | None = None,
@@ -77,7 +77,7 @@ async def update_rows(
     """
     # The parameters of the entity's columns are numbered, so that no column of an entity can have the name
     # of one of the three that control the update.
-    values: dict[str, Any] = {
+    values: dict[str, Expression] = {
         name: bindparam(f"_column_{number}", type_=model.__table__.c[name].type)
         for number, name in enumerate(columns)
     }
@@ -99,6 +99,6 @@ async def update_rows(
     return updated
 
 
-async def _bound(values: Sequence[Any], kind: TypeEngine[Any], dialect: Dialect) -> Sequence[Any]:
+async def _bound(values: Sequence[Any], kind: ColumnType, dialect: Dialect) -> Sequence[Any]:
     process = kind.bind_processor(dialect)
     return await map_in_slices(process, values) if process else values

@@ -1,14 +1,10 @@
 """An entity as the bulk code sees it: its model, its unique keys, and the order to insert in."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from secrets import token_hex
-from typing import Any
 
-from sqlalchemy.orm import InstrumentedAttribute
-
-from service.db.base import Entity, Session
-from service.db.bulk.batch import Batch
+from service.db.base import Column, Entity, KeyValue
 from service.errors import NotFound, RosterError
 
 
@@ -26,9 +22,9 @@ class UniqueKey:
     placeholders first. The default suits texts of 64 characters or more.
     """
 
-    column: InstrumentedAttribute[Any]
+    column: Column
     conflict_error: Callable[[int | None], RosterError]
-    placeholder: Callable[[int], Any] = random_text
+    placeholder: Callable[[int], KeyValue] = random_text
 
     @property
     def name(self) -> str:
@@ -37,20 +33,33 @@ class UniqueKey:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """A foreign key. A new row names the other row by the id or by another unique column of its table.
+
+    `keys` maps columns of a batch to the unique columns that have their values; each row has a value in one
+    of them. `missing_error` makes the error for a value that no row has, from the name of the batch's column.
+    """
+
+    column: Column
+    keys: Mapping[str, Column]
+    missing_error: Callable[[str], RosterError]
+
+
+@dataclass(frozen=True)
 class BulkTable:
     """All that the generic bulk code knows of an entity.
 
     A new row that has a value of another row in one of the `unique` keys is in conflict with it; with
     several such rows, the first key in this order decides. Rows are inserted in the order of `sort_by`, so
-    that two batches with the same keys wait for each other instead of ending in a deadlock. `prepare`
-    completes new rows from other tables; it fails those that it can't complete.
+    that two batches with the same keys wait for each other instead of ending in a deadlock. A new row fails
+    if a row that it refers to, by one of the `references`, does not exist.
     """
 
     model: type[Entity]
     not_found: Callable[[], NotFound]
     unique: Sequence[UniqueKey] = ()
-    sort_by: InstrumentedAttribute[Any] | None = None
-    prepare: Callable[[Session, Batch], Awaitable[Batch]] | None = None
+    sort_by: Column | None = None
+    references: Sequence[Reference] = ()
 
     def unique_among(self, fields: Sequence[str]) -> list[UniqueKey]:
         """Return the unique keys among some columns."""

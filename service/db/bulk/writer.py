@@ -1,7 +1,7 @@
 """BulkWriter: writes the batches of any entity, on either database.
 
-    create: prepare -> look up stored keys -> plan -> insert, update -> outcome
-    update: lock the rows                  -> plan -> update         -> outcome
+    create: resolve references -> look up stored keys -> plan -> insert, update -> outcome
+    update: lock the rows                             -> plan -> update         -> outcome
 
 A batch of a load that has met no conflict skips the look-up and writes at once, under a savepoint. If
 that fails, or if another writer's commit comes between the look-up and the write, the attempt is rolled
@@ -11,21 +11,18 @@ back and made again, with a look-up.
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
 from functools import partial
 from typing import Any
 
-from sqlalchemy import Row, Text, select
+from sqlalchemy import Text, select
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import InstrumentedAttribute
-from sqlalchemy.types import TypeEngine
 
-from service.db.base import BigInt, Session, now
+from service.db.base import BigInt, Column, ColumnType, KeyValue, Session, now
 from service.db.bulk import postgresql, sqlite
-from service.db.bulk.batch import Batch, OnConflict, Outcome, Result, WriteOptions
+from service.db.bulk.batch import Batch, BatchColumns, OnConflict, Outcome, Result, WriteOptions
 from service.db.bulk.plan import StoredKey, UniqueValues, plan_creates, plan_updates
-from service.db.bulk.table import BulkTable, UniqueKey
-from service.db.dialect import is_sqlite, listed, matched
+from service.db.bulk.table import BulkTable, Reference, UniqueKey
+from service.db.dialect import ids_of, is_sqlite, values_table
 from service.errors import DatabaseUnavailable, IdTaken
 
 MAX_RETRIES = 3
@@ -69,11 +66,13 @@ class BulkWriter:
                     return await attempt(replace(batch, failures=dict(batch.failures)))
             except (IntegrityError, LookupNeeded):
                 batch.expects_conflicts = True
-        raise DatabaseUnavailable("other writers keep taking the same keys; nothing was written, try again")
+        raise DatabaseUnavailable(
+            "other writes keep conflicting with this batch; nothing was written, try again"
+        )
 
     async def _create(self, batch: Batch, options: WriteOptions) -> Outcome:
-        if self.table.prepare:
-            batch = await self.table.prepare(self.session, batch)
+        for reference in self.table.references:
+            batch = await self._resolve(batch, reference)
         keys = await self._stored_keys(batch, options)
         plan = await plan_creates(batch, keys, options.on_conflict)
         if plan.repeated and len(keys) > 1 and not options.looks_up_first(batch):
@@ -97,10 +96,10 @@ class BulkWriter:
         ids = batch.take("id", batch.good_rows())
         rows = await lock_rows(self.session, self.model.id, ids, self.model.version, *columns)
         versions = {row[0]: row[1] for row in rows}
-        unique = [
-            await self._unique_values(batch, key, {row[0]: row[position] for row in rows})
-            for position, key in enumerate(changed_keys, 2)
-        ]
+        unique = []
+        for position, key in enumerate(changed_keys, 2):
+            current = {row[0]: row[position] for row in rows}
+            unique.append(await self._unique_values(batch, key, current))
         updates = await plan_updates(batch, versions, self.table.not_found, unique)
         if options.is_atomic and batch.failures:
             return Outcome.of_failed_batch(batch)
@@ -122,6 +121,25 @@ class BulkWriter:
         if ids and await self._write_rows(ids, columns, [1] * len(ids), checked) < len(ids):
             raise LookupNeeded
         return _updated(batch)
+
+    async def _resolve(self, batch: Batch, reference: Reference) -> Batch:
+        """Return new rows with the ids of the rows that they refer to; fail those that refer to none.
+
+        The other rows are not locked. If one is deleted meanwhile, the foreign key raises an IntegrityError.
+        """
+        columns = dict(batch.columns)
+        ids: list[int | None] = [None] * batch.size
+        good = batch.good_rows()
+        for name, key in reference.keys.items():
+            values = columns.pop(name)
+            rows = [row for row in good if values[row]]
+            given = [values[row] for row in rows]
+            found = await ids_of(self.session, key, given, _type_of(given))
+            for row, id in zip(rows, found, strict=True):
+                ids[row] = id
+                if id is None:
+                    batch.fail(row, reference.missing_error(name))
+        return replace(batch, columns=columns | {reference.column.key: ids})
 
     async def _stored_keys(self, batch: Batch, options: WriteOptions) -> list[StoredKey]:
         """Return the keys to plan new rows by, with the stored rows that have one of the batch's values."""
@@ -147,21 +165,24 @@ class BulkWriter:
             ids.update((await self._ids_by(key, batch)).values())
         columns = [key.column for key in keys]
         rows = await lock_rows(self.session, self.model.id, sorted(ids), *columns)
-        return [
-            StoredKey(key, {row[position]: row[0] for row in rows if row[position] is not None})
-            for position, key in enumerate(keys, 1)
-        ]
+        stored = []
+        for position, key in enumerate(keys, 1):
+            ids_by_value = {row[position]: row[0] for row in rows if row[position] is not None}
+            stored.append(StoredKey(key, ids_by_value))
+        return stored
 
-    async def _ids_by(self, key: UniqueKey, batch: Batch) -> dict[Any, int]:
+    async def _ids_by(self, key: UniqueKey, batch: Batch) -> dict[KeyValue, int]:
         """Return, by value, the ids of the rows that have one of the batch's values of a key."""
         values = [value for value in batch.take(key.name, batch.good_rows()) if value is not None]
-        ids = await matched(self.session, key.column, values, _type_of(values))
+        ids = await ids_of(self.session, key.column, values, _type_of(values))
         return {value: id for value, id in zip(values, ids, strict=True) if id is not None}
 
-    async def _unique_values(self, batch: Batch, key: UniqueKey, current: Mapping[int, Any]) -> UniqueValues:
+    async def _unique_values(
+        self, batch: Batch, key: UniqueKey, current: Mapping[int, KeyValue | None]
+    ) -> UniqueValues:
         return UniqueValues(key, batch.columns[key.name], current, await self._ids_by(key, batch))
 
-    async def _insert(self, batch: Batch, columns: Mapping[str, list[Any]], size: int) -> Sequence[int]:
+    async def _insert(self, batch: Batch, columns: BatchColumns, size: int) -> Sequence[int]:
         if not size:
             return []
         ids = await self._draw_ids(batch, columns.get("id"), size)
@@ -184,21 +205,22 @@ class BulkWriter:
         rest = iter(self._drawn_ids)
         return [id or next(rest) for id in given]
 
-    async def _restored_times(self, columns: Mapping[str, list[Any]]) -> dict[str, list[datetime]]:
+    async def _restored_times(self, columns: BatchColumns) -> BatchColumns:
         """Return the times of restored rows, with the transaction's own for rows that have none."""
         restored = {name: columns[name] for name in ("created_at", "updated_at") if name in columns}
         if not any(None in column for column in restored.values()):
             return restored
         at = (await self.session.execute(select(now()))).scalar_one()
-        return {name: [time or at for time in column] for name, column in restored.items()}
+        for name, column in restored.items():
+            restored[name] = [time or at for time in column]
+        return restored
 
     async def _set_aside(self, unique: Sequence[UniqueValues], ids: list[int]) -> None:
         """Give rows placeholders, so that the update can give the values they had to others of them."""
-        columns = {
-            values.key.name: [values.key.placeholder(id) for id in ids]
-            for values in unique
-            if values.has_moves
-        }
+        columns = {}
+        for values in unique:
+            if values.has_moves:
+                columns[values.key.name] = [values.key.placeholder(id) for id in ids]
         if columns:
             await self._write_rows(ids, columns, [0] * len(ids))
 
@@ -216,7 +238,7 @@ class BulkWriter:
     async def _write_rows(
         self,
         ids: Sequence[int],
-        columns: Mapping[str, Sequence[Any]],
+        columns: BatchColumns,
         increments: Sequence[int],
         expected: Sequence[int] | None = None,
     ) -> int:
@@ -227,8 +249,8 @@ class BulkWriter:
 
 
 async def lock_rows(
-    session: Session, key: InstrumentedAttribute[Any], values: Sequence[Any], *columns: Any
-) -> Sequence[Row[*tuple[Any, ...]]]:
+    session: Session, key: Column, values: Sequence[KeyValue | None], *columns: Column
+) -> Sequence[Sequence[Any]]:
     """Lock the rows that have one of the values, in id order; return their key and the columns.
 
     The locks last until the transaction ends. SQLite ignores them: its writer is alone.
@@ -236,7 +258,7 @@ async def lock_rows(
     given = sorted({value for value in values if value is not None})
     if not given:
         return []
-    wanted = listed(session, given, _type_of(given))
+    wanted = values_table(session, given, _type_of(given))
     # FOR NO KEY UPDATE: other transactions can still insert rows that refer to these.
     rows = (
         select(key, *columns)
@@ -266,5 +288,5 @@ def _updated(batch: Batch) -> Outcome:
     return Outcome(bytes(results), ids, batch.failures)
 
 
-def _type_of(values: Sequence[Any]) -> TypeEngine[Any]:
+def _type_of(values: Sequence[KeyValue]) -> ColumnType:
     return BigInt if values and isinstance(values[0], int) else Text()

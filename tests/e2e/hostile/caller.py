@@ -1,6 +1,6 @@
-"""A caller in a process of its own, so that no attack in the tests' own process slows it down.
+"""A caller in its own process, so that attacks in the tests' process do not slow it down.
 
-Reads one user every 20 ms until its standard input ends; then prints what the calls took, as JSON.
+Reads one user every 20 ms until its standard input ends, then prints the durations of the calls as JSON.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
-"""A greedy caller, in a process of its own: `python -m tests.e2e.hostile.greedy ADDRESS CA TOKEN ATTACK`.
+"""A greedy caller in its own process: `python -m tests.e2e.hostile.greedy ADDRESS CA TOKEN ATTACK`.
 
-It says `begun` once its calls are in flight, and goes on until its standard input ends. It leaves the CPU to
-others, as if it ran on another machine.
+It prints `begun` once its calls are in flight, and continues until its standard input ends. It has a low CPU
+priority, as if it ran on another machine.
 """
 
 import asyncio
@@ -37,44 +37,44 @@ NUMBERS = count()
 
 
 async def filters(users: UserServiceStub) -> None:
-    """A list with a filter that no index serves."""
+    """List with a filter that no index supports."""
     await users.ListUsers(ListUsersRequest(filter=UNINDEXED))
 
 
 async def deadlines(users: UserServiceStub) -> None:
-    """The same by an impatient client, which cancels it and asks again."""
+    """List the same, cancel, and try again."""
     await users.ListUsers(ListUsersRequest(filter=UNINDEXED), timeout=0.2)
 
 
 async def batches(users: UserServiceStub) -> None:
-    """The largest batch of ids."""
+    """Get the largest batch of ids."""
     await users.BatchGetUsers(BatchGetUsersRequest(ids=range(1, BATCH + 1)))
 
 
 async def logins(users: UserServiceStub) -> None:
-    """A guess at a password."""
+    """Guess a password."""
     await users.VerifyPassword(VerifyPasswordRequest(email="nobody@example.org", password="guess"))
 
 
-async def dear_logins(users: UserServiceStub) -> None:
-    """A guess at the password of a user whose planted hash costs as much as is allowed."""
+async def expensive_logins(users: UserServiceStub) -> None:
+    """Guess the password of a user whose hash has the highest cost that is allowed."""
     await users.VerifyPassword(VerifyPasswordRequest(email="dear@example.org", password="guess"))
 
 
 async def exports(users: UserServiceStub) -> None:
-    """An export of everybody, read as fast as it comes."""
+    """Export all users, and read as fast as possible."""
     stream: Any = users.ExportUsers(ExportUsersRequest())
     while await stream.read() is not grpc.aio.EOF:
         pass
 
 
 async def writes(users: UserServiceStub) -> None:
-    """A user more."""
+    """Create a user."""
     await users.CreateUser(CreateUserRequest(user=User(email=f"greedy{next(NUMBERS)}@example.org")))
 
 
 async def loads(users: UserServiceStub) -> None:
-    """A bulk stream of the largest messages."""
+    """Open a bulk stream, and send the largest messages."""
 
     async def messages() -> AsyncIterator[BulkCreateUsersRequest]:
         yield BulkCreateUsersRequest(options=BulkOptions())
@@ -91,21 +91,21 @@ ATTACKS: dict[str, tuple[Callable[[UserServiceStub], Coroutine[Any, Any, None]],
     "deadlines": (deadlines, 60),
     "batches": (batches, 100),
     "logins": (logins, 100),
-    "dear_logins": (dear_logins, 100),
+    "expensive_logins": (expensive_logins, 100),
     "exports": (exports, 16),
     "writes": (writes, 100),
     "loads": (loads, 16),
 }
 
 
-async def plant(users: UserServiceStub) -> None:
-    """Store a user whose password costs as much to check as is allowed."""
+async def create_expensive_user(users: UserServiceStub) -> None:
+    """Store a user whose password hash has the highest cost that is allowed."""
     with suppress(grpc.RpcError):  # stored already
         await users.CreateUser(CreateUserRequest(user=User(email="dear@example.org", hashed_password=DEAR)))
 
 
 async def main(address: str, certificates: bytes, token: str, name: str) -> None:
-    """Keep many calls in flight, each followed by another one."""
+    """Keep many calls in flight."""
     attack, number = ATTACKS[name]
     channels = [
         grpc.aio.secure_channel(
@@ -116,8 +116,8 @@ async def main(address: str, certificates: bytes, token: str, name: str) -> None
         for _ in range(4)
     ]
     stubs = [UserServiceStub(channel) for channel in channels]
-    if name == "dear_logins":
-        await plant(stubs[0])
+    if name == "expensive_logins":
+        await create_expensive_user(stubs[0])
 
     async def again(users: UserServiceStub) -> None:
         while True:

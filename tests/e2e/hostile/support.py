@@ -1,4 +1,4 @@
-"""A server to attack, with TLS, tokens and a policy, and a caller who goes on meanwhile."""
+"""A server to attack, with TLS, tokens and a policy, and a caller who reads meanwhile."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Victim:
-    """A `roster serve` in a process of its own; the identities are those of `tests/e2e/secured.py`."""
+    """A `roster serve` in its own process; the identities are those of `tests/e2e/secured.py`."""
 
     process: Serving
     folder: Path
@@ -53,13 +53,13 @@ class Victim:
         return self.issuer.token(subject)
 
     def channel(self, subject: str | None = None, **options: Any) -> grpc.aio.Channel:
-        """Return a channel of our own client, as a stranger without a subject."""
+        """Return a channel of our client, without a token if there is no subject."""
         token = self.token(subject) if subject else None
         credentials = tls_credentials(self.ca.read_bytes(), token=(lambda: token) if token else None)
         return grpc.aio.secure_channel(self.address, credentials, list(options.items()))
 
     def resident(self) -> float:
-        """Return the memory of the server now, in MiB."""
+        """Return the current memory of the server in MiB."""
         return self._memory("VmRSS")
 
     def peak(self) -> float:
@@ -67,11 +67,11 @@ class Victim:
         return self._memory("VmHWM")
 
     def forget_peak(self) -> None:
-        """Let `peak` begin again (proc(5), clear_refs)."""
+        """Restart the measurement of `peak` (proc(5), clear_refs)."""
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
 
     async def returns_to(self, mib: float) -> bool:
-        """Wait until the server is back at an amount of memory, 30 s at most."""
+        """Wait until the server is back at an amount of memory, at most 30 s."""
         return await eventually(lambda: self.resident() <= mib, MEMORY_RETURNS_SECONDS)
 
     def _memory(self, name: str) -> float:
@@ -85,9 +85,9 @@ class Victim:
 async def victim(
     folder: Path, database_url: str, *, reads_log: bool = False, **environment: str
 ) -> AsyncIterator[Victim]:
-    """Serve with TLS, tokens and a policy; further settings by their environment variables.
+    """Serve with TLS, tokens and a policy, and further settings by their environment variables.
 
-    A test that does not read the log itself has it read to nowhere: a full pipe would stop the server.
+    The log is discarded unless the test reads it, because a full pipe would block the server.
     """
     authority, issuer = Authority(), Issuer()
     cert, key = authority.issue("127.0.0.1").write(folder)
@@ -117,7 +117,7 @@ async def victim(
 
 @dataclass
 class Bystander:
-    """The calls of a caller who reads one user again and again; set once its block has ended."""
+    """The calls of a caller who reads one user again and again; set at the end of its block."""
 
     seconds: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -130,7 +130,7 @@ class Bystander:
 
 @asynccontextmanager
 async def bystander(victim: Victim, subject: str = "admin") -> AsyncIterator[Bystander]:
-    """Let a process of its own read a user every 20 ms, on one connection, while the block runs."""
+    """Let another process read a user every 20 ms on one connection while the block runs."""
     async with victim.channel("admin") as channel:
         request = CreateUserRequest(user=User(email=f"{os.urandom(8).hex()}@example.org"))
         user = await UserServiceStub(channel).CreateUser(request)
@@ -165,7 +165,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 async def eventually(condition: Callable[[], bool], seconds: float) -> bool:
-    """Return whether a condition comes true within some seconds, asked ten times a second."""
+    """Return whether a condition becomes true within some seconds; check it ten times a second."""
     end = perf_counter() + seconds
     while not (is_true := condition()) and perf_counter() < end:  # noqa: ASYNC110
         await asyncio.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Files with secrets: who can read them, what was planted in their place, and what `.env` redirects."""
+"""Files with secrets: their permissions, files planted in their place, and redirections by `.env`."""
 
 import os
 import shutil
@@ -9,16 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
-from roster.v1.resources_pb2 import User
-from roster.v1.users_pb2 import CreateUserRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
-from service.settings import Settings
 from tests.e2e.hostile.support import Victim, victim
 from tests.support.command import ROSTER, Ended, run, serving, waiting_to_serve
+from tests.support.rows import add_users
+from tests.support.server import serve
 
 OTHER_USER = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
@@ -29,7 +26,7 @@ usual_and_no_umask = pytest.mark.parametrize("umask", [0o022, 0], indirect=True)
 
 @pytest.fixture(autouse=True)
 def umask(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Start processes with a umask, by default with one that closes nothing."""
+    """Start processes with a umask, by default 0."""
     before = os.umask(getattr(request, "param", 0))
     yield
     os.umask(before)
@@ -37,7 +34,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder of the test's own, which only its owner can write to."""
+    """A folder that only its owner can write to."""
     (tmp_path / "files").mkdir(0o755)
     return tmp_path / "files"
 
@@ -47,8 +44,8 @@ def modes(folder: Path, pattern: str = "*") -> dict[str, int]:
 
 
 @usual_and_no_umask
-async def test_serve_creates_a_database_for_its_owner_only(folder: Path) -> None:
-    """With the files that SQLite adds; there is nothing to warn of."""
+async def test_serve_creates_database_for_its_owner_only(folder: Path) -> None:
+    """So are the files that SQLite adds; there is no warning."""
     async with serving(folder, ROSTER_DATABASE_URL="sqlite:///roster.db") as server:
         found = modes(folder)
         server.signal(signal.SIGTERM)
@@ -61,8 +58,8 @@ async def test_serve_creates_a_database_for_its_owner_only(folder: Path) -> None
 @pytest.mark.parametrize(
     "url", ["sqlite:///roster.db", "sqlite:///link.db", "sqlite:///file:roster.db?uri=true"]
 )
-async def test_migrate_creates_a_database_for_its_owner_only(folder: Path, url: str) -> None:
-    """Where a symlink leads, too."""
+async def test_migrate_creates_database_for_its_owner_only(folder: Path, url: str) -> None:
+    """Also through a symlink."""
     (folder / "link.db").symlink_to("roster.db")
 
     ended = await run(ROSTER, "migrate", folder=folder, ROSTER_DATABASE_URL=url)
@@ -70,8 +67,8 @@ async def test_migrate_creates_a_database_for_its_owner_only(folder: Path, url: 
     assert (ended.status, modes(folder, "roster.db*")) == (0, {"roster.db": 0o600})
 
 
-async def test_an_exposed_database_is_reported_and_stays_as_it_is(folder: Path) -> None:
-    """With the command that closes it, as it can be on purpose."""
+async def test_exposed_database_is_reported_and_not_changed(folder: Path) -> None:
+    """The warning has the command that closes it, because it can be intended."""
     settings: dict[str, Any] = {"ROSTER_DATABASE_URL": "sqlite:///roster.db", "ROSTER_LOG_FORMAT": "text"}
     await run(ROSTER, "migrate", folder=folder, **settings)
     (folder / "roster.db").chmod(0o644)
@@ -91,14 +88,9 @@ async def test_an_exposed_database_is_reported_and_stays_as_it_is(folder: Path) 
 @pytest.fixture
 async def server(sqlite_url: str) -> AsyncIterator[Server]:
     """A server with some users."""
-    server = Server(Settings(database_url=sqlite_url, listen="127.0.0.1:0"))
-    await server.start()
-    async with grpc.aio.insecure_channel(server.address) as channel:
-        for number in range(3):
-            user = User(email=f"user{number}@example.org")
-            await UserServiceStub(channel).CreateUser(CreateUserRequest(user=user))
-    yield server
-    await server.stop(grace=0)
+    async with serve(sqlite_url) as server:
+        await add_users(server.database, 3)
+        yield server
 
 
 async def export(server: Server, folder: Path, output: str, *options: str) -> Ended:
@@ -108,10 +100,10 @@ async def export(server: Server, folder: Path, output: str, *options: str) -> En
 
 @pytest.mark.parametrize("name", ["users.ndjson", "users.ndjson.gz"])
 @pytest.mark.parametrize("planted", [None, "symlink", "hard link", "file"])
-async def test_an_export_writes_through_no_planted_file(
+async def test_export_does_not_follow_planted_files(
     server: Server, folder: Path, name: str, planted: str | None
 ) -> None:
-    """In the place of its `.part`; what it replaces is only a name."""
+    """At the path of its `.part` file; only a name is replaced."""
     precious, part = folder.parent / "precious", folder / f"{name}.part"
     precious.write_text("precious")
     if planted == "symlink":
@@ -128,10 +120,8 @@ async def test_an_export_writes_through_no_planted_file(
 
 
 @usual_and_no_umask
-async def test_an_export_replaces_a_symlink_with_its_name_and_not_what_it_leads_to(
-    server: Server, folder: Path
-) -> None:
-    """As the rename has always done."""
+async def test_export_replaces_a_symlink_and_not_its_target(server: Server, folder: Path) -> None:
+    """As a rename does."""
     (folder / "users.ndjson").symlink_to(folder / "elsewhere")
     (folder / "elsewhere").write_text("precious")
 
@@ -143,7 +133,7 @@ async def test_an_export_replaces_a_symlink_with_its_name_and_not_what_it_leads_
 
 @pytest.mark.parametrize("output", ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
 @pytest.mark.parametrize("redirected", ["| cat", "> file; cat file"])
-async def test_standard_output_stays_what_it_is(
+async def test_export_to_standard_output_does_not_replace_it(
     server: Server, folder: Path, output: str, redirected: str
 ) -> None:
     """By each of its names, whether it is a pipe or a file."""
@@ -155,8 +145,8 @@ async def test_standard_output_stays_what_it_is(
     assert Path("/dev/stdout").is_symlink()  # noqa: ASYNC240
 
 
-async def test_a_pipe_with_a_name_is_written_to(server: Server, folder: Path) -> None:
-    """An export and the rejects of a load can go to another program."""
+async def test_writes_to_a_named_pipe(server: Server, folder: Path) -> None:
+    """Exports and rejects can go to another program."""
     os.mkfifo(folder / "pipe")
     (folder / "users.csv").write_text("email\nnobody\n")
     script = "cat pipe & {} ; wait"
@@ -172,10 +162,10 @@ async def test_a_pipe_with_a_name_is_written_to(server: Server, folder: Path) ->
 
 
 @pytest.mark.parametrize("planted", [None, "symlink", "dangling symlink"])
-async def test_rejects_are_for_their_owner_and_write_through_no_symlink(
+async def test_rejects_are_private_and_follow_no_symlink(
     server: Server, folder: Path, planted: str | None
 ) -> None:
-    """They have the passwords of the rows that failed."""
+    """They contain the passwords of failed rows."""
     (folder / "users.csv").write_text("email,password\nnobody,secret\n")
     (precious := folder.parent / "precious").write_text("precious")
     if planted:
@@ -192,8 +182,8 @@ async def test_rejects_are_for_their_owner_and_write_through_no_symlink(
 
 
 @usual_and_no_umask
-async def test_keys_are_created_for_their_owner_and_never_through_a_symlink(folder: Path) -> None:
-    """The folder can be read, for the public key, and nobody else can write to it."""
+async def test_keys_are_private_and_follow_no_symlink(folder: Path) -> None:
+    """The folder is readable, for the public key, and only its owner can write to it."""
     made = await run(ROSTER, "token", "keys", "keys", folder=folder)
     (folder / "planted").mkdir()
     (folder / "planted/private.pem").symlink_to(folder.parent / "elsewhere")
@@ -208,7 +198,7 @@ async def test_keys_are_created_for_their_owner_and_never_through_a_symlink(fold
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder that somebody handed over, and a server that wants a token."""
+    """A folder received from somebody, and a server that requires a token."""
 
     path: Path
     server: Victim
@@ -231,8 +221,8 @@ async def handed(tmp_path: Path, folder: Path) -> AsyncIterator[Folder]:
         yield Folder(folder, server)
 
 
-async def test_a_token_from_elsewhere_goes_to_no_server_that_only_a_folder_names(handed: Folder) -> None:
-    """Neither its address nor its authority; the sentence names the options that say it is wanted."""
+async def test_foreign_token_is_not_sent_to_server_of_a_folder(handed: Folder) -> None:
+    """If `.env` names the address or the CA, the error names the options that confirm them."""
     address, ca, token = handed.server.address, "ca.pem", handed.server.token("admin")
     handed.write(f"ROSTER_ADDRESS={address}", f"ROSTER_TLS_CA_FILE={ca}")
     outside = str(handed.path.parent / "token")
@@ -254,8 +244,8 @@ async def test_a_token_from_elsewhere_goes_to_no_server_that_only_a_folder_names
     assert (wanted.status, wanted.err, overridden.status) == (0, "", 0)
 
 
-async def test_a_folder_can_have_its_server_and_its_token_together(handed: Folder) -> None:
-    """As a value or a file of its own; no file from elsewhere, and no variable of the environment."""
+async def test_folder_can_have_its_server_and_its_token(handed: Folder) -> None:
+    """As a value or a file in it, but neither an outside file nor an environment variable."""
     token, named = handed.server.token("admin"), [f"ROSTER_ADDRESS={handed.server.address}"]
     named.append("ROSTER_TLS_CA_FILE=ca.pem")
     handed.write(*named, f"ROSTER_TOKEN={token}")
@@ -277,10 +267,8 @@ async def test_a_folder_can_have_its_server_and_its_token_together(handed: Folde
 
 
 @pytest.mark.parametrize("command", ["serve", "migrate", "doctor"])
-async def test_a_database_that_a_folder_names_gets_no_password_from_elsewhere(
-    folder: Path, command: str
-) -> None:
-    """PostgreSQL's client library sends PGPASSWORD to whatever server the URL names."""
+async def test_database_of_a_folder_gets_no_foreign_password(folder: Path, command: str) -> None:
+    """PostgreSQL's libpq sends PGPASSWORD to whatever server the URL names."""
     (folder / ".env").write_text("DATABASE_URL=postgresql://ada@127.0.0.1:1/roster\n")
     (folder / ".env").chmod(0o600)
 
@@ -290,7 +278,7 @@ async def test_a_database_that_a_folder_names_gets_no_password_from_elsewhere(
     assert "PGPASSWORD of the environment would be sent" in ended.out + ended.err
 
 
-async def test_a_file_of_settings_that_others_can_change_is_refused(folder: Path) -> None:
+async def test_env_file_writable_by_others_is_refused(folder: Path) -> None:
     """It could redirect every user who works in a shared folder."""
     (folder / ".env").write_text("ROSTER_ADDRESS=127.0.0.1:1\n")
     (folder / ".env").chmod(0o666)
@@ -304,7 +292,7 @@ async def test_a_file_of_settings_that_others_can_change_is_refused(folder: Path
 
 
 @as_root
-async def test_a_file_of_settings_of_another_user_is_refused(folder: Path) -> None:
+async def test_env_file_of_another_user_is_refused(folder: Path) -> None:
     """As in a folder for temporary files."""
     (folder / ".env").write_text("ROSTER_ADDRESS=127.0.0.1:1\n")
     (folder / ".env").chmod(0o644)

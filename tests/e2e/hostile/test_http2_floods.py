@@ -1,7 +1,7 @@
 """Published attacks on HTTP/2 and gRPC servers, each on one connection of a stranger.
 
-Others are served meanwhile, and the server's memory stays bounded. Most of this gRPC itself holds; the tests
-notice if a later version does not.
+Other callers are answered meanwhile, and the server's memory stays bounded. Most of this is up to gRPC; the
+tests notice if a later version is vulnerable.
 """
 
 import asyncio
@@ -43,14 +43,14 @@ Flood = Callable[[Http2Connection], Awaitable[None]]
 
 @pytest.fixture(scope="module")
 async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Victim]:
-    """A server that the attacks of this file share."""
+    """A server that all attacks of this file share."""
     folder = tmp_path_factory.mktemp("floods")
     async with victim(folder, f"sqlite:///{folder / 'roster.db'}") as server:
         yield server
 
 
-def repeating(frame: Callable[[Http2Connection, int], None]) -> Flood:
-    """Return a flood of frames, until there are enough or the server has closed the connection."""
+def repeat(frame: Callable[[Http2Connection, int], None]) -> Flood:
+    """Return a flood that repeats frames until there are enough or the server closes the connection."""
 
     async def flood(connection: Http2Connection) -> None:
         for number in range(FRAMES):
@@ -64,29 +64,29 @@ def repeating(frame: Callable[[Http2Connection, int], None]) -> Flood:
 
 
 def rapid_reset(connection: Http2Connection, _: int) -> None:
-    """CVE-2023-44487: a call is opened and reset at once."""
+    """CVE-2023-44487: a call is opened and reset immediately."""
     stream = connection.open(GET_USER)
     connection.frame(RST_STREAM, 0, stream, struct.pack(">I", CANCEL))
 
 
 def made_you_reset(connection: Http2Connection, _: int) -> None:
-    """CVE-2025-8671: a call is opened, and the server made to reset it by an illegal window."""
+    """CVE-2025-8671: a call is opened, and an illegal window makes the server reset it."""
     stream = connection.open(GET_USER)
     connection.frame(WINDOW_UPDATE, 0, stream, struct.pack(">I", 0))
 
 
 def ping(connection: Http2Connection, number: int) -> None:
-    """CVE-2019-9512: pings, each of which wants an answer."""
+    """CVE-2019-9512: pings, each of which needs a response."""
     connection.frame(PING, 0, 0, struct.pack(">Q", number))
 
 
 def settings(connection: Http2Connection, _: int) -> None:
-    """CVE-2019-9515: settings, each of which wants an acknowledgement."""
+    """CVE-2019-9515: settings, each of which needs an acknowledgement."""
     connection.frame(SETTINGS, 0, 0)
 
 
 def settings_acks(connection: Http2Connection, _: int) -> None:
-    """Acknowledgements of settings that nobody sent."""
+    """Acknowledgements of settings that were never sent."""
     connection.frame(SETTINGS, ACK, 0)
 
 
@@ -96,26 +96,26 @@ def priorities(connection: Http2Connection, number: int) -> None:
 
 
 async def continuation(connection: Http2Connection) -> None:
-    """CVE-2024-27316 and its kin: headers that never end."""
+    """CVE-2024-27316 and similar: headers that never end."""
     connection.frame(HEADERS, 0, 1, grpc_headers(GET_USER))
     block = literal(b"x-padding", b"x" * 8000)
-    await repeating(lambda connection, _: connection.frame(CONTINUATION, 0, 1, block))(connection)
+    await repeat(lambda connection, _: connection.frame(CONTINUATION, 0, 1, block))(connection)
 
 
 async def empty_continuation(connection: Http2Connection) -> None:
-    """The same with nothing in it."""
+    """The same with empty frames."""
     connection.frame(HEADERS, 0, 1, grpc_headers(GET_USER))
-    await repeating(lambda connection, _: connection.frame(CONTINUATION, 0, 1))(connection)
+    await repeat(lambda connection, _: connection.frame(CONTINUATION, 0, 1))(connection)
 
 
 async def empty_data(connection: Http2Connection) -> None:
-    """CVE-2019-9518: frames of no bytes."""
+    """CVE-2019-9518: empty frames."""
     stream = connection.open(WATCH)
-    await repeating(lambda connection, _: connection.frame(DATA, 0, stream))(connection)
+    await repeat(lambda connection, _: connection.frame(DATA, 0, stream))(connection)
 
 
 async def hpack_bomb(connection: Http2Connection) -> None:
-    """CVE-2016-6581: one large header, put into the table and named thousands of times in each call."""
+    """CVE-2016-6581: one large header in the table, referenced thousands of times in each call."""
     value = b"x" * 3900
     add = b"\x40" + bytes([6]) + b"x-bomb" + b"\x7f" + _integer(len(value) - 127) + value
     connection.frame(HEADERS, END_HEADERS | END_STREAM, 1, grpc_headers(GET_USER) + add)
@@ -144,7 +144,7 @@ async def gzip_bomb(connection: Http2Connection) -> None:
 
 
 async def dribble(connection: Http2Connection) -> None:
-    """CVE-2019-9511: messages that come byte by byte."""
+    """CVE-2019-9511: messages sent byte by byte."""
     message = framed(GetUserRequest(id=1).SerializeToString() * 100)
     for _ in range(20):
         stream = connection.open(WATCH)
@@ -162,12 +162,12 @@ def _integer(number: int) -> bytes:
 
 
 FLOODS: dict[str, Flood] = {
-    "rapid reset": repeating(rapid_reset),
-    "made you reset": repeating(made_you_reset),
-    "pings": repeating(ping),
-    "settings": repeating(settings),
-    "acknowledged settings": repeating(settings_acks),
-    "priorities": repeating(priorities),
+    "rapid reset": repeat(rapid_reset),
+    "made you reset": repeat(made_you_reset),
+    "pings": repeat(ping),
+    "settings": repeat(settings),
+    "acknowledged settings": repeat(settings_acks),
+    "priorities": repeat(priorities),
     "continuation": continuation,
     "empty continuation": empty_continuation,
     "empty data": empty_data,
@@ -179,8 +179,8 @@ FLOODS: dict[str, Flood] = {
 
 
 @pytest.mark.parametrize("name", FLOODS)
-async def test_a_flood_holds_nobody_up(server: Victim, name: str) -> None:
-    """Other callers are served, and the memory stays bounded."""
+async def test_flood_does_not_block_others(server: Victim, name: str) -> None:
+    """Other callers are answered, and memory stays bounded."""
     before = server.resident()
     server.forget_peak()
     async with bystander(server) as other:

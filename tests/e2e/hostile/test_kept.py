@@ -1,4 +1,4 @@
-"""Bounds on what the server stores for callers: when it is stored, when it is read, and in time."""
+"""Bounds on the data that the server stores for callers."""
 
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -36,20 +36,20 @@ MOST = 1000
 
 
 def options(**fields: Any) -> BulkOptions:
-    """Return options with 3 MiB that no release knows of."""
+    """Return options with 3 MiB of an unknown field."""
     chosen = BulkOptions(**{"load_id": LOAD_ID, "return_ids": True, **fields})
     chosen.MergeFromString(UNKNOWN)
     return chosen
 
 
 async def open_load(users: UserServiceStub, chosen: BulkOptions) -> None:
-    """Begin a load, or go on with it; raises AioRpcError."""
+    """Open or reopen a load; raises AioRpcError."""
     call = users.BulkCreateUsers(iter([BulkCreateUsersRequest(options=chosen)]))
     assert [event async for event in call]
 
 
 async def stored_bytes(database: Database) -> int:
-    """Return the size of the largest options that are stored."""
+    """Return the size of the largest stored options."""
     async with database.read() as session:
         return int(await session.scalar(select(func.max(func.length(Load.stored_options)))) or 0)
 
@@ -62,7 +62,7 @@ async def store_options(database: Database, kept: bytes) -> None:
 
 @pytest.fixture
 async def loads(server: Server) -> AsyncIterator[BulkServiceStub]:
-    """A client of BulkService that refuses answers over 3 MiB."""
+    """A client of BulkService that refuses responses over 3 MiB."""
     limit = [("grpc.max_receive_message_length", MAX_ANSWER_BYTES)]
     async with grpc.aio.insecure_channel(server.address, options=limit) as channel:
         yield BulkServiceStub(channel)
@@ -71,7 +71,7 @@ async def loads(server: Server) -> AsyncIterator[BulkServiceStub]:
 async def test_unknown_options_are_not_stored(
     server: Server, users: UserServiceStub, loads: BulkServiceStub
 ) -> None:
-    """Nor do they matter when the load is opened again."""
+    """They are not compared either when the load is reopened."""
     await open_load(users, options())
     await LoadStream.open(users)
     await open_load(users, options())
@@ -81,10 +81,10 @@ async def test_unknown_options_are_not_stored(
     assert load.options == BulkOptions(load_id=LOAD_ID, return_ids=True)
 
 
-async def test_a_mask_names_each_field_once(
+async def test_mask_is_stored_without_repetitions(
     server: Server, users: UserServiceStub, loads: BulkServiceStub
 ) -> None:
-    """One that repeats a field is stored without the repetitions, one with 4,000 paths is refused."""
+    """A mask with 4,000 paths is refused."""
     repeated = FieldMask(paths=["full_name"] * 100)
     await open_load(users, options(on_conflict=BulkOptions.UPDATE, update_mask=repeated))
     await open_load(
@@ -101,10 +101,10 @@ async def test_a_mask_names_each_field_once(
     assert list(load.options.update_mask.paths) == ["full_name"]
 
 
-async def test_options_stored_by_an_earlier_release_are_not_read(
+async def test_large_options_of_earlier_releases_are_not_read(
     server: Server, users: UserServiceStub, loads: BulkServiceStub
 ) -> None:
-    """An admin's page stays small, and the load can be looked at and aborted."""
+    """Pages stay small, and the load can be read and aborted."""
     await open_load(users, options())
     await store_options(server.database, options().SerializeToString())
 
@@ -114,10 +114,10 @@ async def test_options_stored_by_an_earlier_release_are_not_read(
     assert aborted.state == BulkLoad.ABORTED
 
 
-async def test_options_go_when_a_load_expires(
+async def test_options_are_deleted_when_a_load_expires(
     server: Server, users: UserServiceStub, loads: BulkServiceStub
 ) -> None:
-    """Also those of a load that an earlier release let expire; the load stays, so that none begins twice."""
+    """Also those of earlier releases; the load itself stays, so that it can't start twice."""
     await open_load(users, options())
     for _ in range(2):
         async with server.database.begin() as session:
@@ -131,8 +131,8 @@ async def test_options_go_when_a_load_expires(
     assert (load.state, load.options) == (BulkLoad.EXPIRED, BulkOptions())
 
 
-async def test_a_page_of_loads_ends_at_3_mib(server: Server, loads: BulkServiceStub) -> None:
-    """Of 1,000 loads with the longest names, and options as long as are read."""
+async def test_page_of_loads_ends_at_3_mib(server: Server, loads: BulkServiceStub) -> None:
+    """With 1,000 loads that have the longest names and options."""
     names = [f"{number:04d}" + "\U0001f600" * 251 for number in range(MOST)]
     kept = BulkOptions(update_mask=FieldMask(paths=["full_name"] * 370)).SerializeToString()
     assert MAX_OPTIONS_BYTES - 100 < len(kept) <= MAX_OPTIONS_BYTES
@@ -153,8 +153,8 @@ async def test_a_page_of_loads_ends_at_3_mib(server: Server, loads: BulkServiceS
     assert found == names[::-1]
 
 
-async def test_streams_with_unknown_options_leave_no_memory(database_url: str, tmp_path: Path) -> None:
-    """Each takes what its message takes while it is read; others are served meanwhile."""
+async def test_streams_with_unknown_options_leak_no_memory(database_url: str, tmp_path: Path) -> None:
+    """Each takes its message's size while it is read; others are answered meanwhile."""
     async with victim(tmp_path, database_url) as server, server.channel("loader") as channel:
         users = UserServiceStub(channel)
         await open_load(users, options())
@@ -170,8 +170,8 @@ async def test_streams_with_unknown_options_leave_no_memory(database_url: str, t
     assert not seen.failures
 
 
-async def test_filters_that_all_differ_leave_no_memory(database_url: str, tmp_path: Path) -> None:
-    """SQLAlchemy kept the statement of each, 0.75 MiB for one of 2,000 characters, up to 750 of them."""
+async def test_distinct_filters_leak_no_memory(database_url: str, tmp_path: Path) -> None:
+    """SQLAlchemy would cache up to 750 statements, 0.75 MiB for a filter of 2,000 characters."""
     random = Random(7)
     async with victim(tmp_path, database_url) as server, server.channel("reader") as channel:
         users = UserServiceStub(channel)
@@ -185,7 +185,7 @@ async def test_filters_that_all_differ_leave_no_memory(database_url: str, tmp_pa
         assert server.resident() - before < 60
 
 
-def test_the_unknown_field_is_one() -> None:
-    """Otherwise the tests here would try nothing."""
+def test_unknown_field_is_unknown() -> None:
+    """Otherwise the tests of this file would test nothing."""
     assert options().ByteSize() > 3 * MIB
     assert options() != BulkOptions(load_id=LOAD_ID, return_ids=True)

@@ -1,6 +1,6 @@
-"""The largest data that each RPC takes or answers; the watchdog of the suite fails what holds the loop.
+"""The largest requests and responses of each RPC: the watchdog fails a test that blocks the loop.
 
-Figures in comments are what one callback took, in ms of CPU, before its work was cut into time slices.
+Figures in comments are the CPU time of one callback in ms before its work was cut into time slices.
 """
 
 import asyncio
@@ -66,7 +66,7 @@ def short(count: int = ROWS, **fields: Any) -> list[User]:
 
 
 def decomposed(row: int) -> str:
-    """Return an e-mail of nearly 255 characters in NFC that comes in another form."""
+    """Return an e-mail that has nearly 255 characters in NFC, in another form."""
     return f"{row:05d}" + "E\u0301" * 230 + "@É.org"
 
 
@@ -86,7 +86,7 @@ MESSAGES = {
 
 
 async def acks(call: Any, *messages: Any) -> list[BulkAck]:
-    """Send messages and return their acks; fails the test for one that was refused."""
+    """Send messages and return their acks, none of which may be refused."""
     events: list[BulkWriteResponse] = [event async for event in call(iter(messages))]
     found = [event.ack for event in events if event.HasField("ack")]
     assert not [ack.error for ack in found if ack.HasField("error")]
@@ -101,7 +101,7 @@ async def create(users: UserServiceStub, rows: Sequence[User], **options: Any) -
 
 @pytest.fixture
 async def channel(server: Any) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel that receives what our own client does."""
+    """A channel with our client's receive limit."""
     async with grpc.aio.insecure_channel(
         server.address, options=[("grpc.max_receive_message_length", 64 << 20)]
     ) as channel:
@@ -110,7 +110,7 @@ async def channel(server: Any) -> AsyncIterator[grpc.aio.Channel]:
 
 @pytest.mark.parametrize("rows", MESSAGES.values(), ids=MESSAGES)
 async def test_bulk_create_of_the_largest_messages(users: UserServiceStub, rows: list[User]) -> None:
-    """Written, then met again by a second load, and then replayed as a whole."""
+    """They are written, meet a second load, and are replayed as a whole."""
     for load_id in ("first", "second", "second"):
         ack = await create(users, rows, load_id=load_id)
         assert ack.created + ack.failed == len(rows)
@@ -121,21 +121,21 @@ async def test_bulk_create_of_the_largest_messages(users: UserServiceStub, rows:
     "options", [UPDATE, {"on_conflict": BulkOptions.SKIP}, {"atomicity": BulkOptions.BATCH}]
 )
 async def test_bulk_create_of_rows_that_exist(users: UserServiceStub, options: dict[str, Any]) -> None:
-    """In each way of resolving conflicts."""
+    """With each conflict mode."""
     await create(users, short())
     ack = await create(users, short(full_name=NAME), **options)
     assert ack.next_offset == ROWS
 
 
 async def test_bulk_create_of_batches_that_wait_for_each_other(users: UserServiceStub) -> None:
-    """Messages in flight with the same keys, and messages with 5,000 failures each."""
+    """Pending messages with the same keys, and messages with 5,000 failures each."""
     messages = [BulkCreateUsersRequest(users=short()) for _ in range(4)]
     found = await acks(users.BulkCreateUsers, *messages)
     assert [ack.created for ack in found] == [ROWS, 0, 0, 0]
 
 
-async def test_restore_of_rows_with_everything(users: UserServiceStub) -> None:
-    """Into an empty table, and again, where both keys are taken."""
+async def test_restore_of_rows_with_all_fields(users: UserServiceStub) -> None:
+    """Into an empty table, then again, so that both keys are taken."""
     rows = [
         User(id=10**6 + row, full_name=NAME, email=f"r{row}@É.org", **RESTORED) for row in range(ROWS)
     ]  # 69
@@ -145,7 +145,7 @@ async def test_restore_of_rows_with_everything(users: UserServiceStub) -> None:
 
 
 async def test_replay_of_many_small_batches_in_one_message(users: UserServiceStub) -> None:
-    """Recorded row by row, asked for at once."""
+    """They were recorded row by row."""
     rows = short(500)
     options = BulkOptions(load_id="small")
     small = [BulkCreateUsersRequest(users=[row]) for row in rows]
@@ -157,7 +157,7 @@ async def test_replay_of_many_small_batches_in_one_message(users: UserServiceStu
 
 
 async def test_bulk_update_of_every_field(users: UserServiceStub) -> None:
-    """Also where e-mails go round among the rows, where versions are wrong, and where there are no users."""
+    """Also with e-mails that rotate among the rows, wrong versions, and unknown users."""
     ids = (await create(users, short())).ids
     emails = [f"É{row}@example.org" for row in range(ROWS)]
     rounds = [
@@ -174,8 +174,8 @@ async def test_bulk_update_of_every_field(users: UserServiceStub) -> None:
         assert ack.updated in (updated, ROWS)
 
 
-async def test_posts_with_text_that_is_escaped(users: UserServiceStub, posts: PostServiceStub) -> None:
-    """In many rows, and in few that have a MiB each; then changed, listed, fetched and exported."""
+async def test_posts_with_escaped_text(users: UserServiceStub, posts: PostServiceStub) -> None:
+    """In many rows, and in a few of 1 MiB; then updated, listed, fetched and exported."""
     ids = (await create(users, short(PAGE, full_name=NAME))).ids
     rows = [
         Post(title="t" * 200, content="c\t\\\n" * 100, author_id=ids[row % PAGE]) for row in range(ROWS)
@@ -199,10 +199,8 @@ async def test_posts_with_text_that_is_escaped(users: UserServiceStub, posts: Po
     assert ack.updated == ROWS
 
 
-async def test_users_with_all_the_posts_that_an_answer_has(
-    users: UserServiceStub, posts: PostServiceStub
-) -> None:
-    """Of short titles there are 29,000 in 3 MiB."""
+async def test_users_with_as_many_posts_as_fit(users: UserServiceStub, posts: PostServiceStub) -> None:
+    """3 MiB have 29,000 posts with short titles."""
     ids = (await create(users, short(600))).ids
     for begin in range(0, 600, 100):
         rows = [Post(title="t", author_id=ids[begin + row // 50]) for row in range(ROWS)]
@@ -215,7 +213,7 @@ async def test_users_with_all_the_posts_that_an_answer_has(
 
 
 async def test_pages_and_batches_of_users(users: UserServiceStub) -> None:
-    """Of 1,000 long rows; and many at once share a statement."""
+    """With 1,000 long rows; then many calls that share a statement."""
     rows = [
         User(email=decomposed(row), full_name=NAME, hashed_password=HASH.format(1)) for row in range(PAGE)
     ]
@@ -229,7 +227,7 @@ async def test_pages_and_batches_of_users(users: UserServiceStub) -> None:
 
 @pytest.mark.parametrize("text", FILTERS, ids=lambda text: text[:20])
 async def test_filters_of_2000_characters(users: UserServiceStub, posts: PostServiceStub, text: str) -> None:
-    """In each way of listing users; posts have no e-mail."""
+    """In each way of listing users."""
     assert len(text) <= 2000
     await create(users, short(1))
     for view in (User.BASIC, User.WITH_POSTS):
@@ -240,7 +238,7 @@ async def test_filters_of_2000_characters(users: UserServiceStub, posts: PostSer
 
 
 async def test_pages_of_loads_and_failures(users: UserServiceStub, channel: grpc.aio.Channel) -> None:
-    """Of a load with many failures, a page reads and decodes what it returns."""
+    """A page reads and decodes only what it returns."""
     loads = BulkServiceStub(channel)
     await create(users, short())
     messages = [BulkCreateUsersRequest(users=short()) for _ in range(3 * SCALE)]
@@ -252,8 +250,8 @@ async def test_pages_of_loads_and_failures(users: UserServiceStub, channel: grpc
     await loads.ListBulkLoads(ListBulkLoadsRequest(page_size=PAGE))
 
 
-async def test_pages_of_failures_leave_the_loop_to_others(database_url: str, tmp_path: Path) -> None:
-    """40 at once took 2 s of the loop each, and the calls of others timed out."""
+async def test_pages_of_failures_do_not_block_the_loop(database_url: str, tmp_path: Path) -> None:
+    """40 at a time took 2 s of the loop each, and the calls of others timed out."""
     request = ListBulkLoadFailuresRequest(load_id="failed", page_size=1)
     async with victim(tmp_path, database_url) as server, server.channel("admin") as channel:
         users, loads = UserServiceStub(channel), BulkServiceStub(channel)

@@ -1,7 +1,7 @@
-"""Attacks on the memory of the server, by callers with an identity and without.
+"""Attacks on the server's memory, by known and unknown callers.
 
-Each attack states what the server may grow by, in MiB; before this was bounded, the first of them took
-10 GiB. After each the memory is back within 30 s.
+Each attack states by how many MiB the server may grow. Without limits the first one took 10 GiB. Within 30 s
+the memory is released.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ Attack = Callable[[Victim], Awaitable[None]]
 
 @pytest.fixture(scope="module")
 async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Victim]:
-    """A server that the attacks of this file share, on SQLite."""
+    """A server on SQLite that all attacks of this file share."""
     folder = tmp_path_factory.mktemp("memory")
     async with victim(
         folder, f"sqlite:///{folder / 'roster.db'}", ROSTER_HEALTH_LISTEN="127.0.0.1:0"
@@ -42,12 +42,12 @@ async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Vict
 
 
 def field(number: int, value: bytes) -> bytes:
-    """Return a field of bytes, encoded."""
+    """Return an encoded field of bytes."""
     return bytes([number << 3 | 2]) + varint(len(value)) + value
 
 
 def varint(number: int) -> bytes:
-    """Return a number, encoded."""
+    """Return an encoded number."""
     encoded = bytearray()
     while number > 0x7F:
         encoded.append(number & 0x7F | 0x80)
@@ -57,7 +57,7 @@ def varint(number: int) -> bytes:
 
 
 async def flood(victim: Victim, calls: Callable[[Http2Connection], Awaitable[Any]], connections: int) -> None:
-    """Run calls on some connections at the same time, until none of them goes on for a second."""
+    """Run calls on several connections at a time, until none of them makes progress for a second."""
     opened = [await connect(victim.address, victim.ca) for _ in range(connections)]
     try:
         async with asyncio.timeout(30):
@@ -88,7 +88,7 @@ def on_each_stream(
 
 
 def bulk(message: bytes, *, streams: int = 8) -> Attack:
-    """Return an attack by an admin, who sends a message three times on some bulk streams."""
+    """Return an attack by an admin who sends a message three times on several bulk streams."""
 
     async def attack(victim: Victim) -> None:
         async with victim.channel("admin") as channel:
@@ -99,7 +99,7 @@ def bulk(message: bytes, *, streams: int = 8) -> Attack:
 
 
 async def load(channel: grpc.aio.Channel, message: bytes) -> None:
-    """Send a message three times on a bulk stream, and read what comes."""
+    """Send a message three times on a bulk stream, and read the responses."""
     call: Any = channel.stream_stream(BULK_CREATE_USERS)
     with suppress(grpc.aio.AioRpcError):  # refused, which is right too
         async for _ in call(iter([message] * 3)):
@@ -107,7 +107,7 @@ async def load(channel: grpc.aio.Channel, message: bytes) -> None:
 
 
 async def unread(victim: Victim) -> None:
-    """Send messages on bulk streams whose acks have no window to be written to."""
+    """Send messages on bulk streams whose windows leave no room for the acks."""
     token = (b"authorization", b"Bearer " + victim.token("admin").encode())
     rows = [User(email=f"user{number}@example.org", full_name="x" * 750) for number in range(5000)]
     options = BulkOptions(validate_only=True, return_ids=True)
@@ -154,8 +154,8 @@ ATTACKS: dict[str, tuple[Attack, int]] = {
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-async def test_an_attack_takes_bounded_memory_for_a_moment(server: Victim, name: str) -> None:
-    """While it lasts, another caller is served; then the memory is given back."""
+async def test_attack_uses_bounded_memory(server: Victim, name: str) -> None:
+    """Another caller is answered meanwhile; then the memory is released."""
     attack, most = ATTACKS[name]
     before = server.resident()
     server.forget_peak()
@@ -169,8 +169,8 @@ async def test_an_attack_takes_bounded_memory_for_a_moment(server: Victim, name:
     assert await server.returns_to(before + KEPT_MIB)
 
 
-async def test_a_user_with_its_posts_can_be_sent_back(server: Victim) -> None:
-    """As much as a caller may have read fits into a message, and 3 MiB of posts do not."""
+async def test_largest_response_fits_into_a_request(server: Victim) -> None:
+    """A user whose posts a caller has read can be sent back with them."""
     async with server.channel("admin") as channel:
         call: Any = channel.unary_unary(CREATE_USER)
         post = field(8, field(2, b"t" * 1020))
@@ -181,7 +181,7 @@ async def test_a_user_with_its_posts_can_be_sent_back(server: Victim) -> None:
     assert "at most 65,536 bytes" in (refused.value.details() or "")
 
 
-async def test_a_message_that_does_not_arrive_is_not_waited_for(server: Victim) -> None:
+async def test_incomplete_message_times_out(server: Victim) -> None:
     """Its call ends after ten seconds."""
     token = (b"authorization", b"Bearer " + server.token("reader").encode())
     connection = await connect(server.address, server.ca)
@@ -192,6 +192,6 @@ async def test_a_message_that_does_not_arrive_is_not_waited_for(server: Victim) 
     await connection.close()
 
 
-def test_the_support_reads_the_server_s_memory(server: Victim, tmp_path: Path) -> None:
-    """The figures are of a process that runs Python and gRPC."""
+def test_support_reads_the_memory_of_the_server(server: Victim, tmp_path: Path) -> None:
+    """The figures are plausible for a process with Python and gRPC."""
     assert 50 < server.resident() <= server.peak() < 5000

@@ -1,4 +1,4 @@
-"""Each RPC and each view, called with the least rights: its answer shows what the roles table says."""
+"""The rights of each RPC and view: the response shows what the table of roles says."""
 
 import shutil
 from collections.abc import AsyncIterator
@@ -29,9 +29,9 @@ USER, POST = {EMAIL, NAME}, {TITLE, CONTENT}
 
 @dataclass(frozen=True)
 class Case:
-    """A call, which secrets its answer shows, and which it shows to who may call `needs` as well.
+    """A call with the secrets in its response, and those shown only to callers with `needs`.
 
-    A view is refused without that; an update shows less.
+    A view is refused without that right; an update shows less.
     """
 
     message: dict[str, Any]
@@ -76,7 +76,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 async def roster(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Secured]:
-    """A server with a user, a post and a load, and a caller for each RPC, and for each with what it needs."""
+    """A server with a user, a post and a load, and a caller for each RPC, and with each further right."""
     folder = tmp_path_factory.mktemp("rights")
     async with secured(f"sqlite:///{shutil.copy(sqlite_template, folder)}", folder, tokens=True) as server:
         (folder / "policy.toml").write_text(policy())
@@ -91,7 +91,7 @@ async def roster(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def policy() -> str:
-    """Return a policy with a role for each RPC; a caller has the roles that its name lists."""
+    """Return a policy with a role for each RPC; a caller's name lists its roles."""
     callers = {rpc: [rpc] for rpc in RPCS}
     callers |= {f"{rpc}+{case.needs}": [rpc, case.needs] for (rpc, _), case in CASES.items() if case.needs}
     identities = "".join(f'"jwt:{name}" = {roles}\n' for name, roles in callers.items())
@@ -103,8 +103,8 @@ def path(rpc: str) -> str:
     return f"/{RPCS[rpc].containing_service.full_name}/{rpc}"
 
 
-async def seen(server: Secured, subject: str, rpc: str, message: dict[str, Any]) -> set[str]:
-    """Return the secrets in whatever is answered; raises AioRpcError only for a lack of rights."""
+async def secrets_in(server: Secured, subject: str, rpc: str, message: dict[str, Any]) -> set[str]:
+    """Return the secrets in the response; raises AioRpcError only if the caller lacks a right."""
     request = ParseDict(message, GetMessageClass(RPCS[rpc].input_type)())
     async with server.channel(server.issuer.token(subject)) as channel:
         send: Any = channel.stream_stream(path(rpc))
@@ -119,7 +119,7 @@ async def seen(server: Secured, subject: str, rpc: str, message: dict[str, Any])
 
 
 def test_every_rpc_and_every_view_has_a_case() -> None:
-    """A new one fails here until somebody has decided what it shows."""
+    """New ones fail here until their case says what they show."""
     methods = {(rpc, "") for rpc in RPCS}
     for rpc, method in RPCS.items():
         view = method.input_type.fields_by_name.get("view")
@@ -130,28 +130,28 @@ def test_every_rpc_and_every_view_has_a_case() -> None:
 
 
 @pytest.mark.parametrize(("rpc", "view"), CASES)
-async def test_an_answer_shows_what_its_caller_may_read(rpc: str, view: str, roster: Secured) -> None:
-    """With the right to the RPC alone; and with the right to what a view or an update shows besides."""
+async def test_response_shows_only_what_its_caller_may_read(rpc: str, view: str, roster: Secured) -> None:
+    """With the right to the RPC alone, and with the further right of a view or an update."""
     case = CASES[rpc, view]
     message = {**case.message, "view": view} if view else case.message
     if view:
         with pytest.raises(grpc.aio.AioRpcError):
-            await seen(roster, rpc, rpc, message)
+            await secrets_in(roster, rpc, rpc, message)
     else:
-        assert await seen(roster, rpc, rpc, message) == case.shows
+        assert await secrets_in(roster, rpc, rpc, message) == case.shows
     if case.needs:
-        assert await seen(roster, f"{rpc}+{case.needs}", rpc, message) == case.shows_more
+        assert await secrets_in(roster, f"{rpc}+{case.needs}", rpc, message) == case.shows_more
 
 
-async def test_a_view_is_refused_before_anything_is_looked_up(roster: Secured) -> None:
-    """Whether the user is there can't be told from the answer."""
+async def test_view_is_refused_before_the_lookup(roster: Secured) -> None:
+    """The response does not depend on whether the user exists."""
     for id in (1, 999):
         with pytest.raises(grpc.aio.AioRpcError):
-            await seen(roster, "GetUser", "GetUser", {"id": id, "view": "WITH_POSTS"})
+            await secrets_in(roster, "GetUser", "GetUser", {"id": id, "view": "WITH_POSTS"})
 
 
-async def test_a_replayed_update_shows_no_more_than_the_first_answer(roster: Secured) -> None:
-    """The answer that is kept is whole; its caller may have lost a right meanwhile."""
+async def test_replayed_update_shows_no_more_than_before(roster: Secured) -> None:
+    """The stored response is complete, but its caller may have lost a right."""
     request_id = "0b0e9c5e-8f3e-4ac1-9a0e-6d9f1f6f3a11"
     change = UpdateUserRequest(user=User(id=1, is_active=True), request_id=request_id)
     async with roster.channel(roster.issuer.token("UpdateUser")) as channel:

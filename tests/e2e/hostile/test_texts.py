@@ -1,4 +1,4 @@
-"""Text that callers, servers and files bring: it forges no line of a log, and controls no terminal."""
+"""Texts of callers, servers and files: they forge no log line, and control no terminal."""
 
 import csv
 import io
@@ -60,8 +60,8 @@ def sqlite(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-async def test_a_stranger_forges_no_line_and_leaves_no_value_in_the_log(tmp_path: Path, form: str) -> None:
-    """With each header that a stranger can send damaged, and the log on DEBUG."""
+async def test_stranger_can_not_forge_log_lines(tmp_path: Path, form: str) -> None:
+    """With each header that strangers can damage, and the log at DEBUG; no value is logged."""
     async with victim(
         tmp_path, sqlite(tmp_path), reads_log=True, ROSTER_LOG_LEVEL="DEBUG", ROSTER_LOG_FORMAT=form
     ) as server:
@@ -82,8 +82,8 @@ async def test_a_stranger_forges_no_line_and_leaves_no_value_in_the_log(tmp_path
         assert "roster.audit" not in {found[1] for found in map(LINE.fullmatch, lines) if found}
 
 
-async def test_an_id_of_a_caller_is_kept_if_it_is_printable_ascii(tmp_path: Path) -> None:
-    """Others are replaced by a new one, so that it can be looked for."""
+async def test_request_id_is_kept_if_printable_ascii(tmp_path: Path) -> None:
+    """Others are replaced, so that each can be searched for."""
     async with victim(
         tmp_path, sqlite(tmp_path), reads_log=True, ROSTER_LOG_LEVEL="INFO", ROSTER_LOG_FORMAT="text"
     ) as server:
@@ -105,10 +105,8 @@ async def test_an_id_of_a_caller_is_kept_if_it_is_printable_ascii(tmp_path: Path
 @pytest.mark.parametrize(
     "load_id", ["a\nb", "a\x1b[2J", "a\u202eb", "\x7f", "a\u2028b", "a\u00a0b", "\ue000"]
 )
-async def test_a_load_begins_with_a_printable_name_only(
-    server: Server, users: UserServiceStub, load_id: str
-) -> None:
-    """The sentence says what is right, and nothing is stored."""
+async def test_load_name_must_be_printable(server: Server, users: UserServiceStub, load_id: str) -> None:
+    """The error says which names are valid, and nothing is stored."""
     options = pb.BulkOptions(load_id=load_id)
 
     refused = await refusal(users.BulkCreateUsers(iter([BulkCreateUsersRequest(options=options)])).read())
@@ -119,8 +117,8 @@ async def test_a_load_begins_with_a_printable_name_only(
         assert not (await session.scalars(select(Load))).all()
 
 
-async def test_grpcurl_can_t_begin_a_load_with_escapes_in_its_name(server: Server) -> None:
-    """As a person would type it."""
+async def test_grpcurl_can_not_open_load_with_escapes(server: Server) -> None:
+    """As typed in a shell."""
     grpcurl = Grpcurl(server.address)
 
     with pytest.raises(grpc.RpcError) as caught:
@@ -129,10 +127,10 @@ async def test_grpcurl_can_t_begin_a_load_with_escapes_in_its_name(server: Serve
     assert caught.value.details() == f"options.load_id {PRINTABLE}"
 
 
-async def test_a_load_that_began_before_that_rule_is_listed_safely_resumed_and_aborted(
+async def test_older_load_with_escapes_is_listed_resumed_and_aborted(
     server: Server, users: UserServiceStub
 ) -> None:
-    """Nobody loses a load."""
+    """Loads of earlier releases remain usable, and are printed escaped."""
     options = pb.BulkOptions(load_id=CONTROLS)
     async with server.database.begin() as session:
         load = LoadRepository(session, "anonymous")
@@ -151,13 +149,13 @@ async def test_a_load_that_began_before_that_rule_is_listed_safely_resumed_and_a
 
 
 def is_harmless(output: str) -> bool:
-    """Tell whether an output has nothing but printable lines."""
+    """Return whether an output has only printable lines."""
     return output.replace("\n", "").isprintable()
 
 
 # ruff: noqa: ARG002 - methods of servicers
 class Rogue(BulkServiceServicer):
-    """A server that answers with whatever harms a terminal, or an error."""
+    """A server whose responses and errors contain terminal escapes."""
 
     def __init__(self, *, fails: bool) -> None:
         self._fails = fails
@@ -214,7 +212,7 @@ async def rogue(*, fails: bool = False) -> AsyncIterator[str]:
 
 
 @pytest.mark.parametrize("words", [["list"], ["list", "--json"], ["show", "x"], ["show", "x", "--json"]])
-async def test_the_answers_of_a_server_control_no_terminal(words: list[str]) -> None:
+async def test_responses_can_not_control_the_terminal(words: list[str]) -> None:
     """Each value stays on its line; JSON stays the same document."""
     async with rogue() as address:
         ended = await run(ROSTER, "loads", *words, ROSTER_ADDRESS=address)
@@ -226,8 +224,8 @@ async def test_the_answers_of_a_server_control_no_terminal(words: list[str]) -> 
         assert len(ended.out.splitlines()) == 2
 
 
-async def test_the_error_of_a_server_controls_no_terminal() -> None:
-    """One line, and nothing of it is markup."""
+async def test_errors_can_not_control_the_terminal() -> None:
+    """One line, none of which is markup."""
     async with rogue(fails=True) as address:
         ended = await run(ROSTER, "loads", ROSTER_ADDRESS=address)
 
@@ -236,8 +234,8 @@ async def test_the_error_of_a_server_controls_no_terminal() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["ndjson", "csv"])
-async def test_rejects_have_a_line_for_each_row_and_give_the_row_back(tmp_path: Path, suffix: str) -> None:
-    """With the reason of the server, escaped; and so does what is printed about them."""
+async def test_rejects_have_one_escaped_line_per_row(tmp_path: Path, suffix: str) -> None:
+    """With the server's reason, escaped; so is the printed summary."""
     row = {"email": "=1+1@example.org", "full_name": CONTROLS.replace("\r\n", "")}
     lines = [json.dumps(row)] * 2
     if suffix == "csv":
@@ -260,26 +258,24 @@ async def test_rejects_have_a_line_for_each_row_and_give_the_row_back(tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["a\x1b[2J\nb.csv", "a\udcff.csv", "a\u202e.csv"])
-async def test_a_file_s_name_and_its_columns_control_no_terminal(tmp_path: Path, name: str) -> None:
-    """A file that somebody sent, or a pattern of the shell found."""
+async def test_file_names_and_columns_can_not_control_the_terminal(tmp_path: Path, name: str) -> None:
+    """Files come from others, and their names from a pattern of the shell."""
     (tmp_path / name).write_text(f"email,\x1b[2J{CONTROLS[:8]}\nnobody\n")
     async with rogue() as address:
         loaded = await run(ROSTER, "load", "users", name, folder=tmp_path, ROSTER_ADDRESS=address)
-        told = await run(ROSTER, "load", "users", name, "--json", folder=tmp_path, ROSTER_ADDRESS=address)
+        summary = await run(ROSTER, "load", "users", name, "--json", folder=tmp_path, ROSTER_ADDRESS=address)
     missing = await run(ROSTER, "load", "users", f"{name}.missing", folder=tmp_path)
     unknown = await run(ROSTER, "load", "users", f"{name}.\x1b", folder=tmp_path)
 
     assert (loaded.status, missing.status, unknown.status) == (1, 2, 2)
-    assert json.loads(told.out)["file"] == name
-    for ended in (loaded, told, missing, unknown):
+    assert json.loads(summary.out)["file"] == name
+    for ended in (loaded, summary, missing, unknown):
         assert is_harmless(ended.out)
         assert is_harmless(ended.err)
 
 
-async def test_an_export_to_a_terminal_is_escaped_and_one_to_a_pipe_is_as_it_was(
-    server: Server, users: UserServiceStub
-) -> None:
-    """Somebody's full name is shown to whoever looks at the users."""
+async def test_export_is_escaped_only_on_a_terminal(server: Server, users: UserServiceStub) -> None:
+    """Users choose their full names."""
     await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org", full_name=CONTROLS)))
     script = f"{ROSTER} export users --format csv --address {server.address}"
 

@@ -1,12 +1,7 @@
-"""Let each caller have loads of its own names, and list the running servers.
-
-The old key of loads stays: the previous release names it in `ON CONFLICT (load_id)`. 0004 drops it.
-"""
+"""List the running servers."""
 
 import sqlalchemy as sa
 from alembic import op
-
-from service.db.ddl import create_index, drop_index
 
 revision = "0003"
 down_revision = "0002"
@@ -20,7 +15,6 @@ def upgrade() -> None:
     sqlite = op.get_context().dialect.name == "sqlite"
     now = sa.text("(strftime('%Y-%m-%d %H:%M:%f000', 'now'))" if sqlite else "now()")
 
-    create_index("uq_bulk_loads_caller_load_id", "bulk_loads", ["caller", "load_id"], unique=True)
     op.create_table(
         "servers",
         sa.Column("id", sa.Uuid(), nullable=False),
@@ -33,5 +27,4 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    drop_index("uq_bulk_loads_caller_load_id", "bulk_loads")
     op.drop_table("servers")

@@ -1,4 +1,10 @@
-"""Drop the old key of loads, so that two callers can have loads of one name."""
+"""Give loads the key (load_id, caller), so that two callers can have loads of one name.
+
+The old key is `load_id`, which earlier releases name in `ON CONFLICT (load_id)`. The new one can't be added
+next to it while they run: PostgreSQL reports a conflict with another key than the named one as an error, so
+two streams that begin the same load at the same moment would fail.
+https://www.postgresql.org/docs/current/sql-insert.html#SQL-ON-CONFLICT
+"""
 
 from contextlib import AbstractContextManager
 
@@ -7,7 +13,7 @@ from alembic import op
 from alembic.operations import BatchOperations
 from alembic.util import CommandError
 
-from service.db.ddl import create_unique_constraint
+from service.db.ddl import create_index, create_unique_constraint, drop_index
 
 revision = "0004"
 down_revision = "0003"
@@ -20,12 +26,17 @@ TIME = sa.DateTime(timezone=True)
 NOW = sa.text("(strftime('%Y-%m-%d %H:%M:%f000', 'now'))")
 
 
+NEW_KEY = "uq_bulk_loads_load_id_caller"
+OLD_KEY = "uq_bulk_loads_load_id"
+
+
 def upgrade() -> None:
+    create_index(NEW_KEY, "bulk_loads", ["load_id", "caller"], unique=True)
     if op.get_context().dialect.name == "sqlite":
-        with replaced_on_sqlite(sa.UniqueConstraint("load_id", name="uq_bulk_loads_load_id")) as loads:
-            loads.drop_constraint("uq_bulk_loads_load_id", type_="unique")
+        with replaced_on_sqlite(sa.UniqueConstraint("load_id", name=OLD_KEY)) as loads:
+            loads.drop_constraint(OLD_KEY, type_="unique")
     else:
-        op.drop_constraint("uq_bulk_loads_load_id", "bulk_loads", type_="unique")
+        op.drop_constraint(OLD_KEY, "bulk_loads", type_="unique")
 
 
 def downgrade() -> None:
@@ -33,9 +44,13 @@ def downgrade() -> None:
         refuse_loads_of_one_name()
     if op.get_context().dialect.name == "sqlite":
         with replaced_on_sqlite() as loads:
-            loads.create_unique_constraint("uq_bulk_loads_load_id", ["load_id"])
+            loads.create_unique_constraint(OLD_KEY, ["load_id"])
+        drop_index(NEW_KEY, "bulk_loads")
     else:
-        create_unique_constraint("uq_bulk_loads_load_id", "bulk_loads", ["load_id"])
+        # The table always has one of the keys. The last step is in the transaction of the version.
+        create_index(OLD_KEY, "bulk_loads", ["load_id"], unique=True)
+        drop_index(NEW_KEY, "bulk_loads")
+        create_unique_constraint(OLD_KEY, "bulk_loads", ["load_id"])
 
 
 def refuse_loads_of_one_name() -> None:
@@ -70,7 +85,7 @@ def replaced_on_sqlite(*constraints: sa.Constraint) -> AbstractContextManager[Ba
         sa.Column("created_at", TIME, server_default=NOW, nullable=False),
         sa.Column("updated_at", TIME, server_default=NOW, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_bulk_loads"),
-        sa.Index("uq_bulk_loads_caller_load_id", "caller", "load_id", unique=True),
+        sa.Index(NEW_KEY, "load_id", "caller", unique=True),
         *constraints,
     )
     return op.batch_alter_table(
