@@ -3,7 +3,7 @@
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help install run migrate lint format check test tools lock reference contract clean bench-bulk bench-read \
-	bench-workers test-crash test-hostile test-timing test-go audit sbom
+	bench-workers test-crash test-upgrade test-hostile test-timing test-go audit sbom
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -51,6 +51,9 @@ test: lint tools ## Run all tests, on SQLite and on a PostgreSQL server of their
 
 test-crash: $(VENV)/development ## Test loads through crashes for 10 minutes; SECONDS=3600 for an hour
 	SECONDS=$(or $(SECONDS),600) $(BIN)/python -m tests.faults.soak
+
+test-upgrade: $(VENV)/development ## Upgrade from the previous release under traffic, by stopping servers and by killing them; ROUNDS=10
+	ROSTER_TEST_UPGRADES=$(or $(ROUNDS),3) $(BIN)/python -m pytest tests/upgrade tests/integration/test_migration_faults.py
 
 test-hostile: $(VENV)/development ## Attack a server for half an hour; SCALE=3 for attacks three times as large as in `make test`
 	ROSTER_TEST_SCALE=$(or $(SCALE),10) $(BIN)/python -m pytest tests/e2e/hostile --timeout 1800
