@@ -352,8 +352,10 @@ def unknown_settings() -> Iterator[str]:
     for name in sorted(set(map(str.upper, os.environ.keys() | folder_variables().keys()))):
         is_ours = name.startswith(PREFIX) and not FOREIGN.match(name)
         if is_ours and {name, name.removesuffix("_FILE")}.isdisjoint(known):
-            close = get_close_matches(name, known, 1)
-            yield f"unknown setting {name}" + "".join(f"; did you mean {one}?" for one in close)
+            # Without the prefix, which would make all names similar.
+            names = [one.removeprefix(PREFIX) for one in known]
+            close = get_close_matches(name.removeprefix(PREFIX), names, 1)
+            yield f"unknown setting {name}" + "".join(f"; did you mean {PREFIX}{one}?" for one in close)
 
 
 def is_local(listen: str) -> bool:

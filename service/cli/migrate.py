@@ -36,6 +36,9 @@ def report_migration_errors(settings: Settings) -> Iterator[None]:
             ) from None
         hint = "; create the database first, as with `createdb`" if code_of(error) == UNKNOWN_DATABASE else ""
         cause = getattr(error, "orig", None) or error
+        if isinstance(error, OSError):
+            name = "ROSTER_MIGRATION_URL" if settings.migration_url else "ROSTER_DATABASE_URL"
+            raise UsageError(f"the database can't be reached: {cause}; check {name}") from None
         raise UsageError(f"the migration failed: {cause}{hint}") from None
 
 
@@ -60,9 +63,9 @@ def folder_problem(settings: Settings) -> str:
 def migrate(down: str | None, *, sql: bool, contract: bool) -> None:
     """Migrate the schema of the database in ROSTER_DATABASE_URL to what this release needs.
 
-    Servers of the release before can go on running. ROSTER_MIGRATION_URL, if it is set, names the same
-    database for a role that owns the schema. It is safe to run this more than once, and at the same time: the
-    second run waits for the first.
+    Servers of the previous release keep running. ROSTER_MIGRATION_URL, if it is set, connects to the same
+    database as the role that owns the schema. It is safe to run this more than once, and at the same time:
+    the second run waits for the first.
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("service.db").setLevel(logging.INFO)  # the progress of long steps
@@ -108,9 +111,21 @@ def _report(url: str, migrate: Callable[[Schema], None]) -> None:
     before = migrations.schema(url)
     migrate(before)
     after = migrations.schema(url)
-    if after.revision == before.revision:
-        echo(f"schema is up to date (revision {after.revision or 'none'})")
-    else:
-        echo(f"schema migrated from revision {before.revision or 'none'} to {after.revision or 'none'}")
+    echo(_outcome(before, after))
     if after.is_usable and after.revision != revisions.head():
         echo(str(after))
+
+
+def _outcome(before: Schema, after: Schema) -> str:
+    """Return one sentence: what a migration has changed."""
+    if after.revision == before.revision:
+        if after.revision == revisions.head():
+            return f"schema is up to date (revision {after.revision})"
+        if after.is_usable:
+            return "no expanding migration is pending"
+        return f"nothing to do: the schema is already at revision {after.revision or 'none'}"
+    if before.revision is None:
+        return f"schema created at revision {after.revision}"
+    if after.revision is None:
+        return f"schema removed; it was at revision {before.revision}"
+    return f"schema migrated from revision {before.revision} to {after.revision}"

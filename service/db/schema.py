@@ -98,21 +98,25 @@ class Schema:
             return f"the schema is at revision {head}, the one of this release"
         if self.is_newer and self.is_usable:
             return (
-                f"the schema is at revision {self.revision}, which is newer than this release but admits it"
+                f"the schema is at revision {self.revision}, which is newer than this release, but compatible"
             )
         if self.is_newer:
             return (
-                f"the schema is at revision {self.revision}, which is newer than this release and does not "
-                f"admit it; run the newer release, or downgrade with its `roster migrate --down {head}`"
+                f"the schema is at revision {self.revision}, which is newer than this release and not "
+                f"compatible with it; run the newer release, or downgrade with its `roster migrate --down "
+                f"{head}`"
             )
         if self.is_usable:
             return (
                 f"the schema is at revision {self.revision}, which this release can use; once no older "
                 f"server runs, complete the upgrade to {head} with `roster migrate --contract`"
             )
+        state = (
+            f"the schema is at revision {self.revision}" if self.revision else "the database has no schema"
+        )
         return (
-            f"the schema is at revision {self.revision or 'none'}, but this release needs "
-            f"{revisions.oldest_usable()}; run `roster migrate` with the same ROSTER_DATABASE_URL"
+            f"{state}, but this release needs revision {revisions.oldest_usable()}; run `roster migrate` "
+            "with the same ROSTER_DATABASE_URL"
         )
 
 

@@ -133,11 +133,22 @@ async def test_refuses_an_old_schema_until_it_is_migrated(empty_url: str, tmp_pa
     migrated = await run(ROSTER, "migrate", folder=tmp_path, DATABASE_URL=url)
     again = await run(ROSTER, "migrate", folder=tmp_path, DATABASE_URL=url)
     head = revisions.head()
-    assert migrated == Ended(0, f"schema migrated from revision none to {head}\n", "")
+    assert migrated == Ended(0, f"schema created at revision {head}\n", "")
     assert again == Ended(0, f"schema is up to date (revision {head})\n", "")
 
     async with serving(tmp_path, DATABASE_URL=url) as server:
         assert (await create(server.address, ADA)).id == 1
+
+
+@pytest.mark.parametrize("setting", ["ROSTER_DATABASE_URL", "ROSTER_MIGRATION_URL"])
+async def test_migrate_names_the_setting_of_an_unreachable_database(setting: str, tmp_path: Path) -> None:
+    url = "postgresql://nobody@127.0.0.1:1/none"
+    (tmp_path / ".env").write_text(f"ROSTER_DATABASE_URL={url}\n{setting}={url}\n")
+    ended = await run(ROSTER, "migrate", folder=tmp_path)
+
+    assert ended.status == 2
+    assert ended.err.startswith("Error: the database can't be reached: ")
+    assert ended.err.endswith(f"; check {setting}\n")
 
 
 async def test_reports_an_unknown_revision(tmp_path: Path) -> None:

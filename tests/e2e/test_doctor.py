@@ -47,15 +47,16 @@ async def test_reports_all_invalid_settings(tmp_path: Path) -> None:
 
 
 async def test_reports_unknown_settings(tmp_path: Path) -> None:
-    """With a suggestion; variables of clients, tests and Kubernetes are known."""
+    """With a suggestion if a name is similar; variables of clients, tests and Kubernetes are known."""
     (tmp_path / ".env").write_text("ROSTER_POOL_SIZES=3\n")
     known = {"ROSTER_ADDRESS": "x", "ROSTER_TOKEN": "x", "ROSTER_TLS_CA_FILE": "x", "ROSTER_TEST_SEED": "1"}
     known |= {"ROSTER_PORT_50051_TCP": "x", "ROSTER_GRACE_FILE": "/dev/null", "ROSTER_GRACE": "3"}
     known |= {"ROSTER_TLS_CERT_FILE": "", "ROSTER_POLICY_FILE": ""}
-    ended = await doctor(tmp_path, ROSTER_LISEN="x", **known)
+    ended = await doctor(tmp_path, ROSTER_FOO="x", ROSTER_LISEN="x", **known)
 
     unknown = [line for line in ended.out.splitlines() if "unknown setting" in line]
     assert unknown == [
+        "FAIL  settings  unknown setting ROSTER_FOO",
         "FAIL  settings  unknown setting ROSTER_LISEN; did you mean ROSTER_LISTEN?",
         "FAIL  settings  unknown setting ROSTER_POOL_SIZES; did you mean ROSTER_POOL_SIZE?",
     ]

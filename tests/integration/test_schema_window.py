@@ -182,12 +182,16 @@ async def test_loads_of_one_name_stop_the_downgrade(url: str, engine: AsyncEngin
     [
         (Schema("0004", "0003"), True, "the schema is at revision 0004, the one of this release"),
         (Schema("0003", "0001"), True, "complete the upgrade to 0004 with `roster migrate --contract`"),
-        (Schema("0002"), False, "at revision 0002, but this release needs 0003; run `roster migrate`"),
-        (Schema(None), False, "at revision none, but this release needs 0003; run `roster migrate`"),
-        (Schema("9999", "0004"), True, "newer than this release but admits it"),
-        (Schema("9999", "0001"), True, "newer than this release but admits it"),
-        (Schema("9999", "0005"), False, "does not admit it; run the newer release"),
-        (Schema("9999"), False, "does not admit it; run the newer release"),
+        (
+            Schema("0002"),
+            False,
+            "at revision 0002, but this release needs revision 0003; run `roster migrate`",
+        ),
+        (Schema(None), False, "has no schema, but this release needs revision 0003; run `roster migrate`"),
+        (Schema("9999", "0004"), True, "newer than this release, but compatible"),
+        (Schema("9999", "0001"), True, "newer than this release, but compatible"),
+        (Schema("9999", "0005"), False, "not compatible with it; run the newer release"),
+        (Schema("9999"), False, "not compatible with it; run the newer release"),
     ],
 )
 def test_says_whether_this_release_can_run(schema: Schema, is_usable: bool, sentence: str) -> None:
