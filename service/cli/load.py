@@ -38,7 +38,7 @@ from service.client.errors import is_retryable
 from service.errors import LoadAborted, LoadExpired, RosterError, TooManyFailures
 
 LOAD_ID = "Load ID; reuse it to resume a load.  [default: derived from the file and the options]"
-CALLER = "For admins: resume the load that this caller began.  [default: a load of your own]"
+CALLER = "For admins: resume the load that this caller started.  [default: a load of your own]"
 ON_CONFLICT = "What to do with a row whose key already exists."
 UPDATE_MASK = "Columns that --update and --on-conflict update write, such as full_name,is_active."
 ATOMICITY = "Whether a failed row fails only itself or its whole batch."
@@ -185,6 +185,10 @@ def load(
     **options: Any,
 ) -> None:
     """Load users or posts from FILE: NDJSON, CSV or Parquet, plain or gzip. - is standard input.
+
+    Columns of users: email, full_name, is_active, hashed_password. Columns of posts: title, content, and
+    author_id or author_email. --update needs id. --restore also reads id, created_at, updated_at, version.
+    Other columns are ignored.
 
     A row that fails does not affect the others. It is written to a file of rejects, with the reason as
     `_error`. Fix the rows there, and load that file. An existing file of rejects is never overwritten.

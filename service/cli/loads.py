@@ -19,7 +19,7 @@ from service.escape import escape
 
 ROW = "{:8}  {:>13}  {:>11}  {:19}  {:15}  {:20}  {}"
 HEADER = ROW.format("state", "rows", "failed", "changed", "method", "caller", "load")
-CALLER = "For admins: the caller who began the load, or whose loads to list."
+CALLER = "For admins: the caller who started the load, or whose loads to list."
 
 
 @click.command(short_help="List bulk loads, show one with its failures, or abort one.")
@@ -34,8 +34,8 @@ def loads(action: str, load_id: str, target: Target, caller: str, *, yes: bool, 
 
     An aborted load accepts no more rows. The rows already written stay.
 
-    A load belongs to the caller who began it. Admins see the loads of all callers. Without --caller, they
-    show and abort their own load of this name, or else the only one.
+    A load belongs to the caller who started it. Admins see the loads of all callers. Without --caller, they
+    show and abort their own load of this name; if they have none, the only load of this name.
     """
     if (action == "list") == bool(load_id):
         raise click.UsageError(
