@@ -24,7 +24,7 @@ INVALID_ROW = 7
 async def rows(count: int) -> AsyncIterator[User]:
     """Yield users; one has an invalid e-mail, which fails only its own row."""
     for number in range(count):
-        email = "not an e-mail" if number == INVALID_ROW else f"user{number}@example.org"
+        email = "not an e-mail" if number == INVALID_ROW else f"example{number}@example.org"
         yield User(email=email, full_name=f"User {number}")
 
 

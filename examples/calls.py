@@ -42,13 +42,14 @@ async def rename(users: UserServiceStub, email: str, name: str) -> str:
 
 async def main() -> None:
     request_id = str(uuid4())
+    email = f"ada-{uuid4()}@example.org"  # a new one, so that each run creates a user
     async with channel(ADDRESS) as connection:
         users = UserServiceStub(connection)
-        print(await create(users, "ada@example.org", request_id))
-        print(await create(users, "ada@example.org", request_id))
-        print(await create(users, "ada@example.org", str(uuid4())))
-        print(await rename(users, "ada@example.org", "Ada King"))
-        print(await rename(users, "nobody@example.org", "Nobody"))
+        print(await create(users, email, request_id))
+        print(await create(users, email, request_id))
+        print(await create(users, email, str(uuid4())))
+        print(await rename(users, email, "Ada King"))
+        print(await rename(users, f"nobody-{email}", "Nobody"))
 
 
 if __name__ == "__main__":

@@ -24,4 +24,8 @@ async def main(filter_: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else ""))
+    try:
+        asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else ""))
+        sys.stdout.flush()
+    except BrokenPipeError:  # a reader such as `head` has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

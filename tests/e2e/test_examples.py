@@ -1,5 +1,7 @@
 """The programs in `examples/`, against a real server."""
 
+import asyncio
+import os
 import sys
 from pathlib import Path
 
@@ -37,13 +39,41 @@ async def test_calls(server: Server) -> None:
     ended = await example(server, "calls.py")
 
     assert (ended.status, ended.err) == (0, "")
-    assert ended.out.splitlines() == [
+    *lines, last = ended.out.splitlines()
+    assert lines == [
         "created user 1, version 1",
         "created user 1, version 1",
         "user 1 already has this e-mail",
         "Ada King, version 2",
-        "nobody has the e-mail nobody@example.org",
     ]
+    assert last.startswith("nobody has the e-mail nobody-ada-")
+
+
+async def test_calls_can_run_again(server: Server) -> None:
+    """Each run uses another e-mail."""
+    first, second = await example(server, "calls.py"), await example(server, "calls.py")
+
+    assert first.out.startswith("created user 1, version 1\n")
+    assert second.out.startswith("created user 2, version 1\n")
+
+
+@pytest.mark.parametrize("name", ["list_users.py", "export_users.py"])
+async def test_output_can_be_cut_off(name: str, server: Server) -> None:
+    """As `head` does: it closes the pipe."""
+    await add_users(server.database, 3)
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        EXAMPLES / name,
+        env={**os.environ, "ROSTER_ADDRESS": server.address},
+        stdout=writing,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    os.close(writing)
+    _, printed = await process.communicate()
+
+    assert (process.returncode, printed) == (0, b"")
 
 
 async def test_list_users(server: Server) -> None:
