@@ -25,7 +25,7 @@ def apply_hunk(text: str, hunk: str) -> str:
 
 
 def apply_block(folder: Path, kind: str, name: str, block: str) -> None:
-    """Create or edit the file that a block shows; a command prints its content."""
+    """Create or edit the file that a block shows; a command writes it."""
     path = folder / name
     if kind == "diff":
         text = path.read_text()
@@ -36,10 +36,10 @@ def apply_block(folder: Path, kind: str, name: str, block: str) -> None:
     assert not path.exists()
     path.parent.mkdir(exist_ok=True)
     if kind == "sh":
-        block = subprocess.run(
-            ["sh", "-c", block], cwd=folder, capture_output=True, text=True, check=True
-        ).stdout
-    path.write_text(block)
+        subprocess.run(["sh", "-c", block], cwd=folder, check=True)
+        assert path.exists()
+    else:
+        path.write_text(block)
 
 
 def apply_guide(page: str, folder: Path) -> None:
