@@ -17,11 +17,12 @@ import service.idempotency
 import service.loads.model
 import service.posts.model
 import service.users.model  # noqa: F401  (importing a module registers its tables; `migrations` does so for servers)
-from service.db import schema
+from service.db import revisions, schema
 from service.db.base import Base, UtcDateTime, now
 from service.db.ddl import LOCK_TIMEOUT
 from service.db.errors import code_of
 from service.db.migrations import migration_engine
+from service.db.servers import older_servers
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,8 @@ def record_step(ctx: MigrationContext, step: MigrationInfo, heads: set[str], **_
     """Record, in the transaction of a migration, which releases its result admits."""
     number = next(iter(heads), None)
     if ctx.connection is not None and not ctx.as_sql:
+        if step.is_upgrade:
+            refuse_older_servers(ctx.connection, number)
         schema.record(ctx.connection, number)
         return
     # The SQL is for a database that an older release has never migrated.
@@ -108,6 +111,18 @@ def record_step(ctx: MigrationContext, step: MigrationInfo, heads: set[str], **_
         for statement in schema.CREATE_COMPATIBILITY:
             ctx.execute(statement)
     ctx.execute(schema.compatibility_of(number))
+
+
+def refuse_older_servers(connection: Connection, number: str | None) -> None:
+    """Roll a contracting migration back if an older server has been started since `roster migrate` looked."""
+    contracting = [revision.number for revision in revisions.revisions() if revision.is_contracting]
+    if connection.dialect.name == "sqlite" or number not in contracting:
+        return
+    if servers := older_servers(connection):
+        raise CommandError(
+            f"servers are running that can't use revision {number}; stop or upgrade them, then run this "
+            f"again: {'; '.join(servers)}"
+        )
 
 
 OPTIONS: dict[str, Any] = {
@@ -192,6 +207,7 @@ def wait_for_other_migrations(connection: Connection) -> None:
         while not autocommit.exec_driver_sql(LOCK).scalar():
             time.sleep(LOCK_POLL_SECONDS)
     autocommit.exec_driver_sql(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
+    autocommit.exec_driver_sql("SET statement_timeout = 0")  # a role's own would end a long build of an index
     autocommit.commit()
     connection.execution_options(isolation_level="READ COMMITTED")
 

@@ -8,12 +8,13 @@ from collections.abc import Awaitable, Callable
 from uuid import uuid4
 
 from sqlalchemy import delete, func
+from sqlalchemy.exc import DBAPIError
 
 from service import __version__
 from service.db import revisions
 from service.db.base import Session, now
 from service.db.dialect import insert
-from service.db.engine import Database
+from service.db.engine import CancelledAfterCommit, Database
 from service.db.servers import LIFETIME, RunningServer
 from service.errors import RosterError
 
@@ -54,14 +55,19 @@ class Heartbeat:
         try:
             async with asyncio.timeout(WRITE_SECONDS), self._database.begin() as session:
                 await write(session)
-        except (RosterError, TimeoutError) as error:
+        except CancelledAfterCommit:
+            # The time was up during a commit, which has succeeded. Before Python 3.12, asyncio.timeout raises
+            # no TimeoutError for a subclass of CancelledError. If the task itself is cancelled, it ends.
+            task = asyncio.current_task()
+            if task and task.cancelling():
+                raise
+        except (RosterError, DBAPIError, OSError) as error:  # a TimeoutError is an OSError
             if not self._is_failing:
-                log.warning("the table of running servers can't be written: %s", error)
+                reason = getattr(error, "orig", None) or str(error) or type(error).__name__
+                log.warning("the table of running servers can't be written: %s", reason)
             self._is_failing = True
-        except Exception:
-            log.exception("the heartbeat itself failed")
-        else:
-            self._is_failing = False
+            return
+        self._is_failing = False
 
     async def _refresh(self, session: Session) -> None:
         name = f"{socket.gethostname()}/{os.getpid()}"[:MAX_NAME_CHARACTERS]

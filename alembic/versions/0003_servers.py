@@ -3,6 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
+from service.db.ddl import drop_index
+
 revision = "0003"
 down_revision = "0002"
 
@@ -16,15 +18,18 @@ def upgrade() -> None:
     now = sa.text("(strftime('%Y-%m-%d %H:%M:%f000', 'now'))" if sqlite else "now()")
 
     op.create_table(
-        "servers",
+        "roster_servers",
         sa.Column("id", sa.Uuid(), nullable=False),
         sa.Column("name", text(255), nullable=False),
         sa.Column("release", text(50), nullable=False),
         sa.Column("revision", text(32), nullable=False),
         sa.Column("seen_at", sa.DateTime(timezone=True), server_default=now, nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_servers"),
+        sa.PrimaryKeyConstraint("id", name="pk_roster_servers"),
     )
 
 
 def downgrade() -> None:
-    op.drop_table("servers")
+    if op.get_context().dialect.name != "sqlite":
+        # A contracting 0004 that was refused or interrupted may have left its index.
+        drop_index("uq_bulk_loads_load_id_caller", "bulk_loads")
+    op.drop_table("roster_servers")

@@ -87,6 +87,8 @@ def migrate(down: str | None, *, sql: bool, contract: bool) -> None:
 
 def _upgrade(url: str, before: Schema, *, goes_all_the_way: bool) -> None:
     if before.is_newer:
+        if before.is_usable:  # as in the middle of an upgrade to a newer release
+            return
         raise UsageError(str(before))
     is_new = before.revision is None
     if goes_all_the_way and not is_new and not url.startswith("sqlite"):

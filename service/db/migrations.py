@@ -49,7 +49,7 @@ def older_servers_of(url: str) -> list[str]:
 
     async def read() -> list[str]:
         async with migration_engine(url).connect() as connection:
-            return await older_servers(connection)
+            return await connection.run_sync(older_servers)
 
     return asyncio.run(read())
 

@@ -225,4 +225,8 @@ def hand_back(connection: Connection) -> None:
 
 def _keeps_old_version(connection: Connection) -> bool:
     keeps = connection.scalar(sa.select(COMPATIBILITY.c.keeps_alembic_version))
-    return bool(keeps) and inspect(connection).has_table(OLD_VERSION_TABLE)
+    if not keeps or not inspect(connection).has_table(OLD_VERSION_TABLE):
+        return False
+    # Somebody may have dropped Roster's, and another application made its own.
+    found = connection.scalars(sa.select(_old_version.c.version_num)).all()
+    return set(found) <= set(revisions.numbers())

@@ -3,8 +3,7 @@
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from sqlalchemy import Uuid, column, func, inspect, select, table
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import Connection, Uuid, column, func, inspect, select, table
 from sqlalchemy.orm import Mapped, mapped_column
 
 from service.db import revisions
@@ -22,7 +21,7 @@ SESSIONS = table("pg_stat_activity", *map(column, ("datname", "application_name"
 class RunningServer(Base):
     """A process of `roster serve`. `revision` is the one that its code was written for."""
 
-    __tablename__ = "servers"
+    __tablename__ = "roster_servers"
 
     id: Mapped[UUID] = mapped_column(Uuid, primary_key=True)
     name: Mapped[str] = mapped_column(text(255))
@@ -31,21 +30,21 @@ class RunningServer(Base):
     seen_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
 
 
-async def older_servers(connection: AsyncConnection) -> list[str]:
+def older_servers(connection: Connection) -> list[str]:
     """Describe the running servers that can't use the newest schema of this release.
 
     Servers up to revision 0002 have no row in the table, but open sessions.
     """
-    return [*await _older_rows(connection), *await _older_sessions(connection)]
+    return [*_older_rows(connection), *_older_sessions(connection)]
 
 
-async def _older_rows(connection: AsyncConnection) -> list[str]:
-    if not await connection.run_sync(lambda sync: inspect(sync).has_table(RunningServer.__tablename__)):
+def _older_rows(connection: Connection) -> list[str]:
+    if not inspect(connection).has_table(RunningServer.__tablename__):
         return []
     alive = select(RunningServer.name, RunningServer.release, RunningServer.revision).where(
         RunningServer.seen_at > func.now() - LIFETIME
     )
-    rows = (await connection.execute(alive.order_by(RunningServer.name))).all()
+    rows = connection.execute(alive.order_by(RunningServer.name)).all()
     return [
         f"server {row.name} of release {row.release} (revision {row.revision})"
         for row in rows
@@ -53,7 +52,7 @@ async def _older_rows(connection: AsyncConnection) -> list[str]:
     ]
 
 
-async def _older_sessions(connection: AsyncConnection) -> list[str]:
+def _older_sessions(connection: Connection) -> list[str]:
     name, address = SESSIONS.c.application_name, func.host(SESSIONS.c.client_addr)
     sessions = (
         select(name, address.label("address"), func.count().label("count"))
@@ -62,7 +61,7 @@ async def _older_sessions(connection: AsyncConnection) -> list[str]:
         .group_by(name, address)
         .order_by(name, address)
     )
-    rows = (await connection.execute(sessions)).all()
+    rows = connection.execute(sessions).all()
     return [
         f"{row.count} sessions with the application name {row.application_name!r} "
         f"from {row.address or 'an unknown address'}"

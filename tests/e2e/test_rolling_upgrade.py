@@ -16,9 +16,9 @@ from tests.support.postgres import Postgres
 
 HEAD = revisions.head()
 PENDING = "once no older server runs, complete the upgrade to 0004 with `roster migrate --contract`"
-SERVERS = "SELECT name, release, revision FROM servers"
+SERVERS = "SELECT name, release, revision FROM roster_servers"
 SERVER = """
-    INSERT INTO servers (id, name, release, revision, seen_at)
+    INSERT INTO roster_servers (id, name, release, revision, seen_at)
     VALUES (gen_random_uuid(), :name, '0.0.9', :revision, now() - CAST(:seconds AS int) * interval '1 s')
 """
 
@@ -89,7 +89,7 @@ async def test_upgrade_waits_for_the_end_of_older_servers(
         assert await rows(engine, "SELECT version_num FROM roster_schema") == [("0003",)]
 
     async with engine.begin() as connection:
-        await connection.execute(text("DELETE FROM servers"))
+        await connection.execute(text("DELETE FROM roster_servers"))
     async with serving(tmp_path, ROSTER_DATABASE_URL=url):
         doctor = await run(
             ROSTER, "doctor", folder=tmp_path, ROSTER_DATABASE_URL=url, ROSTER_LISTEN="127.0.0.1:0"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
+from alembic.util import CommandError
 from sqlalchemy import Connection, NullPool, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
@@ -223,3 +224,42 @@ async def test_backfill_goes_on_where_it_was_interrupted(kind: str, url: str, tm
 
     assert names[:3] == ["filled before", "filled before", "3@example.org"]
     assert names[3:] == [f"{number}@example.org" for number in (10, 1_000_000_000_000, 1_000_000_000_001)]
+
+
+async def test_older_server_that_starts_during_a_contraction_stops_it(url: str, engine: AsyncEngine) -> None:
+    """The version stays, and the next run completes."""
+    await migrate_as_old_release(engine)
+    await upgrade(url, "0003")
+    server = create_async_engine(
+        url, poolclass=NullPool, connect_args={"server_settings": {"application_name": "roster"}}
+    )
+    async with engine.connect() as writer, engine.connect() as observer:
+        await writer.execute(text(INSERT), {"name": "nightly"})
+        upgrading = asyncio.create_task(upgrade(url))
+        building = text("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'CREATE UNIQUE INDEX%'")
+        while not await observer.scalar(building):
+            await observer.rollback()
+        await observer.rollback()  # the index waits for open transactions
+        async with server.connect():
+            await writer.rollback()
+            with pytest.raises(CommandError, match="1 sessions with the application name 'roster'"):
+                await upgrading
+
+    assert (await read_schema(engine)).revision == "0003"
+    await upgrade(url)
+    assert (await read_schema(engine)).revision == HEAD
+    await server.dispose()
+
+
+async def test_later_version_table_of_another_application_is_left_alone(
+    url: str, engine: AsyncEngine
+) -> None:
+    """Roster's own was dropped, and the other application made one."""
+    await migrate_as_old_release(engine)
+    await upgrade(url, "0003")
+    await execute(engine, "UPDATE alembic_version SET version_num = 'f00dcafe'")
+
+    await upgrade(url)
+    assert await old_version(engine) == ["f00dcafe"]
+    await asyncio.to_thread(migrations.downgrade, url, "0002")
+    assert await old_version(engine) == ["f00dcafe"]

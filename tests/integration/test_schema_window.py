@@ -131,7 +131,7 @@ async def test_foreign_version_table_of_another_shape_is_left_alone(url: str, en
 
 
 @pytest.mark.parametrize("version", ["0002", "0004", "7f3a"])
-@pytest.mark.parametrize("name", ["users", "posts", "servers", "schema_compatibility"])
+@pytest.mark.parametrize("name", ["users", "posts", "roster_servers", "schema_compatibility"])
 async def test_foreign_table_with_a_name_of_roster_stops_the_migration(
     version: str, name: str, url: str, engine: AsyncEngine
 ) -> None:
@@ -154,10 +154,10 @@ async def test_foreign_table_with_a_name_of_roster_stops_the_migration(
 async def test_foreign_table_stops_the_upgrade_of_an_old_database(url: str, engine: AsyncEngine) -> None:
     """Before its version is moved."""
     await migrate_as_old_release(engine)
-    await execute(engine, "CREATE TABLE servers (number INTEGER)")
+    await execute(engine, "CREATE TABLE roster_servers (number INTEGER)")
     before = await tables(engine)
 
-    with pytest.raises(CommandError, match="names that Roster needs: servers;"):
+    with pytest.raises(CommandError, match="names that Roster needs: roster_servers;"):
         await upgrade(url)
 
     assert await tables(engine) == before
