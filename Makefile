@@ -53,7 +53,7 @@ test-crash: $(VENV)/development ## Test loads through crashes for 10 minutes; SE
 	SECONDS=$(or $(SECONDS),600) $(BIN)/python -m tests.faults.soak
 
 test-upgrade: $(VENV)/development ## Upgrade from the previous release under traffic, by stopping servers and by killing them; ROUNDS=10
-	ROSTER_TEST_UPGRADES=$(or $(ROUNDS),3) $(BIN)/python -m pytest tests/upgrade tests/integration/test_migration_faults.py
+	ROSTER_TEST_UPGRADES=$(or $(ROUNDS),3) $(BIN)/python -m pytest tests/e2e/test_two_releases.py tests/integration/test_migration_faults.py
 
 test-hostile: $(VENV)/development ## Attack a server for half an hour; SCALE=3 for attacks three times as large as in `make test`
 	ROSTER_TEST_SCALE=$(or $(SCALE),10) $(BIN)/python -m pytest tests/e2e/hostile --timeout 1800

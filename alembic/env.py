@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 # Shared with older releases, which take it in their transaction; the number is arbitrary.
 LOCK = "SELECT pg_try_advisory_lock(7238001)"
+UNLOCK = "SELECT pg_advisory_unlock(7238001)"
 LOCK_POLL_SECONDS = 0.1
 LOCK_ERRORS = {"55P03", "40P01"}  # lock_timeout, and a deadlock with somebody else's locks
 PAUSES_SECONDS = (1, 2, 4, 8, 15, 15, 15)
@@ -156,10 +157,11 @@ def run_on_postgresql(connection: Connection) -> None:
     """Run each migration in a transaction of its own, holding the lock of the session.
 
     A migration that waits for a lock for too long is rolled back and tried again after a pause, in which the
-    calls that have queued after it go on.
+    calls that have queued after it go on. So does a `roster migrate` of an older release, which waits for the
+    lock in a transaction: an index that is built CONCURRENTLY would wait for that, a deadlock.
     """
-    wait_for_other_migrations(connection)
     for pause in (*PAUSES_SECONDS, None):
+        wait_for_other_migrations(connection)
         context.configure(connection=connection, transaction_per_migration=True, **OPTIONS)
         try:
             with context.begin_transaction():
@@ -172,6 +174,8 @@ def run_on_postgresql(connection: Connection) -> None:
                 advice = "end these sessions or wait for them, then run this again"
                 raise CommandError(f"{blocked(connection)}; {advice}") from error
             log.warning("%s; trying again in %s s", blocked(connection), pause)
+            connection.exec_driver_sql(UNLOCK)
+            connection.commit()
             time.sleep(pause)
         else:
             return

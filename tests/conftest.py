@@ -71,6 +71,25 @@ def sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
     return f"sqlite+aiosqlite:///{shutil.copy(sqlite_template, tmp_path)}"
 
 
+@pytest.fixture
+async def empty_postgresql_url(postgres: Postgres) -> AsyncIterator[str]:
+    """An empty database of the test's own on PostgreSQL."""
+    async with postgres.database() as url:
+        yield url
+
+
+@pytest.fixture
+def empty_sqlite_url(tmp_path: Path) -> str:
+    """A file of the test's own that does not exist yet."""
+    return f"sqlite+aiosqlite:///{tmp_path}/empty.db"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_url(request: pytest.FixtureRequest) -> str:
+    """An empty database of the test's own, on SQLite and on PostgreSQL."""
+    return str(request.getfixturevalue(f"empty_{request.param}_url"))
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest) -> str:
     """A database of the test, on SQLite and on PostgreSQL."""

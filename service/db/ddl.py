@@ -10,10 +10,11 @@ migration. All of them can be repeated: a migration that was interrupted after o
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import sqlalchemy as sa
 from alembic import op
+from sqlalchemy.exc import DBAPIError
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,8 @@ IS_VALID = sa.text("SELECT indisvalid FROM pg_index WHERE indexrelid = to_regcla
 def create_index(name: str, table: str, columns: Sequence[str], *, unique: bool = False) -> None:
     """Build an index without blocking writes.
 
-    An index of this name that an interrupted run has left invalid is dropped and built again.
+    An index that can't be completed is dropped: even an invalid one of a unique key may refuse rows. One that
+    a killed run has left invalid is dropped and built again.
     """
     if op.get_context().dialect.name == "sqlite":
         op.create_index(name, table, columns, unique=unique)
@@ -38,8 +40,14 @@ def create_index(name: str, table: str, columns: Sequence[str], *, unique: bool 
             _announce(name, table)
         if is_valid is False:
             op.drop_index(name, table, postgresql_concurrently=True)
-        if not is_valid:
+        if is_valid:
+            return
+        try:
             op.create_index(name, table, columns, unique=unique, postgresql_concurrently=True)
+        except DBAPIError:
+            with suppress(DBAPIError):  # the first error is the one to report
+                op.drop_index(name, table, postgresql_concurrently=True, if_exists=True)
+            raise
 
 
 def drop_index(name: str, table: str) -> None:
@@ -49,12 +57,6 @@ def drop_index(name: str, table: str) -> None:
         return
     with _outside_transaction():
         op.drop_index(name, table, postgresql_concurrently=True, if_exists=True)
-
-
-def create_unique_constraint(name: str, table: str, columns: Sequence[str]) -> None:
-    """Add a unique constraint on PostgreSQL, without blocking writes while its index is built."""
-    create_index(name, table, columns, unique=True)
-    op.execute(f"ALTER TABLE {table} ADD CONSTRAINT {name} UNIQUE USING INDEX {name}")
 
 
 def backfill(table: str, statement: str, *, batch_rows: int = 10_000) -> None:

@@ -12,11 +12,12 @@ from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
 from alembic.util import CommandError
 from sqlalchemy import Connection, NullPool, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from service.db import ddl, migrations, revisions
+from service.db import ddl, revisions
 from service.db.schema import Schema, read_schema
-from tests.support.old_release import migrate_as_old_release, old_version
+from tests.support.migrations import downgrade, execute, migrate_as_old_release, old_version, upgrade
 from tests.support.postgres import Postgres
 
 # For each line with a URL, a revision and a number: fork, migrate, and kill the fork before the statement or
@@ -52,6 +53,7 @@ HEAD = revisions.head()
 UPGRADE = "import sys; from service.db import migrations; migrations.upgrade(sys.argv[1])"
 INSERT = "INSERT INTO bulk_loads (load_id, caller, method, options) VALUES (:name, 'ada', 'm', '')"
 CREATE_KEY = "CREATE UNIQUE INDEX uq_bulk_loads_load_id_caller ON bulk_loads (load_id, caller)"
+BUILDING = text("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'CREATE UNIQUE INDEX%'")
 IS_VALID = "SELECT indisvalid FROM pg_index WHERE indexrelid = 'uq_bulk_loads_load_id_caller'::regclass"
 INVALIDATE = """
     UPDATE pg_index SET indisvalid = false
@@ -60,10 +62,9 @@ INVALIDATE = """
 
 
 @pytest.fixture
-async def url(postgres: Postgres) -> AsyncIterator[str]:
+def url(empty_postgresql_url: str) -> str:
     """An empty database on PostgreSQL."""
-    async with postgres.database() as url:
-        yield url
+    return empty_postgresql_url
 
 
 @pytest.fixture
@@ -71,15 +72,6 @@ async def engine(url: str) -> AsyncIterator[AsyncEngine]:
     engine = create_async_engine(url, poolclass=NullPool)
     yield engine
     await engine.dispose()
-
-
-async def upgrade(url: str, revision: str = "head") -> None:
-    await asyncio.to_thread(migrations.upgrade, url, revision)
-
-
-async def execute(engine: AsyncEngine, statement: str, **parameters: str) -> None:
-    async with engine.begin() as connection:
-        await connection.execute(text(statement), parameters)
 
 
 @pytest.fixture
@@ -122,7 +114,7 @@ async def test_killed_migration_can_be_run_again(
             assert await read_schema(engine) == Schema(HEAD, "0003")
 
             goes_on |= await is_killed(mortal, url, "0002", number)
-            await asyncio.to_thread(migrations.downgrade, url, "0002")
+            await downgrade(url, "0002")
             assert (await read_schema(engine), await old_version(engine)) == (Schema("0002"), ["0002"])
             await engine.dispose()
     assert number > 15
@@ -236,8 +228,7 @@ async def test_older_server_that_starts_during_a_contraction_stops_it(url: str, 
     async with engine.connect() as writer, engine.connect() as observer:
         await writer.execute(text(INSERT), {"name": "nightly"})
         upgrading = asyncio.create_task(upgrade(url))
-        building = text("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'CREATE UNIQUE INDEX%'")
-        while not await observer.scalar(building):
+        while not await observer.scalar(BUILDING):
             await observer.rollback()
         await observer.rollback()  # the index waits for open transactions
         async with server.connect():
@@ -261,5 +252,49 @@ async def test_later_version_table_of_another_application_is_left_alone(
 
     await upgrade(url)
     assert await old_version(engine) == ["f00dcafe"]
-    await asyncio.to_thread(migrations.downgrade, url, "0002")
+    await downgrade(url, "0002")
     assert await old_version(engine) == ["f00dcafe"]
+
+
+async def test_waiting_migration_of_an_older_release_does_not_stop_a_contraction(
+    url: str, engine: AsyncEngine
+) -> None:
+    """It waits for the lock in a transaction, which the index waits for; the lock is released for it."""
+    await migrate_as_old_release(engine)
+    await upgrade(url, "0003")
+    async with engine.connect() as writer, engine.connect() as observer:
+        await writer.execute(text(INSERT), {"name": "nightly"})
+        upgrading = asyncio.create_task(upgrade(url))
+        while not await observer.scalar(BUILDING):
+            await observer.rollback()
+        await observer.rollback()
+
+        async def migrate_old() -> None:
+            async with engine.begin() as connection:
+                # Otherwise PostgreSQL could end this one of the two.
+                await connection.execute(text("SET LOCAL deadlock_timeout = '1 min'"))
+                await connection.execute(text("SELECT pg_advisory_xact_lock(7238001)"))
+
+        older = asyncio.create_task(migrate_old())
+        waiting = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+        while not await observer.scalar(waiting):
+            await observer.rollback()
+        await observer.rollback()
+        await writer.rollback()
+        await asyncio.gather(older, upgrading)
+    assert (await read_schema(engine)).revision == HEAD
+
+
+async def test_index_that_can_not_be_built_is_dropped(url: str, engine: AsyncEngine) -> None:
+    """An invalid index of a unique key would still refuse rows of an older server."""
+    await migrate_as_old_release(engine)
+    await upgrade(url, "0003")
+    await execute(engine, "ALTER TABLE bulk_loads DROP CONSTRAINT uq_bulk_loads_load_id")
+    for _ in range(2):
+        await execute(engine, INSERT, name="nightly")
+
+    with pytest.raises(DBAPIError, match="could not create unique index"):
+        await upgrade(url)
+    async with engine.connect() as connection:
+        indexes = await connection.scalars(text("SELECT relname FROM pg_class WHERE relname LIKE 'uq_bulk%'"))
+        assert indexes.all() == []

@@ -20,7 +20,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from service.db import migrations, revisions
 from service.db.base import Base
 from service.db.schema import read_schema
-from tests.support.postgres import Postgres, find_programs
+from tests.support.migrations import downgrade, upgrade
+from tests.support.postgres import find_programs
 
 CHECKOUT = Path(__file__).parents[2]
 UPGRADE = "import sys; from service.db import migrations; migrations.upgrade(sys.argv[1])"
@@ -50,30 +51,10 @@ SCHEMA = {
 
 
 @pytest.fixture
-async def empty_postgresql_url(postgres: Postgres) -> AsyncIterator[str]:
-    async with postgres.database() as url:
-        yield url
-
-
-@pytest.fixture
-def empty_sqlite_url(tmp_path: Path) -> str:
-    return f"sqlite+aiosqlite:///{tmp_path}/empty.db"
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def empty_url(request: pytest.FixtureRequest) -> str:
-    return str(request.getfixturevalue(f"empty_{request.param}_url"))
-
-
-@pytest.fixture
 async def engine(empty_url: str) -> AsyncIterator[AsyncEngine]:
     engine = create_async_engine(empty_url, poolclass=NullPool)
     yield engine
     await engine.dispose()
-
-
-async def upgrade(url: str, revision: str = "head") -> None:
-    await asyncio.to_thread(migrations.upgrade, url, revision)
 
 
 async def schema(engine: AsyncEngine) -> list[tuple[str, str]]:
@@ -98,7 +79,7 @@ async def test_models_and_migrations_agree(empty_url: str, engine: AsyncEngine) 
     await asyncio.to_thread(command.check, revisions.config(empty_url))
     migrated = await schema(engine)
 
-    await asyncio.to_thread(migrations.downgrade, empty_url, "base")
+    await downgrade(empty_url, "base")
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
 
@@ -112,7 +93,7 @@ async def test_every_migration_goes_down_and_up_again(empty_url: str, engine: As
         before = await schema(engine)
         await upgrade(empty_url, revision)
         after = await schema(engine)
-        await asyncio.to_thread(migrations.downgrade, empty_url, "-1")
+        await downgrade(empty_url, "-1")
         assert await schema(engine) == before
         await upgrade(empty_url, revision)
         assert await schema(engine) == after
@@ -129,7 +110,7 @@ async def test_printed_sql_makes_the_same_schema(
     printed = await schema(engine)
     assert (await read_schema(engine)).revision == revisions.head()
 
-    await asyncio.to_thread(migrations.downgrade, empty_url, "base")
+    await downgrade(empty_url, "base")
     await upgrade(empty_url)
 
     assert await schema(engine) == printed

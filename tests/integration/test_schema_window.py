@@ -1,31 +1,24 @@
 """The version of the schema, and which releases it admits."""
 
-import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 from alembic.util import CommandError
 from sqlalchemy import NullPool, inspect, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from service.db import migrations, revisions
+from service.db import revisions
 from service.db.schema import Schema, read_schema
-from tests.support.old_release import migrate_as_old_release, old_version
-from tests.support.postgres import Postgres
+from tests.support.migrations import downgrade, execute, migrate_as_old_release, old_version, upgrade
 
 USER = "INSERT INTO users (email) VALUES ('ada@example.org')"
 LOAD = "INSERT INTO bulk_loads (load_id, caller, method, options) VALUES ('nightly', '{}', 'm', '')"
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-async def url(request: pytest.FixtureRequest, postgres: Postgres, tmp_path: Path) -> AsyncIterator[str]:
-    """An empty database, on the one and on the other."""
-    if request.param == "sqlite":
-        yield f"sqlite+aiosqlite:///{tmp_path}/empty.db"
-        return
-    async with postgres.database() as url:
-        yield url
+@pytest.fixture
+def url(empty_url: str) -> str:
+    """An empty database, on SQLite and on PostgreSQL."""
+    return empty_url
 
 
 @pytest.fixture
@@ -33,20 +26,6 @@ async def engine(url: str) -> AsyncIterator[AsyncEngine]:
     engine = create_async_engine(url, poolclass=NullPool)
     yield engine
     await engine.dispose()
-
-
-async def upgrade(url: str, revision: str = "head") -> None:
-    await asyncio.to_thread(migrations.upgrade, url, revision)
-
-
-async def downgrade(url: str, revision: str) -> None:
-    await asyncio.to_thread(migrations.downgrade, url, revision)
-
-
-async def execute(engine: AsyncEngine, *statements: str) -> None:
-    async with engine.begin() as connection:
-        for statement in statements:
-            await connection.execute(text(statement))
 
 
 async def tables(engine: AsyncEngine) -> set[str]:

@@ -27,6 +27,7 @@ from service.db.schema import read_schema
 from service.errors import DatabaseUnavailable
 from service.settings import Settings
 from tests.support.authority import Authority
+from tests.support.command import ROSTER, run
 from tests.support.postgres import PostgresServer
 from tests.support.server import serve
 from tests.support.wire import Wire
@@ -209,3 +210,11 @@ async def reached(url: str) -> bool:
     finally:
         await database.close()
     return True
+
+
+async def test_server_without_rights_on_the_schema_says_what_to_grant(url: str, tmp_path: Path) -> None:
+    """It does not wait for them."""
+    await executed(url, "REVOKE SELECT ON roster_schema FROM roster_service")
+    refused = await run(ROSTER, "serve", folder=tmp_path, ROSTER_DATABASE_URL=as_role(url, "roster_service"))
+    assert refused.status == 2
+    assert "permission denied for table roster_schema; let the owner of the schema run" in refused.err

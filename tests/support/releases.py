@@ -75,7 +75,7 @@ class Slot:
 def install_previous() -> Path:
     """Return the folder of the previous release's packages, built once from its commit.
 
-    Raises FileNotFoundError if this is no clone, or a shallow one without the commit.
+    Raises FileNotFoundError if this is not a clone, or a shallow one without the commit.
     """
     folder = CHECKOUT / ".tools" / f"roster-{PREVIOUS[:7]}"
     folder.parent.mkdir(exist_ok=True)

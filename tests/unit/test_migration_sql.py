@@ -29,6 +29,14 @@ BREAKS_OLDER_CODE = [
     "renaming-column",
     "renaming-table",
 ]
+# A downgrade that an interruption must not leave half done runs in one transaction, if its table is small.
+BLOCKS_WRITES = {
+    "0004": [
+        "disallowed-unique-constraint",
+        "constraint-missing-not-valid",
+        "require-concurrent-index-deletion",
+    ]
+}
 
 
 def lint(sql: str, excluded: list[str]) -> str:
@@ -62,7 +70,8 @@ def test_upgrade_passes_squawk(before: str, after: str) -> None:
 
 @pytest.mark.parametrize(("before", "after"), STEPS)
 def test_downgrade_passes_squawk(before: str, after: str) -> None:
-    assert lint(printed("downgrade", after, before), EXCLUDED + BREAKS_OLDER_CODE) == ""
+    allowed = BREAKS_OLDER_CODE + BLOCKS_WRITES.get(after, [])
+    assert lint(printed("downgrade", after, before), EXCLUDED + allowed) == ""
 
 
 def test_squawk_complains_about_a_dropped_column() -> None:

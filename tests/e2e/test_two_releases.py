@@ -12,7 +12,6 @@ import pytest
 from sqlalchemy import make_url
 
 from tests.support.command import ended
-from tests.support.postgres import Postgres
 from tests.support.releases import Release, Slot, install_previous
 from tests.support.traffic import Traffic, stored_users
 
@@ -27,10 +26,9 @@ WAITING = """
 
 
 @pytest.fixture
-async def url(postgres: Postgres) -> AsyncIterator[str]:
-    """An empty database."""
-    async with postgres.database() as url:
-        yield url
+def url(empty_postgresql_url: str) -> str:
+    """An empty database on PostgreSQL."""
+    return empty_postgresql_url
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""The schema as the release before revision 0003 left it, with its version in `alembic_version`."""
+"""Migrations as this release runs them, and as those before revision 0003 did, with `alembic_version`."""
 
+import asyncio
 from collections.abc import Sequence
 
 from alembic.operations import Operations
@@ -8,7 +9,24 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from service.db import revisions
+from service.db import migrations, revisions
+
+
+async def upgrade(url: str, revision: str = "head") -> None:
+    """Bring the schema up to a revision."""
+    await asyncio.to_thread(migrations.upgrade, url, revision)
+
+
+async def downgrade(url: str, revision: str) -> None:
+    """Take the schema back to a revision."""
+    await asyncio.to_thread(migrations.downgrade, url, revision)
+
+
+async def execute(engine: AsyncEngine, *statements: str, **parameters: str) -> None:
+    """Run statements in one transaction."""
+    async with engine.begin() as connection:
+        for statement in statements:
+            await connection.execute(text(statement), parameters)
 
 
 async def migrate_as_old_release(engine: AsyncEngine, revision: str = "0002") -> None:

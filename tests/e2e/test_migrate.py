@@ -11,8 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from service import __version__
 from service.db import revisions
 from tests.support.command import ROSTER, Ended, run, serving
-from tests.support.old_release import migrate_as_old_release
-from tests.support.postgres import Postgres
+from tests.support.migrations import migrate_as_old_release
 
 HEAD = revisions.head()
 PENDING = "once no older server runs, complete the upgrade to 0004 with `roster migrate --contract`"
@@ -24,10 +23,9 @@ SERVER = """
 
 
 @pytest.fixture
-async def url(postgres: Postgres) -> AsyncIterator[str]:
-    """A database on PostgreSQL as the release before left it."""
-    async with postgres.database() as url:
-        yield url
+def url(empty_postgresql_url: str) -> str:
+    """A database on PostgreSQL, which the previous release has migrated."""
+    return empty_postgresql_url
 
 
 @pytest.fixture
@@ -125,12 +123,15 @@ async def test_server_shows_itself_while_it_runs(url: str, engine: AsyncEngine, 
 async def test_newer_schema_may_admit_this_release(
     min_revision: str, status: int, sqlite_url: str, tmp_path: Path
 ) -> None:
-    """Then the embedded SQLite is served as it is."""
+    """Then `migrate` has nothing to do, and the embedded SQLite is served as it is."""
     engine = create_async_engine(sqlite_url, poolclass=NullPool)
     async with engine.begin() as connection:
         await connection.execute(text("UPDATE roster_schema SET version_num = '0005'"))
         await connection.execute(text(f"UPDATE schema_compatibility SET min_revision = '{min_revision}'"))
+    migrated = await run(ROSTER, "migrate", folder=tmp_path, ROSTER_DATABASE_URL=sqlite_url)
+    assert migrated.status == status
     if status == 0:
+        assert "which is newer than this release, but compatible" in migrated.out
         async with serving(tmp_path, ROSTER_DATABASE_URL=sqlite_url):
             pass
     else:
