@@ -65,10 +65,12 @@ class BulkServicer(BulkServiceServicer):
         self, request: pb.ListBulkLoadFailuresRequest, context: Context
     ) -> pb.ListBulkLoadFailuresResponse:
         (load_id, owner), limit = _key_from_request(request), page_size(request.page_size)
-        listing = _listing("failures", load_id, owner=owner)
-        [after] = decode_token(listing, request.page_token, [Load.__table__.c.next_offset]) or [-1]
         async with self.database.read() as session:
             load = await _get(session, load_id, owner)
+            # Bound to the load that was found: an admin may begin one of this name before the next page.
+            owner = load.caller if load.caller != current_caller().identity else ""
+            listing = _listing("failures", load_id, owner=owner)
+            [after] = decode_token(listing, request.page_token, [Load.__table__.c.next_offset]) or [-1]
             failures = await LoadRepository(session, load.caller).failures(load, after, limit + 1)
         response = pb.ListBulkLoadFailuresResponse()
         shown = await _add_fitting(response.failures, failure_fields, failures[:limit])

@@ -345,6 +345,21 @@ async def test_page_token_is_bound_to_caller(
     assert [load.caller for load in (await admin.ListBulkLoads(second)).loads] == [LOADER]
 
 
+async def test_page_token_stays_with_the_load_that_was_found(
+    users: dict[str, UserServiceStub], loads: dict[str, BulkServiceStub]
+) -> None:
+    """An admin who begins a load of the same name between two pages gets no rows of that one."""
+    await (await LoadStream.open(users[LOADER])).acknowledged("no one", "no one")
+    request = ListBulkLoadFailuresRequest(load_id=LOAD_ID, page_size=1)
+    request.page_token = (await loads[ADMIN].ListBulkLoadFailures(request)).next_page_token
+    await (await LoadStream.open(users[ADMIN])).acknowledged("no one", "no one")
+
+    refused = await refusal(loads[ADMIN].ListBulkLoadFailures(request))
+    assert refused.reason == "INVALID_PAGE_TOKEN"
+    request.caller = LOADER
+    assert [row.offset for row in (await loads[ADMIN].ListBulkLoadFailures(request)).failures] == [1]
+
+
 async def test_second_caller_is_refused_before_contracting_migration(
     database_url: str, users: dict[str, UserServiceStub], loads: dict[str, BulkServiceStub]
 ) -> None:
