@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 from service.auth.tls import expiry, server_credentials
 from service.cli.environment import read_settings
-from service.cli.migrate import folder_problem
+from service.cli.migrate import connection_problem, folder_problem
 from service.cli.terminal import UsageError, echo, pluralize
 from service.db.engine import Database
 from service.db.schema import read_schema
@@ -134,8 +134,7 @@ async def _check_database(settings: Settings, report: Report) -> None:
             await _check_connections(database, settings, report)
             await _check_clock(database, report)
     except (DBAPIError, OSError) as error:
-        cause = getattr(error, "orig", None) or error
-        report.fail("database", f"the database can't be reached: {cause}; check ROSTER_DATABASE_URL")
+        report.fail("database", connection_problem(error))
     finally:
         await database.close()
 

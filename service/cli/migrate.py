@@ -17,7 +17,9 @@ from service.db.schema import Schema
 from service.files import sqlite_path
 from service.settings import Settings
 
-UNKNOWN_DATABASE = "3D000"  # https://www.postgresql.org/docs/current/errcodes-appendix.html
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+UNKNOWN_DATABASE = "3D000"
+INSUFFICIENT_PRIVILEGE = "42501"
 
 
 @contextmanager
@@ -35,11 +37,19 @@ def report_migration_errors(settings: Settings) -> Iterator[None]:
                 f"{error}; a newer release created it: use that release, or downgrade with it"
             ) from None
         hint = "; create the database first, as with `createdb`" if code_of(error) == UNKNOWN_DATABASE else ""
-        cause = getattr(error, "orig", None) or error
         if isinstance(error, OSError):
-            name = "ROSTER_MIGRATION_URL" if settings.migration_url else "ROSTER_DATABASE_URL"
-            raise UsageError(f"the database can't be reached: {cause}; check {name}") from None
+            setting = "ROSTER_MIGRATION_URL" if settings.migration_url else "ROSTER_DATABASE_URL"
+            raise UsageError(connection_problem(error, setting)) from None
+        cause = getattr(error, "orig", None) or error
         raise UsageError(f"the migration failed: {cause}{hint}") from None
+
+
+def connection_problem(error: Exception, setting: str = "ROSTER_DATABASE_URL") -> str:
+    """Return why the database can't be used, and what to do."""
+    cause = getattr(error, "orig", None) or error
+    if code_of(error) == INSUFFICIENT_PRIVILEGE:
+        return f"{cause}; let the owner of the schema run deploy/sql/roles.sql again, or grant the right"
+    return f"the database can't be reached: {cause}; check {setting}"
 
 
 def folder_problem(settings: Settings) -> str:

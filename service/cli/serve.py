@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from service import logs, workers
 from service.cli.environment import read_settings, settings_help
-from service.cli.migrate import report_migration_errors
+from service.cli.migrate import INSUFFICIENT_PRIVILEGE, connection_problem, report_migration_errors
 from service.cli.terminal import UsageError, echo
 from service.connections import raise_file_limit
 from service.db import migrations
@@ -30,8 +30,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 USERS = "roster.v1.UserService"
 FIRST_PAUSE_SECONDS = 0.5
 MAX_PAUSE_SECONDS = 5.0
-# Classes of SQLSTATE for a wrong role, password or database: waiting does not help.
-PERMANENT_ERRORS = ("28", "3D")
+# SQLSTATEs of a wrong role, password or database, and of missing rights: waiting does not help.
+PERMANENT_ERRORS = ("28", "3D", INSUFFICIENT_PRIVILEGE)
 
 
 @click.command(short_help="Run the server until SIGTERM or SIGINT.", epilog=settings_help())
@@ -114,12 +114,10 @@ async def _wait_for_schema(database: Database, max_seconds: float, stopping: asy
                 raise UsageError(str(schema))
             log.info("%s", schema)
         except (DBAPIError, OSError) as error:
-            cause = getattr(error, "orig", None) or error
             is_permanent = code_of(error).startswith(PERMANENT_ERRORS)
             if is_permanent or loop.time() + pause > end:
-                raise UsageError(
-                    f"the database can't be reached: {cause}; check ROSTER_DATABASE_URL"
-                ) from None
+                raise UsageError(connection_problem(error)) from None
+            cause = getattr(error, "orig", None) or error
             log.warning("the database can't be reached: %s; trying again in %g s", cause, pause)
         else:
             return
