@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 10
 WRITE_SECONDS = 5
+STOP_SECONDS = 1  # a row that is not deleted in time expires
 MAX_NAME_CHARACTERS = 255
 
 
@@ -41,19 +42,19 @@ class Heartbeat:
         """Write the row and refresh it at an interval."""
         if self._database.is_sqlite:
             return
-        await self._write(self._delete_dead)
+        await self._write(self._delete_dead, WRITE_SECONDS)
         while True:
-            await self._write(self._refresh)
+            await self._write(self._refresh, WRITE_SECONDS)
             await asyncio.sleep(INTERVAL_SECONDS)
 
     async def stop(self) -> None:
         """Delete the row."""
         if not self._database.is_sqlite:
-            await self._write(self._delete)
+            await self._write(self._delete, STOP_SECONDS)
 
-    async def _write(self, write: Callable[[Session], Awaitable[None]]) -> None:
+    async def _write(self, write: Callable[[Session], Awaitable[None]], seconds: float) -> None:
         try:
-            async with asyncio.timeout(WRITE_SECONDS), self._database.begin() as session:
+            async with asyncio.timeout(seconds), self._database.begin() as session:
                 await write(session)
         except CancelledAfterCommit:
             # The time was up during a commit, which has succeeded. Before Python 3.12, asyncio.timeout raises
