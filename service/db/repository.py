@@ -46,7 +46,7 @@ class Repository(Generic[ModelT, SessionT]):
 
     model: type[ModelT]
     not_found: type[NotFound]
-    # What filters and orders may name. `normalise` has the functions for the texts in filters, by field.
+    # The columns for filters and orders. `normalise` has the functions for the texts in filters, by field.
     filterable: ClassVar[Mapping[str, Column]]
     sortable: ClassVar[Mapping[str, Sequence[Column]]]
     normalise: ClassVar[Mapping[str, Callable[[str], str]]] = {}

@@ -50,7 +50,7 @@ Related = Callable[[ReadSession, Sequence[Row]], Awaitable[Sequence[Any]]]
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """What a read returns of each row of a model.
+    """The columns that a read returns of each row of a model, and how to read them.
 
     `size` is the SQL for the bytes of a row in an answer; None if 1000 of the largest rows fit. `join` is the
     relationship whose columns are added to each row. `add_related` reads rows that belong to those found,

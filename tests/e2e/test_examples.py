@@ -35,7 +35,7 @@ def test_examples_are_short_and_listed(path: Path) -> None:
 
 
 async def test_calls(server: Server) -> None:
-    """A repeated request gets the first response; errors are told apart by class."""
+    """A repeated request gets the first response; errors differ by class."""
     ended = await example(server, "calls.py")
 
     assert (ended.status, ended.err) == (0, "")

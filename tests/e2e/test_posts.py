@@ -187,7 +187,7 @@ async def test_update_refuses_author_and_empty_title(
 
 
 async def test_expected_version_must_be_current(posts: PostServiceStub, notes: Post) -> None:
-    """In updates and deletes; 0 is no check. The error has the current version."""
+    """In updates and deletes, unless it is 0. The error has the current version."""
     await posts.UpdatePost(UpdatePostRequest(post=Post(id=notes.id, title="More", version=1)))
     for call in (
         posts.UpdatePost(UpdatePostRequest(post=Post(id=notes.id, title="Most", version=1))),

@@ -210,7 +210,7 @@ async def test_update_refuses_null_for_required_fields(users: UserServiceStub, a
 
 
 async def test_expected_version_must_be_current(users: UserServiceStub, ada: User) -> None:
-    """In updates and deletes; 0 is no check. The error has the current version."""
+    """In updates and deletes, unless it is 0. The error has the current version."""
     await users.UpdateUser(UpdateUserRequest(user=User(id=ada.id, full_name="Countess", version=1)))
     for call in (
         users.UpdateUser(UpdateUserRequest(user=User(id=ada.id, full_name="Ada", version=1))),
