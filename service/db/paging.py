@@ -101,18 +101,17 @@ def encode_token(listing: bytes, key: SortKey | None) -> str:
     return _to_base64(VERSION + zlib.crc32(body).to_bytes(4, "big") + body)
 
 
+def check_token(token: str) -> None:
+    """Check that a token is not damaged, before its listing is known; raises InvalidPageToken."""
+    if token:
+        _decode(token)
+
+
 def decode_token(listing: bytes, token: str, columns: Sequence[Expression]) -> SortKey | None:
     """Return the key in a token, None for an empty one; raises InvalidPageToken."""
     if not token:
         return None
-    try:
-        raw = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
-    except ValueError:
-        raise _damaged_token() from None
-    version, checksum, body = raw[:1], raw[1:5], raw[5:]
-    # The decoder ignores some characters, and some bits of the last one.
-    if version != VERSION or zlib.crc32(body).to_bytes(4, "big") != checksum or _to_base64(raw) != token:
-        raise _damaged_token()
+    body = _decode(token)
     if body[:FINGERPRINT_BYTES] != listing:
         raise InvalidPageToken(
             "page_token belongs to another listing; for a new filter or order_by, start without a token",
@@ -123,6 +122,18 @@ def decode_token(listing: bytes, token: str, columns: Sequence[Expression]) -> S
         return [_check_type(value, column) for value, column in zip(values, columns, strict=True)]
     except (ValueError, TypeError, OverflowError, RecursionError):
         raise _damaged_token() from None
+
+
+def _decode(token: str) -> bytes:
+    try:
+        raw = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
+    except ValueError:
+        raise _damaged_token() from None
+    version, checksum, body = raw[:1], raw[1:5], raw[5:]
+    # The decoder ignores some characters, and some bits of the last one.
+    if version != VERSION or zlib.crc32(body).to_bytes(4, "big") != checksum or _to_base64(raw) != token:
+        raise _damaged_token()
+    return body
 
 
 def _to_base64(raw: bytes) -> str:

@@ -12,7 +12,7 @@ from roster.v1.bulk_pb2_grpc import BulkServiceServicer
 from service.auth.caller import current_caller
 from service.bulk.convert import failure_fields
 from service.db.engine import Database
-from service.db.paging import decode_token, encode_token, fingerprint, page_size
+from service.db.paging import check_token, decode_token, encode_token, fingerprint, page_size
 from service.db.selection import MAX_ROWS_BYTES
 from service.interceptors.chain import Context
 from service.loads.convert import load_fields, load_to_message
@@ -65,6 +65,7 @@ class BulkServicer(BulkServiceServicer):
         self, request: pb.ListBulkLoadFailuresRequest, context: Context
     ) -> pb.ListBulkLoadFailuresResponse:
         (load_id, owner), limit = _key_from_request(request), page_size(request.page_size)
+        check_token(request.page_token)
         async with self.database.read() as session:
             load = await _get(session, load_id, owner)
             # Bound to the load that was found: an admin may begin one of this name before the next page.
