@@ -1,7 +1,6 @@
 """`roster export`: export users or posts to a file."""
 
 import asyncio
-import gzip
 import io
 import sys
 import time
@@ -14,7 +13,9 @@ import click
 import grpc
 from google.protobuf.descriptor import FieldDescriptor
 
-from service.cli.formats import csv_line, format_name, json_line, pyarrow
+from service.cli.compression import compress
+from service.cli.formats import format_name
+from service.cli.formats.write import csv_line, json_line, pyarrow
 from service.cli.rows import ENTITIES, Entity, Values, values_of
 from service.cli.terminal import (
     Target,
@@ -155,7 +156,7 @@ class Export:
     "--output",
     "-o",
     default=STDOUT,
-    help="Output file, compressed if its name ends in .gz; - is standard output.",
+    help="Output file, compressed if its name ends in .gz or .zst; - is standard output.",
 )
 @click.option(
     "--format",
@@ -197,8 +198,7 @@ def _open_output(output: str) -> Iterator[Output]:
         sys.stdout.buffer.flush()
         return
     with replace_when_complete(Path(output)) as file:
-        if not output.endswith(".gz"):
-            yield file
-            return
-        with gzip.open(file, "wb", compresslevel=6) as compressed:
-            yield compressed
+        compressed = compress(file, output)
+        yield compressed
+        if compressed is not file:
+            compressed.close()

@@ -1,11 +1,12 @@
 """`roster load`: load a file of users or posts, or resume where an earlier run stopped."""
 
 import asyncio
+import codecs
 import json
 import os
 import re
 import sys
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing, contextmanager
 from functools import partial
 from hashlib import sha256
@@ -18,10 +19,13 @@ from google.protobuf.message import Message
 
 from roster.v1 import bulk_pb2 as pb
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
-from service.cli.formats import FORMATS, STDIN, SourceError, format_name
+from service.cli.columns import Columns, parse_columns
+from service.cli.compression import without_compression
+from service.cli.formats import FORMATS, LOADED_ENDINGS, STDIN, Csv, FileFormat, SourceError, format_name
+from service.cli.formats.csv_file import DELIMITERS
 from service.cli.rejects import RejectsFile
 from service.cli.report import LoadReport
-from service.cli.rows import ENTITIES, Columns, Entity
+from service.cli.rows import ENTITIES, Entity
 from service.cli.source import Source
 from service.cli.terminal import (
     PAGE_SIZE,
@@ -29,13 +33,14 @@ from service.cli.terminal import (
     UsageError,
     echo,
     exit_on_signal,
+    pluralize,
     server_options,
     show_progress,
 )
 from service.cli.tracker import RowTracker
 from service.client import BATCH_ROWS, Backoff, BulkLoader, LoadInterrupted, pages
 from service.client.errors import is_retryable
-from service.errors import LoadAborted, LoadExpired, RosterError, TooManyFailures
+from service.errors import FailedPrecondition, LoadAborted, LoadExpired, RosterError, TooManyFailures
 
 LOAD_ID = "Load ID; reuse it to resume a load.  [default: derived from the file and the options]"
 CALLER = "For admins: resume the load that this caller started.  [default: a load of your own]"
@@ -44,6 +49,10 @@ UPDATE_MASK = "Columns that --update and --on-conflict update write, such as ful
 ATOMICITY = "Whether a failed row fails only itself or its whole batch."
 RESTORE = "Create rows with the id, created_at, updated_at and version of an export."
 FORMAT = "Format of the file.  [default: from the file name]"
+COLUMNS = 'Columns with other names, such as email=Mail,full_name="Full Name".'
+IGNORE = "Column that is not read, although its name is near that of a known one; repeat it for several."
+DELIMITER = "Delimiter of CSV.  [default: found from the header line]"
+ENCODING = "Encoding of CSV, such as cp1252.  [default: UTF-8, or UTF-16 by its byte order mark]"
 REJECTS = "File for the rows that fail.  [default: NAME.rejects.FORMAT, next to FILE]"
 PATH = click.Path(dir_okay=False, path_type=Path)
 OPTION = re.compile(r"\b(?:options\.(\w+)|(load_id))\b")
@@ -75,9 +84,8 @@ class Load:
             method, request = self._entity.rpc(connection, verb)
             loader = BulkLoader(method, request, self._options, batch_rows=batch_rows, retry_connect=False)
             loads = BulkServiceStub(connection)
-            messages = self._messages(loads)
             try:
-                async with aclosing(messages), aclosing(loader.run(messages)) as events:
+                async with aclosing(loader.run(partial(self._messages, loads))) as events:
                     async for event in events:
                         if isinstance(event, pb.BulkSummary):
                             self._report.summary = event
@@ -116,22 +124,21 @@ class Load:
         self._report.rows = load.next_offset
         self._report.failed = load.failed
 
-    async def _messages(self, loads: BulkServiceStub) -> AsyncGenerator[Message, None]:
-        """Yield the rows that can be parsed, from the first one.
+    async def _messages(self, loads: BulkServiceStub, start: int) -> AsyncGenerator[Message, None]:
+        """Yield the rows that can be parsed, from offset `start` on.
 
-        The loader skips rows that an earlier run has settled. Those that failed then are written to the
-        rejects again, with the failures that the server has stored.
+        Those before it were settled by an earlier run. If they failed then, they are written to the rejects
+        again, with the failures that the server has stored.
         """
         request = pb.ListBulkLoadFailuresRequest(
             load_id=self._options.load_id, caller=self._options.caller, page_size=PAGE_SIZE
         )
         failures = pages(partial(self._backoff.call, loads.ListBulkLoadFailures), request)
-        async with aclosing(failures), aclosing(self._source.rows()) as rows:
-            skipped_rows = self._report.skipped_rows
-            failure = await anext(failures, None) if skipped_rows else None
+        async with aclosing(failures), aclosing(self._source.chunks()) as chunks:
+            failure = await anext(failures, None) if start else None
             offset = 0
-            async for row in rows:
-                if row.message is None or offset >= skipped_rows:
+            async for row in (row async for chunk in chunks for row in chunk):
+                if row.message is None or offset >= start:
                     self._tracker.add(row)
                 elif failure and failure.offset == offset:
                     self._tracker.reject(row, failure)
@@ -140,7 +147,11 @@ class Load:
                     raise TooManyFailures(f"more than {self._options.max_failures:,} rows failed")
                 if row.message is not None:
                     offset += 1
-                    yield row.message
+                    if offset > start:
+                        yield row.message
+        if offset < start:
+            rows = pluralize(offset, "row")
+            raise FailedPrecondition(f"the file has only {rows}, but the load already has {start:,}")
 
     def _progress(self) -> tuple[int, str]:
         return self._source.bytes_read, self._report.progress()
@@ -169,6 +180,10 @@ def _choice(enum: Any) -> click.Choice[str]:
     "--max-failures", type=click.IntRange(0), default=0, help="Stop if more rows fail; 0 means no limit."
 )
 @click.option("--format", "file_format", type=click.Choice(list(FORMATS)), help=FORMAT)
+@click.option("--columns", "mapping", metavar="FIELD=COLUMN,…", multiple=True, help=COLUMNS)
+@click.option("--ignore", metavar="NAME", multiple=True, help=IGNORE)
+@click.option("--delimiter", type=click.Choice(list(DELIMITERS)), help=DELIMITER)
+@click.option("--encoding", help=ENCODING)
 @click.option("--rejects", type=PATH, help=REJECTS)
 @click.option("--json", "is_json", is_flag=True, help="Print the summary as a JSON object.")
 def load(
@@ -179,6 +194,10 @@ def load(
     update_mask: str | None,
     batch_rows: int,
     file_format: str | None,
+    mapping: Sequence[str],
+    ignore: Sequence[str],
+    delimiter: str | None,
+    encoding: str | None,
     rejects: Path | None,
     *,
     is_json: bool,
@@ -203,8 +222,11 @@ def load(
     if not masked and (operation == "update" or options["on_conflict"] == "UPDATE"):
         option = "--update" if operation == "update" else "--on-conflict update"
         raise click.UsageError(f"{option} requires --update-mask")
-    columns = Columns(kind.message, kind.columns(operation, masked))
-    source = Source(file, FORMATS[file_format or format_name(file)](columns))
+    names = kind.columns(operation, masked)
+    columns = Columns(kind.message, names, parse_columns(mapping, names), ignore)
+    kind_of_file = FORMATS[file_format or format_name(file, LOADED_ENDINGS)]
+    source = Source(file, _configure(kind_of_file, columns, delimiter, encoding))
+    reading = {"columns": columns.mapping, "delimiter": delimiter, "encoding": encoding}
     bulk_options = pb.BulkOptions(
         restore=operation == "restore",
         update_mask=FieldMask(paths=masked),
@@ -217,9 +239,9 @@ def load(
     if bulk_options.validate_only:
         bulk_options.load_id = ""  # nothing is stored, so there is nothing to resume
     elif not bulk_options.load_id:
-        bulk_options.load_id = _derive_load_id(source, f"{entity}-{operation}", bulk_options)
+        bulk_options.load_id = _derive_load_id(source, f"{entity}-{operation}", bulk_options, reading)
     rejects_file = RejectsFile(_rejects_path(rejects, file, source.format.suffix), source.format)
-    report = LoadReport(source.name, source.format.unit, bulk_options, rejects_file)
+    report = LoadReport(source.name, source.format, bulk_options, rejects_file)
     job = Load(kind, source, bulk_options, report, rejects_file)
     verb = "BulkUpdate" if operation == "update" else "BulkCreate"
     try:
@@ -228,6 +250,8 @@ def load(
     finally:
         if columns.ignored:
             echo(f"ignored columns: {', '.join(columns.ignored)}", err=True)
+    if not report.rows:
+        echo(f"warning: {source.name} has no rows", err=True)
     if is_json:
         echo(json.dumps(report.as_dict()))
     else:
@@ -257,7 +281,27 @@ def _name_options(message: str) -> str:
     return OPTION.sub(lambda found: f"--{found[1] or found[2]}".replace("_", "-"), message)
 
 
-def _derive_load_id(source: Source, prefix: str, options: pb.BulkOptions) -> str:
+def _configure(
+    kind: Callable[[Columns], FileFormat], columns: Columns, delimiter: str | None, encoding: str | None
+) -> FileFormat:
+    """Return a file format with the options for CSV; raises UsageError."""
+    if not (delimiter or encoding):
+        return kind(columns)
+    if kind is not Csv:
+        raise click.UsageError("--delimiter and --encoding are for CSV")
+    try:
+        codec = codecs.lookup(encoding or "utf-8")
+        "".encode(codec.name)  # not every codec is one of texts
+    except LookupError:
+        raise click.UsageError(
+            f"--encoding {encoding} is not known; use one such as utf-8 or cp1252"
+        ) from None
+    return Csv(columns, DELIMITERS.get(delimiter or "", ""), "" if codec.name == "utf-8" else codec.name)
+
+
+def _derive_load_id(
+    source: Source, prefix: str, options: pb.BulkOptions, reading: Mapping[str, object]
+) -> str:
     """Return an id that is the same whenever the same rows would be written; "" for standard input."""
     content = source.digest()
     if not content:
@@ -266,13 +310,14 @@ def _derive_load_id(source: Source, prefix: str, options: pb.BulkOptions) -> str
     effective.CopyFrom(options)
     effective.ClearField("max_failures")
     effective.ClearField("caller")
-    format_class = type(source.format).__name__
-    parts = (content, format_class.encode(), effective.SerializeToString(deterministic=True))
+    parts = [content, source.format.name.encode(), effective.SerializeToString(deterministic=True)]
+    if any(reading.values()):  # otherwise the ids are those of earlier releases
+        parts.append(json.dumps(reading, sort_keys=True).encode())
     return f"{prefix}-{sha256(b'/'.join(parts)).hexdigest()[:32]}"
 
 
 def _rejects_path(rejects: Path | None, file: str, suffix: str) -> Path:
-    source = Path("stdin" if file == STDIN else file.removesuffix(".gz"))
+    source = Path("stdin" if file == STDIN else without_compression(file))
     path = rejects or source.with_name(f"{source.stem}.rejects.{suffix}")
     if path.exists() and file != STDIN and path.samefile(file):
         raise click.UsageError(f"{path} is the file to load; choose another file with --rejects")

@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Any
 
 from roster.v1 import bulk_pb2 as pb
+from service.cli.formats import FileFormat
 from service.cli.rejects import RejectsFile
 from service.cli.rows import Row
 from service.cli.terminal import pluralize
@@ -15,14 +16,16 @@ TOP_REASONS = 5
 class LoadReport:
     """The outcomes of the rows of a load so far."""
 
-    def __init__(self, name: str, unit: str, options: pb.BulkOptions, rejects: RejectsFile) -> None:
+    def __init__(
+        self, name: str, file_format: FileFormat, options: pb.BulkOptions, rejects: RejectsFile
+    ) -> None:
         self.rows = 0
         self.failed = 0
         self.skipped_rows = 0  # settled by an earlier run, and not sent again
         self.was_finished = False  # when this run started
         self.summary = pb.BulkSummary()
         self._name = name
-        self._unit = unit
+        self._format = file_format
         self._options = options
         self._rejects = rejects
         self._unparsed = 0  # of those that failed; they were not sent
@@ -47,7 +50,7 @@ class LoadReport:
         """Count the reason of a failed row."""
         reason = f"{failure.reason} {failure.field}".rstrip()
         self._reasons[reason] += 1
-        self._examples.setdefault(reason, f"{self._unit} {row.number:,}: {failure.message}")
+        self._examples.setdefault(reason, f"{self._format.unit} {row.number:,}: {failure.message}")
 
     @property
     def seconds(self) -> float:

@@ -1,15 +1,12 @@
-"""Rows of files: the columns of each entity, and conversion between values and messages."""
+"""Rows of files, the entities they are of, and their values."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC
 from types import ModuleType
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -18,18 +15,10 @@ from roster.v1.bulk_pb2 import RowFailure
 from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.errors import InvalidField, RosterError, TooLarge
+from service.errors import RosterError
 
 OriginalT = TypeVar("OriginalT")
 Values: TypeAlias = Mapping[str, Any]  # the values of a row, by column
-
-# The server accepts rows with up to 1 MiB of content.
-MAX_ROW_BYTES = 2 << 20
-MAX_IGNORED_NAMES = 100
-
-INTEGER = re.compile(r"-?[0-9]{1,19}")
-BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
-ERROR = "_error"
 
 
 @dataclass(frozen=True)
@@ -83,7 +72,7 @@ class Row:
     """A row of a file: its message, or the reason why it could not be read.
 
     `number` is the number of its first line, from 1; `size` is in bytes. `original` is the row as it is in
-    the file: bytes, or a dict of values for Parquet.
+    the file: its text, or its values by column.
     """
 
     number: int
@@ -104,36 +93,6 @@ class Row:
             return cls(number, size, original, failure=failure)
 
 
-class Columns:
-    """Maps the columns of a file to fields; `ignored` collects the names of unknown columns."""
-
-    def __init__(self, message: type[Message], names: Sequence[str]) -> None:
-        self.names = names
-        self.ignored: dict[str, None] = {}
-        self._message = message
-        self._types = {name: message.DESCRIPTOR.fields_by_name[name].type for name in names}
-
-    def to_message(self, fields: Values) -> Message:
-        """Return the message of a row; raises InvalidField, TooLarge.
-
-        An empty value is unset, unless the field is a string.
-        """
-        values = {}
-        for name, value in fields.items():
-            if name not in self._types:
-                self._ignore(name)
-            elif value is not None and (value != "" or self._types[name] == FieldDescriptor.TYPE_STRING):
-                values[name] = PARSERS[self._types[name]](name, value)
-        message = self._message(**values)
-        if message.ByteSize() > MAX_ROW_BYTES:
-            raise TooLarge(f"the row is larger than {MAX_ROW_BYTES >> 20} MiB")
-        return message
-
-    def _ignore(self, name: str) -> None:
-        if name != ERROR and len(self.ignored) < MAX_IGNORED_NAMES:
-            self.ignored[name] = None
-
-
 def values_of(message: Any, names: Sequence[str]) -> Values:
     """Return the values of a message's fields, None for unset ones."""
     values = {}
@@ -143,42 +102,3 @@ def values_of(message: Any, names: Sequence[str]) -> Values:
             value = None
         values[name] = value.ToDatetime(UTC) if isinstance(value, Timestamp) else value
     return values
-
-
-def _text(name: str, value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    raise InvalidField(f"{name} must be a string", field=name)
-
-
-def _integer(name: str, value: Any) -> int:
-    # As in protobuf's JSON, a string of digits is an integer too.
-    if isinstance(value, str) and INTEGER.fullmatch(value):
-        value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63:
-        return value
-    raise InvalidField(f"{name} must be an integer of at most 64 bits", field=name)
-
-
-def _boolean(name: str, value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in BOOLEANS:
-        return BOOLEANS[value.lower()]
-    raise InvalidField(f"{name} must be true or false", field=name)
-
-
-def _timestamp(name: str, value: Any) -> datetime:
-    with suppress(TypeError, ValueError, OverflowError):
-        time = value if isinstance(value, datetime) else datetime.fromisoformat(value)
-        if time.tzinfo:
-            return time.astimezone(UTC)
-    raise InvalidField(f"{name} must be an RFC 3339 time with a time zone", field=name)
-
-
-PARSERS: Mapping[int, Callable[[str, Any], Any]] = {
-    FieldDescriptor.TYPE_STRING: _text,
-    FieldDescriptor.TYPE_INT64: _integer,
-    FieldDescriptor.TYPE_BOOL: _boolean,
-    FieldDescriptor.TYPE_MESSAGE: _timestamp,
-}

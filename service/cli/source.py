@@ -1,23 +1,32 @@
-"""Row sources: a file or standard input, plain or gzip."""
+"""Row sources: a file or standard input, plain or compressed."""
 
 import asyncio
-import gzip
 import stat
 import threading
-import zlib
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from hashlib import file_digest
+from io import BufferedReader
 from pathlib import Path
 from typing import TypeVar
 
+from service.cli.compression import DAMAGED, decompress
 from service.cli.formats import STDIN, FileFormat, SourceError
 from service.cli.rows import Row
 
 T = TypeVar("T")
 
-GZIP_MAGIC = b"\x1f\x8b"
+OTHER_CONTENTS = {
+    b"PK\x03\x04": "the file is a ZIP archive or a workbook; unpack it, or save the sheet as “CSV UTF-8”",
+    b"\xd0\xcf\x11\xe0": "the file is a workbook; save the sheet as “CSV UTF-8”, and load that file",
+    b"BZh": "the file is compressed with bzip2; use gzip or zstd: bunzip2 -c FILE | gzip > FILE.gz",
+    b"\xfd7zXZ\0": "the file is compressed with xz; use gzip or zstd: xz -dc FILE | gzip > FILE.gz",
+    b"Obj\x01": "the file is Avro; export it as NDJSON, CSV or Parquet",
+    b"ORC": "the file is ORC; export it as NDJSON, CSV or Parquet",
+    b"SQLite format 3\0": "the file is a SQLite database; export a table as CSV",
+    b"PGDMP": "the file is a dump of pg_dump; export a table as CSV: \\copy TABLE to FILE csv header",
+}
 CHUNK_ROWS = 1000
 CHUNK_BYTES = 1 << 20
 
@@ -49,14 +58,13 @@ class Source:
         """Read the header and the first rows; raises SourceError, OSError."""
         self._prefetched = await _run_in_daemon_thread(lambda: _read_chunk(self._rows))
 
-    async def rows(self) -> AsyncGenerator[Row, None]:
-        """Yield the rows; raises SourceError, OSError."""
+    async def chunks(self) -> AsyncGenerator[list[Row], None]:
+        """Yield the rows, many at a time; raises SourceError, OSError."""
         try:
             chunk = self._prefetched or await _run_in_daemon_thread(lambda: _read_chunk(self._rows))
             self._prefetched = []
             while chunk:
-                for row in chunk:
-                    yield row
+                yield chunk
                 chunk = await _run_in_daemon_thread(lambda: _read_chunk(self._rows))
         finally:
             with suppress(ValueError):  # the thread is blocked in a read, which can't be interrupted
@@ -65,14 +73,21 @@ class Source:
     def _read(self) -> Generator[Row, None, None]:
         is_stdin = self._path == STDIN
         with open(0 if is_stdin else self._path, "rb", closefd=not is_stdin) as file:
-            is_gzip = file.peek(2).startswith(GZIP_MAGIC)
+            _refuse_other_contents(file)
             try:
-                for row in self.format.rows(gzip.GzipFile(fileobj=file) if is_gzip else file):
+                for row in self.format.rows(decompress(file)):
                     if self.bytes_total:
                         self.bytes_read = file.raw.tell()
                     yield row
-            except (EOFError, zlib.error) as error:
-                raise SourceError(f"the gzip data is damaged: {error}") from None
+            except DAMAGED as error:
+                raise SourceError(f"the compressed data is damaged: {error}") from None
+
+
+def _refuse_other_contents(file: BufferedReader) -> None:
+    start = file.peek(len(max(OTHER_CONTENTS, key=len)))
+    for signature, advice in OTHER_CONTENTS.items():
+        if start.startswith(signature):
+            raise SourceError(advice)
 
 
 def _read_chunk(rows: Iterator[Row]) -> list[Row]:

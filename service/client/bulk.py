@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine
 from contextlib import aclosing, suppress
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 from uuid import uuid4
 
 import grpc
@@ -25,6 +25,7 @@ WINDOW = 4
 
 Request = TypeVar("Request", bound=Message)
 Event = BulkOpened | BulkAck | BulkSummary
+Rows: TypeAlias = AsyncIterable[Message] | Callable[[int], AsyncIterable[Message]]
 
 
 class LoadInterrupted(RosterError):
@@ -83,10 +84,11 @@ class BulkLoader(Generic[Request]):
         self._call: grpc.aio.StreamStreamCall[Request, BulkWriteResponse] | None = None
         self._filling: asyncio.Task[None] | None = None  # reads the rows; outlives the streams
 
-    async def run(self, rows: AsyncIterable[Message]) -> AsyncGenerator[Event, None]:
+    async def run(self, rows: Rows) -> AsyncGenerator[Event, None]:
         """Yield `opened` for each stream, an ack for each message, in order, and the summary.
 
-        The first row is read once the load is open. If you leave the iteration early, close it
+        If the source can skip rows cheaply, pass a function that returns the rows from an offset on. The
+        first row is read once the load is open. If you leave the iteration early, close it
         (`contextlib.aclosing`): that cancels the call. Raises LoadInterrupted if the load can't continue, and
         any exception of `rows`.
         """
@@ -199,22 +201,22 @@ class BulkLoader(Generic[Request]):
         self._backoff.reset()
         return True
 
-    async def _fill(self, rows: AsyncIterable[Message], opened: BulkOpened) -> None:
+    async def _fill(self, rows: Rows, opened: BulkOpened) -> None:
         async with aclosing(self._messages(rows, opened)) as messages:
             async for message in messages:
                 await self._wait_until(lambda: not self._window.is_full)
                 self._window.add(message)
                 self._window_changed.set()
 
-    async def _messages(
-        self, rows: AsyncIterable[Message], opened: BulkOpened
-    ) -> AsyncGenerator[Request, None]:
+    async def _messages(self, rows: Rows, opened: BulkOpened) -> AsyncGenerator[Request, None]:
         """Yield messages that are as large as allowed, then the one that finishes the load."""
         start = self._acknowledged = 0 if self._options.return_ids else opened.next_offset
         max_rows = min(self._batch_rows, opened.max_rows)
         max_bytes = min(BATCH_BYTES, opened.max_bytes) - MESSAGE_FRAMING_BYTES
         batch: list[Message] = []
         end = size = 0
+        if callable(rows):
+            rows, end = rows(start), start
         async for row in rows:
             end += 1
             if end <= start:

@@ -144,7 +144,7 @@ async def test_stops_if_too_many_rows_fail(roster: Roster, rows: list[object]) -
     ("arguments", "expected"),
     [
         (["users", "missing.ndjson"], "'missing.ndjson' does not exist"),
-        (["users", "users.txt"], "add --format"),
+        (["users", "users.dat"], "add --format"),
         (
             ["users", "users.ndjson", "--on-conflict", "update"],
             "--on-conflict update requires --update-mask",
@@ -152,12 +152,12 @@ async def test_stops_if_too_many_rows_fail(roster: Roster, rows: list[object]) -
         (["users", "users.ndjson", "--update"], "--update requires --update-mask"),
         (["users", "users.ndjson", "--rejects", "./users.ndjson"], "is the file to load"),
         (["users", "users.ndjson", "--rejects", "nowhere/rejects"], "can't write to directory nowhere"),
-        (["users", "users.ndjson", "--format", "csv"], "the header line is not CSV"),
+        (["users", "users.ndjson", "--format", "csv"], "the header line has none of the columns email"),
         (["users", "users.ndjson", "--validate-only", "--caller", "jwt:ada"], "--caller resumes a load"),
         (["users", "-", "--caller", "jwt:ada"], "nothing was loaded: --caller needs --load-id"),
         (["users", "users.ndjson", "--address", "127.0.0.1:1"], "127.0.0.1:1; start one with `roster serve`"),
         (
-            ["posts", "users.ndjson", "--on-conflict", "skip"],
+            ["posts", "posts.ndjson", "--on-conflict", "skip"],
             "nothing was loaded: --on-conflict",
         ),
     ],
@@ -165,7 +165,8 @@ async def test_stops_if_too_many_rows_fail(roster: Roster, rows: list[object]) -
 async def test_reports_why_it_can_not_run(roster: Roster, arguments: list[str], expected: str) -> None:
     """The status is 2; nothing is written, and no traceback is printed."""
     roster.write("users.ndjson", {"email": "a@example.org"})
-    roster.write("users.txt")
+    roster.write("users.dat")
+    roster.write("posts.ndjson", {"title": "On engines", "author_email": "a@example.org"})
 
     done = await roster.run("load", *arguments)
 
@@ -262,7 +263,7 @@ async def test_reports_that_a_load_is_already_finished(roster: Roster) -> None:
     ("rows", "expected"),
     [
         (["a", "b", "c"], "the load is finished; use another --load-id for new rows"),
-        (["a"], "the source has only 1 rows, but the load already has 2"),
+        (["a"], "the file has only 1 row, but the load already has 2"),
     ],
 )
 async def test_refuses_other_rows_for_a_load_id(roster: Roster, rows: list[str], expected: str) -> None:
@@ -403,7 +404,7 @@ async def test_never_overwrites_edited_rejects(roster: Roster) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "expected"),
-    [([], "the file is empty"), (["email;full_name"], "columns must be separated by commas")],
+    [([], "the file is empty"), (["mail;full_name"], "it is email, add --columns email=mail")],
 )
 async def test_an_unreadable_file_opens_no_load(roster: Roster, rows: list[str], expected: str) -> None:
     """The header is checked first."""

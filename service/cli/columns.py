@@ -1,0 +1,188 @@
+"""The columns of a file: which field each one is, and the message that a row becomes."""
+
+import re
+import shlex
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from difflib import SequenceMatcher
+from typing import Any
+
+import click
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+from service.cli.values import PARSERS
+from service.errors import InvalidField, TooLarge
+from service.escape import escape
+
+# The server accepts rows with up to 1 MiB of content.
+MAX_ROW_BYTES = 2 << 20
+MAX_NAMES = 10_000  # different ones in a file; JSON with more is data used as names
+MAX_IGNORED_NAMES = 100
+MAX_SHOWN_CHARACTERS = 40
+ERROR = "_error"
+
+EMPTY = ("", b"")
+NEAR = 0.8  # the ratio of SequenceMatcher from which a name is taken for a misspelt one
+MIN_WORD = 4
+WORD = re.compile(r"[A-Z]?[^\W_A-Z]+|[A-Z]+(?![^\W_A-Z])")
+SEPARATORS = re.compile(r"[\W_]+")
+
+
+class UnknownColumn(InvalidField):
+    """A column that is not known, but whose name is near that of a known one."""
+
+
+class Columns:
+    """Maps the columns of a file to the fields of a message.
+
+    Names match in any case, in snake_case, camelCase or with spaces. `mapping` maps fields to columns with
+    other names. `ignored` collects the names of columns that are not read.
+    """
+
+    def __init__(
+        self,
+        message: type[Message],
+        names: Sequence[str],
+        mapping: Mapping[str, str] | None = None,
+        ignore: Collection[str] = (),
+    ) -> None:
+        self.names = names
+        self.mapping = mapping or {}
+        self.ignored: dict[str, None] = {}
+        self.plural = f"{message.DESCRIPTOR.name.lower()}s"
+        self._message = message
+        self._types = {name: message.DESCRIPTOR.fields_by_name[name].type for name in names}
+        self._parsers = {name: PARSERS[kind] for name, kind in self._types.items()}
+        self._fields: dict[str, str | None] = dict.fromkeys(ignore) | {ERROR: None}
+        self._fields |= {column: field for field, column in self.mapping.items()}
+        self._by_spelling = {_spelling(name): name for name in names if name not in self.mapping}
+        self._unread = {_spelling(field.name) for field in message.DESCRIPTOR.fields} - {*self._by_spelling}
+
+    def knows(self, names: Iterable[str]) -> int:
+        """Return how many of the names are those of fields."""
+        return sum(self._match(name) is not None for name in names)
+
+    def field_of(self, name: str, names: Iterable[str]) -> str | None:
+        """Return the field of a column, None if it is ignored; `names` are all columns of the row.
+
+        Raises UnknownColumn.
+        """
+        if name in self._fields:
+            return self._fields[name]
+        field = self._match(name)
+        if field is None:
+            self._refuse_near(name, names)
+            self._ignore(name)
+        if len(self._fields) < MAX_NAMES:
+            self._fields[name] = field
+        return field
+
+    def fields_of(self, names: Sequence[str]) -> list[str | None]:
+        """Return the fields of all columns of a row; raises UnknownColumn, InvalidField."""
+        fields = [self.field_of(name, names) for name in names]
+        for index, field in enumerate(fields):
+            if field is not None and field in fields[:index]:
+                first, second = names[fields.index(field)], names[index]
+                message = (
+                    f"the columns {_quote(first)} and {_quote(second)} are both {field}; "
+                    f"choose one with --columns {field}={shlex.quote(first)} --ignore {shlex.quote(second)}"
+                )
+                raise InvalidField(message, field=field)
+        return fields
+
+    def to_message(self, row: Mapping[str, Any]) -> Message:
+        """Return the message of a row by column; raises InvalidField, UnknownColumn, TooLarge."""
+        fields = self._fields
+        try:
+            values = {field: value for name, value in row.items() if (field := fields[name])}
+            # Fewer if two columns are the same field.
+            if len(values) == sum(map(bool, map(fields.get, row))):
+                return self.message_of(values)
+        except KeyError:  # a name that was not seen before
+            pass
+        names = list(row)
+        pairs = zip(self.fields_of(names), row.values(), strict=True)
+        return self.message_of({field: value for field, value in pairs if field})
+
+    def message_of(self, values: Mapping[str, Any]) -> Message:
+        """Return the message of a row by field; raises InvalidField, TooLarge.
+
+        An empty value is unset, unless the field is a string.
+        """
+        parsed = {}
+        for name, value in values.items():
+            if value is not None and (value not in EMPTY or self._types[name] == FieldDescriptor.TYPE_STRING):
+                parsed[name] = self._parsers[name](name, value)
+        message = self._message(**parsed)
+        if message.ByteSize() > MAX_ROW_BYTES:
+            raise TooLarge(f"the row is larger than {MAX_ROW_BYTES >> 20} MiB")
+        return message
+
+    def _match(self, name: str) -> str | None:
+        if name in self._fields:
+            return self._fields[name]
+        return self._by_spelling.get(_spelling(name))
+
+    def _ignore(self, name: str) -> None:
+        if name.strip() and len(self.ignored) < MAX_IGNORED_NAMES:
+            self.ignored[name] = None
+
+    def _refuse_near(self, name: str, names: Iterable[str]) -> None:
+        """Raise UnknownColumn if a name could be meant for a field."""
+        if _spelling(name) in self._unread:  # a field that this operation does not read
+            return
+        present = {self._match(other) for other in names}
+        for field in self.names:
+            # A column such as email_verified, beside email, is not a misspelt one.
+            if _is_misspelt(name, field) or (field not in present and _shares_word(name, field)):
+                column = shlex.quote(f"{field}={name}")
+                raise UnknownColumn(
+                    f"the column {_quote(name)} is not known. If it is {field}, add --columns {column}; "
+                    f"if not, add --ignore {shlex.quote(name)}",
+                    field=field,
+                )
+
+
+def parse_columns(options: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """Return the columns of `--columns field=Column,…` by field; raises UsageError."""
+    mapping = {}
+    for option in options:
+        lexer = shlex.shlex(option, posix=True)
+        lexer.whitespace, lexer.whitespace_split = ",", True
+        lexer.quotes, lexer.escape, lexer.commenters = '"', "", ""
+        try:
+            pairs = list(lexer)
+        except ValueError:
+            raise click.UsageError(f"--columns {option}: a quote is not closed") from None
+        for pair in pairs:
+            field, separator, column = pair.partition("=")
+            field = field.strip()
+            if not (separator and column):
+                raise click.UsageError(f"--columns {pair}: write FIELD=COLUMN, such as email=Mail")
+            if field not in names:
+                raise click.UsageError(f"--columns {pair}: {field} is not one of {', '.join(names)}")
+            if field in mapping:
+                raise click.UsageError(f"--columns gives {field} twice")
+            mapping[field] = column
+    return mapping
+
+
+def _spelling(name: str) -> str:
+    """Return what full_name, fullName and "Full Name" have in common."""
+    return SEPARATORS.sub("", name).casefold()
+
+
+def _is_misspelt(name: str, field: str) -> bool:
+    return SequenceMatcher(None, _spelling(name), _spelling(field)).ratio() >= NEAR
+
+
+def _shares_word(name: str, field: str) -> bool:
+    """Return whether names share a word, as passwordHash and hashed_password do, or one has the other."""
+    words = {word.casefold() for word in WORD.findall(name) if len(word) >= MIN_WORD}
+    spelling, known = _spelling(name), _spelling(field)
+    is_part = min(len(spelling), len(known)) >= MIN_WORD and (spelling in known or known in spelling)
+    return is_part or not words.isdisjoint(field.split("_"))
+
+
+def _quote(name: str) -> str:
+    return f'"{escape(name[:MAX_SHOWN_CHARACTERS])}"'

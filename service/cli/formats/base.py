@@ -1,0 +1,82 @@
+"""What all file formats have in common."""
+
+import json
+from collections.abc import Iterator
+from io import BufferedReader
+from typing import Protocol
+
+import orjson
+
+from roster.v1.bulk_pb2 import RowFailure
+from service.cli.columns import ERROR
+from service.cli.formats.write import json_line
+from service.cli.rows import Row, Values
+from service.errors import TooLarge
+from service.escape import escape
+
+MAX_LINE_BYTES = 8 << 20
+KEPT_CHARACTERS = 1000  # of a row that is too long, in the rejects
+LINE = "_line"
+
+
+class SourceError(Exception):
+    """The file as a whole can't be read."""
+
+
+class FileFormat(Protocol):
+    """Reads rows from a file, and formats the rows that fail as rejects.
+
+    `name` is a part of the ids of loads; `unit` is what `Row.number` counts; `suffix` is the suffix of a file
+    of rejects.
+    """
+
+    name: str
+    suffix: str
+    unit: str
+
+    def rows(self, file: BufferedReader) -> Iterator[Row]:
+        """Yield the rows of a file; raises SourceError."""
+        ...
+
+    def rejects_header(self) -> bytes:
+        """Return the beginning of a file of rejects."""
+        ...
+
+    def reject(self, row: Row, failure: RowFailure) -> bytes:
+        """Return a row with the reason why it failed, as `_error`."""
+        ...
+
+
+def check_size(original: bytes | str) -> None:
+    """Raise TooLarge for a row that is too long."""
+    if len(original) > MAX_LINE_BYTES:
+        raise TooLarge(f"the row is longer than {MAX_LINE_BYTES >> 20} MiB")
+
+
+def json_reject(values: Values, row: Row, failure: RowFailure) -> bytes:
+    """Return a reject as a line of JSON: the values, and the error."""
+    try:
+        return _with_error(values, row, failure)
+    except orjson.JSONEncodeError:  # such as an integer of more than 64 bits
+        return unparsed_reject(json.dumps(values, default=str), row, failure)
+
+
+def unparsed_reject(text: str, row: Row, failure: RowFailure) -> bytes:
+    """Return a reject as a line of JSON: the text of a row without columns, and the error."""
+    return _with_error({LINE: shorten(row, text)}, row, failure)
+
+
+def shorten(row: Row, text: str) -> str:
+    """Return the text of a row, its beginning if it is too long."""
+    return text if row.size <= MAX_LINE_BYTES else text[:KEPT_CHARACTERS]
+
+
+def _with_error(values: Values, row: Row, failure: RowFailure) -> bytes:
+    error = {
+        "reason": failure.reason,
+        "field": failure.field,
+        "message": failure.message,
+        "row": row.number,
+    }
+    line = json_line({**values, ERROR: error})
+    return escape(line.decode().removesuffix("\n")).encode() + b"\n"

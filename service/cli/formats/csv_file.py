@@ -1,0 +1,282 @@
+"""CSV, read with Python's csv module."""
+
+import codecs
+import csv
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from io import BufferedReader, TextIOWrapper
+from itertools import pairwise
+
+from google.protobuf.message import Message
+
+from roster.v1.bulk_pb2 import RowFailure
+from service.cli.columns import ERROR, Columns
+from service.cli.formats.base import MAX_LINE_BYTES, SourceError, check_size, shorten
+from service.cli.formats.write import csv_line
+from service.cli.rows import Row
+from service.cli.terminal import pluralize
+from service.errors import InvalidField, MalformedMessage, TooLarge
+from service.escape import escape
+
+DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+EXCEL_DELIMITER = re.compile(r"sep=(.)\s*")  # a first line that only Excel knows
+# Put into an empty quoted cell to find it. Any character that is not part of the syntax would do.
+MARK = "\0"
+BLANK = "\ufeff \t\r\n"
+MAX_SHOWN_NAMES = 10
+
+
+class Lines(Iterator[str]):
+    """The lines of a file, with any line end; keeps those of the current record.
+
+    A longer line than MAX_LINE_BYTES is truncated to just over it.
+    """
+
+    def __init__(self, file: TextIOWrapper) -> None:
+        self.number = 0  # of the first line of the record
+        self.record: list[str] = []
+        self._readline = partial(file.readline, MAX_LINE_BYTES + 1)
+        self._returned: deque[str] = deque()
+
+    def __next__(self) -> str:
+        line = self._returned.popleft() if self._returned else self._read()
+        if not line:
+            raise StopIteration
+        self.record.append(line)
+        return line
+
+    @property
+    def text(self) -> str:
+        """The text of the record."""
+        return self.record[0] if len(self.record) == 1 else "".join(self.record)
+
+    def start_record(self) -> None:
+        """Forget the lines of the last record."""
+        self.number += len(self.record)
+        self.record = []
+
+    def give_back(self, kept: int) -> None:
+        """Keep only the first lines of the record; the others are read again."""
+        self._returned.extendleft(reversed(self.record[kept:]))
+        del self.record[kept:]
+
+    def _read(self) -> str:
+        try:
+            line = self._readline()
+            if len(line) > MAX_LINE_BYTES:
+                rest = line
+                while rest and not rest.endswith(("\n", "\r")):
+                    rest = self._readline()
+        except UnicodeDecodeError as error:
+            raise SourceError(f"the file is not {error.encoding}: {error.reason}") from None
+        return line
+
+
+class Csv:
+    """CSV (RFC 4180) with a header line, and with the deviations that are common in practice.
+
+    Any line end; the delimiter is found from the header; spaces after delimiters; blank rows; columns
+    without a name are ignored. As in PostgreSQL's COPY, an empty cell is unset and a quoted empty cell is an
+    empty string. A quote inside a cell that does not begin with one is a character like any other. Text after
+    a closing quote, and a quote that is never closed, fail the row.
+
+    In rejects, `_error` is the first column, so that a row with too few or too many cells keeps its cells in
+    their columns.
+    """
+
+    name, suffix, unit = "Csv", "csv", "line"
+
+    def __init__(self, columns: Columns, delimiter: str = "", encoding: str = "") -> None:
+        self.columns = columns
+        self._delimiter = delimiter
+        self._encoding = encoding
+        self._has_spaces = False  # after each delimiter, as the header has them
+        self._header: list[str] = []
+        self._fields: list[str | None] = []
+        csv.field_size_limit(MAX_LINE_BYTES)
+
+    def rows(self, file: BufferedReader) -> Iterator[Row]:
+        text = TextIOWrapper(file, self._detect_encoding(file), errors="surrogateescape", newline="")
+        lines = Lines(text)
+        try:
+            self._read_header(lines)
+            yield from self._read_rows(lines)
+        finally:
+            with suppress(ValueError):  # the file is closed
+                text.detach()
+
+    def _detect_encoding(self, file: BufferedReader) -> str:
+        if self._encoding:
+            return self._encoding
+        return "utf-16" if file.peek(2).startswith(UTF_16) else "utf-8-sig"
+
+    def _read_header(self, lines: Lines) -> None:
+        for first in lines:
+            if found := EXCEL_DELIMITER.fullmatch(first):
+                self._delimiter = self._delimiter or found[1]
+            elif first.strip(BLANK):
+                break
+            lines.start_record()
+        else:
+            raise SourceError("the file is empty; CSV needs a header line")
+        if "\0" in first:
+            raise SourceError("the file contains zero bytes; if it is UTF-16, add --encoding utf-16-le")
+        if not _is_encodable(first):
+            raise SourceError(
+                "the header line is not UTF-8; save the file as UTF-8, or add --encoding cp1252"
+            )
+        lines.give_back(0)
+        candidates = [self._delimiter] if self._delimiter else DELIMITERS.values()
+        headers = {delimiter: _read_names(lines, delimiter) for delimiter in candidates}
+        known = {delimiter: self.columns.knows(names) for delimiter, names in headers.items()}
+        self._delimiter = max(known, key=known.__getitem__)
+        self._header = headers[self._delimiter]
+        self._check_header(known[self._delimiter])
+        others = next(csv.reader(lines, delimiter=self._delimiter))[1:]
+        self._has_spaces = bool(others) and all(name.startswith(" ") for name in others)
+
+    def _check_header(self, known: int) -> None:
+        shown = ", ".join(escape(name) for name in self._header[:MAX_SHOWN_NAMES])
+        if not known:
+            raise SourceError(
+                f"the header line has none of the columns {', '.join(self.columns.names)}; it has {shown}; "
+                "name the columns with --columns, such as --columns email=Mail"
+            )
+        for column in self.columns.mapping.values():
+            if column not in self._header:
+                raise SourceError(f"--columns names {escape(column)}, but the header line has {shown}")
+        try:
+            self._fields = self.columns.fields_of(self._header)
+        except InvalidField as error:
+            raise SourceError(error.message) from None
+
+    def _read_rows(self, lines: Lines) -> Iterator[Row]:
+        reader = self._reader(lines, has_spaces=self._has_spaces)
+        blank = BLANK + self._delimiter
+        while True:
+            lines.start_record()
+            error: csv.Error | None = None
+            cells: list[str] = []
+            try:
+                cells = next(reader)
+                if ' "' in lines.text and any(map(_may_be_quoted, cells)):
+                    cells = self._read_spaced(lines, cells)
+            except StopIteration:
+                return
+            except csv.Error as raised:
+                # The lines after the first may be rows that a stray quote has swallowed.
+                lines.give_back(1)
+                error = raised
+                reader = self._reader(lines, has_spaces=self._has_spaces)
+            record = lines.text
+            if error or record.strip(blank):
+                parse = partial(self._to_message, cells=cells, error=error)
+                yield Row.parse(lines.number + 1, len(record), record, parse)
+
+    def _read_spaced(self, lines: Lines, cells: list[str]) -> list[str]:
+        """Return the cells of a record again, without spaces before a quoted cell; raises csv.Error."""
+        lines.give_back(0)
+        spaced = next(self._reader(lines, has_spaces=True))
+        pairs = zip(cells, spaced, strict=False)
+        is_spaced = any(cell != other for cell, other in pairs if _may_be_quoted(cell))
+        return spaced if is_spaced else cells
+
+    def _reader(self, lines: Iterable[str], *, has_spaces: bool) -> Iterator[list[str]]:
+        # Without strict, it reads `"Al" Smith` as `Al Smith`.
+        return csv.reader(lines, delimiter=self._delimiter, skipinitialspace=has_spaces, strict=True)
+
+    def _to_message(self, record: str, cells: list[str], error: csv.Error | None) -> Message:
+        check_size(record)
+        if error:
+            raise _explain(error)
+        if not _is_encodable(record):
+            raise MalformedMessage("the row is not UTF-8; save the file as UTF-8, or add --encoding cp1252")
+        count = len(self._header)
+        if len(cells) != count and (len(cells) < count or any(cells[count:])):
+            raise MalformedMessage(f"the row has {pluralize(len(cells), 'cell')}, but the header has {count}")
+        values = {field: cell or None for field, cell in zip(self._fields, cells, strict=False) if field}
+        if '""' in record and None in values.values():
+            for index in self._quoted_empty_cells(record, cells):
+                if index < count and (field := self._fields[index]):
+                    values[field] = ""
+        return self.columns.message_of(values)
+
+    def _quoted_empty_cells(self, record: str, cells: list[str]) -> list[int]:
+        """Return the indexes of the cells that are `""`, which the csv module does not tell from empty ones.
+
+        A mark in such a cell comes back as its value. In a place that only looks like one, as in
+        `"a,"",b"`, the mark follows a closing quote, which is an error.
+        """
+        delimiter = re.escape(self._delimiter)
+        places = [
+            found.end() - 1
+            for found in re.finditer(rf'(?:^|(?<={delimiter})) *""(?={delimiter}|[\r\n]|$)', record)
+        ]
+        with suppress(csv.Error):
+            return self._marked(record, cells, places)
+        indexes = []
+        for place in places:
+            with suppress(csv.Error):
+                indexes += self._marked(record, cells, [place])
+        return indexes
+
+    def _marked(self, record: str, cells: list[str], places: list[int]) -> list[int]:
+        """Return the indexes of the empty cells that a mark in one of the places fills; raises csv.Error."""
+        parts = [record[start:end] for start, end in pairwise([0, *places, len(record)])]
+        marked = next(self._reader([MARK.join(parts)], has_spaces=True))
+        pairs = enumerate(zip(cells, marked, strict=True))
+        return [index for index, (cell, found) in pairs if not cell and found == MARK]
+
+    def rejects_header(self) -> bytes:
+        return csv_line([ERROR, *(name for name in self._header if name != ERROR)])
+
+    def reject(self, row: Row, failure: RowFailure) -> bytes:
+        error = f"{self.unit} {row.number}: {failure.reason} {failure.field}".rstrip()
+        return csv_line([escape(f"{error}: {failure.message}"), *self._rejected_cells(row)])
+
+    def _rejected_cells(self, row: Row) -> list[str | None]:
+        record: str = row.original
+        try:
+            cells = next(self._reader([record], has_spaces=self._has_spaces))
+            quoted = self._quoted_empty_cells(record, cells)
+        except (csv.Error, StopIteration):
+            return [shorten(row, record.rstrip("\r\n"))]
+        values = [cell if cell or index in quoted else None for index, cell in enumerate(cells)]
+        earlier_error = self._header.index(ERROR) if ERROR in self._header else len(values)
+        return values[:earlier_error] + values[earlier_error + 1 :]
+
+
+def _read_names(lines: Lines, delimiter: str) -> list[str]:
+    """Return the names in the header, [] if it is not CSV with this delimiter. The lines are read again."""
+    names: list[str] = []
+    with suppress(csv.Error):
+        names = next(csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True))
+    lines.give_back(0)
+    return [name.strip(BLANK) for name in names]
+
+
+def _may_be_quoted(cell: str) -> bool:
+    return cell.startswith(" ") and cell.lstrip(" ").startswith('"')
+
+
+def _is_encodable(text: str) -> bool:
+    """Return whether a text was valid in the encoding of its file."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _explain(error: csv.Error) -> MalformedMessage | TooLarge:
+    message = str(error)
+    if "unexpected end" in message:
+        return MalformedMessage("a quote is never closed")
+    if "field limit" in message:
+        return TooLarge(f"a quote is not closed within {MAX_LINE_BYTES >> 20} MiB")
+    if "expected after" in message:
+        return MalformedMessage("text follows a closing quote; a quote inside a quoted cell is written twice")
+    return MalformedMessage(f"the row is not CSV: {message}")
