@@ -163,6 +163,8 @@ def parse_columns(options: Sequence[str], names: Sequence[str]) -> dict[str, str
                 raise click.UsageError(f"--columns {pair}: {field} is not one of {', '.join(names)}")
             if field in mapping:
                 raise click.UsageError(f"--columns gives {field} twice")
+            if column in mapping.values():
+                raise click.UsageError(f"--columns gives the column {column} twice")
             mapping[field] = column
     return mapping
 

@@ -1,0 +1,166 @@
+"""Names of columns: which field each one is."""
+
+from collections.abc import Sequence
+
+import click
+import pytest
+
+from roster.v1.resources_pb2 import User
+from service.cli.columns import UnknownColumn, parse_columns
+from service.cli.formats import Csv, Json, Parquet, SourceError
+from service.errors import InvalidField
+from tests.support.files import columns_of, rows_of, shown
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "full_name",
+        "FULL_NAME",
+        "fullName",
+        "FullName",
+        "Full Name",
+        " full name ",
+        "full-name",
+        "Full_Name",
+        "FULLNAME",
+    ],
+)
+def test_matches_any_case_and_form(name: str) -> None:
+    """As spreadsheets, JSON and SQL spell the same name."""
+    assert columns_of().field_of(name, [name]) == "full_name"
+
+
+@pytest.mark.parametrize(
+    ("entity", "name", "field"),
+    [
+        ("users", "E-Mail", "email"),
+        ("users", "isActive", "is_active"),
+        ("users", "hashedPassword", "hashed_password"),
+        ("posts", "Author ID", "author_id"),
+        ("posts", "authorEmail", "author_email"),
+    ],
+)
+def test_matches_all_fields(entity: str, name: str, field: str) -> None:
+    """A hyphen and a space separate words, like an underscore."""
+    assert columns_of(entity).field_of(name, [name]) == field
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("emial", "email"),
+        ("mail", "email"),
+        ("e_mail_address", "email"),
+        ("email_address", "email"),
+        ("name", "full_name"),
+        ("First Name", "full_name"),
+        ("fulname", "full_name"),
+        ("active", "is_active"),
+        ("isactiv", "is_active"),
+        ("passwordHash", "hashed_password"),
+        ("password_digest", "hashed_password"),
+    ],
+)
+def test_a_near_name_is_refused(name: str, field: str) -> None:
+    """The sentence has the two options that answer it."""
+    with pytest.raises(UnknownColumn) as refused:
+        columns_of().field_of(name, [name])
+
+    assert refused.value.field == field
+    assert f"If it is {field}, add --columns" in refused.value.message
+    assert "if not, add --ignore" in refused.value.message
+
+
+@pytest.mark.parametrize(
+    "name", ["id", "created_at", "updatedAt", "version", "team", "note", "x", "", "_error", "éà"]
+)
+def test_other_names_are_ignored(name: str) -> None:
+    """Among them the fields of an export that a create does not read."""
+    known = columns_of()
+
+    assert known.field_of(name, ["email", name]) is None
+    assert list(known.ignored) == ([name] if name not in {"", "_error"} else [])
+
+
+@pytest.mark.parametrize("name", ["email_verified", "email2_verified_at", "user_active_since"])
+def test_a_column_beside_the_known_one_is_ignored(name: str) -> None:
+    """A longer name that shares a word is not a misspelt one if the file has the field."""
+    assert columns_of().field_of(name, ["email", "full_name", "is_active", "hashed_password", name]) is None
+
+
+def test_takes_the_columns_of_the_options() -> None:
+    """--columns wins over names that match, and --ignore silences a near one."""
+    known = columns_of(mapping={"email": "Mail", "full_name": "Display"}, ignore=["name"])
+
+    fields = known.fields_of(["Mail", "Display", "email", "name"])
+
+    assert fields == ["email", "full_name", None, None]
+
+
+def test_two_columns_of_one_field_are_refused() -> None:
+    """Neither value is dropped in silence, in a header and in a row of JSON."""
+    with pytest.raises(InvalidField, match='"email" and "E-Mail" are both email'):
+        columns_of().fields_of(["email", "full_name", "E-Mail"])
+    rows = rows_of(
+        Json(columns_of()), b'{"email": "a@x"}\n{"email": "a@x", "Email": "b@x"}\n{"Email": "c@x"}'
+    )
+
+    assert [row.failure.field if row.failure else "" for row in rows] == ["", "email", ""]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["email=Mail"], {"email": "Mail"}),
+        (["email=Mail,full_name=Full Name"], {"email": "Mail", "full_name": "Full Name"}),
+        (['email="Mail, private",full_name="A=B"'], {"email": "Mail, private", "full_name": "A=B"}),
+        (["email=Mail", "full_name=Ada's name"], {"email": "Mail", "full_name": "Ada's name"}),
+    ],
+)
+def test_parses_the_option(options: Sequence[str], expected: dict[str, str]) -> None:
+    """Pairs are separated by commas; quotes keep a comma in a name."""
+    assert parse_columns(options, ["email", "full_name"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["email"], "write FIELD=COLUMN"),
+        (["email="], "write FIELD=COLUMN"),
+        (["=Mail"], "is not one of email, full_name"),
+        (["mail=Mail"], "mail is not one of email, full_name"),
+        (["email=A,email=B"], "gives email twice"),
+        (['email="A'], "a quote is not closed"),
+        (["email=A,full_name=A"], "gives the column A twice"),
+    ],
+)
+def test_refuses_a_malformed_option(options: Sequence[str], expected: str) -> None:
+    """The error has what was typed."""
+    with pytest.raises(click.UsageError, match=expected):
+        parse_columns(options, ["email", "full_name"])
+
+
+def test_a_missing_column_of_the_options_is_refused() -> None:
+    """The file may be another one than meant."""
+    with pytest.raises(SourceError, match="names Mail, but the header line has email, full_name"):
+        rows_of(Csv(columns_of(mapping={"email": "Mail"})), b"email,full_name\na@x,Ada\n")
+
+
+def test_formats_have_the_same_names(tmp_path: object) -> None:
+    """A file becomes the same users in all formats."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.table({"Mail": ["a@x"], "fullName": ["Ada"], "n": [1]}), sink)
+    files = {
+        Csv: b"Mail,fullName,n\na@x,Ada,1\n",
+        Json: b'{"Mail": "a@x", "fullName": "Ada", "n": 1}',
+        Parquet: sink.getvalue().to_pybytes(),
+    }
+
+    for kind, data in files.items():
+        known = columns_of(mapping={"email": "Mail"})
+        [row] = rows_of(kind(known), data)
+        assert row.message == User(email="a@x", full_name="Ada"), shown([row])
+        assert list(known.ignored) == ["n"]
