@@ -198,12 +198,11 @@ class Csv:
         count = len(self._header)
         if len(cells) != count and (len(cells) < count or any(cells[count:])):
             raise MalformedMessage(f"the row has {pluralize(len(cells), 'cell')}, but the header has {count}")
-        values = {field: cell or None for field, cell in zip(self._fields, cells, strict=False) if field}
-        if '""' in record and None in values.values():
+        values: list[str | None] = [cell or None for cell in cells]
+        if '""' in record and None in values:
             for index in self._quoted_empty_cells(record, cells):
-                if index < count and (field := self._fields[index]):
-                    values[field] = ""
-        return self.columns.message_of(values)
+                values[index] = ""
+        return self.columns.message_of(self._fields, values)
 
     def _quoted_empty_cells(self, record: str, cells: list[str]) -> list[int]:
         """Return the indexes of the cells that are `""`, which the csv module does not tell from empty ones.
@@ -211,6 +210,9 @@ class Csv:
         A mark in such a cell comes back as its value. In a place that only looks like one, as in
         `"a,"",b"`, the mark follows a closing quote, which is an error.
         """
+        # Without quotes in cells, each quoted cell has two.
+        if record.count('"') == 2 * len(cells) and '"' not in "".join(cells):
+            return [index for index, cell in enumerate(cells) if not cell]
         delimiter = re.escape(self._delimiter)
         places = [
             found.end() - 1
