@@ -1,5 +1,7 @@
 """CSV as spreadsheets and databases write it."""
 
+from typing import Any
+
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
@@ -15,7 +17,7 @@ ADA = "email='ada@example.org' full_name='Ada'"
 ALAN = "email='alan@example.org' full_name='Alan'"
 
 
-def csv_rows(data: bytes | str, **options: str) -> list[Row]:
+def csv_rows(data: bytes | str, **options: str) -> list[Row[Any]]:
     """Return the rows of CSV."""
     return rows_of(Csv(columns_of(), **options), data.encode() if isinstance(data, str) else data)
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 from io import BufferedReader, TextIOWrapper
 from itertools import pairwise
+from typing import Any
 
 from google.protobuf.message import Message
 
@@ -99,7 +100,7 @@ class Csv:
         self._fields: list[str | None] = []
         csv.field_size_limit(MAX_LINE_BYTES)
 
-    def rows(self, file: BufferedReader) -> Iterator[Row]:
+    def rows(self, file: BufferedReader) -> Iterator[Row[Any]]:
         text = TextIOWrapper(file, self._detect_encoding(file), errors="surrogateescape", newline="")
         lines = Lines(text)
         try:
@@ -154,7 +155,7 @@ class Csv:
         except InvalidField as error:
             raise SourceError(error.message) from None
 
-    def _read_rows(self, lines: Lines) -> Iterator[Row]:
+    def _read_rows(self, lines: Lines) -> Iterator[Row[Any]]:
         reader = self._reader(lines, has_spaces=self._has_spaces)
         blank = BLANK + self._delimiter
         while True:
@@ -175,7 +176,7 @@ class Csv:
             record = lines.text
             if error or record.strip(blank):
                 parse = partial(self._to_message, cells=cells, error=error)
-                yield Row.parse(lines.number + 1, len(record), record, parse)
+                yield Row(lines.number + 1, len(record), record, parse)
 
     def _read_spaced(self, lines: Lines, cells: list[str]) -> list[str]:
         """Return the cells of a record again, without spaces before a quoted cell; raises csv.Error."""
@@ -236,11 +237,11 @@ class Csv:
     def rejects_header(self) -> bytes:
         return csv_line([ERROR, *(name for name in self._header if name != ERROR)])
 
-    def reject(self, row: Row, failure: RowFailure) -> bytes:
+    def reject(self, row: Row[Any], failure: RowFailure) -> bytes:
         error = f"{self.unit} {row.number}: {failure.reason} {failure.field}".rstrip()
         return csv_line([escape(f"{error}: {failure.message}"), *self._rejected_cells(row)])
 
-    def _rejected_cells(self, row: Row) -> list[str | None]:
+    def _rejected_cells(self, row: Row[Any]) -> list[str | None]:
         record: str = row.original
         try:
             cells = next(self._reader([record], has_spaces=self._has_spaces))
