@@ -44,14 +44,26 @@ SPRING_COSTS = re.compile(r"[0-9a-f]{5,6}")
 # passlib writes a dot where base64 has a plus; the alphabet for URLs has two characters of its own.
 TO_BASE64 = str.maketrans("._-", "+/+")
 
-# The characters that `_decode` accepts, apart from padding.
-BASE64_CHARACTER = "[A-Za-z0-9+/._-]"
-# Salt and key between dollar signs: whatever base64 characters they have, they decode to as many bytes.
-SALTED = re.compile(
-    rf"(?P<start>\$(?:argon2(?:id|i|d)|scrypt|pbkdf2(?:-sha\d+)?)\$(?:v=\d+\$)?[a-z0-9=,]+\$)"
-    rf"(?P<salt>{BASE64_CHARACTER}+)(?P<pad>=*\$)(?P<key>{BASE64_CHARACTER}+)(?P<end>=*)"
+# The common forms. A check of such a text depends on everything but the characters of salt and key: in a column
+# of migrated hashes, nearly all have the same beginning and the same lengths.
+BASE64_CHARACTER = "[A-Za-z0-9+/._-]"  # as `_decode` accepts them, apart from padding
+BRACES = r"(?:\{[A-Za-z0-9-]{1,20}(?:@SpringSecurity_v5_8)?\})?"
+STARTS = (
+    rf"{BRACES}(?:argon2)?\$argon2(?:id|i|d)\$(?:v=\d+\$)?[a-z0-9=,]+\$",
+    rf"{BRACES}\$(?:fire)?scrypt\$[a-z0-9=,]+\$",
+    rf"{BRACES}\$pbkdf2(?:-sha\d+)?\$[a-z0-9=,]+\$",
+    r"\{PBKDF2(?:-SHA\d+)?\}\d+\$",
+    r"pbkdf2_sha\d+\$\d+\$",
+    r"\{scrypt(?:@SpringSecurity_v5_8)?\}\$[0-9a-f]+\$",
 )
-BCRYPT = re.compile(rf"(?P<start>\$2[aby]\$\d\d\$){BCRYPT_TEXT.pattern}")
+SALTED = re.compile(
+    rf"(?P<start>{'|'.join(STARTS)})(?P<salt>{BASE64_CHARACTER}+)(?P<pad>=*\$)(?P<key>{BASE64_CHARACTER}+)"
+    # After the hash, Firebase's form has the separator and the signer key of the project.
+    rf"(?P<end>=*(?:\${BASE64_CHARACTER}{{1,16}}=*\${BASE64_CHARACTER}{{1,128}}=*)?)"
+)
+BCRYPT = re.compile(
+    rf"(?P<start>{BRACES}(?:bcrypt(?:_sha256)?\$)?\$2[aby]\$\d\d\$){BCRYPT_TEXT.pattern}"
+)
 
 # Schemes that can't be checked, by the beginning of a hash.
 UNSUPPORTED = {
