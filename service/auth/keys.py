@@ -1,7 +1,7 @@
 """Public keys of an issuer: a JWKS (RFC 7517), or keys and certificates in PEM (RFC 7468).
 
-Providers publish keys of several kinds in one file. A key that can't verify tokens is skipped, so that it does
-not take the others with it; the file is refused if no key is left. A secret in it is always refused.
+Providers publish keys of several kinds in one file. A key that can't verify tokens is skipped, so that the
+others stay usable; the file is refused if no key is left. A secret in it is always refused.
 """
 
 import json
@@ -22,7 +22,7 @@ from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 MIN_RSA_BITS = 2048
 CURVES = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
-KINDS = {"RSA": RSAAlgorithm, "EC": ECAlgorithm, "OKP": OKPAlgorithm}
+KINDS: Mapping[str, Any] = {"RSA": RSAAlgorithm, "EC": ECAlgorithm, "OKP": OKPAlgorithm}
 KEY_MEMBERS = {"RSA": "n", "EC": "x", "OKP": "x"}
 CURVES_OF_KIND = {"EC": ["P-256", "P-384", "P-521"], "OKP": ["Ed25519"]}
 SUPPORTED = f"RSA of {MIN_RSA_BITS} bits or more, P-256, P-384, P-521 or Ed25519"
@@ -116,9 +116,9 @@ def _json_keys(document: Any) -> Found:
         raise ValueError("it is an OpenID configuration, not a JWKS; download what its jwks_uri names")
     elif isinstance(document, dict) and document:
         return _certificates_by_id(document)
-    if not isinstance(document, list):
-        raise ValueError('it is not a JWKS: it must be {"keys": […]}')
-    return _jwks(document)
+    if isinstance(document, list):
+        return _jwks(document)
+    raise ValueError('it is not a JWKS: it must be {"keys": […]}')
 
 
 def _certificates_by_id(document: Mapping[str, Any]) -> Found:

@@ -36,7 +36,8 @@ MAX_LOG2_N = 63  # a larger `ln` is N itself
 SHAPES_AT_ONCE = 8  # in a column; further ones are checked row by row
 
 ACCEPTED = "argon2, bcrypt, scrypt or pbkdf2"
-BCRYPT_TEXT = re.compile(r"[./A-Za-z0-9]{53}")
+BCRYPT_CHARACTERS = 53  # of salt and digest
+BCRYPT_TEXT = re.compile(rf"[./A-Za-z0-9]{{{BCRYPT_CHARACTERS}}}")
 BCRYPT_COST = re.compile(r"0[4-9]|[12]\d|3[01]")
 PREFIX = re.compile(r"\{([A-Za-z0-9-]{1,20})(?:@SpringSecurity_v5_8)?\}")
 HEX = re.compile(r"(?:[0-9A-Fa-f]{2})+")
@@ -44,8 +45,8 @@ SPRING_COSTS = re.compile(r"[0-9a-f]{5,6}")
 # passlib writes a dot where base64 has a plus; the alphabet for URLs has two characters of its own.
 TO_BASE64 = str.maketrans("._-", "+/+")
 
-# The common forms. A check of such a text depends on everything but the characters of salt and key: in a column
-# of migrated hashes, nearly all have the same beginning and the same lengths.
+# The common forms. Whether such a text is accepted depends on its beginning and its lengths, not on the
+# characters of salt and key; in a column of migrated hashes, nearly all have those in common.
 BASE64_CHARACTER = "[A-Za-z0-9+/._-]"  # as `_decode` accepts them, apart from padding
 BRACES = r"(?:\{[A-Za-z0-9-]{1,20}(?:@SpringSecurity_v5_8)?\})?"
 STARTS = (
@@ -57,13 +58,12 @@ STARTS = (
     r"\{scrypt(?:@SpringSecurity_v5_8)?\}\$[0-9a-f]+\$",
 )
 SALTED = re.compile(
-    rf"(?P<start>{'|'.join(STARTS)})(?P<salt>{BASE64_CHARACTER}+)(?P<pad>=*\$)(?P<key>{BASE64_CHARACTER}+)"
+    rf"(?P<start>{'|'.join(STARTS)})(?P<salt>{BASE64_CHARACTER}+)(?P<pad>=*\$)"
+    rf"(?P<key>{BASE64_CHARACTER}+)"
     # After the hash, Firebase's form has the separator and the signer key of the project.
     rf"(?P<end>=*(?:\${BASE64_CHARACTER}{{1,16}}=*\${BASE64_CHARACTER}{{1,128}}=*)?)"
 )
-BCRYPT = re.compile(
-    rf"(?P<start>{BRACES}(?:bcrypt(?:_sha256)?\$)?\$2[aby]\$\d\d\$){BCRYPT_TEXT.pattern}"
-)
+BCRYPT = re.compile(rf"(?P<start>{BRACES}(?:bcrypt(?:_sha256)?\$)?\$2[aby]\$\d\d\$){BCRYPT_TEXT.pattern}")
 
 # Schemes that can't be checked, by the beginning of a hash.
 UNSUPPORTED = {
@@ -88,9 +88,7 @@ UNSUPPORTED = {
     r"\$pbkdf2-\w+\$|pbkdf2_\w+\$|pbkdf2:\w+:": "pbkdf2 with a digest other than SHA-1 or SHA-2",
     r"AQAAAA": "ASP.NET's pbkdf2 in one base64 text",
     r"[!*]": "the mark of a disabled password",
-    r"(?:[0-9A-Fa-f]{32}|[0-9A-Fa-f]{40}|[0-9A-Fa-f]{56}|[0-9A-Fa-f]{64}|[0-9A-Fa-f]{96}|[0-9A-Fa-f]{128})\Z": (
-        "a digest in hexadecimal, without a scheme, a salt and costs"
-    ),
+    r"[0-9a-f]{32,128}\Z": "a digest in hexadecimal, without a scheme, a salt and costs",
 }
 UNSUPPORTED_SCHEMES = tuple(UNSUPPORTED.values())
 UNSUPPORTED_START = re.compile("|".join(f"({start})" for start in UNSUPPORTED), re.IGNORECASE)
@@ -120,7 +118,7 @@ def password_hash_error(value: str) -> str | None:
     if len(value) > MAX_HASH:
         return _error(value)
     if found := BCRYPT.fullmatch(value):
-        return _error_of_shape(found["start"], 53)
+        return _error_of_shape(found["start"], BCRYPT_CHARACTERS)
     if found := SALTED.fullmatch(value):
         start, salt, pad, key, end = found.groups()
         return _error_of_shape(start, len(salt), pad, len(key), end)
@@ -141,7 +139,7 @@ def _error(value: str) -> str | None:
 
 
 def matches(stored: str, password: str) -> bool:
-    """Return whether a password matches a stored hash, at its costs; raises HashError if it can't be checked."""
+    """Return whether a password matches a stored hash; raises HashError if it can't be checked."""
     return read_hash(stored).verify(password.encode())
 
 
@@ -194,8 +192,8 @@ def _without_prefix(text: str) -> str:
     if scheme.startswith("$pbkdf2") and not rest.startswith("$pbkdf2"):
         if "$" not in rest:
             raise HashError(
-                "is Spring's pbkdf2, which does not say its rounds; write it as $pbkdf2-sha256$i=ROUNDS$salt$key"
-                ", see docs/security.md"
+                "is Spring's pbkdf2, which does not say its rounds; "
+                "write it as $pbkdf2-sha256$i=ROUNDS$salt$key, see docs/security.md"
             )
         return f"{scheme}${rest.removeprefix('$')}"
     if scheme == "$scrypt" and not rest.startswith("$scrypt$"):
@@ -249,8 +247,9 @@ def _bcrypt(version: str, fields: Sequence[str]) -> BcryptHash:
 
 
 def _bcrypt_text(text: str) -> str:
-    if len(text) != 53:
-        raise HashError(f"is bcrypt with {len(text)} characters of salt and digest; must be 53")
+    if len(text) != BCRYPT_CHARACTERS:
+        count = BCRYPT_CHARACTERS
+        raise HashError(f"is bcrypt with {len(text)} characters of salt and digest; must be {count}")
     if not BCRYPT_TEXT.fullmatch(text):
         raise HashError("is bcrypt with a salt or digest that contains characters other than ./A-Za-z0-9")
     return text
@@ -341,15 +340,21 @@ def _django_pbkdf2(digest: str, fields: Sequence[str]) -> Pbkdf2Hash:
 
 
 def _django_scrypt(fields: Sequence[str]) -> ScryptHash:
-    if len(fields) == 3:  # Werkzeug's form
-        costs, salt, key = fields
-        if costs.count(":") != 2:
-            raise HashError("is Werkzeug's scrypt without costs; must be scrypt:N:r:p$salt$key")
-        return _scrypt_hash(_plain_costs(costs.split(":")), _text_salt("scrypt", salt), _hex("scrypt", key))
+    if ":" in "".join(fields[:1]):
+        return _werkzeug_scrypt(fields)
     n, salt, r, p, key = _fields(fields, "scrypt$N$salt$r$p$key", 5)
     return _scrypt_hash(
         _plain_costs([n, r, p]), _text_salt("Django's scrypt", salt), _decode("scrypt", "key", key)
     )
+
+
+def _werkzeug_scrypt(fields: Sequence[str]) -> ScryptHash:
+    form = "scrypt:N:r:p$salt$key"
+    costs, salt, key = _fields(fields, form, 3)
+    numbers = costs.split(":")
+    if len(numbers) != len("Nrp"):
+        raise HashError(f"is Werkzeug's scrypt without its three costs; must be {form}")
+    return _scrypt_hash(_plain_costs(numbers), _text_salt("scrypt", salt), _hex("scrypt", key))
 
 
 def _plain_costs(texts: Sequence[str]) -> tuple[int, int, int]:

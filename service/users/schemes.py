@@ -135,7 +135,8 @@ class ScryptHash:
 
     def cost_error(self) -> str | None:
         memory = self.n * self.r
-        if self.n < 2 or self.n & (self.n - 1) or self.r < 1 or self.n.bit_length() > 16 * self.r:
+        is_power = self.n > 1 and self.n & (self.n - 1) == 0
+        if not is_power or self.n.bit_length() > 16 * self.r:
             return "is scrypt with an N that is not a power of two from 2 to below 2^(16*r)"
         if error := _range_error("scrypt", "as N*r", memory, MAX_SCRYPT_N_R):
             return error

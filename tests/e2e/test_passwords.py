@@ -147,7 +147,7 @@ async def test_unreadable_hash_is_an_error(
     caplog: pytest.LogCaptureFixture,
     stored: str,
 ) -> None:
-    """Written past the service: no wrong password, but a status, a log line and a metric, at the same cost."""
+    """Written past the service: a status of its own, a log line and a metric, at the same cost."""
     async with server.database.begin() as session:
         await session.execute(update(UserRow).where(UserRow.id == ada.id).values(hashed_password=stored))
     before = HASHES_UNREADABLE._value.get()

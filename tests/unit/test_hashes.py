@@ -1,10 +1,12 @@
 """Imported hashes: which are accepted, and that each verifies only its own password."""
 
 import csv
+import re
 import string
 from base64 import b64encode
 from hashlib import pbkdf2_hmac, scrypt
 from pathlib import Path
+from typing import Any
 
 import bcrypt
 import pytest
@@ -80,6 +82,30 @@ def test_verifies_hashes_of_other_systems(stored: str, password: str) -> None:
     assert password_hash_error(stored) is None
     assert matches(stored, password) is True
     assert matches(stored, password[:-1]) is False
+
+
+# From Spring's documentation, and from the test of its encoder with a secret.
+SPRING = {
+    "{pbkdf2}5d923b44a6d129f3ddf3e3c8d29412723dcbde72445e8ef6bf3b508fbf17fa4ed4d6b99ca763d8dc": b"",
+    "ab1146a8458d4ce4e65789e5a3f60e423373cfa10b01abd23739e5ae2fdc37f8e9ede4ae6da65264": b"secret",
+}
+
+
+@pytest.mark.parametrize(("stored", "secret"), SPRING.items())
+def test_guide_converts_pbkdf2_of_spring(stored: str, secret: bytes) -> None:
+    """Its hashes do not say how they were made; the function in docs/security.md adds that."""
+    page = (Path(__file__).parents[2] / "docs/security.md").read_text()
+    (code,) = [
+        block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "from_spring" in block
+    ]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    converted = names["from_spring"](stored, secret=secret)
+
+    assert password_hash_error(stored)
+    assert password_hash_error(converted) is None
+    assert matches(converted, "password") is True
+    assert matches(converted, "password ") is False
 
 
 def test_column_check_knows_the_forms_of_other_systems() -> None:
@@ -366,7 +392,11 @@ MOST_COSTS = 40  # characters of costs at the beginning of a hash
 
 
 @settings(deadline=None, max_examples=300)
-@given(stored=st.sampled_from(list(IMPORTED.values())), at=st.integers(0, 80), letter=st.characters(codec="ascii"))
+@given(
+    stored=st.sampled_from(list(IMPORTED.values())),
+    at=st.integers(0, 80),
+    letter=st.characters(codec="ascii"),
+)
 def test_accepted_hash_can_be_checked(stored: str, at: int, letter: str) -> None:
     """Whatever one damaged character makes of it: no user is locked out by an import."""
     assume(not letter.isdigit() or at > MOST_COSTS)  # a higher cost would only take longer
