@@ -180,7 +180,7 @@ def _public_from_x5c(chain: Sequence[str]) -> Any:
 
 
 def _pem_keys(text: str) -> Found:
-    blocks = [(found[1], _unindented(found[0])) for found in BLOCK.finditer(text)]
+    blocks = [(found[1], found[0].encode()) for found in BLOCK.finditer(text)]
     if len(blocks) != text.count(BEGIN):
         raise ValueError("a block of PEM has no matching end; the file may be cut off")
     if any("PRIVATE KEY" in label for label, _ in blocks):
@@ -227,10 +227,6 @@ def _load_block(label: str, pem: bytes) -> Any:
 def _issuer(certificate: Certificate) -> Any:
     """Return the name of the authority that issued a certificate; None if that is the certificate itself."""
     return None if certificate.issuer == certificate.subject else certificate.issuer
-
-
-def _unindented(pem: str) -> bytes:
-    return "\n".join(line.strip() for line in pem.splitlines()).encode()
 
 
 def _algorithms(key: Any, named: Any = None) -> Sequence[str]:

@@ -374,6 +374,15 @@ def test_column_of_many_forms_is_judged_row_by_row() -> None:
     assert are_acceptable_hashes([*few, "$pbkdf2-sha256$0$AAAA$" + "A" * 43]) is False
 
 
+def test_value_of_several_lines_is_no_column_of_hashes() -> None:
+    """Each of its lines would be acceptable alone."""
+    for form in ("bcrypt", "argon2id", "pbkdf2-sha256"):
+        several = f"{IMPORTED[form]}\n{IMPORTED[form]}"
+        assert password_hash_error(several)
+        assert are_acceptable_hashes([several]) is False
+        assert are_acceptable_hashes([IMPORTED[form], None, several]) is False
+
+
 # Hashes, and pieces of which others are made.
 PIECES = st.sampled_from([*IMPORTED.values(), *REFUSED, "=", "\n", "$", "A", ".", "\n$2b$04$", "é"])
 COLUMNS = st.lists(st.one_of(st.none(), PIECES, st.lists(PIECES, max_size=3).map("".join)), max_size=6)

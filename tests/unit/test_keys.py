@@ -194,3 +194,12 @@ def test_unusable_pem_key_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
 
     assert [key.algorithms[0] for key in read_keys(data)] == ["RS256", "ES256"]
     assert "number 2" in caplog.text
+
+
+def test_authority_of_a_chain_signs_no_tokens(caplog: pytest.LogCaptureFixture) -> None:
+    """Its certificate is in the file for those who verify the other one."""
+    (key,) = read_keys((FOLDER / "chain.pem").read_bytes())
+    (alone,) = read_keys((FOLDER / "certificate.pem").read_bytes())
+
+    assert key.public == alone.public
+    assert "number 2, because it is of an authority" in caplog.text
