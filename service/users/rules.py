@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from service.users.hashes import password_hash_error
+from service.users.hashes import are_acceptable_hashes, password_hash_error
 from service.validation import Rule, text_error, text_rule
 
 MAX_EMAIL = 255
@@ -70,10 +70,6 @@ def password_error(password: str) -> str | None:
     return text_error(password, MAX_PASSWORD) if password else "is required: 1 to 1,024 characters"
 
 
-def are_unset(values: Sequence[str | None]) -> bool:
-    return values.count(None) == len(values)
-
-
 # Texts that may be null, and the largest number of their characters.
 OPTIONAL_TEXTS = {
     "full_name": 255,
@@ -85,5 +81,5 @@ RULES = {
     **{field: text_rule(max_length) for field, max_length in OPTIONAL_TEXTS.items()},
     "is_active": Rule(lambda _: None, lambda _: True),
     "password": Rule(password_error),
-    "hashed_password": Rule(password_hash_error, are_unset),
+    "hashed_password": Rule(password_hash_error, are_acceptable_hashes),
 }
