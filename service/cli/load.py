@@ -138,17 +138,19 @@ class Load:
         empty, offset = self._entity.message(), 0
         async with aclosing(failures), aclosing(self._source.chunks(start)) as chunks:
             failure = await anext(failures, None) if start else None
-            async for row in (row async for chunk in chunks for row in chunk):
-                if 0 < self._options.max_failures < self._report.failed:
-                    raise TooManyFailures(f"more than {self._options.max_failures:,} rows failed")
-                if offset >= start:
-                    self._tracker.add(row)
-                    yield empty if row.message is None else row.message
-                elif failure and failure.offset == offset:
+            async for chunk in chunks:
+                end = offset + len(chunk)
+                while failure and failure.offset < min(start, end):
+                    row = chunk[failure.offset - offset]
                     row.parse()
                     self._tracker.reject(row, failure)
                     failure = await anext(failures, None)
-                offset += 1
+                for row in chunk[max(start - offset, 0) :]:
+                    if 0 < self._options.max_failures < self._report.failed:
+                        raise TooManyFailures(f"more than {self._options.max_failures:,} rows failed")
+                    self._tracker.add(row)
+                    yield empty if row.message is None else row.message
+                offset = end
         if offset < start:
             rows = pluralize(offset, "row")
             raise FailedPrecondition(f"the file has only {rows}, but the load already has {start:,}")

@@ -216,7 +216,7 @@ def test_accounts_for_all_text_of_any_file(text: str) -> None:
     except SourceError:
         return
 
-    kept = "".join(row.original for row in rows)
+    kept = "".join(row.original[0] for row in rows)
     assert kept.strip(", \t\r\n").replace("\r", "").count("a") == text.count("a")
     for row in rows:
         assert (row.message is None) != (row.failure is None)
