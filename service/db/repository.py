@@ -46,7 +46,7 @@ class Repository(Generic[ModelT, SessionT]):
 
     model: type[ModelT]
     not_found: type[NotFound]
-    # The columns for filters and orders. `normalise` has the functions for the texts in filters, by field, and
+    # The columns for filters and orders. By field, `normalise` has the functions for texts in filters, and
     # `spellings` those that return what to look for in place of a whole text.
     filterable: ClassVar[Mapping[str, Column]]
     sortable: ClassVar[Mapping[str, Sequence[Column]]]
