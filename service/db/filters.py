@@ -23,8 +23,6 @@ MAX_CHARACTERS = 2_000
 MAX_DEPTH = 20
 
 Columns = Mapping[str, Expression]
-Normalisers = Mapping[str, Callable[[str], str]]
-Spellings = Mapping[str, Callable[[str], Sequence[str]]]
 
 
 class Order(NamedTuple):
@@ -35,7 +33,10 @@ class Order(NamedTuple):
 
 
 async def condition(
-    text: str, columns: Columns, normalise: Normalisers = {}, spellings: Spellings = {}
+    text: str,
+    columns: Columns,
+    normalise: Mapping[str, Callable[[str], str]] = {},
+    spellings: Mapping[str, Callable[[str], Sequence[str]]] = {},
 ) -> ColumnElement[bool] | None:
     """Return the filter as an expression over the columns, None if it is blank.
 
@@ -173,8 +174,8 @@ class _Fields(NamedTuple):
     """The fields of a filter: their columns, and how their texts are normalised."""
 
     columns: Columns
-    normalise: Normalisers
-    spellings: Spellings
+    normalise: Mapping[str, Callable[[str], str]]
+    spellings: Mapping[str, Callable[[str], Sequence[str]]]
 
 
 async def _expression(tree: Any, fields: _Fields, time_slice: TimeSlice) -> ColumnElement[bool]:
