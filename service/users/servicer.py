@@ -35,6 +35,7 @@ from service.users.convert import (
     BULK_WRITABLE,
     credentials_from_request,
     key_from_request,
+    other_keys_from_request,
     user_batch_from_messages,
     user_from_message,
     user_to_fields,
@@ -96,14 +97,14 @@ class UserServicer(UserServiceServicer):
         return await self.writer.create(request, await self._hashed(user_from_message(request.user)))
 
     async def GetUser(self, request: pb.GetUserRequest, context: Context) -> UserMessage:
-        key = key_from_request(request)
+        key, others = key_from_request(request), other_keys_from_request(request)
         view = VIEWS.get(request.view)
         if view is BASIC:
-            return user_to_message(await self.reader.get(key))
+            return user_to_message(await self.reader.get(key, others))
         async with self.database.read() as session:
             users = UserRepository(session)
             if isinstance(key, str):
-                user = await users.get_by_email(key, view.selection)
+                user = await users.get_by_email(key, view.selection, others)
             else:
                 user = await users.get(key, view.selection)
         return UserMessage(**view.to_fields(user))
@@ -139,7 +140,8 @@ class UserServicer(UserServiceServicer):
         self, request: pb.VerifyPasswordRequest, context: Context
     ) -> pb.VerifyPasswordResponse:
         key, password = credentials_from_request(request)
-        id, stored = credentials_from_row(await self.reader.find_columns(key, CREDENTIALS))
+        others = other_keys_from_request(request)
+        id, stored = credentials_from_row(await self.reader.find_columns(key, CREDENTIALS, others))
         try:
             is_valid, stronger = await self.passwords.check(stored, password)
         except HashError as error:
