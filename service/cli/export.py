@@ -111,6 +111,7 @@ class Export:
     async def run(self, target: Target, write: Write) -> None:
         """Write all rows, and resume after the last one if a stream breaks; raises RosterError, OSError."""
         async with target.channel() as connection:
+            self._backoff.watch(connection)
             largest_id = await self._largest_id(connection)
             async with show_progress(largest_id - self._first_id, self._state):
                 while True:

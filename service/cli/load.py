@@ -73,7 +73,9 @@ class Load:
         await self._source.prefetch()  # a file that can't be read must not open a load
         async with target.channel() as connection, show_progress(self._source.bytes_total, self._progress):
             method, request = self._entity.rpc(connection, verb)
-            loader = BulkLoader(method, request, self._options, batch_rows=batch_rows, retry_connect=False)
+            self._backoff.watch(connection)
+            limits = {"batch_rows": batch_rows, "retry_connect": False, "connection": connection}
+            loader = BulkLoader(method, request, self._options, **limits)
             loads = BulkServiceStub(connection)
             messages = self._messages(loads)
             try:
