@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from service.client import Disconnected, channel, tls_credentials
+from service.client.errors import ProxyRefused, ProxyUnavailable
 from service.errors import RosterError
 from service.escape import escape
 from service.settings import FOR_CLIENTS
@@ -82,6 +83,8 @@ class Target:
 
     def explain(self, failure: RosterError) -> str:
         """Return the message to print for a failed call."""
+        if isinstance(failure, ProxyRefused | ProxyUnavailable):
+            return f"{self.address}: {failure.message}"
         if not isinstance(failure, Disconnected):
             return failure.message
         message = f"no server answers at {self.address}"
