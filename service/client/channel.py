@@ -51,9 +51,9 @@ OPTIONS = [
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # By default a channel waits up to 2 minutes before it reconnects to a server that was away, and 30 s
-    # before it resolves the name again.
+    # before it resolves the name again. Clients go on when the channel is connected, so this is short.
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.dns_min_time_between_resolutions_ms", 1_000),
     # By default gRPC would send even calls to this machine through the http_proxy of the environment.
     ("grpc.enable_http_proxy", 0),
