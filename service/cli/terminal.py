@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import ssl
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -16,15 +17,20 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from service.client import Disconnected, channel, tls_credentials
+from service.cli.diagnosis import Tls, diagnose
+from service.client import Disconnected, channel, local_credentials, tls_credentials
+from service.client.address import check_address
 from service.client.errors import ProxyRefused, ProxyUnavailable
 from service.errors import RosterError
 from service.escape import escape
-from service.settings import FOR_CLIENTS
+from service.settings import FOR_CLIENTS, is_local
 
 DRAW_EVERY_SECONDS = 0.2
 REPORT_EVERY_SECONDS = 5
 PAGE_SIZE = 1000
+
+# Options that decide who receives a token.
+DESTINATION = {"address", "tls_ca", "tls_server_name", "insecure_token"}
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 option = partial(click.option, show_envvar=True, show_default=True)
@@ -36,6 +42,11 @@ SERVER = (
         help="Server address: host:port or unix:/path.",
     ),
     option("--tls-ca", envvar="ROSTER_TLS_CA_FILE", type=FILE, help="CA of the server, in PEM; enables TLS."),
+    option(
+        "--tls-server-name",
+        envvar="ROSTER_TLS_SERVER_NAME",
+        help="Name in the server's certificate, if it is not the host of the address: for a tunnel.",
+    ),
     option("--tls-cert", envvar="ROSTER_TLS_CLIENT_CERT_FILE", type=FILE, help="Client certificate, in PEM."),
     option("--tls-key", envvar="ROSTER_TLS_CLIENT_KEY_FILE", type=FILE, help="Its private key, in PEM."),
     option(
@@ -46,51 +57,119 @@ SERVER = (
     ),
     # Hidden, because every user of the machine can read the arguments of a process.
     option("--token", envvar="ROSTER_TOKEN", hidden=True),
+    click.option(
+        "--insecure-token",
+        envvar="ROSTER_INSECURE_TOKEN",
+        show_envvar=True,
+        is_flag=True,
+        help="Send the token without TLS, to this machine only: for a sidecar or tunnel that adds TLS.",
+    ),
 )
 
 
 class Target:
-    """The server that a command connects to, and the credentials to use."""
+    """The server that a command connects to, and the credentials to use; raises UsageError.
+
+    A token is sent in plain text only with `insecure_token`, and only to this machine.
+    """
 
     def __init__(
         self,
         address: str,
         tls_ca: Path | None,
+        tls_server_name: str | None,
         tls_cert: Path | None,
         tls_key: Path | None,
         token_file: Path | None,
         token: str | None,
+        *,
+        insecure_token: bool,
     ) -> None:
-        self.address = address
-        self._credentials = None
+        try:
+            self.address = check_address(address)
+        except ValueError as error:
+            raise UsageError(f"--address {error}") from None
         read_token: Callable[[], str] | None = None
         if token_file:
             read_token = lambda: token_file.read_text().strip()  # noqa: E731
         elif token:
             read_token = lambda: token  # noqa: E731
+        self._server_name = tls_server_name
+        self._tls: Tls | None = None
+        self._credentials: grpc.ChannelCredentials | None = None
         if tls_ca:
-            ca = tls_ca.read_bytes()
+            context = _tls_context(tls_ca, tls_cert, tls_key)
+            self._tls = Tls(context, tls_server_name, has_certificate=bool(tls_cert))
             key = tls_key.read_bytes() if tls_key else None
             cert = tls_cert.read_bytes() if tls_cert else None
-            self._credentials = tls_credentials(ca, key, cert, token=read_token)
-        elif tls_cert or tls_key or read_token:
+            self._credentials = tls_credentials(tls_ca.read_bytes(), key, cert, token=read_token)
+        elif tls_cert or tls_key or tls_server_name:
             raise UsageError(
-                "tokens and certificates are sent over TLS only; pass the CA of the server with --tls-ca"
+                "--tls-cert, --tls-key and --tls-server-name are for TLS; pass the CA of the server with --tls-ca"
             )
+        elif read_token:
+            self._credentials = self._token_without_tls(read_token, is_allowed=insecure_token)
+
+    def _token_without_tls(
+        self, read_token: Callable[[], str], *, is_allowed: bool
+    ) -> grpc.ChannelCredentials:
+        if not is_allowed:
+            raise UsageError(
+                "a token is sent over TLS only; pass the CA of the server with --tls-ca, or --insecure-token if "
+                "a sidecar or tunnel on this machine adds TLS"
+            )
+        if not is_local(self.address):
+            raise UsageError(
+                f"--insecure-token sends a token to this machine only, and {self.address} may be another one; "
+                "use 127.0.0.1, [::1], localhost or unix:/path, or TLS with --tls-ca"
+            )
+        return local_credentials(self.address, read_token)
 
     def channel(self) -> grpc.aio.Channel:
-        return channel(self.address, self._credentials, wait_for_ready=False)
+        """Return a channel to the server; its calls fail at once if no server answers."""
+        return channel(
+            self.address, self._credentials, wait_for_ready=False, server_name=self._server_name
+        )
 
     def explain(self, failure: RosterError) -> str:
-        """Return the message to print for a failed call."""
+        """Return the message to print for a failed call; it may open a connection to find the cause."""
         if isinstance(failure, ProxyRefused | ProxyUnavailable):
             return f"{self.address}: {failure.message}"
         if not isinstance(failure, Disconnected):
             return failure.message
-        message = f"no server answers at {self.address}"
-        if self._credentials:
-            return f"{message} over TLS: {failure.message}"
-        return f"{message}; start one with `roster serve`, or set --address and, if it uses TLS, --tls-ca"
+        if "http1" in failure.message:
+            return (
+                f"{self.address} answers in HTTP/1.1, which is not gRPC; is it the port of the metrics, or a "
+                "proxy without HTTP/2?"
+            )
+        if found := diagnose(self.address, self._tls):
+            return found
+        if self._tls:
+            return f"no server answers at {self.address} over TLS: {failure.message}"
+        return f"no server answers at {self.address}; start one with `roster serve`, or set --address"
+
+
+def _tls_context(ca: Path, cert: Path | None, key: Path | None) -> ssl.SSLContext:
+    """Return the client's TLS context, for a diagnosis; raises UsageError for files that can't be used.
+
+    gRPC itself reports a file that it can't use only as a connection that fails.
+    """
+    if bool(cert) != bool(key):
+        raise UsageError("--tls-cert and --tls-key belong together; pass both, or neither")
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except ssl.SSLError:
+        raise UsageError(f"--tls-ca {ca} contains no certificate in PEM") from None
+    try:
+        if cert and key:
+            context.load_cert_chain(cert, key, password=lambda: "")
+    except ssl.SSLError as error:
+        raise UsageError(f"--tls-cert {cert} and --tls-key {key} can't be used: {_reason(error)}") from None
+    return context
+
+
+def _reason(error: ssl.SSLError) -> str:
+    return (error.reason or "they are not a certificate and its key in PEM").replace("_", " ").lower()
 
 
 def server_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -115,7 +194,7 @@ def _require_one_source(connection: Mapping[str, Any]) -> None:
         from_folder.remove("token_file")  # the `.env` file names it, but the secret is stored elsewhere
     token = "token_file" if connection["token_file"] else "token"
     secrets = [name for name in (token, "tls_key") if connection[name] and name not in from_folder]
-    if secrets and (named := from_folder & {"address", "tls_ca"}):
+    if secrets and (named := from_folder & DESTINATION):
         variables = [variable for variable, name in FOR_CLIENTS.items() if name in named]
         options = [f"--{name}".replace("_", "-") for name in sorted(named)]
         raise UsageError(

@@ -5,7 +5,7 @@ from service.client.bulk import BATCH_ROWS, BulkLoader, Event, LoadInterrupted
 from service.client.channel import channel
 from service.client.errors import DeadlineExceeded, Disconnected
 from service.client.pages import pages
-from service.client.tls import tls_credentials
+from service.client.tls import local_credentials, tls_credentials
 
 __all__ = [
     "BATCH_ROWS",
@@ -16,6 +16,7 @@ __all__ = [
     "Event",
     "LoadInterrupted",
     "channel",
+    "local_credentials",
     "pages",
     "tls_credentials",
 ]

@@ -18,6 +18,7 @@ from grpc.aio import (
 )
 
 import roster.v1
+from service.client.address import check_address
 from service.client.errors import DeadlineExceeded, error_from_call
 from service.errors import OutcomeUnknown, RosterError, Unavailable
 
@@ -46,7 +47,7 @@ RETRY_POLICY = {
 OPTIONS = [
     ("grpc.max_send_message_length", 16 << 20),
     ("grpc.max_receive_message_length", 16 << 20),
-    # The server allows one ping every 20 s, between calls too.
+    # The server allows one ping every 5 s, between calls too.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -66,8 +67,12 @@ def channel(
     *,
     timeout: float = TIMEOUT_SECONDS,
     wait_for_ready: bool = True,
+    server_name: str | None = None,
 ) -> grpc.aio.Channel:
     """Return a channel to `host:port`, `dns:///name:port` or `unix:/path`, for the stubs of `roster.v1`.
+
+    Raises ValueError for another address, such as a URL. The server's certificate must be for the host of the
+    address, or for `server_name` if the address is that of a tunnel.
 
     If a name has several addresses, calls go to each in turn. `timeout`, in seconds, applies to unary calls
     without a timeout of their own; exports and bulk streams have no deadline. Writes get a `request_id`, so
@@ -79,11 +84,17 @@ def channel(
     Failed calls raise the domain errors of `service.errors`. Bulk streams don't: use BulkLoader for them.
     Messages are limited to 16 MiB. Keepalive pings are sent every 30 s.
     """
+    address = check_address(address)
     interceptors = [
         UnaryInterceptor(address, timeout, wait_for_ready=wait_for_ready),
         ResponseStreamInterceptor(wait_for_ready=wait_for_ready),
     ]
     options = [*OPTIONS, ("grpc.service_config", json.dumps(service_config(retry=wait_for_ready)))]
+    if server_name:
+        if not credentials:
+            raise ValueError("server_name is the name in the server's certificate; it needs TLS credentials")
+        # It also becomes the authority of the calls, by which a proxy finds the server.
+        options.append(("grpc.ssl_target_name_override", server_name))
     if credentials:
         return grpc.aio.secure_channel(address, credentials, options, interceptors=interceptors)
     return grpc.aio.insecure_channel(address, options, interceptors=interceptors)
