@@ -46,14 +46,14 @@ def _diagnose_tls(address: str, tls: Tls) -> str | None:
             if "mismatch" in error.verify_message:
                 return _mismatch(address, name)
             return (
-                f"the certificate of {address} is not trusted: {error.verify_message}; --tls-ca must be the CA "
-                "that has signed it"
+                f"the certificate of {address} is not trusted: {error.verify_message}; --tls-ca must be the "
+                "CA that has signed it"
             )
         except ssl.SSLError as error:
             if "ALERT" in (error.reason or ""):  # TLS 1.2 refuses a certificate within the handshake
                 return _not_accepted(address, tls)
             return f"the server at {address} does not use TLS; leave out --tls-ca"
-        # A server that does not accept the client's certificate says so after the handshake, or just hangs up.
+        # TLS 1.3 refuses a client's certificate after the handshake; gRPC just hangs up.
         with closing(connection):
             try:
                 is_accepted = connection.recv(1) != b""

@@ -105,7 +105,8 @@ class Target:
             self._credentials = tls_credentials(tls_ca.read_bytes(), key, cert, token=read_token)
         elif tls_cert or tls_key or tls_server_name:
             raise UsageError(
-                "--tls-cert, --tls-key and --tls-server-name are for TLS; pass the CA of the server with --tls-ca"
+                "--tls-cert, --tls-key and --tls-server-name are for TLS; pass the CA of the server with "
+                "--tls-ca"
             )
         elif read_token:
             self._credentials = self._token_without_tls(read_token, is_allowed=insecure_token)
@@ -115,21 +116,19 @@ class Target:
     ) -> grpc.ChannelCredentials:
         if not is_allowed:
             raise UsageError(
-                "a token is sent over TLS only; pass the CA of the server with --tls-ca, or --insecure-token if "
-                "a sidecar or tunnel on this machine adds TLS"
+                "a token is sent over TLS only; pass the CA of the server with --tls-ca, or --insecure-token "
+                "if a sidecar or tunnel on this machine adds TLS"
             )
         if not is_local(self.address):
             raise UsageError(
-                f"--insecure-token sends a token to this machine only, and {self.address} may be another one; "
-                "use 127.0.0.1, [::1], localhost or unix:/path, or TLS with --tls-ca"
+                f"--insecure-token sends a token to this machine only, and {self.address} may be another "
+                "one; use 127.0.0.1, [::1], localhost or unix:/path, or TLS with --tls-ca"
             )
         return local_credentials(self.address, read_token)
 
     def channel(self) -> grpc.aio.Channel:
         """Return a channel to the server; its calls fail at once if no server answers."""
-        return channel(
-            self.address, self._credentials, wait_for_ready=False, server_name=self._server_name
-        )
+        return channel(self.address, self._credentials, wait_for_ready=False, server_name=self._server_name)
 
     def explain(self, failure: RosterError) -> str:
         """Return the message to print for a failed call; it may open a connection to find the cause."""

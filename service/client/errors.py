@@ -57,7 +57,10 @@ BODY_ONLY = "Data frame with END_STREAM flag received"
 # 429, 502, 503 and 504 are UNAVAILABLE in https://github.com/grpc/grpc/blob/master/doc/http-grpc-status-mapping.md.
 # 408 is a timeout, 520 to 524 are Cloudflare's for a server that it can't reach.
 TEMPORARY = {408, 429, 502, 503, 504, *range(520, 525)}
-BODY_SIZE = "a load is one long request: turn the proxy's limit for request bodies off (nginx: client_max_body_size 0)"
+BODY_SIZE = (
+    "a load is one long request: turn off the limit of the proxy for request bodies "
+    "(nginx: client_max_body_size 0)"
+)
 CREDENTIALS = "the proxy must admit gRPC calls, or the call needs credentials for it"
 ROUTE = "the proxy needs a route for the paths /roster.v1.*, and HTTP/2 to the server (nginx: grpc_pass)"
 REDIRECT = "the proxy redirects calls, for example to a login page; it must pass gRPC calls to the server"

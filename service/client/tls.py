@@ -34,9 +34,7 @@ def local_credentials(address: str, token: Callable[[], str]) -> grpc.ChannelCre
     return _with_token(grpc.local_channel_credentials(kind), token)
 
 
-def _with_token(
-    credentials: grpc.ChannelCredentials, token: Callable[[], str]
-) -> grpc.ChannelCredentials:
+def _with_token(credentials: grpc.ChannelCredentials, token: Callable[[], str]) -> grpc.ChannelCredentials:
     def add_token(_: grpc.AuthMetadataContext, callback: grpc.AuthMetadataPluginCallback) -> None:
         callback((("authorization", f"Bearer {token()}"),), None)
 

@@ -1,4 +1,4 @@
-"""Clients behind a proxy that answers in HTTP: one sentence for a final answer, retries for a temporary one."""
+"""Clients behind a proxy that answers in HTTP: a sentence for a final answer, retries for a temporary one."""
 
 import asyncio
 import shutil
@@ -37,9 +37,7 @@ async def users(count: int) -> AsyncIterator[User]:
         yield User(email=f"{number}@example.org", full_name="x" * 200)
 
 
-async def load(
-    address: str, *, rows: int = 2000, retry_connect: bool = False, **options: int
-) -> list[Event]:
+async def load(address: str, *, rows: int = 2000, retry_connect: bool = False, **options: int) -> list[Event]:
     """Load users through a proxy, without pauses."""
     async with channel(address, wait_for_ready=False) as connection:
         loader = BulkLoader(
@@ -130,7 +128,7 @@ async def test_load_retries_while_a_proxy_can_not_reach_the_server() -> None:
 
 
 async def test_load_stops_if_a_proxy_always_resets_its_stream() -> None:
-    """nginx has no other way to say 413 once the response has begun; 20 retries would take two minutes."""
+    """Nginx has no other way to say 413 once the response has begun; 20 retries would take two minutes."""
     proxy = ResettingProxy(OPENED, 100_000)
     async with listening(proxy) as address:
         with pytest.raises(LoadInterrupted, match="client_max_body_size 0") as caught:
@@ -160,7 +158,9 @@ async def nginx(folder: Path, *directives: str) -> AsyncIterator[str]:
     if not NGINX:
         pytest.skip("nginx is not installed")
     socket = folder / "nginx.sock"
-    paths = [f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")]
+    paths = [
+        f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    ]
     server = f"server {{ listen unix:{socket} http2; {' '.join(directives)} }}"
     (folder / "nginx.conf").write_text(
         f"daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log; events {{}}\n"
@@ -179,7 +179,7 @@ async def nginx(folder: Path, *directives: str) -> AsyncIterator[str]:
 
 
 async def test_load_through_nginx_names_its_limit(server: Server, roster: Roster, tmp_path: Path) -> None:
-    """nginx takes 1 MiB by default, and any size with the advice of the error."""
+    """Nginx takes 1 MiB by default, and any size with the advice of the error."""
     name = roster.write("users.ndjson", *ROWS * 5)
     passes = f"location / {{ grpc_pass grpc://{server.address}; }}"
     async with nginx(tmp_path, passes) as address:
@@ -188,5 +188,5 @@ async def test_load_through_nginx_names_its_limit(server: Server, roster: Roster
         loaded = await roster.run("load", "users", name, "--address", address)
 
     assert refused.status == 2
-    assert "turn the proxy's limit for request bodies off (nginx: client_max_body_size 0)" in refused.err
+    assert "turn off the limit of the proxy for request bodies (nginx: client_max_body_size 0)" in refused.err
     assert loaded.out.splitlines()[0].endswith("2,000 created, 0 updated, 0 skipped, 8,000 failed")

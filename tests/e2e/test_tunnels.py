@@ -72,8 +72,8 @@ async def test_command_takes_the_name_from_option_or_environment(named: Secured,
 
         assert (by_option.status, by_variable.status) == (0, 0)
         assert sentence(without) == (
-            f"the certificate of {named.address} is not for 127.0.0.1, but for {NAME}; pass a name in it with "
-            "--tls-server-name"
+            f"the certificate of {named.address} is not for 127.0.0.1, but for {NAME}; pass a name in it "
+            "with --tls-server-name"
         )
 
 
@@ -121,9 +121,11 @@ async def test_command_says_that_a_client_certificate_is_required(sqlite_url: st
     assert sentence(half) == "--tls-cert and --tls-key belong together; pass both, or neither"
 
 
-@pytest.mark.parametrize("content", ["", "nothing", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----"])
+@pytest.mark.parametrize(
+    "content", ["", "nothing", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----"]
+)
 async def test_command_refuses_a_file_without_certificate(content: str, tmp_path: Path) -> None:
-    """gRPC would report it as a server that does not answer."""
+    """GRPC would report it as a server that does not answer."""
     (tmp_path / "ca.pem").write_text(content)
 
     refused = await roster("127.0.0.1:1", "loads", "--tls-ca", f"{tmp_path}/ca.pem")
@@ -131,7 +133,9 @@ async def test_command_refuses_a_file_without_certificate(content: str, tmp_path
     assert sentence(refused) == f"--tls-ca {tmp_path}/ca.pem contains no certificate in PEM"
 
 
-@pytest.mark.parametrize("command", [["loads"], ["export", "posts"], ["load", "users", "-", "--format", "csv"]])
+@pytest.mark.parametrize(
+    "command", [["loads"], ["export", "posts"], ["load", "users", "-", "--format", "csv"]]
+)
 async def test_commands_refuse_a_url(command: list[str]) -> None:
     """The error has the address to write."""
     refused = await roster("http://127.0.0.1:50051", *command)
@@ -189,7 +193,7 @@ async def test_token_in_plain_text_stays_on_this_machine(address: str) -> None:
 
 
 async def test_local_credentials_refuse_another_machine() -> None:
-    """gRPC itself looks at the address that it is connected to: a name may resolve to anything."""
+    """GRPC itself looks at the address that it is connected to: a name may resolve to anything."""
     address = _own_address()
     connected = asyncio.Event()
     received: list[bytes] = []

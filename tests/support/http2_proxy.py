@@ -36,11 +36,11 @@ class Http2Proxy:
         self._paths: dict[int, str] = {}
         self._encoder = Encoder()
 
-    def on_call(self, stream: int, path: str) -> bytes:
+    def on_call(self, stream: int, path: str) -> bytes:  # noqa: ARG002 - for subclasses
         """Return the frames that answer the headers of a call."""
         return self.page(stream)
 
-    def on_data(self, stream: int, size: int) -> bytes:
+    def on_data(self, stream: int, size: int) -> bytes:  # noqa: ARG002
         """Return the frames that answer a piece of the request's body."""
         return b""
 

@@ -78,7 +78,7 @@ def test_refuses_other_addresses_with_the_right_one(address: str, advice: str) -
 
 def test_does_not_repeat_a_password() -> None:
     """A URL of a database may be pasted by mistake."""
-    with pytest.raises(ValueError, match="write db:5432$") as refused:
+    with pytest.raises(ValueError, match=r"write db:5432$") as refused:
         check_address("postgresql://roster:secret@db:5432/roster")
     assert "secret" not in str(refused.value)
 
@@ -87,5 +87,5 @@ async def test_channel_refuses_an_address_at_once() -> None:
     """Without this, the first call would fail after its deadline."""
     with pytest.raises(ValueError, match="has the scheme http"):
         channel("http://127.0.0.1:50051")
-    with pytest.raises(ValueError, match="server_name .* needs TLS credentials"):
+    with pytest.raises(ValueError, match=r"server_name .* needs TLS credentials"):
         channel("127.0.0.1:50051", server_name="roster")

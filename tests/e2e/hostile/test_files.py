@@ -258,9 +258,7 @@ async def test_folder_does_not_weaken_the_check_of_the_server(
     token = handed.server.token("admin")
     handed.write(variable)
 
-    refused = await handed.loads(
-        "--address", handed.server.address, "--tls-ca", "ca.pem", ROSTER_TOKEN=token
-    )
+    refused = await handed.loads("--address", handed.server.address, "--tls-ca", "ca.pem", ROSTER_TOKEN=token)
 
     assert refused.status == 2
     assert option in refused.err
