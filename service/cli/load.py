@@ -74,8 +74,12 @@ class Load:
         async with target.channel() as connection, show_progress(self._source.bytes_total, self._progress):
             method, request = self._entity.rpc(connection, verb)
             self._backoff.watch(connection)
-            limits = {"batch_rows": batch_rows, "retry_connect": False, "connection": connection}
-            loader = BulkLoader(method, request, self._options, **limits)
+            loader = BulkLoader(
+                *(method, request, self._options),
+                batch_rows=batch_rows,
+                retry_connect=False,
+                connection=connection,
+            )
             loads = BulkServiceStub(connection)
             messages = self._messages(loads)
             try:

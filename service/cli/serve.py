@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from service import logs, workers
 from service.auth.tls import exposure
-from service.cli.environment import read_settings, settings_help
+from service.cli.environment import CommandWithSettings, read_settings
 from service.cli.migrate import INSUFFICIENT_PRIVILEGE, connection_problem, report_migration_errors
 from service.cli.terminal import UsageError, echo
 from service.connections import raise_file_limit
@@ -35,7 +35,7 @@ MAX_PAUSE_SECONDS = 5.0
 PERMANENT_ERRORS = ("28", "3D", INSUFFICIENT_PRIVILEGE)
 
 
-@click.command(short_help="Run the server until SIGTERM or SIGINT.", epilog=settings_help())
+@click.command(cls=CommandWithSettings, short_help="Run the server until SIGTERM or SIGINT.")
 @click.option("--worker", "is_worker", is_flag=True, hidden=True)
 def serve(*, is_worker: bool) -> None:
     """Run the server until SIGTERM or SIGINT. Calls in flight are finished before it exits."""

@@ -1,21 +1,31 @@
 """Shared by the client commands: connection options, errors, output, signals, and progress."""
 
 import asyncio
+import shutil
 import signal
 import ssl
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+import textwrap
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial, wraps
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import click
 import grpc
 from click.core import ParameterSource
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 
 from service.cli.diagnosis import Tls, diagnose
 from service.client import Disconnected, channel, local_credentials, tls_credentials
@@ -28,6 +38,7 @@ from service.settings import FOR_CLIENTS, is_local
 DRAW_EVERY_SECONDS = 0.2
 REPORT_EVERY_SECONDS = 5
 PAGE_SIZE = 1000
+WIDTH_FOR_TIME, WIDTH_FOR_BAR, WIDTH_FOR_BOTH_TIMES = 60, 72, 90
 
 # Options that decide who receives a token.
 DESTINATION = {"address", "tls_ca", "tls_server_name", "insecure_token"}
@@ -211,10 +222,36 @@ class UsageError(click.ClickException):
         super().__init__("\n       ".join(map(escape, lines)))
         self.lines = lines
 
+    def show(self, file: IO[Any] | None = None) -> None:
+        stream = file or sys.stderr
+        first, *others = self.message.split("\n")
+        lines = [f"Error: {first}", *others]
+        click.echo("\n".join(wrap(lines, len("Error: "), stream)), file=stream)
+
 
 def echo(*lines: str, err: bool = False) -> None:
     """Print lines, escaped: text from elsewhere can't add lines or control the terminal."""
     click.echo("\n".join(map(escape, lines)), err=err)
+
+
+def echo_text(*lines: str, indent: int, err: bool = False) -> None:
+    """Print lines like `echo`; on a terminal, continue those that are too long on indented lines."""
+    echo(*wrap(lines, indent, sys.stderr if err else sys.stdout), err=err)
+
+
+def wrap(lines: Iterable[str], indent: int, stream: IO[Any]) -> list[str]:
+    """Return lines that fit the terminal, if the stream is one; words and paths are not broken."""
+    if not stream.isatty():
+        return [*lines]
+    fill = partial(
+        textwrap.wrap,
+        width=shutil.get_terminal_size().columns,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        drop_whitespace=True,
+    )
+    return [part for line in lines for part in fill(escape(line)) or [""]]
 
 
 def pluralize(count: int, noun: str) -> str:
@@ -240,15 +277,17 @@ def exit_on_signal(describe: Callable[[], str]) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def show_progress(total: int, state: Callable[[], tuple[int, str]]) -> AsyncGenerator[None]:
+async def show_progress(
+    total: int, state: Callable[[], tuple[int, str]], *, draws: bool = True
+) -> AsyncGenerator[None]:
     """Show progress on standard error: a bar on a terminal, otherwise a line every few seconds.
 
-    `state` returns how much of `total` is done, and a description. A total of 0 means unknown.
+    `state` returns how much of `total` is done, and a description. A total of 0 means unknown. Without
+    `draws` there is no bar: something else writes to the terminal, or may.
     """
     console = Console(stderr=True)
-    task = asyncio.create_task(
-        _draw_bar(console, total, state) if console.is_terminal else _print_lines(state)
-    )
+    is_bar = draws and console.is_terminal
+    task = asyncio.create_task(_draw_bar(console, total, state) if is_bar else _print_lines(state))
     try:
         yield
     finally:
@@ -257,18 +296,26 @@ async def show_progress(total: int, state: Callable[[], tuple[int, str]]) -> Asy
 
 
 async def _draw_bar(console: Console, total: int, state: Callable[[], tuple[int, str]]) -> None:
-    columns = (
-        BarColumn(),
-        TextColumn("{task.description}", markup=False),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*_bar_columns(console.width), console=console, transient=True) as bar:
         task = bar.add_task("", total=total or None)
         while True:
             done, description = state()
             bar.update(task, completed=done, description=description)
             await asyncio.sleep(DRAW_EVERY_SECONDS)
+
+
+def _bar_columns(width: int) -> list[ProgressColumn]:
+    """Return the columns that fit; the bar takes the rest, and a description that is too long is cut."""
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
+    ]
+    if width >= WIDTH_FOR_BAR:
+        columns.insert(0, BarColumn(bar_width=None))
+    if width >= WIDTH_FOR_BOTH_TIMES:
+        columns.append(TimeElapsedColumn(table_column=Column(no_wrap=True)))
+    if width >= WIDTH_FOR_TIME:
+        columns.append(TimeRemainingColumn(table_column=Column(no_wrap=True)))
+    return columns
 
 
 async def _print_lines(state: Callable[[], tuple[int, str]]) -> None:

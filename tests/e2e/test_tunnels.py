@@ -18,16 +18,17 @@ from service.errors import PermissionDenied, UserNotFound
 from service.server import Server
 from tests.e2e.secured import POLICY, Secured, secured
 from tests.support.authority import Authority
-from tests.support.command import ROSTER, Ended, run
+from tests.support.command import ROSTER, Ended, ended, start
 from tests.support.issuer import AUDIENCE, ISSUER, Issuer
 from tests.support.server import serve
 
 NAME = "roster.example.org"
 
 
-async def roster(address: str, *words: str, **variables: str) -> Ended:
+async def roster(address: str, *words: str, **variables: Any) -> Ended:
     """Run the command as a client of an address."""
-    return await run(ROSTER, *words, ROSTER_ADDRESS=address, **variables)
+    variables["ROSTER_ADDRESS"] = address
+    return await ended(await start(ROSTER, *words, **variables))
 
 
 def sentence(done: Ended) -> str:

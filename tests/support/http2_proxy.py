@@ -76,7 +76,7 @@ class Http2Proxy:
         if kind == PING and not flags & ACK:
             return frame(PING, ACK, 0, payload)
         if kind == HEADERS:
-            path = str(dict(decoder.decode(payload))[":path"])
+            path = {_text(name): _text(value) for name, value in decoder.decode(payload)}[":path"]
             self.calls[path] += 1
             return self.on_call(stream, path)
         if kind == DATA and payload:
@@ -111,6 +111,10 @@ class ResettingProxy(Http2Proxy):
         if before <= self._max_bytes < self._received[stream]:
             return frame(RST_STREAM, 0, stream, struct.pack(">I", INTERNAL_ERROR))
         return b""
+
+
+def _text(value: str | bytes) -> str:
+    return value if isinstance(value, str) else value.decode("latin-1")
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
