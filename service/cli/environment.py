@@ -11,7 +11,7 @@ from service.settings import PREFIX, Settings, is_password_redirected
 
 # The settings in `roster serve --help`; a test fails if one is missing.
 GROUPS = {
-    "Essentials": ("database_url", "listen", "workers", "log_level", "log_format"),
+    "Essential settings": ("database_url", "listen", "workers", "log_level", "log_format"),
     "Security": (
         "tls_cert_file",
         "tls_key_file",
@@ -50,8 +50,6 @@ NOTE = (
     "Settings come from the environment or a file named .env. DATABASE_URL is used if ROSTER_DATABASE_URL is "
     "not set. ROSTER_X_FILE names a file that contains the value of ROSTER_X, for mounted secrets."
 )
-NAME_WIDTH, NAME_WIDTH_IN_NARROW = 30, 10
-NARROW = 72  # columns; descriptions are then on lines of their own
 
 
 def read_settings() -> Settings:
@@ -76,10 +74,9 @@ class CommandWithSettings(click.Command):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """Write the groups as sections, like those of options."""
-        name_width = NAME_WIDTH if formatter.width >= NARROW else NAME_WIDTH_IN_NARROW
         for title, names in setting_groups():
             with formatter.section(title):
-                formatter.write_dl([*map(_describe, names)], col_max=name_width)
+                formatter.write_dl([*map(_describe, names)])
         formatter.write_paragraph()
         formatter.write_text(NOTE)
 

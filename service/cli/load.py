@@ -202,7 +202,8 @@ def load(
     To resume a load that was stopped, run the same command again. From standard input, this requires
     --load-id and the same rows.
 
-    The exit status is 0 if all rows were loaded, 1 if some failed, 2 if the load did not start or finish.
+    The exit status is 0 if all rows were loaded, 1 if some failed, 2 if the load did not start or finish. If
+    Ctrl-C or SIGTERM ended it, the status is 130 or 143.
     """
     kind, operation = ENTITIES[entity], operation or "create"
     masked = update_mask.replace(" ", "").split(",") if update_mask else []

@@ -85,10 +85,8 @@ def channel(
     Messages are limited to 16 MiB. Keepalive pings are sent every 30 s.
     """
     address = check_address(address)
-    interceptors = [
-        UnaryInterceptor(address, timeout, wait_for_ready=wait_for_ready),
-        ResponseStreamInterceptor(wait_for_ready=wait_for_ready),
-    ]
+    unary = UnaryInterceptor(address, timeout, wait_for_ready=wait_for_ready)
+    interceptors = [unary, ResponseStreamInterceptor(wait_for_ready=wait_for_ready)]
     options = [*OPTIONS, ("grpc.service_config", json.dumps(service_config(retry=wait_for_ready)))]
     if server_name:
         if not credentials:
@@ -96,8 +94,11 @@ def channel(
         # It also becomes the authority of the calls, by which a proxy finds the server.
         options.append(("grpc.ssl_target_name_override", server_name))
     if credentials:
-        return grpc.aio.secure_channel(address, credentials, options, interceptors=interceptors)
-    return grpc.aio.insecure_channel(address, options, interceptors=interceptors)
+        connection = grpc.aio.secure_channel(address, credentials, options, interceptors=interceptors)
+    else:
+        connection = grpc.aio.insecure_channel(address, options, interceptors=interceptors)
+    unary.connection = connection
+    return connection
 
 
 def service_config(*, retry: bool) -> dict[str, Any]:
@@ -128,6 +129,7 @@ class UnaryInterceptor(UnaryUnaryClientInterceptor):
         self._address = address
         self._timeout = timeout
         self._wait_for_ready = wait_for_ready
+        self.connection: grpc.aio.Channel | None = None  # the channel, once it exists
 
     async def intercept_unary_unary(  # type: ignore[override]  # the channel carries only messages
         self,
@@ -156,11 +158,17 @@ class UnaryInterceptor(UnaryUnaryClientInterceptor):
         except grpc.aio.AioRpcError as failure:
             error = error_from_call(failure)
         if isinstance(error, DeadlineExceeded):
-            error = DeadlineExceeded(f"{self._address} did not answer within {details.timeout:g} s")
+            error = DeadlineExceeded(self._describe_timeout(details.timeout))
         may_be_applied = isinstance(error, DeadlineExceeded | Unavailable | OutcomeUnknown)
         if may_be_applied and (request_id := _request_id(request)):
             error.facts["request_id"] = request_id
         raise error
+
+    def _describe_timeout(self, seconds: float | None) -> str:
+        state = self.connection.get_state() if self.connection else None
+        if state is grpc.ChannelConnectivity.READY:
+            return f"{self._address} did not answer within {seconds:g} s"
+        return f"no server answers at {self._address}; waited {seconds:g} s for one"
 
 
 class ResponseStreamInterceptor(UnaryStreamClientInterceptor):
