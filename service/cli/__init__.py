@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
@@ -31,7 +31,7 @@ class EnvFileError(click.ClickException):
 class Formatter(click.HelpFormatter):
     """Writes descriptions below the names if the terminal is narrow: their words are whole then."""
 
-    def write_dl(self, rows: Sequence[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
         super().write_dl(rows, col_max if self.width >= NARROW else NAME_WIDTH_IN_NARROW, col_spacing)
 
 
