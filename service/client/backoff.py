@@ -99,9 +99,9 @@ class Backoff:
 
 
 def _cause(failure: RosterError) -> str:
-    # The message is gRPC's own.
-    never_connected = "failed to connect" in failure.message
-    return "no server answers" if never_connected else "the connection was lost"
+    message = failure.message.lower()  # gRPC's own
+    is_refused = "failed to connect" in message or "all backends failing" in message
+    return "no server answers" if is_refused else "the connection was lost"
 
 
 async def _connected_again(connection: grpc.aio.Channel) -> None:
