@@ -19,6 +19,7 @@ from service.escape import escape
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 READ_BYTES = 1 << 16
 HEAD_LINES = 2
+MAX_SHOWN_NAMES = 10
 DECODER = json.JSONDecoder()
 WHITESPACE = " \t\r\n"
 
@@ -73,11 +74,17 @@ class Json:
         return False
 
     def _check_columns(self, row: Values) -> None:
-        """Raise SourceError if a column of the first row may be misspelt."""
+        """Raise SourceError if a column of the first row may be misspelt, or if it has none that is known."""
         try:
             self.columns.fields_of(list(row))
         except InvalidField as error:
             raise SourceError(error.message) from None
+        if row and not self.columns.knows(row):
+            raise SourceError(
+                f"the first row has none of the columns {', '.join(self.columns.names)}; it has "
+                f"{escape(', '.join(list(row)[:MAX_SHOWN_NAMES]))}; name the columns with --columns, or "
+                "write rows with these names, such as with jq"
+            )
 
     def _lines(self, file: BufferedReader) -> Iterator[Row]:
         for number, line in enumerate(_read_lines(file), start=1):
