@@ -24,10 +24,17 @@ from service.escape import escape
 DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 EXCEL_DELIMITER = re.compile(r"sep=(.)\s*")  # a first line that only Excel knows
-# Put into an empty quoted cell to find it. Any character that is not part of the syntax would do.
+POWERSHELL_TYPE = re.compile(r"#TYPE \S+\s*")  # a first line that only PowerShell knows
+# The line below the header, or above it, in a table for the screen.
+RULER = re.compile(r"(?=.*[-=\u2500\u2501\u2550]{3})[-=+|:\s\u2500-\u257f]+")
+MAX_TITLE_LINES = 20
+E_MAIL = re.compile(r"\S@\S")
+# As PostgreSQL's and MySQL's text formats escape characters.
+ESCAPE = re.compile(r"\\[bfnrtv0\\]")
+# Put into a quoted cell to find it. Any character that is not part of the syntax would do.
 MARK = "\0"
 BLANK = "\ufeff \t\r\n"
-MAX_SHOWN_NAMES = 10
+MAX_SHOWN_NAMES, MAX_SHOWN_CHARACTERS = 10, 24
 
 
 class Lines(Iterator[str]):
@@ -118,7 +125,7 @@ class Csv:
         for first in lines:
             if found := EXCEL_DELIMITER.fullmatch(first):
                 self._delimiter = self._delimiter or found[1]
-            elif first.strip(BLANK):
+            elif first.strip(BLANK) and not POWERSHELL_TYPE.fullmatch(first):
                 break
             lines.start_record()
         else:
@@ -135,16 +142,22 @@ class Csv:
         known = {delimiter: self.columns.knows(names) for delimiter, names in headers.items()}
         self._delimiter = max(known, key=known.__getitem__)
         self._header = headers[self._delimiter]
-        self._check_header(known[self._delimiter])
+        self._check_header(lines, known[self._delimiter])
+        if RULER.fullmatch(first) or RULER.fullmatch(next(lines, "")):
+            raise SourceError(
+                "the file is a table for the screen, not CSV; export it as CSV, such as with psql --csv or "
+                "sqlite3 -header -csv"
+            )
         others = next(csv.reader(lines, delimiter=self._delimiter))[1:]
         self._has_spaces = bool(others) and all(name.startswith(" ") for name in others)
 
-    def _check_header(self, known: int) -> None:
-        shown = ", ".join(escape(name) for name in self._header[:MAX_SHOWN_NAMES])
+    def _check_header(self, lines: Lines, known: int) -> None:
+        # A row in place of a header may contain a hash.
+        shown = ", ".join(escape(name[:MAX_SHOWN_CHARACTERS]) for name in self._header[:MAX_SHOWN_NAMES])
         if not known:
             raise SourceError(
                 f"the header line has none of the columns {', '.join(self.columns.names)}; it has {shown}; "
-                "name the columns with --columns, such as --columns email=Mail"
+                f"{self._suggest_header(lines)}"
             )
         for column in self.columns.mapping.values():
             if column not in self._header:
@@ -161,6 +174,24 @@ class Csv:
             lines.start_record()
             error: csv.Error | None = None
             cells: list[str] = []
+    def _suggest_header(self, lines: Lines) -> str:
+        """Return what to do about a header without known columns: it may be missing, or be below a title."""
+        if any(map(E_MAIL.search, self._header)):
+            return (
+                "if this is a row, add a header line such as email,full_name; if not, name the columns with "
+                "--columns, such as --columns email=Mail"
+            )
+        lines.start_record()
+        next(lines)
+        for number in range(MAX_TITLE_LINES):
+            line = next(lines, "")
+            with suppress(csv.Error, StopIteration):
+                for delimiter in DELIMITERS.values():
+                    names = next(csv.reader([line], delimiter=delimiter))
+                    if self.columns.knows(name.strip(BLANK) for name in names):
+                        return f"if line {lines.number + number + 2} is the header, delete the lines above it"
+        return "name the columns with --columns, such as --columns email=Mail"
+
             try:
                 cells = next(reader)
                 if ' "' in lines.text and any(map(_may_be_quoted, cells)):
