@@ -33,6 +33,26 @@ TIME = re.compile(
     r" ?(?:[Zz]|UTC|GMT|(?P<offset>[-+][0-9]{2}(?::?[0-9]{2})?))"
 )
 SURROGATE = re.compile("[\ud800-\udfff]")
+# PostgreSQL, MySQL, SQL Server, DBeaver, DataGrip, R, Excel and pandas write these into CSV for null.
+# `Null`, `Na` and `Nan`, spelt like this, are names.
+NULL_WORDS = frozenset(
+    (
+        r"\N",
+        "NULL",
+        "null",
+        "(null)",
+        "<null>",
+        "[NULL]",
+        "NA",
+        "N/A",
+        "#N/A",
+        "<NA>",
+        "NaN",
+        "nan",
+        "None",
+        "nil",
+    )
+)
 
 
 def text(name: str, value: Any) -> str:

@@ -3,8 +3,9 @@
 import codecs
 import csv
 import re
+import shlex
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from io import BufferedReader, TextIOWrapper
@@ -15,9 +16,10 @@ from google.protobuf.message import Message
 from roster.v1.bulk_pb2 import RowFailure
 from service.cli.columns import ERROR, Columns
 from service.cli.formats.base import MAX_LINE_BYTES, SourceError, check_size, shorten
-from service.cli.formats.write import csv_line
+from service.cli.formats.write import Quoted, csv_line, quote
 from service.cli.rows import Row
 from service.cli.terminal import pluralize
+from service.cli.values import NULL_WORDS
 from service.errors import InvalidField, MalformedMessage, TooLarge
 from service.escape import escape
 
@@ -89,7 +91,8 @@ class Csv:
     Any line end; the delimiter is found from the header; spaces after delimiters; blank rows; columns
     without a name are ignored. As in PostgreSQL's COPY, an empty cell is unset and a quoted empty cell is an
     empty string. A quote inside a cell that does not begin with one is a character like any other. Text after
-    a closing quote, and a quote that is never closed, fail the row.
+    a closing quote, and a quote that is never closed, fail the row. `null` has the texts of unquoted cells
+    that are unset. A word such as NULL that is not one of them fails the row, as do escapes with a backslash.
 
     In rejects, `_error` is the first column, so that a row with too few or too many cells keeps its cells in
     their columns.
@@ -97,8 +100,12 @@ class Csv:
 
     name, suffix, unit = "Csv", "csv", "line"
 
-    def __init__(self, columns: Columns, delimiter: str = "", encoding: str = "") -> None:
+    def __init__(
+        self, columns: Columns, delimiter: str = "", encoding: str = "", null: Collection[str] = ()
+    ) -> None:
         self.columns = columns
+        self._null = null
+        self._null_words = NULL_WORDS.union(null)
         self._delimiter = delimiter
         self._encoding = encoding
         self._has_spaces = False  # after each delimiter, as the header has them
@@ -136,6 +143,11 @@ class Csv:
             raise SourceError(
                 "the header line is not UTF-8; save the file as UTF-8, or add --encoding cp1252"
             )
+        if RULER.fullmatch(first) or RULER.fullmatch(next(lines, "")):
+            raise SourceError(
+                "the file is a table for the screen, not CSV; export it as CSV, such as with psql --csv or "
+                "sqlite3 -header -csv"
+            )
         lines.give_back(0)
         candidates = [self._delimiter] if self._delimiter else DELIMITERS.values()
         headers = {delimiter: _read_names(lines, delimiter) for delimiter in candidates}
@@ -143,11 +155,6 @@ class Csv:
         self._delimiter = max(known, key=known.__getitem__)
         self._header = headers[self._delimiter]
         self._check_header(lines, known[self._delimiter])
-        if RULER.fullmatch(first) or RULER.fullmatch(next(lines, "")):
-            raise SourceError(
-                "the file is a table for the screen, not CSV; export it as CSV, such as with psql --csv or "
-                "sqlite3 -header -csv"
-            )
         others = next(csv.reader(lines, delimiter=self._delimiter))[1:]
         self._has_spaces = bool(others) and all(name.startswith(" ") for name in others)
 
@@ -167,13 +174,6 @@ class Csv:
         except InvalidField as error:
             raise SourceError(error.message) from None
 
-    def _read_rows(self, lines: Lines) -> Iterator[Row]:
-        reader = self._reader(lines, has_spaces=self._has_spaces)
-        blank = BLANK + self._delimiter
-        while True:
-            lines.start_record()
-            error: csv.Error | None = None
-            cells: list[str] = []
     def _suggest_header(self, lines: Lines) -> str:
         """Return what to do about a header without known columns: it may be missing, or be below a title."""
         if any(map(E_MAIL.search, self._header)):
@@ -192,6 +192,13 @@ class Csv:
                         return f"if line {lines.number + number + 2} is the header, delete the lines above it"
         return "name the columns with --columns, such as --columns email=Mail"
 
+    def _read_rows(self, lines: Lines) -> Iterator[Row]:
+        reader = self._reader(lines, has_spaces=self._has_spaces)
+        blank = BLANK + self._delimiter
+        while True:
+            lines.start_record()
+            error: csv.Error | None = None
+            cells: list[str] = []
             try:
                 cells = next(reader)
                 if ' "' in lines.text and any(map(_may_be_quoted, cells)):
@@ -223,7 +230,7 @@ class Csv:
     def _to_message(self, record: str, cells: list[str], error: csv.Error | None) -> Message:
         check_size(record)
         if error:
-            raise _explain(error)
+            raise _explain(error, record)
         if not _is_encodable(record):
             raise MalformedMessage("the row is not UTF-8; save the file as UTF-8, or add --encoding cp1252")
         count = len(self._header)
@@ -231,36 +238,67 @@ class Csv:
             raise MalformedMessage(f"the row has {pluralize(len(cells), 'cell')}, but the header has {count}")
         values = {field: cell or None for field, cell in zip(self._fields, cells, strict=False) if field}
         if '""' in record and None in values.values():
-            for index in self._quoted_empty_cells(record, cells):
+            for index in self._quoted_cells(record, cells):
                 if index < count and (field := self._fields[index]):
                     values[field] = ""
+        if not self._null_words.isdisjoint(cells):
+            values |= dict.fromkeys(self._unset_fields(record, cells))
+        if "\\" in record:
+            self._refuse_escapes(record, values)
         return self.columns.message_of(values)
 
-    def _quoted_empty_cells(self, record: str, cells: list[str]) -> list[int]:
-        """Return the indexes of the cells that are `""`, which the csv module does not tell from empty ones.
+    def _unset_fields(self, record: str, cells: list[str]) -> list[str]:
+        """Return the fields whose cells mean null; raises InvalidField if that is not certain."""
+        unset = []
+        for index, (field, cell) in enumerate(zip(self._fields, cells, strict=False)):
+            if not field or cell not in self._null_words or index in self._quoted_cells(record, cells, cell):
+                continue
+            if cell not in self._null:
+                option = f"--null {shlex.quote(cell)}"
+                raise InvalidField(
+                    f"{field} is {cell}, which programs write for an unset value: add {option}, or write it "
+                    "in quotes if it is text",
+                    field=field,
+                )
+            unset.append(field)
+        return unset
 
-        A mark in such a cell comes back as its value. In a place that only looks like one, as in
+    def _refuse_escapes(self, record: str, values: Mapping[str, str | None]) -> None:
+        """Raise InvalidField for an unquoted cell in which a backslash escapes a character."""
+        for field, cell in values.items():
+            if not cell or quote(cell) in record:
+                continue
+            escaped = '\\"' in cell or (self._delimiter == "\t" and ESCAPE.search(cell))
+            if escaped:
+                raise InvalidField(
+                    f"{field} seems to contain a character that is escaped with a backslash; export CSV with "
+                    "quotes and without escapes, or write it in quotes if it is text",
+                    field=field,
+                )
+
+    def _quoted_cells(self, record: str, cells: list[str], text: str = "") -> list[int]:
+        """Return the indexes of the cells that are a text in quotes, which the csv module does not reveal.
+
+        A mark in such a cell comes back with its value. In a place that only looks like one, as in
         `"a,"",b"`, the mark follows a closing quote, which is an error.
         """
         delimiter = re.escape(self._delimiter)
-        places = [
-            found.end() - 1
-            for found in re.finditer(rf'(?:^|(?<={delimiter})) *""(?={delimiter}|[\r\n]|$)', record)
-        ]
+        quoted = rf'(?:^|(?<={delimiter})) *"{re.escape(text)}"(?={delimiter}|[\r\n]|$)'
+        places = [found.end() - 1 for found in re.finditer(quoted, record)]
         with suppress(csv.Error):
-            return self._marked(record, cells, places)
+            return self._marked(record, cells, text, places)
         indexes = []
         for place in places:
             with suppress(csv.Error):
-                indexes += self._marked(record, cells, [place])
+                indexes += self._marked(record, cells, text, [place])
         return indexes
 
-    def _marked(self, record: str, cells: list[str], places: list[int]) -> list[int]:
-        """Return the indexes of the empty cells that a mark in one of the places fills; raises csv.Error."""
+    def _marked(self, record: str, cells: list[str], text: str, places: list[int]) -> list[int]:
+        """Return the indexes of the cells with a text that are in one of the places; raises csv.Error."""
         parts = [record[start:end] for start, end in pairwise([0, *places, len(record)])]
         marked = next(self._reader([MARK.join(parts)], has_spaces=True))
         pairs = enumerate(zip(cells, marked, strict=True))
-        return [index for index, (cell, found) in pairs if not cell and found == MARK]
+        return [index for index, (cell, found) in pairs if cell == text and found == text + MARK]
 
     def rejects_header(self) -> bytes:
         return csv_line([ERROR, *(name for name in self._header if name != ERROR)])
@@ -273,7 +311,10 @@ class Csv:
         record: str = row.original
         try:
             cells = next(self._reader([record], has_spaces=self._has_spaces))
-            quoted = self._quoted_empty_cells(record, cells)
+            quoted = self._quoted_cells(record, cells)
+            for word in self._null_words.intersection(cells):
+                for index in self._quoted_cells(record, cells, word):
+                    cells[index] = Quoted(word)
         except (csv.Error, StopIteration):
             return [shorten(row, record.rstrip("\r\n"))]
         values = [cell if cell or index in quoted else None for index, cell in enumerate(cells)]
@@ -302,12 +343,15 @@ def _is_encodable(text: str) -> bool:
         return False
 
 
-def _explain(error: csv.Error) -> MalformedMessage | TooLarge:
+def _explain(error: csv.Error, record: str) -> MalformedMessage | TooLarge:
     message = str(error)
     if "unexpected end" in message:
         return MalformedMessage("a quote is never closed")
     if "field limit" in message:
         return TooLarge(f"a quote is not closed within {MAX_LINE_BYTES >> 20} MiB")
     if "expected after" in message:
-        return MalformedMessage("text follows a closing quote; a quote inside a quoted cell is written twice")
+        wrong = ', not as \\"' if '\\"' in record else ""
+        return MalformedMessage(
+            f"text follows a closing quote; a quote inside a quoted cell is written twice{wrong}"
+        )
     return MalformedMessage(f"the row is not CSV: {message}")
