@@ -7,16 +7,16 @@ from difflib import SequenceMatcher
 from typing import Any
 
 import click
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
-from service.cli.values import PARSERS
+from service.cli.values import PARSERS, text
 from service.errors import InvalidField, TooLarge
 from service.escape import escape
 
 # The server accepts rows with up to 1 MiB of content.
 MAX_ROW_BYTES = 2 << 20
 MAX_NAMES = 10_000  # different ones in a file; JSON with more is data used as names
+MAX_LAYOUTS = 1000
 MAX_IGNORED_NAMES = 100
 MAX_SHOWN_CHARACTERS = 40
 ERROR = "_error"
@@ -58,8 +58,9 @@ class Columns:
         self.ignored: dict[str, None] = {}
         self.plural = f"{message.DESCRIPTOR.name.lower()}s"
         self._message = message
-        self._types = {name: message.DESCRIPTOR.fields_by_name[name].type for name in names}
-        self._parsers = {name: PARSERS[kind] for name, kind in self._types.items()}
+        descriptors = message.DESCRIPTOR.fields_by_name
+        self._parsers = {name: PARSERS[descriptors[name].type] for name in names}
+        self._layouts: dict[tuple[str, ...], list[str | None]] = {}  # the fields of rows with these names
         self._fields: dict[str, str | None] = dict.fromkeys(ignore) | {ERROR: None}
         self._fields |= {column: field for field, column in self.mapping.items()}
         self._by_spelling = {_spelling(name): name for name in names if name not in self.mapping}
@@ -99,27 +100,27 @@ class Columns:
 
     def to_message(self, row: Mapping[str, Any]) -> Message:
         """Return the message of a row by column; raises InvalidField, UnknownColumn, TooLarge."""
-        fields = self._fields
-        try:
-            values = {field: value for name, value in row.items() if (field := fields[name])}
-            # Fewer if two columns are the same field.
-            if len(values) == sum(map(bool, map(fields.get, row))):
-                return self.message_of(values)
-        except KeyError:  # a name that was not seen before
-            pass
-        names = list(row)
-        pairs = zip(self.fields_of(names), row.values(), strict=True)
-        return self.message_of({field: value for field, value in pairs if field})
+        names = tuple(row)
+        fields = self._layouts.get(names)
+        if fields is None:
+            fields = self.fields_of(names)
+            if len(self._layouts) < MAX_LAYOUTS:
+                self._layouts[names] = fields
+        return self.message_of(fields, row.values())
 
-    def message_of(self, values: Mapping[str, Any]) -> Message:
-        """Return the message of a row by field; raises InvalidField, TooLarge.
+    def message_of(self, fields: Iterable[str | None], values: Iterable[Any]) -> Message:
+        """Return the message of a row; raises InvalidField, TooLarge.
 
-        An empty value is unset, unless the field is a string.
+        `fields` are those of the values, None for ignored columns; further values are ignored too. An empty
+        value is unset, unless the field is a string.
         """
         parsed = {}
-        for name, value in values.items():
-            if value is not None and (value not in EMPTY or self._types[name] == FieldDescriptor.TYPE_STRING):
-                parsed[name] = self._parsers[name](name, value)
+        for field, value in zip(fields, values, strict=False):
+            if field is None or value is None:
+                continue
+            parser = self._parsers[field]
+            if value not in EMPTY or parser is text:
+                parsed[field] = parser(field, value)
         message = self._message(**parsed)
         if message.ByteSize() > MAX_ROW_BYTES:
             raise TooLarge(f"the row is larger than {MAX_ROW_BYTES >> 20} MiB")
@@ -165,7 +166,7 @@ class Columns:
 
 def parse_columns(options: Sequence[str], names: Sequence[str]) -> dict[str, str]:
     """Return the columns of `--columns field=Column,…` by field; raises UsageError."""
-    mapping = {}
+    mapping: dict[str, str] = {}
     for option in options:
         lexer = shlex.shlex(option, posix=True)
         lexer.whitespace, lexer.whitespace_split = ",", True

@@ -5,7 +5,7 @@ import csv
 import re
 import shlex
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from io import BufferedReader, TextIOWrapper
@@ -236,20 +236,20 @@ class Csv:
         count = len(self._header)
         if len(cells) != count and (len(cells) < count or any(cells[count:])):
             raise MalformedMessage(f"the row has {pluralize(len(cells), 'cell')}, but the header has {count}")
-        values = {field: cell or None for field, cell in zip(self._fields, cells, strict=False) if field}
-        if '""' in record and None in values.values():
+        values: list[str | None] = [cell or None for cell in cells]
+        if '""' in record and None in values:
             for index in self._quoted_cells(record, cells):
-                if index < count and (field := self._fields[index]):
-                    values[field] = ""
+                values[index] = ""
         if not self._null_words.isdisjoint(cells):
-            values |= dict.fromkeys(self._unset_fields(record, cells))
+            for index in self._null_cells(record, cells):
+                values[index] = None
         if "\\" in record:
-            self._refuse_escapes(record, values)
-        return self.columns.message_of(values)
+            self._refuse_escapes(record, cells)
+        return self.columns.message_of(self._fields, values)
 
-    def _unset_fields(self, record: str, cells: list[str]) -> list[str]:
-        """Return the fields whose cells mean null; raises InvalidField if that is not certain."""
-        unset = []
+    def _null_cells(self, record: str, cells: list[str]) -> list[int]:
+        """Return the indexes of the cells that mean null; raises InvalidField if that is not certain."""
+        indexes = []
         for index, (field, cell) in enumerate(zip(self._fields, cells, strict=False)):
             if not field or cell not in self._null_words or index in self._quoted_cells(record, cells, cell):
                 continue
@@ -260,16 +260,15 @@ class Csv:
                     "in quotes if it is text",
                     field=field,
                 )
-            unset.append(field)
-        return unset
+            indexes.append(index)
+        return indexes
 
-    def _refuse_escapes(self, record: str, values: Mapping[str, str | None]) -> None:
+    def _refuse_escapes(self, record: str, cells: list[str]) -> None:
         """Raise InvalidField for an unquoted cell in which a backslash escapes a character."""
-        for field, cell in values.items():
-            if not cell or quote(cell) in record:
+        for field, cell in zip(self._fields, cells, strict=False):
+            if not field or "\\" not in cell or cell in self._null or quote(cell) in record:
                 continue
-            escaped = '\\"' in cell or (self._delimiter == "\t" and ESCAPE.search(cell))
-            if escaped:
+            if '\\"' in cell or (self._delimiter == "\t" and ESCAPE.search(cell)):
                 raise InvalidField(
                     f"{field} seems to contain a character that is escaped with a backslash; export CSV with "
                     "quotes and without escapes, or write it in quotes if it is text",
@@ -282,6 +281,9 @@ class Csv:
         A mark in such a cell comes back with its value. In a place that only looks like one, as in
         `"a,"",b"`, the mark follows a closing quote, which is an error.
         """
+        # Without quotes in cells, each quoted cell has two.
+        if record.count('"') == 2 * len(cells) and '"' not in "".join(cells):
+            return [index for index, cell in enumerate(cells) if cell == text]
         delimiter = re.escape(self._delimiter)
         quoted = rf'(?:^|(?<={delimiter})) *"{re.escape(text)}"(?={delimiter}|[\r\n]|$)'
         places = [found.end() - 1 for found in re.finditer(quoted, record)]

@@ -72,8 +72,8 @@ class Parquet:
         return self._pyarrow.RecordBatch.from_arrays(columns, batch.schema.names)
 
     def _to_message(self, row: Values, fields: Mapping[str, str]) -> Message:
-        pairs = ((fields[name], value) for name, value in row.items())
-        return self.columns.message_of({field: value for field, value in pairs if not _is_nan(value)})
+        values = [None if _is_nan(value) else value for value in row.values()]
+        return self.columns.message_of(map(fields.__getitem__, row), values)
 
     def rejects_header(self) -> bytes:
         return b""
