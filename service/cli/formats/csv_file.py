@@ -33,6 +33,7 @@ MAX_TITLE_LINES = 20
 E_MAIL = re.compile(r"\S@\S")
 # As PostgreSQL's and MySQL's text formats escape characters.
 ESCAPE = re.compile(r"\\[bfnrtv0\\]")
+ESCAPED_LINE_END = re.compile(r"\\[\r\n]")  # in `content`, it can be a line of code
 # Put into a quoted cell to find it. Any character that is not part of the syntax would do.
 MARK = "\0"
 BLANK = "\ufeff \t\r\n"
@@ -264,16 +265,20 @@ class Csv:
         return indexes
 
     def _refuse_escapes(self, record: str, cells: list[str]) -> None:
-        """Raise InvalidField for an unquoted cell in which a backslash escapes a character."""
+        """Raise InvalidField for a cell in which a backslash seems to escape a character."""
         for field, cell in zip(self._fields, cells, strict=False):
-            if not field or "\\" not in cell or cell in self._null or quote(cell) in record:
+            if not field or "\\" not in cell or cell in self._null:
                 continue
-            if '\\"' in cell or (self._delimiter == "\t" and ESCAPE.search(cell)):
-                raise InvalidField(
-                    f"{field} seems to contain a character that is escaped with a backslash; export CSV with "
-                    "quotes and without escapes, or write it in quotes if it is text",
-                    field=field,
-                )
+            is_escaped = '\\"' in cell or (self._delimiter == "\t" and ESCAPE.search(cell))
+            advice = "export CSV with quotes and without escapes"
+            if is_escaped and quote(cell) not in record:
+                advice += ", or write it in quotes if it is text"
+            elif field == "content" or not ESCAPED_LINE_END.search(cell):
+                continue
+            raise InvalidField(
+                f"{field} seems to contain a character that is escaped with a backslash; {advice}",
+                field=field,
+            )
 
     def _quoted_cells(self, record: str, cells: list[str], text: str = "") -> list[int]:
         """Return the indexes of the cells that are a text in quotes, which the csv module does not reveal.

@@ -3,6 +3,7 @@
 import codecs
 import json
 from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from io import BufferedReader, RawIOBase, TextIOWrapper
 from typing import Any
 
@@ -48,10 +49,12 @@ class Json:
         self.unit = "row"
         array: str | None = self.columns.plural
         if file.seekable():
-            array = self._find_array(JsonText(whole))
+            with closing(JsonText(whole)) as text:
+                array = self._find_array(text)
             file.seek(0)
             whole = _open_utf8(file)
-        yield from self._document(JsonText(whole), array)
+        with closing(JsonText(whole)) as text:
+            yield from self._document(text, array)
 
     def _has_a_row_per_line(self, head: list[bytes]) -> bool:
         """Return whether the first line is a row, or the second one: the first may be damaged."""
@@ -163,6 +166,11 @@ class JsonText:
         self._position = 0
         self._is_complete = False
         self._row = 0  # the number of the last one
+
+    def close(self) -> None:
+        """Leave the file open: it belongs to the caller."""
+        with suppress(ValueError):  # the file is closed
+            self._file.detach()
 
     def peek(self) -> str:
         """Return the next character that is not white space, "" at the end."""
