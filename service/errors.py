@@ -5,7 +5,8 @@ RosterError
 │                        InvalidOptions MalformedMessage TooLarge
 ├── NotFound             UserNotFound PostNotFound LoadNotFound ServiceNotFound
 ├── AlreadyExists        EmailTaken IdTaken RequestIdReused
-├── FailedPrecondition   AuthorNotFound OptionsChanged LoadFinished LoadAborted LoadExpired TooManyFailures
+├── FailedPrecondition   AuthorNotFound UnreadableHash OptionsChanged LoadFinished LoadAborted LoadExpired
+│                        TooManyFailures
 ├── Aborted              VersionMismatch LoadFenced
 ├── OutOfRange           OffsetGap
 ├── ResourceExhausted    RateLimited QuotaExceeded
@@ -145,6 +146,12 @@ class FailedPrecondition(RosterError):
 
 class AuthorNotFound(FailedPrecondition):
     reason = "AUTHOR_NOT_FOUND"
+
+
+class UnreadableHash(FailedPrecondition):
+    """The stored hash of a user can't be checked; no password is right or wrong until a new one is set."""
+
+    reason = "UNREADABLE_HASH"
 
 
 class OptionsChanged(FailedPrecondition):

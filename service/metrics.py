@@ -84,6 +84,9 @@ HASHING_REFUSED = Counter(
     "roster_password_hashes_refused_total",
     "Password hashes refused because too many of the same caller were waiting.",
 )
+HASHES_UNREADABLE = Counter(
+    "roster_password_hashes_unreadable_total", "Password checks of users whose stored hash can't be checked."
+)
 
 
 def serve(settings: Settings, registry: CollectorRegistry = REGISTRY) -> tuple[str, Callable[[], None]]:

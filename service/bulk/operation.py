@@ -20,8 +20,8 @@ from service.wire import mask_paths
 
 IDENTITY = ("id", "version")
 RESTORED = (*IDENTITY, "created_at", "updated_at")
-# Reading a row takes 1 µs, but 100 µs if it has a text of nothing but combining marks.
-ROWS_AT_ONCE = 100
+# Reading a row takes 1 µs, but 300 µs if the domain of its e-mail has 17 labels in the form `xn--…`.
+ROWS_AT_ONCE = 50
 
 
 @dataclass(frozen=True)

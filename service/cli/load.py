@@ -126,30 +126,32 @@ class Load:
         self._report.failed = load.failed
 
     async def _messages(self, loads: BulkServiceStub, start: int) -> AsyncGenerator[Message, None]:
-        """Yield the rows that can be parsed, from offset `start` on.
+        """Yield the rows from offset `start` on, an empty one for each row that can't be parsed.
 
-        Those before it were settled by an earlier run. If they failed then, they are written to the rejects
-        again, with the failures that the server has stored.
+        The server refuses an empty row, so that it has a failure too, and the offset of a row is its position
+        in the file: rows that an earlier run has settled are skipped without parsing them. If they failed
+        then, they are written to the rejects again, with the failures that the server has stored.
         """
         request = pb.ListBulkLoadFailuresRequest(
             load_id=self._options.load_id, caller=self._options.caller, page_size=PAGE_SIZE
         )
         failures = pages(partial(self._backoff.call, loads.ListBulkLoadFailures), request)
-        async with aclosing(failures), aclosing(self._source.chunks()) as chunks:
+        empty, offset = self._entity.message(), 0
+        async with aclosing(failures), aclosing(self._source.chunks(start)) as chunks:
             failure = await anext(failures, None) if start else None
-            offset = 0
-            async for row in (row async for chunk in chunks for row in chunk):
-                if row.message is None or offset >= start:
-                    self._tracker.add(row)
-                elif failure and failure.offset == offset:
+            async for chunk in chunks:
+                end = offset + len(chunk)
+                while failure and failure.offset < min(start, end):
+                    row = chunk[failure.offset - offset]
+                    row.parse()
                     self._tracker.reject(row, failure)
                     failure = await anext(failures, None)
-                if 0 < self._options.max_failures < self._report.failed:
-                    raise TooManyFailures(f"more than {self._options.max_failures:,} rows failed")
-                if row.message is not None:
-                    offset += 1
-                    if offset > start:
-                        yield row.message
+                for row in chunk[max(start - offset, 0) :]:
+                    if 0 < self._options.max_failures < self._report.failed:
+                        raise TooManyFailures(f"more than {self._options.max_failures:,} rows failed")
+                    self._tracker.add(row)
+                    yield empty if row.message is None else row.message
+                offset = end
         if offset < start:
             rows = pluralize(offset, "row")
             raise FailedPrecondition(f"the file has only {rows}, but the load already has {start:,}")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from roster.v1.bulk_pb2 import RowFailure
 from service.cli.formats import FileFormat
@@ -28,7 +28,7 @@ class RejectsFile:
         self._format = file_format
         self._file: IO[bytes] | None = None
 
-    def write(self, row: Row, failure: RowFailure) -> None:
+    def write(self, row: Row[Any], failure: RowFailure) -> None:
         """Append a row; raises OSError."""
         if self._file is None:
             self._file = self._create()

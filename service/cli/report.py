@@ -28,16 +28,9 @@ class LoadReport:
         self._format = file_format
         self._options = options
         self._rejects = rejects
-        self._unparsed = 0  # of those that failed; they were not sent
         self._reasons: Counter[str] = Counter()
         self._examples: dict[str, str] = {}  # the first failure of each reason
         self._started = time.monotonic()
-
-    def add_unparsed(self) -> None:
-        """Count a row that could not be parsed."""
-        self.rows += 1
-        self.failed += 1
-        self._unparsed += 1
 
     def add_ack(self, ack: pb.BulkAck) -> int:
         """Count the rows of an ack, and return how many there are."""
@@ -46,7 +39,7 @@ class LoadReport:
         self.failed += ack.failed
         return rows
 
-    def add_failure(self, row: Row, failure: pb.RowFailure) -> None:
+    def add_failure(self, row: Row[Any], failure: pb.RowFailure) -> None:
         """Count the reason of a failed row."""
         reason = f"{failure.reason} {failure.field}".rstrip()
         self._reasons[reason] += 1
@@ -95,9 +88,6 @@ class LoadReport:
         lines = [f"{self._name}: {self._timing()}: {self._counts()}"]
         for reason, count in self._reasons.most_common(TOP_REASONS):
             lines.append(f"  {count:,} x {reason}, first at {self._examples[reason]}")
-        if self._unparsed:
-            rows = pluralize(self._unparsed, "row")
-            lines.append(f"  {rows} could not be parsed; `roster loads` counts only rows that were sent")
         if self._options.validate_only:
             lines.append("  validated only: nothing was written")
         written_to = self._rejects.written_to

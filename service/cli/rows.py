@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC
 from types import ModuleType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -68,29 +68,26 @@ ENTITIES = {"users": USERS, "posts": POSTS}
 
 
 @dataclass(slots=True)
-class Row:
-    """A row of a file: its message, or the reason why it could not be read.
+class Row(Generic[OriginalT]):
+    """A row of a file. Once it is parsed, it has a message, or the reason why there is none.
 
-    `number` is the number of its first line, from 1; `size` is in bytes. `original` is the row as it is in
-    the file: its text, or its values by column.
+    `number` is the number of its first line, from 1; `size` is in bytes, about. `original` is the row as it
+    is in the file, and `parser` returns its message or raises RosterError.
     """
 
     number: int
     size: int
-    original: Any
+    original: OriginalT
+    parser: Callable[[OriginalT], Message]
     message: Message | None = None
     failure: RowFailure | None = None
 
-    @classmethod
-    def parse(
-        cls, number: int, size: int, original: OriginalT, parser: Callable[[OriginalT], Message]
-    ) -> "Row":
-        """Return a row with the message that `parser` returns, or the failure that it raises."""
+    def parse(self) -> None:
+        """Set the message or the failure."""
         try:
-            return cls(number, size, original, parser(original))
+            self.message = self.parser(self.original)
         except RosterError as error:
-            failure = RowFailure(reason=error.reason, field=error.field, message=error.message)
-            return cls(number, size, original, failure=failure)
+            self.failure = RowFailure(reason=error.reason, field=error.field, message=error.message)
 
 
 def values_of(message: Any, names: Sequence[str]) -> Values:

@@ -3,19 +3,21 @@
 import asyncio
 import stat
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from hashlib import file_digest
 from io import BufferedReader
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from service.cli.compression import DAMAGED, decompress
 from service.cli.formats import STDIN, FileFormat, SourceError
 from service.cli.rows import Row
 
 T = TypeVar("T")
+AnyRow: TypeAlias = Row[Any]
 
 OTHER_CONTENTS = {
     b"PK\x03\x04": "the file is a ZIP archive or a workbook; unpack it, or save the sheet as “CSV UTF-8”",
@@ -45,7 +47,7 @@ class Source:
         self.bytes_total = status.st_size if status and stat.S_ISREG(status.st_mode) else 0
         self.bytes_read = 0
         self._rows = self._read()
-        self._prefetched: list[Row] = []
+        self._prefetched: list[AnyRow] = []
 
     def digest(self) -> bytes:
         """Return a digest of the content, b"" if the source can be read only once."""
@@ -56,21 +58,39 @@ class Source:
 
     async def prefetch(self) -> None:
         """Read the header and the first rows; raises SourceError, OSError."""
-        self._prefetched = await _run_in_daemon_thread(lambda: _read_chunk(self._rows))
+        self._prefetched = await _run_in_daemon_thread(self._read_chunk)
 
-    async def chunks(self) -> AsyncGenerator[list[Row], None]:
-        """Yield the rows, many at a time; raises SourceError, OSError."""
+    async def chunks(self, start: int) -> AsyncGenerator[list[AnyRow], None]:
+        """Yield the rows, many at a time; raises SourceError, OSError.
+
+        The first `start` rows are not parsed.
+        """
         try:
-            chunk = self._prefetched or await _run_in_daemon_thread(lambda: _read_chunk(self._rows))
-            self._prefetched = []
-            while chunk:
+            while chunk := await _run_in_daemon_thread(partial(self._next_chunk, start)):
+                start -= len(chunk)
                 yield chunk
-                chunk = await _run_in_daemon_thread(lambda: _read_chunk(self._rows))
         finally:
             with suppress(ValueError):  # the thread is blocked in a read, which can't be interrupted
                 self._rows.close()
 
-    def _read(self) -> Generator[Row, None, None]:
+    def _next_chunk(self, start: int) -> list[AnyRow]:
+        chunk, self._prefetched = self._prefetched or self._read_chunk(), []
+        for row in chunk[max(start, 0) :]:
+            row.parse()
+        return chunk
+
+    def _read_chunk(self) -> list[AnyRow]:
+        """Return the next rows: a thread hop for each row would cost more than parsing it."""
+        chunk: list[AnyRow] = []
+        size = 0
+        for row in self._rows:
+            chunk.append(row)
+            size += row.size
+            if len(chunk) == CHUNK_ROWS or size >= CHUNK_BYTES:
+                break
+        return chunk
+
+    def _read(self) -> Generator[AnyRow, None, None]:
         is_stdin = self._path == STDIN
         with open(0 if is_stdin else self._path, "rb", closefd=not is_stdin) as file:
             _refuse_other_contents(file)
@@ -88,18 +108,6 @@ def _refuse_other_contents(file: BufferedReader) -> None:
     for signature, advice in OTHER_CONTENTS.items():
         if start.startswith(signature):
             raise SourceError(advice)
-
-
-def _read_chunk(rows: Iterator[Row]) -> list[Row]:
-    """Return the next rows: a thread hop for each row would cost more than parsing it."""
-    chunk: list[Row] = []
-    size = 0
-    for row in rows:
-        chunk.append(row)
-        size += row.size
-        if len(chunk) == CHUNK_ROWS or size >= CHUNK_BYTES:
-            break
-    return chunk
 
 
 async def _run_in_daemon_thread(work: Callable[[], T]) -> T:

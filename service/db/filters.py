@@ -5,21 +5,17 @@ order_by is that of AIP-132. `docs/filtering.md` describes both for callers.
 """
 
 import json
-import operator
 import re
-from collections.abc import Callable, Collection, Mapping
-from datetime import UTC, datetime
-from functools import partial
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 from lark import Lark, Token, Tree, UnexpectedCharacters, UnexpectedToken
 from lark.parsers.lalr_interactive_parser import InteractiveParser
-from sqlalchemy import BigInteger, Boolean, ColumnElement, Integer, String, and_, literal, not_, or_
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.functions import GenericFunction
+from sqlalchemy import BigInteger, Boolean, ColumnElement, Integer, String, and_, not_, or_
 
-from service.db.base import ColumnType, Expression, UtcDateTime
+from service.db.base import Expression, UtcDateTime
+from service.db.comparisons import Instant, Pattern, compare, compare_time, contains, matches
 from service.errors import InvalidFilter, InvalidOrder
 from service.timeslice import TimeSlice
 
@@ -37,13 +33,17 @@ class Order(NamedTuple):
 
 
 async def condition(
-    text: str, columns: Columns, normalise: Mapping[str, Callable[[str], str]] = {}
+    text: str,
+    columns: Columns,
+    normalise: Mapping[str, Callable[[str], str]] = {},
+    spellings: Mapping[str, Callable[[str], Sequence[str]]] = {},
 ) -> ColumnElement[bool] | None:
     """Return the filter as an expression over the columns, None if it is blank.
 
     The type of a column decides which operators and values are allowed. `normalise` maps a field to a
-    function that is applied to a text before it is compared. A filter has at most 2,000 characters, nested
-    at most 20 deep. Raises InvalidFilter; its fact `position` counts characters from 1.
+    function that is applied to a text, or to a part of one, before it is compared. `spellings` maps a field
+    to a function that returns the texts to look for in place of a whole one. A filter has at most 2,000
+    characters, nested at most 20 deep. Raises InvalidFilter; its fact `position` counts characters from 1.
     """
     if len(text) > MAX_CHARACTERS:
         raise _error(MAX_CHARACTERS, f"a filter has at most {MAX_CHARACTERS:,} characters")
@@ -51,7 +51,7 @@ async def condition(
         return None
     time_slice = TimeSlice()
     tree = await _parse(text, time_slice)
-    return await _expression(tree, partial(_comparison, columns, normalise), time_slice)
+    return await _expression(tree, _Fields(columns, normalise, spellings), time_slice)
 
 
 def parse_order(text: str, fields: Collection[str]) -> Order:
@@ -75,18 +75,6 @@ def parse_order(text: str, fields: Collection[str]) -> Order:
     )
 
 
-class strpos(GenericFunction[int]):  # noqa: N801  (reads as SQL)
-    """The position of one text in another, in code points from 1; 0 if it is not there."""
-
-    type = Integer()
-    inherit_cache = True
-
-
-@compiles(strpos, "sqlite")
-def _instr(element: strpos, compiler: SQLCompiler, **options: Any) -> str:
-    return f"instr({compiler.process(element.clauses, **options)})"
-
-
 # A word ends only at a space, a bracket, a quote or an operator. So a value that a caller forgot to quote,
 # such as foo@example.org, is one word, and the error can point at it.
 _PARSER = Lark(
@@ -96,12 +84,14 @@ _PARSER = Lark(
     ?disjunction: term ("OR" term)*
     ?term: comparison
          | "(" conjunction ")"
-         | "NOT" term -> negation
-    comparison: WORD OPERATOR (STRING | INTEGER | TRUE | FALSE | NULL)
+         | ("NOT" | MINUS) term -> negation
+    comparison: WORD OPERATOR (STRING | INTEGER | TRUE | FALSE | NULL | STAR)
 
     OPERATOR: /[!<>]=|[=<>:]/
     STRING: /"(\\.|[^"\\])*"|'(\\.|[^'\\])*'/s
-    INTEGER.1: /-?[0-9]+(?![^\s()=!<>:"'])/
+    INTEGER.1: /-?[0-9]+(\.0+)?(?![^\s()=!<>:"'])/
+    MINUS.1: /-(?=[A-Za-z(])/
+    STAR.1: /\*(?![^\s()=!<>:"'])/
     TRUE: "true"
     FALSE: "false"
     NULL: "null"
@@ -112,6 +102,7 @@ _PARSER = Lark(
     lexer="basic",
 )
 
+_NESTING = ("LPAR", "NOT", "MINUS")
 _KEYWORDS = {keyword.lower(): keyword for keyword in ("AND", "OR", "NOT", "true", "false", "null")}
 
 # The error asks for the first of these terminals that the parser would accept.
@@ -151,14 +142,15 @@ def _check(token: Token, parser: InteractiveParser) -> None:
     if token.type == "WORD" and token.lower() in _KEYWORDS:
         raise _error(token.start_pos, f"keywords are case-sensitive: write {_KEYWORDS[token.lower()]}")
     stack = parser.parser_state.value_stack
-    depth = sum(isinstance(item, Token) and item.type in ("LPAR", "NOT") for item in [*stack, token])
+    depth = sum(isinstance(item, Token) and item.type in _NESTING for item in [*stack, token])
     if depth > MAX_DEPTH:
         raise _error(token.start_pos, f"parentheses and NOT are nested more than {MAX_DEPTH} deep")
 
 
 def _unexpected(token: Token, accepted: Collection[str]) -> InvalidFilter:
     expected = next(text for terminal, text in _EXPECTED.items() if terminal in accepted)
-    advice = "; put strings and times in quotes" if "STRING" in accepted and token.type == "WORD" else ""
+    is_unquoted = "STRING" in accepted and token.type in {"WORD", "MINUS"}
+    advice = "; put strings and times in quotes" if is_unquoted else ""
     return _error(token.start_pos, f"expected {expected} but found {_found(token)}{advice}")
 
 
@@ -176,38 +168,32 @@ _COMBINED: Mapping[str, Callable[..., ColumnElement[bool]]] = {
     "disjunction": or_,
     "negation": not_,
 }
-_OPERATORS: Mapping[str, Callable[..., ColumnElement[bool]]] = {
-    "=": operator.eq,
-    "!=": operator.ne,
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-    ":": lambda column, text: strpos(column, text) > 0,
-}
 
 
-async def _expression(
-    tree: Any, comparison: Callable[..., ColumnElement[bool]], time_slice: TimeSlice
-) -> ColumnElement[bool]:
+class _Fields(NamedTuple):
+    """The fields of a filter: their columns, and how their texts are normalised."""
+
+    columns: Columns
+    normalise: Mapping[str, Callable[[str], str]]
+    spellings: Mapping[str, Callable[[str], Sequence[str]]]
+
+
+async def _expression(tree: Any, fields: _Fields, time_slice: TimeSlice) -> ColumnElement[bool]:
     if tree.data == "comparison":
         await time_slice.pause()
-        return comparison(*tree.children)
-    parts = [await _expression(child, comparison, time_slice) for child in tree.children]
+        return _comparison(fields, *tree.children)
+    children = [child for child in tree.children if isinstance(child, Tree)]
+    parts = [await _expression(child, fields, time_slice) for child in children]
     return _COMBINED[tree.data](*parts)
 
 
-def _comparison(
-    columns: Columns,
-    normalise: Mapping[str, Callable[[str], str]],
-    field: Token,
-    compared: Token,
-    value: Token,
-) -> ColumnElement[bool]:
-    if field not in columns:
-        message = f"unknown field {json.dumps(field[:40])[:42]}; the fields are {', '.join(columns)}"
+def _comparison(fields: _Fields, field: Token, compared: Token, value: Token) -> ColumnElement[bool]:
+    if field not in fields.columns:
+        message = f"unknown field {json.dumps(field[:40])[:42]}; the fields are {', '.join(fields.columns)}"
         raise _error(field.start_pos, message)
-    column = columns[field]
+    column = fields.columns[field]
+    if value.type == "STAR":
+        return _presence(column, field, compared, value)
     kind = next(kind for type_, kind in _KINDS.items() if isinstance(column.type, type_))
     if compared not in kind.operators:
         raise _error(compared.start_pos, f"{field} is {kind.name} and takes {' '.join(kind.operators)}")
@@ -216,10 +202,24 @@ def _comparison(
     if value.type not in kind.tokens:
         message = f"{field} is {kind.name}: expected {kind.value} but found {_found(value)}"
         raise _error(value.start_pos, message)
-    operand = kind.read(value)
-    if field in normalise:
-        operand = normalise[field](operand)
-    return _OPERATORS[compared](column, literal(operand, kind.type))
+    return kind.compare(_Comparison(fields, column, field, compared, value))
+
+
+class _Comparison(NamedTuple):
+    """One comparison of a filter: a column, an operator, and a value of the right type."""
+
+    fields: _Fields
+    column: Expression
+    field: str
+    operator: str
+    value: Token
+
+
+def _presence(column: Expression, field: Token, compared: Token, value: Token) -> ColumnElement[bool]:
+    if compared != ":":
+        message = f"* without quotes follows a colon, as in {field}:*, which is true if {field} is not null"
+        raise _error(value.start_pos, message)
+    return column.is_not(None)
 
 
 def _null(column: Expression, field: Token, compared: Token, value: Token) -> ColumnElement[bool]:
@@ -230,44 +230,128 @@ def _null(column: Expression, field: Token, compared: Token, value: Token) -> Co
     return column.is_(None) if compared == "=" else column.is_not(None)
 
 
-def _integer(token: Token) -> int:
-    number = int(token)
+def _compare_integer(comparison: _Comparison) -> ColumnElement[bool]:
+    token = comparison.value
+    number = int(token.partition(".")[0])
     if not -(2**63) <= number < 2**63:
         raise _error(token.start_pos, "an integer has 64 bits: -9223372036854775808 to 9223372036854775807")
-    return number
+    return compare(comparison.column, comparison.operator, number, BigInteger())
+
+
+def _compare_boolean(comparison: _Comparison) -> ColumnElement[bool]:
+    return compare(comparison.column, comparison.operator, comparison.value == "true", Boolean())
+
+
+def _compare_text(comparison: _Comparison) -> ColumnElement[bool]:
+    match comparison.operator:
+        case "=":
+            return _matches(comparison)
+        case "!=":
+            return not_(_matches(comparison))
+        case ":":
+            return _contains(comparison)
+    text = _normalised(comparison, _text(comparison.value))
+    return compare(comparison.column, comparison.operator, text, String())
+
+
+def _matches(comparison: _Comparison) -> ColumnElement[bool]:
+    pattern = _pattern(comparison.value)
+    if pattern.is_open_left or pattern.is_open_right:
+        pattern = pattern._replace(text=_normalised(comparison, pattern.text))
+        return matches(comparison.column, pattern)
+    spellings = comparison.fields.spellings.get(comparison.field)
+    if spellings is None:
+        texts: Sequence[str] = [_normalised(comparison, pattern.text)]
+    else:
+        texts = spellings(pattern.text)
+    return or_(*(matches(comparison.column, Pattern(text)) for text in texts))
+
+
+def _contains(comparison: _Comparison) -> ColumnElement[bool]:
+    if comparison.value[1:-1] == "*":
+        return comparison.column.is_not(None)
+    # A part may stand anywhere in a text: a wildcard at either end of it changes nothing.
+    part = _pattern(comparison.value).text
+    return contains(comparison.column, _normalised(comparison, part))
+
+
+def _normalised(comparison: _Comparison, text: str) -> str:
+    normalise = comparison.fields.normalise.get(comparison.field)
+    return normalise(text) if normalise else text
 
 
 _SPECIAL = re.compile(r"\\.|\0", re.DOTALL)
-_ESCAPES = ('\\"', "\\'", "\\\\")
+_ESCAPES = ('\\"', "\\'", "\\\\", "\\*")
+# A backslash always has a character after it, so that an escaped star is never the last group.
+_WILDCARDS = re.compile(r"(\*?)((?:\\.|[^\\])*?)(\*?)", re.DOTALL)
 
 
 def _text(token: Token) -> str:
+    """Return the text of a string in which a star is only a star."""
+    _check_string(token)
+    return _unescaped(token[1:-1])
+
+
+def _pattern(token: Token) -> Pattern:
+    """Return the pattern of a string: a star at either end is a wildcard if it is not escaped."""
+    _check_string(token)
+    found = _WILDCARDS.fullmatch(token, 1, len(token) - 1)
+    left, text, right = found.groups() if found else ("", "", "")
+    return Pattern(_unescaped(text), bool(left), bool(right))
+
+
+def _check_string(token: Token) -> None:
     for special in _SPECIAL.finditer(token):
         if special[0] not in _ESCAPES:
             start = (token.start_pos or 0) + special.start()
             raise _error(start, f"a string has no NUL, and a backslash only in {' '.join(_ESCAPES)}")
-    return _SPECIAL.sub(lambda escape: escape[0][1], token[1:-1])
+
+
+def _unescaped(text: str) -> str:
+    return _SPECIAL.sub(lambda escape: escape[0][1], text)
 
 
 _RFC_3339 = re.compile(
-    r"\d{4}-\d\d-\d\dT([01]\d|2[0-3]):\d\d:\d\d(\.\d+)?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)",
+    r"(?P<minute>\d{4}-\d\d-\d\dT([01]\d|2[0-3]):\d\d):(?P<second>\d\d)(\.(?P<fraction>\d+))?"
+    r"(?P<zone>Z|[+-]([01]\d|2[0-3]):[0-5]\d)",
     re.ASCII | re.IGNORECASE,
 )
+_SECOND = timedelta(seconds=1)
 
 
-def _time(token: Token) -> datetime:
-    text = _text(token)
-    written = _RFC_3339.fullmatch(text)
+def _compare_time(comparison: _Comparison) -> ColumnElement[bool]:
+    return compare_time(comparison.column, comparison.operator, _instant(comparison.value))
+
+
+def _instant(token: Token) -> Instant:
+    written = _RFC_3339.fullmatch(_text(token))
     if not written:
         message = 'expected an RFC 3339 time with Z or an offset (+02:00), as in "2024-01-31T09:30:00Z"'
         raise _error(token.start_pos, message)
-    if len(written[2] or "") > len(".123456"):
-        raise _error(token.start_pos, "a time is exact to the microsecond: at most 6 digits follow the point")
+    fraction = written["fraction"] or ""
+    microseconds, rest = fraction[:6].ljust(6, "0"), fraction[6:]
     try:
-        return datetime.fromisoformat(text.upper()).astimezone(UTC)
+        time = _time(written["minute"], written["second"], microseconds, written["zone"])
     except (ValueError, OverflowError):
         message = "no such time: check the date and the time of day; in UTC the year is 1 to 9999"
         raise _error(token.start_pos, message) from None
+    return Instant(time, is_between=bool(rest.strip("0")))
+
+
+def _time(minute: str, second: str, microseconds: str, zone: str) -> datetime:
+    """Return a time in UTC; raises ValueError and OverflowError if there is none.
+
+    A leap second is the first second after it, as in PostgreSQL. It ends a month.
+    """
+    is_leap = second == "60"
+    written = f"{minute}:{'59' if is_leap else second}.{microseconds}{zone}"
+    time = datetime.fromisoformat(written.upper()).astimezone(UTC)
+    if not is_leap:
+        return time
+    following = time + _SECOND
+    if (following.day, following.hour, following.minute, following.second) != (1, 0, 0, 0):
+        raise ValueError(written)
+    return following
 
 
 class _Kind(NamedTuple):
@@ -277,15 +361,14 @@ class _Kind(NamedTuple):
     operators: tuple[str, ...]
     value: str
     tokens: tuple[str, ...]
-    read: Callable[[Token], Any]
-    type: ColumnType
+    compare: Callable[[_Comparison], ColumnElement[bool]]
 
 
 _EQUAL = ("=", "!=")
 _ORDERED = (*_EQUAL, "<", "<=", ">", ">=")
 _KINDS = {
-    UtcDateTime: _Kind("a time", _ORDERED, "a time in quotes", ("STRING",), _time, UtcDateTime()),
-    Boolean: _Kind("a boolean", _EQUAL, "true or false", ("TRUE", "FALSE"), json.loads, Boolean()),
-    Integer: _Kind("an integer", _ORDERED, "an integer", ("INTEGER",), _integer, BigInteger()),
-    String: _Kind("text", (*_ORDERED, ":"), "a string in quotes", ("STRING",), _text, String()),
+    UtcDateTime: _Kind("a time", _ORDERED, "a time in quotes", ("STRING",), _compare_time),
+    Boolean: _Kind("a boolean", _EQUAL, "true or false", ("TRUE", "FALSE"), _compare_boolean),
+    Integer: _Kind("an integer", _ORDERED, "an integer", ("INTEGER",), _compare_integer),
+    String: _Kind("text", (*_ORDERED, ":"), "a string in quotes", ("STRING",), _compare_text),
 }

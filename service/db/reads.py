@@ -56,9 +56,14 @@ class LookupBatcher:
         self._in_flight: list[Waiting] = []
         self._task: asyncio.Task[None] | None = None
 
-    async def get(self, key: KeyValue) -> Row | None:
-        """Return the row with this key, None if there is none; raises the same errors as `get_many`."""
-        return (await self.get_many([key])).get(key)
+    async def get(self, key: KeyValue, others: Sequence[KeyValue] = ()) -> Row | None:
+        """Return the row with this key, otherwise with the first of the others that a row has, or None.
+
+        Raises the same errors as `get_many`.
+        """
+        keys = [key, *others]
+        rows = await self.get_many(keys)
+        return next((rows[key] for key in keys if key in rows), None)
 
     async def get_many(self, keys: Sequence[KeyValue]) -> Rows:
         """Return the rows with these keys by key; there may be others among them.
@@ -197,9 +202,12 @@ class Reader:
         self._batches = LookupBatcher(database, model.id, columns)
         self._others: dict[tuple[type, Sequence[Column]], LookupBatcher] = {}
 
-    async def get(self, key: KeyValue) -> Row:
-        """Return the row with this key; raises the entity's NotFound."""
-        row = await self._rows[type(key)].get(key)
+    async def get(self, key: KeyValue, others: Sequence[KeyValue] = ()) -> Row:
+        """Return the row with this key, otherwise with the first of the others that a row has.
+
+        Raises the entity's NotFound.
+        """
+        row = await self._rows[type(key)].get(key, others)
         if row is None:
             raise self._repository.missing()
         return row
@@ -222,12 +230,14 @@ class Reader:
         async with self._database.read() as session:
             return await self._repository(session).page(query, selection)
 
-    async def find_columns(self, key: KeyValue, columns: tuple[Column, ...]) -> Row | None:
-        """Return columns of the row with this key that other reads do not select; None if there is no row."""
+    async def find_columns(
+        self, key: KeyValue, columns: tuple[Column, ...], others: Sequence[KeyValue] = ()
+    ) -> Row | None:
+        """Return columns that other reads do not select, of the row that `get` returns, or None."""
         kind = type(key)
         if (kind, columns) not in self._others:
             self._others[kind, columns] = LookupBatcher(self._database, self._keys[kind], columns)
-        return await self._others[kind, columns].get(key)
+        return await self._others[kind, columns].get(key, others)
 
     async def export(self, filter_text: str, after_id: int, limit: int) -> AsyncGenerator[Sequence[Row]]:
         """Yield all rows that match a filter, in id order, at most `limit` at a time; raises InvalidFilter.

@@ -46,10 +46,12 @@ class Repository(Generic[ModelT, SessionT]):
 
     model: type[ModelT]
     not_found: type[NotFound]
-    # The columns for filters and orders. `normalise` has the functions for the texts in filters, by field.
+    # The columns for filters and orders. By field, `normalise` has the functions for texts in filters, and
+    # `spellings` those that return what to look for in place of a whole text.
     filterable: ClassVar[Mapping[str, Column]]
     sortable: ClassVar[Mapping[str, Sequence[Column]]]
     normalise: ClassVar[Mapping[str, Callable[[str], str]]] = {}
+    spellings: ClassVar[Mapping[str, Callable[[str], Sequence[str]]]] = {}
 
     def __init__(self, session: SessionT) -> None:
         self.session = session
@@ -120,7 +122,7 @@ class Repository(Generic[ModelT, SessionT]):
     @classmethod
     async def conditions(cls, text: str) -> list[ColumnElement[bool]]:
         """Return a filter as conditions; raises InvalidFilter."""
-        parsed = await condition(text, cls.filterable, cls.normalise)
+        parsed = await condition(text, cls.filterable, cls.normalise, cls.spellings)
         return [] if parsed is None else [parsed]
 
     @classmethod

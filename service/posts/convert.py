@@ -12,7 +12,7 @@ from service.errors import InvalidField
 from service.posts.model import Post
 from service.posts.rules import CREATE_RULES, RULES
 from service.users.convert import user_to_fields
-from service.users.rules import are_plain_emails, email_error, normalise_email
+from service.users.rules import are_plain_emails, email_key_error, normalise_email
 from service.validation import check_id, collect_violations, id_error
 from service.wire import (
     Fields,
@@ -81,7 +81,7 @@ def _add_authors(batch: Batch, messages: Sequence[PostMessage]) -> None:
     if not is_plain:
         emails = [normalise_email(email) or None for email in given]
     batch.add("author_id", ids, id_error, is_sound=not any(ids))
-    batch.add("author_email", emails, email_error, is_sound=is_plain)
+    batch.add("author_email", emails, email_key_error, is_sound=is_plain)
     if is_plain and not any(ids):
         return
     for row, (id, email) in enumerate(zip(ids, emails, strict=True)):

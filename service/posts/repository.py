@@ -11,6 +11,7 @@ from service.db.selection import Row, Selection, columns_by_name, readable_colum
 from service.errors import AuthorNotFound, PostNotFound
 from service.posts.model import Post
 from service.users.model import User
+from service.users.rules import stored_spellings
 
 AUTHOR = readable_columns(User)
 # The largest author in an answer, rounded up.
@@ -51,5 +52,10 @@ def author_not_found(field: str) -> AuthorNotFound:
     return AuthorNotFound("there is no user for this author", field=field)
 
 
-AUTHORS = Reference(Post.author_id, {"author_id": User.id, "author_email": User.email}, author_not_found)
+AUTHORS = Reference(
+    Post.author_id,
+    {"author_id": User.id, "author_email": User.email},
+    author_not_found,
+    other_spellings={"author_email": stored_spellings},
+)
 POSTS = BulkTable(Post, PostRepository.missing, references=[AUTHORS])

@@ -21,6 +21,8 @@ from service.users.rules import (
     RULES,
     are_plain_emails,
     email_error,
+    email_key_error,
+    email_spellings,
     normalise_email,
     password_error,
 )
@@ -141,8 +143,13 @@ def key_from_request(request: GetUserRequest | VerifyPasswordRequest) -> str | i
             violations.add("id", id_error(request.id))
             return request.id
         email = normalise_email(request.email)
-        violations.add("email", email_error(email))
+        violations.add("email", email_key_error(email))
         return email
+
+
+def other_keys_from_request(request: GetUserRequest | VerifyPasswordRequest) -> Sequence[str]:
+    """Return the other texts under which an earlier release may have stored the e-mail of a request."""
+    return email_spellings(request.email)[1:]
 
 
 def credentials_from_request(request: VerifyPasswordRequest) -> tuple[str | int, str]:

@@ -11,15 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from secrets import token_bytes
 from typing import TypeVar
 
-from argon2 import PasswordHasher, Type, extract_parameters
-from argon2.exceptions import InvalidHashError
+from argon2 import PasswordHasher
 
 from service.auth.caller import current_share
 from service.errors import Overloaded
 from service.metrics import HASHING, HASHING_REFUSED
 from service.settings import Settings
 from service.shares import FairSemaphore
-from service.users.hashes import matches
+from service.users.hashes import matches, read_hash
+from service.users.schemes import ARGON2_1_3, Argon2Hash, HashError, PasswordHash
 
 T = TypeVar("T")
 
@@ -45,6 +45,7 @@ class Passwords:
         """Return whether the password matches, and a stronger hash if it does and the stored one is weak.
 
         An empty hash matches no password, at the same cost. A weak hash costs one more, matching or not.
+        Raises HashError for a hash that can't be checked, after as much work as for one that can.
         """
         return await self._run(lambda: self._check(stored, password))
 
@@ -53,22 +54,25 @@ class Passwords:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _check(self, stored: str, password: str) -> tuple[bool, str | None]:
-        if not self._is_weak(stored):
-            return matches(stored or self._nobody, password), None
-        if matches(stored, password):
+        try:
+            known = read_hash(stored or self._nobody)
+            is_valid = known.verify(password.encode())
+        except HashError:
+            matches(self._nobody, password)
+            raise
+        if not self._is_weak(known):
+            return is_valid, None
+        if is_valid:
             return True, self._hasher.hash(password)
         return matches(self._nobody, password), None
 
-    def _is_weak(self, stored: str) -> bool:
+    def _is_weak(self, known: PasswordHash) -> bool:
         """Return whether a hash is of another kind, or has less memory or time, than new hashes."""
-        try:
-            costs = extract_parameters(stored)
-        except InvalidHashError:
-            return bool(stored)
-        return (
-            costs.type is not Type.ID
-            or costs.memory_cost < self._hasher.memory_cost
-            or costs.time_cost < self._hasher.time_cost
+        return not (
+            isinstance(known, Argon2Hash)
+            and (known.kind, known.version) == ("argon2id", ARGON2_1_3)
+            and known.memory >= self._hasher.memory_cost
+            and known.passes >= self._hasher.time_cost
         )
 
     async def _run(self, work: Callable[[], T]) -> T:

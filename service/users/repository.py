@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import ClassVar, NamedTuple
 
 from sqlalchemy import ColumnElement, and_, func, select, update
@@ -18,7 +19,7 @@ from service.errors import EmailTaken, UserNotFound
 from service.posts.model import Post
 from service.timeslice import TimeSlice, map_in_slices
 from service.users.model import User
-from service.users.rules import normalise_email
+from service.users.rules import email_spellings, normalise_email_part, other_spellings, stored_spellings
 
 NEWEST_POSTS = 50
 POSTS_AT_ONCE = 500
@@ -46,11 +47,21 @@ class UserRepository(Repository[User, SessionT]):
         "email": [User.email],
         "created_at": [User.created_at, User.id],
     }
-    normalise: ClassVar = {"email": normalise_email}
+    normalise: ClassVar = {"email": normalise_email_part}
+    spellings: ClassVar = {"email": email_spellings}
 
-    async def get_by_email(self, email: str, selection: Selection | None = None) -> Row:
-        """Return the user with this normalised e-mail; raises UserNotFound."""
-        return await self.get_by(User.email == email, selection=selection)
+    async def get_by_email(
+        self, email: str, selection: Selection | None = None, others: Sequence[str] = ()
+    ) -> Row:
+        """Return the user with this normalised e-mail, otherwise with the first of the others.
+
+        Raises UserNotFound.
+        """
+        *spellings, last = [email, *others]
+        for spelling in spellings:
+            with suppress(UserNotFound):
+                return await self.get_by(User.email == spelling, selection=selection)
+        return await self.get_by(User.email == last, selection=selection)
 
     async def list_active(self, *, after: SortKey | None = None, limit: int) -> Page[Row]:
         """Return a page of the active users, in id order."""
@@ -58,6 +69,8 @@ class UserRepository(Repository[User, SessionT]):
 
     async def create(self: "UserRepository[Session]", values: Values) -> Row:
         """Insert a user; raises EmailTaken with the `existing_id`."""
+        if owner := await self._owner_of_spelling(values["email"]):
+            raise email_taken(owner)
         statement = insert(self.session, User).values(**values).on_conflict_do_nothing()
         inserted = await self.session.execute(statement.returning(*self.basic().columns))
         created: Row | None = inserted.one_or_none()
@@ -68,7 +81,8 @@ class UserRepository(Repository[User, SessionT]):
     async def update(self: "UserRepository[Session]", id: int, changes: Values, version: int = 0) -> Row:
         """Update a user; raises the errors of the base class, and EmailTaken."""
         if "email" in changes:
-            owner = await self._id_by_email(changes["email"])
+            email = changes["email"]
+            owner = await self._id_by_email(email) or await self._owner_of_spelling(email)
             if owner not in (None, id):
                 raise email_taken(owner)
         try:
@@ -84,6 +98,13 @@ class UserRepository(Repository[User, SessionT]):
             .values(hashed_password=new)
             .execution_options(synchronize_session=False)
         )
+
+    async def _owner_of_spelling(self, email: str) -> int | None:
+        """Return the id of a user for whom an earlier release stored another spelling of this e-mail."""
+        for spelling in other_spellings(email):
+            if owner := await self._id_by_email(spelling):
+                return owner
+        return None
 
     async def _id_by_email(self, email: str) -> int | None:
         return await self.session.scalar(select(User.id).where(User.email == email))
@@ -130,7 +151,7 @@ def email_taken(existing_id: int | None) -> EmailTaken:
 USERS = BulkTable(
     User,
     UserRepository.missing,
-    unique=[UniqueKey(User.email, email_taken)],
+    unique=[UniqueKey(User.email, email_taken, other_spellings=stored_spellings)],
     sort_by=User.email,
 )
 

@@ -1,5 +1,6 @@
 """UserService: users by id or e-mail, one at a time, in pages, and in bulk."""
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from dataclasses import replace
@@ -18,14 +19,23 @@ from service.bulk.stream import BulkStreams
 from service.db.base import Values
 from service.db.engine import Database
 from service.db.reads import Reader
-from service.errors import OutcomeUnknown, ResourceExhausted, StatementTimeout, Unavailable, UserNotFound
+from service.errors import (
+    OutcomeUnknown,
+    ResourceExhausted,
+    StatementTimeout,
+    Unavailable,
+    UnreadableHash,
+    UserNotFound,
+)
 from service.idempotency import Writer
 from service.interceptors.chain import Context
+from service.metrics import HASHES_UNREADABLE
 from service.timeslice import add_in_slices
 from service.users.convert import (
     BULK_WRITABLE,
     credentials_from_request,
     key_from_request,
+    other_keys_from_request,
     user_batch_from_messages,
     user_from_message,
     user_to_fields,
@@ -41,8 +51,11 @@ from service.users.repository import (
     UserRepository,
     credentials_from_row,
 )
+from service.users.schemes import HashError
 from service.validation import check_ids
 from service.wire import export_from_request, missing_ids
+
+log = logging.getLogger(__name__)
 
 REQUIRED_ROLES = {"hashed_password": "loader"}
 CREATE_USERS = Operation(
@@ -84,14 +97,14 @@ class UserServicer(UserServiceServicer):
         return await self.writer.create(request, await self._hashed(user_from_message(request.user)))
 
     async def GetUser(self, request: pb.GetUserRequest, context: Context) -> UserMessage:
-        key = key_from_request(request)
+        key, others = key_from_request(request), other_keys_from_request(request)
         view = VIEWS.get(request.view)
         if view is BASIC:
-            return user_to_message(await self.reader.get(key))
+            return user_to_message(await self.reader.get(key, others))
         async with self.database.read() as session:
             users = UserRepository(session)
             if isinstance(key, str):
-                user = await users.get_by_email(key, view.selection)
+                user = await users.get_by_email(key, view.selection, others)
             else:
                 user = await users.get(key, view.selection)
         return UserMessage(**view.to_fields(user))
@@ -127,8 +140,12 @@ class UserServicer(UserServiceServicer):
         self, request: pb.VerifyPasswordRequest, context: Context
     ) -> pb.VerifyPasswordResponse:
         key, password = credentials_from_request(request)
-        id, stored = credentials_from_row(await self.reader.find_columns(key, CREDENTIALS))
-        is_valid, stronger = await self.passwords.check(stored, password)
+        others = other_keys_from_request(request)
+        id, stored = credentials_from_row(await self.reader.find_columns(key, CREDENTIALS, others))
+        try:
+            is_valid, stronger = await self.passwords.check(stored, password)
+        except HashError as error:
+            raise _unreadable_hash(id, error) from None
         if stronger:
             # If this fails, the next successful verification stores it.
             with suppress(Unavailable, ResourceExhausted, StatementTimeout, OutcomeUnknown):
@@ -168,3 +185,14 @@ class UserServicer(UserServiceServicer):
         except UserNotFound:  # deleted since its hash was read
             return pb.VerifyPasswordResponse()
         return pb.VerifyPasswordResponse(valid=True, user=user_to_fields(user))
+
+
+def _unreadable_hash(id: int, error: HashError) -> UnreadableHash:
+    """Count and log a stored hash that can't be checked, and return what the caller gets.
+
+    Only a write past the service can store one, or a release that accepted it. The caller learns that the
+    user exists, and that a new password solves it: as a wrong password this would never be found.
+    """
+    HASHES_UNREADABLE.inc()
+    log.error("the password of user %d can't be verified: hashed_password %s", id, error)
+    return UnreadableHash("the stored password hash of this user can't be checked; set a new password")

@@ -1,5 +1,7 @@
 """Users and posts created in bulk, through the API."""
 
+import csv
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -207,3 +209,26 @@ async def test_unknown_author_fails_an_atomic_batch(posts: PostServiceStub, ada:
 
     assert (ack.created, ack.failed, list(ack.ids), len(ack.failures)) == (0, 2, [0, 0], 1)
     assert not (await posts.ListPosts(ListPostsRequest())).posts
+
+
+async def test_loads_hashes_of_other_systems(users: UserServiceStub) -> None:
+    """Each owner can log in; hashes that can't be checked fail their own rows, with the reason."""
+    with (Path(__file__).parents[1] / "data/field/hashes.csv").open(newline="") as lines:
+        known = list(csv.DictReader(lines))
+    hashes = [row["hash"] for row in known] + [
+        "$6$salt$" + "a" * 86,
+        known[0]["hash"] + "\n" + known[1]["hash"],
+    ]
+    rows = [User(email=f"u{row}@example.org", hashed_password=text) for row, text in enumerate(hashes)]
+
+    ack = await create_users(users, rows)
+
+    assert ack.created == len(known)
+    crypt, joined = ack.failures
+    assert (crypt.offset, crypt.field) == (len(known), "hashed_password")
+    assert crypt.message.startswith("hashed_password is sha512-crypt, which is not accepted")
+    assert joined.offset == len(known) + 1
+    for row, id in zip(known, ack.ids, strict=False):
+        for password in (row["password"], row["password"][:-1]):
+            answer = await users.VerifyPassword(VerifyPasswordRequest(id=id, password=password))
+            assert answer.valid is (password == row["password"])

@@ -220,6 +220,7 @@ STATUSES: Mapping[type[RosterError], StatusCode] = {
     errors.VersionMismatch: StatusCode.ABORTED,
     errors.LoadFenced: StatusCode.ABORTED,
     errors.OffsetGap: StatusCode.OUT_OF_RANGE,
+    errors.UnreadableHash: StatusCode.FAILED_PRECONDITION,
     errors.OptionsChanged: StatusCode.FAILED_PRECONDITION,
     errors.LoadFinished: StatusCode.FAILED_PRECONDITION,
     errors.LoadAborted: StatusCode.FAILED_PRECONDITION,

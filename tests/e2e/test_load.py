@@ -416,10 +416,42 @@ async def test_an_unreadable_file_opens_no_load(roster: Roster, rows: list[str],
 
 
 async def test_reports_the_first_line_of_each_reason(roster: Roster) -> None:
-    """Rows that were never sent are counted apart, since the server does not know them."""
-    done = await roster.run("load", "users", roster.write("users.ndjson", "what?", {"email": "no one"}))
+    """The server counts rows that could not be parsed too: an offset is a position in the file."""
+    done = await roster.run(
+        "load",
+        "users",
+        roster.write("users.ndjson", "{what?", {"email": "no one"}, {"email": "ada@example.org"}),
+    )
+    loads = await roster.run("loads", "--json")
 
     lines = done.out.splitlines()
+    assert lines[0].endswith("1 created, 0 updated, 0 skipped, 2 failed")
     assert lines[1].startswith("  1 x MALFORMED_MESSAGE, first at line 1: the line is not JSON")
     assert lines[2].startswith("  1 x INVALID_FIELD email, first at line 2: email must be")
-    assert lines[3] == "  1 row could not be parsed; `roster loads` counts only rows that were sent"
+    [load] = map(json.loads, loads.out.splitlines())
+    assert (load["next_offset"], load["failed"]) == ("3", "2")
+
+
+async def test_resumes_by_position(roster: Roster, users: UserServiceStub, server: Server) -> None:
+    """Rows before the offset are not parsed unless they failed; the rejects are complete again."""
+    lines = [
+        "email,full_name",
+        "a@example.org,",
+        "b@example.org",
+        'c"@example.org,"C"x',
+        *[f"{n}@example.org," for n in range(9)],
+    ]
+    name = roster.write("users.csv", *lines)
+    await roster.run("load", "users", name, "--load-id", "staff")
+    rejects = roster.read("users.rejects.csv")
+
+    again = await roster.run("load", "users", name, "--load-id", "staff")
+    longer = await roster.run("load", "users", roster.write("more.csv", *lines[:3]), "--load-id", "staff")
+
+    assert "already finished" in again.out
+    assert again.status == 1
+    assert "10 created, 0 updated, 0 skipped, 2 failed" in again.out
+    assert roster.read("users.rejects.csv") == rejects
+    assert len(rejects.splitlines()) == 3
+    assert "the file has only 2 rows, but the load already has 12" in longer.err
+    assert len(await list_users(users)) == 10

@@ -8,8 +8,10 @@ from typing import Any
 import bcrypt
 import grpc
 import pytest
-from argon2 import PasswordHasher
+from argon2 import PasswordHasher, Type
+from argon2.low_level import hash_secret
 from google.protobuf.field_mask_pb2 import FieldMask
+from sqlalchemy import update
 
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import (
@@ -25,8 +27,10 @@ from roster.v1.users_pb2 import (
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.auth.caller import NOBODY, Caller, set_caller
 from service.errors import DatabaseUnavailable, OutcomeUnknown, RosterError, StatementTimeout
+from service.metrics import HASHES_UNREADABLE
 from service.server import Server
 from service.settings import Settings
+from service.users.model import User as UserRow
 from service.users.passwords import Passwords
 from service.users.repository import CREDENTIALS, UserRepository, credentials_from_row
 from tests.support.errors import refusal
@@ -41,6 +45,9 @@ WEAK = {
     "argon2id m=8,t=1,p=1": PasswordHasher(time_cost=1, memory_cost=8, parallelism=1).hash(PASSWORD),
     "bcrypt 04": bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(4)).decode(),
 }
+# In another spelling, and of the version before 1.3.
+RESPELT = STRONG.replace("m=32768,t=3,p=1", "p=1,t=3,m=32768")
+VERSION_1_0 = hash_secret(PASSWORD.encode(), b"saltsalt", 3, 32_768, 1, 32, Type.ID, version=16).decode()
 
 
 @pytest.fixture
@@ -122,6 +129,69 @@ async def test_failures_are_indistinguishable(users: UserServiceStub, ada: User,
         assert work == [ONE_HASH]
 
 
+UNREADABLE = {
+    "sha512-crypt": "$6$rounds=5000$saltsalt$" + "a" * 86,
+    "cut off": WEAK["bcrypt 04"][:-1],
+    "plain text": "correct horse battery staple",
+    "argon2 with too little memory": STRONG.replace("m=32768", "m=7"),
+    "costs that OpenSSL refuses": "$scrypt$ln=31,r=8,p=1$c2FsdHNhbHQ$" + "A" * 43,
+}
+
+
+@pytest.mark.parametrize("stored", UNREADABLE.values(), ids=UNREADABLE)
+async def test_unreadable_hash_is_an_error(
+    server: Server,
+    users: UserServiceStub,
+    ada: User,
+    work: list[str],
+    caplog: pytest.LogCaptureFixture,
+    stored: str,
+) -> None:
+    """Written past the service: a status of its own, a log line and a metric, at the same cost."""
+    async with server.database.begin() as session:
+        await session.execute(update(UserRow).where(UserRow.id == ada.id).values(hashed_password=stored))
+    before = HASHES_UNREADABLE._value.get()
+
+    for password in (PASSWORD, "wrong"):
+        work.clear()
+        refused = await refusal(verified(users, id=ada.id, password=password))
+        assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "UNREADABLE_HASH")
+        assert work[-1] == ONE_HASH
+    assert HASHES_UNREADABLE._value.get() == before + 2
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert [f"user {ada.id} can't" in line for line in lines] == [True, True]
+    assert stored[-20:] not in "".join(lines)
+    assert (await verified(users, id=4711)).valid is False
+
+    await users.UpdateUser(UpdateUserRequest(user=User(id=ada.id, password=PASSWORD)))
+    assert (await verified(users, id=ada.id)).valid is True
+
+
+async def test_inactive_user_with_an_unreadable_hash_is_not_distinguishable(
+    server: Server, users: UserServiceStub, ada: User
+) -> None:
+    """Nobody would be let in with any password."""
+    async with server.database.begin() as session:
+        values = {"hashed_password": "x", "is_active": False}
+        await session.execute(update(UserRow).where(UserRow.id == ada.id).values(values))
+
+    assert await verified(users, id=ada.id) == VerifyPasswordResponse()
+
+
+async def test_stored_bcrypt_hash_with_padding_bits_lets_its_owner_in(
+    server: Server, users: UserServiceStub
+) -> None:
+    """Of an import by an earlier release, and of one today; a success replaces it."""
+    stored = "$2a$12$oaQbBqq8JnSM1NHRPQGXORm4GCUMqp7meTnkft4zgSnrbhoKdDV0C"
+    ada = await users.CreateUser(
+        CreateUserRequest(user=User(email="ada@example.org", hashed_password=stored))
+    )
+
+    assert (await verified(users, id=ada.id, password="loppuy")).valid is False
+    assert (await verified(users, id=ada.id, password="loppux")).valid is True
+    assert OURS.check_needs_rehash(await stored_hash(server, ada.id)) is False
+
+
 async def test_changed_password_replaces_the_old_one(users: UserServiceStub, ada: User) -> None:
     """The old password is no longer valid."""
     changed = await users.UpdateUser(UpdateUserRequest(user=User(id=ada.id, password="new")))
@@ -164,14 +234,25 @@ async def test_weak_hash_is_replaced_after_success(
     assert await users.GetUser(GetUserRequest(id=ada.id)) == ada
 
 
-async def test_stronger_hash_is_not_replaced(server: Server, users: UserServiceStub) -> None:
-    """Hashes of other systems can be stronger than ours."""
+@pytest.mark.parametrize("stored", [STRONG, RESPELT], ids=["as ours", "respelt"])
+async def test_stronger_hash_is_not_replaced(server: Server, users: UserServiceStub, stored: str) -> None:
+    """Hashes of other systems can be stronger than ours, however they are spelt."""
     ada = await users.CreateUser(
-        CreateUserRequest(user=User(email="ada@example.org", hashed_password=STRONG))
+        CreateUserRequest(user=User(email="ada@example.org", hashed_password=stored))
     )
 
     assert (await verified(users, id=ada.id)).valid is True
-    assert await stored_hash(server, ada.id) == STRONG
+    assert await stored_hash(server, ada.id) == stored
+
+
+async def test_hash_of_an_older_version_is_replaced(server: Server, users: UserServiceStub) -> None:
+    """Argon2 1.0 is weaker than 1.3, whatever its costs."""
+    ada = await users.CreateUser(
+        CreateUserRequest(user=User(email="ada@example.org", hashed_password=VERSION_1_0))
+    )
+
+    assert (await verified(users, id=ada.id)).valid is True
+    assert OURS.check_needs_rehash(await stored_hash(server, ada.id)) is False
 
 
 @pytest.mark.parametrize("fault", [DatabaseUnavailable, StatementTimeout, OutcomeUnknown])

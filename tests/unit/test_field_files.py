@@ -1,4 +1,4 @@
-"""Files of tests/data/field, which other programs wrote, read as `roster load` reads them."""
+"""Files of tests/data/field/users, which other programs wrote, read as `roster load` reads them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from service.cli.rows import Row
 from service.cli.source import Source
 from tests.support.files import columns_of
 
-FOLDER = Path(__file__).parents[1] / "data/field"
+FOLDER = Path(__file__).parents[1] / "data/field/users"
 PEOPLE: Sequence[Mapping[str, Any]] = json.loads((FOLDER / "people.json").read_text())
 NOT_DATA = {"README.md", "people.json", "make.py", "make_models.py", "make_keycloak.sh", "make_firebase.js"}
 # Ids of people with special names.
@@ -195,14 +195,14 @@ WORKBOOK = "is a workbook; save the sheet as “CSV UTF-8”, and load that file
 SCREEN = "the file is a table for the screen, not CSV; export it as CSV, such as with psql --csv"
 NONE = "the first row has none of the columns email, full_name, is_active, hashed_password, password; it has "
 REFUSED = {
-    "auth0-passwords.ndjson": 'the column "name" is not known. If it is full_name, add --columns full_name=name',
+    "auth0-passwords.ndjson": 'the column "name" is not known. If it is full_name, add --columns',
     "auth0.csv": 'the column "name" is not known',
     "auth0.ndjson": 'the column "name" is not known',
-    "cognito.json": 'column "Enabled" is not known. If it says which users are active, add --columns is_active=Enabled',
+    "cognito.json": "If it says which users are active, add --columns is_active=Enabled; if not",
     "django-dumpdata.json": f"{NONE}model, pk, fields",
     "django-dumpdata.jsonl": f"{NONE}model, pk, fields",
     "excel-title.csv": "it has Staff 2026, , ; if line 3 is the header, delete the lines above it",
-    "firebase-accounts.json": 'the column "passwordHash" is not known. If it is hashed_password, add --columns',
+    "firebase-accounts.json": 'column "passwordHash" is not known. If it is hashed_password, add --columns',
     "firebase-export.csv": "if this is a row, add a header line such as email,full_name",
     "firebase-export.json": 'the column "passwordHash" is not known. If it is hashed_password, add --columns',
     "firebase-parameters.json": f"{NONE}base64_signer_key",
@@ -214,7 +214,7 @@ REFUSED = {
     "libreoffice.ods": WORKBOOK,
     "libreoffice.xls": WORKBOOK,
     "mariadb-table.txt": SCREEN,
-    "okta.json": 'the column "status" is not known. If it says which users are active, write is_active instead',
+    "okta.json": "If it says which users are active, write is_active instead, as true or false",
     "pandas-split.json": "the object has several arrays",
     "pandas.xlsx": WORKBOOK,
     "psql-aligned.txt": SCREEN,
@@ -228,13 +228,13 @@ REFUSED = {
 }
 
 
-async def rows_of(case: Case) -> list[Row]:
+async def rows_of(case: Case) -> list[Row[Any]]:
     """Return the rows of a file; raises UsageError, SourceError."""
     columns = columns_of(operation="restore" if case.restore else "create")
     kind = FORMATS[format_name(case.file, LOADED_ENDINGS)]
     file_format: FileFormat = Csv(columns, **case.options) if kind is Csv else kind(columns)
     source = Source(str(FOLDER / case.file), file_format)
-    return [row async for chunk in source.chunks() for row in chunk]
+    return [row async for chunk in source.chunks(0) for row in chunk]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.file)

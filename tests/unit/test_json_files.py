@@ -1,6 +1,7 @@
 """JSON documents: arrays, objects with an array, and rows that span lines."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ ALAN = "email='alan@example.org' full_name='Alan'"
 LINES = "\n".join(map(json.dumps, PEOPLE))
 
 
-def json_rows(data: bytes | str, ignore: tuple[str, ...] = ()) -> list[Row]:
+def json_rows(data: bytes | str, ignore: tuple[str, ...] = ()) -> list[Row[Any]]:
     """Return the rows of JSON."""
     return rows_of(Json(columns_of(ignore=ignore)), data.encode() if isinstance(data, str) else data)
 

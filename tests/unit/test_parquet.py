@@ -28,7 +28,7 @@ def packed(columns: dict[str, Any]) -> bytes:
     return data
 
 
-def rows_in(columns: dict[str, Any], operation: str = "restore") -> list[Row]:
+def rows_in(columns: dict[str, Any], operation: str = "restore") -> list[Row[Any]]:
     """Return the rows of a table."""
     return rows_of(Parquet(columns_of(operation=operation)), packed(columns))
 

@@ -10,10 +10,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from jwt.algorithms import Algorithm, ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
-from service.auth.tokens import KEPT_TOKENS, Tokens, read_keys
+from service.auth.tokens import KEPT_TOKENS, Tokens
 from service.errors import Unauthenticated
 from tests.support.issuer import AUDIENCE, HOUR, ISSUER, Issuer
 
@@ -170,39 +170,32 @@ def test_pem_file_may_have_several_keys(rsa: RSAPrivateKey, tmp_path: Path) -> N
     assert known.subject(signed(other, "ES256")) == "ada"
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"{}",
-        b"[",
-        b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----",
-        json.dumps({"keys": [jwk(b"c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0")]}).encode(),
-        json.dumps({"keys": [jwk(generate_private_key(65537, 1024))]}).encode(),
-        json.dumps({"keys": [jwk(ec.generate_private_key(ec.SECP256K1()))]}).encode(),
-        json.dumps({"keys": [json.loads(OKPAlgorithm.to_jwk(Ed25519PrivateKey.generate()))]}).encode(),
-        Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
-    ],
-    ids=[
-        "empty",
-        "no keys",
-        "no JSON",
-        "no key",
-        "symmetric",
-        "short",
-        "odd curve",
-        "private JWK",
-        "private PEM",
-    ],
-)
-def test_unsuitable_keys_are_refused(data: bytes) -> None:
-    """A shared secret, a weak key, and a private key."""
-    with pytest.raises((ValueError, jwt.PyJWTError)):
-        read_keys(data)
+def test_rsa_key_without_an_algorithm_accepts_the_same_as_in_pem(rsa: RSAPrivateKey, tmp_path: Path) -> None:
+    """Its issuer chooses among those of RSA; no other kind is accepted."""
+    (tmp_path / "keys.pem").write_bytes(pem(rsa))
+    both = (tokens(tmp_path, jwk(rsa)), Tokens(ISSUER, AUDIENCE, tmp_path / "keys.pem", Clock()))
+
+    for known in both:
+        for algorithm in ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"):
+            assert known.subject(signed(rsa, algorithm)) == "ada"
+        with pytest.raises(Unauthenticated):
+            known.subject(signed(ec.generate_private_key(ec.SECP256R1()), "ES256"))
 
 
-def test_encryption_keys_are_skipped(rsa: RSAPrivateKey) -> None:
-    """Providers publish them in the same set."""
-    keys = {"keys": [jwk(rsa, use="enc", kid="a"), jwk(rsa, use="sig", kid="b")]}
+def test_rotation_to_an_unusable_file_keeps_the_keys(
+    rsa: RSAPrivateKey, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One odd key of the new file does not keep the others out."""
+    known, old = tokens(tmp_path, jwk(rsa, kid="old")), signed(rsa, "RS256", kid="old")
+    odd = jwk(ec.generate_private_key(ec.SECP256K1()), kid="odd")
+    new = ec.generate_private_key(ec.SECP256R1())
 
-    assert [key.id for key in read_keys(json.dumps(keys).encode())] == ["b"]
+    for unusable in (b"", b'{"keys": []}', b"\xff\xfe{", json.dumps({"keys": [odd]}).encode()):
+        (tmp_path / "jwks.json").write_bytes(unusable)
+        assert known.subject(old) == "ada"
+    (tmp_path / "jwks.json").write_text(json.dumps({"keys": [odd, jwk(new, kid="new")]}))
+
+    assert known.subject(signed(new, "ES256", kid="new")) == "ada"
+    with pytest.raises(Unauthenticated):
+        known.subject(old)
+    assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 4

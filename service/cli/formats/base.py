@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from io import BufferedReader
-from typing import Protocol
+from typing import Any, Protocol
 
 import orjson
 
@@ -34,15 +34,15 @@ class FileFormat(Protocol):
     suffix: str
     unit: str
 
-    def rows(self, file: BufferedReader) -> Iterator[Row]:
-        """Yield the rows of a file; raises SourceError."""
+    def rows(self, file: BufferedReader) -> Iterator[Row[Any]]:
+        """Yield the rows of a file, not parsed yet; raises SourceError."""
         ...
 
     def rejects_header(self) -> bytes:
         """Return the beginning of a file of rejects."""
         ...
 
-    def reject(self, row: Row, failure: RowFailure) -> bytes:
+    def reject(self, row: Row[Any], failure: RowFailure) -> bytes:
         """Return a row with the reason why it failed, as `_error`."""
         ...
 
@@ -53,7 +53,7 @@ def check_size(original: bytes | str) -> None:
         raise TooLarge(f"the row is longer than {MAX_LINE_BYTES >> 20} MiB")
 
 
-def json_reject(values: Values, row: Row, failure: RowFailure) -> bytes:
+def json_reject(values: Values, row: Row[Any], failure: RowFailure) -> bytes:
     """Return a reject as a line of JSON: the values, and the error."""
     try:
         return _with_error(values, row, failure)
@@ -61,17 +61,17 @@ def json_reject(values: Values, row: Row, failure: RowFailure) -> bytes:
         return unparsed_reject(json.dumps(values, default=str), row, failure)
 
 
-def unparsed_reject(text: str, row: Row, failure: RowFailure) -> bytes:
+def unparsed_reject(text: str, row: Row[Any], failure: RowFailure) -> bytes:
     """Return a reject as a line of JSON: the text of a row without columns, and the error."""
     return _with_error({LINE: shorten(row, text)}, row, failure)
 
 
-def shorten(row: Row, text: str) -> str:
+def shorten(row: Row[Any], text: str) -> str:
     """Return the text of a row, its beginning if it is too long."""
     return text if row.size <= MAX_LINE_BYTES else text[:KEPT_CHARACTERS]
 
 
-def _with_error(values: Values, row: Row, failure: RowFailure) -> bytes:
+def _with_error(values: Values, row: Row[Any], failure: RowFailure) -> bytes:
     error = {
         "reason": failure.reason,
         "field": failure.field,

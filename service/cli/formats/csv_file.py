@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import partial
 from io import BufferedReader, TextIOWrapper
 from itertools import pairwise
+from typing import TypeAlias
 
 from google.protobuf.message import Message
 
@@ -38,6 +39,9 @@ ESCAPED_LINE_END = re.compile(r"\\[\r\n]")  # in `content`, it can be a line of 
 MARK = "\0"
 BLANK = "\ufeff \t\r\n"
 MAX_SHOWN_NAMES, MAX_SHOWN_CHARACTERS = 10, 24
+
+# The text of a row, and its cells or the reason why it has none.
+Record: TypeAlias = tuple[str, list[str] | csv.Error]
 
 
 class Lines(Iterator[str]):
@@ -114,7 +118,7 @@ class Csv:
         self._fields: list[str | None] = []
         csv.field_size_limit(MAX_LINE_BYTES)
 
-    def rows(self, file: BufferedReader) -> Iterator[Row]:
+    def rows(self, file: BufferedReader) -> Iterator[Row[Record]]:
         text = TextIOWrapper(file, self._detect_encoding(file), errors="surrogateescape", newline="")
         lines = Lines(text)
         try:
@@ -193,7 +197,7 @@ class Csv:
                         return f"if line {lines.number + number + 2} is the header, delete the lines above it"
         return "name the columns with --columns, such as --columns email=Mail"
 
-    def _read_rows(self, lines: Lines) -> Iterator[Row]:
+    def _read_rows(self, lines: Lines) -> Iterator[Row[Record]]:
         reader = self._reader(lines, has_spaces=self._has_spaces)
         blank = BLANK + self._delimiter
         while True:
@@ -213,8 +217,7 @@ class Csv:
                 reader = self._reader(lines, has_spaces=self._has_spaces)
             record = lines.text
             if error or record.strip(blank):
-                parse = partial(self._to_message, cells=cells, error=error)
-                yield Row.parse(lines.number + 1, len(record), record, parse)
+                yield Row(lines.number + 1, len(record), (record, error or cells), self._to_message)
 
     def _read_spaced(self, lines: Lines, cells: list[str]) -> list[str]:
         """Return the cells of a record again, without spaces before a quoted cell; raises csv.Error."""
@@ -228,10 +231,11 @@ class Csv:
         # Without strict, it reads `"Al" Smith` as `Al Smith`.
         return csv.reader(lines, delimiter=self._delimiter, skipinitialspace=has_spaces, strict=True)
 
-    def _to_message(self, record: str, cells: list[str], error: csv.Error | None) -> Message:
+    def _to_message(self, original: Record) -> Message:
+        record, cells = original
         check_size(record)
-        if error:
-            raise _explain(error, record)
+        if isinstance(cells, csv.Error):
+            raise _explain(cells, record)
         if not _is_encodable(record):
             raise MalformedMessage("the row is not UTF-8; save the file as UTF-8, or add --encoding cp1252")
         count = len(self._header)
@@ -310,21 +314,19 @@ class Csv:
     def rejects_header(self) -> bytes:
         return csv_line([ERROR, *(name for name in self._header if name != ERROR)])
 
-    def reject(self, row: Row, failure: RowFailure) -> bytes:
+    def reject(self, row: Row[Record], failure: RowFailure) -> bytes:
         error = f"{self.unit} {row.number}: {failure.reason} {failure.field}".rstrip()
         return csv_line([escape(f"{error}: {failure.message}"), *self._rejected_cells(row)])
 
-    def _rejected_cells(self, row: Row) -> list[str | None]:
-        record: str = row.original
-        try:
-            cells = next(self._reader([record], has_spaces=self._has_spaces))
-            quoted = self._quoted_cells(record, cells)
-            for word in self._null_words.intersection(cells):
-                for index in self._quoted_cells(record, cells, word):
-                    cells[index] = Quoted(word)
-        except (csv.Error, StopIteration):
+    def _rejected_cells(self, row: Row[Record]) -> list[str | None]:
+        record, cells = row.original
+        if isinstance(cells, csv.Error):
             return [shorten(row, record.rstrip("\r\n"))]
+        quoted = self._quoted_cells(record, cells)
         values = [cell if cell or index in quoted else None for index, cell in enumerate(cells)]
+        for word in self._null_words.intersection(cells):
+            for index in self._quoted_cells(record, cells, word):
+                values[index] = Quoted(word)
         earlier_error = self._header.index(ERROR) if ERROR in self._header else len(values)
         return values[:earlier_error] + values[earlier_error + 1 :]
 

@@ -39,7 +39,7 @@ class Json:
         self.columns = columns
         self.unit = "line"
 
-    def rows(self, file: BufferedReader) -> Iterator[Row]:
+    def rows(self, file: BufferedReader) -> Iterator[Row[Any]]:
         opened = _open_utf8(file)
         head = _read_head(opened)
         whole = _open(opened.read1, b"".join(head))
@@ -89,19 +89,19 @@ class Json:
                 "write rows with these names, such as with jq"
             )
 
-    def _lines(self, file: BufferedReader) -> Iterator[Row]:
+    def _lines(self, file: BufferedReader) -> Iterator[Row[Any]]:
         for number, line in enumerate(_read_lines(file), start=1):
             if line.strip():
-                yield Row.parse(number, len(line), line, self._parse_line)
+                yield Row(number, len(line), line, self._parse_line)
 
     def _parse_line(self, line: bytes) -> Message:
         return self.columns.to_message(_parse_object(line))
 
-    def _document(self, text: "JsonText", array: str | None) -> Iterator[Row]:
+    def _document(self, text: "JsonText", array: str | None) -> Iterator[Row[Any]]:
         for number, (value, size) in enumerate(self._values(text, array), start=1):
             if number == 1 and isinstance(value, dict):
                 self._check_columns(value)
-            yield Row.parse(number, size, value, self._parse_value)
+            yield Row(number, size, value, self._parse_value)
 
     def _find_array(self, text: "JsonText") -> str | None:
         """Return the name of the array of rows in the first object; None if the object is itself a row.
@@ -144,7 +144,7 @@ class Json:
     def rejects_header(self) -> bytes:
         return b""
 
-    def reject(self, row: Row, failure: RowFailure) -> bytes:
+    def reject(self, row: Row[Any], failure: RowFailure) -> bytes:
         if not isinstance(row.original, bytes):
             return json_reject(row.original, row, failure)
         try:

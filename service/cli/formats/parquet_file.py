@@ -1,10 +1,10 @@
 """Parquet, read with pyarrow."""
 
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from io import BufferedReader
 from math import isnan
-from typing import Any
+from typing import Any, TypeAlias
 
 from google.protobuf.message import Message
 
@@ -17,6 +17,9 @@ from service.errors import InvalidField
 from service.escape import escape
 
 ROWS = 256  # read at once; a row has up to 1 MiB
+
+# The values of all rows of a batch, computed when they are needed, and the index of one of them.
+Original: TypeAlias = tuple[Callable[[], list[Values]], int]
 
 
 class Parquet:
@@ -32,16 +35,17 @@ class Parquet:
         self.columns = columns
         self._pyarrow = pyarrow()
 
-    def rows(self, file: BufferedReader) -> Iterator[Row]:
+    def rows(self, file: BufferedReader) -> Iterator[Row[Any]]:
         number = 0
         try:
             parquet = self._pyarrow.parquet.ParquetFile(file)
             fields = self._fields(parquet.schema_arrow.names)
             parse = partial(self._to_message, fields=fields)
             for batch in parquet.iter_batches(ROWS, columns=list(fields)):
-                for values in self._readable(batch).to_pylist():
+                values = cache(partial(self._values, batch))
+                for index in range(len(batch)):
                     number += 1
-                    yield Row.parse(number, batch.nbytes // len(batch), values, parse)
+                    yield Row(number, batch.nbytes // len(batch), (values, index), parse)
         except (self._pyarrow.ArrowException, ValueError, OverflowError) as error:
             raise SourceError(f"the file can't be read as Parquet: {escape(str(error))}") from None
 
@@ -62,24 +66,29 @@ class Parquet:
             )
         return {name: field for name, field in zip(names, fields, strict=True) if field}
 
-    def _readable(self, batch: Any) -> Any:
-        """Return a batch with its times as text."""
+    def _values(self, batch: Any) -> list[Values]:
+        """Return the rows of a batch, with their times as text; raises SourceError."""
         is_temporal = self._pyarrow.types.is_temporal
-        columns = [
-            column.cast(self._pyarrow.string()) if is_temporal(column.type) else column
-            for column in batch.columns
-        ]
-        return self._pyarrow.RecordBatch.from_arrays(columns, batch.schema.names)
+        text = self._pyarrow.string()
+        columns = [column.cast(text) if is_temporal(column.type) else column for column in batch.columns]
+        rows: list[Values] = self._pyarrow.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()
+        return rows
 
-    def _to_message(self, row: Values, fields: Mapping[str, str]) -> Message:
+    def _to_message(self, original: Original, fields: Mapping[str, str]) -> Message:
+        row = _row(original)
         values = [None if _is_nan(value) else value for value in row.values()]
         return self.columns.message_of(map(fields.__getitem__, row), values)
 
     def rejects_header(self) -> bytes:
         return b""
 
-    def reject(self, row: Row, failure: RowFailure) -> bytes:
-        return json_reject(row.original, row, failure)
+    def reject(self, row: Row[Any], failure: RowFailure) -> bytes:
+        return json_reject(_row(row.original), row, failure)
+
+
+def _row(original: Original) -> Values:
+    values, index = original
+    return values()[index]
 
 
 def _is_nan(value: Any) -> bool:

@@ -1,8 +1,9 @@
 """An entity as the bulk code sees it: its model, its unique keys, and the order to insert in."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from secrets import token_hex
+from typing import Any
 
 from service.db.base import Column, Entity, KeyValue
 from service.errors import NotFound, RosterError
@@ -13,18 +14,29 @@ def random_text(id: int) -> str:
     return f"moving {id} {token_hex(8)}"
 
 
+# From values of a key, each other value under which a row may be stored that has one of them: other -> value.
+OtherSpellings = Callable[[Sequence[Any]], Mapping[Any, Any]]
+
+
+def no_spellings(values: Sequence[Any]) -> Mapping[Any, Any]:  # noqa: ARG001
+    """Return none: each value is stored as it is."""
+    return {}
+
+
 @dataclass(frozen=True)
 class UniqueKey:
     """A unique column, of texts or integers.
 
     `conflict_error` makes the error for a value that another row has, from that row's id if it is known.
     `placeholder` makes a value that no row has, from a row's id. When two rows swap their values, both get
-    placeholders first. The default suits texts of 64 characters or more.
+    placeholders first. The default suits texts of 64 characters or more. `other_spellings` finds rows that an
+    earlier release stored under other values.
     """
 
     column: Column
     conflict_error: Callable[[int | None], RosterError]
     placeholder: Callable[[int], KeyValue] = random_text
+    other_spellings: OtherSpellings = no_spellings
 
     @property
     def name(self) -> str:
@@ -38,11 +50,13 @@ class Reference:
 
     `keys` maps columns of a batch to the unique columns that have their values; each row has a value in one
     of them. `missing_error` makes the error for a value that no row has, from the name of the batch's column.
+    `other_spellings` are those of the unique columns, by the column of the batch.
     """
 
     column: Column
     keys: Mapping[str, Column]
     missing_error: Callable[[str], RosterError]
+    other_spellings: Mapping[str, OtherSpellings] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

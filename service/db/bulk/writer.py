@@ -21,9 +21,10 @@ from service.db.base import BigInt, Column, ColumnType, KeyValue, Session, now
 from service.db.bulk import postgresql, sqlite
 from service.db.bulk.batch import Batch, BatchColumns, OnConflict, Outcome, Result, WriteOptions
 from service.db.bulk.plan import StoredKey, UniqueValues, plan_creates, plan_updates
-from service.db.bulk.table import BulkTable, Reference, UniqueKey
+from service.db.bulk.table import BulkTable, OtherSpellings, Reference, UniqueKey, no_spellings
 from service.db.dialect import ids_of, is_sqlite, values_table
 from service.errors import DatabaseUnavailable, IdTaken
+from service.timeslice import slices
 
 MAX_RETRIES = 3
 
@@ -135,9 +136,12 @@ class BulkWriter:
             rows = [row for row in good if values[row]]
             given = [values[row] for row in rows]
             found = await ids_of(self.session, key, given, _type_of(given))
+            missing = [value for value, id in zip(given, found, strict=True) if id is None]
+            spellings = reference.other_spellings.get(name, no_spellings)
+            others = await self._ids_by_spelling(key, missing, spellings)
             for row, id in zip(rows, found, strict=True):
-                ids[row] = id
-                if id is None:
+                ids[row] = id or others.get(values[row])
+                if ids[row] is None:
                     batch.fail(row, reference.missing_error(name))
         return replace(batch, columns=columns | {reference.column.key: ids})
 
@@ -147,7 +151,7 @@ class BulkWriter:
         if options.restores:
             keys.insert(0, UniqueKey(self.model.id, id_taken))
         if not options.looks_up_first(batch):
-            return [StoredKey(key, {}) for key in keys]
+            return [StoredKey(key, await self._ids_by_other_value(key, batch)) for key in keys]
         if options.on_conflict is OnConflict.UPDATE:
             return await self._lock_stored_keys(batch, keys)
         return [StoredKey(key, await self._ids_by(key, batch)) for key in keys]
@@ -157,8 +161,11 @@ class BulkWriter:
         if len(keys) == 1:
             column = keys[0].column
             values = batch.take(keys[0].name, batch.good_rows())
-            rows = await lock_rows(self.session, column, values, self.model.id)
-            return [StoredKey(keys[0], {row[0]: row[1] for row in rows})]
+            others = await _other_values(values, keys[0].other_spellings)
+            rows = await lock_rows(self.session, column, [*values, *others], self.model.id)
+            by_other = {others[value]: id for value, id in rows if value in others}
+            by_value = {value: id for value, id in rows if value not in others}
+            return [StoredKey(keys[0], by_other | by_value)]
         # With several keys: find the ids first, then read the values once the rows are locked.
         ids: set[int] = set()
         for key in keys:
@@ -175,7 +182,23 @@ class BulkWriter:
         """Return, by value, the ids of the rows that have one of the batch's values of a key."""
         values = [value for value in batch.take(key.name, batch.good_rows()) if value is not None]
         ids = await ids_of(self.session, key.column, values, _type_of(values))
-        return {value: id for value, id in zip(values, ids, strict=True) if id is not None}
+        found = {value: id for value, id in zip(values, ids, strict=True) if id is not None}
+        return {**await self._ids_by_other_value(key, batch), **found}
+
+    async def _ids_by_other_value(self, key: UniqueKey, batch: Batch) -> dict[KeyValue, int]:
+        """Return, by value, the ids of the rows that are stored under another spelling of a batch's value."""
+        if key.other_spellings is no_spellings:
+            return {}
+        values = [value for value in batch.take(key.name, batch.good_rows()) if value is not None]
+        return await self._ids_by_spelling(key.column, values, key.other_spellings)
+
+    async def _ids_by_spelling(
+        self, column: Column, values: Sequence[KeyValue], other_spellings: OtherSpellings
+    ) -> dict[KeyValue, int]:
+        others = await _other_values(values, other_spellings)
+        stored = list(others)
+        ids = await ids_of(self.session, column, stored, _type_of(stored))
+        return {others[other]: id for other, id in zip(stored, ids, strict=True) if id is not None}
 
     async def _unique_values(
         self, batch: Batch, key: UniqueKey, current: Mapping[int, KeyValue | None]
@@ -268,6 +291,18 @@ async def lock_rows(
     )
     # Through the connection: a session would look for entities in each row.
     return (await (await session.connection()).execute(rows)).all()
+
+
+async def _other_values(
+    values: Sequence[KeyValue | None], other_spellings: OtherSpellings
+) -> dict[KeyValue, KeyValue]:
+    """Return the value by each other value under which a row may be stored that has it."""
+    if other_spellings is no_spellings:
+        return {}
+    others: dict[KeyValue, KeyValue] = {}
+    async for some in slices(values):
+        others.update(other_spellings(some))
+    return others
 
 
 def id_taken(existing_id: int | None) -> IdTaken:

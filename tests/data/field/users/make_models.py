@@ -1,6 +1,6 @@
 """Writes the files of programs that run nowhere here, modelled on the pages that README.md links.
 
-Usage: `python tests/data/field/make_models.py`; it needs argon2-cffi, bcrypt and cryptography.
+Usage: `python tests/data/field/users/make_models.py`; it needs argon2-cffi, bcrypt and cryptography.
 """
 
 import base64

@@ -1,6 +1,6 @@
 """Writes the files of this folder with real programs; README.md lists their versions.
 
-Usage, in a scratch virtual environment: `PYTHONPATH=ROOT python tests/data/field/make.py [NAME...]`.
+Usage, in a scratch virtual environment: `PYTHONPATH=ROOT python tests/data/field/users/make.py [NAME...]`.
 """
 
 import csv
