@@ -1,9 +1,7 @@
 """Files of tests/data/field/users, which other programs wrote, read as `roster load` reads them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,10 +13,9 @@ from roster.v1.resources_pb2 import User
 from service.cli.formats import FORMATS, LOADED_ENDINGS, Csv, FileFormat, SourceError, format_name
 from service.cli.rows import Row
 from service.cli.source import Source
+from tests.support.field import FOLDER, PEOPLE
 from tests.support.files import columns_of
 
-FOLDER = Path(__file__).parents[1] / "data/field/users"
-PEOPLE: Sequence[Mapping[str, Any]] = json.loads((FOLDER / "people.json").read_text())
 NOT_DATA = {"README.md", "people.json", "make.py", "make_models.py", "make_keycloak.sh", "make_firebase.js"}
 # Ids of people with special names.
 QUOTED, UMLAUT, NO_NAME, NAMED_NULL, CHINESE, TWO_LINES, INCHES = 1, 2, 4, 5, 8, 9, 10
@@ -97,6 +94,7 @@ CASES = [
     Case("libreoffice-semicolon.csv"),
     Case("libreoffice-utf16.txt"),
     Case("libreoffice.csv"),
+    Case("mariadb-json.ndjson"),
     Case("mariadb-batch.tsv", [NO_NAME, TWO_LINES], [NULL.format("NULL", "NULL"), ESCAPED]),
     Case("mariadb-batch.tsv", [TWO_LINES], [ESCAPED], options={"null": ["NULL"]}),
     Case(

@@ -80,7 +80,7 @@ def pandas() -> None:
     short.to_csv(FOLDER / "pandas.csv.zst", index=False)
     # A column that once had a missing value, as after a merge, is one of floats: 7.0.
     floats = frame.assign(id=frame["id"].astype(float))
-    floats.to_csv(FOLDER / "pandas-restore.csv", index=False)
+    floats.assign(is_active=frame["is_active"].astype(float)).to_csv(FOLDER / "pandas-restore.csv", index=False)
     short.to_json(FOLDER / "pandas-records.json", orient="records")
     short.to_json(FOLDER / "pandas-lines.json", orient="records", lines=True)
     short.to_json(FOLDER / "pandas-columns.json")
@@ -315,6 +315,9 @@ def mariadb() -> None:
             statement = inserts().replace("Z'", "'").replace("\\", "\\\\")
             run(*client, stdin=f"create database d character set utf8mb4; use d; {table}; {statement};")
             query = "select email, full_name, is_active from people"
+            json = "json_object('email', email, 'full_name', full_name, 'is_active', is_active)"
+            options = ["--batch", "--raw", "--skip-column-names", "-e"]
+            write("mariadb-json.ndjson", run(*client, "d", *options, f"select {json} from people"))
             write("mariadb-batch.tsv", run(*client, "d", "--batch", "-e", query))
             write("mariadb-table.txt", run(*client, "d", "--table", "-e", query))
             union = f"select 'email', 'full_name', 'is_active' union all {query}"
