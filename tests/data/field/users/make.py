@@ -80,7 +80,9 @@ def pandas() -> None:
     short.to_csv(FOLDER / "pandas.csv.zst", index=False)
     # A column that once had a missing value, as after a merge, is one of floats: 7.0.
     floats = frame.assign(id=frame["id"].astype(float))
-    floats.assign(is_active=frame["is_active"].astype(float)).to_csv(FOLDER / "pandas-restore.csv", index=False)
+    floats.assign(is_active=frame["is_active"].astype(float)).to_csv(
+        FOLDER / "pandas-restore.csv", index=False
+    )
     short.to_json(FOLDER / "pandas-records.json", orient="records")
     short.to_json(FOLDER / "pandas-lines.json", orient="records", lines=True)
     short.to_json(FOLDER / "pandas-columns.json")
