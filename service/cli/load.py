@@ -208,11 +208,11 @@ def load(
     is_json: bool,
     **options: Any,
 ) -> None:
-    """Load users or posts from FILE: NDJSON, CSV or Parquet, plain or gzip. - is standard input.
+    """Load users or posts from FILE: CSV, JSON or Parquet, plain, gzip or zstd. - is standard input.
 
     Columns of users: email, full_name, is_active, hashed_password. Columns of posts: title, content, and
     author_id or author_email. --update needs id. --restore also reads id, created_at, updated_at, version.
-    Other columns are ignored.
+    Other columns are ignored. docs/importing.md describes the files of other systems.
 
     A row that fails does not affect the others. It is written to a file of rejects, with the reason as
     `_error`. Fix the rows there, and load that file. An existing file of rejects is never overwritten.

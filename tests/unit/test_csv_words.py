@@ -153,6 +153,7 @@ def test_a_title_above_the_header_is_named(title_lines: int) -> None:
         "═════╪═════",
         "├─────┼─────┤",
         "----- -----",
+        "-----,-----",
         "-----\t-----",
     ],
 )

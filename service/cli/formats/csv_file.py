@@ -29,7 +29,7 @@ UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 EXCEL_DELIMITER = re.compile(r"sep=(.)\s*")  # a first line that only Excel knows
 POWERSHELL_TYPE = re.compile(r"#TYPE \S+\s*")  # a first line that only PowerShell knows
 # The line below the header, or above it, in a table for the screen.
-RULER = re.compile(r"(?=.*[-=\u2500\u2501\u2550]{3})[-=+|:\s\u2500-\u257f]+")
+RULER = re.compile(r"(?=.*[-=\u2500\u2501\u2550]{3})[-=+|:,;\s\u2500-\u257f]+")
 MAX_TITLE_LINES = 20
 E_MAIL = re.compile(r"\S@\S")
 # As PostgreSQL's and MySQL's text formats escape characters.
