@@ -6,6 +6,7 @@ import re
 import shutil
 import sqlite3
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import asyncpg
@@ -28,7 +29,7 @@ USERS = [User(email=email, full_name=name, is_active=is_active) for email, name,
 
 
 async def export(
-    postgres: Postgres, statements: list[str], insert: str, rows: list[tuple[object, ...]], query: str
+    postgres: Postgres, statements: Sequence[str], insert: str, rows: Sequence[tuple[object, ...]], query: str
 ) -> bytes:
     """Fill a table, and return what COPY writes for a query, as psql's copy does."""
     output = io.BytesIO()

@@ -1,5 +1,6 @@
 """Files of tests/data/field/users, which other programs wrote, read as `roster load` reads them."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from roster.v1.resources_pb2 import User
-from service.cli.formats import FORMATS, LOADED_ENDINGS, Csv, FileFormat, SourceError, format_name
+from service.cli.formats import FORMATS, LOADED_ENDINGS, Csv, FileFormat, Parquet, SourceError, format_name
 from service.cli.rows import Row
 from service.cli.source import Source
 from tests.support.field import FOLDER, PEOPLE
@@ -230,6 +231,10 @@ async def rows_of(case: Case) -> list[Row[Any]]:
     """Return the rows of a file; raises UsageError, SourceError."""
     columns = columns_of(operation="restore" if case.restore else "create")
     kind = FORMATS[format_name(case.file, LOADED_ENDINGS)]
+    if kind is Parquet:
+        pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+    if case.file.endswith(".zst") and sys.version_info < (3, 14):
+        pytest.importorskip("backports.zstd", reason="the extra `zstd` is not installed")
     file_format: FileFormat = Csv(columns, **case.options) if kind is Csv else kind(columns)
     source = Source(str(FOLDER / case.file), file_format)
     return [row async for chunk in source.chunks(0) for row in chunk]
