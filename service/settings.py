@@ -45,10 +45,12 @@ DRIVERS = {
 FOR_CLIENTS = {
     f"{PREFIX}ADDRESS": "address",
     f"{PREFIX}TLS_CA_FILE": "tls_ca",
+    f"{PREFIX}TLS_SERVER_NAME": "tls_server_name",
     f"{PREFIX}TLS_CLIENT_CERT_FILE": "tls_cert",
     f"{PREFIX}TLS_CLIENT_KEY_FILE": "tls_key",
     f"{PREFIX}TOKEN_FILE": "token_file",
     f"{PREFIX}TOKEN": "token",
+    f"{PREFIX}INSECURE_TOKEN": "insecure_token",
 }
 FOR_TOKENS = {f"{PREFIX}JWT_ISSUER": "issuer", f"{PREFIX}JWT_AUDIENCE": "audience"}
 DATABASE_URLS = {f"{PREFIX}DATABASE_URL", f"{PREFIX}DATABASE_URL_FILE", "DATABASE_URL"}

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
@@ -17,6 +18,7 @@ from service.settings import FOR_CLIENTS, FOR_TOKENS, folder_options
 # some of its messages; its fork handlers can kill the worker processes that `serve` starts.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+NARROW, NAME_WIDTH_IN_NARROW = 72, 10  # columns
 COMMANDS = ["serve", "migrate", "doctor", "load", "loads", "export", "token", "completion"]
 
 
@@ -24,6 +26,16 @@ class EnvFileError(click.ClickException):
     """The `.env` file of the current directory can't be used."""
 
     exit_code = 2
+
+
+class Formatter(click.HelpFormatter):
+    """Writes descriptions below the names if the terminal is narrow: their words are whole then."""
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        super().write_dl(rows, col_max if self.width >= NARROW else NAME_WIDTH_IN_NARROW, col_spacing)
+
+
+click.Context.formatter_class = Formatter
 
 
 class LazyGroup(click.Group):
@@ -42,6 +54,9 @@ class LazyGroup(click.Group):
             # Click's own messages repeat arguments, such as file names.
             error.message = "\n".join(map(escape, error.message.split("\n")))  # type: ignore[misc]
             raise
+        except KeyboardInterrupt:  # where no command reports it; Click would exit with 1
+            click.echo("interrupted", err=True)
+            sys.exit(128 + signal.SIGINT)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return COMMANDS

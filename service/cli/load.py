@@ -83,7 +83,13 @@ class Load:
         await self._source.prefetch()  # a file that can't be read must not open a load
         async with target.channel() as connection, show_progress(self._source.bytes_total, self._progress):
             method, request = self._entity.rpc(connection, verb)
-            loader = BulkLoader(method, request, self._options, batch_rows=batch_rows, retry_connect=False)
+            self._backoff.watch(connection)
+            loader = BulkLoader(
+                *(method, request, self._options),
+                batch_rows=batch_rows,
+                retry_connect=False,
+                connection=connection,
+            )
             loads = BulkServiceStub(connection)
             try:
                 async with aclosing(loader.run(partial(self._messages, loads))) as events:
@@ -220,7 +226,8 @@ def load(
     To resume a load that was stopped, run the same command again. From standard input, this requires
     --load-id and the same rows.
 
-    The exit status is 0 if all rows were loaded, 1 if some failed, 2 if the load did not start or finish.
+    The exit status is 0 if all rows were loaded, 1 if some failed, 2 if the load did not start or finish. If
+    Ctrl-C or SIGTERM ended it, the status is 130 or 143.
     """
     kind, operation = ENTITIES[entity], operation or "create"
     masked = update_mask.replace(" ", "").split(",") if update_mask else []

@@ -12,7 +12,8 @@ import uvloop
 from sqlalchemy.exc import DBAPIError
 
 from service import logs, workers
-from service.cli.environment import read_settings, settings_help
+from service.auth.tls import exposure
+from service.cli.environment import CommandWithSettings, read_settings
 from service.cli.migrate import INSUFFICIENT_PRIVILEGE, connection_problem, report_migration_errors
 from service.cli.terminal import UsageError, echo
 from service.connections import raise_file_limit
@@ -22,7 +23,7 @@ from service.db.errors import code_of
 from service.db.schema import read_schema
 from service.files import file_dangers
 from service.server import Server
-from service.settings import Settings, is_local, unknown_settings
+from service.settings import Settings, unknown_settings
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ MAX_PAUSE_SECONDS = 5.0
 PERMANENT_ERRORS = ("28", "3D", INSUFFICIENT_PRIVILEGE)
 
 
-@click.command(short_help="Run the server until SIGTERM or SIGINT.", epilog=settings_help())
+@click.command(cls=CommandWithSettings, short_help="Run the server until SIGTERM or SIGINT.")
 @click.option("--worker", "is_worker", is_flag=True, hidden=True)
 def serve(*, is_worker: bool) -> None:
     """Run the server until SIGTERM or SIGINT. Calls in flight are finished before it exits."""
@@ -127,10 +128,8 @@ async def _wait_for_schema(database: Database, max_seconds: float, stopping: asy
 
 def _announce(settings: Settings, address: str) -> None:
     echo(f"listening on {address}", err=True)
-    if settings.insecure and not is_local(settings.listen):
-        log.warning(
-            "ROSTER_INSECURE: anyone who can reach %s can read, change and delete everything", address
-        )
+    if danger := exposure(settings):
+        log.warning("ROSTER_INSECURE: %s", danger.format(address))
     is_secured = settings.tls_cert_file or settings.policy_file
     if is_secured or not _is_read_by_people(settings.log_format):
         return

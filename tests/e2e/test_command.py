@@ -58,7 +58,8 @@ async def test_help_lists_every_setting_with_its_default(command: list[str | Pat
     ended = await run(*command, "serve", "--help", folder=tmp_path)
 
     assert ended.out.startswith("Usage: roster serve ")
-    listed = dict(re.findall(r"^ +ROSTER_(\w+) .* \[(.*)\]$", ended.out, re.MULTILINE))
+    unwrapped = re.sub(r"\n {10,}", " ", ended.out)
+    listed = dict(re.findall(r"^ +ROSTER_(\w+) .* \[(.*)\]$", unwrapped, re.MULTILINE))
     defaults = {name.upper(): str(field.default) for name, field in Settings.model_fields.items()}
     readable = {"None": "unset", "": "unset", "False": "false", "7 days, 0:00:00": "P7D"}
     assert listed == {name: readable.get(default, default) for name, default in defaults.items()}
