@@ -18,7 +18,7 @@ from google.protobuf.descriptor import FieldDescriptor
 
 from service.cli.compression import compress
 from service.cli.formats import format_name
-from service.cli.formats.write import csv_line, json_line, pyarrow
+from service.cli.formats.write import csv_line, csv_row, json_line, pyarrow
 from service.cli.rows import ENTITIES, Entity, Values, values_of
 from service.cli.terminal import (
     Target,
@@ -65,7 +65,7 @@ def _ndjson(file: Output, entity: Entity) -> Iterator[Write]:  # noqa: ARG001
 @contextmanager
 def _csv(file: Output, entity: Entity) -> Iterator[Write]:
     file.write(csv_line(entity.exported))
-    yield lambda rows: file.writelines(csv_line(row.values()) for row in rows)
+    yield lambda rows: file.writelines(csv_row(row.values()) for row in rows)
 
 
 @contextmanager

@@ -53,6 +53,7 @@ COLUMNS = 'Columns with other names, such as email=Mail,full_name="Full Name".'
 IGNORE = "Column that is not read, although its name is near that of a known one; repeat it for several."
 DELIMITER = "Delimiter of CSV.  [default: found from the header line]"
 ENCODING = "Encoding of CSV, such as cp1252.  [default: UTF-8, or UTF-16 by its byte order mark]"
+NULL = "Unquoted cell of CSV that means unset, such as NULL or NA; repeat it for several."
 REJECTS = "File for the rows that fail.  [default: NAME.rejects.FORMAT, next to FILE]"
 PATH = click.Path(dir_okay=False, path_type=Path)
 OPTION = re.compile(r"\b(?:options\.(\w+)|(load_id))\b")
@@ -192,6 +193,7 @@ def _choice(enum: Any) -> click.Choice[str]:
 @click.option("--ignore", metavar="NAME", multiple=True, help=IGNORE)
 @click.option("--delimiter", type=click.Choice(list(DELIMITERS)), help=DELIMITER)
 @click.option("--encoding", help=ENCODING)
+@click.option("--null", metavar="TEXT", multiple=True, help=NULL)
 @click.option("--rejects", type=PATH, help=REJECTS)
 @click.option("--json", "is_json", is_flag=True, help="Print the summary as a JSON object.")
 def load(
@@ -206,16 +208,17 @@ def load(
     ignore: Sequence[str],
     delimiter: str | None,
     encoding: str | None,
+    null: Sequence[str],
     rejects: Path | None,
     *,
     is_json: bool,
     **options: Any,
 ) -> None:
-    """Load users or posts from FILE: NDJSON, CSV or Parquet, plain or gzip. - is standard input.
+    """Load users or posts from FILE: CSV, JSON or Parquet, plain, gzip or zstd. - is standard input.
 
     Columns of users: email, full_name, is_active, hashed_password. Columns of posts: title, content, and
     author_id or author_email. --update needs id. --restore also reads id, created_at, updated_at, version.
-    Other columns are ignored.
+    Other columns are ignored. docs/importing.md describes the files of other systems.
 
     A row that fails does not affect the others. It is written to a file of rejects, with the reason as
     `_error`. Fix the rows there, and load that file. An existing file of rejects is never overwritten.
@@ -234,8 +237,8 @@ def load(
     names = kind.columns(operation, masked)
     columns = Columns(kind.message, names, parse_columns(mapping, names), ignore)
     kind_of_file = FORMATS[file_format or format_name(file, LOADED_ENDINGS)]
-    source = Source(file, _configure(kind_of_file, columns, delimiter, encoding))
-    reading = {"columns": columns.mapping, "delimiter": delimiter, "encoding": encoding}
+    source = Source(file, _configure(kind_of_file, columns, delimiter, encoding, null))
+    reading = {"columns": columns.mapping, "delimiter": delimiter, "encoding": encoding, "null": null}
     bulk_options = pb.BulkOptions(
         restore=operation == "restore",
         update_mask=FieldMask(paths=masked),
@@ -291,13 +294,17 @@ def _name_options(message: str) -> str:
 
 
 def _configure(
-    kind: Callable[[Columns], FileFormat], columns: Columns, delimiter: str | None, encoding: str | None
+    kind: Callable[[Columns], FileFormat],
+    columns: Columns,
+    delimiter: str | None,
+    encoding: str | None,
+    null: Sequence[str],
 ) -> FileFormat:
     """Return a file format with the options for CSV; raises UsageError."""
-    if not (delimiter or encoding):
+    if not (delimiter or encoding or null):
         return kind(columns)
     if kind is not Csv:
-        raise click.UsageError("--delimiter and --encoding are for CSV")
+        raise click.UsageError("--delimiter, --encoding and --null are for CSV")
     try:
         codec = codecs.lookup(encoding or "utf-8")
         "".encode(codec.name)  # not every codec is one of texts
@@ -305,7 +312,9 @@ def _configure(
         raise click.UsageError(
             f"--encoding {encoding} is not known; use one such as utf-8 or cp1252"
         ) from None
-    return Csv(columns, DELIMITERS.get(delimiter or "", ""), "" if codec.name == "utf-8" else codec.name)
+    return Csv(
+        columns, DELIMITERS.get(delimiter or "", ""), "" if codec.name == "utf-8" else codec.name, null
+    )
 
 
 def _derive_load_id(

@@ -3,8 +3,9 @@
 import codecs
 import csv
 import re
+import shlex
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from io import BufferedReader, TextIOWrapper
@@ -16,19 +17,28 @@ from google.protobuf.message import Message
 from roster.v1.bulk_pb2 import RowFailure
 from service.cli.columns import ERROR, Columns
 from service.cli.formats.base import MAX_LINE_BYTES, SourceError, check_size, shorten
-from service.cli.formats.write import csv_line
+from service.cli.formats.write import Quoted, csv_line, quote
 from service.cli.rows import Row
 from service.cli.terminal import pluralize
+from service.cli.values import NULL_WORDS
 from service.errors import InvalidField, MalformedMessage, TooLarge
 from service.escape import escape
 
 DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 EXCEL_DELIMITER = re.compile(r"sep=(.)\s*")  # a first line that only Excel knows
-# Put into an empty quoted cell to find it. Any character that is not part of the syntax would do.
+POWERSHELL_TYPE = re.compile(r"#TYPE \S+\s*")  # a first line that only PowerShell knows
+# The line below the header, or above it, in a table for the screen.
+RULER = re.compile(r"(?=.*[-=\u2500\u2501\u2550]{3})[-=+|:,;\s\u2500-\u257f]+")
+MAX_TITLE_LINES = 20
+E_MAIL = re.compile(r"\S@\S")
+# As PostgreSQL's and MySQL's text formats escape characters.
+ESCAPE = re.compile(r"\\[bfnrtv0\\]")
+ESCAPED_LINE_END = re.compile(r"\\[\r\n]")  # in `content`, it can be a line of code
+# Put into a quoted cell to find it. Any character that is not part of the syntax would do.
 MARK = "\0"
 BLANK = "\ufeff \t\r\n"
-MAX_SHOWN_NAMES = 10
+MAX_SHOWN_NAMES, MAX_SHOWN_CHARACTERS = 10, 24
 
 # The text of a row, and its cells or the reason why it has none.
 Record: TypeAlias = tuple[str, list[str] | csv.Error]
@@ -86,7 +96,8 @@ class Csv:
     Any line end; the delimiter is found from the header; spaces after delimiters; blank rows; columns
     without a name are ignored. As in PostgreSQL's COPY, an empty cell is unset and a quoted empty cell is an
     empty string. A quote inside a cell that does not begin with one is a character like any other. Text after
-    a closing quote, and a quote that is never closed, fail the row.
+    a closing quote, and a quote that is never closed, fail the row. `null` has the texts of unquoted cells
+    that are unset. A word such as NULL that is not one of them fails the row, as do escapes with a backslash.
 
     In rejects, `_error` is the first column, so that a row with too few or too many cells keeps its cells in
     their columns.
@@ -94,8 +105,12 @@ class Csv:
 
     name, suffix, unit = "Csv", "csv", "line"
 
-    def __init__(self, columns: Columns, delimiter: str = "", encoding: str = "") -> None:
+    def __init__(
+        self, columns: Columns, delimiter: str = "", encoding: str = "", null: Collection[str] = ()
+    ) -> None:
         self.columns = columns
+        self._null = null
+        self._null_words = NULL_WORDS.union(null)
         self._delimiter = delimiter
         self._encoding = encoding
         self._has_spaces = False  # after each delimiter, as the header has them
@@ -122,7 +137,7 @@ class Csv:
         for first in lines:
             if found := EXCEL_DELIMITER.fullmatch(first):
                 self._delimiter = self._delimiter or found[1]
-            elif first.strip(BLANK):
+            elif first.strip(BLANK) and not POWERSHELL_TYPE.fullmatch(first):
                 break
             lines.start_record()
         else:
@@ -133,22 +148,28 @@ class Csv:
             raise SourceError(
                 "the header line is not UTF-8; save the file as UTF-8, or add --encoding cp1252"
             )
+        if RULER.fullmatch(first) or RULER.fullmatch(next(lines, "")):
+            raise SourceError(
+                "the file is a table for the screen, not CSV; export it as CSV, such as with psql --csv or "
+                "sqlite3 -header -csv"
+            )
         lines.give_back(0)
         candidates = [self._delimiter] if self._delimiter else DELIMITERS.values()
         headers = {delimiter: _read_names(lines, delimiter) for delimiter in candidates}
         known = {delimiter: self.columns.knows(names) for delimiter, names in headers.items()}
         self._delimiter = max(known, key=known.__getitem__)
         self._header = headers[self._delimiter]
-        self._check_header(known[self._delimiter])
+        self._check_header(lines, known[self._delimiter])
         others = next(csv.reader(lines, delimiter=self._delimiter))[1:]
         self._has_spaces = bool(others) and all(name.startswith(" ") for name in others)
 
-    def _check_header(self, known: int) -> None:
-        shown = ", ".join(escape(name) for name in self._header[:MAX_SHOWN_NAMES])
+    def _check_header(self, lines: Lines, known: int) -> None:
+        # A row in place of a header may contain a hash.
+        shown = ", ".join(escape(name[:MAX_SHOWN_CHARACTERS]) for name in self._header[:MAX_SHOWN_NAMES])
         if not known:
             raise SourceError(
                 f"the header line has none of the columns {', '.join(self.columns.names)}; it has {shown}; "
-                "name the columns with --columns, such as --columns email=Mail"
+                f"{self._suggest_header(lines)}"
             )
         for column in self.columns.mapping.values():
             if column not in self._header:
@@ -157,6 +178,24 @@ class Csv:
             self._fields = self.columns.fields_of(self._header)
         except InvalidField as error:
             raise SourceError(error.message) from None
+
+    def _suggest_header(self, lines: Lines) -> str:
+        """Return what to do about a header without known columns: it may be missing, or be below a title."""
+        if any(map(E_MAIL.search, self._header)):
+            return (
+                "if this is a row, add a header line such as email,full_name; if not, name the columns with "
+                "--columns, such as --columns email=Mail"
+            )
+        lines.start_record()
+        next(lines)
+        for number in range(MAX_TITLE_LINES):
+            line = next(lines, "")
+            with suppress(csv.Error, StopIteration):
+                for delimiter in DELIMITERS.values():
+                    names = next(csv.reader([line], delimiter=delimiter))
+                    if self.columns.knows(name.strip(BLANK) for name in names):
+                        return f"if line {lines.number + number + 2} is the header, delete the lines above it"
+        return "name the columns with --columns, such as --columns email=Mail"
 
     def _read_rows(self, lines: Lines) -> Iterator[Row[Record]]:
         reader = self._reader(lines, has_spaces=self._has_spaces)
@@ -196,7 +235,7 @@ class Csv:
         record, cells = original
         check_size(record)
         if isinstance(cells, csv.Error):
-            raise _explain(cells)
+            raise _explain(cells, record)
         if not _is_encodable(record):
             raise MalformedMessage("the row is not UTF-8; save the file as UTF-8, or add --encoding cp1252")
         count = len(self._header)
@@ -204,38 +243,73 @@ class Csv:
             raise MalformedMessage(f"the row has {pluralize(len(cells), 'cell')}, but the header has {count}")
         values: list[str | None] = [cell or None for cell in cells]
         if '""' in record and None in values:
-            for index in self._quoted_empty_cells(record, cells):
+            for index in self._quoted_cells(record, cells):
                 values[index] = ""
+        if not self._null_words.isdisjoint(cells):
+            for index in self._null_cells(record, cells):
+                values[index] = None
+        if "\\" in record:
+            self._refuse_escapes(record, cells)
         return self.columns.message_of(self._fields, values)
 
-    def _quoted_empty_cells(self, record: str, cells: list[str]) -> list[int]:
-        """Return the indexes of the cells that are `""`, which the csv module does not tell from empty ones.
+    def _null_cells(self, record: str, cells: list[str]) -> list[int]:
+        """Return the indexes of the cells that mean null; raises InvalidField if that is not certain."""
+        indexes = []
+        for index, (field, cell) in enumerate(zip(self._fields, cells, strict=False)):
+            if not field or cell not in self._null_words or index in self._quoted_cells(record, cells, cell):
+                continue
+            if cell not in self._null:
+                option = f"--null {shlex.quote(cell)}"
+                raise InvalidField(
+                    f"{field} is {cell}, which programs write for an unset value: add {option}, or write it "
+                    "in quotes if it is text",
+                    field=field,
+                )
+            indexes.append(index)
+        return indexes
 
-        A mark in such a cell comes back as its value. In a place that only looks like one, as in
+    def _refuse_escapes(self, record: str, cells: list[str]) -> None:
+        """Raise InvalidField for a cell in which a backslash seems to escape a character."""
+        for field, cell in zip(self._fields, cells, strict=False):
+            if not field or "\\" not in cell or cell in self._null:
+                continue
+            is_escaped = '\\"' in cell or (self._delimiter == "\t" and ESCAPE.search(cell))
+            advice = "export CSV with quotes and without escapes"
+            if is_escaped and quote(cell) not in record:
+                advice += ", or write it in quotes if it is text"
+            elif field == "content" or not ESCAPED_LINE_END.search(cell):
+                continue
+            raise InvalidField(
+                f"{field} seems to contain a character that is escaped with a backslash; {advice}",
+                field=field,
+            )
+
+    def _quoted_cells(self, record: str, cells: list[str], text: str = "") -> list[int]:
+        """Return the indexes of the cells that are a text in quotes, which the csv module does not reveal.
+
+        A mark in such a cell comes back with its value. In a place that only looks like one, as in
         `"a,"",b"`, the mark follows a closing quote, which is an error.
         """
         # Without quotes in cells, each quoted cell has two.
         if record.count('"') == 2 * len(cells) and '"' not in "".join(cells):
-            return [index for index, cell in enumerate(cells) if not cell]
+            return [index for index, cell in enumerate(cells) if cell == text]
         delimiter = re.escape(self._delimiter)
-        places = [
-            found.end() - 1
-            for found in re.finditer(rf'(?:^|(?<={delimiter})) *""(?={delimiter}|[\r\n]|$)', record)
-        ]
+        quoted = rf'(?:^|(?<={delimiter})) *"{re.escape(text)}"(?={delimiter}|[\r\n]|$)'
+        places = [found.end() - 1 for found in re.finditer(quoted, record)]
         with suppress(csv.Error):
-            return self._marked(record, cells, places)
+            return self._marked(record, cells, text, places)
         indexes = []
         for place in places:
             with suppress(csv.Error):
-                indexes += self._marked(record, cells, [place])
+                indexes += self._marked(record, cells, text, [place])
         return indexes
 
-    def _marked(self, record: str, cells: list[str], places: list[int]) -> list[int]:
-        """Return the indexes of the empty cells that a mark in one of the places fills; raises csv.Error."""
+    def _marked(self, record: str, cells: list[str], text: str, places: list[int]) -> list[int]:
+        """Return the indexes of the cells with a text that are in one of the places; raises csv.Error."""
         parts = [record[start:end] for start, end in pairwise([0, *places, len(record)])]
         marked = next(self._reader([MARK.join(parts)], has_spaces=True))
         pairs = enumerate(zip(cells, marked, strict=True))
-        return [index for index, (cell, found) in pairs if not cell and found == MARK]
+        return [index for index, (cell, found) in pairs if cell == text and found == text + MARK]
 
     def rejects_header(self) -> bytes:
         return csv_line([ERROR, *(name for name in self._header if name != ERROR)])
@@ -248,8 +322,11 @@ class Csv:
         record, cells = row.original
         if isinstance(cells, csv.Error):
             return [shorten(row, record.rstrip("\r\n"))]
-        quoted = self._quoted_empty_cells(record, cells)
+        quoted = self._quoted_cells(record, cells)
         values = [cell if cell or index in quoted else None for index, cell in enumerate(cells)]
+        for word in self._null_words.intersection(cells):
+            for index in self._quoted_cells(record, cells, word):
+                values[index] = Quoted(word)
         earlier_error = self._header.index(ERROR) if ERROR in self._header else len(values)
         return values[:earlier_error] + values[earlier_error + 1 :]
 
@@ -275,12 +352,15 @@ def _is_encodable(text: str) -> bool:
         return False
 
 
-def _explain(error: csv.Error) -> MalformedMessage | TooLarge:
+def _explain(error: csv.Error, record: str) -> MalformedMessage | TooLarge:
     message = str(error)
     if "unexpected end" in message:
         return MalformedMessage("a quote is never closed")
     if "field limit" in message:
         return TooLarge(f"a quote is not closed within {MAX_LINE_BYTES >> 20} MiB")
     if "expected after" in message:
-        return MalformedMessage("text follows a closing quote; a quote inside a quoted cell is written twice")
+        wrong = ', not as \\"' if '\\"' in record else ""
+        return MalformedMessage(
+            f"text follows a closing quote; a quote inside a quoted cell is written twice{wrong}"
+        )
     return MalformedMessage(f"the row is not CSV: {message}")

@@ -3,6 +3,7 @@
 import codecs
 import json
 from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from io import BufferedReader, RawIOBase, TextIOWrapper
 from typing import Any
 
@@ -19,6 +20,7 @@ from service.escape import escape
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 READ_BYTES = 1 << 16
 HEAD_LINES = 2
+MAX_SHOWN_NAMES = 10
 DECODER = json.JSONDecoder()
 WHITESPACE = " \t\r\n"
 
@@ -47,10 +49,12 @@ class Json:
         self.unit = "row"
         array: str | None = self.columns.plural
         if file.seekable():
-            array = self._find_array(JsonText(whole))
+            with closing(JsonText(whole)) as text:
+                array = self._find_array(text)
             file.seek(0)
             whole = _open_utf8(file)
-        yield from self._document(JsonText(whole), array)
+        with closing(JsonText(whole)) as text:
+            yield from self._document(text, array)
 
     def _has_a_row_per_line(self, head: list[bytes]) -> bool:
         """Return whether the first line is a row, or the second one: the first may be damaged."""
@@ -73,11 +77,17 @@ class Json:
         return False
 
     def _check_columns(self, row: Values) -> None:
-        """Raise SourceError if a column of the first row may be misspelt."""
+        """Raise SourceError if a column of the first row may be misspelt, or if it has none that is known."""
         try:
             self.columns.fields_of(list(row))
         except InvalidField as error:
             raise SourceError(error.message) from None
+        if row and not self.columns.knows(row):
+            raise SourceError(
+                f"the first row has none of the columns {', '.join(self.columns.names)}; it has "
+                f"{escape(', '.join(list(row)[:MAX_SHOWN_NAMES]))}; name the columns with --columns, or "
+                "write rows with these names, such as with jq"
+            )
 
     def _lines(self, file: BufferedReader) -> Iterator[Row[Any]]:
         for number, line in enumerate(_read_lines(file), start=1):
@@ -156,6 +166,11 @@ class JsonText:
         self._position = 0
         self._is_complete = False
         self._row = 0  # the number of the last one
+
+    def close(self) -> None:
+        """Leave the file open: it belongs to the caller."""
+        with suppress(ValueError):  # the file is closed
+            self._file.detach()
 
     def peek(self) -> str:
         """Return the next character that is not white space, "" at the end."""

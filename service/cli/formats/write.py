@@ -9,8 +9,15 @@ import orjson
 
 from service.cli.rows import Values
 from service.cli.terminal import UsageError
+from service.cli.values import NULL_WORDS
 
 SPECIAL = re.compile(r'[",\r\n]')
+
+
+class Quoted(str):
+    """A text that is written in quotes, so that it does not mean null."""
+
+    __slots__ = ()
 
 
 def json_line(values: Values) -> bytes:
@@ -28,6 +35,20 @@ def csv_line(values: Iterable[Any]) -> bytes:
     return f"{','.join(map(_cell, values))}\n".encode(errors="surrogateescape")
 
 
+def csv_row(values: Iterable[Any]) -> bytes:
+    """Return the values of a row as a line of CSV, with words such as NULL in quotes: they are text."""
+    return csv_line(map(_quote_null_word, values))
+
+
+def _quote_null_word(value: Any) -> Any:
+    return Quoted(value) if isinstance(value, str) and value in NULL_WORDS else value
+
+
+def quote(text: str) -> str:
+    """Return a text as a quoted cell of CSV."""
+    return '"' + text.replace('"', '""') + '"'
+
+
 def pyarrow() -> Any:
     """Return the pyarrow module; raises UsageError if it is not installed."""
     try:
@@ -41,8 +62,8 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     text = value if isinstance(value, str) else _text(value)
-    needs_quotes = not text or SPECIAL.search(text)
-    return '"' + text.replace('"', '""') + '"' if needs_quotes else text
+    needs_quotes = not text or isinstance(value, Quoted) or SPECIAL.search(text)
+    return quote(text) if needs_quotes else text
 
 
 def _text(value: Any) -> str:
