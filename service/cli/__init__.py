@@ -11,7 +11,7 @@ import click
 from service import __version__
 from service.escape import escape
 from service.logs import escape_failures
-from service.settings import FOR_CLIENTS, FOR_TOKENS, folder_options
+from service.settings import FOR_CLIENTS, FOR_TOKENS, clean_client_variables, folder_options
 
 # gRPC reads these when it is imported. Its core logs to standard error, and headers of callers can trigger
 # some of its messages; its fork handlers can kill the worker processes that `serve` starts.
@@ -60,6 +60,7 @@ class LazyGroup(click.Group):
 @click.pass_context
 def main(context: click.Context) -> None:
     """Roster: the system of record for users and their posts."""
+    clean_client_variables()
     try:
         clients, tokens = folder_options(FOR_CLIENTS), folder_options(FOR_TOKENS)
     except OSError as error:
