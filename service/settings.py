@@ -360,15 +360,6 @@ class Settings(BaseSettings):
         return settings
 
     @property
-    def otlp_protocol(self) -> str | None:
-        """The protocol for sending traces, "grpc" or "http/protobuf"; None if no endpoint is set."""
-        traces, all_signals = "OTEL_EXPORTER_OTLP_TRACES_", "OTEL_EXPORTER_OTLP_"
-        if not any(os.environ.get(f"{prefix}ENDPOINT") for prefix in (traces, all_signals)):
-            return None
-        protocols = (os.environ.get(f"{prefix}PROTOCOL") for prefix in (traces, all_signals))
-        return next(filter(None, protocols), "http/protobuf")
-
-    @property
     def direct_url(self) -> str:
         """The URL of the database for migrations."""
         return self.migration_url or self.database_url

@@ -15,8 +15,8 @@ from service.settings import FOR_CLIENTS, FOR_TOKENS, clean_client_variables, fo
 
 # gRPC reads these when it is imported. Its core logs to standard error, and headers of callers can trigger
 # some of its messages; its fork handlers can kill the worker processes that `serve` starts.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+for name, value in {"GRPC_VERBOSITY": "NONE", "GRPC_ENABLE_FORK_SUPPORT": "0"}.items():
+    os.environ[name] = os.environ.get(name) or value  # empty means unset
 COMMANDS = ["serve", "migrate", "doctor", "load", "loads", "export", "token", "completion"]
 
 
