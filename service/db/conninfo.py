@@ -34,6 +34,8 @@ KEYWORD = re.compile(
 BAD_PERCENT = re.compile("%(?![0-9a-f]{2})|%00", re.IGNORECASE)
 # A setting in `options`, as the command line of the server has them.
 OPTION = re.compile(r"(?:-c\s*|--)(?P<name>[\w.-]+)=(?P<value>.*)", re.DOTALL)
+NO_URL = f"is not a URL; write {EXAMPLE}, or sqlite:///file"
+WHITE_SPACE = " \t\n\v\f\r"  # of C
 MAX_PORT = 65535
 DEFAULT_PORT = 5432
 
@@ -207,6 +209,7 @@ def read(text: str) -> dict[str, str]:
     parameters = _with_defaults(parse(text))
     _translate_ssl(parameters)
     for name, value in parameters.items():
+        _require_known(name)  # of a service
         _check(name, value)
     addresses(parameters)
     _check_tls(parameters)
@@ -219,7 +222,14 @@ def parse(text: str) -> dict[str, str]:
 
     As libpq does, an empty value counts as none, and the last one of a name counts.
     """
-    match = SCHEME.fullmatch(text.strip())
+    text = text.strip()
+    if re.match(r"jdbc:", text, re.IGNORECASE):
+        raise ValueError(
+            f"is a URL of JDBC; leave out jdbc:, and write the user and the password as in {EXAMPLE}"
+        )
+    if re.match(r"psql\s", text):
+        raise ValueError(f"is a command; leave out psql and the quotes, as in {EXAMPLE}")
+    match = SCHEME.fullmatch(text)
     if match is None:
         parameters = _parse_keywords(text)
     elif match["scheme"].lower() in SCHEMES:
@@ -228,6 +238,8 @@ def parse(text: str) -> dict[str, str]:
         raise ValueError(
             f"has the scheme {match['scheme']}; postgresql and sqlite are supported, as in {EXAMPLE}"
         )
+    for name in parameters:
+        _require_known(name)
     return {name: value for name, value in parameters.items() if value}
 
 
@@ -361,29 +373,21 @@ def _parse_keywords(text: str) -> dict[str, str]:
     while position < len(text):
         match = KEYWORD.match(text, position)
         if match is None:
-            raise ValueError(_what_is_wrong(text))
+            raise ValueError(NO_URL)
         if (match["plain"] or "").startswith("'"):
             raise ValueError("has a quote that is not closed; write a quote in a value as \\'")
         value = match["plain"] if match["quoted"] is None else match["quoted"]
         parameters[match["name"]] = re.sub(r"\\(.)|\\$", r"\1", value, flags=re.DOTALL)
         position = match.end()
     if not parameters:
-        raise ValueError(_what_is_wrong(text))
+        raise ValueError(NO_URL)
     return parameters
-
-
-def _what_is_wrong(text: str) -> str:
-    if re.match(r"jdbc:", text, re.IGNORECASE):
-        return f"is a URL of JDBC; leave out jdbc:, and write the user and the password as in {EXAMPLE}"
-    if re.match(r"psql\s", text):
-        return f"is a command; leave out psql and the quotes, as in {EXAMPLE}"
-    return f"is not a URL; write {EXAMPLE}, or sqlite:///file"
 
 
 def _decode(text: str) -> str:
     if BAD_PERCENT.search(text):
         raise ValueError("contains a % that begins no percent-encoded character; write % as %25")
-    return unquote(text)
+    return unquote(text.strip(WHITE_SPACE))
 
 
 def _check_host(host: str) -> None:
@@ -457,14 +461,17 @@ def _translate_ssl(parameters: dict[str, str]) -> None:
         parameters["sslmode"] = "verify-full"
 
 
-def _check(name: str, value: str) -> None:
-    """Raise ValueError for a parameter that is unknown, or that can't be honoured."""
+def _require_known(name: str) -> None:
+    """Raise ValueError for a parameter that is unknown; the error repeats only what looks like a name."""
     if name not in KNOWN:
-        # A piece of a password that was not encoded is not repeated.
         close = get_close_matches(name, sorted(KNOWN), 1)
-        shown = name if re.fullmatch("[a-zA-Z_]{2,30}", name) else "with a name that libpq does not have"
+        shown = f" {name}" if re.fullmatch("[a-zA-Z_]{2,30}", name) else ""
         hint = f"; did you mean {close[0]}?" if close else "; remove it"
-        raise ValueError(f"has the unknown parameter {shown}{hint}")
+        raise ValueError(f"has the unknown parameter{shown}{hint}")
+
+
+def _check(name: str, value: str) -> None:
+    """Raise ValueError for a parameter that can't be honoured."""
     if name in REFUSED and value.lower() not in REFUSED[name].harmless:
         raise ValueError(f"has the parameter {name}, which can't be honoured: {REFUSED[name].reason}")
     if name in VALUES and value not in VALUES[name]:
