@@ -135,6 +135,10 @@ async def _connect(
         raise ConnectionError("the database did not answer in time") from error
     except asyncpg.TargetServerAttributeNotMatched as error:
         raise WrongHost(f"the server is not {session_attributes}") from error
+    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        raise
+    except Exception as error:  # an answer that asyncpg does not expect, such as one without a version
+        raise ConnectionError("the server did not answer as PostgreSQL does") from error
 
 
 def _tls_parameters(parameters: Mapping[str, str]) -> dict[str, str]:

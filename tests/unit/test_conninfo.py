@@ -24,12 +24,11 @@ PROVIDERS = {
     "Supabase, IPv6": "postgresql://postgres:pw@[2a05:d014::1]:5432/postgres",
     "Heroku": "postgres://u7q:p3c@ec2-3-1.eu-west-1.compute.amazonaws.com:5432/d9f",
     "Cloud SQL": "postgresql://ada:pw@/roster?host=/cloudsql/project:europe-west1:main",
-    "RDS": "postgresql://ada:pw@main.abc.eu-west-1.rds.amazonaws.com:5432/roster"
-    "?sslmode=verify-full&sslrootcert=system",
+    "RDS": "postgresql://ada:pw@main.abc.rds.amazonaws.com/roster?sslmode=verify-full&sslrootcert=system",
     "Render": "postgresql://ada:pw@dpg-abc-a.frankfurt-postgres.render.com/roster",
     "Azure": "postgresql://ada%40main:pw@main.postgres.database.azure.com:5432/roster?sslmode=require",
-    "Azure's keywords": "host=main.postgres.database.azure.com port=5432 dbname=roster user=ada password='p w' "
-    "sslmode=require",
+    "Azure's keywords": "host=main.postgres.database.azure.com port=5432 dbname=roster user=ada "
+    "password='p w' sslmode=require",
     "Patroni": "postgresql://ada:pw@a:5432,b:5433,c/roster?target_session_attrs=read-write&connect_timeout=3",
     "Debian's socket": "postgresql://ada@%2Fvar%2Frun%2Fpostgresql/roster",
     "libpq's JDBC spelling": "postgresql://ada@db/roster?ssl=true",
