@@ -37,6 +37,11 @@ class WrongHost(ConnectionError):
     """A server that `target_session_attrs` excludes; after a failover it may fit."""
 
 
+class _Connection(asyncpg.Connection):
+    # asyncpg sets it last. Without it, the end of a connection that fails before prints a traceback.
+    _source_traceback = None
+
+
 def postgresql_engine(
     url: str,
     *,
@@ -128,6 +133,7 @@ async def _connect(
             port=port,
             ssl=_system_tls(parameters),
             target_session_attrs=session_attributes,
+            connection_class=_Connection,
             **arguments,
             **options,
         )

@@ -156,9 +156,11 @@ async def test_starts_once_the_database_is_ready(postgresql_url: str, tmp_path: 
         await asyncio.gather(copy(reader, target), copy(source, writer))
 
     async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-        while chunk := await source.read(65536):
-            target.write(chunk)
-        target.close()
+        try:
+            while chunk := await source.read(65536):
+                target.write(chunk)
+        finally:
+            target.close()
 
     async with fake_postgres(converse) as port:
         own = url.set(port=port).render_as_string(hide_password=False)

@@ -16,15 +16,17 @@ READY = b"Z\0\0\0\x05I"
 @asynccontextmanager
 async def fake_postgres(converse: Conversation) -> AsyncIterator[int]:
     """Listen on a free port of 127.0.0.1, hold this conversation with each client, and yield the port."""
-    tasks: set[asyncio.Task[None] | None] = set()
+    tasks: set[asyncio.Task[None]] = set()
 
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        tasks.add(asyncio.current_task())
+    def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.create_task(talk(reader, writer)))
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await converse(reader, writer)
             await writer.drain()
-        except (OSError, EOFError, asyncio.CancelledError):
-            pass  # the client or the test has ended
+        except (OSError, EOFError):
+            pass  # the client has ended
         finally:
             writer.close()
 
@@ -33,8 +35,9 @@ async def fake_postgres(converse: Conversation) -> AsyncIterator[int]:
         yield int(server.sockets[0].getsockname()[1])
     finally:
         server.close()
-        for task in filter(None, tasks):
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
