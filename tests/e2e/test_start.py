@@ -409,3 +409,13 @@ async def test_new_database_has_no_revision_none(empty_postgresql_url: str, tmp_
     )
 
     assert down == Ended(0, "nothing to do: the database has no schema\n", "")
+
+
+async def test_sql_needs_no_database_that_can_be_reached(tmp_path: Path) -> None:
+    """A URL with several hosts is one that SQLAlchemy can't parse."""
+    printed = await run(
+        ROSTER, "migrate", "--sql", folder=tmp_path, ROSTER_DATABASE_URL="postgresql://ada@a:1,b:2/roster"
+    )
+
+    assert (printed.status, printed.err) == (0, "")
+    assert "CREATE TABLE users (" in printed.out
