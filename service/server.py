@@ -152,9 +152,8 @@ class Server:
     async def start(self) -> None:
         """Start serving; raises OSError if it can't listen on an address."""
         listen, health_listen = self.settings.listen, self.settings.health_listen
-        if (
-            self.settings.workers == 1
-        ):  # otherwise workers share the ports, which their supervisor has reserved
+        # Several workers share the ports, which their supervisor has reserved.
+        if self.settings.workers == 1:
             _require_unused(listen, "ROSTER_LISTEN")
             _require_unused(health_listen, "ROSTER_HEALTH_LISTEN")
         self.address = _bind(self.server, listen, "ROSTER_LISTEN", self.credentials)
