@@ -12,12 +12,12 @@ import click
 from service import __version__
 from service.escape import escape
 from service.logs import escape_failures
-from service.settings import FOR_CLIENTS, FOR_TOKENS, folder_options
+from service.settings import FOR_CLIENTS, FOR_TOKENS, clean_client_variables, folder_options
 
 # gRPC reads these when it is imported. Its core logs to standard error, and headers of callers can trigger
 # some of its messages; its fork handlers can kill the worker processes that `serve` starts.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+for name, value in {"GRPC_VERBOSITY": "NONE", "GRPC_ENABLE_FORK_SUPPORT": "0"}.items():
+    os.environ[name] = os.environ.get(name) or value  # empty means unset
 NARROW, NAME_WIDTH_IN_NARROW = 72, 10  # columns
 COMMANDS = ["serve", "migrate", "doctor", "load", "loads", "export", "token", "completion"]
 
@@ -75,6 +75,7 @@ class LazyGroup(click.Group):
 @click.pass_context
 def main(context: click.Context) -> None:
     """Roster: the system of record for users and their posts."""
+    clean_client_variables()
     try:
         clients, tokens = folder_options(FOR_CLIENTS), folder_options(FOR_TOKENS)
     except OSError as error:

@@ -14,16 +14,22 @@ from sqlalchemy.exc import DBAPIError
 from service import logs, workers
 from service.auth.tls import exposure
 from service.cli.environment import CommandWithSettings, read_settings
-from service.cli.migrate import INSUFFICIENT_PRIVILEGE, connection_problem, report_migration_errors
+from service.cli.migrate import connection_problem, report_migration_errors
 from service.cli.terminal import UsageError, echo
 from service.connections import raise_file_limit
 from service.db import migrations
 from service.db.engine import Database
-from service.db.errors import code_of
-from service.db.schema import read_schema
+from service.db.errors import cause_of, is_transient
+from service.db.schema import Schema, read_schema
 from service.files import file_dangers
 from service.server import Server
-from service.settings import Settings, unknown_settings
+from service.settings import (
+    Settings,
+    database_warnings,
+    describe_database,
+    unknown_settings,
+    unread_databases,
+)
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +37,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 USERS = "roster.v1.UserService"
 FIRST_PAUSE_SECONDS = 0.5
 MAX_PAUSE_SECONDS = 5.0
-# SQLSTATEs of a wrong role, password or database, and of missing rights: waiting does not help.
-PERMANENT_ERRORS = ("28", "3D", INSUFFICIENT_PRIVILEGE)
+MIN_ATTEMPT_SECONDS = 15  # also with ROSTER_DATABASE_WAIT=0; a URL can set no limit of its own
 
 
 @click.command(cls=CommandWithSettings, short_help="Run the server until SIGTERM or SIGINT.")
@@ -44,8 +49,9 @@ def serve(*, is_worker: bool) -> None:
     raise_file_limit(settings)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     if not is_worker:
-        for unknown in unknown_settings():
-            log.warning(unknown)
+        echo(f"database: {describe_database(settings.database_url)}", err=True)
+        for warning in (*unknown_settings(), *unread_databases(settings), *database_warnings(settings)):
+            log.warning(warning)
     if settings.is_embedded:
         with report_migration_errors(settings):
             if not migrations.schema(settings.direct_url).is_newer:
@@ -110,20 +116,26 @@ async def _wait_for_schema(database: Database, max_seconds: float, stopping: asy
     end = loop.time() + max_seconds
     while not stopping.is_set():
         try:
-            schema = await read_schema(database.engine)
-            if not schema.is_usable:
-                raise UsageError(str(schema))
-            log.info("%s", schema)
+            seconds = max(end - loop.time(), MIN_ATTEMPT_SECONDS)
+            schema = await workers.unless(stopping, read_schema(database.engine), seconds)
+            if schema is None and not stopping.is_set():
+                raise ConnectionError("the database did not answer in time")
         except (DBAPIError, OSError) as error:
-            is_permanent = code_of(error).startswith(PERMANENT_ERRORS)
-            if is_permanent or loop.time() + pause > end:
+            if not is_transient(error) or loop.time() + pause > end:
                 raise UsageError(connection_problem(error)) from None
-            cause = getattr(error, "orig", None) or error
-            log.warning("the database can't be reached: %s; trying again in %g s", cause, pause)
+            log.warning("the database can't be used: %s; trying again in %g s", cause_of(error), pause)
         else:
+            if schema is not None:
+                _check_schema(schema)
             return
         await asyncio.wait([asyncio.ensure_future(stopping.wait())], timeout=pause)
         pause = min(2 * pause, MAX_PAUSE_SECONDS)
+
+
+def _check_schema(schema: Schema) -> None:
+    if not schema.is_usable:
+        raise UsageError(str(schema))
+    log.info("%s", schema)
 
 
 def _announce(settings: Settings, address: str) -> None:
