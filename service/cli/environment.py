@@ -24,7 +24,7 @@ GROUPS = {
         "reflection",
     ),
     "Observability": ("metrics_listen", "health_listen", "slow_call"),
-    "Start and stop": ("database_wait", "drain_pause", "grace", "max_connection_age"),
+    "Start and stop": ("database_required", "database_wait", "drain_pause", "grace", "max_connection_age"),
     "Database": (
         "migration_url",
         "pool_size",

@@ -270,6 +270,23 @@ async def test_server_serves_without_traces_that_can_t_work(name: str, tmp_path:
     assert "Traceback" not in "".join(lines)
 
 
+async def test_a_malformed_header_is_reported_without_its_value(tmp_path: Path) -> None:
+    """It usually is the key of a vendor."""
+    headers = {"OTEL_EXPORTER_OTLP_HEADERS": "api-key: xyzzy, other key"}
+    process = await start(ROSTER, "serve", folder=tmp_path, **SERVER_DEFAULTS, **ENDPOINT, **headers)
+    assert process.stderr
+    lines = []
+    async for line in process.stderr:
+        lines.append(line.decode())
+        if line.startswith(b"listening on "):
+            process.terminate()
+
+    assert await process.wait() == 0
+    assert "Header format invalid!" in "".join(lines)
+    assert "xyzzy" not in "".join(lines)
+    assert "other key" not in "".join(lines)
+
+
 @pytest.mark.parametrize("name", DISABLED)
 def test_traces_can_be_disabled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the specification's variables; then the code for traces is not imported."""
