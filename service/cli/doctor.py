@@ -69,7 +69,7 @@ class Report:
         echo(first, *(" " * 16 + line for line in others))
 
 
-@click.command(short_help="Check that `roster serve` can run with these settings.")
+@click.command()
 def doctor() -> None:
     """Check that `roster serve` can run: settings, ports, TLS and policy files, database, schema, clock.
 

@@ -167,7 +167,7 @@ class Export:
         return f"{pluralize(self.rows, self.entity.name[:-1])}, {rate:,.0f} rows/s"
 
 
-@click.command(short_help="Export users or posts to a file.", context_settings={"show_default": True})
+@click.command(context_settings={"show_default": True})
 @click.argument("entity", type=click.Choice(list(ENTITIES)))
 @server_options
 @click.option(

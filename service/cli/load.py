@@ -170,7 +170,7 @@ def _choice(enum: Any) -> click.Choice[str]:
     return click.Choice(enum.keys(), case_sensitive=False)
 
 
-@click.command(short_help="Load a file of users or posts.", context_settings={"show_default": True})
+@click.command(context_settings={"show_default": True})
 @click.argument("entity", type=click.Choice(list(ENTITIES)))
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @server_options

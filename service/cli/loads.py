@@ -38,7 +38,7 @@ NAME_WIDTH = 11
 CALLER = "For admins: the caller who started the load, or whose loads to list."
 
 
-@click.command(short_help="List bulk loads, show one with its failures, or abort one.")
+@click.command()
 @click.argument("action", type=click.Choice(["list", "show", "abort"]), default="list")
 @click.argument("load_id", default="")
 @server_options

@@ -62,7 +62,7 @@ def folder_problem(settings: Settings) -> str:
     return ""
 
 
-@click.command(short_help="Migrate the database schema to this release.")
+@click.command()
 @click.option("--sql", is_flag=True, help="Print the SQL for an empty database without running it.")
 @click.option(
     "--contract",

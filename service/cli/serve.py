@@ -40,7 +40,7 @@ MAX_PAUSE_SECONDS = 5.0
 MIN_ATTEMPT_SECONDS = 15  # also with ROSTER_DATABASE_WAIT=0; a URL can set no limit of its own
 
 
-@click.command(cls=CommandWithSettings, short_help="Run the server until SIGTERM or SIGINT.")
+@click.command(cls=CommandWithSettings)
 @click.option("--worker", "is_worker", is_flag=True, hidden=True)
 def serve(*, is_worker: bool) -> None:
     """Run the server until SIGTERM or SIGINT. Calls in flight are finished before it exits."""
