@@ -49,6 +49,7 @@ from service.errors import (
     TooManyFailures,
     Unauthenticated,
     Unavailable,
+    UnreadableHash,
     UserNotFound,
     VersionMismatch,
 )
@@ -105,6 +106,7 @@ __all__ = [
     "TooManyFailures",
     "Unauthenticated",
     "Unavailable",
+    "UnreadableHash",
     "UserNotFound",
     "VersionMismatch",
     "channel",

@@ -26,7 +26,7 @@ async def test_finds_a_handler_that_blocks_the_event_loop(
     server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An RPC's handler is recognised by the coroutine that grpc.aio runs it in."""
-    monkeypatch.setattr(server.users, "get", lambda _: compute())
+    monkeypatch.setattr(server.users, "get", lambda *_: compute())
     with watching() as recorder:
         await refusal(users.GetUser(GetUserRequest(id=1)))
     (hold,) = recorder.holds
