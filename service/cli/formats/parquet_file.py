@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from io import BufferedReader
-from math import isnan
 from typing import Any, TypeAlias
 
 from google.protobuf.message import Message
@@ -76,8 +75,7 @@ class Parquet:
 
     def _to_message(self, original: Original, fields: Mapping[str, str]) -> Message:
         row = _row(original)
-        values = [None if _is_nan(value) else value for value in row.values()]
-        return self.columns.message_of(map(fields.__getitem__, row), values)
+        return self.columns.message_of(map(fields.__getitem__, row), row.values())
 
     def rejects_header(self) -> bytes:
         return b""
@@ -89,7 +87,3 @@ class Parquet:
 def _row(original: Original) -> Values:
     values, index = original
     return values()[index]
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and isnan(value)
