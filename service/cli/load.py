@@ -53,6 +53,7 @@ COLUMNS = 'Columns with other names, such as email=Mail,full_name="Full Name".'
 IGNORE = "Column that is not read, although its name is near that of a known one; repeat it for several."
 DELIMITER = "Delimiter of CSV.  [default: found from the header line]"
 ENCODING = "Encoding of CSV, such as cp1252.  [default: UTF-8, or UTF-16 by its byte order mark]"
+NULL = "Text that CSV has for a missing value, such as NULL; '' if there is none; repeat it for several."
 REJECTS = "File for the rows that fail.  [default: NAME.rejects.FORMAT, next to FILE]"
 PATH = click.Path(dir_okay=False, path_type=Path)
 OPTION = re.compile(r"\b(?:options\.(\w+)|(load_id))\b")
@@ -186,6 +187,7 @@ def _choice(enum: Any) -> click.Choice[str]:
 @click.option("--ignore", metavar="NAME", multiple=True, help=IGNORE)
 @click.option("--delimiter", type=click.Choice(list(DELIMITERS)), help=DELIMITER)
 @click.option("--encoding", help=ENCODING)
+@click.option("--null", "nulls", metavar="TEXT", multiple=True, help=NULL)
 @click.option("--rejects", type=PATH, help=REJECTS)
 @click.option("--json", "is_json", is_flag=True, help="Print the summary as a JSON object.")
 def load(
@@ -200,6 +202,7 @@ def load(
     ignore: Sequence[str],
     delimiter: str | None,
     encoding: str | None,
+    nulls: Sequence[str],
     rejects: Path | None,
     *,
     is_json: bool,
@@ -227,8 +230,10 @@ def load(
     names = kind.columns(operation, masked)
     columns = Columns(kind.message, names, parse_columns(mapping, names), ignore)
     kind_of_file = FORMATS[file_format or format_name(file, LOADED_ENDINGS)]
-    source = Source(file, _configure(kind_of_file, columns, delimiter, encoding))
-    reading = {"columns": columns.mapping, "delimiter": delimiter, "encoding": encoding}
+    source = Source(file, _configure(kind_of_file, columns, delimiter, encoding, nulls))
+    reading: dict[str, object] = {"columns": columns.mapping, "delimiter": delimiter, "encoding": encoding}
+    if nulls:  # otherwise the ids are those of earlier releases
+        reading["nulls"] = sorted(nulls)
     bulk_options = pb.BulkOptions(
         restore=operation == "restore",
         update_mask=FieldMask(paths=masked),
@@ -284,13 +289,17 @@ def _name_options(message: str) -> str:
 
 
 def _configure(
-    kind: Callable[[Columns], FileFormat], columns: Columns, delimiter: str | None, encoding: str | None
+    kind: Callable[[Columns], FileFormat],
+    columns: Columns,
+    delimiter: str | None,
+    encoding: str | None,
+    nulls: Sequence[str],
 ) -> FileFormat:
     """Return a file format with the options for CSV; raises UsageError."""
-    if not (delimiter or encoding):
+    if not (delimiter or encoding or nulls):
         return kind(columns)
     if kind is not Csv:
-        raise click.UsageError("--delimiter and --encoding are for CSV")
+        raise click.UsageError("--delimiter, --encoding and --null are for CSV")
     try:
         codec = codecs.lookup(encoding or "utf-8")
         "".encode(codec.name)  # not every codec is one of texts
@@ -298,7 +307,8 @@ def _configure(
         raise click.UsageError(
             f"--encoding {encoding} is not known; use one such as utf-8 or cp1252"
         ) from None
-    return Csv(columns, DELIMITERS.get(delimiter or "", ""), "" if codec.name == "utf-8" else codec.name)
+    name = "" if codec.name == "utf-8" else codec.name
+    return Csv(columns, DELIMITERS.get(delimiter or "", ""), name, nulls)
 
 
 def _derive_load_id(

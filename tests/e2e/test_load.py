@@ -131,7 +131,7 @@ async def test_validate_only_writes_nothing(roster: Roster, users: UserServiceSt
     assert not (await users.ListUsers(ListUsersRequest())).users
 
 
-@pytest.mark.parametrize("rows", [["{what?"] * 5, [{"email": "no address"}] * 5])
+@pytest.mark.parametrize("rows", [[{}, *["what?"] * 5], [{"email": "no address"}] * 5])
 async def test_stops_if_too_many_rows_fail(roster: Roster, rows: list[object]) -> None:
     """Rows that can't be parsed count like those that the server refuses."""
     done = await roster.run("load", "users", roster.write("users.ndjson", *rows), "--max-failures", "4")

@@ -3,12 +3,13 @@
 import codecs
 import csv
 import re
+import shlex
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from io import BufferedReader, TextIOWrapper
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TypeAlias
 
 from google.protobuf.message import Message
@@ -16,7 +17,7 @@ from google.protobuf.message import Message
 from roster.v1.bulk_pb2 import RowFailure
 from service.cli.columns import ERROR, Columns
 from service.cli.formats.base import MAX_LINE_BYTES, SourceError, check_size, shorten
-from service.cli.formats.write import csv_line
+from service.cli.formats.write import NULL_WORDS, csv_line
 from service.cli.rows import Row
 from service.cli.terminal import pluralize
 from service.errors import InvalidField, MalformedMessage, TooLarge
@@ -27,8 +28,14 @@ UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 EXCEL_DELIMITER = re.compile(r"sep=(.)\s*")  # a first line that only Excel knows
 # Put into an empty quoted cell to find it. Any character that is not part of the syntax would do.
 MARK = "\0"
-BLANK = "\ufeff \t\r\n"
+MARK_OF_FILE = "\ufeff"
+BLANK = f"{MARK_OF_FILE} \t\r\n"
 MAX_SHOWN_NAMES = 10
+MAX_SHOWN_CHARACTERS = 80
+LINES_BEFORE_HEADER = 20  # among these a header line is looked for
+# Fields whose values can't be names of columns: in them a further header line is recognised.
+NAME = re.compile(r"[^\W\d][^@]*")  # and not a key
+KEYS = ("email", "id", "author_id", "author_email")
 
 # The text of a row, and its cells or the reason why it has none.
 Record: TypeAlias = tuple[str, list[str] | csv.Error]
@@ -50,6 +57,8 @@ class Lines(Iterator[str]):
         line = self._returned.popleft() if self._returned else self._read()
         if not line:
             raise StopIteration
+        if not self.record:  # in files that were put together there are marks inside
+            line = line.removeprefix(MARK_OF_FILE)
         self.record.append(line)
         return line
 
@@ -88,19 +97,28 @@ class Csv:
     empty string. A quote inside a cell that does not begin with one is a character like any other. Text after
     a closing quote, and a quote that is never closed, fail the row.
 
+    Cells without quotes that are one of `nulls` are unset. Without `nulls`, a cell such as NULL fails its
+    row, since a database may have written it for a missing value.
+
     In rejects, `_error` is the first column, so that a row with too few or too many cells keeps its cells in
     their columns.
     """
 
     name, suffix, unit = "Csv", "csv", "line"
 
-    def __init__(self, columns: Columns, delimiter: str = "", encoding: str = "") -> None:
+    def __init__(
+        self, columns: Columns, delimiter: str = "", encoding: str = "", nulls: Collection[str] = ()
+    ) -> None:
         self.columns = columns
+        self._refuses_nulls = not nulls
+        self._nulls = frozenset(nulls or NULL_WORDS)
         self._delimiter = delimiter
         self._encoding = encoding
         self._has_spaces = False  # after each delimiter, as the header has them
         self._header: list[str] = []
         self._fields: list[str | None] = []
+        self._key: int | None = None  # the index of a column that shows further header lines
+        self._names: frozenset[str] = frozenset()
         csv.field_size_limit(MAX_LINE_BYTES)
 
     def rows(self, file: BufferedReader) -> Iterator[Row[Record]]:
@@ -139,24 +157,45 @@ class Csv:
         known = {delimiter: self.columns.knows(names) for delimiter, names in headers.items()}
         self._delimiter = max(known, key=known.__getitem__)
         self._header = headers[self._delimiter]
-        self._check_header(known[self._delimiter])
+        if not known[self._delimiter]:
+            self._refuse_header(lines, candidates)
+        self._check_header()
         others = next(csv.reader(lines, delimiter=self._delimiter))[1:]
         self._has_spaces = bool(others) and all(name.startswith(" ") for name in others)
 
-    def _check_header(self, known: int) -> None:
-        shown = ", ".join(escape(name) for name in self._header[:MAX_SHOWN_NAMES])
-        if not known:
-            raise SourceError(
-                f"the header line has none of the columns {', '.join(self.columns.names)}; it has {shown}; "
-                "name the columns with --columns, such as --columns email=Mail"
-            )
+    def _refuse_header(self, lines: Lines, delimiters: Collection[str]) -> None:
+        """Raise SourceError for a header line without known columns, with the likely reason."""
+        first, *others = islice(lines, LINES_BEFORE_HEADER)
+        if first.lstrip(BLANK).startswith(("{", "[")):
+            raise SourceError("the file looks like JSON; add --format ndjson")
+        for number, line in enumerate(others, start=lines.number + 2):
+            headers = [_split_names(line, delimiter) for delimiter in delimiters]
+            if any(self.columns.knows(names) > len(names) // 2 for names in headers):
+                raise SourceError(
+                    f"line {number} looks like the header line; "
+                    f"remove the lines before it: tail -n +{number} FILE"
+                )
+        raise SourceError(
+            f"the header line has none of the columns {', '.join(self.columns.names)}; "
+            f"it has {self._shown_header() or escape(first.strip(BLANK)[:MAX_SHOWN_CHARACTERS])}; "
+            "name the columns with --columns, such as --columns email=Mail"
+        )
+
+    def _shown_header(self) -> str:
+        return ", ".join(escape(name) for name in self._header[:MAX_SHOWN_NAMES])
+
+    def _check_header(self) -> None:
         for column in self.columns.mapping.values():
             if column not in self._header:
+                shown = self._shown_header()
                 raise SourceError(f"--columns names {escape(column)}, but the header line has {shown}")
         try:
             self._fields = self.columns.fields_of(self._header)
         except InvalidField as error:
             raise SourceError(error.message) from None
+        keys = [index for index, field in enumerate(self._fields) if field in KEYS]
+        self._key = keys[0] if keys else None
+        self._names = frozenset(map(str.casefold, filter(NAME.fullmatch, self._header)))
 
     def _read_rows(self, lines: Lines) -> Iterator[Row[Record]]:
         reader = self._reader(lines, has_spaces=self._has_spaces)
@@ -177,8 +216,22 @@ class Csv:
                 error = raised
                 reader = self._reader(lines, has_spaces=self._has_spaces)
             record = lines.text
+            if self._is_header(cells) and not self._repeats_header(cells):
+                raise SourceError(
+                    f"line {lines.number + 1} is a header line with other columns; "
+                    "load the files that were put together one by one"
+                )
             if error or record.strip(blank):
                 yield Row(lines.number + 1, len(record), (record, error or cells), self._to_message)
+
+    def _is_header(self, cells: list[str]) -> bool:
+        """Return whether a row is a further header line, as in files that were put together."""
+        key = self._key
+        return key is not None and key < len(cells) and cells[key].strip(BLANK).casefold() in self._names
+
+    def _repeats_header(self, cells: list[str]) -> bool:
+        names = [cell.strip(BLANK).casefold() for cell in cells]
+        return names == [name.casefold() for name in self._header]
 
     def _read_spaced(self, lines: Lines, cells: list[str]) -> list[str]:
         """Return the cells of a record again, without spaces before a quoted cell; raises csv.Error."""
@@ -202,11 +255,24 @@ class Csv:
         count = len(self._header)
         if len(cells) != count and (len(cells) < count or any(cells[count:])):
             raise MalformedMessage(f"the row has {pluralize(len(cells), 'cell')}, but the header has {count}")
+        if self._is_header(cells):
+            raise MalformedMessage("the row repeats the header line, and can be left out")
         values: list[str | None] = [cell or None for cell in cells]
+        for index in self._null_cells(record, cells):
+            values[index] = None
+            if self._refuses_nulls and self._fields[index]:
+                raise _null_refused(self._fields[index] or "", cells[index])
         if '""' in record and None in values:
             for index in self._quoted_empty_cells(record, cells):
                 values[index] = ""
         return self.columns.message_of(self._fields, values)
+
+    def _null_cells(self, record: str, cells: list[str]) -> list[int]:
+        """Return the indexes of the cells of the header that are null without quotes."""
+        if self._nulls.isdisjoint(cells):
+            return []
+        pairs = enumerate(cells[: len(self._header)])
+        return [index for index, cell in pairs if cell in self._nulls and f'"{cell}"' not in record]
 
     def _quoted_empty_cells(self, record: str, cells: list[str]) -> list[int]:
         """Return the indexes of the cells that are `""`, which the csv module does not tell from empty ones.
@@ -242,7 +308,8 @@ class Csv:
 
     def reject(self, row: Row[Record], failure: RowFailure) -> bytes:
         error = f"{self.unit} {row.number}: {failure.reason} {failure.field}".rstrip()
-        return csv_line([escape(f"{error}: {failure.message}"), *self._rejected_cells(row)])
+        cells = [escape(f"{error}: {failure.message}"), *self._rejected_cells(row)]
+        return csv_line(cells, quotes_nulls=NULL_WORDS.isdisjoint(_unquoted(row.original)))
 
     def _rejected_cells(self, row: Row[Record]) -> list[str | None]:
         record, cells = row.original
@@ -261,6 +328,24 @@ def _read_names(lines: Lines, delimiter: str) -> list[str]:
         names = next(csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True))
     lines.give_back(0)
     return [name.strip(BLANK) for name in names]
+
+
+def _split_names(line: str, delimiter: str) -> list[str]:
+    return [name.strip(f'{BLANK}"') for name in line.split(delimiter) if name.strip(BLANK)]
+
+
+def _unquoted(original: Record) -> list[str]:
+    """Return the cells of a row that may stand without quotes."""
+    record, cells = original
+    return [] if isinstance(cells, csv.Error) else [cell for cell in cells if f'"{cell}"' not in record]
+
+
+def _null_refused(field: str, word: str) -> InvalidField:
+    message = (
+        f"{field} is {word}, which databases write for a missing value; "
+        f"add --null {shlex.quote(word)}, or --null '' if it is a text"
+    )
+    return InvalidField(message, field=field)
 
 
 def _may_be_quoted(cell: str) -> bool:

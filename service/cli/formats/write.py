@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import orjson
@@ -10,7 +11,9 @@ import orjson
 from service.cli.rows import Values
 from service.cli.terminal import UsageError
 
-SPECIAL = re.compile(r'[",\r\n]')
+SPECIAL = re.compile(r'[",\r\n]|\A\ufeff')
+# What databases and their tools write for null, such as MySQL, SQL Server and DataGrip.
+NULL_WORDS = frozenset(["\\N", "NULL", "null", "<null>", "[NULL]", "(null)"])
 
 
 def json_line(values: Values) -> bytes:
@@ -19,13 +22,14 @@ def json_line(values: Values) -> bytes:
     return orjson.dumps(values, default=_text, option=option)
 
 
-def csv_line(values: Iterable[Any]) -> bytes:
+def csv_line(values: Iterable[Any], *, quotes_nulls: bool = True) -> bytes:
     """Return values as a line of CSV: None is an empty cell, an empty string is `""`.
 
     Python's csv module can't write these differently before Python 3.12. Bytes that were not UTF-8 are
-    written as they were.
+    written as they were. A text that others take for null has quotes, unless `quotes_nulls` is false.
     """
-    return f"{','.join(map(_cell, values))}\n".encode(errors="surrogateescape")
+    cells = map(partial(_cell, quotes_nulls=quotes_nulls), values)
+    return f"{','.join(cells)}\n".encode(errors="surrogateescape")
 
 
 def pyarrow() -> Any:
@@ -37,11 +41,11 @@ def pyarrow() -> Any:
     return pyarrow
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, *, quotes_nulls: bool) -> str:
     if value is None:
         return ""
     text = value if isinstance(value, str) else _text(value)
-    needs_quotes = not text or SPECIAL.search(text)
+    needs_quotes = not text or SPECIAL.search(text) or (quotes_nulls and text in NULL_WORDS)
     return '"' + text.replace('"', '""') + '"' if needs_quotes else text
 
 
