@@ -241,8 +241,8 @@ def test_values_may_be_names_of_columns() -> None:
 HEADERS = [
     ('{"email": "a@x"}\n', "the file looks like JSON; add --format ndjson"),
     ('[\n{"email": "a@x"}\n]\n', "the file looks like JSON; add --format ndjson"),
-    ("# users of 2024\nemail,full_name\n", r"line 2 looks like the header line; .*: tail -n \+2 FILE"),
-    ("Users,,\r\n\r\nemail;full_name;;\r\n", r"line 3 looks like the header line; .*: tail -n \+3 FILE"),
+    ("# users of 2024\nemail,full_name\n", r"line 2 looks like one; .*: tail -n \+2 FILE"),
+    ("Users,,\r\n\r\nemail;full_name;;\r\n", r"line 3 looks like one; .*: tail -n \+3 FILE"),
     ("Users\n" * 25 + "email\n", "the header line has none of the columns email, .*; it has Users;"),
     ('"Users" of 2024\n', 'it has "Users" of 2024; name the columns with --columns'),
 ]

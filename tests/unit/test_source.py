@@ -2,11 +2,13 @@
 
 import gzip
 import io
+import json
 import os
 import tarfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,10 @@ from tests.support.files import columns_of, shown
 
 HEADER, ADA, ALAN = b"email,full_name\n", b"ada@example.org,Ada\n", b"alan@example.org,Alan\n"
 BOTH = ["email='ada@example.org' full_name='Ada'", "email='alan@example.org' full_name='Alan'"]
+PEOPLE = [
+    {"email": "ada@example.org", "full_name": "Ada"},
+    {"email": "alan@example.org", "full_name": "Alan"},
+]
 FORMATS: list[Callable[..., FileFormat]] = [Csv, Json, Parquet]
 
 
@@ -141,6 +147,45 @@ async def test_refuses_a_file_compressed_twice(tmp_path: Path) -> None:
 
     with pytest.raises(SourceError, match="compressed twice; decompress it once: zcat FILE"):
         await rows_in(path)
+
+
+def _parquet() -> bytes:
+    pyarrow: Any = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+    parquet: Any = pytest.importorskip("pyarrow.parquet")
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.Table.from_pylist(PEOPLE), sink)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+CONTENTS: dict[str, tuple[Callable[..., FileFormat], Callable[[], bytes]]] = {
+    "CSV": (Csv, lambda: HEADER + ADA + ALAN),
+    "CSV in UTF-16": (Csv, lambda: (HEADER + ADA + ALAN).decode().encode("utf-16")),
+    "lines of JSON": (Json, lambda: b"".join(json.dumps(row).encode() + b"\n" for row in PEOPLE)),
+    "lines of JSON in UTF-16": (
+        Json,
+        lambda: "".join(json.dumps(row) + "\n" for row in PEOPLE).encode("utf-16"),
+    ),
+    "array": (Json, lambda: json.dumps(PEOPLE, indent=1).encode()),
+    "array in UTF-16": (Json, lambda: json.dumps(PEOPLE).encode("utf-16")),
+    "object": (Json, lambda: json.dumps({"users": PEOPLE}).encode()),
+    "Parquet": (Parquet, _parquet),
+}
+
+
+@pytest.mark.parametrize("packed", [bytes, gzip.compress, zstd_frame])
+@pytest.mark.parametrize(("kind", "content"), CONTENTS.values(), ids=list(CONTENTS))
+async def test_reads_every_format_to_its_end(
+    tmp_path: Path,
+    kind: Callable[..., FileFormat],
+    content: Callable[[], bytes],
+    packed: Callable[[bytes], bytes],
+) -> None:
+    """After the last row the file is still open, so that a change of it is noticed."""
+    path = tmp_path / "users"
+    path.write_bytes(packed(content()))
+
+    assert await rows_in(path, kind) == BOTH
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {

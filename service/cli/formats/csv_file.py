@@ -166,19 +166,18 @@ class Csv:
     def _refuse_header(self, lines: Lines, delimiters: Collection[str]) -> None:
         """Raise SourceError for a header line without known columns, with the likely reason."""
         first, *others = islice(lines, LINES_BEFORE_HEADER)
+        shown = self._shown_header() or escape(first.strip(BLANK)[:MAX_SHOWN_CHARACTERS])
+        advice = "name the columns with --columns, such as --columns email=Mail"
         if first.lstrip(BLANK).startswith(("{", "[")):
-            raise SourceError("the file looks like JSON; add --format ndjson")
+            advice = "the file looks like JSON; add --format ndjson"
         for number, line in enumerate(others, start=lines.number + 2):
             headers = [_split_names(line, delimiter) for delimiter in delimiters]
             if any(self.columns.knows(names) > len(names) // 2 for names in headers):
-                raise SourceError(
-                    f"line {number} looks like the header line; "
-                    f"remove the lines before it: tail -n +{number} FILE"
-                )
+                advice = f"line {number} looks like one; remove the lines before it: tail -n +{number} FILE"
+                break
         raise SourceError(
             f"the header line has none of the columns {', '.join(self.columns.names)}; "
-            f"it has {self._shown_header() or escape(first.strip(BLANK)[:MAX_SHOWN_CHARACTERS])}; "
-            "name the columns with --columns, such as --columns email=Mail"
+            f"it has {shown}; {advice}"
         )
 
     def _shown_header(self) -> str:

@@ -87,7 +87,11 @@ class Json:
             array = self._find_array(JsonText(whole))
             file.seek(0)
             whole = _open_utf8(file)
-        yield from self._document(JsonText(whole), array)
+        text = JsonText(whole)
+        try:
+            yield from self._document(text, array)
+        finally:
+            text.detach()
 
     def _has_a_row_per_line(self, head: list[bytes]) -> bool:
         """Return whether the first line is a row, or the second one: the first may be damaged.
@@ -224,6 +228,11 @@ class JsonText:
         self._position = 0
         self._is_complete = False
         self._row = 0  # the number of the last one
+
+    def detach(self) -> None:
+        """Leave the file open when this object is deleted."""
+        with suppress(ValueError):  # the file is closed
+            self._file.detach()
 
     def peek(self) -> str:
         """Return the next character that is not white space, "" at the end."""
