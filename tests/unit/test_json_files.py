@@ -203,6 +203,14 @@ def test_a_repeated_name_fails_its_row_as_in_protobuf(template: str, text: str) 
     assert json.loads(known.reject(row, row.failure))["_line"] == text
 
 
+def test_rows_with_repeated_names_are_on_lines() -> None:
+    """Whatever the first lines are, each line fails alone."""
+    rows = json_rows(f"{REPEATED[0]}\n{REPEATED[1]}\n{{what?\n{json.dumps(PEOPLE[0])}\n")
+
+    assert shown([rows[3]]) == [ADA]
+    assert [bool(row.failure) for row in rows] == [True, True, True, False]
+
+
 @pytest.mark.parametrize(
     "text",
     [

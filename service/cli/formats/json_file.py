@@ -392,6 +392,13 @@ class Stream(RawIOBase):
 
 
 def _parse_object(line: bytes) -> Values:
+    value = _decode_object(line)
+    _refuse_repeated_name(value)
+    return value
+
+
+def _decode_object(line: bytes) -> Values:
+    """Return the object of a line, as a RepeatedName if it is one; raises MalformedMessage, TooLarge."""
     check_size(line)
     try:
         value = orjson.loads(line)
@@ -405,8 +412,11 @@ def _parse_object(line: bytes) -> Values:
         raise MalformedMessage("the line is JSON, but not an object")
     if _may_repeat_a_name(line, value):
         with suppress(ValueError, RecursionError):
-            _refuse_repeated_name(DECODER.decode(line.decode()))
-    return value
+            again = DECODER.decode(line.decode())
+            if isinstance(again, RepeatedName):
+                return again
+    row: Values = value
+    return row
 
 
 def _without_last_member(text: str) -> str:
@@ -430,6 +440,6 @@ def _refuse_repeated_name(value: Any) -> None:
 
 def _read_object(line: bytes) -> Values | None:
     try:
-        return _parse_object(line)
+        return _decode_object(line)
     except RosterError:
         return None
