@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUILD_INPUTS := pyproject.toml hatch_build.py $(wildcard protos/*/*/*.proto)
+# Not the programs that somebody tries in the checkout, such as the README's hello.py.
+SOURCES := alembic bench deploy examples hatch_build.py service tests tools
 NODE := tests/e2e/node
 # What `make check` runs besides lint: the unit tests, and at least one file of each layer above them.
 CHECKED := tests/unit $(addprefix tests/integration/test_,user_repository.py post_repository.py repository.py \
@@ -35,13 +37,13 @@ migrate: install ## Upgrade the database schema to this release
 	@$(BIN)/roster migrate
 
 lint: $(VENV)/development ## Check format, style and types
-	$(BIN)/ruff format --check
-	$(BIN)/ruff check
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 
 format: $(VENV)/development ## Format the code and fix what ruff can fix
-	$(BIN)/ruff check --fix-only
-	$(BIN)/ruff format
+	$(BIN)/ruff check --fix-only $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
 
 check: lint ## Check format, style, types, the unit tests and a part of the others on SQLite, in a minute
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -k 'not postgresql' $(CHECKED)

@@ -232,7 +232,9 @@ async def run_online(url: str) -> None:
 
 
 def run_offline(url: str) -> None:
-    context.configure(url=url, literal_binds=True, transaction_per_migration=True, **OPTIONS)
+    # SQLAlchemy can't parse every URL of PostgreSQL; only the kind of the database matters here.
+    kind = url if url.startswith("sqlite") else "postgresql+asyncpg://"
+    context.configure(url=kind, literal_binds=True, transaction_per_migration=True, **OPTIONS)
     if not url.startswith("sqlite"):
         context.execute(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
     with context.begin_transaction():

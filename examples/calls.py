@@ -7,8 +7,7 @@ from uuid import uuid4
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import CreateUserRequest, GetUserRequest, UpdateUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import channel
-from service.errors import EmailTaken, RosterError, Unavailable, UserNotFound, VersionMismatch
+from service.client import EmailTaken, RosterError, Unavailable, UserNotFound, VersionMismatch, channel
 
 ADDRESS = os.environ.get("ROSTER_ADDRESS", "127.0.0.1:50051")
 

@@ -7,8 +7,7 @@ import sys
 
 from roster.v1.users_pb2 import ExportUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import Backoff, channel
-from service.errors import RosterError
+from service.client import Backoff, RosterError, channel
 
 ADDRESS = os.environ.get("ROSTER_ADDRESS", "127.0.0.1:50051")
 

@@ -6,8 +6,7 @@ import sys
 
 from roster.v1.users_pb2 import ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import channel, pages
-from service.errors import InvalidFilter
+from service.client import InvalidFilter, channel, pages
 
 ADDRESS = os.environ.get("ROSTER_ADDRESS", "127.0.0.1:50051")
 

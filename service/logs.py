@@ -28,7 +28,7 @@ Format = Literal["auto", "json", "text"]
 CALL_IDS: ContextVar[Mapping[str, str]] = ContextVar("CALL_IDS", default={})  # noqa: B039  (never changed)
 
 # Loggers of libraries whose lines contain the values they were working on.
-TALKATIVE = ("grpc", "asyncio")
+TALKATIVE = re.compile(r"(grpc|asyncio|opentelemetry\.util)(\.|$)")
 PLAIN_MESSAGE = re.compile(r'(?!["{\[])[^=]*')
 PLAIN_VALUE = re.compile(r'(?!["{\[])[^\s="]+')
 FRAME = re.compile(r'[ |+]*File "')  # of a traceback
@@ -132,12 +132,12 @@ def add_call_ids(record: logging.LogRecord) -> bool:
 
 
 def drop_values(record: logging.LogRecord) -> bool:
-    """Reduce a record of gRPC or asyncio to the kind of event and where it happened.
+    """Reduce a record of a talkative library to the kind of event and where it happened.
 
     Their messages and exceptions repeat what was received: gRPC logs a value of `authorization` that is not
-    UTF-8, and asyncio the arguments of a callback that failed.
+    UTF-8, asyncio the arguments of a callback that failed, and OpenTelemetry a header with a key in it.
     """
-    if record.name.partition(".")[0] in TALKATIVE:
+    if TALKATIVE.match(record.name):
         # asyncio formats its messages itself: values are in parentheses or on further lines.
         record.msg = re.split(r"[(\n]", re.sub(r"%\w", "…", str(record.msg)), maxsplit=1)[0].rstrip()
         record.args = ()

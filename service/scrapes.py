@@ -29,8 +29,7 @@ class ScrapeServer:
     """
 
     def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
-        family = socket.getaddrinfo(host or None, port, flags=socket.AI_PASSIVE)[0][0]
-        self._socket = socket.create_server((host, port), family=family)
+        self._socket = listen_on(host, port)
         self.port: int = self._socket.getsockname()[1]
         self._application: Callable[..., Sequence[bytes]] = make_wsgi_app(registry)
         self._reading: dict[asyncio.Task[None] | None, None] = {}  # the oldest first
@@ -105,6 +104,13 @@ class ScrapeServer:
             self._application(environ, lambda *status_and_headers: started.append(status_and_headers))
         )
         return _response(*started[0], body)
+
+
+def listen_on(host: str, port: int) -> socket.socket:
+    """Return a socket that listens; `::` accepts IPv4, too, as for gRPC. Raises OSError."""
+    family = socket.getaddrinfo(host, port, flags=socket.AI_PASSIVE)[0][0]
+    is_dual = host == "::" and socket.has_dualstack_ipv6()
+    return socket.create_server((host, port), family=family, dualstack_ipv6=is_dual)
 
 
 def _environ(head: bytes) -> dict[str, str] | None:

@@ -6,13 +6,14 @@ import socket
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
+from errno import EADDRINUSE
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
-from service import metrics
+from service import metrics, telemetry
 from service.auth.policy import Policy
 from service.auth.reloading import ReloadingFile
 from service.auth.tls import server_credentials
@@ -40,6 +41,7 @@ from service.memory import trim_forever
 from service.posts.repository import PostRepository
 from service.posts.servicer import PostServicer
 from service.reflection import add_reflection
+from service.scrapes import listen_on
 from service.services import SERVICE_NAMES, add_servicer
 from service.settings import Settings
 from service.users.model import User
@@ -74,8 +76,11 @@ OPTIONS = [
     # details), also those of callers who sent few, before ROSTER_MAX_CALLS can refuse them with a reason.
     ("grpc.server.max_pending_requests", 8_000),
     ("grpc.server.max_pending_requests_hard_limit", 16_000),
-    # Clients ping every 30 s, also between calls; half-open ones are found in 80 s instead of 2 h.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+    # Clients may ping every 10 s, also between calls: the shortest interval of grpc-go and grpc-java, which
+    # grpc-go's example uses. Half of it leaves room for pings that arrive late. A client that pings faster
+    # gets `too_many_pings` after two strikes. Half-open clients are found in 80 s instead of 2 h.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 2),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -107,7 +112,7 @@ class Server:
         shared = [*OPTIONS, ("grpc.so_reuseport", int(settings.workers > 1))]
         options = [*shared, *connection_options(settings, max_connections(settings))]
         health_options = [*shared, *connection_options(settings, MAX_HEALTH_CONNECTIONS)]
-        self.tracing = _tracing(settings.otlp_protocol)
+        self.tracing = _tracing()
         self.messages = Messages()
         chain = Chain(
             # These observe calls, from outside of `answer_errors`, which gives a call its code.
@@ -149,11 +154,14 @@ class Server:
 
     async def start(self) -> None:
         """Start serving; raises OSError if it can't listen on an address."""
-        self.address = _bind(self.server, self.settings.listen, "ROSTER_LISTEN", self.credentials)
-        if self.settings.health_listen:
-            self.health_address = _bind(
-                self.health_server, self.settings.health_listen, "ROSTER_HEALTH_LISTEN"
-            )
+        listen, health_listen = self.settings.listen, self.settings.health_listen
+        # Several workers share the ports, which their supervisor has reserved.
+        if self.settings.workers == 1:
+            _require_unused(listen, "ROSTER_LISTEN")
+            _require_unused(health_listen, "ROSTER_HEALTH_LISTEN")
+        self.address = _bind(self.server, listen, "ROSTER_LISTEN", self.credentials)
+        if health_listen:
+            self.health_address = _bind(self.health_server, health_listen, "ROSTER_HEALTH_LISTEN")
         self.metrics_address, self._close_metrics = metrics.serve(self.settings)
         await self.health.start()
         await self.health_server.start()
@@ -233,43 +241,67 @@ def authentication(settings: Settings, clock: Clock = utc_now) -> Auth:
     return Auth(policy, tokens)
 
 
-def _tracing(protocol: str | None) -> "list[Tracing]":
-    """Return the interceptor for traces, if OpenTelemetry is installed and has an endpoint."""
-    if protocol is None:
+def _tracing() -> "list[Tracing]":
+    """Return the interceptor for traces, if OpenTelemetry is installed and has an endpoint.
+
+    Without traces the server works as well, so whatever is wrong with their configuration is only logged.
+    """
+    if not telemetry.is_wanted():
         return []
     try:
+        telemetry.check()
         from service.interceptors.tracing import Tracing, exporting_provider  # noqa: PLC0415
+
+        return [Tracing(exporting_provider(telemetry.protocol()))]
     except ImportError as error:
         log.warning("traces can't be sent to the configured endpoint: %s; install the extra `tracing`", error)
-        return []
-    return [Tracing(exporting_provider(protocol))]
+    except Exception as error:  # noqa: BLE001 - OpenTelemetry reads its variables when it is imported
+        log.warning("traces are not sent: %s; correct the OTEL_ variables", error)
+    return []
 
 
 def _bind(
     server: grpc.aio.Server, listen: str, setting: str, credentials: grpc.ServerCredentials | None = None
 ) -> str:
     """Bind a server to an address and return it, with its port; raises OSError if that fails."""
-    _require_unused(listen)
     try:
         if credentials:
             port = server.add_secure_port(listen, credentials)
         else:
             port = server.add_insecure_port(listen)
     except RuntimeError as error:
-        raise OSError(
-            f"can't listen on {listen}; is another server listening there? {setting} sets the address"
-        ) from error
+        raise OSError(_in_use(listen, setting)) from error
     return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
 
 
-def _require_unused(listen: str) -> None:
-    """Raise OSError if a Unix socket is in use (gRPC would take it over), or if its folder is missing."""
+def _in_use(listen: str, setting: str) -> str:
+    return f"can't listen on {listen}; is another server listening there? {setting} sets the address"
+
+
+def _require_unused(listen: str, setting: str) -> None:
+    """Raise OSError for an address that can't be used, about which gRPC would log a line of its own.
+
+    It would take over a Unix socket that is in use.
+    """
     if listen.startswith("unix:"):
-        path = Path(listen.removeprefix("unix:"))
-        if not path.parent.is_dir():
-            raise OSError(
-                f"can't listen on {listen}: the folder {path.parent} does not exist; create it first"
-            )
-        with socket.socket(socket.AF_UNIX) as probe:
-            if probe.connect_ex(str(path)) == 0:
-                raise OSError(f"can't listen on {listen}; another server is listening there")
+        _require_unused_socket(listen)
+        return
+    host, _, port = listen.rpartition(":")
+    try:
+        if port:
+            listen_on(host.strip("[]"), int(port)).close()
+    except socket.gaierror as error:
+        raise OSError(f"can't listen on {listen}: {error.strerror}; {setting} sets the address") from None
+    except OSError as error:
+        if error.errno == EADDRINUSE:  # otherwise gRPC may find another address of the host
+            raise OSError(_in_use(listen, setting)) from None
+
+
+def _require_unused_socket(listen: str) -> None:
+    """Raise OSError if a Unix socket is in use, or if its folder is missing."""
+    path = Path(listen.removeprefix("unix:"))
+    if not path.parent.is_dir():
+        raise OSError(f"can't listen on {listen}: the folder {path.parent} does not exist; create it first")
+    with socket.socket(socket.AF_UNIX) as probe:
+        if probe.connect_ex(str(path)) == 0:
+            raise OSError(f"can't listen on {listen}; another server is listening there")

@@ -8,6 +8,7 @@ from datetime import timedelta
 from difflib import get_close_matches
 from ipaddress import ip_address
 from pathlib import Path
+from socket import has_dualstack_ipv6
 from stat import S_IWOTH
 from typing import Annotated, Any, Literal, Self
 
@@ -33,22 +34,20 @@ from pydantic_settings import (
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
+from service.db import conninfo
+
 PREFIX = "ROSTER_"
-DRIVERS = {
-    "postgres": "postgresql+asyncpg",
-    "postgresql": "postgresql+asyncpg",
-    "postgresql+asyncpg": "postgresql+asyncpg",
-    "sqlite": "sqlite+aiosqlite",
-    "sqlite+aiosqlite": "sqlite+aiosqlite",
-}
+SQLITE = "sqlite+aiosqlite"
 # Variables of the client commands, with the option that each is the default of; then those of `roster token`.
 FOR_CLIENTS = {
     f"{PREFIX}ADDRESS": "address",
     f"{PREFIX}TLS_CA_FILE": "tls_ca",
+    f"{PREFIX}TLS_SERVER_NAME": "tls_server_name",
     f"{PREFIX}TLS_CLIENT_CERT_FILE": "tls_cert",
     f"{PREFIX}TLS_CLIENT_KEY_FILE": "tls_key",
     f"{PREFIX}TOKEN_FILE": "token_file",
     f"{PREFIX}TOKEN": "token",
+    f"{PREFIX}INSECURE_TOKEN": "insecure_token",
 }
 FOR_TOKENS = {f"{PREFIX}JWT_ISSUER": "issuer", f"{PREFIX}JWT_AUDIENCE": "audience"}
 DATABASE_URLS = {f"{PREFIX}DATABASE_URL", f"{PREFIX}DATABASE_URL_FILE", "DATABASE_URL"}
@@ -56,12 +55,19 @@ MIGRATION_URLS = {f"{PREFIX}MIGRATION_URL", f"{PREFIX}MIGRATION_URL_FILE"}
 # Variables of the tests, and those that Kubernetes sets for a service named roster.
 FOREIGN = re.compile(rf"{PREFIX}(TEST_|SERVICE_|PORT(_|$))")
 ADDRESS = re.compile(r"unix:.+|(\[.+\]|[^:\[]*):([0-9]{1,5})")
+EVERY_HOST = re.compile(r"^\*?(?=:[0-9]+$)")  # no host, as Go and Docker have it, or a star
 MAX_PORT = 65535
 MIN_GRACE_SECONDS = 3  # after the pause; the last 2 are for calls that are cut off
 
 MAX_SECONDS = 1_000_000  # gRPC and PostgreSQL count milliseconds in 32 bits
 MAX_TTL = timedelta(days=36_500)
 MAY_BE_EMPTY = {"metrics_listen", "health_listen"}
+LOG_LEVELS = {"WARN": "WARNING", "FATAL": "CRITICAL", "TRACE": "DEBUG"}  # as other programs name ours
+# Variables that people and platforms use for a database, with these words or with a URL of PostgreSQL.
+DATABASE_VARIABLE = re.compile(
+    r"(DB|DATABASE|PG|PSQL|POSTGRES|POSTGRESQL|SQLALCHEMY)(_\w+)?_?(URL|URI|DSN|HOST|HOSTADDR|SERVICE|DATABASE|NAME)"
+)
+POSTGRESQL_URL = re.compile(r"(jdbc:)?postgres(ql)?(\+\w+)?://")
 
 
 def _duration(value: Any) -> Any:
@@ -87,7 +93,7 @@ def folder_variables() -> dict[str, str]:
     path = Path(".env")
     if not (path.is_file() or path.is_fifo()):
         return {}
-    with path.open() as file:
+    with path.open(encoding="utf-8-sig") as file:  # some editors begin a file with a byte order mark
         status = os.fstat(file.fileno())
         if status.st_uid not in (0, os.geteuid()):
             raise OSError(
@@ -95,15 +101,45 @@ def folder_variables() -> dict[str, str]:
             )
         if status.st_mode & S_IWOTH:
             raise OSError(f"other users can change {Path.cwd()}/.env; run: chmod go-w .env")
-        variables = dotenv_values(stream=file, interpolate=False)
+        try:
+            variables = dotenv_values(stream=file, interpolate=False)
+        except UnicodeDecodeError:
+            raise OSError(f"{Path.cwd()}/.env is not UTF-8; save it as UTF-8") from None
     return {name.upper(): value for name, value in variables.items() if value is not None}
+
+
+def clean(value: str) -> str:
+    """Return a value without white space around it, and without the quotes of `docker run --env-file`."""
+    value = value.strip()
+    is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+    return value[1:-1].strip() if is_quoted else value
+
+
+def _without_empty(variables: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Return variables without the empty ones, which platforms set for what is not set.
+
+    A few settings can be empty, and then mean none.
+    """
+    may_be_empty = {f"{PREFIX}{name.upper()}" for name in MAY_BE_EMPTY}
+    return {
+        name: value
+        for name, value in variables.items()
+        if name.upper() in may_be_empty or (value is not None and clean(value))
+    }
+
+
+class EnvironmentVariables(EnvSettingsSource):
+    """Settings from the environment."""
+
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        return _without_empty(super()._load_env_vars())
 
 
 class FolderVariables(EnvSettingsSource):
     """Settings from the file `.env` of the current folder."""
 
     def _load_env_vars(self) -> Mapping[str, str | None]:
-        return {name.lower(): value for name, value in folder_variables().items()}
+        return _without_empty({name.lower(): value for name, value in folder_variables().items()})
 
 
 class SecretFiles(PydanticBaseSettingsSource):
@@ -111,7 +147,7 @@ class SecretFiles(PydanticBaseSettingsSource):
 
     def __init__(self, settings_cls: type[BaseSettings]) -> None:
         super().__init__(settings_cls)
-        self._variables = {**folder_variables(), **os.environ}
+        self._variables = {**_without_empty(folder_variables()), **_without_empty(os.environ)}
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         variable = f"{PREFIX}{field_name.upper()}"
@@ -120,9 +156,11 @@ class SecretFiles(PydanticBaseSettingsSource):
         # source overrides another.
         key = variable if field.validation_alias else field_name
         try:
-            return (Path(path).read_text().strip() if path else None), key, False
+            return (Path(clean(path)).read_text("utf-8-sig") if path else None), key, False
         except OSError as error:
             raise OSError(f"{variable}_FILE can't be read: {error}") from None
+        except UnicodeDecodeError:
+            raise OSError(f"{variable}_FILE names a file that is not UTF-8; save it as UTF-8") from None
 
     def __call__(self) -> dict[str, Any]:
         fields = self.settings_cls.model_fields.items()
@@ -163,7 +201,7 @@ class Settings(BaseSettings):
     health_listen: str = Field(
         "", description="additional address for health checks, host:port, never with TLS; empty for none"
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field(
         "INFO", description="lowest level that is logged"
     )
     log_format: Literal["auto", "json", "text"] = Field(
@@ -179,6 +217,9 @@ class Settings(BaseSettings):
         "sqlite:///roster.db",
         description="postgresql://user@host/name, or sqlite:///file",
         validation_alias=AliasChoices("ROSTER_DATABASE_URL", "DATABASE_URL"),
+    )
+    database_required: bool = Field(
+        default=False, description="don't start without a database URL; the container image sets this"
     )
     migration_url: str | None = Field(
         None,
@@ -227,11 +268,12 @@ class Settings(BaseSettings):
         cls,
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, SecretFiles(settings_cls), FolderVariables(settings_cls)
+        environment = EnvironmentVariables(settings_cls)
+        return init_settings, environment, SecretFiles(settings_cls), FolderVariables(settings_cls)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -239,25 +281,43 @@ class Settings(BaseSettings):
         """Strip white space, such as a newline at the end of a secret, and refuse empty values."""
         if not isinstance(value, str):
             return value
-        value = value.strip()
+        value = clean(value)
         if not value and info.field_name not in MAY_BE_EMPTY:
             raise ValueError("is empty; give it a value, or leave it unset to use the default")
         return value
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _spell_log_level(cls, value: Any) -> Any:
+        """Return the level by the name that Python has for it."""
+        if not isinstance(value, str):
+            return value
+        level = value.strip().upper()
+        return LOG_LEVELS.get(level, level)
+
+    @field_validator("log_format", mode="before")
+    @classmethod
+    def _spell_log_format(cls, value: Any) -> Any:
+        """Return the format in lower case."""
+        return value.lower() if isinstance(value, str) else value
 
     @field_validator("database_url", "migration_url")
     @classmethod
     def _add_driver(cls, value: str | None) -> str | None:
         if value is None:
             return None
+        if not value.lower().startswith("sqlite"):
+            conninfo.read(value)
+            return conninfo.normalise(value)
         try:
             url = make_url(value)
         except (ArgumentError, ValueError):
             raise ValueError("is not a URL; write postgresql://user@host/name or sqlite:///file") from None
-        if url.drivername not in DRIVERS:
+        if url.drivername not in ("sqlite", SQLITE):
             raise ValueError(f"has the scheme {url.drivername}; postgresql and sqlite are supported")
-        if url.drivername.startswith("sqlite") and url.database in (None, "", ":memory:"):
+        if url.database in (None, "", ":memory:"):
             raise ValueError("names no file; connections can't share an in-memory SQLite database")
-        return url.set(drivername=DRIVERS[url.drivername]).render_as_string(hide_password=False)
+        return url.set(drivername=SQLITE).render_as_string(hide_password=False)
 
     @field_validator("metrics_listen", "health_listen")
     @classmethod
@@ -273,7 +333,7 @@ class Settings(BaseSettings):
         # gRPC takes a larger port modulo 65536.
         if not address or int(address[2] or 0) > MAX_PORT:
             raise ValueError(f"must be host:port, with a port up to {MAX_PORT}, or unix:/path")
-        return value
+        return EVERY_HOST.sub(_every_host(), value, count=1)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -302,15 +362,6 @@ class Settings(BaseSettings):
         return settings
 
     @property
-    def otlp_protocol(self) -> str | None:
-        """The protocol for sending traces, "grpc" or "http/protobuf"; None if no endpoint is set."""
-        traces, all_signals = "OTEL_EXPORTER_OTLP_TRACES_", "OTEL_EXPORTER_OTLP_"
-        if not any(os.environ.get(f"{prefix}ENDPOINT") for prefix in (traces, all_signals)):
-            return None
-        protocols = (os.environ.get(f"{prefix}PROTOCOL") for prefix in (traces, all_signals))
-        return next(filter(None, protocols), "http/protobuf")
-
-    @property
     def direct_url(self) -> str:
         """The URL of the database for migrations."""
         return self.migration_url or self.database_url
@@ -324,7 +375,7 @@ class Settings(BaseSettings):
 def folder_options(options: Mapping[str, str]) -> dict[str, Any]:
     """Return the defaults of command-line options in `.env`, given their variables; raises OSError."""
     variables = folder_variables()
-    return {option: variables[name] for name, option in options.items() if variables.get(name)}
+    return {option: clean(variables[name]) for name, option in options.items() if variables.get(name)}
 
 
 def is_password_redirected(settings: Settings) -> bool:
@@ -336,8 +387,7 @@ def is_password_redirected(settings: Settings) -> bool:
 
 
 def _needs_password(database_url: str) -> bool:
-    url = make_url(database_url)
-    return not url.password and url.get_backend_name() == "postgresql"
+    return not database_url.startswith("sqlite") and "password" not in conninfo.parse(database_url)
 
 
 def _is_named_in_folder(variables: set[str]) -> bool:
@@ -356,6 +406,43 @@ def unknown_settings() -> Iterator[str]:
             names = [one.removeprefix(PREFIX) for one in known]
             close = get_close_matches(name.removeprefix(PREFIX), names, 1)
             yield f"unknown setting {name}" + "".join(f"; did you mean {PREFIX}{one}?" for one in close)
+
+
+def unread_databases(settings: Settings) -> Iterator[str]:
+    """Yield a warning for each variable that seems to name a database, if the default one is used."""
+    if "database_url" in settings.model_fields_set:
+        return
+    variables = _without_empty({**folder_variables(), **os.environ})
+    for name, value in sorted(variables.items()):
+        is_ours = name.upper().startswith(PREFIX)  # an unknown one of these has its own warning
+        if not is_ours and (
+            DATABASE_VARIABLE.fullmatch(name.upper()) or POSTGRESQL_URL.match(clean(value or ""))
+        ):
+            yield f"{name} is set, but not read; set ROSTER_DATABASE_URL to use that database"
+
+
+def describe_database(url: str) -> str:
+    """Return which database a URL names, without a password."""
+    if url.startswith("sqlite"):
+        return f"SQLite, {Path(make_url(url).database or '').absolute()}"
+    return conninfo.describe(url)
+
+
+def database_warnings(settings: Settings) -> Iterator[str]:
+    """Yield a warning for each parameter of the URL that PostgreSQL's driver does not honour as it is."""
+    if not settings.is_embedded:
+        yield from conninfo.warnings(conninfo.read(settings.database_url))
+
+
+def clean_client_variables() -> None:
+    """Clean the environment variables of the client commands, which Click reads as they are."""
+    for name in (FOR_CLIENTS | FOR_TOKENS).keys() & os.environ.keys():
+        os.environ[name] = clean(os.environ[name])
+
+
+def _every_host() -> str:
+    """Return the address of all interfaces, of IPv6 and IPv4 if this machine has both."""
+    return "[::]" if has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104  (asked for, and checked like others)
 
 
 def is_local(listen: str) -> bool:
@@ -378,6 +465,36 @@ class Contradiction:
 
 
 def _contradictions(settings: Settings) -> Iterator[Contradiction]:
+    yield from _contradictions_of_callers(settings)
+    if settings.database_required and "database_url" not in settings.model_fields_set:
+        yield Contradiction(
+            ("database_url", "database_required"),
+            "is not set; set it to postgresql://user@host/name, or to sqlite:////volume/roster.db for SQLite",
+        )
+    if settings.drain_pause and settings.grace < settings.drain_pause + MIN_GRACE_SECONDS:
+        yield Contradiction(
+            ("grace", "drain_pause"),
+            f"must be at least {MIN_GRACE_SECONDS} s more than ROSTER_DRAIN_PAUSE, which it includes: the "
+            "rest is for calls in flight",
+        )
+    if settings.direct_url.startswith("sqlite") != settings.is_embedded:
+        yield Contradiction(
+            ("migration_url", "database_url"),
+            "must name the database of ROSTER_DATABASE_URL, but one is PostgreSQL and the other SQLite",
+        )
+    if settings.workers > 1 and settings.is_embedded:
+        yield Contradiction(
+            ("workers", "database_url"),
+            "must be 1 with SQLite, which has one writer at a time; more than one need PostgreSQL",
+        )
+    if settings.workers > 1 and settings.listen.startswith("unix:"):
+        yield Contradiction(
+            ("workers", "listen"),
+            "must be 1 with a Unix socket, which can't be shared; more than one need host:port",
+        )
+
+
+def _contradictions_of_callers(settings: Settings) -> Iterator[Contradiction]:
     has_tls = bool(settings.tls_cert_file)
     authenticates = bool(settings.tls_client_ca_file or settings.jwt_keys_file)
     if has_tls != bool(settings.tls_key_file):
@@ -408,27 +525,6 @@ def _contradictions(settings: Settings) -> Iterator[Contradiction]:
             "without TLS and authentication the server listens on this machine only; set "
             "ROSTER_TLS_CERT_FILE and ROSTER_TLS_CLIENT_CA_FILE or ROSTER_JWT_KEYS_FILE, or use 127.0.0.1, "
             "[::1] or unix:/path, or set ROSTER_INSECURE=true if the network keeps strangers out",
-        )
-    if settings.drain_pause and settings.grace < settings.drain_pause + MIN_GRACE_SECONDS:
-        yield Contradiction(
-            ("grace", "drain_pause"),
-            f"must be at least {MIN_GRACE_SECONDS} s more than ROSTER_DRAIN_PAUSE, which it includes: the "
-            "rest is for calls in flight",
-        )
-    if settings.direct_url.startswith("sqlite") != settings.is_embedded:
-        yield Contradiction(
-            ("migration_url", "database_url"),
-            "must name the database of ROSTER_DATABASE_URL, but one is PostgreSQL and the other SQLite",
-        )
-    if settings.workers > 1 and settings.is_embedded:
-        yield Contradiction(
-            ("workers", "database_url"),
-            "must be 1 with SQLite, which has one writer at a time; more than one need PostgreSQL",
-        )
-    if settings.workers > 1 and settings.listen.startswith("unix:"):
-        yield Contradiction(
-            ("workers", "listen"),
-            "must be 1 with a Unix socket, which can't be shared; more than one need host:port",
         )
 
 

@@ -85,19 +85,19 @@ class Worker:
         )
         self.pid = self._process.pid
         first_line = self._process.stdout.readline() if self._process.stdout else None
-        return bool(first_line and await _unless(self._stop.asked, first_line))
+        return bool(first_line and await unless(self._stop.asked, first_line))
 
     async def keep(self) -> None:
         """Replace the process when it ends, after a growing pause; end it at the stop."""
         loop, pause = asyncio.get_running_loop(), FIRST_PAUSE_SECONDS
         began = loop.time()
-        while (status := await _unless(self._stop.asked, self._process.wait())) is not None:
+        while (status := await unless(self._stop.asked, self._process.wait())) is not None:
             pid, self.pid = self.pid, 0
             mark_process_dead(pid, self._folder)  # type: ignore[no-untyped-call]
             if loop.time() - began > SETTLED_SECONDS:
                 pause = FIRST_PAUSE_SECONDS
             log.error("worker %d ended with status %d; restarting it in %g s", pid, status, pause)
-            await _unless(self._stop.asked, asyncio.sleep(pause))
+            await unless(self._stop.asked, asyncio.sleep(pause))
             if self._stop.asked.is_set():
                 return
             pause, began = min(2 * pause, LONGEST_PAUSE_SECONDS), loop.time()
@@ -109,12 +109,12 @@ class Worker:
         if self._process.stdin:
             self._process.stdin.close()
         longest = self._grace + KILL_AFTER_SECONDS
-        if await _unless(self._stop.forced, self._process.wait(), longest) is None:
+        if await unless(self._stop.forced, self._process.wait(), longest) is None:
             self._process.kill()
         return await self._process.wait()
 
 
-async def _unless(
+async def unless(
     event: asyncio.Event, work: Coroutine[None, None, ResultT], timeout: float | None = None
 ) -> ResultT | None:
     """Return the result of work; None if the event or the timeout comes first."""

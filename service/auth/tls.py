@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509 import load_pem_x509_certificates
 
 from service.auth.reloading import ReloadingFile
-from service.settings import Settings
+from service.settings import Settings, is_local
 
 
 def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
@@ -30,6 +30,21 @@ def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
 def expiry(cert: Path) -> datetime:
     """Return the time at which a server certificate expires."""
     return load_pem_x509_certificates(cert.read_bytes())[0].not_valid_after_utc
+
+
+def exposure(settings: Settings) -> str | None:
+    """Return what the network must keep strangers from, with ROSTER_INSECURE; None if it need not."""
+    if not settings.insecure or is_local(settings.listen):
+        return None
+    has_tls, authenticates = bool(settings.tls_cert_file), bool(settings.policy_file)
+    if not authenticates:
+        return "without authentication, anyone who can reach {} can read, change and delete everything"
+    if not has_tls:
+        return (
+            "without TLS, tokens and rows can be read on the way to {}; callers still need a token and a "
+            "role, but let only the proxy that ends TLS reach it"
+        )
+    return None
 
 
 def _configuration(

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
@@ -11,19 +12,39 @@ import click
 from service import __version__
 from service.escape import escape
 from service.logs import escape_failures
-from service.settings import FOR_CLIENTS, FOR_TOKENS, folder_options
 
 # gRPC reads these when it is imported. Its core logs to standard error, and headers of callers can trigger
 # some of its messages; its fork handlers can kill the worker processes that `serve` starts.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-COMMANDS = ["serve", "migrate", "doctor", "load", "loads", "export", "token", "completion"]
+for name, value in {"GRPC_VERBOSITY": "NONE", "GRPC_ENABLE_FORK_SUPPORT": "0"}.items():
+    os.environ[name] = os.environ.get(name) or value  # empty means unset
+NARROW, NAME_WIDTH_IN_NARROW = 72, 10  # columns
+# With their descriptions: importing a command takes up to a second.
+COMMANDS = {
+    "serve": "Run the server until SIGTERM or SIGINT.",
+    "migrate": "Migrate the database schema to this release.",
+    "doctor": "Check that `roster serve` can run with these settings.",
+    "load": "Load a file of users or posts.",
+    "loads": "List bulk loads, show one with its failures, or abort one.",
+    "export": "Export users or posts to a file.",
+    "token": "Create keys and bearer tokens for development.",
+    "completion": "Print the completion script for a shell.",
+}
 
 
 class EnvFileError(click.ClickException):
     """The `.env` file of the current directory can't be used."""
 
     exit_code = 2
+
+
+class Formatter(click.HelpFormatter):
+    """Writes descriptions below the names if the terminal is narrow: their words are whole then."""
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        super().write_dl(rows, col_max if self.width >= NARROW else NAME_WIDTH_IN_NARROW, col_spacing)
+
+
+click.Context.formatter_class = Formatter
 
 
 class LazyGroup(click.Group):
@@ -42,9 +63,16 @@ class LazyGroup(click.Group):
             # Click's own messages repeat arguments, such as file names.
             error.message = "\n".join(map(escape, error.message.split("\n")))  # type: ignore[misc]
             raise
+        except KeyboardInterrupt:  # where no command reports it; Click would exit with 1
+            click.echo("interrupted", err=True)
+            sys.exit(128 + signal.SIGINT)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        return COMMANDS
+        return list(COMMANDS)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in COMMANDS:
@@ -60,6 +88,10 @@ class LazyGroup(click.Group):
 @click.pass_context
 def main(context: click.Context) -> None:
     """Roster: the system of record for users and their posts."""
+    # Not needed for the list of commands, and slow to import.
+    from service.settings import FOR_CLIENTS, FOR_TOKENS, clean_client_variables, folder_options  # noqa: PLC0415
+
+    clean_client_variables()
     try:
         clients, tokens = folder_options(FOR_CLIENTS), folder_options(FOR_TOKENS)
     except OSError as error:

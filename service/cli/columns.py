@@ -28,6 +28,13 @@ WORD = re.compile(r"[A-Z]?[^\W_A-Z]+|[A-Z]+(?![^\W_A-Z])")
 SEPARATORS = re.compile(r"[\W_]+")
 
 
+# Whether a user is active, in other words. Only the second one means the same.
+STATUS = re.compile(
+    r"(?:is|account|user)?(?:(?:disabled|blocked|suspended|banned|locked|lockedout|deactivated|archived|deleted)"
+    r"(?:at|on|until|date)?|status|(enabled))"
+)
+
+
 class UnknownColumn(InvalidField):
     """A column that is not known, but whose name is near that of a known one."""
 
@@ -138,6 +145,8 @@ class Columns:
         """Raise UnknownColumn if a name could be meant for a field."""
         if _spelling(name) in self._unread:  # a field that this operation does not read
             return
+        if (status := STATUS.fullmatch(_spelling(name))) and "is_active" in {*self.names}.difference(present):
+            self._refuse_status(name, has_same_meaning=bool(status[1]))
         for field in self.names:
             # A column such as email_verified, beside email, is not a misspelt one.
             if _is_misspelt(name, field) or (field not in present and _shares_word(name, field)):
@@ -147,6 +156,17 @@ class Columns:
                     f"if not, add --ignore {shlex.quote(name)}",
                     field=field,
                 )
+
+    def _refuse_status(self, name: str, *, has_same_meaning: bool) -> None:
+        """Raise UnknownColumn: without the column, users that were disabled elsewhere would be active."""
+        advice = "write is_active instead, as true or false"
+        if has_same_meaning:
+            advice = f"add --columns {shlex.quote(f'is_active={name}')}"
+        raise UnknownColumn(
+            f"the column {_quote(name)} is not known. If it says which users are active, {advice}; "
+            f"if not, add --ignore {shlex.quote(name)}",
+            field="is_active",
+        )
 
 
 def parse_columns(options: Sequence[str], names: Sequence[str]) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """`roster doctor`: check what the server needs before it starts."""
 
 import asyncio
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from datetime import UTC, datetime
 from errno import EADDRINUSE
 
 import click
-from sqlalchemy import func, make_url, select
+from sqlalchemy import func, select
 from sqlalchemy.exc import DBAPIError
 
 from service.auth.tls import expiry, server_credentials
@@ -18,9 +17,17 @@ from service.cli.migrate import connection_problem, folder_problem
 from service.cli.terminal import UsageError, echo, pluralize
 from service.db.engine import Database
 from service.db.schema import read_schema
+from service.errors import RosterError
 from service.files import file_dangers, sqlite_path
+from service.scrapes import listen_on
 from service.server import authentication
-from service.settings import Settings, unknown_settings
+from service.settings import (
+    Settings,
+    database_warnings,
+    describe_database,
+    unknown_settings,
+    unread_databases,
+)
 
 MAX_SKEW_SECONDS = 2.0
 
@@ -62,7 +69,7 @@ class Report:
         echo(first, *(" " * 16 + line for line in others))
 
 
-@click.command(short_help="Check that `roster serve` can run with these settings.")
+@click.command()
 def doctor() -> None:
     """Check that `roster serve` can run: settings, ports, TLS and policy files, database, schema, clock.
 
@@ -76,6 +83,8 @@ def doctor() -> None:
     except UsageError as error:
         report.fail("settings", "\n".join(error.lines))
     else:
+        for unread in unread_databases(settings):
+            report.fail("settings", unread)
         report.ok("settings", f"{settings.listen}, {pluralize(settings.workers, 'worker')}")
         _check(settings, report)
     sys.exit(0 if report.is_ok else 1)
@@ -86,6 +95,8 @@ def _check(settings: Settings, report: Report) -> None:
         if not listen.startswith("unix:"):
             _check_port(listen, report)
     _check_files(settings, report)
+    for warning in database_warnings(settings):
+        report.ok("database", warning)
     if settings.is_embedded:
         for danger in file_dangers(settings.database_url):
             report.fail("database", danger)
@@ -100,8 +111,7 @@ def _check(settings: Settings, report: Report) -> None:
 def _check_port(listen: str, report: Report) -> None:
     host, _, port = listen.rpartition(":")
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        socket.create_server((host.strip("[]"), int(port)), family=family).close()
+        listen_on(host.strip("[]"), int(port)).close()
     except OSError as error:
         # Not a failure: people run this next to the running server.
         if error.errno == EADDRINUSE:
@@ -124,16 +134,15 @@ def _check_files(settings: Settings, report: Report) -> None:
 
 
 async def _check_database(settings: Settings, report: Report) -> None:
-    url = make_url(settings.database_url)
     database = Database(settings)
     try:
         schema = await read_schema(database.engine)
-        report.ok("database", f"connected to {url.set(drivername=url.get_backend_name(), query={})!r}")
+        report.ok("database", f"connected to {describe_database(settings.database_url)}")
         report.check("schema", "" if schema.is_usable else str(schema), str(schema))
         if not database.is_sqlite:
             await _check_connections(database, settings, report)
             await _check_clock(database, report)
-    except (DBAPIError, OSError) as error:
+    except (DBAPIError, OSError, RosterError) as error:
         report.fail("database", connection_problem(error))
     finally:
         await database.close()

@@ -1,10 +1,55 @@
 """Settings at a terminal: their help, and all errors at once."""
 
+from collections.abc import Iterator, Sequence
+
+import click
 from pydantic import ValidationError
 from pydantic_core import to_json
 
 from service.cli.terminal import UsageError
 from service.settings import PREFIX, Settings, is_password_redirected
+
+# The settings in `roster serve --help`; a test fails if one is missing.
+GROUPS = {
+    "Essential settings": ("database_url", "listen", "workers", "log_level", "log_format"),
+    "Security": (
+        "tls_cert_file",
+        "tls_key_file",
+        "tls_client_ca_file",
+        "jwt_issuer",
+        "jwt_audience",
+        "jwt_keys_file",
+        "policy_file",
+        "insecure",
+        "reflection",
+    ),
+    "Observability": ("metrics_listen", "health_listen", "slow_call"),
+    "Start and stop": ("database_required", "database_wait", "drain_pause", "grace", "max_connection_age"),
+    "Database": (
+        "migration_url",
+        "pool_size",
+        "max_overflow",
+        "pool_timeout",
+        "pool_recycle",
+        "pool_pre_ping",
+        "connect_timeout",
+        "statement_timeout",
+    ),
+    "Bulk loads": ("bulk_connections", "bulk_load_ttl"),
+    "Passwords": (
+        "password_memory",
+        "password_passes",
+        "password_lanes",
+        "password_workers",
+        "password_queue",
+    ),
+    "Limits": ("max_calls", "caller_calls", "caller_streams", "caller_rate", "stream_idle_timeout"),
+}
+OTHER = "Other"
+NOTE = (
+    "Settings come from the environment or a file named .env. DATABASE_URL is used if ROSTER_DATABASE_URL is "
+    "not set. ROSTER_X_FILE names a file that contains the value of ROSTER_X, for mounted secrets."
+)
 
 
 def read_settings() -> Settings:
@@ -24,19 +69,29 @@ def read_settings() -> Settings:
     return settings
 
 
-def settings_help() -> str:
-    """Return a table of all settings with their defaults, for `roster serve --help`."""
-    rows = [
-        (f"{PREFIX}{name.upper()}", f"{field.description}  [{_format_default(field.default)}]")
-        for name, field in Settings.model_fields.items()
-    ]
-    width = max(len(name) for name, _ in rows)
-    table = "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)
-    return (
-        f"\b\nSettings, from the environment or a file named .env:\n{table}\n\n\b\n"
-        "DATABASE_URL is used if ROSTER_DATABASE_URL is not set. ROSTER_X_FILE names a file that contains\n"
-        "the value of ROSTER_X, for mounted secrets."
-    )
+class CommandWithSettings(click.Command):
+    """A command whose help lists the settings of the server, in groups."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """Write the groups as sections, like those of options."""
+        for title, names in setting_groups():
+            with formatter.section(title):
+                formatter.write_dl([*map(_describe, names)])
+        formatter.write_paragraph()
+        formatter.write_text(NOTE)
+
+
+def setting_groups() -> Iterator[tuple[str, Sequence[str]]]:
+    """Yield the title and the settings of each group; those without a group come last."""
+    yield from GROUPS.items()
+    rest = [*Settings.model_fields.keys() - {name for names in GROUPS.values() for name in names}]
+    if rest:
+        yield OTHER, rest
+
+
+def _describe(name: str) -> tuple[str, str]:
+    field = Settings.model_fields[name]
+    return f"{PREFIX}{name.upper()}", f"{field.description}  [{_format_default(field.default)}]"
 
 
 def _format_default(default: object) -> str:

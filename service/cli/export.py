@@ -2,11 +2,14 @@
 
 import asyncio
 import io
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from enum import Enum, auto
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Protocol
 
 import click
@@ -15,7 +18,7 @@ from google.protobuf.descriptor import FieldDescriptor
 
 from service.cli.compression import compress
 from service.cli.formats import format_name
-from service.cli.formats.write import csv_line, json_line, pyarrow
+from service.cli.formats.write import csv_line, csv_row, json_line, pyarrow
 from service.cli.rows import ENTITIES, Entity, Values, values_of
 from service.cli.terminal import (
     Target,
@@ -33,6 +36,14 @@ from service.files import replace_when_complete
 
 STDOUT = "-"
 GROUP_ROWS, GROUP_BYTES = 100_000, 64 << 20  # of a Parquet row group
+
+
+class Place(Enum):
+    """Where the rows go. A bar would mix with them on a terminal, to which a pipe may lead too."""
+
+    FILE = auto()
+    PIPE = auto()
+    TERMINAL = auto()
 
 
 class Output(Protocol):
@@ -54,7 +65,7 @@ def _ndjson(file: Output, entity: Entity) -> Iterator[Write]:  # noqa: ARG001
 @contextmanager
 def _csv(file: Output, entity: Entity) -> Iterator[Write]:
     file.write(csv_line(entity.exported))
-    yield lambda rows: file.writelines(csv_line(row.values()) for row in rows)
+    yield lambda rows: file.writelines(csv_row(row.values()) for row in rows)
 
 
 @contextmanager
@@ -100,20 +111,22 @@ class EscapedOutput(io.RawIOBase):
 class Export:
     """One export and its progress."""
 
-    def __init__(self, entity: Entity, filter_: str | None, after_id: int) -> None:
+    def __init__(self, entity: Entity, filter_: str | None, after_id: int, *, place: Place) -> None:
         self.entity = entity
         self.last_id = after_id
         self.rows = 0
         self._filter = filter_
         self._first_id = after_id
+        self._place = place
         self._backoff = Backoff()
         self._started = time.monotonic()
 
     async def run(self, target: Target, write: Write) -> None:
         """Write all rows, and resume after the last one if a stream breaks; raises RosterError, OSError."""
         async with target.channel() as connection:
+            self._backoff.watch(connection)
             largest_id = await self._largest_id(connection)
-            async with show_progress(largest_id - self._first_id, self._state):
+            async with self._show_progress(largest_id - self._first_id):
                 while True:
                     try:
                         await self._stream(connection, write)
@@ -121,6 +134,11 @@ class Export:
                         await self._backoff.wait(error)
                     else:
                         return
+
+    def _show_progress(self, total: int) -> AbstractAsyncContextManager[None]:
+        if self._place is Place.TERMINAL:
+            return nullcontext()  # the rows are the progress
+        return show_progress(total, self._state, draws=self._place is Place.FILE)
 
     async def _largest_id(self, connection: grpc.aio.Channel) -> int:
         lists, request = self.entity.rpc(connection, "List")
@@ -149,7 +167,7 @@ class Export:
         return f"{pluralize(self.rows, self.entity.name[:-1])}, {rate:,.0f} rows/s"
 
 
-@click.command(short_help="Export users or posts to a file.", context_settings={"show_default": True})
+@click.command(context_settings={"show_default": True})
 @click.argument("entity", type=click.Choice(list(ENTITIES)))
 @server_options
 @click.option(
@@ -175,7 +193,7 @@ def export(
     microseconds. An unset field is null in NDJSON and Parquet; in CSV it is an empty cell, and an empty
     string is "".
     """
-    job = Export(ENTITIES[entity], filter_, after_id)
+    job = Export(ENTITIES[entity], filter_, after_id, place=_place(output))
     kind = WRITERS[format_ or format_name(output)]
     if kind is _parquet:
         pyarrow()  # if it is missing, fail before the file is created
@@ -189,6 +207,12 @@ def export(
         hint = f"; resume with --after-id {job.last_id}" if job.rows else ""
         raise UsageError(f"{message}{hint}") from None
     echo(job.progress(), err=True)
+
+
+def _place(output: str) -> Place:
+    if output != STDOUT or S_ISREG(os.fstat(sys.stdout.fileno()).st_mode):
+        return Place.FILE
+    return Place.TERMINAL if sys.stdout.isatty() else Place.PIPE
 
 
 @contextmanager

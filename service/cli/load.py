@@ -53,7 +53,7 @@ COLUMNS = 'Columns with other names, such as email=Mail,full_name="Full Name".'
 IGNORE = "Column that is not read, although its name is near that of a known one; repeat it for several."
 DELIMITER = "Delimiter of CSV.  [default: found from the header line]"
 ENCODING = "Encoding of CSV, such as cp1252.  [default: UTF-8, or UTF-16 by its byte order mark]"
-NULL = "Text that CSV has for a missing value, such as NULL; '' if there is none; repeat it for several."
+NULL = "Unquoted cell of CSV that means unset, such as NULL or NA; repeat it for several."
 REJECTS = "File for the rows that fail.  [default: NAME.rejects.FORMAT, next to FILE]"
 PATH = click.Path(dir_okay=False, path_type=Path)
 OPTION = re.compile(r"\b(?:options\.(\w+)|(load_id))\b")
@@ -83,7 +83,13 @@ class Load:
         await self._source.prefetch()  # a file that can't be read must not open a load
         async with target.channel() as connection, show_progress(self._source.bytes_total, self._progress):
             method, request = self._entity.rpc(connection, verb)
-            loader = BulkLoader(method, request, self._options, batch_rows=batch_rows, retry_connect=False)
+            self._backoff.watch(connection)
+            loader = BulkLoader(
+                *(method, request, self._options),
+                batch_rows=batch_rows,
+                retry_connect=False,
+                connection=connection,
+            )
             loads = BulkServiceStub(connection)
             try:
                 async with aclosing(loader.run(partial(self._messages, loads))) as events:
@@ -164,7 +170,7 @@ def _choice(enum: Any) -> click.Choice[str]:
     return click.Choice(enum.keys(), case_sensitive=False)
 
 
-@click.command(short_help="Load a file of users or posts.", context_settings={"show_default": True})
+@click.command(context_settings={"show_default": True})
 @click.argument("entity", type=click.Choice(list(ENTITIES)))
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @server_options
@@ -187,7 +193,7 @@ def _choice(enum: Any) -> click.Choice[str]:
 @click.option("--ignore", metavar="NAME", multiple=True, help=IGNORE)
 @click.option("--delimiter", type=click.Choice(list(DELIMITERS)), help=DELIMITER)
 @click.option("--encoding", help=ENCODING)
-@click.option("--null", "nulls", metavar="TEXT", multiple=True, help=NULL)
+@click.option("--null", metavar="TEXT", multiple=True, help=NULL)
 @click.option("--rejects", type=PATH, help=REJECTS)
 @click.option("--json", "is_json", is_flag=True, help="Print the summary as a JSON object.")
 def load(
@@ -202,17 +208,17 @@ def load(
     ignore: Sequence[str],
     delimiter: str | None,
     encoding: str | None,
-    nulls: Sequence[str],
+    null: Sequence[str],
     rejects: Path | None,
     *,
     is_json: bool,
     **options: Any,
 ) -> None:
-    """Load users or posts from FILE: NDJSON, CSV or Parquet, plain or gzip. - is standard input.
+    """Load users or posts from FILE: CSV, JSON or Parquet, plain, gzip or zstd. - is standard input.
 
     Columns of users: email, full_name, is_active, hashed_password. Columns of posts: title, content, and
     author_id or author_email. --update needs id. --restore also reads id, created_at, updated_at, version.
-    Other columns are ignored.
+    Other columns are ignored. docs/importing.md describes the files of other systems.
 
     A row that fails does not affect the others. It is written to a file of rejects, with the reason as
     `_error`. Fix the rows there, and load that file. An existing file of rejects is never overwritten.
@@ -220,7 +226,8 @@ def load(
     To resume a load that was stopped, run the same command again. From standard input, this requires
     --load-id and the same rows.
 
-    The exit status is 0 if all rows were loaded, 1 if some failed, 2 if the load did not start or finish.
+    The exit status is 0 if all rows were loaded, 1 if some failed, 2 if the load did not start or finish. If
+    Ctrl-C or SIGTERM ended it, the status is 130 or 143.
     """
     kind, operation = ENTITIES[entity], operation or "create"
     masked = update_mask.replace(" ", "").split(",") if update_mask else []
@@ -230,10 +237,8 @@ def load(
     names = kind.columns(operation, masked)
     columns = Columns(kind.message, names, parse_columns(mapping, names), ignore)
     kind_of_file = FORMATS[file_format or format_name(file, LOADED_ENDINGS)]
-    source = Source(file, _configure(kind_of_file, columns, delimiter, encoding, nulls))
-    reading: dict[str, object] = {"columns": columns.mapping, "delimiter": delimiter, "encoding": encoding}
-    if nulls:  # otherwise the ids are those of earlier releases
-        reading["nulls"] = sorted(nulls)
+    source = Source(file, _configure(kind_of_file, columns, delimiter, encoding, null))
+    reading = {"columns": columns.mapping, "delimiter": delimiter, "encoding": encoding, "null": null}
     bulk_options = pb.BulkOptions(
         restore=operation == "restore",
         update_mask=FieldMask(paths=masked),
@@ -293,10 +298,10 @@ def _configure(
     columns: Columns,
     delimiter: str | None,
     encoding: str | None,
-    nulls: Sequence[str],
+    null: Sequence[str],
 ) -> FileFormat:
     """Return a file format with the options for CSV; raises UsageError."""
-    if not (delimiter or encoding or nulls):
+    if not (delimiter or encoding or null):
         return kind(columns)
     if kind is not Csv:
         raise click.UsageError("--delimiter, --encoding and --null are for CSV")
@@ -307,8 +312,9 @@ def _configure(
         raise click.UsageError(
             f"--encoding {encoding} is not known; use one such as utf-8 or cp1252"
         ) from None
-    name = "" if codec.name == "utf-8" else codec.name
-    return Csv(columns, DELIMITERS.get(delimiter or "", ""), name, nulls)
+    return Csv(
+        columns, DELIMITERS.get(delimiter or "", ""), "" if codec.name == "utf-8" else codec.name, null
+    )
 
 
 def _derive_load_id(

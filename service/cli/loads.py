@@ -1,8 +1,11 @@
 """`roster loads`: list, show and abort named bulk loads."""
 
 import asyncio
+import shutil
+import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -12,17 +15,30 @@ from google.protobuf.message import Message
 
 from roster.v1 import bulk_pb2 as pb
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
-from service.cli.terminal import PAGE_SIZE, Target, UsageError, echo, server_options
+from service.cli.table import fit
+from service.cli.terminal import PAGE_SIZE, Target, UsageError, echo, echo_text, server_options
 from service.client import pages
 from service.errors import RosterError
 from service.escape import escape
 
-ROW = "{:8}  {:>13}  {:>11}  {:19}  {:15}  {:20}  {}"
-HEADER = ROW.format("state", "rows", "failed", "changed", "method", "caller", "load")
+ROW = "{state:8}  {rows:>13}  {failed:>11}  {changed:19}  {method:15}  {caller:20}  {load}"
+COLUMNS = ("state", "rows", "failed", "changed", "method", "caller", "load")
+# On a terminal, the first that fits.
+LAYOUTS = (
+    COLUMNS,
+    ("state", "rows", "failed", "changed", "caller", "load"),
+    ("state", "rows", "failed", "age", "caller", "load"),
+    ("state", "rows", "failed", "age", "load"),
+    ("state", "rows", "age", "load"),
+    ("state", "load"),
+)
+NUMBERS = frozenset({"rows", "failed", "age"})
+UNITS = (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1))
+NAME_WIDTH = 11
 CALLER = "For admins: the caller who started the load, or whose loads to list."
 
 
-@click.command(short_help="List bulk loads, show one with its failures, or abort one.")
+@click.command()
 @click.argument("action", type=click.Choice(["list", "show", "abort"]), default="list")
 @click.argument("load_id", default="")
 @server_options
@@ -69,8 +85,13 @@ async def _list(stub: BulkServiceStub, caller: str, *, is_json: bool) -> None:
     found = pages(stub.ListBulkLoads, pb.ListBulkLoadsRequest(page_size=PAGE_SIZE, caller=caller))
     if is_json:
         await _print_all(found, _json)
+    elif sys.stdout.isatty():
+        now = datetime.now(UTC)
+        cells = [_cells(load, now) async for load in found]
+        echo(*fit(cells, LAYOUTS, shutil.get_terminal_size().columns, NUMBERS))
     else:
-        await _print_all(found, _table_row, HEADER)
+        header = ROW.format(**dict(zip(COLUMNS, COLUMNS, strict=True)))
+        await _print_all(found, lambda load: ROW.format(**_cells(load, datetime.now(UTC))), header)
 
 
 async def _show(stub: BulkServiceStub, load_id: str, caller: str, *, is_json: bool) -> None:
@@ -89,7 +110,10 @@ async def _print_all(
         if header:
             echo(header)
         while message is not None:
-            echo(format_line(message))
+            if header or format_line is _json:
+                echo(format_line(message))
+            else:
+                echo_text(format_line(message), indent=2)
             message = await anext(messages, None)
 
 
@@ -97,7 +121,7 @@ def _print_load(load: pb.BulkLoad, *, is_json: bool) -> None:
     if is_json:
         echo(_json(load))
     else:
-        echo(*_details(load))
+        echo_text(*_details(load), indent=NAME_WIDTH + 2)
 
 
 def _json(message: Message) -> str:
@@ -106,18 +130,33 @@ def _json(message: Message) -> str:
     )
 
 
-def _table_row(load: pb.BulkLoad) -> str:
-    changed = f"{load.updated_at.ToDatetime():%Y-%m-%d %H:%M:%S}"
-    state, method = pb.BulkLoad.State.Name(load.state), load.method.rpartition(".")[2]
-    rows, failed = f"{load.next_offset:,}", f"{load.failed:,}"
-    return ROW.format(state, rows, failed, changed, method, load.caller, load.load_id)
+def _cells(load: pb.BulkLoad, now: datetime) -> dict[str, str]:
+    changed = load.updated_at.ToDatetime(UTC)
+    return {
+        "state": pb.BulkLoad.State.Name(load.state),
+        "rows": f"{load.next_offset:,}",
+        "failed": f"{load.failed:,}",
+        "changed": f"{changed:%Y-%m-%d %H:%M:%S}",
+        "age": _age((now - changed).total_seconds()),
+        "method": load.method.rpartition(".")[2],
+        "caller": escape(load.caller),
+        "load": escape(load.load_id),
+    }
+
+
+def _age(seconds: float) -> str:
+    """Return how long ago something was, such as `3h`; clocks may differ."""
+    for unit, size in UNITS:
+        if seconds >= size:
+            return f"{int(seconds // size)}{unit}"
+    return "0s"
 
 
 def _details(load: pb.BulkLoad) -> list[str]:
     values = orjson.loads(_json(load))
     values["options"] = MessageToJson(load.options, preserving_proto_field_name=True, indent=None)
     names = [field.name for field in load.DESCRIPTOR.fields]
-    return [f"{name:11}  {values.get(name, '')}" for name in names]
+    return [f"{name:{NAME_WIDTH}}  {values.get(name, '')}" for name in names]
 
 
 def _failure_line(failure: pb.RowFailure) -> str:

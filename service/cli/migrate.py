@@ -12,14 +12,15 @@ from sqlalchemy.exc import DBAPIError
 from service.cli.environment import read_settings
 from service.cli.terminal import UsageError, echo
 from service.db import migrations, revisions
-from service.db.errors import code_of
-from service.db.schema import Schema
+from service.db.errors import cause_of, code_of
+from service.db.schema import ReadOnlyDatabase, Schema
 from service.files import sqlite_path
 from service.settings import Settings
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 UNKNOWN_DATABASE = "3D000"
 INSUFFICIENT_PRIVILEGE = "42501"
+CREATE_DATABASE = "; create the database first, as with `createdb`"
 
 
 @contextmanager
@@ -36,31 +37,32 @@ def report_migration_errors(settings: Settings) -> Iterator[None]:
             raise UsageError(
                 f"{error}; a newer release created it: use that release, or downgrade with it"
             ) from None
-        hint = "; create the database first, as with `createdb`" if code_of(error) == UNKNOWN_DATABASE else ""
+        hint = CREATE_DATABASE if code_of(error) == UNKNOWN_DATABASE else ""
         if isinstance(error, OSError):
             setting = "ROSTER_MIGRATION_URL" if settings.migration_url else "ROSTER_DATABASE_URL"
             raise UsageError(connection_problem(error, setting)) from None
-        cause = getattr(error, "orig", None) or error
-        raise UsageError(f"the migration failed: {cause}{hint}") from None
+        raise UsageError(f"the migration failed: {cause_of(error)}{hint}") from None
 
 
 def connection_problem(error: Exception, setting: str = "ROSTER_DATABASE_URL") -> str:
     """Return why the database can't be used, and what to do."""
-    cause = getattr(error, "orig", None) or error
+    cause = cause_of(error)
     if code_of(error) == INSUFFICIENT_PRIVILEGE:
         return f"{cause}; let the owner of the schema run deploy/sql/roles.sql again, or grant the right"
-    return f"the database can't be reached: {cause}; check {setting}"
+    if isinstance(error, ReadOnlyDatabase):
+        return f"{cause}; check {setting}"
+    hint = CREATE_DATABASE if code_of(error) == UNKNOWN_DATABASE else ""
+    return f"the database can't be reached: {cause}{hint}; check {setting}"
 
 
 def folder_problem(settings: Settings) -> str:
     """Return why SQLite can't create its file, "" if it can."""
-    folder = sqlite_path(settings.database_url).parent
-    if settings.is_embedded and not folder.is_dir():
+    if settings.is_embedded and not (folder := sqlite_path(settings.database_url).parent).is_dir():
         return f"directory {folder} does not exist; create it first"
     return ""
 
 
-@click.command(short_help="Migrate the database schema to this release.")
+@click.command()
 @click.option("--sql", is_flag=True, help="Print the SQL for an empty database without running it.")
 @click.option(
     "--contract",
@@ -122,8 +124,10 @@ def _report(url: str, migrate: Callable[[Schema], None]) -> None:
     """Run a migration, and print what it has changed and what is left to do."""
     before = migrations.schema(url)
     migrate(before)
-    after = migrations.schema(url)
+    after = migrations.schema(url)  # the migration has imported all models, whose tables this looks for
     echo(_outcome(before, after))
+    if after.missing:  # not an error: a developer changes a model before its migration exists
+        echo(str(after), err=True)
     if after.is_usable and after.revision != revisions.head():
         echo(str(after))
 
@@ -131,13 +135,19 @@ def _report(url: str, migrate: Callable[[Schema], None]) -> None:
 def _outcome(before: Schema, after: Schema) -> str:
     """Return one sentence: what a migration has changed."""
     if after.revision == before.revision:
-        if after.revision == revisions.head():
-            return f"schema is up to date (revision {after.revision})"
-        if after.is_usable:
-            return "no expanding migration is pending"
-        return f"nothing to do: the schema is already at revision {after.revision or 'none'}"
+        return _no_change(after)
     if before.revision is None:
         return f"schema created at revision {after.revision}"
     if after.revision is None:
         return f"schema removed; it was at revision {before.revision}"
     return f"schema migrated from revision {before.revision} to {after.revision}"
+
+
+def _no_change(schema: Schema) -> str:
+    if schema.revision is None:
+        return "nothing to do: the database has no schema"
+    if schema.revision == revisions.head():
+        return f"schema is up to date (revision {schema.revision})"
+    if schema.is_usable:
+        return "no expanding migration is pending"
+    return f"nothing to do: the schema is already at revision {schema.revision}"

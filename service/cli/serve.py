@@ -12,17 +12,24 @@ import uvloop
 from sqlalchemy.exc import DBAPIError
 
 from service import logs, workers
-from service.cli.environment import read_settings, settings_help
-from service.cli.migrate import INSUFFICIENT_PRIVILEGE, connection_problem, report_migration_errors
+from service.auth.tls import exposure
+from service.cli.environment import CommandWithSettings, read_settings
+from service.cli.migrate import connection_problem, report_migration_errors
 from service.cli.terminal import UsageError, echo
 from service.connections import raise_file_limit
 from service.db import migrations
 from service.db.engine import Database
-from service.db.errors import code_of
-from service.db.schema import read_schema
+from service.db.errors import cause_of, is_transient
+from service.db.schema import Schema, read_schema
 from service.files import file_dangers
 from service.server import Server
-from service.settings import Settings, is_local, unknown_settings
+from service.settings import (
+    Settings,
+    database_warnings,
+    describe_database,
+    unknown_settings,
+    unread_databases,
+)
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +37,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 USERS = "roster.v1.UserService"
 FIRST_PAUSE_SECONDS = 0.5
 MAX_PAUSE_SECONDS = 5.0
-# SQLSTATEs of a wrong role, password or database, and of missing rights: waiting does not help.
-PERMANENT_ERRORS = ("28", "3D", INSUFFICIENT_PRIVILEGE)
+MIN_ATTEMPT_SECONDS = 15  # also with ROSTER_DATABASE_WAIT=0; a URL can set no limit of its own
 
 
-@click.command(short_help="Run the server until SIGTERM or SIGINT.", epilog=settings_help())
+@click.command(cls=CommandWithSettings)
 @click.option("--worker", "is_worker", is_flag=True, hidden=True)
 def serve(*, is_worker: bool) -> None:
     """Run the server until SIGTERM or SIGINT. Calls in flight are finished before it exits."""
@@ -43,8 +49,9 @@ def serve(*, is_worker: bool) -> None:
     raise_file_limit(settings)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     if not is_worker:
-        for unknown in unknown_settings():
-            log.warning(unknown)
+        echo(f"database: {describe_database(settings.database_url)}", err=True)
+        for warning in (*unknown_settings(), *unread_databases(settings), *database_warnings(settings)):
+            log.warning(warning)
     if settings.is_embedded:
         with report_migration_errors(settings):
             if not migrations.schema(settings.direct_url).is_newer:
@@ -109,28 +116,32 @@ async def _wait_for_schema(database: Database, max_seconds: float, stopping: asy
     end = loop.time() + max_seconds
     while not stopping.is_set():
         try:
-            schema = await read_schema(database.engine)
-            if not schema.is_usable:
-                raise UsageError(str(schema))
-            log.info("%s", schema)
+            seconds = max(end - loop.time(), MIN_ATTEMPT_SECONDS)
+            schema = await workers.unless(stopping, read_schema(database.engine), seconds)
+            if schema is None and not stopping.is_set():
+                raise ConnectionError("the database did not answer in time")
         except (DBAPIError, OSError) as error:
-            is_permanent = code_of(error).startswith(PERMANENT_ERRORS)
-            if is_permanent or loop.time() + pause > end:
+            if not is_transient(error) or loop.time() + pause > end:
                 raise UsageError(connection_problem(error)) from None
-            cause = getattr(error, "orig", None) or error
-            log.warning("the database can't be reached: %s; trying again in %g s", cause, pause)
+            log.warning("the database can't be used: %s; trying again in %g s", cause_of(error), pause)
         else:
+            if schema is not None:
+                _check_schema(schema)
             return
         await asyncio.wait([asyncio.ensure_future(stopping.wait())], timeout=pause)
         pause = min(2 * pause, MAX_PAUSE_SECONDS)
 
 
+def _check_schema(schema: Schema) -> None:
+    if not schema.is_usable:
+        raise UsageError(str(schema))
+    log.info("%s", schema)
+
+
 def _announce(settings: Settings, address: str) -> None:
     echo(f"listening on {address}", err=True)
-    if settings.insecure and not is_local(settings.listen):
-        log.warning(
-            "ROSTER_INSECURE: anyone who can reach %s can read, change and delete everything", address
-        )
+    if danger := exposure(settings):
+        log.warning("ROSTER_INSECURE: %s", danger.format(address))
     is_secured = settings.tls_cert_file or settings.policy_file
     if is_secured or not _is_read_by_people(settings.log_format):
         return

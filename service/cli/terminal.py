@@ -1,29 +1,47 @@
 """Shared by the client commands: connection options, errors, output, signals, and progress."""
 
 import asyncio
+import shutil
 import signal
+import ssl
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+import textwrap
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial, wraps
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 import click
 import grpc
 from click.core import ParameterSource
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 
-from service.client import Disconnected, channel, tls_credentials
+from service.cli.diagnosis import Tls, diagnose
+from service.client import Disconnected, channel, local_credentials, tls_credentials
+from service.client.address import check_address
+from service.client.errors import ProxyRefused, ProxyUnavailable
 from service.errors import RosterError
 from service.escape import escape
-from service.settings import FOR_CLIENTS
+from service.settings import FOR_CLIENTS, is_local
 
 DRAW_EVERY_SECONDS = 0.2
 REPORT_EVERY_SECONDS = 5
 PAGE_SIZE = 1000
+WIDTH_FOR_TIME, WIDTH_FOR_BAR, WIDTH_FOR_BOTH_TIMES = 60, 72, 90
+
+# Options that decide who receives a token.
+DESTINATION = {"address", "tls_ca", "tls_server_name", "insecure_token"}
 
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 option = partial(click.option, show_envvar=True, show_default=True)
@@ -35,6 +53,11 @@ SERVER = (
         help="Server address: host:port or unix:/path.",
     ),
     option("--tls-ca", envvar="ROSTER_TLS_CA_FILE", type=FILE, help="CA of the server, in PEM; enables TLS."),
+    option(
+        "--tls-server-name",
+        envvar="ROSTER_TLS_SERVER_NAME",
+        help="Name in the server's certificate, if it is not the host of the address: for a tunnel.",
+    ),
     option("--tls-cert", envvar="ROSTER_TLS_CLIENT_CERT_FILE", type=FILE, help="Client certificate, in PEM."),
     option("--tls-key", envvar="ROSTER_TLS_CLIENT_KEY_FILE", type=FILE, help="Its private key, in PEM."),
     option(
@@ -45,49 +68,118 @@ SERVER = (
     ),
     # Hidden, because every user of the machine can read the arguments of a process.
     option("--token", envvar="ROSTER_TOKEN", hidden=True),
+    click.option(
+        "--insecure-token",
+        envvar="ROSTER_INSECURE_TOKEN",
+        show_envvar=True,
+        is_flag=True,
+        help="Send the token without TLS, to this machine only: for a sidecar or tunnel that adds TLS.",
+    ),
 )
 
 
 class Target:
-    """The server that a command connects to, and the credentials to use."""
+    """The server that a command connects to, and the credentials to use; raises UsageError.
+
+    A token is sent in plain text only with `insecure_token`, and only to this machine.
+    """
 
     def __init__(
         self,
         address: str,
         tls_ca: Path | None,
+        tls_server_name: str | None,
         tls_cert: Path | None,
         tls_key: Path | None,
         token_file: Path | None,
         token: str | None,
+        *,
+        insecure_token: bool,
     ) -> None:
-        self.address = address
-        self._credentials = None
+        try:
+            self.address = check_address(address)
+        except ValueError as error:
+            raise UsageError(f"--address {error}") from None
         read_token: Callable[[], str] | None = None
         if token_file:
             read_token = lambda: token_file.read_text().strip()  # noqa: E731
         elif token:
             read_token = lambda: token  # noqa: E731
+        self._server_name = tls_server_name
+        self._tls: Tls | None = None
+        self._credentials: grpc.ChannelCredentials | None = None
         if tls_ca:
-            ca = tls_ca.read_bytes()
+            context = _tls_context(tls_ca, tls_cert, tls_key)
+            self._tls = Tls(context, tls_server_name, has_certificate=bool(tls_cert))
             key = tls_key.read_bytes() if tls_key else None
             cert = tls_cert.read_bytes() if tls_cert else None
-            self._credentials = tls_credentials(ca, key, cert, token=read_token)
-        elif tls_cert or tls_key or read_token:
+            self._credentials = tls_credentials(tls_ca.read_bytes(), key, cert, token=read_token)
+        elif tls_cert or tls_key or tls_server_name:
             raise UsageError(
-                "tokens and certificates are sent over TLS only; pass the CA of the server with --tls-ca"
+                "--tls-cert, --tls-key and --tls-server-name are for TLS; pass the CA of the server with "
+                "--tls-ca"
             )
+        elif read_token:
+            self._credentials = self._token_without_tls(read_token, is_allowed=insecure_token)
+
+    def _token_without_tls(
+        self, read_token: Callable[[], str], *, is_allowed: bool
+    ) -> grpc.ChannelCredentials:
+        if not is_allowed:
+            raise UsageError(
+                "a token is sent over TLS only; pass the CA of the server with --tls-ca, or --insecure-token "
+                "if a sidecar or tunnel on this machine adds TLS"
+            )
+        if not is_local(self.address):
+            raise UsageError(
+                f"--insecure-token sends a token to this machine only, and {self.address} may be another "
+                "one; use 127.0.0.1, [::1], localhost or unix:/path, or TLS with --tls-ca"
+            )
+        return local_credentials(self.address, read_token)
 
     def channel(self) -> grpc.aio.Channel:
-        return channel(self.address, self._credentials, wait_for_ready=False)
+        """Return a channel to the server; its calls fail at once if no server answers."""
+        return channel(self.address, self._credentials, wait_for_ready=False, server_name=self._server_name)
 
     def explain(self, failure: RosterError) -> str:
-        """Return the message to print for a failed call."""
+        """Return the message to print for a failed call; it may open a connection to find the cause."""
+        if isinstance(failure, ProxyRefused | ProxyUnavailable):
+            return f"{self.address}: {failure.message}"
         if not isinstance(failure, Disconnected):
             return failure.message
-        message = f"no server answers at {self.address}"
-        if self._credentials:
-            return f"{message} over TLS: {failure.message}"
-        return f"{message}; start one with `roster serve`, or set --address and, if it uses TLS, --tls-ca"
+        if "http1" in failure.message:
+            return (
+                f"{self.address} answers in HTTP/1.1, which is not gRPC; is it the port of the metrics, or a "
+                "proxy without HTTP/2?"
+            )
+        if found := diagnose(self.address, self._tls):
+            return found
+        if self._tls:
+            return f"no server answers at {self.address} over TLS: {failure.message}"
+        return f"no server answers at {self.address}; start one with `roster serve`, or set --address"
+
+
+def _tls_context(ca: Path, cert: Path | None, key: Path | None) -> ssl.SSLContext:
+    """Return the client's TLS context, for a diagnosis; raises UsageError for files that can't be used.
+
+    gRPC itself reports a file that it can't use only as a connection that fails.
+    """
+    if bool(cert) != bool(key):
+        raise UsageError("--tls-cert and --tls-key belong together; pass both, or neither")
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except ssl.SSLError:
+        raise UsageError(f"--tls-ca {ca} contains no certificate in PEM") from None
+    try:
+        if cert and key:
+            context.load_cert_chain(cert, key, password=lambda: "")
+    except ssl.SSLError as error:
+        raise UsageError(f"--tls-cert {cert} and --tls-key {key} can't be used: {_reason(error)}") from None
+    return context
+
+
+def _reason(error: ssl.SSLError) -> str:
+    return (error.reason or "they are not a certificate and its key in PEM").replace("_", " ").lower()
 
 
 def server_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -112,7 +204,7 @@ def _require_one_source(connection: Mapping[str, Any]) -> None:
         from_folder.remove("token_file")  # the `.env` file names it, but the secret is stored elsewhere
     token = "token_file" if connection["token_file"] else "token"
     secrets = [name for name in (token, "tls_key") if connection[name] and name not in from_folder]
-    if secrets and (named := from_folder & {"address", "tls_ca"}):
+    if secrets and (named := from_folder & DESTINATION):
         variables = [variable for variable, name in FOR_CLIENTS.items() if name in named]
         options = [f"--{name}".replace("_", "-") for name in sorted(named)]
         raise UsageError(
@@ -130,10 +222,36 @@ class UsageError(click.ClickException):
         super().__init__("\n       ".join(map(escape, lines)))
         self.lines = lines
 
+    def show(self, file: IO[Any] | None = None) -> None:
+        stream = file or sys.stderr
+        first, *others = self.message.split("\n")
+        lines = [f"Error: {first}", *others]
+        click.echo("\n".join(wrap(lines, len("Error: "), stream)), file=stream)
+
 
 def echo(*lines: str, err: bool = False) -> None:
     """Print lines, escaped: text from elsewhere can't add lines or control the terminal."""
     click.echo("\n".join(map(escape, lines)), err=err)
+
+
+def echo_text(*lines: str, indent: int, err: bool = False) -> None:
+    """Print lines like `echo`; on a terminal, continue those that are too long on indented lines."""
+    echo(*wrap(lines, indent, sys.stderr if err else sys.stdout), err=err)
+
+
+def wrap(lines: Iterable[str], indent: int, stream: IO[Any]) -> list[str]:
+    """Return lines that fit the terminal, if the stream is one; words and paths are not broken."""
+    if not stream.isatty():
+        return [*lines]
+    fill = partial(
+        textwrap.wrap,
+        width=shutil.get_terminal_size().columns,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        drop_whitespace=True,
+    )
+    return [part for line in lines for part in fill(escape(line)) or [""]]
 
 
 def pluralize(count: int, noun: str) -> str:
@@ -159,15 +277,17 @@ def exit_on_signal(describe: Callable[[], str]) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def show_progress(total: int, state: Callable[[], tuple[int, str]]) -> AsyncGenerator[None]:
+async def show_progress(
+    total: int, state: Callable[[], tuple[int, str]], *, draws: bool = True
+) -> AsyncGenerator[None]:
     """Show progress on standard error: a bar on a terminal, otherwise a line every few seconds.
 
-    `state` returns how much of `total` is done, and a description. A total of 0 means unknown.
+    `state` returns how much of `total` is done, and a description. A total of 0 means unknown. Without
+    `draws` there is no bar: something else writes to the terminal, or may.
     """
     console = Console(stderr=True)
-    task = asyncio.create_task(
-        _draw_bar(console, total, state) if console.is_terminal else _print_lines(state)
-    )
+    is_bar = draws and console.is_terminal
+    task = asyncio.create_task(_draw_bar(console, total, state) if is_bar else _print_lines(state))
     try:
         yield
     finally:
@@ -176,18 +296,26 @@ async def show_progress(total: int, state: Callable[[], tuple[int, str]]) -> Asy
 
 
 async def _draw_bar(console: Console, total: int, state: Callable[[], tuple[int, str]]) -> None:
-    columns = (
-        BarColumn(),
-        TextColumn("{task.description}", markup=False),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*_bar_columns(console.width), console=console, transient=True) as bar:
         task = bar.add_task("", total=total or None)
         while True:
             done, description = state()
             bar.update(task, completed=done, description=description)
             await asyncio.sleep(DRAW_EVERY_SECONDS)
+
+
+def _bar_columns(width: int) -> list[ProgressColumn]:
+    """Return the columns that fit; the bar takes the rest, and a description that is too long is cut."""
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
+    ]
+    if width >= WIDTH_FOR_BAR:
+        columns.insert(0, BarColumn(bar_width=None))
+    if width >= WIDTH_FOR_BOTH_TIMES:
+        columns.append(TimeElapsedColumn(table_column=Column(no_wrap=True)))
+    if width >= WIDTH_FOR_TIME:
+        columns.append(TimeRemainingColumn(table_column=Column(no_wrap=True)))
+    return columns
 
 
 async def _print_lines(state: Callable[[], tuple[int, str]]) -> None:

@@ -15,7 +15,7 @@ from service.cli.terminal import FILE, UsageError, echo, option
 from service.files import create
 
 
-@click.group(short_help="Create keys and bearer tokens for development.")
+@click.group()
 def token() -> None:
     """Create keys and bearer tokens for development. In production, use an identity provider."""
 

@@ -27,12 +27,33 @@ WORDS = {
 }
 BOOLEANS = {word[:end]: value for word, value in WORDS.items() for end in range(1, len(word) + 1)}
 del BOOLEANS["o"]
+BOOLEANS |= {"1.0": True, "0.0": False}  # as pandas writes a column of 0 and 1 with missing values
 # What datetime.fromisoformat does not read: `UTC` as BigQuery writes it, and offsets after a space.
 TIME = re.compile(
     r"(?P<time>[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:[.,][0-9]+)?)?)"
     r" ?(?:[Zz]|UTC|GMT|(?P<offset>[-+][0-9]{2}(?::?[0-9]{2})?))"
 )
 SURROGATE = re.compile("[\ud800-\udfff]")
+# PostgreSQL, MySQL, SQL Server, DBeaver, DataGrip, R, Excel and pandas write these into CSV for null.
+# `Null`, `Na` and `Nan`, spelt like this, are names.
+NULL_WORDS = frozenset(
+    (
+        r"\N",
+        "NULL",
+        "null",
+        "(null)",
+        "<null>",
+        "[NULL]",
+        "NA",
+        "N/A",
+        "#N/A",
+        "<NA>",
+        "NaN",
+        "nan",
+        "None",
+        "nil",
+    )
+)
 
 
 def text(name: str, value: Any) -> str:

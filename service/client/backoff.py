@@ -6,9 +6,10 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+import grpc
 from google.protobuf.message import Message
 
-from service.client.errors import Disconnected, is_retryable
+from service.client.errors import Disconnected, ProxyUnavailable, is_retryable
 from service.errors import RosterError
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,10 @@ class Backoff:
 
     If no call has succeeded yet, a server that can't be reached may be a wrong address: this is retried only
     with `retry_connect`.
+
+    If `watch` was called, a pause for a server that can't be reached ends as soon as the channel is connected
+    again. A connection that does not last must not use up the retries: a shortened pause is followed by a
+    full one, unless a call has succeeded. A server that answers, even with UNAVAILABLE, gets the full pause.
     """
 
     def __init__(
@@ -39,11 +44,18 @@ class Backoff:
         self._first_pause_seconds = first_pause_seconds
         self._retry_connect = retry_connect
         self._retries = 0
+        self._connection: grpc.aio.Channel | None = None
+        self._was_shortened = False  # the last pause
+
+    def watch(self, connection: grpc.aio.Channel) -> None:
+        """End pauses early when this channel, which was disconnected, is connected again."""
+        self._connection = connection
 
     def reset(self) -> None:
         """Start again with the shortest pause, after a call has succeeded."""
         self._retries = 0
         self._retry_connect = True
+        self._was_shortened = False
 
     async def wait(self, failure: RosterError, raised: RosterError | None = None) -> None:
         """Sleep before the next retry, or raise `raised` (by default the failure) if there is none."""
@@ -55,9 +67,24 @@ class Backoff:
         # The server's RetryInfo is the shortest time that a client should wait.
         server_delay = failure.retry_after_seconds or 0
         seconds = server_delay + random.uniform(longest / 2, longest)  # noqa: S311
-        cause = "no server answers" if isinstance(failure, Disconnected) else failure
-        log.warning("%s; trying again in %.1f s", cause, seconds)
-        await asyncio.sleep(seconds)
+        is_away = isinstance(failure, Disconnected) and not isinstance(failure, ProxyUnavailable)
+        log.warning("%s; trying again in %.1f s", _cause(failure) if is_away else failure, seconds)
+        if is_away and self._connection and not self._was_shortened:
+            self._was_shortened = await self._pause_until_connected(self._connection, seconds)
+        else:
+            await asyncio.sleep(seconds)
+            self._was_shortened = False
+
+    async def _pause_until_connected(self, connection: grpc.aio.Channel, seconds: float) -> bool:
+        """Sleep, at most until the channel is connected; return whether it was connected before the end."""
+        try:
+            async with asyncio.timeout(seconds):
+                await _connected_again(connection)
+        except TimeoutError:
+            return False
+        # All clients of a server notice at once that it is back.
+        await asyncio.sleep(random.uniform(0, self._first_pause_seconds))  # noqa: S311
+        return True
 
     async def call(self, method: Callable[[RequestT], Awaitable[ResponseT]], request: RequestT) -> ResponseT:
         """Return the response of a unary RPC that is safe to repeat; raises RosterError."""
@@ -69,3 +96,19 @@ class Backoff:
             else:
                 self.reset()
                 return response
+
+
+def _cause(failure: RosterError) -> str:
+    message = failure.message.lower()  # gRPC's own
+    is_refused = "failed to connect" in message or "all backends failing" in message
+    return "no server answers" if is_refused else "the connection was lost"
+
+
+async def _connected_again(connection: grpc.aio.Channel) -> None:
+    """Wait until a channel is connected; one that is connected now must first lose its connection."""
+    state = connection.get_state(try_to_connect=True)
+    while True:
+        await connection.wait_for_state_change(state)
+        state = connection.get_state(try_to_connect=True)
+        if state is grpc.ChannelConnectivity.READY:
+            return

@@ -11,9 +11,27 @@ from google.protobuf.message import Message
 from google.rpc.code_pb2 import INTERNAL, UNKNOWN
 from google.rpc.status_pb2 import Status
 
-from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkOpened, BulkOptions, BulkSummary, BulkWriteResponse
+from roster.v1.bulk_pb2 import (
+    BulkAck,
+    BulkLoad,
+    BulkOpened,
+    BulkOptions,
+    BulkSummary,
+    BulkWriteResponse,
+    GetBulkLoadRequest,
+)
+from roster.v1.bulk_pb2_grpc import BulkServiceStub
 from service.client.backoff import FIRST_PAUSE_SECONDS, MAX_RETRIES, Backoff
-from service.client.errors import error_from_status, is_retryable, status_of_ended_call
+from service.client.errors import (
+    BODY_ONLY,
+    BODY_SIZE,
+    ProxyRefused,
+    ProxyUnavailable,
+    error_from_call,
+    error_from_status,
+    is_retryable,
+    status_of_ended_call,
+)
 from service.client.window import Window
 from service.errors import FailedPrecondition, RosterError
 
@@ -22,6 +40,8 @@ BATCH_BYTES = 4 << 20
 ROW_FRAMING_BYTES = 6  # a tag, and a length below 4 GiB
 MESSAGE_FRAMING_BYTES = 64
 WINDOW = 4
+MAX_RESETS = 4  # in a row, without progress
+PROBE_SECONDS = 5.0
 
 Request = TypeVar("Request", bound=Message)
 Event = BulkOpened | BulkAck | BulkSummary
@@ -55,7 +75,9 @@ class BulkLoader(Generic[Request]):
     so that each row has its ack, with its first outcome. Without options, the load gets a random `load_id`.
     An admin resumes the load of another caller with the `caller` of the options.
 
-    `retry_connect` decides what happens if no server has answered yet: retry, or fail at once.
+    `retry_connect` decides what happens if no server has answered yet: retry, or fail at once. With
+    `connection`, the channel of the method, the load continues as soon as a server that was away is back, and
+    not only at the end of the current pause; and if a proxy refuses the load, the error says how.
     """
 
     def __init__(
@@ -69,6 +91,7 @@ class BulkLoader(Generic[Request]):
         max_retries: int = MAX_RETRIES,
         first_pause_seconds: float = FIRST_PAUSE_SECONDS,
         retry_connect: bool = True,
+        connection: grpc.aio.Channel | None = None,
     ) -> None:
         self._method = method
         self._request = request
@@ -76,10 +99,14 @@ class BulkLoader(Generic[Request]):
         self._options = options or BulkOptions(load_id=str(uuid4()))
         self._batch_rows = batch_rows
         self._backoff = Backoff(max_retries, first_pause_seconds, retry_connect=retry_connect)
+        self._connection = connection
+        if connection:
+            self._backoff.watch(connection)
 
         self._window: Window[Any] = Window(window)
         self._window_changed = asyncio.Event()
         self._acknowledged = 0  # rows
+        self._resets = 0  # of streams in a row that were opened and broke before an ack
         self._is_finished = False  # the summary has arrived
         self._call: grpc.aio.StreamStreamCall[Request, BulkWriteResponse] | None = None
         self._filling: asyncio.Task[None] | None = None  # reads the rows; outlives the streams
@@ -127,8 +154,10 @@ class BulkLoader(Generic[Request]):
         first_status: list[Status] = []
         call.add_done_callback(lambda ended: first_status.append(status_of_ended_call(ended)))
         sending = self._start(self._send(call))
+        is_open = False
         try:
             async for response in call:
+                is_open = True
                 event = await self._receive(response)
                 self._window_changed.set()
                 if event:
@@ -138,7 +167,7 @@ class BulkLoader(Generic[Request]):
         except grpc.aio.AioRpcError:
             statuses = [*first_status, status_of_ended_call(call)]
             status = next((status for status in statuses if status.code != INTERNAL), statuses[-1])
-            raise self._interruption(error_from_status(status)) from None
+            raise self._interruption(await self._explain(status, is_open=is_open)) from None
         except asyncio.CancelledError:
             # A task that failed has cancelled the call: raise its error instead.
             for task in filter(None, (self._filling, sending)):
@@ -149,6 +178,40 @@ class BulkLoader(Generic[Request]):
             call.cancel()
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
+
+    async def _explain(self, status: Status, *, is_open: bool) -> RosterError:
+        """Return the error of a stream that broke: what a proxy did, if gRPC does not say."""
+        error = error_from_status(status)
+        is_unclear = status.code == INTERNAL or BODY_ONLY in status.message
+        if status.details or not is_unclear:
+            return error
+        if not is_open:
+            return await self._refusal_by_proxy() or error
+        # The call was accepted, and then reset without a reason. A server that stops gives one.
+        self._resets += 1
+        if self._resets < MAX_RESETS:
+            return error
+        return ProxyRefused(f"a proxy resets the stream whenever rows are sent; {BODY_SIZE}")
+
+    async def _refusal_by_proxy(self) -> RosterError | None:
+        """Return the error of a proxy that refuses calls; None if there is none.
+
+        A proxy may answer while messages are being written. The write fails then, and its INTERNAL replaces
+        the proxy's status (grpc#36066). A unary call gets that status. Its own answer does not matter.
+        """
+        if not self._connection:
+            return None
+        loads: Any = BulkServiceStub(self._connection)
+        request = GetBulkLoadRequest(load_id=self._options.load_id or "none")
+        try:
+            await loads.GetBulkLoad(request, timeout=PROBE_SECONDS)
+        except grpc.aio.AioRpcError as failure:
+            error = error_from_call(failure)
+        except RosterError as failure:  # from a channel of ours
+            error = failure
+        else:
+            return None
+        return error if isinstance(error, ProxyRefused | ProxyUnavailable) else None
 
     def _start(self, work: Coroutine[None, None, None]) -> "asyncio.Task[None]":
         """Run work in a task that cancels the call if it fails."""
@@ -197,6 +260,7 @@ class BulkLoader(Generic[Request]):
             self._window.refuse()
             return False
         message = self._window.acknowledge()
+        self._resets = 0
         self._acknowledged += len(getattr(message, self._rows_field))
         self._backoff.reset()
         return True

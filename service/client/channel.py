@@ -18,6 +18,7 @@ from grpc.aio import (
 )
 
 import roster.v1
+from service.client.address import check_address
 from service.client.errors import DeadlineExceeded, error_from_call
 from service.errors import OutcomeUnknown, RosterError, Unavailable
 
@@ -46,14 +47,14 @@ RETRY_POLICY = {
 OPTIONS = [
     ("grpc.max_send_message_length", 16 << 20),
     ("grpc.max_receive_message_length", 16 << 20),
-    # The server allows one ping every 20 s, between calls too.
+    # The server allows one ping every 5 s, between calls too.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # By default a channel waits up to 2 minutes before it reconnects to a server that was away, and 30 s
-    # before it resolves the name again.
+    # before it resolves the name again. Clients go on when the channel is connected, so this is short.
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 5_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.dns_min_time_between_resolutions_ms", 1_000),
     # By default gRPC would send even calls to this machine through the http_proxy of the environment.
     ("grpc.enable_http_proxy", 0),
@@ -66,8 +67,12 @@ def channel(
     *,
     timeout: float = TIMEOUT_SECONDS,
     wait_for_ready: bool = True,
+    server_name: str | None = None,
 ) -> grpc.aio.Channel:
     """Return a channel to `host:port`, `dns:///name:port` or `unix:/path`, for the stubs of `roster.v1`.
+
+    Raises ValueError for another address, such as a URL. The server's certificate must be for the host of the
+    address, or for `server_name` if the address is that of a tunnel.
 
     If a name has several addresses, calls go to each in turn. `timeout`, in seconds, applies to unary calls
     without a timeout of their own; exports and bulk streams have no deadline. Writes get a `request_id`, so
@@ -79,14 +84,21 @@ def channel(
     Failed calls raise the domain errors of `service.errors`. Bulk streams don't: use BulkLoader for them.
     Messages are limited to 16 MiB. Keepalive pings are sent every 30 s.
     """
-    interceptors = [
-        UnaryInterceptor(address, timeout, wait_for_ready=wait_for_ready),
-        ResponseStreamInterceptor(wait_for_ready=wait_for_ready),
-    ]
+    address = check_address(address)
+    unary = UnaryInterceptor(address, timeout, wait_for_ready=wait_for_ready)
+    interceptors = [unary, ResponseStreamInterceptor(wait_for_ready=wait_for_ready)]
     options = [*OPTIONS, ("grpc.service_config", json.dumps(service_config(retry=wait_for_ready)))]
+    if server_name:
+        if not credentials:
+            raise ValueError("server_name is the name in the server's certificate; it needs TLS credentials")
+        # It also becomes the authority of the calls, by which a proxy finds the server.
+        options.append(("grpc.ssl_target_name_override", server_name))
     if credentials:
-        return grpc.aio.secure_channel(address, credentials, options, interceptors=interceptors)
-    return grpc.aio.insecure_channel(address, options, interceptors=interceptors)
+        connection = grpc.aio.secure_channel(address, credentials, options, interceptors=interceptors)
+    else:
+        connection = grpc.aio.insecure_channel(address, options, interceptors=interceptors)
+    unary.connection = connection
+    return connection
 
 
 def service_config(*, retry: bool) -> dict[str, Any]:
@@ -117,6 +129,7 @@ class UnaryInterceptor(UnaryUnaryClientInterceptor):
         self._address = address
         self._timeout = timeout
         self._wait_for_ready = wait_for_ready
+        self.connection: grpc.aio.Channel | None = None  # the channel, once it exists
 
     async def intercept_unary_unary(  # type: ignore[override]  # the channel carries only messages
         self,
@@ -145,11 +158,17 @@ class UnaryInterceptor(UnaryUnaryClientInterceptor):
         except grpc.aio.AioRpcError as failure:
             error = error_from_call(failure)
         if isinstance(error, DeadlineExceeded):
-            error = DeadlineExceeded(f"{self._address} did not answer within {details.timeout:g} s")
+            error = DeadlineExceeded(self._describe_timeout(details.timeout))
         may_be_applied = isinstance(error, DeadlineExceeded | Unavailable | OutcomeUnknown)
         if may_be_applied and (request_id := _request_id(request)):
             error.facts["request_id"] = request_id
         raise error
+
+    def _describe_timeout(self, seconds: float | None) -> str:
+        state = self.connection.get_state() if self.connection else None
+        if state is grpc.ChannelConnectivity.READY:
+            return f"{self._address} did not answer within {seconds:g} s"
+        return f"no server answers at {self._address}; waited {seconds:g} s for one"
 
 
 class ResponseStreamInterceptor(UnaryStreamClientInterceptor):

@@ -1,6 +1,8 @@
 """Converts a status to a domain error: the inverse of the server's mapping."""
 
+import re
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import TypeVar
 
 import grpc
@@ -18,6 +20,16 @@ class Disconnected(Unavailable):
 
     reason = "DISCONNECTED"
     retry_after_seconds = 0.0
+
+
+class ProxyUnavailable(Disconnected):
+    """A proxy answered instead of the server; a later call may reach the server."""
+
+
+class ProxyRefused(RosterError):
+    """A proxy answered instead of the server, or ended the call; repeating it does not help."""
+
+    reason = "PROXY_REFUSED"
 
 
 class DeadlineExceeded(RosterError):
@@ -39,6 +51,26 @@ WITHOUT_REASON: Mapping[int, type[RosterError]] = {
     grpc.StatusCode.UNKNOWN.value[0]: Disconnected,
 }
 
+# gRPC's own texts for an answer without grpc-status: with another HTTP status than 200, and with a body only.
+HTTP_STATUS = re.compile(r"Received http2 header with status: (\d{3})")
+BODY_ONLY = "Data frame with END_STREAM flag received"
+# 429, 502, 503 and 504 are UNAVAILABLE in https://github.com/grpc/grpc/blob/master/doc/http-grpc-status-mapping.md.
+# 408 is a timeout, 520 to 524 are Cloudflare's for a server that it can't reach.
+TEMPORARY = {408, 429, 502, 503, 504, *range(520, 525)}
+BODY_SIZE = (
+    "a load is one long request: turn off the limit of the proxy for request bodies "
+    "(nginx: client_max_body_size 0)"
+)
+CREDENTIALS = "the proxy must admit gRPC calls, or the call needs credentials for it"
+ROUTE = "the proxy needs a route for the paths /roster.v1.*, and HTTP/2 to the server (nginx: grpc_pass)"
+REDIRECT = "the proxy redirects calls, for example to a login page; it must pass gRPC calls to the server"
+ADVICE = {
+    **dict.fromkeys((301, 302, 303, 307, 308), REDIRECT),
+    **dict.fromkeys((401, 403, 407), CREDENTIALS),
+    **dict.fromkeys((400, 404, 405, 415, 426, 464, 501, 505), ROUTE),
+    **dict.fromkeys((411, 413), BODY_SIZE),
+}
+
 
 def error_from_call(error: grpc.aio.AioRpcError) -> RosterError:
     """Return the domain error of a failed call."""
@@ -51,6 +83,8 @@ def error_from_status(status: Status) -> RosterError:
     retry = _detail(status, RetryInfo)
     if info:
         error = _error_from_info(status, info)
+    elif from_proxy := _error_from_proxy(status.message):
+        error = from_proxy
     else:
         error = WITHOUT_REASON.get(status.code, UnknownError)(status.message)
     # The details decide whether to retry; without any, the default of the class does.
@@ -91,6 +125,28 @@ def status_of_ended_call(call: grpc.aio.Call) -> Status:
 
 async def _read_status(call: grpc.aio.Call) -> Status:
     return status_from_call(await call.code(), await call.details(), await call.trailing_metadata())
+
+
+def _error_from_proxy(message: str) -> RosterError | None:
+    """Return the error for an answer that is HTTP but not gRPC; None for any other message."""
+    found = HTTP_STATUS.search(message)
+    if not found:
+        # gRPC sometimes loses the HTTP status, so this can be a temporary one.
+        is_body = BODY_ONLY in message
+        return ProxyUnavailable(f"something that is not a gRPC server answered; {ROUTE}") if is_body else None
+    number = int(found[1])
+    answer = f"a proxy answered with HTTP {number}{_phrase(number)} instead of the server"
+    if number in TEMPORARY:
+        return ProxyUnavailable(answer)
+    advice = ADVICE.get(number)
+    return ProxyRefused(f"{answer}; {advice}" if advice else answer)
+
+
+def _phrase(number: int) -> str:
+    try:
+        return f" ({HTTPStatus(number).phrase})"
+    except ValueError:
+        return ""
 
 
 def _error_from_info(status: Status, info: ErrorInfo) -> RosterError:

@@ -1,4 +1,4 @@
-"""TLS and bearer-token credentials for a channel."""
+"""Credentials for a channel: TLS, bearer tokens, and tokens in plain text on this machine."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,11 +20,23 @@ def tls_credentials(
     new token before the old one expires.
     """
     tls = grpc.ssl_channel_credentials(ca, key, certificate)
-    if token is None:
-        return tls
+    return _with_token(tls, token) if token else tls
 
+
+def local_credentials(address: str, token: Callable[[], str]) -> grpc.ChannelCredentials:
+    """Return credentials that send a bearer token in plain text, but only to this machine.
+
+    They are for a sidecar or a tunnel that adds TLS. gRPC breaks off a connection that does not lead to a
+    loopback address or a Unix socket, before it sends anything. `token` is called as in `tls_credentials`.
+    """
+    kinds = grpc.LocalConnectionType
+    kind = kinds.UDS if address.startswith("unix") else kinds.LOCAL_TCP
+    return _with_token(grpc.local_channel_credentials(kind), token)
+
+
+def _with_token(credentials: grpc.ChannelCredentials, token: Callable[[], str]) -> grpc.ChannelCredentials:
     def add_token(_: grpc.AuthMetadataContext, callback: grpc.AuthMetadataPluginCallback) -> None:
         callback((("authorization", f"Bearer {token()}"),), None)
 
     plugin: Any = add_token
-    return grpc.composite_channel_credentials(tls, grpc.metadata_call_credentials(plugin))
+    return grpc.composite_channel_credentials(credentials, grpc.metadata_call_credentials(plugin))

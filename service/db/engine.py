@@ -8,10 +8,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from functools import partial
 from math import ceil
 from typing import Any
-from urllib.parse import urlencode
 from weakref import WeakSet
 
-import asyncpg
 from sqlalchemy import Connection, event, select
 from sqlalchemy.dialects.sqlite.aiosqlite import AsyncAdapt_aiosqlite_connection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
@@ -21,6 +19,7 @@ from service.auth.caller import current_share
 from service.db import interruptible, revisions
 from service.db.base import ReadSession, Session
 from service.db.cancelled import keep_connections_of_cancelled_reads
+from service.db.connect import postgresql_engine
 from service.db.errors import may_have_committed, translate_errors
 from service.db.pool import InstrumentedPool, measure_pool
 from service.db.statements import measure_statements
@@ -40,8 +39,6 @@ SQLITE_BUSY_TIMEOUT_SECONDS = 5
 CONNECTIONS_PART = 4
 SQLITE_READERS_PART = 8  # 3 of 20: each is a thread of this process
 BULK_PART = 2  # 3 of 5: one stream writes three batches at a time
-# Larger than any batch, so that a COPY never blocks on a full buffer.
-WRITE_BUFFER_BYTES = 8 << 20
 
 # At DEBUG it logs parameters: password hashes and contents.
 logging.getLogger("aiosqlite").setLevel(logging.WARNING)
@@ -147,27 +144,25 @@ class _PostgreSQL:
         **pool: Any,
     ) -> AsyncEngine:
         timeout = f"{ceil(settings.statement_timeout * 1000)}ms"  # 0 would be none
-        return _create_engine(
+        engine = postgresql_engine(
             settings.database_url,
-            name,
+            **_pool_options(name),
             **pool,
             pool_recycle=settings.pool_recycle,
             pool_pre_ping=settings.pool_pre_ping,
-            connect_args={
-                "async_creator_fn": connect,
-                "timeout": settings.connect_timeout,
-                # The server's own timeout expires first; this one is for a server that is gone.
-                "command_timeout": settings.statement_timeout + 5,
-                "server_settings": {
-                    # `roster migrate --contract` looks for sessions of servers that can't use its result.
-                    "application_name": f"roster {revisions.head()}",
-                    "statement_timeout": timeout,
-                    "idle_in_transaction_session_timeout": timeout,
-                    "lock_timeout": f"{lock_timeout}s",
-                    **(planner or {}),
-                },
+            timeout=settings.connect_timeout,
+            server_settings={
+                # `roster migrate --contract` looks for sessions of servers that can't use its result.
+                "application_name": f"roster {revisions.head()}",
+                "statement_timeout": timeout,
+                "idle_in_transaction_session_timeout": timeout,
+                "lock_timeout": f"{lock_timeout}s",
+                **(planner or {}),
             },
+            # The server's own timeout expires first; this one is for a server that is gone.
+            connect_args={"command_timeout": settings.statement_timeout + 5},
         )
+        return _measured(engine, name)
 
     def write_slot(self) -> AbstractAsyncContextManager[None]:
         return self._slots.hold()
@@ -191,9 +186,9 @@ class _Sqlite:
                 "factory": _RollbackOnClose,
             },
         }
-        self.writer = self.bulk = _create_engine(settings.database_url, "writer", pool_size=1, **options)
-        self.reader = _create_engine(
-            settings.database_url,
+        self.writer = self.bulk = self._engine(settings, "writer", pool_size=1, **options)
+        self.reader = self._engine(
+            settings,
             "readers",
             pool_size=settings.pool_size,
             max_overflow=settings.max_overflow,
@@ -209,6 +204,10 @@ class _Sqlite:
         readers = settings.pool_size + settings.max_overflow
         self._read_slots = _Slots("readers", readers, settings.pool_timeout, SQLITE_READERS_PART)
         self._write_slots = _Slots("writer", 1, settings.pool_timeout)
+
+    @staticmethod
+    def _engine(settings: Settings, name: str, **options: Any) -> AsyncEngine:
+        return _measured(create_async_engine(settings.database_url, **_pool_options(name), **options), name)
 
     def write_slot(self) -> AbstractAsyncContextManager[None]:
         return self._write_slots.hold()
@@ -257,28 +256,14 @@ class _Slots:
         return PoolExhausted("the database is busy with other calls; nothing was done, try again")
 
 
-def _create_engine(url: str, name: str, **options: Any) -> AsyncEngine:
-    engine = create_async_engine(
-        url, poolclass=InstrumentedPool, pool_logging_name=name, hide_parameters=True, **options
-    )
+def _pool_options(name: str) -> dict[str, Any]:
+    return {"poolclass": InstrumentedPool, "pool_logging_name": name, "hide_parameters": True}
+
+
+def _measured(engine: AsyncEngine, name: str) -> AsyncEngine:
     measure_pool(engine, name)
     measure_statements(engine)
     return engine
-
-
-async def connect(**options: Any) -> Any:
-    """Connect to PostgreSQL; the options may include libpq's TLS parameters, and `ssl` means `sslmode`."""
-    tls = {name: options.pop(name) for name in list(options) if name.startswith("ssl")}
-    if "ssl" in tls:
-        tls["sslmode"] = tls.pop("ssl")
-    try:
-        # asyncpg accepts most TLS parameters only in a DSN; the other options override what a DSN contains.
-        connection = await asyncpg.connect(f"postgresql://?{urlencode(tls)}", **options)
-    except TimeoutError as error:  # of connecting, not of a statement: nothing was sent
-        raise ConnectionError("the database did not answer in time") from error
-    # A COPY that is blocked on a full write buffer never notices a lost connection or a timeout.
-    connection._transport.set_write_buffer_limits(WRITE_BUFFER_BYTES)  # noqa: SLF001
-    return connection
 
 
 class _RollbackOnClose(sqlite3.Connection):

@@ -5,6 +5,7 @@ Only a repository knows the meaning of a violated constraint, so repositories ca
 
 import logging
 import re
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,10 @@ BY_CODE: dict[str, tuple[type[RosterError], str]] = {
 }
 
 
+# A start waits for the end of these; nothing else that PostgreSQL reports ends by itself.
+TRANSIENT = ("08", "25006", "40", "53", "55", "57", "58", "SQLITE_BUSY", "SQLITE_LOCKED")
+
+
 def code_of(error: BaseException) -> str:
     """Return the SQLSTATE, or the name of SQLite's error code; "" if there is neither."""
     for cause in _chain(error):
@@ -53,6 +58,23 @@ def code_of(error: BaseException) -> str:
         if code:
             return str(code)
     return ""
+
+
+def cause_of(error: BaseException) -> str:
+    """Return what the driver reported, without what SQLAlchemy adds."""
+    *_, cause = (each for each in _chain(error) if str(each))
+    return str(cause).partition("\n")[0]
+
+
+def is_transient(error: BaseException) -> bool:
+    """Return whether waiting may help: the database can't be reached, is busy, or is not ready yet."""
+    if code := code_of(error):
+        return code.startswith(TRANSIENT)
+    causes = [*_chain(error)]
+    if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
+        return False
+    is_disconnected = isinstance(error, DBAPIError) and error.connection_invalidated
+    return is_disconnected or any(isinstance(cause, OSError) for cause in causes)
 
 
 def domain_error(error: BaseException) -> RosterError | None:

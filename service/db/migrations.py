@@ -10,11 +10,13 @@ from alembic import command
 from sqlalchemy import NullPool
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from service.db.engine import connect
+from service.db.connect import postgresql_engine
 from service.db.revisions import config
 from service.db.schema import Schema, read_schema
 from service.db.servers import older_servers
 from service.files import create_database
+
+CONNECT_TIMEOUT_SECONDS = 30  # if the URL has no connect_timeout
 
 
 def upgrade(url: str, revision: str = "head") -> None:
@@ -63,4 +65,4 @@ def migration_engine(url: str) -> AsyncEngine:
     if url.startswith("sqlite"):
         create_database(url)
         return create_async_engine(url, poolclass=NullPool)
-    return create_async_engine(url, poolclass=NullPool, connect_args={"async_creator_fn": connect})
+    return postgresql_engine(url, poolclass=NullPool, timeout=CONNECT_TIMEOUT_SECONDS)

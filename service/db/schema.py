@@ -11,15 +11,17 @@ there, so that they refuse to start. A downgrade to 0002 or below moves the vers
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 from alembic.util import CommandError
 from sqlalchemy import Connection, Inspector, inspect
+from sqlalchemy.engine.reflection import ObjectKind
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.schema import CreateTable
 
 from service.db import revisions
+from service.db.base import Base
 
 VERSION_TABLE = "roster_schema"
 OLD_VERSION_TABLE = "alembic_version"
@@ -70,12 +72,20 @@ _old_version = sa.Table(
 )
 
 
+VERSIONS_ELSEWHERE = sa.text(
+    "SELECT nspname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace "
+    "WHERE relname = :name AND relkind = 'r' AND NOT pg_table_is_visible(pg_class.oid) ORDER BY nspname"
+)
+
+
 @dataclass(frozen=True)
 class Schema:
     """The revision that a schema is at, None before the first migration, and the oldest that it admits."""
 
     revision: str | None
     min_revision: str | None = None
+    missing: tuple[str, ...] = ()  # tables and columns that this release needs
+    elsewhere: tuple[str, ...] = ()  # schemas of PostgreSQL that have Roster's tables, but are not searched
 
     @property
     def is_newer(self) -> bool:
@@ -85,6 +95,8 @@ class Schema:
     @property
     def is_usable(self) -> bool:
         """Whether this release can run on it."""
+        if self.missing:
+            return False
         if self.is_newer:
             return self.min_revision in revisions.numbers()
         if self.revision is None:
@@ -93,6 +105,26 @@ class Schema:
 
     def __str__(self) -> str:
         """Return one sentence: the state, and what to do."""
+        return self._damage or self._state
+
+    @property
+    def _damage(self) -> str:
+        """A sentence about tables that are not where the revision says they are; "" if they are."""
+        if self.missing:
+            return (
+                f"the schema is at revision {self.revision}, but lacks {', '.join(self.missing)}; restore a "
+                "backup, or create what is missing as `roster migrate --sql` prints it"
+            )
+        if self.elsewhere:
+            return (
+                f"Roster's tables are in the schema {', '.join(self.elsewhere)}, which this role does not "
+                f"search; add options=-csearch_path%3D{self.elsewhere[0]} to the parameters of "
+                "ROSTER_DATABASE_URL, or run `roster migrate` to create new tables"
+            )
+        return ""
+
+    @property
+    def _state(self) -> str:
         head = revisions.head()
         if self.revision == head:
             return f"the schema is at revision {head}, the one of this release"
@@ -120,9 +152,19 @@ class Schema:
         )
 
 
+class ReadOnlyDatabase(OSError):
+    """The server refuses to write: it is a standby, or was set so."""
+
+
 async def read_schema(engine: AsyncEngine) -> Schema:
-    """Return the state of the schema in a database."""
+    """Return the state of the schema in a database; raises ReadOnlyDatabase if it can't be written."""
     async with engine.connect() as connection:
+        if connection.dialect.name == "postgresql":
+            read_only = await connection.scalar(sa.select(sa.func.current_setting("transaction_read_only")))
+            if read_only == "on":
+                raise ReadOnlyDatabase(
+                    "the database is read-only: it is a standby, or default_transaction_read_only is on"
+                )
         return await connection.run_sync(schema_of)
 
 
@@ -132,8 +174,38 @@ def schema_of(connection: Connection) -> Schema:
     if inspector.has_table(VERSION_TABLE):
         revision = connection.scalar(sa.select(_version.c.version_num))
         if revision is not None:
-            return Schema(revision, connection.scalar(sa.select(COMPATIBILITY.c.min_revision)))
-    return Schema(_old_revision(connection, inspector))
+            has_compatibility = inspector.has_table(COMPATIBILITY.name)
+            oldest = connection.scalar(sa.select(COMPATIBILITY.c.min_revision)) if has_compatibility else None
+            return _with_missing(Schema(revision, oldest), inspector)
+    if revision := _old_revision(connection, inspector):
+        return _with_missing(Schema(revision), inspector)
+    return Schema(None, elsewhere=_elsewhere(connection))
+
+
+def _with_missing(schema: Schema, inspector: Inspector) -> Schema:
+    # A revision that this release can't run on lacks them anyway.
+    return replace(schema, missing=_missing(inspector)) if schema.is_usable else schema
+
+
+def _missing(inspector: Inspector) -> tuple[str, ...]:
+    """Return the tables, and the columns of existing tables, that the models have and the database lacks."""
+    tables = [COMPATIBILITY, *Base.metadata.sorted_tables]
+    names = [table.name for table in tables]
+    found = inspector.get_multi_columns(filter_names=names, kind=ObjectKind.ANY)
+    columns = {name: {column["name"] for column in each} for (_, name), each in found.items()}
+    missing = [f"the table {table.name}" for table in tables if table.name not in columns]
+    for table in tables:
+        needed = {column.name for column in table.columns}
+        absent = needed - columns.get(table.name, needed)
+        missing += [f"the column {table.name}.{name}" for name in absent]
+    return tuple(sorted(missing))
+
+
+def _elsewhere(connection: Connection) -> tuple[str, ...]:
+    """Return the schemas of PostgreSQL that have a version of Roster, but are not in the search path."""
+    if connection.dialect.name != "postgresql":
+        return ()
+    return tuple(connection.scalars(VERSIONS_ELSEWHERE, {"name": VERSION_TABLE}))
 
 
 def _old_revision(connection: Connection, inspector: Inspector) -> str | None:

@@ -15,7 +15,6 @@ from service.metrics import STATEMENTS
 Listener = Callable[[str, float], None]  # receives the statement and its seconds
 LISTENERS: ContextVar[tuple[Listener, ...]] = ContextVar("LISTENERS", default=())
 
-_BEGAN = "statement began"
 _OPERATIONS = ("SELECT", "INSERT", "UPDATE", "DELETE", "COPY")
 _BY_OPERATION = {name: STATEMENTS.labels(name.lower()) for name in _OPERATIONS}
 _OTHER = STATEMENTS.labels("other")
@@ -43,16 +42,19 @@ def _observe(statement: str, seconds: float) -> None:
     notify_listeners(statement, seconds)
 
 
-def _begin(connection: Connection, *_: Any) -> None:
-    connection.info[_BEGAN] = perf_counter()
+def _begin(connection: Connection, cursor: DBAPICursor, *rest: Any) -> None:  # noqa: ARG001
+    # Of the statement, not of the connection: the one that SQLAlchemy opens first has no `info`.
+    _, _, context, _ = rest
+    context.roster_began = perf_counter()
 
 
-def _end(connection: Connection, cursor: DBAPICursor, statement: str, *_: Any) -> None:  # noqa: ARG001
-    _observe(statement, perf_counter() - connection.info[_BEGAN])
+def _end(connection: Connection, cursor: DBAPICursor, statement: str, *rest: Any) -> None:  # noqa: ARG001
+    _, context, _ = rest
+    _observe(statement, perf_counter() - context.roster_began)
 
 
 def _fail(failure: ExceptionContext) -> None:
-    began = failure.connection and failure.connection.info.pop(_BEGAN, None)
+    began = getattr(failure.execution_context, "roster_began", None)
     if failure.statement and began:
         _observe(failure.statement, perf_counter() - began)
 

@@ -117,6 +117,4 @@ def _log_at_end(entry: Entry) -> Iterator[None]:
         entry.outcome = "INTERNAL" if isinstance(error, Exception) else "CANCELLED"
         raise
     finally:
-        fields = asdict(entry)
-        line = "%(method)s of %(target)r by %(caller)r: %(outcome)s %(counts)s"
-        log.info(line, fields, extra={"fields": fields})
+        log.info("write", extra={"fields": asdict(entry)})

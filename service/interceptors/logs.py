@@ -19,6 +19,9 @@ REQUEST_ID = re.compile(r"[ -~]{1,128}")
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}.*")
 
 
+REFLECTION = "grpc.reflection."
+
+
 class StatementTotals:
     """The number of statements of a call, and the seconds that they took."""
 
@@ -41,8 +44,9 @@ def log_calls(slow_seconds: float) -> Interceptor:
     """
 
     def intercept(rpc: Rpc, proceed: Proceed) -> Proceed:
-        # Probes come every few seconds.
-        normal_level = logging.DEBUG if rpc.path in HEALTH else logging.INFO
+        # Probes come every few seconds, and grpcurl asks for reflection before each call.
+        is_incidental = rpc.path in HEALTH or rpc.service.startswith(REFLECTION)
+        normal_level = logging.DEBUG if is_incidental else logging.INFO
         # A stream lasts as long as its client wants.
         can_be_slow = rpc.path not in HEALTH and not rpc.is_stream
 

@@ -22,7 +22,7 @@ from roster.v1.users_pb2 import (
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.interceptors.audit import TARGETS
-from service.logs import Json
+from service.logs import Json, Text
 from service.server import Server
 from service.users.repository import UserRepository
 from tests.support.errors import refusal
@@ -76,6 +76,19 @@ async def test_write_is_one_line(
         (f"{of_post}DeletePost", post.id, {}, "OK"),
         (f"{user}DeleteUser", ada.id, {}, "OK"),
     ]
+
+
+async def test_line_says_everything_once(users: UserServiceStub, caplog: pytest.LogCaptureFixture) -> None:
+    """In text, the fields follow the message."""
+    ada = await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org")))
+
+    [record] = [line for line in caplog.records if line.name == "roster.audit"]
+    line = Text("%(levelname)s %(name)s: %(message)s").format(record)
+    assert line.startswith("INFO roster.audit: write ")
+    assert line.endswith(
+        f'caller=anonymous method=/roster.v1.UserService/CreateUser target={ada.id} owner="" counts={{}} '
+        "outcome=OK"
+    )
 
 
 async def test_bulk_stream_is_one_line(

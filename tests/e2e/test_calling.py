@@ -46,15 +46,16 @@ async def run_program(*command: str | Path, folder: Path) -> Ended:
 
 
 async def test_node_example(address: str, tmp_path: Path) -> None:
-    """It creates a user once, repeats the request, and prints the reason of an error."""
+    """It creates a user once, repeats the request, and prints the reason of an error; each time it runs."""
     if not (NODE / "node_modules").is_dir():
         pytest.skip(f"{NODE}/node_modules is missing: run `make tools`, and heed its warnings")
     program, printed = example("js")
     (tmp_path / "node_modules").symlink_to(NODE / "node_modules")
     (tmp_path / "hello.mjs").write_text(program)
 
-    ended = await run_program(installed("node"), "hello.mjs", address, *INCLUDES[:2], folder=tmp_path)
-    assert ended.out == printed
+    for _ in range(2):
+        ended = await run_program(installed("node"), "hello.mjs", address, *INCLUDES[:2], folder=tmp_path)
+        assert ended.out == printed
 
 
 @pytest.mark.skipif("ROSTER_TEST_GO" not in os.environ, reason="compiles for a minute: run `make test-go`")

@@ -19,7 +19,8 @@ from roster.v1.users_pb2 import (
     UpdateUserRequest,
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import BulkLoader, DeadlineExceeded, Disconnected, channel, pages
+from service import client, errors
+from service.client import BulkLoader, DeadlineExceeded, Disconnected, channel, errors as client_errors, pages
 from service.errors import (
     EmailTaken,
     InvalidField,
@@ -172,5 +173,20 @@ async def test_fails_immediately_without_wait_for_ready() -> None:
         with pytest.raises(Disconnected):
             await UserServiceStub(connection).GetUser(GetUserRequest(id=1))
     async with channel("unix:/nowhere/roster.sock", timeout=0.1) as connection:
-        with pytest.raises(DeadlineExceeded, match="sock did not answer within 0"):
+        with pytest.raises(
+            DeadlineExceeded, match=r"no server answers at unix:/nowhere/roster.sock; waited 0.1 s"
+        ):
             await UserServiceStub(connection).GetUser(GetUserRequest(id=1))
+
+
+def test_all_errors_come_from_one_module() -> None:
+    """A caller who handles a missing user and a missing server needs no second import."""
+    kinds = {name for name, value in vars(errors).items() if _is_error(value)}
+    kinds |= {name for name, value in vars(client_errors).items() if _is_error(value)}
+
+    assert {"UserNotFound", "DeadlineExceeded", "Disconnected", "ProxyRefused"} <= kinds
+    assert kinds - {"UnknownError"} <= set(client.__all__)
+
+
+def _is_error(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, errors.RosterError)

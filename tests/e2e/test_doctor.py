@@ -10,12 +10,12 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from tests.support.authority import DAY, Authority
-from tests.support.command import ROSTER, Ended, run
+from tests.support.command import ROSTER, SERVER_DEFAULTS, Ended, run
 
 
 async def doctor(folder: Path, **environment: Any) -> Ended:
-    """Run the command with these settings, on a free port."""
-    return await run(ROSTER, "doctor", folder=folder, **{"ROSTER_LISTEN": "127.0.0.1:0", **environment})
+    """Run the command with these settings, on a free port and without metrics, as a server may be running."""
+    return await run(ROSTER, "doctor", folder=folder, **{**SERVER_DEFAULTS, **environment})
 
 
 async def test_reports_each_check(postgresql_url: str, tmp_path: Path) -> None:

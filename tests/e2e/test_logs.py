@@ -12,6 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest
 from grpc_health.v1.health_pb2_grpc import HealthStub
+from grpc_reflection.v1alpha import reflection_pb2
 
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUserRequest
@@ -144,6 +145,26 @@ async def test_probes_are_logged_at_debug(written: CapturedLog, channel: grpc.ai
 
     (line,) = await written.calls()
     assert line["level"] == "DEBUG"
+
+
+@on_sqlite
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_is_logged_at_debug(
+    version: str, written: CapturedLog, channel: grpc.aio.Channel
+) -> None:
+    """Tools such as grpcurl ask before each call; other calls are still logged at INFO."""
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    stream: Any = channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+    )
+    async for _ in stream(iter([request])):
+        pass
+    await refusal(UserServiceStub(channel).GetUser(GetUserRequest(id=1)))
+
+    reflection, call = await written.calls(2)
+    assert (reflection["level"], call["level"]) == ("DEBUG", "INFO")
+    assert "reflection" in reflection["method"]
 
 
 class TestSlowCalls:

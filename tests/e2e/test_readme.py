@@ -1,7 +1,7 @@
 """Run the commands of the documentation in a shell, and compare what they print with what the pages show.
 
 A ```console block has commands, each after `$ `, and their output: `…` alone on a line stands for any number
-of lines. A ```python block that begins with `# name.py` is a file in the same folder.
+of lines. A ```python or ```jq block that begins with `# name.py` or `# name.jq` is a file in the same folder.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ CHECKOUT = Path(__file__).parents[2]
 PATH = os.pathsep.join([str(CHECKOUT / ".tools/bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
 ADDRESS, METRICS = "127.0.0.1:50051", "127.0.0.1:9464"  # as the pages have them
 FREE = "127.0.0.1:0"
-BLOCK = re.compile(r"^```(console|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(console|python|jq)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^\$ (.*<<'END'\n(?:.*\n)*?END|.*)\n", re.MULTILINE)
 START = re.compile(r"^## Start$", re.MULTILINE)
 # Values that differ from run to run: times, durations, rates, and the row at which a killed load continues.
@@ -33,8 +33,8 @@ VARIABLE = re.compile(
 def steps(page: str) -> Iterator[tuple[str, str]]:
     """Yield the commands of a page in order, each with the output that the page shows."""
     for kind, block in BLOCK.findall(page):
-        if kind == "python":
-            name = re.match(r"# (\w+\.py)\n", block)
+        if kind != "console":
+            name = re.match(r"# (\w+\.(?:py|jq))\n", block)
             if name:
                 yield f"cat > {name[1]} <<'END'\n{block}END", ""
             continue
@@ -85,7 +85,10 @@ def parts(page: str) -> list[str]:
     return [part for part in START.split((CHECKOUT / page).read_text()) if BLOCK.search(part)]
 
 
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("api", "bulk-loading", "calling", "operating"))]
+PAGES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("api", "bulk-loading", "calling", "importing", "operating")),
+]
 PARTS = [
     pytest.param(part, id=f"{page}-{number}") for page in PAGES for number, part in enumerate(parts(page))
 ]
@@ -102,6 +105,8 @@ async def test_commands_print_what_is_shown(part: str, server: Server, tmp_path:
     """Run every command in order against a new server."""
     if not shutil.which("grpcurl", path=PATH):
         pytest.skip("grpcurl is missing, so the commands of the pages are not checked: run `make tools`")
+    if "$ jq " in part and not shutil.which("jq", path=PATH):
+        pytest.skip("jq is missing, so the commands of a page are not checked: install jq")
     folder = tmp_path / "typed"
     folder.mkdir()
 

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tests.e2e.secured import Secured, secured
 from tests.e2e.test_readme import PATH
 from tests.support.authority import Authority
 from tests.support.command import ROSTER, Ended, ended, run, serving, start
+from tests.support.issuer import AUDIENCE, ISSUER, Issuer
 from tests.support.server import serve
 
 PAGE = CHECKOUT / "docs/security.md"
@@ -99,10 +100,51 @@ def protection(folder: Path) -> dict[str, Any]:
     }
 
 
-async def test_warns_if_the_server_lets_everybody_in(tmp_path: Path) -> None:
-    """ROSTER_INSECURE allows it; no setting is needed on loopback."""
-    async with serving(tmp_path, ROSTER_LISTEN="0.0.0.0:0", ROSTER_INSECURE="true") as server:
-        await server.said("ROSTER_INSECURE: anyone who can reach ")
+def behind_sidecar(folder: Path) -> dict[str, str]:
+    """Write keys and a policy, and return the settings of a server whose TLS something else ends."""
+    (folder / "policy.toml").write_text(POLICY)
+    return {
+        "ROSTER_JWT_ISSUER": ISSUER,
+        "ROSTER_JWT_AUDIENCE": AUDIENCE,
+        "ROSTER_JWT_KEYS_FILE": str(Issuer().write(folder)),
+        "ROSTER_POLICY_FILE": "policy.toml",
+    }
+
+
+def nothing(_: Path) -> dict[str, str]:
+    """Return no settings."""
+    return {}
+
+
+def tls_only(folder: Path) -> dict[str, str]:
+    """Write a certificate, and return the settings of a server that authenticates nobody."""
+    cert, key = Authority().issue("127.0.0.1").write(folder)
+    return {"ROSTER_TLS_CERT_FILE": str(cert), "ROSTER_TLS_KEY_FILE": str(key)}
+
+
+@pytest.mark.parametrize(
+    ("protect", "listen", "warning"),
+    [
+        (nothing, "0.0.0.0:0", "without authentication, anyone who can reach 0.0.0.0:"),
+        (tls_only, "0.0.0.0:0", "without authentication, anyone who can reach 0.0.0.0:"),
+        (behind_sidecar, "0.0.0.0:0", "without TLS, tokens and rows can be read on the way to 0.0.0.0:"),
+        (nothing, "127.0.0.1:0", None),
+        (behind_sidecar, "127.0.0.1:0", None),
+        (lambda folder: tls_only(folder) | behind_sidecar(folder), "0.0.0.0:0", None),
+    ],
+    ids=["nothing", "TLS alone", "tokens alone", "loopback", "tokens on loopback", "TLS and tokens"],
+)
+async def test_warning_says_what_is_not_in_force(
+    protect: Callable[..., dict[str, str]], listen: str, warning: str | None, tmp_path: Path
+) -> None:
+    """ROSTER_INSECURE allows all of them; a warning names only what is missing."""
+    settings = {"ROSTER_INSECURE": "true", "ROSTER_LISTEN": listen, **protect(tmp_path)}
+    async with serving(tmp_path, **settings) as server:
+        server.signal(signal.SIGTERM)
+        said = (await server.ended()).err
+
+    assert ("ROSTER_INSECURE: " in said) == bool(warning)
+    assert warning is None or f"ROSTER_INSECURE: {warning}" in said
 
 
 async def test_serve_reports_an_unusable_file_in_one_line(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Traces: spans of calls and their statements in the caller's trace, sent to a collector."""
 
 import asyncio
+import json
 import logging
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from queue import Queue
 from threading import Thread
 
@@ -29,8 +31,10 @@ from opentelemetry.trace import SpanKind, StatusCode
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, ExportUsersRequest, GetUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
+from service import telemetry
 from service.interceptors import tracing
 from service.server import Server
+from tests.support.command import ROSTER, SERVER_DEFAULTS, start
 from tests.support.errors import refusal
 from tests.support.server import serve
 
@@ -230,3 +234,93 @@ async def test_endpoint_without_the_extra_is_reported(
     with caplog.at_level(logging.WARNING):
         await call_once(sqlite_url)
     assert "install the extra `tracing`" in caplog.text
+
+
+ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"}
+BROKEN = {
+    "OTEL_PROPAGATORS": "b3",
+    "OTEL_TRACES_EXPORTER": "zipkin",
+    "OTEL_EXPORTER_OTLP_PROTOCOL": "http/json",
+    "OTEL_EXPORTER_OTLP_ENDPOINT": "collector:4318",
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://[::1",
+    "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "-1",
+    "OTEL_BSP_SCHEDULE_DELAY": "-1",
+}
+DISABLED = {"OTEL_TRACES_EXPORTER": " none", "OTEL_SDK_DISABLED": "TRUE", "OTEL_EXPORTER_OTLP_ENDPOINT": " "}
+HARMLESS = {"OTEL_PROPAGATORS": "", "OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": ""}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+async def test_server_serves_without_traces_that_can_t_work(name: str, tmp_path: Path) -> None:
+    """OpenTelemetry raises for some of these when it is imported, and for others only when it sends."""
+    process = await start(
+        ROSTER, "serve", folder=tmp_path, **SERVER_DEFAULTS, **ENDPOINT | {name: BROKEN[name]}
+    )
+    lines = []
+    assert process.stderr
+    async for line in process.stderr:
+        lines.append(line.decode())
+        if line.startswith(b"listening on "):
+            process.terminate()
+
+    assert await process.wait() == 0
+    (warning,) = (json.loads(line) for line in lines if '"WARNING"' in line)
+    assert warning["message"].startswith("traces are not sent: ")
+    assert warning["message"].endswith("; correct the OTEL_ variables")
+    assert "Traceback" not in "".join(lines)
+
+
+async def test_a_malformed_header_is_reported_without_its_value(tmp_path: Path) -> None:
+    """It usually is the key of a vendor."""
+    headers = {"OTEL_EXPORTER_OTLP_HEADERS": "api-key: xyzzy, other key"}
+    process = await start(ROSTER, "serve", folder=tmp_path, **SERVER_DEFAULTS, **ENDPOINT, **headers)
+    assert process.stderr
+    lines = []
+    async for line in process.stderr:
+        lines.append(line.decode())
+        if line.startswith(b"listening on "):
+            process.terminate()
+
+    assert await process.wait() == 0
+    assert "Header format invalid!" in "".join(lines)
+    assert "xyzzy" not in "".join(lines)
+    assert "other key" not in "".join(lines)
+
+
+@pytest.mark.parametrize("name", DISABLED)
+def test_traces_can_be_disabled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the specification's variables; then the code for traces is not imported."""
+    for variable, value in (ENDPOINT | {name: DISABLED[name]}).items():
+        monkeypatch.setenv(variable, value)
+
+    assert not telemetry.is_wanted()
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_traces_are_wanted_with_an_endpoint(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty variables count as unset."""
+    for variable, value in (ENDPOINT | {name: HARMLESS[name]}).items():
+        monkeypatch.setenv(variable, value)
+    telemetry.check()
+
+    assert telemetry.is_wanted()
+    assert telemetry.protocol() == "http/protobuf"
+
+
+def test_collector_of_grpc_needs_no_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The targets of gRPC have none."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
+    telemetry.check()
+    assert telemetry.is_wanted()
+
+
+async def test_disabled_exporter_receives_nothing(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collector listens, and calls are made."""
+    collector = Collector()
+    with collector.over_http() as port:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        await call_once(sqlite_url)
+    assert collector.received.empty()

@@ -1,6 +1,7 @@
 """PostgreSQL as in production: with TLS, and with separate roles for migrations and for the service."""
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,7 +23,9 @@ from roster.v1.users_pb2 import (
     UpdateUserRequest,
 )
 from service.db import migrations, revisions
+from service.db.connect import postgresql_engine
 from service.db.engine import Database
+from service.db.errors import is_transient
 from service.db.schema import read_schema
 from service.errors import DatabaseUnavailable
 from service.settings import Settings
@@ -199,6 +202,34 @@ async def test_verifies_certificate_of_postgresql(
     assert not await reached(secured("127.0.0.1", strange))
     assert not await reached(secured("localhost", ours))
     assert not await reached(make_url(tls_url).set(query={name: "disable"}).render_as_string())
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "sslmode=verify-full&sslrootcert=system",
+        "sslrootcert=system",
+        "sslmode=require&channel_binding=require",
+        "sslrootcert=system&ssl_min_protocol_version=TLSv1.3",
+    ],
+)
+async def test_system_certificates_verify_postgresql(
+    query: str, tls_url: str, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenSSL's variable names what the system trusts; channel binding is replaced by this."""
+    strange = tmp_path / "strange.pem"
+    strange.write_bytes(Authority().cert)
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "none"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.write(tmp_path)))
+    assert await reached(f"{tls_url}?{query}")
+
+    monkeypatch.setenv("SSL_CERT_FILE", str(strange))
+    assert not await reached(f"{tls_url}?{query}")
+    engine = postgresql_engine(f"{tls_url}?{query}", timeout=10)
+    with pytest.raises(ssl.SSLCertVerificationError) as caught:
+        await read_schema(engine)
+    assert not is_transient(caught.value)
+    await engine.dispose()
 
 
 async def reached(url: str) -> bool:

@@ -7,7 +7,7 @@ import asyncio
 import ssl
 import struct
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -65,6 +65,7 @@ class Http2Connection:
         self.bodies: dict[int, int] = defaultdict(int)  # bytes of DATA
         self.resets: dict[int, int] = {}  # stream -> error code
         self.goaway: int | None = None  # error code
+        self.pongs = 0  # acknowledged pings
         self.is_closed = asyncio.Event()
         self.next_stream = 1
         self._reader = reader
@@ -125,6 +126,11 @@ class Http2Connection:
                 return
             await self._wait_for_change()
 
+    async def until(self, is_done: Callable[[], bool]) -> None:
+        """Wait until a condition holds, or the connection has ended."""
+        while not is_done() and not self.is_closed.is_set():
+            await self._wait_for_change()
+
     async def close(self) -> None:
         """Break the connection off, as a client does that dies."""
         self._receiving.cancel()
@@ -164,7 +170,9 @@ class Http2Connection:
             self._widen(stream, int.from_bytes(payload, "big"))
         elif kind == SETTINGS and not flags & ACK:
             self._apply(payload)
-        elif kind == PING and not flags & ACK:
+        elif kind == PING and flags & ACK:
+            self.pongs += 1
+        elif kind == PING:
             self.frame(PING, ACK, 0, payload)
 
     def _widen(self, stream: int, by: int) -> None:

@@ -276,7 +276,7 @@ def test_a_row_may_contain_any_line_separator_of_unicode() -> None:
 
 
 OTHER_ROWS = [
-    ('{"error": "not found", "status": 404}', "it has error, status; name the columns with --columns"),
+    ('{"error": "not found", "code": 404}', "it has error, code; name the columns with --columns"),
     ('{"message": "Bad credentials"}\n', "it has message; name the columns"),
     ('[{"model": "auth.user", "pk": 1, "fields": {"email": "a@x"}}]', "such as with jq -c '.fields'"),
     ('{"type": "RECORD", "record": {"email": "a@x"}}\n' * 2, "such as with jq -c '.record'"),

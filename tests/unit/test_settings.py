@@ -1,5 +1,6 @@
 """Settings: their sources, their rules, and the errors for wrong ones."""
 
+import logging
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 from pydantic import ValidationError
 
 from service.cli import main
-from service.settings import Settings
+from service.settings import FOR_CLIENTS, FOR_TOKENS, Settings, clean_client_variables
 
 TLS: dict[str, Any] = {"tls_cert_file": "cert.pem", "tls_key_file": "key.pem"}
 CERTIFICATES: dict[str, Any] = {"tls_client_ca_file": "ca.pem", "policy_file": "policy.toml"}
@@ -106,7 +107,7 @@ def test_settings_in_seconds_accept_the_same_formats(name: str, environment: pyt
         environment.setenv(variable, text)
         value = getattr(Settings(), name)
         assert (value.total_seconds() if isinstance(value, timedelta) else value) == seconds
-    for text in ("30s", "", " ", "-1", "inf", "nan", "1e9", "1e99", "half a minute"):
+    for text in ("30s", "-1", "inf", "nan", "1e9", "1e99", "half a minute"):
         environment.setenv(variable, text)
         if name != "bulk_load_ttl" or text != "1e9":  # its maximum is a century
             refused()
@@ -121,14 +122,170 @@ def test_ttl_of_loads_accepts_iso_8601(environment: pytest.MonkeyPatch) -> None:
         refused()
 
 
+EMPTY = ["", " \n", '""', "''", "\r\n"]
+
+
 @pytest.mark.parametrize("name", Settings.model_fields)
-def test_empty_value_is_refused_unless_documented(name: str, environment: pytest.MonkeyPatch) -> None:
-    """An empty value means neither the default nor the current folder."""
-    environment.setenv(f"ROSTER_{name.upper()}", " \n")
-    if "empty for none" in str(Settings.model_fields[name].description):
-        assert getattr(Settings(), name) == ""
-    else:
-        assert "is empty; give it a value, or leave it unset" in str(refused())
+def test_empty_variable_is_unset_unless_documented(
+    name: str, environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Platforms set what is not set as empty, in the environment and in `.env`."""
+    default = getattr(Settings(), name)
+    expected = "" if "empty for none" in str(Settings.model_fields[name].description) else default
+    for text in EMPTY:
+        environment.setenv(f"ROSTER_{name.upper()}", text)
+        assert getattr(Settings(), name) == expected
+    environment.delenv(f"ROSTER_{name.upper()}")
+    (tmp_path / ".env").write_text(f"ROSTER_{name.upper()}=\n")
+    assert getattr(Settings(), name) == expected
+
+
+def test_empty_variable_does_not_hide_another_source(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither the platform's variable, nor a secret file, nor `.env`."""
+    (tmp_path / ".env").write_text("ROSTER_POOL_SIZE=7\n")
+    (tmp_path / "secret").write_text("8\n")
+    environment.setenv("ROSTER_DATABASE_URL", "")
+    environment.setenv("DATABASE_URL", "sqlite:///platform.db")
+    environment.setenv("ROSTER_POOL_SIZE", "")
+    environment.setenv("ROSTER_MAX_OVERFLOW", " ")
+    environment.setenv("ROSTER_MAX_OVERFLOW_FILE", f"{tmp_path}/secret\n")
+    environment.setenv("ROSTER_GRACE_FILE", "")
+    settings = Settings()
+
+    assert settings.database_url == "sqlite+aiosqlite:///platform.db"
+    assert (settings.pool_size, settings.max_overflow, settings.grace) == (7, 8, 30)
+
+
+@pytest.mark.parametrize("name", ["database_url", "tls_cert_file", "jwt_audience", "pool_size"])
+def test_empty_secret_file_is_refused(name: str, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Somebody mounted it for a value; the default would be another database."""
+    (tmp_path / "empty").write_text("\n")
+    environment.setenv(f"ROSTER_{name.upper()}_FILE", str(tmp_path / "empty"))
+
+    assert "is empty; give it a value, or leave it unset" in str(refused())
+
+
+@pytest.mark.parametrize("form", ["{}", "{}\n", " {}\r\n", '"{}"', "'{}'", '"{}"\n', '" {} "'])
+def test_white_space_and_quotes_around_a_value_do_not_count(
+    form: str, environment: pytest.MonkeyPatch
+) -> None:
+    """Secrets end with a newline, and `docker run --env-file` keeps quotes."""
+    values = {
+        "jwt_audience": ("roster", "roster"),
+        "jwt_issuer": ("https://issuer.example.org", "https://issuer.example.org"),
+        "jwt_keys_file": ("/etc/keys.pem", Path("/etc/keys.pem")),
+        "policy_file": ("policy.toml", Path("policy.toml")),
+        "database_url": ("postgresql://ada:p@db/x", "postgresql+asyncpg://ada:p@db/x"),
+        "listen": ("127.0.0.1:7000", "127.0.0.1:7000"),
+        "pool_size": ("7", 7),
+        "slow_call": ("1.5", 1.5),
+        "reflection": ("off", False),
+        "log_format": ("JSON", "json"),
+    }
+    for name, (text, _) in values.items():
+        environment.setenv(f"ROSTER_{name.upper()}", form.format(text))
+    settings = Settings()
+
+    for name, (_, expected) in values.items():
+        assert getattr(settings, name) == expected
+
+
+def test_single_quote_is_a_value(environment: pytest.MonkeyPatch) -> None:
+    """Only a pair around the whole value is removed."""
+    for text in ('"', "'roster", 'ros"ter"', "'roster\""):
+        environment.setenv("ROSTER_JWT_AUDIENCE", text)
+        environment.setenv("ROSTER_JWT_ISSUER", "x")
+        environment.setenv("ROSTER_JWT_KEYS_FILE", "x")
+        environment.setenv("ROSTER_POLICY_FILE", "x")
+        assert Settings().jwt_audience == text
+
+
+@pytest.mark.parametrize(
+    ("text", "level"),
+    [
+        ("info", "INFO"),
+        ("Info\n", "INFO"),
+        ("warn", "WARNING"),
+        ("WARN", "WARNING"),
+        ("warning", "WARNING"),
+        ("error", "ERROR"),
+        ("fatal", "CRITICAL"),
+        ("critical", "CRITICAL"),
+        ("trace", "DEBUG"),
+        ('"debug"', "DEBUG"),
+    ],
+)
+def test_log_level_has_the_usual_spellings(text: str, level: str, environment: pytest.MonkeyPatch) -> None:
+    """Python's logging knows the result."""
+    environment.setenv("ROSTER_LOG_LEVEL", text)
+
+    assert Settings().log_level == level
+    assert isinstance(logging.getLevelName(level), int)
+
+
+@pytest.mark.parametrize("text", ["true", "TRUE", "1", "yes", "Yes", "on", "y", "t", " true\n", '"true"'])
+def test_switch_has_the_usual_spellings(text: str, environment: pytest.MonkeyPatch) -> None:
+    """Their opposites, too."""
+    opposite = {
+        "true": "false",
+        "TRUE": "FALSE",
+        "1": "0",
+        "yes": "no",
+        "Yes": "No",
+        "on": "off",
+        "y": "n",
+        "t": "f",
+    }
+    bare = text.strip(' \n"')
+    environment.setenv("ROSTER_INSECURE", text)
+    environment.setenv("ROSTER_POOL_PRE_PING", text.replace(bare, opposite[bare]))
+
+    assert (Settings().insecure, Settings().pool_pre_ping) == (True, False)
+
+
+@pytest.mark.parametrize("name", [".env", "secret"])
+def test_file_may_begin_with_a_byte_order_mark(
+    name: str, environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As some editors save it; another encoding is refused in a sentence."""
+    text = "ROSTER_POOL_SIZE=7\n" if name == ".env" else "7\n"
+    if name == "secret":
+        environment.setenv("ROSTER_POOL_SIZE_FILE", "secret")
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert Settings().pool_size == 7
+
+    (tmp_path / name).write_text(text, encoding="utf-16")
+    ended = CliRunner().invoke(main, ["migrate"])
+    assert ended.exit_code == 2
+    assert "is not UTF-8; save it as UTF-8" in ended.output
+
+
+@pytest.mark.parametrize("host", ["", "*"])
+def test_empty_host_is_all_interfaces(host: str) -> None:
+    """With the rules for addresses that others can reach, and without reflection."""
+    address = f"{host}:7000"
+    assert "without TLS and authentication" in str(refused(listen=address))
+    settings = Settings(listen=address, insecure=True, metrics_listen=address, health_listen=address)
+
+    assert settings.listen in ("[::]:7000", "0.0.0.0:7000")
+    assert settings.metrics_listen == settings.health_listen == settings.listen
+    assert settings.reflection is False
+
+
+def test_database_url_can_be_required() -> None:
+    """As in the container image; SQLite can still be asked for."""
+    assert "is not set; set it to postgresql://user@host/name" in str(refused(database_required=True))
+    assert Settings(database_required=True, database_url="sqlite:///x.db").is_embedded
+    assert not Settings(database_required=True, database_url="postgresql://db/x").is_embedded
+
+
+def test_client_variables_are_cleaned(environment: pytest.MonkeyPatch) -> None:
+    """A newline at the end of a token would make every call fail."""
+    for name in (*FOR_CLIENTS, *FOR_TOKENS):
+        environment.setenv(name, ' "value"\r\n')
+    clean_client_variables()
+
+    assert {os.environ[name] for name in (*FOR_CLIENTS, *FOR_TOKENS)} == {"value"}
 
 
 @pytest.mark.parametrize(
@@ -149,10 +306,11 @@ def test_database_url_gets_our_driver(url: str, expected: str) -> None:
     ("url", "sentence"),
     [
         ("ada:secret@db/roster", "is not a URL"),
-        ("postgresql://ada:secret/roster", "is not a URL"),
-        ("postgresql://ada:secret@db:port/roster", "is not a URL"),
+        ("postgresql://ada:secret/roster", "has a host that is not host, host:port"),
+        ("postgresql://ada:secret@db:port/roster", "has a host that is not host, host:port"),
         ("mysql://ada:secret@db/roster", "has the scheme mysql; postgresql and sqlite are supported"),
-        ("postgresql+psycopg://ada:secret@db/roster", "has the scheme postgresql+psycopg"),
+        ("postgresql+mysqldb://ada:secret@db/roster", "has the scheme postgresql+mysqldb"),
+        ("sqlite+pysqlcipher://ada:secret@/x.db", "has the scheme sqlite+pysqlcipher"),
         ("sqlite://", "names no file"),
         ("sqlite:///:memory:", "names no file"),
     ],
@@ -171,7 +329,6 @@ def test_error_for_a_wrong_url_hides_its_password(url: str, sentence: str) -> No
         "0.0.0.0:50051",
         "[::]:50051",
         "roster.example.org:50051",
-        ":50051",
         "10.0.0.1:1",
         "127.evil.example.org:1",
         "localhost.example.org:1",

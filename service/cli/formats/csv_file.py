@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from io import BufferedReader, TextIOWrapper
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import TypeAlias
 
 from google.protobuf.message import Message
@@ -17,25 +17,32 @@ from google.protobuf.message import Message
 from roster.v1.bulk_pb2 import RowFailure
 from service.cli.columns import ERROR, Columns
 from service.cli.formats.base import MAX_LINE_BYTES, SourceError, check_size, shorten
-from service.cli.formats.write import NULL_WORDS, csv_line
+from service.cli.formats.write import Quoted, csv_line, quote
 from service.cli.rows import Row
 from service.cli.terminal import pluralize
+from service.cli.values import NULL_WORDS
 from service.errors import InvalidField, MalformedMessage, TooLarge
 from service.escape import escape
 
 DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 EXCEL_DELIMITER = re.compile(r"sep=(.)\s*")  # a first line that only Excel knows
-# Put into an empty quoted cell to find it. Any character that is not part of the syntax would do.
+POWERSHELL_TYPE = re.compile(r"#TYPE \S+\s*")  # a first line that only PowerShell knows
+# The line below the header, or above it, in a table for the screen.
+RULER = re.compile(r"(?=.*[-=\u2500\u2501\u2550]{3})[-=+|:,;\s\u2500-\u257f]+")
+MAX_TITLE_LINES = 20
+E_MAIL = re.compile(r"\S@\S")
+# As PostgreSQL's and MySQL's text formats escape characters.
+ESCAPE = re.compile(r"\\[bfnrtv0\\]")
+ESCAPED_LINE_END = re.compile(r"\\[\r\n]")  # in `content`, it can be a line of code
+# Put into a quoted cell to find it. Any character that is not part of the syntax would do.
 MARK = "\0"
 MARK_OF_FILE = "\ufeff"
 BLANK = f"{MARK_OF_FILE} \t\r\n"
-MAX_SHOWN_NAMES = 10
-MAX_SHOWN_CHARACTERS = 80
-LINES_BEFORE_HEADER = 20  # among these a header line is looked for
 # Fields whose values can't be names of columns: in them a further header line is recognised.
-NAME = re.compile(r"[^\W\d][^@]*")  # and not a key
 KEYS = ("email", "id", "author_id", "author_email")
+NAME = re.compile(r"[^\W\d][^@]*")  # and not a key
+MAX_SHOWN_NAMES, MAX_SHOWN_CHARACTERS = 10, 24
 
 # The text of a row, and its cells or the reason why it has none.
 Record: TypeAlias = tuple[str, list[str] | csv.Error]
@@ -95,10 +102,8 @@ class Csv:
     Any line end; the delimiter is found from the header; spaces after delimiters; blank rows; columns
     without a name are ignored. As in PostgreSQL's COPY, an empty cell is unset and a quoted empty cell is an
     empty string. A quote inside a cell that does not begin with one is a character like any other. Text after
-    a closing quote, and a quote that is never closed, fail the row.
-
-    Cells without quotes that are one of `nulls` are unset. Without `nulls`, a cell such as NULL fails its
-    row, since a database may have written it for a missing value.
+    a closing quote, and a quote that is never closed, fail the row. `null` has the texts of unquoted cells
+    that are unset. A word such as NULL that is not one of them fails the row, as do escapes with a backslash.
 
     In rejects, `_error` is the first column, so that a row with too few or too many cells keeps its cells in
     their columns.
@@ -107,11 +112,11 @@ class Csv:
     name, suffix, unit = "Csv", "csv", "line"
 
     def __init__(
-        self, columns: Columns, delimiter: str = "", encoding: str = "", nulls: Collection[str] = ()
+        self, columns: Columns, delimiter: str = "", encoding: str = "", null: Collection[str] = ()
     ) -> None:
         self.columns = columns
-        self._refuses_nulls = not nulls
-        self._nulls = frozenset(nulls or NULL_WORDS)
+        self._null = null
+        self._null_words = NULL_WORDS.union(null)
         self._delimiter = delimiter
         self._encoding = encoding
         self._has_spaces = False  # after each delimiter, as the header has them
@@ -140,7 +145,7 @@ class Csv:
         for first in lines:
             if found := EXCEL_DELIMITER.fullmatch(first):
                 self._delimiter = self._delimiter or found[1]
-            elif first.strip(BLANK):
+            elif first.strip(BLANK) and not POWERSHELL_TYPE.fullmatch(first):
                 break
             lines.start_record()
         else:
@@ -151,42 +156,31 @@ class Csv:
             raise SourceError(
                 "the header line is not UTF-8; save the file as UTF-8, or add --encoding cp1252"
             )
+        if RULER.fullmatch(first) or RULER.fullmatch(next(lines, "")):
+            raise SourceError(
+                "the file is a table for the screen, not CSV; export it as CSV, such as with psql --csv or "
+                "sqlite3 -header -csv"
+            )
         lines.give_back(0)
         candidates = [self._delimiter] if self._delimiter else DELIMITERS.values()
         headers = {delimiter: _read_names(lines, delimiter) for delimiter in candidates}
         known = {delimiter: self.columns.knows(names) for delimiter, names in headers.items()}
         self._delimiter = max(known, key=known.__getitem__)
         self._header = headers[self._delimiter]
-        if not known[self._delimiter]:
-            self._refuse_header(lines, candidates)
-        self._check_header()
+        self._check_header(lines, known[self._delimiter])
         others = next(csv.reader(lines, delimiter=self._delimiter))[1:]
         self._has_spaces = bool(others) and all(name.startswith(" ") for name in others)
 
-    def _refuse_header(self, lines: Lines, delimiters: Collection[str]) -> None:
-        """Raise SourceError for a header line without known columns, with the likely reason."""
-        first, *others = islice(lines, LINES_BEFORE_HEADER)
-        shown = self._shown_header() or escape(first.strip(BLANK)[:MAX_SHOWN_CHARACTERS])
-        advice = "name the columns with --columns, such as --columns email=Mail"
-        if first.lstrip(BLANK).startswith(("{", "[")):
-            advice = "the file looks like JSON; add --format ndjson"
-        for number, line in enumerate(others, start=lines.number + 2):
-            headers = [_split_names(line, delimiter) for delimiter in delimiters]
-            if any(self.columns.knows(names) > len(names) // 2 for names in headers):
-                advice = f"line {number} looks like one; remove the lines before it: tail -n +{number} FILE"
-                break
-        raise SourceError(
-            f"the header line has none of the columns {', '.join(self.columns.names)}; "
-            f"it has {shown}; {advice}"
-        )
-
-    def _shown_header(self) -> str:
-        return ", ".join(escape(name) for name in self._header[:MAX_SHOWN_NAMES])
-
-    def _check_header(self) -> None:
+    def _check_header(self, lines: Lines, known: int) -> None:
+        # A row in place of a header may contain a hash.
+        shown = ", ".join(escape(name[:MAX_SHOWN_CHARACTERS]) for name in self._header[:MAX_SHOWN_NAMES])
+        if not known:
+            raise SourceError(
+                f"the header line has none of the columns {', '.join(self.columns.names)}; "
+                f"it has {shown or 'no names'}; {self._suggest_header(lines)}"
+            )
         for column in self.columns.mapping.values():
             if column not in self._header:
-                shown = self._shown_header()
                 raise SourceError(f"--columns names {escape(column)}, but the header line has {shown}")
         try:
             self._fields = self.columns.fields_of(self._header)
@@ -195,6 +189,25 @@ class Csv:
         keys = [index for index, field in enumerate(self._fields) if field in KEYS]
         self._key = keys[0] if keys else None
         self._names = frozenset(map(str.casefold, filter(NAME.fullmatch, self._header)))
+
+    def _suggest_header(self, lines: Lines) -> str:
+        """Return what to do about a header without known columns: it may be missing, or be below a title."""
+        lines.start_record()
+        if next(lines).lstrip(BLANK).startswith(("{", "[")):
+            return "the file looks like JSON; add --format ndjson"
+        if any(map(E_MAIL.search, self._header)):
+            return (
+                "if this is a row, add a header line such as email,full_name; if not, name the columns with "
+                "--columns, such as --columns email=Mail"
+            )
+        for number in range(MAX_TITLE_LINES):
+            line = next(lines, "")
+            with suppress(csv.Error, StopIteration):
+                for delimiter in DELIMITERS.values():
+                    names = next(csv.reader([line], delimiter=delimiter))
+                    if self.columns.knows(name.strip(BLANK) for name in names):
+                        return f"if line {lines.number + number + 2} is the header, delete the lines above it"
+        return "name the columns with --columns, such as --columns email=Mail"
 
     def _read_rows(self, lines: Lines) -> Iterator[Row[Record]]:
         reader = self._reader(lines, has_spaces=self._has_spaces)
@@ -248,7 +261,7 @@ class Csv:
         record, cells = original
         check_size(record)
         if isinstance(cells, csv.Error):
-            raise _explain(cells)
+            raise _explain(cells, record)
         if not _is_encodable(record):
             raise MalformedMessage("the row is not UTF-8; save the file as UTF-8, or add --encoding cp1252")
         count = len(self._header)
@@ -257,65 +270,91 @@ class Csv:
         if self._is_header(cells):
             raise MalformedMessage("the row repeats the header line, and can be left out")
         values: list[str | None] = [cell or None for cell in cells]
-        for index in self._null_cells(record, cells):
-            values[index] = None
-            if self._refuses_nulls and self._fields[index]:
-                raise _null_refused(self._fields[index] or "", cells[index])
         if '""' in record and None in values:
-            for index in self._quoted_empty_cells(record, cells):
+            for index in self._quoted_cells(record, cells):
                 values[index] = ""
+        if not self._null_words.isdisjoint(cells):
+            for index in self._null_cells(record, cells):
+                values[index] = None
+        if "\\" in record:
+            self._refuse_escapes(record, cells)
         return self.columns.message_of(self._fields, values)
 
     def _null_cells(self, record: str, cells: list[str]) -> list[int]:
-        """Return the indexes of the cells of the header that are null without quotes."""
-        if self._nulls.isdisjoint(cells):
-            return []
-        pairs = enumerate(cells[: len(self._header)])
-        return [index for index, cell in pairs if cell in self._nulls and f'"{cell}"' not in record]
+        """Return the indexes of the cells that mean null; raises InvalidField if that is not certain."""
+        indexes = []
+        for index, (field, cell) in enumerate(zip(self._fields, cells, strict=False)):
+            if not field or cell not in self._null_words or index in self._quoted_cells(record, cells, cell):
+                continue
+            if cell not in self._null:
+                option = f"--null {shlex.quote(cell)}"
+                raise InvalidField(
+                    f"{field} is {cell}, which programs write for an unset value: add {option}, or write it "
+                    "in quotes if it is text",
+                    field=field,
+                )
+            indexes.append(index)
+        return indexes
 
-    def _quoted_empty_cells(self, record: str, cells: list[str]) -> list[int]:
-        """Return the indexes of the cells that are `""`, which the csv module does not tell from empty ones.
+    def _refuse_escapes(self, record: str, cells: list[str]) -> None:
+        """Raise InvalidField for a cell in which a backslash seems to escape a character."""
+        for field, cell in zip(self._fields, cells, strict=False):
+            if not field or "\\" not in cell or cell in self._null:
+                continue
+            is_escaped = '\\"' in cell or (self._delimiter == "\t" and ESCAPE.search(cell))
+            advice = "export CSV with quotes and without escapes"
+            if is_escaped and quote(cell) not in record:
+                advice += ", or write it in quotes if it is text"
+            elif field == "content" or not ESCAPED_LINE_END.search(cell):
+                continue
+            raise InvalidField(
+                f"{field} seems to contain a character that is escaped with a backslash; {advice}",
+                field=field,
+            )
 
-        A mark in such a cell comes back as its value. In a place that only looks like one, as in
+    def _quoted_cells(self, record: str, cells: list[str], text: str = "") -> list[int]:
+        """Return the indexes of the cells that are a text in quotes, which the csv module does not reveal.
+
+        A mark in such a cell comes back with its value. In a place that only looks like one, as in
         `"a,"",b"`, the mark follows a closing quote, which is an error.
         """
         # Without quotes in cells, each quoted cell has two.
         if record.count('"') == 2 * len(cells) and '"' not in "".join(cells):
-            return [index for index, cell in enumerate(cells) if not cell]
+            return [index for index, cell in enumerate(cells) if cell == text]
         delimiter = re.escape(self._delimiter)
-        places = [
-            found.end() - 1
-            for found in re.finditer(rf'(?:^|(?<={delimiter})) *""(?={delimiter}|[\r\n]|$)', record)
-        ]
+        quoted = rf'(?:^|(?<={delimiter})) *"{re.escape(text)}"(?={delimiter}|[\r\n]|$)'
+        places = [found.end() - 1 for found in re.finditer(quoted, record)]
         with suppress(csv.Error):
-            return self._marked(record, cells, places)
+            return self._marked(record, cells, text, places)
         indexes = []
         for place in places:
             with suppress(csv.Error):
-                indexes += self._marked(record, cells, [place])
+                indexes += self._marked(record, cells, text, [place])
         return indexes
 
-    def _marked(self, record: str, cells: list[str], places: list[int]) -> list[int]:
-        """Return the indexes of the empty cells that a mark in one of the places fills; raises csv.Error."""
+    def _marked(self, record: str, cells: list[str], text: str, places: list[int]) -> list[int]:
+        """Return the indexes of the cells with a text that are in one of the places; raises csv.Error."""
         parts = [record[start:end] for start, end in pairwise([0, *places, len(record)])]
         marked = next(self._reader([MARK.join(parts)], has_spaces=True))
         pairs = enumerate(zip(cells, marked, strict=True))
-        return [index for index, (cell, found) in pairs if not cell and found == MARK]
+        return [index for index, (cell, found) in pairs if cell == text and found == text + MARK]
 
     def rejects_header(self) -> bytes:
         return csv_line([ERROR, *(name for name in self._header if name != ERROR)])
 
     def reject(self, row: Row[Record], failure: RowFailure) -> bytes:
         error = f"{self.unit} {row.number}: {failure.reason} {failure.field}".rstrip()
-        cells = [escape(f"{error}: {failure.message}"), *self._rejected_cells(row)]
-        return csv_line(cells, quotes_nulls=NULL_WORDS.isdisjoint(_unquoted(row.original)))
+        return csv_line([escape(f"{error}: {failure.message}"), *self._rejected_cells(row)])
 
     def _rejected_cells(self, row: Row[Record]) -> list[str | None]:
         record, cells = row.original
         if isinstance(cells, csv.Error):
             return [shorten(row, record.rstrip("\r\n"))]
-        quoted = self._quoted_empty_cells(record, cells)
+        quoted = self._quoted_cells(record, cells)
         values = [cell if cell or index in quoted else None for index, cell in enumerate(cells)]
+        for word in self._null_words.intersection(cells):
+            for index in self._quoted_cells(record, cells, word):
+                values[index] = Quoted(word)
         earlier_error = self._header.index(ERROR) if ERROR in self._header else len(values)
         return values[:earlier_error] + values[earlier_error + 1 :]
 
@@ -327,24 +366,6 @@ def _read_names(lines: Lines, delimiter: str) -> list[str]:
         names = next(csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True))
     lines.give_back(0)
     return [name.strip(BLANK) for name in names]
-
-
-def _split_names(line: str, delimiter: str) -> list[str]:
-    return [name.strip(f'{BLANK}"') for name in line.split(delimiter) if name.strip(BLANK)]
-
-
-def _unquoted(original: Record) -> list[str]:
-    """Return the cells of a row that may stand without quotes."""
-    record, cells = original
-    return [] if isinstance(cells, csv.Error) else [cell for cell in cells if f'"{cell}"' not in record]
-
-
-def _null_refused(field: str, word: str) -> InvalidField:
-    message = (
-        f"{field} is {word}, which databases write for a missing value; "
-        f"add --null {shlex.quote(word)}, or --null '' if it is a text"
-    )
-    return InvalidField(message, field=field)
 
 
 def _may_be_quoted(cell: str) -> bool:
@@ -359,12 +380,15 @@ def _is_encodable(text: str) -> bool:
         return False
 
 
-def _explain(error: csv.Error) -> MalformedMessage | TooLarge:
+def _explain(error: csv.Error, record: str) -> MalformedMessage | TooLarge:
     message = str(error)
     if "unexpected end" in message:
         return MalformedMessage("a quote is never closed")
     if "field limit" in message:
         return TooLarge(f"a quote is not closed within {MAX_LINE_BYTES >> 20} MiB")
     if "expected after" in message:
-        return MalformedMessage("text follows a closing quote; a quote inside a quoted cell is written twice")
+        wrong = ', not as \\"' if '\\"' in record else ""
+        return MalformedMessage(
+            f"text follows a closing quote; a quote inside a quoted cell is written twice{wrong}"
+        )
     return MalformedMessage(f"the row is not CSV: {message}")

@@ -4,7 +4,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from io import BufferedReader, RawIOBase, TextIOWrapper
 from typing import Any, NamedTuple
 
@@ -84,14 +84,12 @@ class Json:
         self.unit = "row"
         array: str | None = self.columns.plural
         if file.seekable():
-            array = self._find_array(JsonText(whole))
+            with closing(JsonText(whole)) as text:
+                array = self._find_array(text)
             file.seek(0)
             whole = _open_utf8(file)
-        text = JsonText(whole)
-        try:
+        with closing(JsonText(whole)) as text:
             yield from self._document(text, array)
-        finally:
-            text.detach()
 
     def _has_a_row_per_line(self, head: list[bytes]) -> bool:
         """Return whether the first line is a row, or the second one: the first may be damaged.
@@ -229,8 +227,8 @@ class JsonText:
         self._is_complete = False
         self._row = 0  # the number of the last one
 
-    def detach(self) -> None:
-        """Leave the file open when this object is deleted."""
+    def close(self) -> None:
+        """Leave the file open: it belongs to the caller."""
         with suppress(ValueError):  # the file is closed
             self._file.detach()
 

@@ -3,17 +3,21 @@
 import re
 from collections.abc import Iterable
 from datetime import datetime
-from functools import partial
 from typing import Any
 
 import orjson
 
 from service.cli.rows import Values
 from service.cli.terminal import UsageError
+from service.cli.values import NULL_WORDS
 
 SPECIAL = re.compile(r'[",\r\n]|\A\ufeff')
-# What databases and their tools write for null, such as MySQL, SQL Server and DataGrip.
-NULL_WORDS = frozenset(["\\N", "NULL", "null", "<null>", "[NULL]", "(null)"])
+
+
+class Quoted(str):
+    """A text that is written in quotes, so that it does not mean null."""
+
+    __slots__ = ()
 
 
 def json_line(values: Values) -> bytes:
@@ -22,14 +26,27 @@ def json_line(values: Values) -> bytes:
     return orjson.dumps(values, default=_text, option=option)
 
 
-def csv_line(values: Iterable[Any], *, quotes_nulls: bool = True) -> bytes:
+def csv_line(values: Iterable[Any]) -> bytes:
     """Return values as a line of CSV: None is an empty cell, an empty string is `""`.
 
     Python's csv module can't write these differently before Python 3.12. Bytes that were not UTF-8 are
-    written as they were. A text that others take for null has quotes, unless `quotes_nulls` is false.
+    written as they were.
     """
-    cells = map(partial(_cell, quotes_nulls=quotes_nulls), values)
-    return f"{','.join(cells)}\n".encode(errors="surrogateescape")
+    return f"{','.join(map(_cell, values))}\n".encode(errors="surrogateescape")
+
+
+def csv_row(values: Iterable[Any]) -> bytes:
+    """Return the values of a row as a line of CSV, with words such as NULL in quotes: they are text."""
+    return csv_line(map(_quote_null_word, values))
+
+
+def _quote_null_word(value: Any) -> Any:
+    return Quoted(value) if isinstance(value, str) and value in NULL_WORDS else value
+
+
+def quote(text: str) -> str:
+    """Return a text as a quoted cell of CSV."""
+    return '"' + text.replace('"', '""') + '"'
 
 
 def pyarrow() -> Any:
@@ -41,12 +58,12 @@ def pyarrow() -> Any:
     return pyarrow
 
 
-def _cell(value: Any, *, quotes_nulls: bool) -> str:
+def _cell(value: Any) -> str:
     if value is None:
         return ""
     text = value if isinstance(value, str) else _text(value)
-    needs_quotes = not text or SPECIAL.search(text) or (quotes_nulls and text in NULL_WORDS)
-    return '"' + text.replace('"', '""') + '"' if needs_quotes else text
+    needs_quotes = not text or isinstance(value, Quoted) or SPECIAL.search(text)
+    return quote(text) if needs_quotes else text
 
 
 def _text(value: Any) -> str:

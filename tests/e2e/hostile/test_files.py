@@ -244,6 +244,27 @@ async def test_foreign_token_is_not_sent_to_server_of_a_folder(handed: Folder) -
     assert (wanted.status, wanted.err, overridden.status) == (0, "", 0)
 
 
+@pytest.mark.parametrize(
+    ("variable", "option"),
+    [
+        ("ROSTER_TLS_SERVER_NAME=localhost", "pass --tls-server-name, or"),
+        ("ROSTER_INSECURE_TOKEN=true", "pass --insecure-token, or"),
+    ],
+)
+async def test_folder_does_not_weaken_the_check_of_the_server(
+    handed: Folder, variable: str, option: str
+) -> None:
+    """Another name, or no TLS at all, would give the token to somebody else, even at a given address."""
+    token = handed.server.token("admin")
+    handed.write(variable)
+
+    refused = await handed.loads("--address", handed.server.address, "--tls-ca", "ca.pem", ROSTER_TOKEN=token)
+
+    assert refused.status == 2
+    assert option in refused.err
+    assert token not in refused.err
+
+
 async def test_folder_can_have_its_server_and_its_token(handed: Folder) -> None:
     """As a value or a file in it, but neither an outside file nor an environment variable."""
     token, named = handed.server.token("admin"), [f"ROSTER_ADDRESS={handed.server.address}"]

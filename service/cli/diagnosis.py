@@ -1,0 +1,112 @@
+"""Why a connection to a server fails, from one connection more: gRPC hides most of it."""
+
+import socket
+import ssl
+from contextlib import closing, suppress
+from dataclasses import dataclass
+
+from cryptography.x509 import DNSName, ExtensionNotFound, SubjectAlternativeName, load_der_x509_certificate
+
+SECONDS = 3.0
+MAX_NAMES = 5
+ALPN = ["h2"]
+
+
+@dataclass(frozen=True)
+class Tls:
+    """The client's side of TLS: its context, the name it expects, and whether it has a certificate."""
+
+    context: ssl.SSLContext
+    server_name: str | None
+    has_certificate: bool
+
+
+def diagnose(address: str, tls: Tls | None) -> str | None:
+    """Return a sentence on what does not fit between client and server; None if nothing was found.
+
+    Without `tls` the client uses plain text. Nothing is sent over the connection but a handshake.
+    """
+    try:
+        if tls:
+            return _diagnose_tls(address, tls)
+        _certificate(address)
+    except (OSError, ValueError):  # no TLS there, no server, or not an address with a host
+        return None
+    return f"the server at {address} uses TLS; pass its CA with --tls-ca"
+
+
+def _diagnose_tls(address: str, tls: Tls) -> str | None:
+    tls.context.set_alpn_protocols(ALPN)
+    tls.context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # as in gRPC; Python 3.13 is stricter
+    name = tls.server_name or _host(address)
+    with closing(_connect(address)) as plain:
+        try:
+            connection = tls.context.wrap_socket(plain, server_hostname=name)
+        except ssl.SSLCertVerificationError as error:
+            if "mismatch" in error.verify_message:
+                return _mismatch(address, name)
+            return (
+                f"the certificate of {address} is not trusted: {error.verify_message}; --tls-ca must be the "
+                "CA that has signed it"
+            )
+        except ssl.SSLError as error:
+            if "ALERT" in (error.reason or ""):  # TLS 1.2 refuses a certificate within the handshake
+                return _not_accepted(address, tls)
+            return f"the server at {address} does not use TLS; leave out --tls-ca"
+        # TLS 1.3 refuses a client's certificate after the handshake; gRPC just hangs up.
+        with closing(connection):
+            try:
+                is_accepted = connection.recv(1) != b""
+            except TimeoutError:
+                return None
+            except OSError:
+                is_accepted = False
+    return None if is_accepted else _not_accepted(address, tls)
+
+
+def _not_accepted(address: str, tls: Tls) -> str:
+    if tls.has_certificate:
+        return f"the server at {address} does not accept the client certificate; check --tls-cert"
+    return f"the server at {address} requires a client certificate; pass --tls-cert and --tls-key"
+
+
+def _mismatch(address: str, name: str) -> str:
+    names: list[str] = []
+    with suppress(OSError, ValueError, ExtensionNotFound):
+        extensions = load_der_x509_certificate(_certificate(address)).extensions
+        found = extensions.get_extension_for_class(SubjectAlternativeName).value
+        names = [*found.get_values_for_type(DNSName)]
+    known = f", but for {', '.join(names[:MAX_NAMES])}" if names else ""
+    return f"the certificate of {address} is not for {name}{known}; pass a name in it with --tls-server-name"
+
+
+def _certificate(address: str) -> bytes:
+    """Return the certificate of a server in DER, unverified; raises OSError if it does not use TLS."""
+    unverified = ssl.create_default_context()
+    unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
+    unverified.set_alpn_protocols(ALPN)
+    with closing(_connect(address)) as plain, unverified.wrap_socket(plain) as connection:
+        return connection.getpeercert(binary_form=True) or b""
+
+
+def _connect(address: str) -> socket.socket:
+    """Return a connection to the first server of a gRPC target; raises OSError, ValueError."""
+    if address.startswith("unix:"):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(SECONDS)
+        connection.connect(address.removeprefix("unix:").removeprefix("//"))
+        return connection
+    port = int(_endpoint(address).rpartition(":")[2])
+    return socket.create_connection((_host(address), port), timeout=SECONDS)
+
+
+def _host(address: str) -> str:
+    """Return the host that gRPC expects in the certificate of a target."""
+    if address.startswith("unix"):
+        return "localhost"
+    return _endpoint(address).rpartition(":")[0].strip("[]")
+
+
+def _endpoint(address: str) -> str:
+    """Return `host:port` of a target such as `dns:///host:port`."""
+    return address.rpartition("/")[2].removeprefix("dns:").removeprefix("ipv4:").partition(",")[0]
