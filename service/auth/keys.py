@@ -19,17 +19,19 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from cryptography.x509 import Certificate, load_pem_x509_certificate
 from jwt import PyJWTError
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+from jwt.utils import base64url_decode, base64url_encode
 
 MIN_RSA_BITS = 2048
 CURVES = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
 KINDS: Mapping[str, Any] = {"RSA": RSAAlgorithm, "EC": ECAlgorithm, "OKP": OKPAlgorithm}
 KEY_MEMBERS = {"RSA": "n", "EC": "x", "OKP": "x"}
+COORDINATE_BYTES = {"P-256": 32, "P-384": 48, "P-521": 66}
 CURVES_OF_KIND = {"EC": ["P-256", "P-384", "P-521"], "OKP": ["Ed25519"]}
 SUPPORTED = f"RSA of {MIN_RSA_BITS} bits or more, P-256, P-384, P-521 or Ed25519"
 SECRET_MEMBERS = {"d", "p", "q", "dp", "dq", "qi", "oth", "k"}
 BEGIN = "-----BEGIN "
 BLOCK = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----.*?-----END \1-----", re.DOTALL)
-UNREADABLE = (ValueError, TypeError, KeyError, PyJWTError, UnsupportedAlgorithm)
+UNREADABLE = (ValueError, TypeError, KeyError, OverflowError, PyJWTError, UnsupportedAlgorithm)
 ENCRYPTION_ONLY = "is for encryption"
 
 log = logging.getLogger(__name__)
@@ -148,6 +150,7 @@ def _jwks(document: Sequence[Any]) -> Found:
 def _key_from_jwk(jwk: Any) -> Key:
     if not isinstance(jwk, dict):
         raise UnusableKeyError("is not a JSON object")
+    jwk = {member: value for member, value in jwk.items() if value != ""}  # some issuers write all members
     if jwk.get("use") == "enc":
         raise UnusableKeyError(ENCRYPTION_ONLY)
     operations = jwk.get("key_ops") or ["verify"]
@@ -168,9 +171,23 @@ def _public_from_jwk(jwk: Mapping[str, Any]) -> Any:
             return _public_from_x5c(jwk["x5c"])
         if kind in CURVES_OF_KIND and jwk.get("crv") not in CURVES_OF_KIND[kind]:
             raise UnusableKeyError(f"is of an unsupported curve; supported are {SUPPORTED}")
-        return KINDS[kind].from_jwk(dict(jwk))
+        return KINDS[kind].from_jwk(_with_full_coordinates(jwk))
     except UNREADABLE:
         raise UnusableKeyError("can't be read: a member is missing or damaged") from None
+
+
+def _with_full_coordinates(jwk: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JWK whose coordinates have the length of its curve, as RFC 7518, 6.2.1.2, requires.
+
+    Some issuers omit zeros at the beginning, which one key in 256 has, or write one for the sign.
+    """
+    members = dict(jwk)
+    size = COORDINATE_BYTES.get(str(jwk.get("crv"))) if jwk["kty"] == "EC" else None
+    if size:
+        for name in ("x", "y"):
+            number = int.from_bytes(base64url_decode(jwk[name]))
+            members[name] = base64url_encode(number.to_bytes(size)).decode()
+    return members
 
 
 def _public_from_x5c(chain: Sequence[str]) -> Any:

@@ -75,27 +75,18 @@ class Columns:
 
         Raises UnknownColumn.
         """
-        if name in self._fields:
-            return self._fields[name]
-        field = self._match(name)
-        if field is None:
-            self._refuse_near(name, names)
-            self._ignore(name)
-        if len(self._fields) < MAX_NAMES:
-            self._fields[name] = field
-        return field
+        return self._field_of(name, self._present(names))
 
     def fields_of(self, names: Sequence[str]) -> list[str | None]:
         """Return the fields of all columns of a row; raises UnknownColumn, InvalidField."""
-        fields = [self.field_of(name, names) for name in names]
-        for index, field in enumerate(fields):
-            if field is not None and field in fields[:index]:
-                first, second = names[fields.index(field)], names[index]
-                message = (
-                    f"the columns {_quote(first)} and {_quote(second)} are both {field}; "
-                    f"choose one with --columns {field}={shlex.quote(first)} --ignore {shlex.quote(second)}"
-                )
-                raise InvalidField(message, field=field)
+        present = self._present(names)
+        fields = [self._field_of(name, present) for name in names]
+        first_names: dict[str, str] = {}
+        for name, field in zip(names, fields, strict=True):
+            if field is not None and field in first_names:
+                raise InvalidField(_both(field, first_names[field], name), field=field)
+            if field is not None:
+                first_names[field] = name
         return fields
 
     def to_message(self, row: Mapping[str, Any]) -> Message:
@@ -111,12 +102,12 @@ class Columns:
     def message_of(self, fields: Iterable[str | None], values: Iterable[Any]) -> Message:
         """Return the message of a row; raises InvalidField, TooLarge.
 
-        `fields` are those of the values, None for ignored columns; further values are ignored too. An empty
-        value is unset, unless the field is a string.
+        `fields` are those of the values, None for ignored columns; further values are ignored too. NaN is
+        unset, and so is an empty value, unless the field is a string.
         """
         parsed = {}
         for field, value in zip(fields, values, strict=False):
-            if field is None or value is None:
+            if field is None or value is None or value != value:  # noqa: PLR0124 - only NaN differs from itself
                 continue
             parser = self._parsers[field]
             if value not in EMPTY or parser is text:
@@ -125,6 +116,21 @@ class Columns:
         if message.ByteSize() > MAX_ROW_BYTES:
             raise TooLarge(f"the row is larger than {MAX_ROW_BYTES >> 20} MiB")
         return message
+
+    def _present(self, names: Iterable[str]) -> set[str | None]:
+        """Return the fields that are among the columns of a row."""
+        return {self._match(name) for name in names}
+
+    def _field_of(self, name: str, present: Collection[str | None]) -> str | None:
+        if name in self._fields:
+            return self._fields[name]
+        field = self._match(name)
+        if field is None:
+            self._refuse_near(name, present)
+            self._ignore(name)
+        if len(self._fields) < MAX_NAMES:
+            self._fields[name] = field
+        return field
 
     def _match(self, name: str) -> str | None:
         if name in self._fields:
@@ -135,12 +141,11 @@ class Columns:
         if name.strip() and len(self.ignored) < MAX_IGNORED_NAMES:
             self.ignored[name] = None
 
-    def _refuse_near(self, name: str, names: Iterable[str]) -> None:
+    def _refuse_near(self, name: str, present: Collection[str | None]) -> None:
         """Raise UnknownColumn if a name could be meant for a field."""
         if _spelling(name) in self._unread:  # a field that this operation does not read
             return
-        present = {self._match(other) for other in names}
-        if (status := STATUS.fullmatch(_spelling(name))) and "is_active" in {*self.names} - present:
+        if (status := STATUS.fullmatch(_spelling(name))) and "is_active" in {*self.names}.difference(present):
             self._refuse_status(name, has_same_meaning=bool(status[1]))
         for field in self.names:
             # A column such as email_verified, beside email, is not a misspelt one.
@@ -205,6 +210,16 @@ def _shares_word(name: str, field: str) -> bool:
     spelling, known = _spelling(name), _spelling(field)
     is_part = min(len(spelling), len(known)) >= MIN_WORD and (spelling in known or known in spelling)
     return is_part or not words.isdisjoint(field.split("_"))
+
+
+def _both(field: str, first: str, second: str) -> str:
+    """Return why two columns of one field are refused."""
+    if first == second:
+        return f"two columns are named {_quote(first)}; remove or rename one of them"
+    return (
+        f"the columns {_quote(first)} and {_quote(second)} are both {field}; "
+        f"choose one with --columns {field}={shlex.quote(first)} --ignore {shlex.quote(second)}"
+    )
 
 
 def _quote(name: str) -> str:

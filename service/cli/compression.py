@@ -18,10 +18,24 @@ except ImportError:
 GZIP, ZSTD = ".gz", ".zst"
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+# pzstd begins with a frame without content, by its last three bytes:
+# https://www.rfc-editor.org/rfc/rfc8878#section-3.1.2
+SKIPPABLE_MAGICS = tuple(bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60))
 GZIP_LEVEL = 6
 DAMAGED: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
 if zstd:
     DAMAGED = (*DAMAGED, zstd.ZstdError)
+
+
+class GzipStream(gzip.GzipFile):
+    """A gzip file that knows whether it can be read again from its beginning."""
+
+    def __init__(self, file: BufferedReader) -> None:
+        super().__init__(fileobj=file, mode="rb")
+        self._compressed = file
+
+    def seekable(self) -> bool:
+        return self._compressed.seekable()
 
 
 def without_compression(name: str) -> str:
@@ -36,8 +50,8 @@ def decompress(file: BufferedReader) -> BufferedReader:
     """
     start = file.peek(len(ZSTD_MAGIC))
     if start.startswith(GZIP_MAGIC):
-        return BufferedReader(gzip.GzipFile(fileobj=file))
-    if start.startswith(ZSTD_MAGIC):
+        return BufferedReader(GzipStream(file))
+    if start.startswith((ZSTD_MAGIC, *SKIPPABLE_MAGICS)):
         _require_zstd()
         return BufferedReader(zstd.ZstdFile(file))
     return file

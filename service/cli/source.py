@@ -1,6 +1,8 @@
 """Row sources: a file or standard input, plain or compressed."""
 
 import asyncio
+import os
+import re
 import stat
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
@@ -28,7 +30,13 @@ OTHER_CONTENTS = {
     b"ORC": "the file is ORC; export it as NDJSON, CSV or Parquet",
     b"SQLite format 3\0": "the file is a SQLite database; export a table as CSV",
     b"PGDMP": "the file is a dump of pg_dump; export a table as CSV: \\copy TABLE to FILE csv header",
+    b"ARROW1": "the file is Arrow or Feather; write it as Parquet, or export it as CSV",
+    b"PARE": "the file is encrypted Parquet; write it without encryption",
+    b"version https://git-lfs": "the file is a pointer of Git LFS; download its content with `git lfs pull`",
 }
+TAR_MAGIC, TAR_MAGIC_OFFSET = b"ustar", 257  # of POSIX, and of GNU tar
+MARKUP = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|\?xml|html|head|body|error)\b", re.IGNORECASE)
+PEEKED = TAR_MAGIC_OFFSET + len(TAR_MAGIC)
 CHUNK_ROWS = 1000
 CHUNK_BYTES = 1 << 20
 
@@ -44,7 +52,8 @@ class Source:
         self._path = path
         self.format = file_format
         status = None if path == STDIN else Path(path).stat()
-        self.bytes_total = status.st_size if status and stat.S_ISREG(status.st_mode) else 0
+        self._status = status if status and stat.S_ISREG(status.st_mode) else None
+        self.bytes_total = self._status.st_size if self._status else 0
         self.bytes_read = 0
         self._rows = self._read()
         self._prefetched: list[AnyRow] = []
@@ -93,21 +102,42 @@ class Source:
     def _read(self) -> Generator[AnyRow, None, None]:
         is_stdin = self._path == STDIN
         with open(0 if is_stdin else self._path, "rb", closefd=not is_stdin) as file:
-            _refuse_other_contents(file)
+            if self._status is None and not file.peek(1):
+                raise SourceError("the input is empty; check the command that writes to it")
             try:
-                for row in self.format.rows(decompress(file)):
+                _refuse_other_contents(file)
+                content = decompress(file)
+                if content is not file:
+                    _refuse_other_contents(content, is_decompressed=True)
+                for row in self.format.rows(content):
                     if self.bytes_total:
                         self.bytes_read = file.raw.tell()
                     yield row
             except DAMAGED as error:
                 raise SourceError(f"the compressed data is damaged: {error}") from None
+            self._check_unchanged(os.fstat(file.fileno()))
+
+    def _check_unchanged(self, status: os.stat_result) -> None:
+        """Raise SourceError if the file is not the one from which the id of the load was derived."""
+        if self._status and _version(status) != _version(self._status):
+            raise SourceError("the file has changed while it was read; load it again when it is complete")
 
 
-def _refuse_other_contents(file: BufferedReader) -> None:
-    start = file.peek(len(max(OTHER_CONTENTS, key=len)))
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _refuse_other_contents(file: BufferedReader, *, is_decompressed: bool = False) -> None:
+    start = file.peek(PEEKED)
     for signature, advice in OTHER_CONTENTS.items():
         if start.startswith(signature):
             raise SourceError(advice)
+    if start[TAR_MAGIC_OFFSET:].startswith(TAR_MAGIC):
+        raise SourceError("the file is a tar archive; unpack it, and load the files inside")
+    if MARKUP.match(start):
+        raise SourceError("the file is HTML or XML, such as the error page of a server; download it again")
+    if is_decompressed and decompress(file) is not file:
+        raise SourceError("the file is compressed twice; decompress it once: zcat FILE")
 
 
 async def _run_in_daemon_thread(work: Callable[[], T]) -> T:

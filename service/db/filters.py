@@ -113,6 +113,8 @@ _EXPECTED = {
     "RPAR": 'AND, OR or ")"',
     "$END": "AND, OR or the end of the filter",
 }
+# As word processors and chats write them.
+_TYPOGRAPHIC_QUOTES = tuple(map(chr, (0xAB, 0xBB, 0x2039, 0x203A, *range(0x2018, 0x2020))))
 _FOUND = {
     "STRING": "a string",
     "INTEGER": "an integer",
@@ -133,7 +135,7 @@ async def _parse(text: str, time_slice: TimeSlice) -> Tree[Token]:
         raise _error(error.pos_in_stream, reason) from None
     except UnexpectedToken as error:
         accepted = parser.accepts()  # type: ignore[no-untyped-call]  # lark leaves it untyped
-        raise _unexpected(error.token, accepted) from None
+        raise _unexpected(error.token, accepted, text) from None
     return tree
 
 
@@ -147,11 +149,22 @@ def _check(token: Token, parser: InteractiveParser) -> None:
         raise _error(token.start_pos, f"parentheses and NOT are nested more than {MAX_DEPTH} deep")
 
 
-def _unexpected(token: Token, accepted: Collection[str]) -> InvalidFilter:
+def _unexpected(token: Token, accepted: Collection[str], text: str) -> InvalidFilter:
     expected = next(text for terminal, text in _EXPECTED.items() if terminal in accepted)
-    is_unquoted = "STRING" in accepted and token.type in {"WORD", "MINUS"}
-    advice = "; put strings and times in quotes" if is_unquoted else ""
-    return _error(token.start_pos, f"expected {expected} but found {_found(token)}{advice}")
+    message = f"expected {expected} but found {_found(token)}{_advice(token, accepted, text)}"
+    return _error(token.start_pos, message)
+
+
+def _advice(token: Token, accepted: Collection[str], text: str) -> str:
+    """Return how to write a value that the parser did not accept."""
+    if "STRING" in accepted and token.startswith(_TYPOGRAPHIC_QUOTES):
+        return "; put strings and times in straight quotes"
+    if "STRING" in accepted and token.type in {"WORD", "MINUS"}:
+        return "; put strings and times in quotes"
+    follows_string = text[: token.start_pos].endswith(("'", '"'))
+    if "STRING" not in accepted and token.type == "STRING" and follows_string:
+        return f"; write a quote inside a string as \\{token[0]}"
+    return ""
 
 
 def _found(token: Token) -> str:

@@ -1,5 +1,6 @@
-"""Characters that a reader can't see, by which two e-mails could look the same."""
+"""Characters by which two e-mails could look the same: invisible ones, and letters that look like others."""
 
+import re
 import unicodedata
 
 import idna
@@ -25,6 +26,9 @@ _BLANK = frozenset(
         *map(chr, range(0xE0100, 0xE01F0)),
     ]
 )
+# Scripts with letters that look like those of another, by the first words of the names of their letters.
+_ALIKE = frozenset(["LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "CHEROKEE", "COPTIC", "LISU"])
+_WORD = re.compile(r"[^\W\d_]+")
 # Between letters of some scripts these change what a reader sees.
 _JOINERS = frozenset("\u200c\u200d")
 
@@ -41,6 +45,21 @@ def invisible_error(text: str) -> str | None:
         kind = _kind(character)
         if kind and not (character in _JOINERS and _joins(text, position)):
             return f"must not contain the {kind} character U+{ord(character):04X}"
+    return None
+
+
+def mixed_scripts_error(text: str) -> str | None:
+    """Check that no word of a text has letters of two scripts that look alike, such as Latin and Cyrillic.
+
+    Whole words of different scripts are usual. See https://www.unicode.org/reports/tr39/#Mixed_Script_Detection.
+    """
+    if text.isascii():
+        return None
+    for word in _WORD.findall(text):
+        scripts = _ALIKE.intersection(unicodedata.name(letter, "").partition(" ")[0] for letter in word)
+        if len(scripts) > 1:
+            first, second, *_ = sorted(script.title() for script in scripts)
+            return f"must not have {first} and {second} letters in one word"
     return None
 
 

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from service.users.characters import invisible_error
+from service.users.characters import invisible_error, mixed_scripts_error
 from service.users.domains import ACE, ascii_domain, domain_error, normalise_domain
 from service.users.hashes import are_acceptable_hashes, password_hash_error
 from service.validation import Rule, text_error, text_rule
@@ -107,7 +107,7 @@ def email_error(email: str) -> str | None:
     if error:
         return error
     name, _, domain = email.partition("@")
-    return _name_error(name) or _domain_error(domain)
+    return _name_error(name) or _domain_error(domain) or mixed_scripts_error(email)
 
 
 def email_key_error(email: str) -> str | None:

@@ -131,7 +131,7 @@ async def test_validate_only_writes_nothing(roster: Roster, users: UserServiceSt
     assert not (await users.ListUsers(ListUsersRequest())).users
 
 
-@pytest.mark.parametrize("rows", [["what?"] * 5, [{"email": "no address"}] * 5])
+@pytest.mark.parametrize("rows", [[{}, *["what?"] * 5], [{"email": "no address"}] * 5])
 async def test_stops_if_too_many_rows_fail(roster: Roster, rows: list[object]) -> None:
     """Rows that can't be parsed count like those that the server refuses."""
     done = await roster.run("load", "users", roster.write("users.ndjson", *rows), "--max-failures", "4")
@@ -168,7 +168,7 @@ async def test_reports_why_it_can_not_run(roster: Roster, arguments: list[str], 
     roster.write("users.dat")
     roster.write("posts.ndjson", {"title": "On engines", "author_email": "a@example.org"})
 
-    done = await roster.run("load", *arguments)
+    done = await roster.run("load", *arguments, stdin=b"{}\n")
 
     assert (done.status, done.out) == (2, "")
     assert expected in " ".join(done.err.split())

@@ -1,11 +1,13 @@
 """Names of columns: which field each one is."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import click
 import pytest
 
 from roster.v1.resources_pb2 import User
+from service.cli import columns
 from service.cli.columns import UnknownColumn, parse_columns
 from service.cli.formats import Csv, Json, Parquet, SourceError
 from service.errors import InvalidField
@@ -164,3 +166,56 @@ def test_formats_have_the_same_names(tmp_path: object) -> None:
         [row] = rows_of(kind(known), data)
         assert row.message == User(email="a@x", full_name="Ada"), shown([row])
         assert list(known.ignored) == ["n"]
+
+
+@pytest.mark.parametrize("form", ["header", "row", "near"])
+def test_work_grows_with_the_number_of_columns_only(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports of surveys and sensors have tens of thousands of columns."""
+    compared: list[str] = []
+
+    def count(name: str) -> str:
+        compared.append(name)
+        return spelling(name)
+
+    spelling = columns._spelling
+    monkeypatch.setattr(columns, "_spelling", count)
+    known = columns_of()
+    names = ["email", *(f"c{number}" for number in range(1000))]
+
+    match form:
+        case "header":
+            known.fields_of(names)
+        case "row":
+            known.to_message(dict.fromkeys(names, "a@x"))
+        case "near":
+            with pytest.raises(UnknownColumn):
+                known.fields_of([*names, "full_nmae"])
+
+    # A name that is not known is compared with each field.
+    assert len(compared) < 25 * len(names)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_two_columns_of_one_name_are_refused_with_possible_advice(kind: str) -> None:
+    """No option can name one of them."""
+    with pytest.raises(SourceError, match='two columns are named "email"; remove or rename one of them'):
+        rows_of(*_with_two_emails(kind))
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_two_columns_of_one_name_may_be_ignored(kind: str) -> None:
+    """Only those of fields matter."""
+    assert shown(rows_of(*_with_two_emails(kind, first="x", second="x"))) == ["email='c@x'"]
+
+
+def _with_two_emails(kind: str, first: str = "email", second: str = "email") -> tuple[Any, bytes]:
+    """Return a format and a file with three columns, the first two of these names."""
+    names = [first, second, "email"]
+    if kind == "csv":
+        return Csv(columns_of()), f"{','.join(names)}\na@x,b@x,c@x\n".encode()
+    pyarrow: Any = pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+    parquet: Any = pytest.importorskip("pyarrow.parquet")
+    arrays = [pyarrow.array([email]) for email in ("a@x", "b@x", "c@x")]
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.Table.from_arrays(arrays, names=names), sink)
+    return Parquet(columns_of()), sink.getvalue().to_pybytes()

@@ -17,7 +17,7 @@ ADA = "email='ada@example.org' full_name='Ada'"
 ALAN = "email='alan@example.org' full_name='Alan'"
 
 
-def csv_rows(data: bytes | str, **options: str) -> list[Row[Any]]:
+def csv_rows(data: bytes | str, **options: Any) -> list[Row[Any]]:
     """Return the rows of CSV."""
     return rows_of(Csv(columns_of(), **options), data.encode() if isinstance(data, str) else data)
 
@@ -185,7 +185,95 @@ def test_rejects_keep_the_cells() -> None:
     assert csv_format.rejects_header() == b"_error,email,full_name,x\n"
 
 
-cells = st.text(st.sampled_from('a",; \n\r\t|\0é'), max_size=6)
+MARKS = {
+    "before a row": "email,full_name\nada@example.org,Ada\n\ufeffalan@example.org,Alan\n",
+    "before a name": "full_name,email\nAda,ada@example.org\n\ufeffAlan,alan@example.org\n",
+    "before a quote": 'full_name,email\nAda,ada@example.org\n\ufeff"Alan",alan@example.org\n',
+    "two at the beginning": "\ufeff\ufeffemail,full_name\nada@example.org,Ada\nalan@example.org,Alan\n",
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("text", MARKS.values(), ids=list(MARKS))
+def test_skips_byte_order_marks_before_rows(text: str, encoding: str) -> None:
+    """Files that each had one were put together; the mark would become a part of a name, unseen."""
+    assert shown(csv_rows(text.encode(encoding))) == [ADA, ALAN]
+
+
+def test_keeps_a_byte_order_mark_inside_a_cell() -> None:
+    """In quotes it is a character of the cell, also at the beginning of a line."""
+    [row] = csv_rows('full_name,email\n"\ufeffAda\n\ufeffL",ada@example.org\n')
+
+    assert isinstance(row.message, User)
+    assert row.message.full_name == "\ufeffAda\n\ufeffL"
+
+
+@pytest.mark.parametrize(
+    "again", ["email,full_name", "\ufeffemail,full_name", '"email","full_name"', "email, full_name"]
+)
+def test_a_repeated_header_line_fails_alone(again: str) -> None:
+    """The rows of both files are loaded, and the offsets of rows stay what they were."""
+    rows = csv_rows(f"email,full_name\nada@example.org,Ada\n{again}\nalan@example.org,Alan\n")
+
+    assert shown(rows) == [ADA, "the row repeats the header line, and can be left out", ALAN]
+
+
+@pytest.mark.parametrize("again", ["full_name,email", "email,phone", "EMAIL,password", "id,email"])
+def test_refuses_a_second_header_line_with_other_columns(again: str) -> None:
+    """The rows below it would be loaded with values in the wrong fields."""
+    with pytest.raises(SourceError, match="line 3 is a header line with other columns; load the files"):
+        csv_rows(f"email,full_name,id\nada@example.org,Ada,\n{again},EMAIL\nalan@example.org,Alan,\n")
+
+
+def test_values_may_be_names_of_columns() -> None:
+    """In texts they are what they are, and so are ids in a file whose columns have numbers as names."""
+    [row] = csv_rows("email,full_name\nada@example.org,email\n")
+    known = Csv(columns_of(operation="restore"))
+    [number] = rows_of(known, b"id,email,7\n7,ada@example.org,x\n")
+
+    assert shown([row, number]) == [
+        "email='ada@example.org' full_name='email'",
+        "id=7 email='ada@example.org'",
+    ]
+
+
+HEADERS = [
+    ('{"email": "a@x"}\n', "the file looks like JSON; add --format ndjson"),
+    ('[\n{"email": "a@x"}\n]\n', "the file looks like JSON; add --format ndjson"),
+    ("# users of 2024\nemail,full_name\n", "if line 2 is the header, delete the lines above it"),
+    ("Users,,\r\n\r\nemail;full_name;;\r\n", "if line 3 is the header, delete the lines above it"),
+    ("Users\n" * 25 + "email\n", "the header line has none of the columns email, .*; it has Users;"),
+    ('"Users" of 2024\n', "it has no names; name the columns with --columns"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), HEADERS)
+def test_says_what_is_wrong_with_a_header(text: str, expected: str) -> None:
+    """Reports have titles and comments above the header, and JSON is saved under any name."""
+    with pytest.raises(SourceError, match=expected):
+        csv_rows(text)
+
+
+OTHER_TOOLS = [
+    (r'bad@x,"Ada \"Countess\" L"', "text follows a closing quote"),
+    (r"\.", "the row has 1 cell"),
+    ("(2 rows)", "the row has 1 cell"),
+    ("# the end", "the row has 1 cell"),
+    ("\0" * 64, "the row has 1 cell"),
+    ("bad@x,Ada,more", "the row has 3 cells"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), OTHER_TOOLS)
+def test_what_other_tools_write_fails_its_line(line: str, reason: str) -> None:
+    """MySQL escapes with backslashes, psql ends with a marker or a count, lost writes leave zeros."""
+    rows = csv_rows(f"email,full_name\nada@example.org,Ada\n{line}\nalan@example.org,Alan\n")
+
+    assert shown([rows[0], rows[-1]]) == [ADA, ALAN]
+    assert [reason in failed for failed in shown(rows[1:-1])] == [True]
+
+
+cells = st.text(st.sampled_from('a",; \n\r\t|\0é\ufeff'), max_size=6)
 optional_cells = st.none() | cells
 
 

@@ -195,6 +195,12 @@ BAD = [
     ("id = -9223372036854775809", 6, "64 bits"),
     ("id = 1.5", 6, "expected a value"),
     ("id = \u0661", 6, "expected a value"),
+    # quotes
+    ("email = “ada@b.org”", 9, "put strings and times in straight quotes"),
+    ("email : \u2019b.org\u2019", 9, "put strings and times in straight quotes"),
+    ("created_at < «2024-01-01T00:00:00Z»", 14, "put strings and times in straight quotes"),
+    ("email = 'o''brien@b.org'", 12, r"but found a string; write a quote inside a string as \'"),
+    ('full_name = "Scot""t"', 19, r"write a quote inside a string as \""),
     # keywords
     ("id = 1 and id = 2", 8, "write AND"),
     ("Not id = 1", 1, "write NOT"),
@@ -257,6 +263,12 @@ def test_error_points_into_the_filter(text: str, position: int, fragment: str) -
     assert error.message.startswith(f"at character {position}: ")
     assert fragment in error.message
     assert (error.field, error.facts) == ("filter", {"position": position})
+
+
+def test_advice_about_quotes_is_for_strings_side_by_side() -> None:
+    """Elsewhere an AND is missing."""
+    error = rejected("id = 1 'a'")
+    assert error.message == "at character 8: expected AND, OR or the end of the filter but found a string"
 
 
 @pytest.mark.parametrize(

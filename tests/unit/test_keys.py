@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+from jwt.utils import base64url_decode, base64url_encode
 
 from service.auth.keys import read_keys
 from service.auth.tokens import Tokens
@@ -203,3 +204,79 @@ def test_authority_of_a_chain_signs_no_tokens(caplog: pytest.LogCaptureFixture) 
 
     assert key.public == alone.public
     assert "number 2, because it is of an authority" in caplog.text
+
+
+def p256_with_zero() -> ec.EllipticCurvePrivateKey:
+    """Return a key whose x begins with a zero; one in 256 has one."""
+    while True:
+        key = ec.generate_private_key(ec.SECP256R1())
+        if key.public_key().public_numbers().x < 1 << 248:
+            return key
+
+
+def of_length(key: ec.EllipticCurvePrivateKey, length: int) -> dict[str, Any]:
+    """Return a JWK whose x has this many bytes."""
+    x = key.public_key().public_numbers().x.to_bytes(length)
+    return jwk(key, x=base64url_encode(x).decode())
+
+
+ZERO = p256_with_zero()
+COORDINATES: dict[str, dict[str, Any]] = {
+    "zero omitted": of_length(ZERO, 31),
+    "zero for the sign": of_length(P256, 33),
+    "zero for the sign of P-384": of_length(ec.generate_private_key(ec.SECP384R1()), 49),
+    "P-521 in full": of_length(ec.generate_private_key(ec.SECP521R1()), 66),
+    # https://github.com/jwt/ruby-jwt/issues/412
+    "of a Java program": {
+        "kty": "EC",
+        "crv": "P-256",
+        "x": "0Nv5IKAlkvXuAKmOmFgmrwXKR7qGePOzu_7RXg5msw",
+        "y": "FqnPSNutcjfvXNlufwb7nLJuUEnBkbMdZ3P79nY9c3k",
+    },
+}
+
+
+@pytest.mark.parametrize("key", COORDINATES.values(), ids=COORDINATES)
+def test_coordinates_may_have_other_lengths(key: dict[str, Any]) -> None:
+    """The point is the same; a wrong one would not be on the curve."""
+    [read] = read_keys(jwks(key))
+
+    x = int.from_bytes(base64url_decode(key["x"]))
+    assert read.public.public_numbers().x == x
+
+
+@pytest.mark.parametrize("length", [34, 64])
+def test_coordinates_larger_than_the_curve_are_refused(length: int) -> None:
+    """They are no spelling of another point."""
+    x = base64url_encode(b"\1" * length).decode()
+
+    with pytest.raises(ValueError, match="a member is missing or damaged"):
+        read_keys(jwks(jwk(P256, x=x)))
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"use": ""},
+        {"alg": ""},
+        {"use": "", "alg": "", "kid": "", "x5c": "", "x5t": "", "key_ops": ""},
+        {"x5c": []},
+        {"kid": 7},
+        {"use": None, "alg": None},
+    ],
+)
+@pytest.mark.parametrize("key", [RSA, P256, ED25519])
+def test_empty_members_are_absent(key: Any, members: dict[str, Any]) -> None:
+    """Some issuers write all members that they know, whether they have a value or not."""
+    [read] = read_keys(jwks(jwk(key, **members)))
+    [plain] = read_keys(jwks(jwk(key)))
+
+    assert read.algorithms == plain.algorithms
+    assert read.id is None
+
+
+@pytest.mark.parametrize("member", ["d", "k", "p"])
+def test_an_empty_secret_is_still_refused(member: str) -> None:
+    """Whoever wrote it exports private keys."""
+    with pytest.raises(ValueError, match="private or symmetric"):
+        read_keys(jwks(jwk(RSA, **{member: ""})))

@@ -1,7 +1,10 @@
 """Parquet as pandas, Spark and warehouses write it."""
 
 import datetime as dt
+import gzip
+import io
 import json
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 
 from roster.v1.bulk_pb2 import RowFailure
 from roster.v1.resources_pb2 import User
+from service.cli.compression import decompress
 from service.cli.formats import Parquet, SourceError
 from service.cli.rows import Row
 from tests.support.files import columns_of, rows_of, shown
@@ -159,3 +163,65 @@ def test_refuses_a_file_without_known_columns() -> None:
         rows_in({"a": [1], "b": [2]}, "create")
     with pytest.raises(SourceError, match="If it is email, add --columns email=mail"):
         rows_in({"mail": ["a@x"]}, "create")
+
+
+class Pipe(io.BytesIO):
+    """A file that can be read only once."""
+
+    def seekable(self) -> bool:
+        return False
+
+    def seek(self, *_: int) -> int:
+        raise OSError(29, "Illegal seek")
+
+
+@pytest.mark.parametrize("packed_twice", [bytes, gzip.compress], ids=["plain", "gzip"])
+@pytest.mark.parametrize("kind", [io.BytesIO, Pipe])
+def test_reads_from_a_pipe(kind: type[io.BytesIO], packed_twice: Callable[[bytes], bytes]) -> None:
+    """The list of columns is at the end of a file, so a pipe is copied first."""
+    data = packed_twice(packed({"email": [f"{number}@x" for number in range(1000)]}))
+    file = decompress(io.BufferedReader(kind(data)))
+
+    rows = list(Parquet(columns_of()).rows(file))
+
+    assert [row.number for row in rows] == list(range(1, 1001))
+
+
+def test_rejects_keep_infinity() -> None:
+    """Null would be loaded as an unset value. NaN is unset."""
+    known = Parquet(columns_of())
+    values = {"email": ["a@x", "b@x"], "is_active": [float("inf"), float("nan")]}
+
+    rows = rows_of(known, packed(values))
+
+    assert shown(rows) == ["is_active must be true or false", "email='b@x'"]
+    assert json.loads(known.reject(rows[0], FAILURE))["_line"] == '{"email": "a@x", "is_active": Infinity}'
+    assert json.loads(known.reject(rows[1], FAILURE))["is_active"] is None
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array([{"first": "Ada"}]),
+        pyarrow.array([["Ada"]]),
+        pyarrow.array([[("first", "Ada")]], pyarrow.map_(pyarrow.string(), pyarrow.string())),
+    ],
+    ids=["struct", "list", "map"],
+)
+def test_nested_values_fail_their_rows(column: Any) -> None:
+    """No text is made of them; in a column that nobody reads they do no harm."""
+    assert shown(rows_in({"email": ["a@x"], "full_name": column})) == ["full_name must be a string"]
+    assert shown(rows_in({"email": ["a@x"], "x": column})) == ["email='a@x'"]
+
+
+def test_reads_files_without_rows() -> None:
+    """BigQuery and Spark write empty parts."""
+    assert rows_in({"email": pyarrow.array([], pyarrow.string())}) == []
+
+
+def test_column_names_may_have_dots() -> None:
+    """To pyarrow a dot can mean a field of a struct."""
+    columns = {"email": ["a@x"], "full.name": ["Ada"], "full_name.first": ["x"]}
+    known = Parquet(columns_of(ignore=["full_name.first"]))
+
+    assert shown(rows_of(known, packed(columns))) == ["email='a@x' full_name='Ada'"]

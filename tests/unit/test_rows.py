@@ -87,7 +87,7 @@ BAD_JSON = [
     (User, b'{"email": "a@x"', "MALFORMED_MESSAGE", "", "the line is not JSON: "),
     (User, b"nothing", "MALFORMED_MESSAGE", "", "the line is not JSON: "),
     (User, b'["a@x"]', "MALFORMED_MESSAGE", "", "the row is JSON, but not an object"),
-    (User, b'{"email": "\\ud800"}', "MALFORMED_MESSAGE", "", "surrogate"),
+    (User, b'{"email": "\\ud800"}', "INVALID_FIELD", "email", "surrogate"),
     (User, b'{"email": "\xff"}', "MALFORMED_MESSAGE", "", "UTF-8"),
     (User, b'{"full_name": "' + b"x" * (2 << 20) + b'"}', "TOO_LARGE", "", "the row is larger than 2 MiB"),
 ]
@@ -259,13 +259,13 @@ def test_json_rejects_have_the_row_and_its_error() -> None:
     assert unparsed == {"_line": "no \\xffé", "_error": {**error, "row": 2}}
 
 
-def test_deeply_nested_json_is_rejected_as_text() -> None:
+def test_rejects_keep_deeply_nested_json() -> None:
     """The JSON parser accepts deeper nesting than the writer."""
     ndjson = Json(columns(User))
     line = b'{"email": "a@x", "foo": ' + b"[" * 500 + b"]" * 500 + b"}"
     [row] = rows_of(ndjson, line)
 
-    assert json.loads(ndjson.reject(row, ANY_FAILURE))["_line"] == line.decode()
+    assert ndjson.reject(row, ANY_FAILURE).startswith(line[:-1] + b',"_error":')
 
 
 def test_csv_rejects_have_the_cells_as_they_were() -> None:

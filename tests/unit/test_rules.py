@@ -352,3 +352,40 @@ def test_column_check_accepts_no_value_that_the_rule_refuses(name: str, column: 
         assert [rule.error(value) for value in present] == [None] * len(present)
         if name == "user.email":
             assert [normalise_email(email or "") for email in values] == values
+
+
+# https://github.com/bytebase/bytebase/issues/18943, and relatives from
+# https://www.unicode.org/Public/security/latest/confusables.txt
+LOOKALIKES = [
+    ("test\u043e@gmail.com", "Cyrillic and Latin"),
+    ("\u0430da@example.org", "Cyrillic and Latin"),
+    ("ada@ex\u0430mple.org", "Cyrillic and Latin"),
+    ("ada@xn--exmple-4nf.org", "Cyrillic and Latin"),
+    ("ad\u03b1@example.org", "Greek and Latin"),
+    ("\u043c\u03bf\u043b@example.org", "Cyrillic and Greek"),
+    ("\u0578ada@example.org", "Armenian and Latin"),
+    ("ada.love\u0435lace+x@example.org", "Cyrillic and Latin"),
+]
+
+
+@pytest.mark.parametrize(("email", "scripts"), LOOKALIKES)
+def test_letters_of_two_scripts_in_one_word_are_refused(email: str, scripts: str) -> None:
+    """A reader takes such an e-mail for that of another user; the error names the scripts."""
+    assert email_error(normalise_email(email)) == f"must not have {scripts} letters in one word"
+
+
+@pytest.mark.parametrize(
+    "email",
+    [
+        "ivan.\u0438\u0432\u0430\u043d\u043e\u0432@example.org",
+        "\u043f\u043e\u0447\u0442\u0430@example.org",
+        "\u03b1\u03b2\u03b3@example.org",
+        "ada\u5c71\u7530@example.org",
+        "5\u00b5m@example.org",
+        "jos\u00e9@b\u00fccher.de",
+        "info@\u0431\u0430\u043d\u043a-online.example",
+    ],
+)
+def test_words_of_one_script_are_accepted(email: str) -> None:
+    """Words of different scripts, and scripts that look like no other, are in real addresses."""
+    assert email_error(normalise_email(email)) is None

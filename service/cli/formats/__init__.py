@@ -39,6 +39,7 @@ ENDINGS = {
     ".parquet": "parquet",
 }
 LOADED_ENDINGS = {**ENDINGS, ".tsv": "csv", ".txt": "csv"}
+ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 WORKBOOKS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
 
 
@@ -47,6 +48,8 @@ def format_name(file: str, endings: Mapping[str, str] = ENDINGS) -> str:
     ending = Path(without_compression(file.lower())).suffix
     if ending in WORKBOOKS:
         raise click.UsageError(f"{file} is a workbook; save the sheet as “CSV UTF-8”, and load that file")
+    if ending in ARCHIVES:
+        raise click.UsageError(f"{file} is an archive; unpack it, and load the file inside")
     if file != STDIN and ending not in endings:
         raise click.UsageError(f"the name of {file} does not imply a format; add --format")
     return endings.get(ending, "ndjson")

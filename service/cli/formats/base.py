@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from io import BufferedReader
+from math import isinf
 from typing import Any, Protocol
 
 import orjson
@@ -55,6 +56,8 @@ def check_size(original: bytes | str) -> None:
 
 def json_reject(values: Values, row: Row[Any], failure: RowFailure) -> bytes:
     """Return a reject as a line of JSON: the values, and the error."""
+    if any(map(_is_infinite, values.values())):  # orjson would write null
+        return unparsed_reject(json.dumps(values, default=str), row, failure)
     try:
         return _with_error(values, row, failure)
     except orjson.JSONEncodeError:  # such as an integer of more than 64 bits
@@ -71,12 +74,20 @@ def shorten(row: Row[Any], text: str) -> str:
     return text if row.size <= MAX_LINE_BYTES else text[:KEPT_CHARACTERS]
 
 
-def _with_error(values: Values, row: Row[Any], failure: RowFailure) -> bytes:
-    error = {
+def error_of(row: Row[Any], failure: RowFailure) -> Values:
+    """Return the error of a reject."""
+    return {
         "reason": failure.reason,
         "field": failure.field,
         "message": failure.message,
         "row": row.number,
     }
-    line = json_line({**values, ERROR: error})
+
+
+def _with_error(values: Values, row: Row[Any], failure: RowFailure) -> bytes:
+    line = json_line({**values, ERROR: error_of(row, failure)})
     return escape(line.decode().removesuffix("\n")).encode() + b"\n"
+
+
+def _is_infinite(value: Any) -> bool:
+    return isinstance(value, float) and isinf(value)

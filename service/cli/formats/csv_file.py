@@ -37,7 +37,11 @@ ESCAPE = re.compile(r"\\[bfnrtv0\\]")
 ESCAPED_LINE_END = re.compile(r"\\[\r\n]")  # in `content`, it can be a line of code
 # Put into a quoted cell to find it. Any character that is not part of the syntax would do.
 MARK = "\0"
-BLANK = "\ufeff \t\r\n"
+MARK_OF_FILE = "\ufeff"
+BLANK = f"{MARK_OF_FILE} \t\r\n"
+# Fields whose values can't be names of columns: in them a further header line is recognised.
+KEYS = ("email", "id", "author_id", "author_email")
+NAME = re.compile(r"[^\W\d][^@]*")  # and not a key
 MAX_SHOWN_NAMES, MAX_SHOWN_CHARACTERS = 10, 24
 
 # The text of a row, and its cells or the reason why it has none.
@@ -60,6 +64,8 @@ class Lines(Iterator[str]):
         line = self._returned.popleft() if self._returned else self._read()
         if not line:
             raise StopIteration
+        if not self.record:  # in files that were put together there are marks inside
+            line = line.removeprefix(MARK_OF_FILE)
         self.record.append(line)
         return line
 
@@ -116,6 +122,8 @@ class Csv:
         self._has_spaces = False  # after each delimiter, as the header has them
         self._header: list[str] = []
         self._fields: list[str | None] = []
+        self._key: int | None = None  # the index of a column that shows further header lines
+        self._names: frozenset[str] = frozenset()
         csv.field_size_limit(MAX_LINE_BYTES)
 
     def rows(self, file: BufferedReader) -> Iterator[Row[Record]]:
@@ -168,8 +176,8 @@ class Csv:
         shown = ", ".join(escape(name[:MAX_SHOWN_CHARACTERS]) for name in self._header[:MAX_SHOWN_NAMES])
         if not known:
             raise SourceError(
-                f"the header line has none of the columns {', '.join(self.columns.names)}; it has {shown}; "
-                f"{self._suggest_header(lines)}"
+                f"the header line has none of the columns {', '.join(self.columns.names)}; "
+                f"it has {shown or 'no names'}; {self._suggest_header(lines)}"
             )
         for column in self.columns.mapping.values():
             if column not in self._header:
@@ -178,16 +186,20 @@ class Csv:
             self._fields = self.columns.fields_of(self._header)
         except InvalidField as error:
             raise SourceError(error.message) from None
+        keys = [index for index, field in enumerate(self._fields) if field in KEYS]
+        self._key = keys[0] if keys else None
+        self._names = frozenset(map(str.casefold, filter(NAME.fullmatch, self._header)))
 
     def _suggest_header(self, lines: Lines) -> str:
         """Return what to do about a header without known columns: it may be missing, or be below a title."""
+        lines.start_record()
+        if next(lines).lstrip(BLANK).startswith(("{", "[")):
+            return "the file looks like JSON; add --format ndjson"
         if any(map(E_MAIL.search, self._header)):
             return (
                 "if this is a row, add a header line such as email,full_name; if not, name the columns with "
                 "--columns, such as --columns email=Mail"
             )
-        lines.start_record()
-        next(lines)
         for number in range(MAX_TITLE_LINES):
             line = next(lines, "")
             with suppress(csv.Error, StopIteration):
@@ -216,8 +228,22 @@ class Csv:
                 error = raised
                 reader = self._reader(lines, has_spaces=self._has_spaces)
             record = lines.text
+            if self._is_header(cells) and not self._repeats_header(cells):
+                raise SourceError(
+                    f"line {lines.number + 1} is a header line with other columns; "
+                    "load the files that were put together one by one"
+                )
             if error or record.strip(blank):
                 yield Row(lines.number + 1, len(record), (record, error or cells), self._to_message)
+
+    def _is_header(self, cells: list[str]) -> bool:
+        """Return whether a row is a further header line, as in files that were put together."""
+        key = self._key
+        return key is not None and key < len(cells) and cells[key].strip(BLANK).casefold() in self._names
+
+    def _repeats_header(self, cells: list[str]) -> bool:
+        names = [cell.strip(BLANK).casefold() for cell in cells]
+        return names == [name.casefold() for name in self._header]
 
     def _read_spaced(self, lines: Lines, cells: list[str]) -> list[str]:
         """Return the cells of a record again, without spaces before a quoted cell; raises csv.Error."""
@@ -241,6 +267,8 @@ class Csv:
         count = len(self._header)
         if len(cells) != count and (len(cells) < count or any(cells[count:])):
             raise MalformedMessage(f"the row has {pluralize(len(cells), 'cell')}, but the header has {count}")
+        if self._is_header(cells):
+            raise MalformedMessage("the row repeats the header line, and can be left out")
         values: list[str | None] = [cell or None for cell in cells]
         if '""' in record and None in values:
             for index in self._quoted_cells(record, cells):

@@ -2,17 +2,26 @@
 
 import codecs
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from io import BufferedReader, RawIOBase, TextIOWrapper
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from google.protobuf.message import Message
 
 from roster.v1.bulk_pb2 import RowFailure
-from service.cli.columns import Columns
-from service.cli.formats.base import MAX_LINE_BYTES, SourceError, check_size, json_reject, unparsed_reject
+from service.cli.columns import ERROR, Columns
+from service.cli.formats.base import (
+    MAX_LINE_BYTES,
+    SourceError,
+    check_size,
+    error_of,
+    json_reject,
+    unparsed_reject,
+)
+from service.cli.formats.write import json_line
 from service.cli.rows import Row, Values
 from service.errors import InvalidField, MalformedMessage, RosterError
 from service.escape import escape
@@ -20,9 +29,35 @@ from service.escape import escape
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 READ_BYTES = 1 << 16
 HEAD_LINES = 2
-MAX_SHOWN_NAMES = 10
-DECODER = json.JSONDecoder()
+MAX_SHOWN_BYTES = 40
 WHITESPACE = " \t\r\n"
+MEMBER = re.compile(rb'"\s*:')  # after the name of a member; also inside a text
+RECORD_SEPARATOR = b"\x1e"  # begins a row of a JSON text sequence: https://www.rfc-editor.org/rfc/rfc7464
+LINE_ENDS = str.maketrans("\r\n", "  ")  # in a document, these stand between values only
+MAX_SHOWN_NAMES = 10
+
+
+class RepeatedName(dict[str, Any]):
+    """An object that has a name more than once. JSON does not say which value counts.
+
+    See https://www.rfc-editor.org/rfc/rfc8259#section-4.
+    """
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    return value if len(value) == len(pairs) else RepeatedName(value)
+
+
+# It reads what Python writes and orjson refuses: NaN, infinity and integers of any size.
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+class Element(NamedTuple):
+    """A value of a document, and its text."""
+
+    value: Any
+    text: str
 
 
 class Json:
@@ -57,37 +92,51 @@ class Json:
             yield from self._document(text, array)
 
     def _has_a_row_per_line(self, head: list[bytes]) -> bool:
-        """Return whether the first line is a row, or the second one: the first may be damaged."""
-        lines = b"".join(head).removeprefix(codecs.BOM_UTF8).lstrip().splitlines()
-        if not lines or not lines[0].startswith((b"{", b"[")):
-            return True  # each line fails
-        for line in lines:
+        """Return whether the first line is a row, or the second one: the first may be damaged.
+
+        Raises SourceError if the file is not JSON, or if neither has a known column.
+        """
+        lines = list(filter(None, map(bytes.strip, map(_without_mark, head))))
+        is_json = [line.startswith((b"{", b"[")) for line in lines]
+        if lines and not any(is_json):
+            shown = escape(lines[0][:MAX_SHOWN_BYTES].decode(errors="replace"))
+            raise SourceError(f"the file is not JSON: it begins with {shown}; if it is CSV, add --format csv")
+        if not lines or not is_json[0]:
+            return True  # each line that is not JSON fails
+        for index, line in enumerate(lines):
             if line.startswith(b"["):
                 return False
-            try:
-                row = orjson.loads(line)
-            except orjson.JSONDecodeError:
+            row = _read_object(line)
+            if row is None:
                 continue
-            if isinstance(row, dict):
-                has_array = any(isinstance(value, list) for value in row.values())
-                is_row = not has_array or self.columns.knows(row) > 0
-                if is_row:
-                    self._check_columns(row)
-                return is_row
+            has_array = any(isinstance(value, list) for value in row.values())
+            if has_array and not self.columns.knows(row):
+                return False
+            self._check_columns(row, filter(None, map(_read_object, lines[index + 1 :])))
+            return True
         return False
 
-    def _check_columns(self, row: Values) -> None:
-        """Raise SourceError if a column of the first row may be misspelt, or if it has none that is known."""
+    def _check_columns(self, row: Values, others: Iterable[Values] = ()) -> None:
+        """Raise SourceError if a column of the first row may be misspelt, or if no row has a known one."""
         try:
             self.columns.fields_of(list(row))
         except InvalidField as error:
             raise SourceError(error.message) from None
-        if row and not self.columns.knows(row):
+        if row and not any(map(self.columns.knows, [row, *others])):
+            shown = escape(", ".join(list(row)[:MAX_SHOWN_NAMES]))
             raise SourceError(
-                f"the first row has none of the columns {', '.join(self.columns.names)}; it has "
-                f"{escape(', '.join(list(row)[:MAX_SHOWN_NAMES]))}; name the columns with --columns, or "
-                "write rows with these names, such as with jq"
+                f"the first row has none of the columns {', '.join(self.columns.names)}; it has {shown}; "
+                f"{self._advice(row)}"
             )
+
+    def _advice(self, row: Values) -> str:
+        """Return what to do about a row without known columns."""
+        objects = [name for name, value in row.items() if isinstance(value, dict)]
+        with_rows = [name for name in objects if self.columns.knows(row[name])]
+        if not with_rows:
+            return "name the columns with --columns, such as --columns email=Mail"
+        path = ".[]" if len(with_rows) == len(row) else f".{escape(with_rows[0])}"
+        return f"the columns are inside; take them out, such as with jq -c '{path}'"
 
     def _lines(self, file: BufferedReader) -> Iterator[Row[Any]]:
         for number, line in enumerate(_read_lines(file), start=1):
@@ -98,10 +147,10 @@ class Json:
         return self.columns.to_message(_parse_object(line))
 
     def _document(self, text: "JsonText", array: str | None) -> Iterator[Row[Any]]:
-        for number, (value, size) in enumerate(self._values(text, array), start=1):
-            if number == 1 and isinstance(value, dict):
-                self._check_columns(value)
-            yield Row(number, size, value, self._parse_value)
+        for number, element in enumerate(self._values(text, array), start=1):
+            if number == 1 and isinstance(element.value, dict):
+                self._check_columns(element.value)
+            yield Row(number, len(element.text), element, self._parse_element)
 
     def _find_array(self, text: "JsonText") -> str | None:
         """Return the name of the array of rows in the first object; None if the object is itself a row.
@@ -126,8 +175,8 @@ class Json:
             )
         return arrays[0] if arrays else None
 
-    def _values(self, text: "JsonText", array: str | None) -> Iterator[tuple[Any, int]]:
-        """Yield the rows of a document with their sizes."""
+    def _values(self, text: "JsonText", array: str | None) -> Iterator[Element]:
+        """Yield the rows of a document."""
         while start := text.peek():
             if start == "[":
                 yield from text.elements()
@@ -136,22 +185,33 @@ class Json:
             else:
                 yield text.value()
 
-    def _parse_value(self, value: Any) -> Message:
-        if not isinstance(value, dict):
+    def _parse_element(self, element: Element) -> Message:
+        if not isinstance(element.value, dict):
             raise MalformedMessage("the row is JSON, but not an object")
-        return self.columns.to_message(value)
+        _refuse_repeated_name(element.value)
+        return self.columns.to_message(element.value)
 
     def rejects_header(self) -> bytes:
         return b""
 
     def reject(self, row: Row[Any], failure: RowFailure) -> bytes:
-        if not isinstance(row.original, bytes):
-            return json_reject(row.original, row, failure)
-        try:
-            return json_reject(_parse_object(row.original), row, failure)
-        except RosterError:
-            text = row.original.rstrip(b"\r\n").decode(errors="backslashreplace")
+        """Return the text of a row with the error as its last member: parsing can alter numbers."""
+        if isinstance(row.original, Element):
+            value, text = row.original.value, row.original.text.translate(LINE_ENDS)
+        else:
+            value, text = None, row.original.strip().decode(errors="backslashreplace")
+            with suppress(RosterError):
+                value = _parse_object(row.original)
+        if not isinstance(value, dict) or isinstance(value, RepeatedName):
             return unparsed_reject(text, row, failure)
+        if ERROR in value:  # the row is from a file of rejects
+            value = {name: other for name, other in value.items() if name != ERROR}
+            text = _without_last_member(text)
+            if _read_object(text.encode(errors="surrogatepass")) != value:
+                return json_reject(value, row, failure)
+        error = json_line(error_of(row, failure)).decode().strip()
+        comma = "," if value else ""
+        return escape(f'{text.rstrip()[:-1]}{comma}"{ERROR}":{error}}}').encode() + b"\n"
 
 
 class JsonText:
@@ -183,8 +243,8 @@ class JsonText:
                 return ""
             self._read()
 
-    def value(self) -> tuple[Any, int]:
-        """Return the next value, and its length."""
+    def value(self) -> Element:
+        """Return the next value."""
         self.peek()
         while True:
             length = len(self._text) - self._position
@@ -192,15 +252,18 @@ class JsonText:
                 value, end = DECODER.raw_decode(self._text, self._position)
                 # The next character may belong to a number.
                 if end < len(self._text) or self._is_complete:
-                    size, self._position = end - self._position, end
-                    return value, size
-            except (ValueError, RecursionError) as error:
+                    element = Element(value, self._text[self._position : end])
+                    self._position = end
+                    return element
+            except RecursionError:
+                raise self._error("a value is nested too deeply") from None
+            except ValueError as error:
                 if self._is_complete or length > MAX_LINE_BYTES:
-                    raise self._error(getattr(error, "msg", "a value is too large")) from None
+                    raise self._error(getattr(error, "msg", "a number has too many digits")) from None
             self._read(length)
 
-    def elements(self) -> Iterator[tuple[Any, int]]:
-        """Yield the elements of the array that comes next, with their lengths."""
+    def elements(self) -> Iterator[Element]:
+        """Yield the elements of the array that comes next."""
         self._take("[")
         while self.peek() != "]":
             self._row += 1
@@ -212,7 +275,7 @@ class JsonText:
         """Yield the names of the object that comes next. Before the next name, the value must be read."""
         self._take("{")
         while self.peek() != "}":
-            name, _ = self.value()
+            name = self.value().value
             self._take(":")
             yield str(name)
             self._take_comma_before("}")
@@ -249,7 +312,7 @@ class JsonText:
         return SourceError(f"the file is not JSON, or is damaged, at row {self._row:,}: {escape(reason)}")
 
 
-def _rows_in_object(text: JsonText, array: str) -> Iterator[tuple[Any, int]]:
+def _rows_in_object(text: JsonText, array: str) -> Iterator[Element]:
     has_array = False
     for name in text.members():
         if name == array and text.peek() == "[":
@@ -273,12 +336,17 @@ def _read_head(file: BufferedReader) -> list[bytes]:
 
 def _read_lines(file: BufferedReader) -> Iterator[bytes]:
     """Yield the lines of a file, each truncated to just over MAX_LINE_BYTES."""
-    line = file.readline(MAX_LINE_BYTES + 1).removeprefix(codecs.BOM_UTF8)
+    line = file.readline(MAX_LINE_BYTES + 1)
     while line:
-        yield line
+        yield _without_mark(line)
         while line and not line.endswith(b"\n"):  # skip the rest of a line that is too long
             line = file.readline(MAX_LINE_BYTES)
         line = file.readline(MAX_LINE_BYTES + 1)
+
+
+def _without_mark(line: bytes) -> bytes:
+    """Return a line without the mark before it: files with byte order marks may have been put together."""
+    return line.removeprefix(codecs.BOM_UTF8).removeprefix(RECORD_SEPARATOR)
 
 
 def _open_utf8(file: BufferedReader) -> BufferedReader:
@@ -322,11 +390,54 @@ class Stream(RawIOBase):
 
 
 def _parse_object(line: bytes) -> Values:
+    value = _decode_object(line)
+    _refuse_repeated_name(value)
+    return value
+
+
+def _decode_object(line: bytes) -> Values:
+    """Return the object of a line, as a RepeatedName if it is one; raises MalformedMessage, TooLarge."""
     check_size(line)
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise MalformedMessage(f"the line is not JSON: {error.msg}, at column {error.colno:,}") from None
+        try:
+            value = DECODER.decode(line.decode())
+        except (ValueError, RecursionError):
+            message = f"the line is not JSON: {error.msg}, at column {error.colno:,}"
+            raise MalformedMessage(message) from None
     if not isinstance(value, dict):
         raise MalformedMessage("the line is JSON, but not an object")
-    return value
+    if _may_repeat_a_name(line, value):
+        with suppress(ValueError, RecursionError):
+            again = DECODER.decode(line.decode())
+            if isinstance(again, RepeatedName):
+                return again
+    row: Values = value
+    return row
+
+
+def _without_last_member(text: str) -> str:
+    """Return the text of an object without its member `_error`, which ends it."""
+    before = text[: text.rindex(f'"{ERROR}"')]
+    return before.rstrip().removesuffix(",") + "}"
+
+
+def _may_repeat_a_name(line: bytes, value: Values) -> bool:
+    """Return whether a line has more members than the object that orjson made of it.
+
+    They may be inside others, or only look like members in a text. A colon follows each name.
+    """
+    return line.count(b":") > len(value) and len(MEMBER.findall(line)) > len(value)
+
+
+def _refuse_repeated_name(value: Any) -> None:
+    if isinstance(value, RepeatedName):
+        raise MalformedMessage("the object has a name more than once; keep one of them")
+
+
+def _read_object(line: bytes) -> Values | None:
+    try:
+        return _decode_object(line)
+    except RosterError:
+        return None

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
-from io import BufferedReader
-from math import isnan
-from typing import Any, TypeAlias
+from io import BufferedReader, BytesIO, FileIO
+from shutil import copyfileobj
+from tempfile import TemporaryFile
+from typing import IO, Any, TypeAlias
 
 from google.protobuf.message import Message
 
@@ -25,8 +26,9 @@ Original: TypeAlias = tuple[Callable[[], list[Values]], int]
 class Parquet:
     """Parquet, read with pyarrow. Null, NaN and missing fields are unset. Its rejects are NDJSON.
 
-    Only the columns of fields are read. Times become text first: Python has no nanoseconds, and no years
-    after 9999, and pyarrow fails on these as a whole.
+    Its columns are not in the order of the file, so a pipe or a compressed file is copied first, into the
+    folder for temporary files. Only the columns of fields are read. Times become text first: Python has no
+    nanoseconds, and no years after 9999, and pyarrow fails on these as a whole.
     """
 
     name, suffix, unit = "Parquet", "ndjson", "row"
@@ -36,6 +38,15 @@ class Parquet:
         self._pyarrow = pyarrow()
 
     def rows(self, file: BufferedReader) -> Iterator[Row[Any]]:
+        if _is_plain(file):
+            yield from self._rows(file)
+            return
+        with TemporaryFile() as copy:
+            copyfileobj(file, copy)
+            copy.seek(0)
+            yield from self._rows(copy)
+
+    def _rows(self, file: IO[bytes]) -> Iterator[Row[Any]]:
         number = 0
         try:
             parquet = self._pyarrow.parquet.ParquetFile(file)
@@ -76,8 +87,7 @@ class Parquet:
 
     def _to_message(self, original: Original, fields: Mapping[str, str]) -> Message:
         row = _row(original)
-        values = [None if _is_nan(value) else value for value in row.values()]
-        return self.columns.message_of(map(fields.__getitem__, row), values)
+        return self.columns.message_of(map(fields.__getitem__, row), row.values())
 
     def rejects_header(self) -> bytes:
         return b""
@@ -86,10 +96,11 @@ class Parquet:
         return json_reject(_row(row.original), row, failure)
 
 
+def _is_plain(file: BufferedReader) -> bool:
+    """Return whether it costs little to read a file in any order: not a pipe, and not compressed."""
+    return isinstance(file.raw, FileIO | BytesIO) and file.seekable()
+
+
 def _row(original: Original) -> Values:
     values, index = original
     return values()[index]
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and isnan(value)

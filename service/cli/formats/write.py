@@ -11,7 +11,7 @@ from service.cli.rows import Values
 from service.cli.terminal import UsageError
 from service.cli.values import NULL_WORDS
 
-SPECIAL = re.compile(r'[",\r\n]')
+SPECIAL = re.compile(r'[",\r\n]|\A\ufeff')
 
 
 class Quoted(str):
