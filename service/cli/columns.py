@@ -8,30 +8,32 @@ from typing import Any
 
 import click
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 
+from service.cli.rows import SourceError
 from service.cli.values import PARSERS, text
 from service.errors import InvalidField, TooLarge
 from service.escape import escape
 
 # The server accepts rows with up to 1 MiB of content.
 MAX_ROW_BYTES = 2 << 20
-MAX_NAMES = 10_000  # different ones in a file; JSON with more is data used as names
 MAX_LAYOUTS = 1000
 MAX_IGNORED_NAMES = 100
-MAX_SHOWN_CHARACTERS = 40
+MAX_SHOWN_NAMES, MAX_SHOWN_CHARACTERS = 10, 24  # a row in place of a header may contain a hash
+MAX_NAME = 100  # characters; longer names are data
+MAX_LAYOUT = 1000  # characters
 ERROR = "_error"
 
+TIMESTAMP = Timestamp.DESCRIPTOR
 EMPTY = ("", b"")
 NEAR = 0.8  # the ratio of SequenceMatcher from which a name is taken for a misspelt one
 MIN_WORD = 4
 WORD = re.compile(r"[A-Z]?[^\W_A-Z]+|[A-Z]+(?![^\W_A-Z])")
 SEPARATORS = re.compile(r"[\W_]+")
-
-
-# Whether a user is active, in other words. Only the second one means the same.
+# Whether a user is active, in other words. Only `enabled` means the same.
 STATUS = re.compile(
     r"(?:is|account|user)?(?:(?:disabled|blocked|suspended|banned|locked|lockedout|deactivated|archived|deleted)"
-    r"(?:at|on|until|date)?|status|(enabled))"
+    r"(?:at|on|until|date)?|inactive|notactive|status|(enabled))"
 )
 
 
@@ -64,23 +66,44 @@ class Columns:
         self._fields: dict[str, str | None] = dict.fromkeys(ignore) | {ERROR: None}
         self._fields |= {column: field for field, column in self.mapping.items()}
         self._by_spelling = {_spelling(name): name for name in names if name not in self.mapping}
-        self._unread = {_spelling(field.name) for field in message.DESCRIPTOR.fields} - {*self._by_spelling}
+        exported = [
+            field.name for field in message.DESCRIPTOR.fields if field.message_type in (None, TIMESTAMP)
+        ]
+        self._unread = set(map(_spelling, exported)) - {*self._by_spelling}
 
     def knows(self, names: Iterable[str]) -> int:
         """Return how many of the names are those of fields."""
         return sum(self._match(name) is not None for name in names)
 
-    def field_of(self, name: str, names: Iterable[str]) -> str | None:
-        """Return the field of a column, None if it is ignored; `names` are all columns of the row.
+    def check(self, names: Sequence[str], place: str, advice: str = "") -> list[str | None]:
+        """Return the fields of the columns of a file; raises SourceError.
 
-        Raises UnknownColumn.
+        `place` is what has the names, such as "the header line"; `advice` is for the case that none is known.
         """
-        return self._field_of(name, self._present(names))
+        shown = ", ".join(_shorten(name) for name in names[:MAX_SHOWN_NAMES])
+        for field, column in self.mapping.items():
+            meant = [name for name in names if _spelling(name) == _spelling(column)]
+            if not meant:
+                raise SourceError(f"--columns names {escape(column)}, but {place} has {shown}")
+            if column not in meant:
+                self._fields[meant[0]] = field
+        try:
+            fields = self.fields_of(names)
+        except InvalidField as error:
+            raise SourceError(error.message) from None
+        if not any(fields):
+            known = ", ".join(name for name in self.names if name != "password")
+            advice = advice or f"name the columns with --columns, such as --columns {self.names[0]}=NAME"
+            raise SourceError(
+                f"{place} has none of the columns {known}; it has {shown or 'no names'}; {advice}"
+            )
+        return fields
 
     def fields_of(self, names: Sequence[str]) -> list[str | None]:
         """Return the fields of all columns of a row; raises UnknownColumn, InvalidField."""
-        present = self._present(names)
-        fields = [self._field_of(name, present) for name in names]
+        fields = [self._match(name) for name in names]
+        unknown = [name for name, field in zip(names, fields, strict=True) if field is None]
+        self._refuse_near(unknown, fields)
         first_names: dict[str, str] = {}
         for name, field in zip(names, fields, strict=True):
             if field is not None and field in first_names:
@@ -95,7 +118,7 @@ class Columns:
         fields = self._layouts.get(names)
         if fields is None:
             fields = self.fields_of(names)
-            if len(self._layouts) < MAX_LAYOUTS:
+            if len(self._layouts) < MAX_LAYOUTS and sum(map(len, names)) <= MAX_LAYOUT:
                 self._layouts[names] = fields
         return self.message_of(fields, row.values())
 
@@ -117,56 +140,59 @@ class Columns:
             raise TooLarge(f"the row is larger than {MAX_ROW_BYTES >> 20} MiB")
         return message
 
-    def _present(self, names: Iterable[str]) -> set[str | None]:
-        """Return the fields that are among the columns of a row."""
-        return {self._match(name) for name in names}
-
-    def _field_of(self, name: str, present: Collection[str | None]) -> str | None:
-        if name in self._fields:
-            return self._fields[name]
-        field = self._match(name)
-        if field is None:
-            self._refuse_near(name, present)
-            self._ignore(name)
-        if len(self._fields) < MAX_NAMES:
-            self._fields[name] = field
-        return field
-
     def _match(self, name: str) -> str | None:
         if name in self._fields:
             return self._fields[name]
         return self._by_spelling.get(_spelling(name))
 
-    def _ignore(self, name: str) -> None:
-        if name.strip() and len(self.ignored) < MAX_IGNORED_NAMES:
-            self.ignored[name] = None
+    def _refuse_near(self, unknown: Iterable[str], present: Collection[str | None]) -> None:
+        """Raise UnknownColumn if names could be meant for fields, otherwise remember them as ignored.
 
-    def _refuse_near(self, name: str, present: Collection[str | None]) -> None:
-        """Raise UnknownColumn if a name could be meant for a field."""
+        All of them are reported at once, so that nobody has to run a command for each.
+        """
+        near: dict[str, list[str]] = {}
+        for name in unknown:
+            if name in self._fields or name in self.ignored or not name.strip() or len(name) > MAX_NAME:
+                continue
+            if field := self._near_field(name, present):
+                near.setdefault(field, []).append(name)
+        if near:
+            sentences = [self._advise(field, names) for field, names in near.items()]
+            raise UnknownColumn("the " + ". The ".join(sentences), field=next(iter(near)))
+        for name in unknown:
+            if name.strip() and name not in self._fields and len(self.ignored) < MAX_IGNORED_NAMES:
+                self.ignored[name[:MAX_NAME]] = None
+
+    def _near_field(self, name: str, present: Collection[str | None]) -> str | None:
+        """Return the field for which a name could be meant."""
         if _spelling(name) in self._unread:  # a field that this operation does not read
-            return
-        if (status := STATUS.fullmatch(_spelling(name))) and "is_active" in {*self.names}.difference(present):
-            self._refuse_status(name, has_same_meaning=bool(status[1]))
+            return None
+        is_status = STATUS.fullmatch(_spelling(name)) and any(present)
+        if is_status and "is_active" in self.names and "is_active" not in present:
+            return "is_active"
         for field in self.names:
-            # A column such as email_verified, beside email, is not a misspelt one.
+            # A column such as email_verified, next to email, is not a misspelt one.
             if _is_misspelt(name, field) or (field not in present and _shares_word(name, field)):
-                column = shlex.quote(f"{field}={name}")
-                raise UnknownColumn(
-                    f"the column {_quote(name)} is not known. If it is {field}, add --columns {column}; "
-                    f"if not, add --ignore {shlex.quote(name)}",
-                    field=field,
-                )
+                return field
+        return None
 
-    def _refuse_status(self, name: str, *, has_same_meaning: bool) -> None:
-        """Raise UnknownColumn: without the column, users that were disabled elsewhere would be active."""
-        advice = "write is_active instead, as true or false"
-        if has_same_meaning:
-            advice = f"add --columns {shlex.quote(f'is_active={name}')}"
-        raise UnknownColumn(
-            f"the column {_quote(name)} is not known. If it says which users are active, {advice}; "
-            f"if not, add --ignore {shlex.quote(name)}",
-            field="is_active",
-        )
+    def _advise(self, field: str, names: Sequence[str]) -> str:
+        """Return what to do about columns that could be meant for a field, after `the`."""
+        names = names[:MAX_SHOWN_NAMES]
+        shown = " and ".join(f'"{_shorten(name)}"' for name in names)
+        ignore = " ".join(f"--ignore {shlex.quote(name)}" for name in names)
+        if len(names) > 1:
+            return (
+                f"columns {shown} are not known. If one of them is {field}, name it with --columns; if "
+                f"{field} is made of them, join them in one column; if not, add {ignore}"
+            )
+        status = STATUS.fullmatch(_spelling(names[0]))
+        condition, advice = f"it is {field}", f"add --columns {shlex.quote(f'{field}={names[0]}')}"
+        if status and field == "is_active":
+            # Without the column, users that were disabled elsewhere would be active.
+            condition = "it says which users are active"
+            advice = advice if status[1] else "write is_active instead, as true or false"
+        return f"column {shown} is not known. If {condition}, {advice}; if not, add {ignore}"
 
 
 def parse_columns(options: Sequence[str], names: Sequence[str]) -> dict[str, str]:
@@ -222,5 +248,9 @@ def _both(field: str, first: str, second: str) -> str:
     )
 
 
+def _shorten(name: str) -> str:
+    return escape(name[:MAX_SHOWN_CHARACTERS])
+
+
 def _quote(name: str) -> str:
-    return f'"{escape(name[:MAX_SHOWN_CHARACTERS])}"'
+    return f'"{_shorten(name)}"'

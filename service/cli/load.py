@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, closing, contextmanager
+from contextlib import aclosing, closing, contextmanager, suppress
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -40,7 +40,14 @@ from service.cli.terminal import (
 from service.cli.tracker import RowTracker
 from service.client import BATCH_ROWS, Backoff, BulkLoader, LoadInterrupted, pages
 from service.client.errors import is_retryable
-from service.errors import FailedPrecondition, LoadAborted, LoadExpired, RosterError, TooManyFailures
+from service.errors import (
+    FailedPrecondition,
+    LoadAborted,
+    LoadExpired,
+    LoadNotFound,
+    RosterError,
+    TooManyFailures,
+)
 
 LOAD_ID = "Load ID; reuse it to resume a load.  [default: derived from the file and the options]"
 CALLER = "For admins: resume the load that this caller started.  [default: a load of your own]"
@@ -69,8 +76,10 @@ class Load:
         options: pb.BulkOptions,
         report: LoadReport,
         rejects: RejectsFile,
+        earlier_id: str,
     ) -> None:
         self.is_open = False
+        self._earlier_id = earlier_id
         self._entity = entity
         self._source = source
         self._options = options
@@ -91,6 +100,7 @@ class Load:
                 connection=connection,
             )
             loads = BulkServiceStub(connection)
+            await self._refuse_earlier_load(loads)
             try:
                 async with aclosing(loader.run(partial(self._messages, loads))) as events:
                     async for event in events:
@@ -106,6 +116,23 @@ class Load:
                     self._set_counts(await self._get_load(loads))
                     self.is_open = True
                 raise
+
+    async def _refuse_earlier_load(self, loads: BulkServiceStub) -> None:
+        """Raise FailedPrecondition if an earlier release has begun a load of this file.
+
+        It did not send rows that it could not parse, so its offsets are not positions in the file.
+        """
+        request = pb.GetBulkLoadRequest(load_id=self._earlier_id, caller=self._options.caller)
+        if not self._earlier_id:
+            return
+        with suppress(LoadNotFound):
+            load = await Backoff(retry_connect=False).call(loads.GetBulkLoad, request)
+            state = pb.BulkLoad.State.Name(load.state)
+            raise FailedPrecondition(
+                f"an earlier release of this command began the load {self._earlier_id} of this file: "
+                f"{state}, {pluralize(load.next_offset, 'row')}. This release counts rows differently: "
+                "continue it with that release, or add --load-id NAME to load the file again"
+            )
 
     async def _on_open(self, opened: pb.BulkOpened, loads: BulkServiceStub) -> None:
         self.is_open = True
@@ -218,7 +245,8 @@ def load(
 
     Columns of users: email, full_name, is_active, hashed_password. Columns of posts: title, content, and
     author_id or author_email. --update needs id. --restore also reads id, created_at, updated_at, version.
-    Other columns are ignored. docs/importing.md describes the files of other systems.
+    Other columns are ignored, unless their name is near that of a known one; then the load stops.
+    docs/importing.md describes the files of other systems.
 
     A row that fails does not affect the others. It is written to a file of rejects, with the reason as
     `_error`. Fix the rows there, and load that file. An existing file of rejects is never overwritten.
@@ -238,7 +266,13 @@ def load(
     columns = Columns(kind.message, names, parse_columns(mapping, names), ignore)
     kind_of_file = FORMATS[file_format or format_name(file, LOADED_ENDINGS)]
     source = Source(file, _configure(kind_of_file, columns, delimiter, encoding, null))
-    reading = {"columns": columns.mapping, "delimiter": delimiter, "encoding": encoding, "null": null}
+    reading = {
+        "columns": columns.mapping,
+        "ignore": ignore,
+        "delimiter": delimiter,
+        "encoding": encoding,
+        "null": null,
+    }
     bulk_options = pb.BulkOptions(
         restore=operation == "restore",
         update_mask=FieldMask(paths=masked),
@@ -250,11 +284,14 @@ def load(
         raise click.UsageError("--caller resumes a load, and --validate-only does not; use one of them")
     if bulk_options.validate_only:
         bulk_options.load_id = ""  # nothing is stored, so there is nothing to resume
-    elif not bulk_options.load_id:
-        bulk_options.load_id = _derive_load_id(source, f"{entity}-{operation}", bulk_options, reading)
+    earlier_id = ""
+    if not (bulk_options.load_id or bulk_options.validate_only):
+        bulk_options.load_id, earlier_id = _derive_load_ids(
+            source, f"{entity}-{operation}", bulk_options, reading
+        )
     rejects_file = RejectsFile(_rejects_path(rejects, file, source.format.suffix), source.format)
     report = LoadReport(source.name, source.format, bulk_options, rejects_file)
-    job = Load(kind, source, bulk_options, report, rejects_file)
+    job = Load(kind, source, bulk_options, report, rejects_file, earlier_id)
     verb = "BulkUpdate" if operation == "update" else "BulkCreate"
     try:
         with _report_errors(job, report, source.name, target), closing(rejects_file):
@@ -312,25 +349,29 @@ def _configure(
         raise click.UsageError(
             f"--encoding {encoding} is not known; use one such as utf-8 or cp1252"
         ) from None
-    return Csv(
-        columns, DELIMITERS.get(delimiter or "", ""), "" if codec.name == "utf-8" else codec.name, null
-    )
+    return Csv(columns, DELIMITERS.get(delimiter or "", ""), codec.name, null)
 
 
-def _derive_load_id(
+def _derive_load_ids(
     source: Source, prefix: str, options: pb.BulkOptions, reading: Mapping[str, object]
-) -> str:
-    """Return an id that is the same whenever the same rows would be written; "" for standard input."""
+) -> tuple[str, str]:
+    """Return an id that is the same whenever the same rows would be written, and that of earlier releases.
+
+    Both are "" for standard input.
+    """
     content = source.digest()
     if not content:
-        return ""
+        return "", ""
     effective = pb.BulkOptions()
     effective.CopyFrom(options)
     effective.ClearField("max_failures")
     effective.ClearField("caller")
     parts = [content, source.format.name.encode(), effective.SerializeToString(deterministic=True)]
-    if any(reading.values()):  # otherwise the ids are those of earlier releases
-        parts.append(json.dumps(reading, sort_keys=True).encode())
+    earlier = "" if any(reading.values()) else _join_id(prefix, parts)
+    return _join_id(prefix, [*parts, json.dumps(reading, sort_keys=True).encode()]), earlier
+
+
+def _join_id(prefix: str, parts: Sequence[bytes]) -> str:
     return f"{prefix}-{sha256(b'/'.join(parts)).hexdigest()[:32]}"
 
 

@@ -67,12 +67,16 @@ POSTS = Entity(
 ENTITIES = {"users": USERS, "posts": POSTS}
 
 
+class SourceError(Exception):
+    """The file as a whole can't be read."""
+
+
 @dataclass(slots=True)
 class Row(Generic[OriginalT]):
     """A row of a file. Once it is parsed, it has a message, or the reason why there is none.
 
-    `number` is the number of its first line, from 1; `size` is in bytes, about. `original` is the row as it
-    is in the file, and `parser` returns its message or raises RosterError.
+    `number` is the number of its first line, from 1; `size` is in bytes, approximately. `original` is the
+    row as it is in the file, and `parser` returns its message or raises RosterError.
     """
 
     number: int

@@ -11,7 +11,7 @@ from google.protobuf.descriptor import FieldDescriptor
 
 from service.errors import InvalidField
 
-# Floats, as pandas writes ids of a column with missing values, are exact up to here.
+# Floats, as pandas writes ids of a column with missing values, are exact below this.
 MAX_EXACT_FLOAT = 1 << 53
 INTEGER = re.compile(r"([-+]?[0-9]{1,19})(?:\.0*)?")
 # As PostgreSQL reads text: any prefix of a word that fits only one of them.
@@ -82,7 +82,7 @@ def _whole(value: Any) -> int | None:
         found = INTEGER.fullmatch(_ascii(value))
         return int(found[1]) if found else None
     if isinstance(value, float):
-        return int(value) if value.is_integer() and abs(value) <= MAX_EXACT_FLOAT else None
+        return int(value) if value.is_integer() and abs(value) < MAX_EXACT_FLOAT else None
     if isinstance(value, Decimal):
         return int(value) if value.is_finite() and value == value.to_integral_value() else None
     return value if type(value) is int else None
@@ -95,7 +95,7 @@ def boolean(name: str, value: Any) -> bool:
     word = str(_whole(value)) if isinstance(value, int | float | Decimal) else value
     if isinstance(word, str | bytes) and (known := BOOLEANS.get(_ascii(word).lower())) is not None:
         return known
-    raise InvalidField(f"{name} must be true or false", field=name)
+    raise InvalidField(f"{name} must be true or false (yes/no and 1/0 work too)", field=name)
 
 
 def timestamp(name: str, value: Any) -> datetime:

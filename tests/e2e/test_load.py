@@ -5,13 +5,16 @@ import json
 import re
 import signal
 from collections.abc import AsyncIterator
+from hashlib import sha256
 
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 from sqlalchemy import text
 
-from roster.v1.bulk_pb2 import AbortBulkLoadRequest, BulkLoad
+from roster.v1.bulk_pb2 import AbortBulkLoadRequest, BulkLoad, BulkOptions
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
-from roster.v1.users_pb2 import GetUserRequest, ListUsersRequest
+from roster.v1.resources_pb2 import User
+from roster.v1.users_pb2 import BulkCreateUsersRequest, GetUserRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.client import channel
 from service.server import Server
@@ -80,7 +83,8 @@ async def test_loads_csv_from_standard_input(roster: Roster, users: UserServiceS
     assert done.out.startswith("stdin: 2 rows in ")
     assert (roster.folder / "stdin.rejects.csv").read_text() == (
         "_error,email,full_name,is_active\n"
-        "line 3: INVALID_FIELD is_active: is_active must be true or false,b@example.org,,maybe\n"
+        "line 3: INVALID_FIELD is_active: is_active must be true or false (yes/no and 1/0 work too),"
+        "b@example.org,,maybe\n"
     )
     assert (await users.GetUser(GetUserRequest(email="a@example.org"))).full_name == "Ada"
 
@@ -152,7 +156,7 @@ async def test_stops_if_too_many_rows_fail(roster: Roster, rows: list[object]) -
         (["users", "users.ndjson", "--update"], "--update requires --update-mask"),
         (["users", "users.ndjson", "--rejects", "./users.ndjson"], "is the file to load"),
         (["users", "users.ndjson", "--rejects", "nowhere/rejects"], "can't write to directory nowhere"),
-        (["users", "users.ndjson", "--format", "csv"], "the header line has none of the columns email"),
+        (["users", "users.ndjson", "--format", "csv"], "the file looks like JSON; add --format ndjson"),
         (["users", "users.ndjson", "--validate-only", "--caller", "jwt:ada"], "--caller resumes a load"),
         (["users", "-", "--caller", "jwt:ada"], "nothing was loaded: --caller needs --load-id"),
         (["users", "users.ndjson", "--address", "127.0.0.1:1"], "127.0.0.1:1; start one with `roster serve`"),
@@ -430,6 +434,30 @@ async def test_reports_the_first_line_of_each_reason(roster: Roster) -> None:
     assert lines[2].startswith("  1 x INVALID_FIELD email, first at line 2: email must be")
     [load] = map(json.loads, loads.out.splitlines())
     assert (load["next_offset"], load["failed"]) == ("3", "2")
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+async def test_refuses_the_load_of_an_earlier_release(
+    roster: Roster, users: UserServiceStub, is_finished: bool
+) -> None:
+    """Its offsets do not count rows that could not be parsed, so that rows would be loaded twice."""
+    name = roster.write("users.csv", "email", "a@example.org", "b@example.org")
+    content = sha256((roster.folder / name).read_bytes()).digest()
+    options = BulkOptions(update_mask=FieldMask()).SerializeToString(deterministic=True)
+    earlier = f"users-create-{sha256(b'/'.join((content, b'Csv', options))).hexdigest()[:32]}"
+    call = users.BulkCreateUsers()
+    await call.write(BulkCreateUsersRequest(options=BulkOptions(load_id=earlier)))
+    await call.write(BulkCreateUsersRequest(users=[User(email="a@example.org")], finish=is_finished))
+    await call.done_writing()
+    assert [response async for response in call]
+
+    done = await roster.run("load", "users", name)
+    other = await roster.run("load", "users", name, "--load-id", "again", "--on-conflict", "skip")
+
+    assert done.status == 2
+    state = "FINISHED" if is_finished else "OPEN"
+    assert f"began the load {earlier} of this file: {state}, 1 row." in " ".join(done.err.split())
+    assert "1 created, 0 updated, 1 skipped" in other.out
 
 
 async def test_resumes_by_position(roster: Roster, users: UserServiceStub, server: Server) -> None:

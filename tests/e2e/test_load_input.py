@@ -78,7 +78,7 @@ async def test_null_says_which_texts_are_missing_values(roster: Roster, users: U
     other = await roster.run("load", "users", "users.ndjson", "--null", "NULL")
 
     assert refused.status == 1
-    assert "add --null '\\N', or write it in quotes if it is text" in " ".join(refused.out.split())
+    assert "add --null '\\N'; if it is text, put it in quotes" in " ".join(refused.out.split())
     assert loaded.status == 0
     assert {user.email: user.full_name for user in await list_users(users)} == {
         "a@example.org": "",

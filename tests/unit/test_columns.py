@@ -30,7 +30,7 @@ from tests.support.files import columns_of, rows_of, shown
 )
 def test_matches_any_case_and_form(name: str) -> None:
     """As spreadsheets, JSON and SQL spell the same name."""
-    assert columns_of().field_of(name, [name]) == "full_name"
+    assert columns_of().fields_of([name]) == ["full_name"]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_matches_any_case_and_form(name: str) -> None:
 )
 def test_matches_all_fields(entity: str, name: str, field: str) -> None:
     """A hyphen and a space separate words, like an underscore."""
-    assert columns_of(entity).field_of(name, [name]) == field
+    assert columns_of(entity).fields_of([name]) == [field]
 
 
 @pytest.mark.parametrize(
@@ -67,11 +67,52 @@ def test_matches_all_fields(entity: str, name: str, field: str) -> None:
 def test_a_near_name_is_refused(name: str, field: str) -> None:
     """The sentence has the two options that answer it."""
     with pytest.raises(UnknownColumn) as refused:
-        columns_of().field_of(name, [name])
+        columns_of().fields_of([name])
 
     assert refused.value.field == field
     assert f"If it is {field}, add --columns" in refused.value.message
     assert "if not, add --ignore" in refused.value.message
+
+
+@pytest.mark.parametrize("name", ["inactive", "isInactive", "not_active", "disabled", "status", "Deleted At"])
+def test_a_column_that_says_the_opposite_is_not_offered(name: str) -> None:
+    """Taken for is_active, it would make inactive users active."""
+    with pytest.raises(UnknownColumn, match="write is_active instead, as true or false") as refused:
+        columns_of().fields_of(["email", name])
+
+    assert "--columns" not in refused.value.message
+
+
+def test_reports_all_near_names_at_once() -> None:
+    """Two names that are near the same field are probably parts of it."""
+    with pytest.raises(UnknownColumn) as refused:
+        columns_of().fields_of(["email", "First Name", "Last Name", "Active", "team"])
+
+    assert refused.value.message == (
+        'the columns "First Name" and "Last Name" are not known. If one of them is full_name, name it with '
+        "--columns; if full_name is made of them, join them in one column; if not, add --ignore 'First Name' "
+        "--ignore 'Last Name'. The column \"Active\" is not known. If it is is_active, add --columns "
+        "is_active=Active; if not, add --ignore Active"
+    )
+
+
+def test_names_of_the_options_match_in_any_case() -> None:
+    """As those of the file do."""
+    assert columns_of(mapping={"email": "mail"}).check(["Mail", "x"], "the file") == ["email", None]
+
+
+@pytest.mark.timeout(20)
+def test_many_and_long_names_take_linear_time() -> None:
+    """JSON in which data are used as names; nothing of it is kept."""
+    known = columns_of()
+    wide = {f"{number:x} some text": 1 for number in range(4000)}
+    rows = [{f"{number} {'é' * 500_000}": 1, "email": "a@x"} for number in range(20)]
+
+    known.to_message(wide)
+    for row in rows:
+        known.to_message(row)
+
+    assert sum(map(len, known.ignored)) < 20_000
 
 
 @pytest.mark.parametrize(
@@ -81,14 +122,16 @@ def test_other_names_are_ignored(name: str) -> None:
     """Among them the fields of an export that a create does not read."""
     known = columns_of()
 
-    assert known.field_of(name, ["email", name]) is None
+    assert known.fields_of(["email", name]) == ["email", None]
     assert list(known.ignored) == ([name] if name not in {"", "_error"} else [])
 
 
 @pytest.mark.parametrize("name", ["email_verified", "email2_verified_at", "user_active_since"])
 def test_a_column_beside_the_known_one_is_ignored(name: str) -> None:
     """A longer name that shares a word is not a misspelt one if the file has the field."""
-    assert columns_of().field_of(name, ["email", "full_name", "is_active", "hashed_password", name]) is None
+    present = ["email", "full_name", "is_active", "hashed_password"]
+
+    assert columns_of().fields_of([*present, name]) == [*present, None]
 
 
 def test_takes_the_columns_of_the_options() -> None:

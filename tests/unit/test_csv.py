@@ -7,7 +7,7 @@ from hypothesis import example, given, settings, strategies as st
 
 from roster.v1.bulk_pb2 import RowFailure
 from roster.v1.resources_pb2 import User
-from service.cli.formats import Csv, SourceError
+from service.cli.formats import Csv, SourceError, csv_file
 from service.cli.formats.write import csv_line
 from service.cli.rows import Row
 from tests.support.files import columns_of, rows_of, shown
@@ -74,7 +74,7 @@ def test_reads_the_ansi_files_of_excel() -> None:
     first, _ = csv_rows(data, encoding="cp1252")
 
     assert bad.failure is not None
-    assert "--encoding cp1252" in bad.failure.message
+    assert "--encoding, such as cp1252" in bad.failure.message
     assert shown([good]) == [ALAN]
     assert shown([first]) == ["email='ada@example.org' full_name='Jürgen'"]
 
@@ -308,3 +308,53 @@ def test_accounts_for_all_text_of_any_file(text: str) -> None:
     assert kept.strip(", \t\r\n").replace("\r", "").count("a") == text.count("a")
     for row in rows:
         assert (row.message is None) != (row.failure is None)
+
+
+@pytest.mark.timeout(30)
+def test_misplaced_quotes_take_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines that never end a record would each be read to the end of the file."""
+    monkeypatch.setattr(csv_file, "MAX_REREAD", 100_000)
+
+    with pytest.raises(SourceError, match=r"too many quotes are misplaced, the last one at line \d"):
+        csv_rows('email,full_name\n"x\n' + 'x",y,"\n' * 200_000)
+
+
+def test_a_record_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one of many short cells."""
+    monkeypatch.setattr(csv_file, "MAX_LINE_BYTES", 1000)
+
+    bad, *good = csv_rows('email,full_name\n"x\n' + 'x","y\n' * 300)
+
+    assert bad.failure is not None
+    assert bad.failure.reason == "TOO_LARGE"
+    assert [row.number for row in good] == list(range(3, 303))
+
+
+@pytest.mark.timeout(30)
+def test_a_row_of_many_quotes_takes_linear_time() -> None:
+    """Which cells are quoted is found in one pass."""
+    [row] = csv_rows("email,full_name,note\n" + 'a@x,,"' + ',""' * 300_000 + '"\n')
+
+    assert row.message == User(email="a@x")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "mac_roman", "utf-16-le"])
+def test_rejects_load_with_the_same_encoding(encoding: str) -> None:
+    """They are UTF-8 with a mark, which counts for more than the option."""
+    csv_format = Csv(columns_of(), encoding=encoding)
+    rows = rows_of(csv_format, "email,full_name\na@x,Jürgen\n".encode(encoding))
+    rejects = csv_format.rejects_header() + csv_format.reject(rows[0], FAILURE)
+
+    assert shown(csv_rows(rejects, encoding=encoding)) == ["email='a@x' full_name='Jürgen'"]
+
+
+@pytest.mark.parametrize("data", ["email\tfull_name\na@x\tC:\\new\n", 'email,full_name\na@x,x\\"y\n'])
+def test_rejects_of_escapes_fail_until_they_are_edited(data: str) -> None:
+    """Loaded as they are, they must not turn into text."""
+    csv_format = Csv(columns_of())
+    [row] = rows_of(csv_format, data.encode())
+    assert row.failure is not None
+
+    [again] = csv_rows(csv_format.rejects_header() + csv_format.reject(row, row.failure))
+
+    assert again.failure is not None

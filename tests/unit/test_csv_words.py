@@ -20,7 +20,7 @@ def test_a_word_for_null_fails_its_row(word: str) -> None:
 
     assert row.failure is not None
     assert row.failure.field == "full_name"
-    assert f"full_name is {word}, which programs write for an unset value: add --null " in row.failure.message
+    assert f"full_name contains {word}. If it means no value, add --null " in row.failure.message
 
 
 @pytest.mark.parametrize("word", sorted(NULL_WORDS))
@@ -159,7 +159,7 @@ def test_a_title_above_the_header_is_named(title_lines: int) -> None:
 )
 def test_refuses_tables_for_the_screen(line: str) -> None:
     """They pad cells with spaces, and break rows."""
-    with pytest.raises(SourceError, match="the file is a table for the screen, not CSV"):
+    with pytest.raises(SourceError, match="the file is aligned table output, not CSV"):
         rows_of(Csv(columns_of()), f" email | full_name \n{line}\n a@x | Ada \n".encode())
 
 

@@ -52,10 +52,10 @@ def _timestamp(text: str) -> Timestamp:
     return timestamp
 
 
-NULL = "full_name is {}, which programs write for an unset value: add --null {}, or write it in quotes"
+NULL = "full_name contains {}. If it means no value, add --null {}; if it is text, put it in quotes"
 ESCAPED = "full_name seems to contain a character that is escaped with a backslash"
 MISQUOTED = "text follows a closing quote; a quote inside a quoted cell is written twice"
-NOT_UTF_8 = "the row is not UTF-8; save the file as UTF-8, or add --encoding cp1252"
+NOT_UTF_8 = "the row is not UTF-8; save the file as UTF-8, or add --encoding"
 NAIVE = "created_at must be a time with a time zone"
 CELLS = "the row has {} cells, but the header has 3"
 
@@ -191,13 +191,13 @@ CASES = [
     Case("sqlite3.json"),
 ]
 WORKBOOK = "is a workbook; save the sheet as “CSV UTF-8”, and load that file"
-SCREEN = "the file is a table for the screen, not CSV; export it as CSV, such as with psql --csv"
+SCREEN = "the file is aligned table output, not CSV; export it as CSV, such as with psql --csv"
 NONE = "the first row has none of the columns email, full_name, is_active, hashed_password, password; it has "
 REFUSED = {
-    "auth0-passwords.ndjson": 'the column "name" is not known. If it is full_name, add --columns',
-    "auth0.csv": 'the column "name" is not known',
-    "auth0.ndjson": 'the column "name" is not known',
-    "cognito.json": "If it says which users are active, add --columns is_active=Enabled; if not",
+    "auth0-passwords.ndjson": 'the columns "name" and "given_name" and "family_name" are not known',
+    "auth0.csv": 'the columns "name" and "given_name" and "family_name" are not known',
+    "auth0.ndjson": 'the columns "name" and "given_name" and "family_name" are not known',
+    "cognito.json": "the first row has none of the columns email",
     "django-dumpdata.json": f"{NONE}model, pk, fields",
     "django-dumpdata.jsonl": f"{NONE}model, pk, fields",
     "excel-title.csv": "it has Staff 2026, , ; if line 3 is the header, delete the lines above it",
@@ -205,15 +205,15 @@ REFUSED = {
     "firebase-export.csv": "if this is a row, add a header line such as email,full_name",
     "firebase-export.json": 'the column "passwordHash" is not known. If it is hashed_password, add --columns',
     "firebase-parameters.json": f"{NONE}base64_signer_key",
-    "keycloak-argon2.json": 'the column "firstName" is not known',
-    "keycloak-pbkdf2-sha256.json": 'the column "firstName" is not known',
-    "keycloak-pbkdf2-sha512.json": 'the column "firstName" is not known',
-    "keycloak-users.json": 'the column "firstName" is not known',
+    "keycloak-argon2.json": 'the columns "firstName" and "lastName" are not known',
+    "keycloak-pbkdf2-sha256.json": 'the columns "firstName" and "lastName" are not known',
+    "keycloak-pbkdf2-sha512.json": 'the columns "firstName" and "lastName" are not known',
+    "keycloak-users.json": 'the columns "firstName" and "lastName" are not known',
     "kratos.json": f"{NONE}id, schema_id",
     "libreoffice.ods": WORKBOOK,
     "libreoffice.xls": WORKBOOK,
     "mariadb-table.txt": SCREEN,
-    "okta.json": "If it says which users are active, write is_active instead, as true or false",
+    "okta.json": "the first row has none of the columns email",
     "pandas-split.json": "the object has several arrays",
     "pandas.xlsx": WORKBOOK,
     "psql-aligned.txt": SCREEN,

@@ -157,6 +157,33 @@ def test_reads_booleans_of_any_type() -> None:
         ]
 
 
+@pytest.mark.parametrize(
+    ("column", "reason"),
+    [
+        (
+            pyarrow.array([b"\xff", b"b"]).cast(pyarrow.binary()).view(pyarrow.string()),
+            "full_name must be UTF-8",
+        ),
+        (pyarrow.array([[1], None], pyarrow.list_(pyarrow.timestamp("ns"))), "full_name must be a string"),
+        (pyarrow.array([[1 << 30], None], pyarrow.list_(pyarrow.date32())), "full_name must be a string"),
+        (pyarrow.array([1 << 62, None], pyarrow.time64("us")), "full_name must be a string"),
+        (pyarrow.array([YEAR_294247, None], pyarrow.timestamp("us")), "full_name must be a string"),
+        (pyarrow.array([0, None], pyarrow.timestamp("us", "Nowhere/City")), "full_name must be a string"),
+    ],
+    ids=lambda column: str(getattr(column, "type", "")),
+)
+def test_a_value_that_python_can_not_hold_fails_its_row(column: Any, reason: str) -> None:
+    """The rows after it are read, and the reject can be written."""
+    known = Parquet(columns_of())
+
+    bad, good = rows_of(known, packed({"email": ["a@x", "b@x"], "full_name": column}))
+
+    assert shown([bad]) == [reason]
+    assert good.message is not None
+    assert bad.failure is not None
+    assert json.loads(known.reject(bad, bad.failure))["email"] == "a@x"
+
+
 def test_refuses_a_file_without_known_columns() -> None:
     """The sentence has the columns of the file, and what to do."""
     with pytest.raises(SourceError, match=r"none of the columns email, .*; it has a, b; .*--columns"):
@@ -194,7 +221,7 @@ def test_rejects_keep_infinity() -> None:
 
     rows = rows_of(known, packed(values))
 
-    assert shown(rows) == ["is_active must be true or false", "email='b@x'"]
+    assert shown(rows) == ["is_active must be true or false (yes/no and 1/0 work too)", "email='b@x'"]
     assert json.loads(known.reject(rows[0], FAILURE))["_line"] == '{"email": "a@x", "is_active": Infinity}'
     assert json.loads(known.reject(rows[1], FAILURE))["is_active"] is None
 

@@ -20,6 +20,7 @@ from roster.v1.resources_pb2 import Post, User
 from service.cli.columns import Columns
 from service.cli.formats import Csv, FileFormat, Json, Parquet, SourceError, csv_file
 from service.cli.formats.base import MAX_LINE_BYTES
+from service.cli.formats.csv_file import NO_ENCODING
 from service.cli.formats.write import csv_line, json_line
 from service.cli.rejects import RejectsFile
 from service.cli.report import LoadReport
@@ -29,7 +30,7 @@ from service.cli.terminal import UsageError
 from service.cli.tracker import RowTracker
 from tests.support.files import rows_of
 
-NOT_UTF_8 = b"the row is not UTF-8; save the file as UTF-8, or add --encoding cp1252"
+NOT_UTF_8 = f"the row is not UTF-8; {NO_ENCODING}".encode()
 ANY_FAILURE = RowFailure(reason="EMAIL_TAKEN", field="email", message="email belongs to another user")
 
 
@@ -182,7 +183,7 @@ def test_a_stray_quote_fails_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
         (b"\r\n \r\n", "the file is empty"),
         (b"a@x,Ada\n", "has none of the columns email, full_name, .*; it has a@x, Ada; .*--columns"),
         (b"email,E-Mail\n", 'the columns "email" and "E-Mail" are both email; choose one with --columns'),
-        (b"email,\xff\n", "the header line is not UTF-8; .*--encoding cp1252"),
+        (b"email,\xff\n", "the header line is not UTF-8; .*--encoding, such as cp1252"),
         (b'foo,"bar\n', "has none of the columns email"),
         ("email,full_name\n".encode("utf-16-le"), "zero bytes; if it is UTF-16, add --encoding utf-16-le"),
         (b"email,full_nmae\n", 'column "full_nmae" is not known. If it is full_name, .*--ignore full_nmae'),

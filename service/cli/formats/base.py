@@ -1,4 +1,4 @@
-"""What all file formats have in common."""
+"""The protocol of file formats, and rejects as JSON."""
 
 import json
 from collections.abc import Iterator
@@ -11,17 +11,15 @@ import orjson
 from roster.v1.bulk_pb2 import RowFailure
 from service.cli.columns import ERROR
 from service.cli.formats.write import json_line
-from service.cli.rows import Row, Values
+from service.cli.rows import Row, SourceError, Values
 from service.errors import TooLarge
 from service.escape import escape
+
+__all__ = ["FileFormat", "SourceError", "check_size", "error_of", "json_reject", "shorten", "unparsed_reject"]
 
 MAX_LINE_BYTES = 8 << 20
 KEPT_CHARACTERS = 1000  # of a row that is too long, in the rejects
 LINE = "_line"
-
-
-class SourceError(Exception):
-    """The file as a whole can't be read."""
 
 
 class FileFormat(Protocol):

@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from io import BufferedReader, TextIOWrapper
-from itertools import pairwise
 from typing import TypeAlias
 
 from google.protobuf.message import Message
@@ -28,24 +27,30 @@ DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 EXCEL_DELIMITER = re.compile(r"sep=(.)\s*")  # a first line that only Excel knows
 POWERSHELL_TYPE = re.compile(r"#TYPE \S+\s*")  # a first line that only PowerShell knows
-# The line below the header, or above it, in a table for the screen.
+# The line below the header, or above it, in aligned table output.
 RULER = re.compile(r"(?=.*[-=\u2500\u2501\u2550]{3})[-=+|:,;\s\u2500-\u257f]+")
 MAX_TITLE_LINES = 20
 E_MAIL = re.compile(r"\S@\S")
 # As PostgreSQL's and MySQL's text formats escape characters.
 ESCAPE = re.compile(r"\\[bfnrtv0\\]")
 ESCAPED_LINE_END = re.compile(r"\\[\r\n]")  # in `content`, it can be a line of code
-# Put into a quoted cell to find it. Any character that is not part of the syntax would do.
-MARK = "\0"
+# A cell of a valid record, with what its quotes contain.
+CELL = r' *"([^"]*(?:""[^"]*)*)"(?=DELIMITER|[\r\n]|\Z)|[^DELIMITER\r\n]*'
 MARK_OF_FILE = "\ufeff"
 BLANK = f"{MARK_OF_FILE} \t\r\n"
 # Fields whose values can't be names of columns: in them a further header line is recognised.
 KEYS = ("email", "id", "author_id", "author_email")
 NAME = re.compile(r"[^\W\d][^@]*")  # and not a key
-MAX_SHOWN_NAMES, MAX_SHOWN_CHARACTERS = 10, 24
+# Lines that a misplaced quote swallows are read again. Without a limit, a file of them takes quadratic time.
+MAX_REREAD = 64 << 20
+NO_ENCODING = "save the file as UTF-8, or add --encoding, such as cp1252 for Windows or mac_roman for a Mac"
 
 # The text of a row, and its cells or the reason why it has none.
 Record: TypeAlias = tuple[str, list[str] | csv.Error]
+
+
+class RecordTooLong(csv.Error):
+    """A record goes on for more than MAX_LINE_BYTES."""
 
 
 class Lines(Iterator[str]):
@@ -59,11 +64,16 @@ class Lines(Iterator[str]):
         self.record: list[str] = []
         self._readline = partial(file.readline, MAX_LINE_BYTES + 1)
         self._returned: deque[str] = deque()
+        self._size = 0  # of the record
+        self._budget = MAX_REREAD  # what may still be read again
 
     def __next__(self) -> str:
+        if self._size > MAX_LINE_BYTES:
+            raise RecordTooLong
         line = self._returned.popleft() if self._returned else self._read()
         if not line:
             raise StopIteration
+        self._size += len(line)
         if not self.record:  # in files that were put together there are marks inside
             line = line.removeprefix(MARK_OF_FILE)
         self.record.append(line)
@@ -78,11 +88,23 @@ class Lines(Iterator[str]):
         """Forget the lines of the last record."""
         self.number += len(self.record)
         self.record = []
+        self._size = 0
 
-    def give_back(self, kept: int) -> None:
-        """Keep only the first lines of the record; the others are read again."""
+    def rewind(self) -> None:
+        """Read the record again."""
+        self._return_after(0)
+
+    def keep_first_line(self) -> None:
+        """Keep only the first line of the record, and read the others again; raises SourceError."""
+        self._budget -= sum(map(len, self.record[1:]))
+        if self._budget < 0:
+            raise SourceError(f"too many quotes are misplaced, the last one at line {self.number + 1}")
+        self._return_after(1)
+
+    def _return_after(self, kept: int) -> None:
         self._returned.extendleft(reversed(self.record[kept:]))
         del self.record[kept:]
+        self._size = sum(map(len, self.record))
 
     def _read(self) -> str:
         try:
@@ -112,7 +134,7 @@ class Csv:
     name, suffix, unit = "Csv", "csv", "line"
 
     def __init__(
-        self, columns: Columns, delimiter: str = "", encoding: str = "", null: Collection[str] = ()
+        self, columns: Columns, delimiter: str = "", encoding: str = "utf-8", null: Collection[str] = ()
     ) -> None:
         self.columns = columns
         self._null = null
@@ -124,6 +146,7 @@ class Csv:
         self._fields: list[str | None] = []
         self._key: int | None = None  # the index of a column that shows further header lines
         self._names: frozenset[str] = frozenset()
+        self._cell = re.compile("")
         csv.field_size_limit(MAX_LINE_BYTES)
 
     def rows(self, file: BufferedReader) -> Iterator[Row[Record]]:
@@ -137,9 +160,14 @@ class Csv:
                 text.detach()
 
     def _detect_encoding(self, file: BufferedReader) -> str:
-        if self._encoding:
-            return self._encoding
-        return "utf-16" if file.peek(2).startswith(UTF_16) else "utf-8-sig"
+        start = file.peek(len(codecs.BOM_UTF8))
+        if start.startswith(UTF_16):  # a mark says more than --encoding
+            return "utf-16"
+        return "utf-8-sig" if start.startswith(codecs.BOM_UTF8) else self._encoding
+
+    @property
+    def _not_encoded(self) -> str:
+        return f"not {self._encoding.upper()}; {NO_ENCODING}"
 
     def _read_header(self, lines: Lines) -> None:
         for first in lines:
@@ -153,15 +181,13 @@ class Csv:
         if "\0" in first:
             raise SourceError("the file contains zero bytes; if it is UTF-16, add --encoding utf-16-le")
         if not _is_encodable(first):
-            raise SourceError(
-                "the header line is not UTF-8; save the file as UTF-8, or add --encoding cp1252"
-            )
+            raise SourceError(f"the header line is {self._not_encoded}")
         if RULER.fullmatch(first) or RULER.fullmatch(next(lines, "")):
             raise SourceError(
-                "the file is a table for the screen, not CSV; export it as CSV, such as with psql --csv or "
+                "the file is aligned table output, not CSV; export it as CSV, such as with psql --csv or "
                 "sqlite3 -header -csv"
             )
-        lines.give_back(0)
+        lines.rewind()
         candidates = [self._delimiter] if self._delimiter else DELIMITERS.values()
         headers = {delimiter: _read_names(lines, delimiter) for delimiter in candidates}
         known = {delimiter: self.columns.knows(names) for delimiter, names in headers.items()}
@@ -170,22 +196,12 @@ class Csv:
         self._check_header(lines, known[self._delimiter])
         others = next(csv.reader(lines, delimiter=self._delimiter))[1:]
         self._has_spaces = bool(others) and all(name.startswith(" ") for name in others)
+        delimiter = re.escape(self._delimiter)
+        self._cell = re.compile(CELL.replace("DELIMITER", delimiter))
 
     def _check_header(self, lines: Lines, known: int) -> None:
-        # A row in place of a header may contain a hash.
-        shown = ", ".join(escape(name[:MAX_SHOWN_CHARACTERS]) for name in self._header[:MAX_SHOWN_NAMES])
-        if not known:
-            raise SourceError(
-                f"the header line has none of the columns {', '.join(self.columns.names)}; "
-                f"it has {shown or 'no names'}; {self._suggest_header(lines)}"
-            )
-        for column in self.columns.mapping.values():
-            if column not in self._header:
-                raise SourceError(f"--columns names {escape(column)}, but the header line has {shown}")
-        try:
-            self._fields = self.columns.fields_of(self._header)
-        except InvalidField as error:
-            raise SourceError(error.message) from None
+        advice = "" if known else self._suggest_header(lines)
+        self._fields = self.columns.check(self._header, "the header line", advice)
         keys = [index for index, field in enumerate(self._fields) if field in KEYS]
         self._key = keys[0] if keys else None
         self._names = frozenset(map(str.casefold, filter(NAME.fullmatch, self._header)))
@@ -194,7 +210,7 @@ class Csv:
         """Return what to do about a header without known columns: it may be missing, or be below a title."""
         lines.start_record()
         if next(lines).lstrip(BLANK).startswith(("{", "[")):
-            return "the file looks like JSON; add --format ndjson"
+            raise SourceError("the file looks like JSON; add --format ndjson")
         if any(map(E_MAIL.search, self._header)):
             return (
                 "if this is a row, add a header line such as email,full_name; if not, name the columns with "
@@ -207,7 +223,7 @@ class Csv:
                     names = next(csv.reader([line], delimiter=delimiter))
                     if self.columns.knows(name.strip(BLANK) for name in names):
                         return f"if line {lines.number + number + 2} is the header, delete the lines above it"
-        return "name the columns with --columns, such as --columns email=Mail"
+        return ""
 
     def _read_rows(self, lines: Lines) -> Iterator[Row[Record]]:
         reader = self._reader(lines, has_spaces=self._has_spaces)
@@ -224,7 +240,7 @@ class Csv:
                 return
             except csv.Error as raised:
                 # The lines after the first may be rows that a stray quote has swallowed.
-                lines.give_back(1)
+                lines.keep_first_line()
                 error = raised
                 reader = self._reader(lines, has_spaces=self._has_spaces)
             record = lines.text
@@ -247,7 +263,7 @@ class Csv:
 
     def _read_spaced(self, lines: Lines, cells: list[str]) -> list[str]:
         """Return the cells of a record again, without spaces before a quoted cell; raises csv.Error."""
-        lines.give_back(0)
+        lines.rewind()
         spaced = next(self._reader(lines, has_spaces=True))
         pairs = zip(cells, spaced, strict=False)
         is_spaced = any(cell != other for cell, other in pairs if _may_be_quoted(cell))
@@ -263,7 +279,7 @@ class Csv:
         if isinstance(cells, csv.Error):
             raise _explain(cells, record)
         if not _is_encodable(record):
-            raise MalformedMessage("the row is not UTF-8; save the file as UTF-8, or add --encoding cp1252")
+            raise MalformedMessage(f"the row is {self._not_encoded}")
         count = len(self._header)
         if len(cells) != count and (len(cells) < count or any(cells[count:])):
             raise MalformedMessage(f"the row has {pluralize(len(cells), 'cell')}, but the header has {count}")
@@ -289,8 +305,8 @@ class Csv:
             if cell not in self._null:
                 option = f"--null {shlex.quote(cell)}"
                 raise InvalidField(
-                    f"{field} is {cell}, which programs write for an unset value: add {option}, or write it "
-                    "in quotes if it is text",
+                    f"{field} contains {cell}. If it means no value, add {option}; if it is text, "
+                    "put it in quotes",
                     field=field,
                 )
             indexes.append(index)
@@ -313,34 +329,21 @@ class Csv:
             )
 
     def _quoted_cells(self, record: str, cells: list[str], text: str = "") -> list[int]:
-        """Return the indexes of the cells that are a text in quotes, which the csv module does not reveal.
-
-        A mark in such a cell comes back with its value. In a place that only looks like one, as in
-        `"a,"",b"`, the mark follows a closing quote, which is an error.
-        """
-        # Without quotes in cells, each quoted cell has two.
-        if record.count('"') == 2 * len(cells) and '"' not in "".join(cells):
-            return [index for index, cell in enumerate(cells) if cell == text]
-        delimiter = re.escape(self._delimiter)
-        quoted = rf'(?:^|(?<={delimiter})) *"{re.escape(text)}"(?={delimiter}|[\r\n]|$)'
-        places = [found.end() - 1 for found in re.finditer(quoted, record)]
-        with suppress(csv.Error):
-            return self._marked(record, cells, text, places)
-        indexes = []
-        for place in places:
-            with suppress(csv.Error):
-                indexes += self._marked(record, cells, text, [place])
+        """Return the indexes of the cells that are a text in quotes, which the csv module does not reveal."""
+        position, indexes = 0, []
+        for index, cell in enumerate(cells):
+            found = self._cell.match(record, position)
+            if found is None:
+                raise AssertionError("the record was read before")
+            if cell == text and found[1] is not None:
+                indexes.append(index)
+            position = found.end() + 1
         return indexes
 
-    def _marked(self, record: str, cells: list[str], text: str, places: list[int]) -> list[int]:
-        """Return the indexes of the cells with a text that are in one of the places; raises csv.Error."""
-        parts = [record[start:end] for start, end in pairwise([0, *places, len(record)])]
-        marked = next(self._reader([MARK.join(parts)], has_spaces=True))
-        pairs = enumerate(zip(cells, marked, strict=True))
-        return [index for index, (cell, found) in pairs if cell == text and found == text + MARK]
-
     def rejects_header(self) -> bytes:
-        return csv_line([ERROR, *(name for name in self._header if name != ERROR)])
+        # With the mark, the same --encoding can be given for the rejects.
+        mark = b"" if self._encoding == "utf-8" else codecs.BOM_UTF8
+        return mark + csv_line([ERROR, *(name for name in self._header if name != ERROR)])
 
     def reject(self, row: Row[Record], failure: RowFailure) -> bytes:
         error = f"{self.unit} {row.number}: {failure.reason} {failure.field}".rstrip()
@@ -350,6 +353,10 @@ class Csv:
         record, cells = row.original
         if isinstance(cells, csv.Error):
             return [shorten(row, record.rstrip("\r\n"))]
+        try:
+            self._refuse_escapes(record, cells)
+        except InvalidField:  # as one cell, it fails again until somebody has decided
+            return [record.rstrip("\r\n")]
         quoted = self._quoted_cells(record, cells)
         values = [cell if cell or index in quoted else None for index, cell in enumerate(cells)]
         for word in self._null_words.intersection(cells):
@@ -364,7 +371,7 @@ def _read_names(lines: Lines, delimiter: str) -> list[str]:
     names: list[str] = []
     with suppress(csv.Error):
         names = next(csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True))
-    lines.give_back(0)
+    lines.rewind()
     return [name.strip(BLANK) for name in names]
 
 
@@ -384,7 +391,7 @@ def _explain(error: csv.Error, record: str) -> MalformedMessage | TooLarge:
     message = str(error)
     if "unexpected end" in message:
         return MalformedMessage("a quote is never closed")
-    if "field limit" in message:
+    if isinstance(error, RecordTooLong) or "field limit" in message:
         return TooLarge(f"a quote is not closed within {MAX_LINE_BYTES >> 20} MiB")
     if "expected after" in message:
         wrong = ', not as \\"' if '\\"' in record else ""

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
+from decimal import Decimal
 from io import BufferedReader, RawIOBase, TextIOWrapper
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ from service.escape import escape
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 READ_BYTES = 1 << 16
 HEAD_LINES = 2
+# Python's int() reads a few more: https://docs.python.org/3/library/stdtypes.html#int-max-str-digits
+MAX_DIGITS = 4000
 MAX_SHOWN_BYTES = 40
 WHITESPACE = " \t\r\n"
 MEMBER = re.compile(rb'"\s*:')  # after the name of a member; also inside a text
@@ -49,8 +52,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value if len(value) == len(pairs) else RepeatedName(value)
 
 
+def _integer(digits: str) -> int | Decimal:
+    return int(digits) if len(digits) <= MAX_DIGITS else Decimal(digits)
+
+
 # It reads what Python writes and orjson refuses: NaN, infinity and integers of any size.
-DECODER = json.JSONDecoder(object_pairs_hook=_object)
+DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer)
 
 
 class Element(NamedTuple):
@@ -109,8 +116,8 @@ class Json:
             row = _read_object(line)
             if row is None:
                 continue
-            has_array = any(isinstance(value, list) for value in row.values())
-            if has_array and not self.columns.knows(row):
+            arrays = [name for name, value in row.items() if isinstance(value, list)]
+            if self.columns.plural in arrays or (arrays and not self.columns.knows(row)):
                 return False
             self._check_columns(row, filter(None, map(_read_object, lines[index + 1 :])))
             return True
@@ -136,7 +143,7 @@ class Json:
         if not with_rows:
             return "name the columns with --columns, such as --columns email=Mail"
         path = ".[]" if len(with_rows) == len(row) else f".{escape(with_rows[0])}"
-        return f"the columns are inside; take them out, such as with jq -c '{path}'"
+        return f"the columns are inside; extract them, such as with jq -c '{path}'"
 
     def _lines(self, file: BufferedReader) -> Iterator[Row[Any]]:
         for number, line in enumerate(_read_lines(file), start=1):
@@ -159,19 +166,22 @@ class Json:
         """
         if text.peek() != "{":
             return None
-        arrays = []
+        arrays, is_row = [], False
         for name in text.members():
-            if self.columns.knows([name]):
-                return None
-            if name == self.columns.plural:
+            is_array = text.peek() == "["
+            if is_array and name == self.columns.plural:
                 return name
-            if text.peek() == "[":
+            if is_array:
                 arrays.append(name)
+            is_row = is_row or self.columns.knows([name]) > 0
             text.skip_value()
+        if is_row:
+            return None
         if len(arrays) > 1:
             shown = escape(", ".join(arrays[:10]))
             raise SourceError(
-                f"the object has several arrays ({shown}); take one out: jq '.{arrays[0]}' FILE"
+                f"the object has several arrays ({shown}); extract the one that has the rows, such as with "
+                f"jq '.{arrays[0]}' FILE"
             )
         return arrays[0] if arrays else None
 

@@ -14,13 +14,20 @@ from service.cli.columns import Columns
 from service.cli.formats.base import SourceError, json_reject
 from service.cli.formats.write import pyarrow
 from service.cli.rows import Row, Values
-from service.errors import InvalidField
 from service.escape import escape
 
+TIMES = ("created_at", "updated_at")
 ROWS = 256  # read at once; a row has up to 1 MiB
 
 # The values of all rows of a batch, computed when they are needed, and the index of one of them.
 Original: TypeAlias = tuple[Callable[[], list[Values]], int]
+
+
+class Unreadable:
+    """A value that Python can't hold, such as a time in the year 294247. No field accepts it."""
+
+    def __str__(self) -> str:
+        return "<unreadable>"
 
 
 class Parquet:
@@ -53,7 +60,7 @@ class Parquet:
             fields = self._fields(parquet.schema_arrow.names)
             parse = partial(self._to_message, fields=fields)
             for batch in parquet.iter_batches(ROWS, columns=list(fields)):
-                values = cache(partial(self._values, batch))
+                values = cache(partial(self._values, batch, fields))
                 for index in range(len(batch)):
                     number += 1
                     yield Row(number, batch.nbytes // len(batch), (values, index), parse)
@@ -62,28 +69,27 @@ class Parquet:
 
     def _fields(self, names: list[str]) -> Mapping[str, str]:
         """Return the fields by column; raises SourceError."""
-        shown = escape(", ".join(names[:10]))
-        for column in self.columns.mapping.values():
-            if column not in names:
-                raise SourceError(f"--columns names {escape(column)}, but the file has the columns {shown}")
-        try:
-            fields = self.columns.fields_of(names)
-        except InvalidField as error:
-            raise SourceError(error.message) from None
-        if not any(fields):
-            raise SourceError(
-                f"the file has none of the columns {', '.join(self.columns.names)}; it has {shown}; "
-                "name the columns with --columns, such as --columns email=Mail"
-            )
+        fields = self.columns.check(names, "the file")
         return {name: field for name, field in zip(names, fields, strict=True) if field}
 
-    def _values(self, batch: Any) -> list[Values]:
-        """Return the rows of a batch, with their times as text; raises SourceError."""
-        is_temporal = self._pyarrow.types.is_temporal
-        text = self._pyarrow.string()
-        columns = [column.cast(text) if is_temporal(column.type) else column for column in batch.columns]
-        rows: list[Values] = self._pyarrow.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()
-        return rows
+    def _values(self, batch: Any, fields: Mapping[str, str]) -> list[Values]:
+        """Return the rows of a batch."""
+        columns = [
+            self._column(column, is_time=fields[name] in TIMES)
+            for name, column in zip(batch.schema.names, batch.columns, strict=True)
+        ]
+        return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+    def _column(self, column: Any, *, is_time: bool) -> list[Any]:
+        """Return the values of a column; one that Python can't hold becomes Unreadable."""
+        text, is_temporal = self._pyarrow.string(), self._pyarrow.types.is_temporal
+        errors = (self._pyarrow.ArrowException, ValueError, OverflowError, LookupError)
+        try:
+            readable = column.cast(text) if is_time and is_temporal(column.type) else column
+            values: list[Any] = readable.to_pylist()
+        except errors:  # of one of the values
+            return [_value(cell, errors) for cell in column]
+        return values
 
     def _to_message(self, original: Original, fields: Mapping[str, str]) -> Message:
         row = _row(original)
@@ -99,6 +105,14 @@ class Parquet:
 def _is_plain(file: BufferedReader) -> bool:
     """Return whether it costs little to read a file in any order: not a pipe, and not compressed."""
     return isinstance(file.raw, FileIO | BytesIO) and file.seekable()
+
+
+def _value(cell: Any, errors: tuple[type[Exception], ...]) -> Any:
+    try:
+        return cell.as_py()
+    except errors:
+        # Text that is not UTF-8 fails with that reason.
+        return cell.as_buffer().to_pybytes() if hasattr(cell, "as_buffer") else Unreadable()
 
 
 def _row(original: Original) -> Values:

@@ -32,7 +32,11 @@ def csv_line(values: Iterable[Any]) -> bytes:
     Python's csv module can't write these differently before Python 3.12. Bytes that were not UTF-8 are
     written as they were.
     """
-    return f"{','.join(map(_cell, values))}\n".encode(errors="surrogateescape")
+    line = f"{','.join(map(_cell, values))}\n"
+    try:
+        return line.encode(errors="surrogateescape")
+    except UnicodeEncodeError:  # half of a surrogate pair, as UTF-7 and UTF-16 can contain
+        return line.encode(errors="backslashreplace")
 
 
 def csv_row(values: Iterable[Any]) -> bytes:
