@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from shlex import join
 from typing import Any
 
 from roster.v1 import bulk_pb2 as pb
@@ -11,6 +12,7 @@ from service.cli.rows import Row
 from service.cli.terminal import pluralize
 
 TOP_REASONS = 5
+TAKEN = ("EMAIL_TAKEN", "ID_TAKEN")
 
 
 class LoadReport:
@@ -23,6 +25,7 @@ class LoadReport:
         self.failed = 0
         self.skipped_rows = 0  # settled by an earlier run, and not sent again
         self.was_finished = False  # when this run started
+        self.has_sent = False  # a row that was sent may be committed before its ack arrives
         self.summary = pb.BulkSummary()
         self._name = name
         self._format = file_format
@@ -59,12 +62,16 @@ class LoadReport:
 
     def unfinished(self, *, can_resume: bool) -> str:
         """Return how far an unfinished load came."""
+        if not (self.rows or self.has_sent):
+            return "nothing was loaded"
         outcome = "validated" if self._options.validate_only else "committed"
         text = f"{pluralize(self.rows - self.failed, 'row')} {outcome}, {self.failed:,} failed"
         if self._rejects.written_to:
             text += f" (see {self._rejects.written_to})"
-        if can_resume and self._options.load_id:
-            text += "; run the same command to resume"
+        if self._options.load_id and can_resume:
+            text += f"; run the same command to resume load {self._options.load_id}"
+        elif self._options.load_id:
+            text += f"; `{self._show_command()}` describes the load"
         return text
 
     def as_dict(self) -> dict[str, Any]:
@@ -88,15 +95,31 @@ class LoadReport:
         lines = [f"{self._name}: {self._timing()}: {self._counts()}"]
         for reason, count in self._reasons.most_common(TOP_REASONS):
             lines.append(f"  {count:,} x {reason}, first at {self._examples[reason]}")
-        if self._options.validate_only:
-            lines.append("  validated only: nothing was written")
+        if self._are_most_taken():
+            lines.append("  rows that are already in Roster: --on-conflict skip skips them")
         written_to = self._rejects.written_to
         if written_to == self._rejects.path:
             lines.append(f"  the failed rows are in {written_to}")
         elif written_to:
             kept = self._rejects.path
             lines.append(f"  the failed rows are in {written_to}; {kept} has other content and was kept")
+        if self.failed and self._options.load_id:
+            lines.append(f"  `{self._show_command()}` lists the failures")
         return lines
+
+    def _are_most_taken(self) -> bool:
+        """Return whether most failed rows have a key that Roster already has, as in a second load."""
+        if self._options.on_conflict != pb.BulkOptions.FAIL or self._options.update_mask.paths:
+            return False
+        taken = sum(count for reason, count in self._reasons.items() if reason.startswith(TAKEN))
+        return 2 * taken > self.failed
+
+    def _show_command(self) -> str:
+        """Return the command that shows this load."""
+        command = ["roster", "loads", "show", self._options.load_id]
+        if self._options.caller:
+            command += ["--caller", self._options.caller]
+        return join(command)
 
     def _timing(self) -> str:
         if self.was_finished:
@@ -108,7 +131,7 @@ class LoadReport:
 
     def _counts(self) -> str:
         summary = self.summary
-        return (
-            f"{summary.created:,} created, {summary.updated:,} updated, {summary.skipped:,} skipped, "
-            f"{self.failed:,} failed"
-        )
+        rest = f"{summary.updated:,} updated, {summary.skipped:,} skipped, {self.failed:,} failed"
+        if self._options.validate_only:
+            return f"{summary.created:,} would be created, {rest}; nothing was written"
+        return f"{summary.created:,} created, {rest}"

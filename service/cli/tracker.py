@@ -21,6 +21,7 @@ class RowTracker:
 
     def add(self, row: Row[Any]) -> None:
         """Add the next row of the file, before it is sent."""
+        self._report.has_sent = True
         self._waiting.append(row)
 
     def settle(self, ack: BulkAck) -> None:

@@ -1,8 +1,10 @@
 """`roster load` as its own process, against a real server."""
 
 import asyncio
+import gzip
 import json
 import re
+import shlex
 import signal
 from collections.abc import AsyncIterator
 from hashlib import sha256
@@ -127,11 +129,12 @@ async def test_prints_the_summary_as_json(roster: Roster) -> None:
 
 async def test_validate_only_writes_nothing(roster: Roster, users: UserServiceStub) -> None:
     """The summary says so."""
-    done = await roster.run(
-        "load", "users", roster.write("users.ndjson", {"email": "a@example.org"}), "--validate-only"
-    )
+    name = roster.write("users.ndjson", {"email": "a@example.org"}, {"email": "no address"})
+    done = await roster.run("load", "users", name, "--validate-only")
 
-    assert "nothing was written" in done.out
+    counts = "1 would be created, 0 updated, 0 skipped, 1 failed; nothing was written\n"
+    assert done.out.partition("\n")[0].endswith(counts.rstrip())
+    assert "roster loads show" not in done.out  # there is no load to show
     assert not (await users.ListUsers(ListUsersRequest())).users
 
 
@@ -142,6 +145,83 @@ async def test_stops_if_too_many_rows_fail(roster: Roster, rows: list[object]) -
 
     assert (done.status, done.out) == (2, "")
     assert "rows failed" in done.err
+
+
+REFUSED = {
+    "unknown.csv": b"Mail\nada@example.org\n",
+    "book.csv": b"PK\x03\x04sheet",
+    "cut.csv.gz": gzip.compress(b"email\nada@example.org\n")[:-9],
+}
+
+
+@pytest.mark.parametrize("name", ["unknown.csv", "book.csv", "cut.csv.gz"])
+async def test_a_refused_file_loads_nothing(roster: Roster, name: str) -> None:
+    """The error ends with that, not with counts of rows."""
+    (roster.folder / name).write_bytes(REFUSED[name])
+    done = await roster.run("load", "users", name)
+
+    assert (done.status, done.out) == (2, "")
+    assert done.err.endswith("; nothing was loaded\n")
+    assert "rows" not in done.err
+
+
+@pytest.mark.parametrize("load_id", ["staff", "the staff of 2026", "o'neil; $(true)"])
+async def test_failures_come_with_the_command_that_shows_them(roster: Roster, load_id: str) -> None:
+    """A shell takes it as it is printed."""
+    name = roster.write("users.ndjson", {"email": "no address"})
+    done = await roster.run("load", "users", name, "--load-id", load_id)
+
+    command = re.fullmatch(r"  `roster (.*)` lists the failures", done.out.splitlines()[-1])
+    assert command
+    shown = await roster.run(*shlex.split(command[1]))
+    assert shown.status == 0
+    assert re.search(f"^load_id +{re.escape(load_id)}$", shown.out, re.MULTILINE)
+    assert "INVALID_FIELD email" in shown.out
+
+
+async def test_a_load_without_failures_needs_no_command(roster: Roster) -> None:
+    """Its summary is one line."""
+    done = await roster.run("load", "users", roster.write("users.ndjson", {"email": "a@example.org"}))
+
+    assert len(done.out.splitlines()) == 1
+
+
+async def test_a_stopped_load_names_its_id(roster: Roster) -> None:
+    """The derived one is known from nowhere else."""
+    name = roster.write("users.ndjson", *[{"email": "no address"}] * 5)
+    done = await roster.run("load", "users", name, "--max-failures", "1", "--batch-rows", "1")
+
+    command = re.search(
+        r"`roster (loads show users-create-[0-9a-f]{32})` describes the load$", done.err.strip()
+    )
+    assert command
+    assert (await roster.run(*command[1].split())).status == 0
+
+
+async def test_rows_of_an_earlier_load_are_explained(roster: Roster) -> None:
+    """Someone fixes the file that they loaded, not the rejects."""
+    hint = "--on-conflict skip"
+    rows = [{"email": f"{number}@example.org"} for number in range(3)]
+    await roster.run("load", "users", roster.write("users.ndjson", *rows, {"email": "no address"}))
+    name = roster.write("users.ndjson", *rows, {"email": "fixed@example.org"})
+    again = await roster.run("load", "users", name)
+    skipped = await roster.run("load", "users", name, *hint.split())
+    few = roster.write("few.ndjson", rows[0], {"email": "no address"}, {"email": "nobody"})
+
+    assert f"  rows that are already in Roster: {hint} skips them" in again.out.splitlines()
+    assert (skipped.status, "0 created, 0 updated, 4 skipped" in skipped.out) == (0, True)
+    assert hint not in skipped.out
+    assert hint not in (await roster.run("load", "users", few)).out
+
+
+async def test_an_update_to_a_taken_email_is_not_a_second_load(roster: Roster, server: Server) -> None:
+    """Skipping is for rows that exist; here they are meant to."""
+    first, _ = await add_users(server.database, 2)
+    name = roster.write("users.ndjson", {"id": first, "email": "user1@example.org"})
+    done = await roster.run("load", "users", name, "--update", "--update-mask", "email")
+
+    assert "EMAIL_TAKEN" in done.out
+    assert "--on-conflict" not in done.out
 
 
 @pytest.mark.parametrize(
@@ -395,7 +475,7 @@ async def test_never_overwrites_edited_rejects(roster: Roster) -> None:
 
     again = [await roster.run("load", "users", name) for _ in range(2)]
 
-    assert [done.out.splitlines()[-1] for done in again] == [
+    assert [done.out.splitlines()[-2] for done in again] == [
         "  the failed rows are in users.rejects.2.csv; users.rejects.csv has other content and was kept"
     ] * 2
     assert (roster.read("users.rejects.csv"), roster.read("users.rejects.2.csv")) == (edited, rejects)

@@ -25,8 +25,10 @@ BLOCK = re.compile(r"^```(console|python|jq)\n(.*?)^```$", re.MULTILINE | re.DOT
 COMMAND = re.compile(r"^\$ (.*<<'END'\n(?:.*\n)*?END|.*)\n", re.MULTILINE)
 START = re.compile(r"^## Start$", re.MULTILINE)
 # Values that differ from run to run: times, durations, rates, and the row at which a killed load continues.
+# The digest that names a load may differ between releases.
 VARIABLE = re.compile(
-    r"\d{4}-\d\d-\d\d[T ][\d:.]+Z?|\d[\d.,]* (?:s|rows/s)\b|(?<=at row )[\d,]+|[\d,]+(?= of them )"
+    r"\d{4}-\d\d-\d\d[T ][\d:.]+Z?|\d[\d.,]* (?:s|rows/s)\b|(?<=at row )[\d,]+|[\d,]+(?= of them )|"
+    r"(?<=users-create-)[0-9a-f]{32}\b"
 )
 
 
