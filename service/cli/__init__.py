@@ -37,6 +37,12 @@ class EnvFileError(click.ClickException):
     exit_code = 2
 
 
+class FileError(click.ClickException):
+    """A file that an option or argument names can't be used; the command itself is right, so no usage."""
+
+    exit_code = 2
+
+
 class Formatter(click.HelpFormatter):
     """Writes descriptions below the names if the terminal is narrow: their words are whole then."""
 
@@ -62,6 +68,8 @@ class LazyGroup(click.Group):
         except click.ClickException as error:
             # Click's own messages repeat arguments, such as file names.
             error.message = "\n".join(map(escape, error.message.split("\n")))  # type: ignore[misc]
+            if _is_about_file(error):
+                raise FileError(error.format_message()) from None
             raise
         except KeyboardInterrupt:  # where no command reports it; Click would exit with 1
             click.echo("interrupted", err=True)
@@ -79,6 +87,13 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = getattr(import_module(f"service.cli.{cmd_name}"), cmd_name)
         return command
+
+
+def _is_about_file(error: click.ClickException) -> bool:
+    """Return whether a file was named, but can't be used."""
+    if not isinstance(error, click.BadParameter) or isinstance(error, click.MissingParameter):
+        return False
+    return error.param is not None and isinstance(error.param.type, click.Path)
 
 
 @click.command(

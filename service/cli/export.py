@@ -203,10 +203,15 @@ def export(
     except BrokenPipeError:  # the reader has closed the pipe
         raise
     except (RosterError, OSError) as error:
-        message = target.explain(error) if isinstance(error, RosterError) else str(error)
+        message = target.explain(error) if isinstance(error, RosterError) else _describe(output, error)
         hint = f"; resume with --after-id {job.last_id}" if job.rows else ""
         raise UsageError(f"{message}{hint}") from None
     echo(job.progress(), err=True)
+
+
+def _describe(output: str, error: OSError) -> str:
+    name = "standard output" if output == STDOUT else output
+    return f"can't write {name}: {error.strerror}" if error.strerror else str(error)
 
 
 def _place(output: str) -> Place:

@@ -28,7 +28,10 @@ def keys(folder: Path) -> None:
     public = private.public_key()
     jwk = OKPAlgorithm.to_jwk(public, as_dict=True) | {"kid": _key_id(public), "alg": "EdDSA", "use": "sig"}
     pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    folder.mkdir(0o755, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(0o755, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"directory {folder} can't be created: {error.strerror}") from None
     for path, mode, data in (
         (folder / "private.pem", 0o600, pem),
         (folder / "jwks.json", 0o644, json.dumps({"keys": [jwk]}).encode()),
@@ -38,6 +41,8 @@ def keys(folder: Path) -> None:
                 file.write(data)
         except FileExistsError:
             raise UsageError(f"{path} already exists and was not overwritten") from None
+        except OSError as error:
+            raise UsageError(f"{path} can't be written: {error.strerror}") from None
         echo(str(path))
 
 

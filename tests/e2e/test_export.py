@@ -179,7 +179,7 @@ async def test_exports_no_rows(roster: Roster) -> None:
     ("arguments", "expected"),
     [
         (["--output", "posts.txt"], "the name of posts.txt does not imply a format; add --format"),
-        (["--output", "nowhere/posts.csv"], "No such file or directory: 'nowhere/posts.csv.part'"),
+        (["--output", "nowhere/posts.csv"], "can't write nowhere/posts.csv: No such file or directory"),
         (["--output", "posts.csv", "--filter", "title"], "at character 6"),
         (["--output", "posts.csv", "--address", "127.0.0.1:1"], "no server answers at 127.0.0.1:1"),
     ],
