@@ -42,6 +42,10 @@ class Report:
         """Print a check that has passed."""
         self._print(click.style("ok  ", fg="green"), subject, text)
 
+    def warn(self, subject: str, text: str) -> None:
+        """Print what may be wrong, without failing."""
+        self._print(click.style("warn", fg="yellow"), subject, text)
+
     def fail(self, subject: str, problem: str) -> None:
         """Print a check that has failed."""
         self.is_ok = False
@@ -85,7 +89,8 @@ def doctor() -> None:
     else:
         for unread in unread_databases(settings):
             report.fail("settings", unread)
-        report.ok("settings", f"{settings.listen}, {pluralize(settings.workers, 'worker')}")
+        if report.is_ok:
+            report.ok("settings", f"{settings.listen}, {pluralize(settings.workers, 'worker')}")
         _check(settings, report)
     sys.exit(0 if report.is_ok else 1)
 
@@ -96,7 +101,7 @@ def _check(settings: Settings, report: Report) -> None:
             _check_port(listen, report)
     _check_files(settings, report)
     for warning in database_warnings(settings):
-        report.ok("database", warning)
+        report.warn("database", warning)
     if settings.is_embedded:
         for danger in file_dangers(settings.database_url):
             report.fail("database", danger)
@@ -115,7 +120,7 @@ def _check_port(listen: str, report: Report) -> None:
     except OSError as error:
         # Not a failure: people run this next to the running server.
         if error.errno == EADDRINUSE:
-            report.ok("port", f"{listen} is in use, maybe by the running server")
+            report.warn("port", f"{listen} is in use, maybe by the running server")
         else:
             report.fail("port", f"can't listen on {listen}: {error.strerror}")
 

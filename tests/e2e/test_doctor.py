@@ -63,14 +63,40 @@ async def test_reports_unknown_settings(tmp_path: Path) -> None:
     assert ended.status == 1
 
 
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PGHOST": "db"},
+        {"DB_URL": "postgresql://db/roster"},
+        {"ROSTER_DB_URL": "postgresql://db/roster"},
+        {"ROSTER_GRACE": "0"},
+    ],
+)
+async def test_settings_are_not_ok_if_one_of_them_fails(environment: dict[str, str], tmp_path: Path) -> None:
+    """Two lines that contradict each other would say nothing."""
+    ended = await doctor(tmp_path, **environment)
+
+    assert ended.status == 1
+    assert "FAIL  settings  " in ended.out
+    assert "ok    settings  " not in ended.out
+
+
+async def test_warns_about_parameters_that_are_not_honoured(postgresql_url: str, tmp_path: Path) -> None:
+    """A check that has passed is something else."""
+    ended = await doctor(tmp_path, ROSTER_DATABASE_URL=f"{postgresql_url}?pgbouncer=true")
+
+    assert ended.status == 0
+    assert "warn  database  " in ended.out
+
+
 async def test_reports_a_port_in_use(tmp_path: Path) -> None:
-    """That is not a failure: the server may be running."""
+    """That is a warning, not a failure: the server may be running."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         ended = await doctor(tmp_path, ROSTER_LISTEN=address)
 
     assert ended.status == 0
-    assert f"ok    port      {address} is in use, maybe by the running server" in ended.out
+    assert f"warn  port      {address} is in use, maybe by the running server" in ended.out
 
 
 async def test_reports_too_many_connections(postgresql_url: str, tmp_path: Path) -> None:
