@@ -55,6 +55,7 @@ MIGRATION_URLS = {f"{PREFIX}MIGRATION_URL", f"{PREFIX}MIGRATION_URL_FILE"}
 # Variables of the tests, and those that Kubernetes sets for a service named roster.
 FOREIGN = re.compile(rf"{PREFIX}(TEST_|SERVICE_|PORT(_|$))")
 ADDRESS = re.compile(r"unix:.+|(\[.+\]|[^:\[]*):([0-9]{1,5})")
+EVERY_ADDRESS = ("0.0.0.0", "[::]")  # noqa: S104  (refused unless it is asked for)
 EVERY_HOST = re.compile(r"^\*?(?=:[0-9]+$)")  # no host, as Go and Docker have it, or a star
 MAX_PORT = 65535
 MIN_GRACE_SECONDS = 3  # after the pause; the last 2 are for calls that are cut off
@@ -349,7 +350,8 @@ class Settings(BaseSettings):
             # The other settings may contradict each other: look at them with defaults for the wrong ones.
             rest = {key: value for key, value in values.items() if _without_prefix(key) not in wrong}
             settings = validate(rest)
-        for found in _contradictions(settings):
+        written = clean(str(values.get("listen", settings.listen)))
+        for found in _contradictions(settings, written):
             if wrong.isdisjoint(found.fields):
                 context = {"error": ValueError(found.message)}
                 problems.append(_problem((found.fields[0],), "value_error", context))
@@ -464,8 +466,10 @@ class Contradiction:
     message: str
 
 
-def _contradictions(settings: Settings) -> Iterator[Contradiction]:
+def _contradictions(settings: Settings, written: str) -> Iterator[Contradiction]:
+    """Yield what contradicts itself; `written` is the address to listen on, as the user wrote it."""
     yield from _contradictions_of_callers(settings)
+    yield from _exposure(settings, written)
     if settings.database_required and "database_url" not in settings.model_fields_set:
         yield Contradiction(
             ("database_url", "database_required"),
@@ -518,14 +522,21 @@ def _contradictions_of_callers(settings: Settings) -> Iterator[Contradiction]:
             "must be set together with ROSTER_TLS_CLIENT_CA_FILE or ROSTER_JWT_KEYS_FILE: these say who a "
             "caller is, the policy says what the caller may do",
         )
-    is_safe = settings.insecure or is_local(settings.listen) or (has_tls and authenticates)
-    if not is_safe:
-        yield Contradiction(
-            ("listen", "insecure", "tls_cert_file", "tls_client_ca_file", "jwt_keys_file"),
-            "without TLS and authentication the server listens on this machine only; set "
-            "ROSTER_TLS_CERT_FILE and ROSTER_TLS_CLIENT_CA_FILE or ROSTER_JWT_KEYS_FILE, or use 127.0.0.1, "
-            "[::1] or unix:/path, or set ROSTER_INSECURE=true if the network keeps strangers out",
-        )
+
+
+def _exposure(settings: Settings, written: str) -> Iterator[Contradiction]:
+    authenticates = bool(settings.tls_client_ca_file or settings.jwt_keys_file)
+    is_secured = bool(settings.tls_cert_file) and authenticates
+    if settings.insecure or is_secured or is_local(settings.listen):
+        return
+    host, _, port = settings.listen.rpartition(":")
+    meaning = "means all interfaces" if host in EVERY_ADDRESS else "is not only for this machine"
+    yield Contradiction(
+        ("listen", "insecure", "tls_cert_file", "tls_client_ca_file", "jwt_keys_file"),
+        f"`{written}` {meaning}: use 127.0.0.1:{port}, or require TLS and authentication with "
+        "ROSTER_TLS_CERT_FILE and ROSTER_TLS_CLIENT_CA_FILE or ROSTER_JWT_KEYS_FILE, or set "
+        "ROSTER_INSECURE=true if the network keeps strangers out",
+    )
 
 
 def _problem(loc: tuple[int | str, ...], kind: str, context: dict[str, Any]) -> InitErrorDetails:

@@ -46,6 +46,8 @@ GROUPS = {
     "Limits": ("max_calls", "caller_calls", "caller_streams", "caller_rate", "stream_idle_timeout"),
 }
 OTHER = "Other"
+# If a message begins with one of these, the setting is its subject.
+VERBS = {"contains", "has", "is", "must", "names", "needs", "should"}
 NOTE = (
     "Settings come from the environment or a file named .env. DATABASE_URL is used if ROSTER_DATABASE_URL is "
     "not set. ROSTER_X_FILE names a file that contains the value of ROSTER_X, for mounted secrets."
@@ -100,9 +102,11 @@ def _format_default(default: object) -> str:
 
 
 def _error_line(location: tuple[int | str, ...], message: str) -> str:
-    message = message.removeprefix("Value error, ")
+    """Return one sentence about a setting; pydantic's own messages begin with `Input should be`."""
+    message = message.removeprefix("Value error, ").removeprefix("Input ")
     if not location:
         return message
     name = str(location[0])
     variable = name if name.isupper() else PREFIX + name.upper()
-    return f"{variable}: {message}"
+    joint = " " if message.partition(" ")[0] in VERBS else ": "
+    return f"{variable}{joint}{message}"

@@ -77,13 +77,23 @@ async def test_help_describes_each_command_in_one_line(tmp_path: Path) -> None:
     assert "127.0.0.1:50051" in load.out
 
 
-@pytest.mark.parametrize("command", ["serve", "migrate"])
-async def test_reports_a_missing_directory(command: str, tmp_path: Path) -> None:
-    """SQLite does not create directories."""
-    ended = await run(ROSTER, command, folder=tmp_path, ROSTER_DATABASE_URL="sqlite:///no/roster.db")
+@pytest.mark.parametrize("command", ["serve", "migrate", "doctor"])
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("no/roster.db", "; an absolute path needs four slashes, as in sqlite:////var/lib/roster.db"),
+        ("var/lib/roster.db", "; an absolute path needs four slashes, as in sqlite:////var/lib/roster.db"),
+        ("/nowhere/roster.db", ""),
+    ],
+)
+async def test_reports_a_missing_directory(command: str, path: str, hint: str, tmp_path: Path) -> None:
+    """SQLite does not create directories; one slash too few makes a path relative."""
+    ended = await run(ROSTER, command, folder=tmp_path, ROSTER_DATABASE_URL=f"sqlite:///{path}")
 
-    assert (ended.status, ended.out) == (2, "")
-    assert ended.err.splitlines()[-1] == "Error: directory no does not exist; create it first"
+    assert ended.status == (1 if command == "doctor" else 2)
+    folder = path.removesuffix("/roster.db")
+    sentence = f"directory {folder} does not exist; create it first{hint}"
+    assert (ended.out + ended.err).splitlines()[-1].endswith(sentence)
 
 
 async def test_names_the_setting_of_a_missing_file(tmp_path: Path) -> None:
@@ -116,7 +126,7 @@ async def test_reports_all_invalid_settings_at_once(tmp_path: Path) -> None:
     )
 
     assert ended.status == 2
-    assert set(re.findall(r"ROSTER_\w+(?=: )", ended.err)) == {
+    assert set(re.findall(r"ROSTER_\w+(?= has | should |: `)", ended.err)) == {
         "ROSTER_LISTEN",
         "ROSTER_GRACE",
         "ROSTER_DATABASE_URL",

@@ -391,7 +391,7 @@ async def test_image_asks_for_a_database(command: str, tmp_path: Path) -> None:
     refused = await run(ROSTER, command, folder=tmp_path, **required, ROSTER_DATABASE_URL=" ")
 
     assert refused.status == (2 if command == "serve" else 1)
-    assert "ROSTER_DATABASE_URL: is not set; set it to postgresql://" in refused.out + refused.err
+    assert "ROSTER_DATABASE_URL is not set; set it to postgresql://" in refused.out + refused.err
     async with serving(tmp_path, **required, ROSTER_DATABASE_URL="sqlite:///own.db") as server:
         assert await is_serving(server.address)
 

@@ -173,7 +173,7 @@ async def test_workers_need_postgresql_and_a_port(listen: str, url: str, tmp_pat
     )
 
     assert ended.status == 2
-    assert "ROSTER_WORKERS: must be 1 with " in ended.err
+    assert "ROSTER_WORKERS must be 1 with " in ended.err
 
 
 def test_closed_connections_do_not_block_the_port() -> None:

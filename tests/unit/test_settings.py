@@ -264,7 +264,7 @@ def test_file_may_begin_with_a_byte_order_mark(
 def test_empty_host_is_all_interfaces(host: str) -> None:
     """With the rules for addresses that others can reach, and without reflection."""
     address = f"{host}:7000"
-    assert "without TLS and authentication" in str(refused(listen=address))
+    assert "means all interfaces" in str(refused(listen=address))
     settings = Settings(listen=address, insecure=True, metrics_listen=address, health_listen=address)
 
     assert settings.listen in ("[::]:7000", "0.0.0.0:7000")
@@ -350,7 +350,7 @@ def test_neither_tls_nor_tokens_suffice_alone(given: str) -> None:
     """TLS alone admits every caller; tokens alone are sent in the clear."""
     chosen = {"tls": TLS, "tokens": TOKENS, "nothing": {}}[given]
 
-    assert "without TLS and authentication" in str(refused(listen="0.0.0.0:1", **chosen))
+    assert "means all interfaces" in str(refused(listen="0.0.0.0:1", **chosen))
     assert Settings(listen="127.0.0.1:1", **chosen).listen == "127.0.0.1:1"
 
 
@@ -444,9 +444,60 @@ def test_command_names_wrong_variables(environment: pytest.MonkeyPatch) -> None:
 
     assert result.exit_code == 2
     first, second = result.output.splitlines()
-    assert "ROSTER_LISTEN: without TLS" in first
-    assert "ROSTER_DATABASE_URL: has the scheme mysql" in second
+    assert "ROSTER_LISTEN: `0.0.0.0:1` means all interfaces: use 127.0.0.1:1, or " in first
+    assert "ROSTER_DATABASE_URL has the scheme mysql" in second
     assert "secret" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("DATABASE_URL", "postgrseql://db/roster", "has the scheme postgrseql; "),
+        ("DATABASE_URL", "db.example.org", "is not a URL"),
+        ("DATABASE_URL", "jdbc:postgresql://db/roster", "is a URL of JDBC; "),
+        ("DATABASE_URL", "postgresql://db/roster?sslmode=maybe", "has a wrong value of sslmode; "),
+        ("DATABASE_URL", "postgresql://a%zz@db/roster", "contains a % that begins no "),
+        ("DATABASE_URL", "postgresql:///roster?host=@foo", "names an abstract socket"),
+        ("MIGRATION_URL", "sqlite:///:memory:", "names no file; "),
+        ("WORKERS", "2", "must be 1 with SQLite, "),
+        ("GRACE", "0", "should be greater than 0"),
+        ("POOL_SIZE", "many", "should be a valid integer, "),
+        ("LOG_LEVEL", "loud", "should be 'DEBUG', "),
+        ("INSECURE", "perhaps", "should be a valid boolean, "),
+        ("BULK_LOAD_TTL", "soon", "should be a valid timedelta, "),
+        ("TLS_CLIENT_CA_FILE", "ca.pem", "needs ROSTER_TLS_CERT_FILE and "),
+    ],
+)
+def test_error_is_a_sentence_about_the_setting(
+    name: str, value: str, sentence: str, environment: pytest.MonkeyPatch
+) -> None:
+    """There is no colon between a subject and its verb."""
+    environment.setenv(f"ROSTER_{name}", value)
+    result = CliRunner().invoke(main, ["migrate"])
+
+    assert result.exit_code == 2
+    assert f"ROSTER_{name} {sentence}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("listen", "start"),
+    [
+        (":50071", "`:50071` means all interfaces: use 127.0.0.1:50071, or "),
+        ("*:50071", "`*:50071` means all interfaces: use 127.0.0.1:50071, or "),
+        (" 0.0.0.0:50071", "`0.0.0.0:50071` means all interfaces: use 127.0.0.1:50071, or "),
+        ("[::]:50071", "`[::]:50071` means all interfaces: use 127.0.0.1:50071, or "),
+        ("10.1.2.3:7", "`10.1.2.3:7` is not only for this machine: use 127.0.0.1:7, or "),
+        ("db.example.org:7", "`db.example.org:7` is not only for this machine: use 127.0.0.1:7, or "),
+    ],
+)
+def test_exposed_address_comes_first_in_its_error(
+    listen: str, start: str, environment: pytest.MonkeyPatch
+) -> None:
+    """As it was written, and then the address that was probably meant."""
+    environment.setenv("ROSTER_LISTEN", listen)
+    result = CliRunner().invoke(main, ["migrate"])
+
+    assert f"ROSTER_LISTEN: {start}" in result.output
 
 
 def test_command_names_an_unreadable_file(environment: pytest.MonkeyPatch) -> None:
