@@ -20,6 +20,7 @@ from service.settings import Settings
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 UNKNOWN_DATABASE = "3D000"
 INSUFFICIENT_PRIVILEGE = "42501"
+FOUR_SLASHES = "; an absolute path needs four slashes, as in sqlite:////var/lib/roster.db"
 CREATE_DATABASE = "; create the database first, as with `createdb`"
 
 
@@ -57,9 +58,10 @@ def connection_problem(error: Exception, setting: str = "ROSTER_DATABASE_URL") -
 
 def folder_problem(settings: Settings) -> str:
     """Return why SQLite can't create its file, "" if it can."""
-    if settings.is_embedded and not (folder := sqlite_path(settings.database_url).parent).is_dir():
-        return f"directory {folder} does not exist; create it first"
-    return ""
+    if not settings.is_embedded or (folder := sqlite_path(settings.database_url).parent).is_dir():
+        return ""
+    hint = "" if folder.is_absolute() else FOUR_SLASHES
+    return f"directory {folder} does not exist; create it first{hint}"
 
 
 @click.command()
