@@ -76,7 +76,8 @@ def parse_order(text: str, fields: Collection[str]) -> Order:
 
 
 # A word ends only at a space, a bracket, a quote or an operator. So a value that a caller forgot to quote,
-# such as foo@example.org, is one word, and the error can point at it.
+# such as foo@example.org, is one word, and the error can point at it. No field takes a DECIMAL: it is a token
+# so that the error can say what the field takes.
 _PARSER = Lark(
     r"""
     ?start: conjunction
@@ -85,11 +86,12 @@ _PARSER = Lark(
     ?term: comparison
          | "(" conjunction ")"
          | ("NOT" | MINUS) term -> negation
-    comparison: WORD OPERATOR (STRING | INTEGER | TRUE | FALSE | NULL | STAR)
+    comparison: WORD OPERATOR (STRING | INTEGER | DECIMAL | TRUE | FALSE | NULL | STAR)
 
     OPERATOR: /[!<>]=|[=<>:]/
     STRING: /"(\\.|[^"\\])*"|'(\\.|[^'\\])*'/s
-    INTEGER.1: /-?[0-9]+(\.0+)?(?![^\s()=!<>:"'])/
+    INTEGER.2: /-?[0-9]+(\.0+)?(?![^\s()=!<>:"'])/
+    DECIMAL.1: /-?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?(?![^\s()=!<>:"'])/
     MINUS.1: /-(?=[A-Za-z(])/
     STAR.1: /\*(?![^\s()=!<>:"'])/
     TRUE: "true"
@@ -118,6 +120,7 @@ _TYPOGRAPHIC_QUOTES = tuple(map(chr, (0xAB, 0xBB, 0x2039, 0x203A, *range(0x2018,
 _FOUND = {
     "STRING": "a string",
     "INTEGER": "an integer",
+    "DECIMAL": "a number with a fraction or an exponent",
     "WORD": "an unquoted word",
     "$END": "the end of the filter",
 }
@@ -213,7 +216,8 @@ def _comparison(fields: _Fields, field: Token, compared: Token, value: Token) ->
     if value.type == "NULL":
         return _null(column, field, compared, value)
     if value.type not in kind.tokens:
-        message = f"{field} is {kind.name}: expected {kind.value} but found {_found(value)}"
+        advice = f"; {kind.name} has no quotes" if value.type == "STRING" else ""
+        message = f"{field} is {kind.name}: expected {kind.value} but found {_found(value)}{advice}"
         raise _error(value.start_pos, message)
     return kind.compare(_Comparison(fields, column, field, compared, value))
 
