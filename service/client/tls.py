@@ -26,8 +26,8 @@ def tls_credentials(
 def local_credentials(address: str, token: Callable[[], str]) -> grpc.ChannelCredentials:
     """Return credentials that send a bearer token in plain text, but only to this machine.
 
-    They are for a sidecar or a tunnel that adds TLS. gRPC breaks off a connection that does not lead to a
-    loopback address or a Unix socket, before it sends anything. `token` is called as in `tls_credentials`.
+    They are for a sidecar or a tunnel that adds TLS. gRPC closes a connection that is not to a loopback
+    address or a Unix socket, before it sends anything. `token` is called as in `tls_credentials`.
     """
     kinds = grpc.LocalConnectionType
     kind = kinds.UDS if address.startswith("unix") else kinds.LOCAL_TCP
