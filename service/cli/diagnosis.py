@@ -1,4 +1,4 @@
-"""Why a connection to a server fails, from one connection more: gRPC hides most of it."""
+"""Diagnose a failed connection by opening another; gRPC reports little."""
 
 import socket
 import ssl
@@ -10,6 +10,8 @@ from cryptography.x509 import DNSName, ExtensionNotFound, SubjectAlternativeName
 SECONDS = 3.0
 MAX_NAMES = 5
 ALPN = ["h2"]
+# What getaddrinfo says of a name that does not exist, or that has no address.
+UNKNOWN = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Tls:
 
 
 def diagnose(address: str, tls: Tls | None) -> str | None:
-    """Return a sentence on what does not fit between client and server; None if nothing was found.
+    """Return why client and server don't match, in a sentence; None if nothing was found.
 
     Without `tls` the client uses plain text. Nothing is sent over the connection but a handshake.
     """
@@ -30,9 +32,18 @@ def diagnose(address: str, tls: Tls | None) -> str | None:
         if tls:
             return _diagnose_tls(address, tls)
         _certificate(address)
+    except (socket.gaierror, UnicodeError) as error:
+        return _unknown_host(address, error)
     except (OSError, ValueError):  # no TLS there, no server, or not an address with a host
         return None
     return f"the server at {address} uses TLS; pass its CA with --tls-ca"
+
+
+def _unknown_host(address: str, error: socket.gaierror | UnicodeError) -> str:
+    host = _host(address)
+    if isinstance(error, UnicodeError) or error.errno in UNKNOWN:
+        return f"the name {host} is not known; check --address"
+    return f"the name {host} can't be looked up: {error.strerror}; check --address and the DNS"
 
 
 def _diagnose_tls(address: str, tls: Tls) -> str | None:
@@ -53,7 +64,7 @@ def _diagnose_tls(address: str, tls: Tls) -> str | None:
             if "ALERT" in (error.reason or ""):  # TLS 1.2 refuses a certificate within the handshake
                 return _not_accepted(address, tls)
             return f"the server at {address} does not use TLS; leave out --tls-ca"
-        # TLS 1.3 refuses a client's certificate after the handshake; gRPC just hangs up.
+        # TLS 1.3 refuses a client's certificate after the handshake; gRPC closes the connection.
         with closing(connection):
             try:
                 is_accepted = connection.recv(1) != b""

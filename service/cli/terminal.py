@@ -1,6 +1,7 @@
 """Shared by the client commands: connection options, errors, output, signals, and progress."""
 
 import asyncio
+import re
 import shutil
 import signal
 import ssl
@@ -28,10 +29,11 @@ from rich.progress import (
 from rich.table import Column
 
 from service.cli.diagnosis import Tls, diagnose
+from service.cli.refusal import explain_refusal
 from service.client import Disconnected, channel, local_credentials, tls_credentials
 from service.client.address import check_address
 from service.client.errors import ProxyRefused, ProxyUnavailable
-from service.errors import RosterError
+from service.errors import RosterError, Unauthenticated
 from service.escape import escape
 from service.settings import FOR_CLIENTS, is_local
 
@@ -43,6 +45,7 @@ WIDTH_FOR_TIME, WIDTH_FOR_BAR, WIDTH_FOR_BOTH_TIMES = 60, 72, 90
 # Options that decide who receives a token.
 DESTINATION = {"address", "tls_ca", "tls_server_name", "insecure_token"}
 
+HEADER = re.compile(r"[\x20-\x7e]*")  # what gRPC sends as the value of a header
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 option = partial(click.option, show_envvar=True, show_default=True)
 SERVER = (
@@ -105,6 +108,8 @@ class Target:
             read_token = lambda: token_file.read_text().strip()  # noqa: E731
         elif token:
             read_token = lambda: token  # noqa: E731
+        self._read_token = read_token
+        self._token_source = str(token_file or "ROSTER_TOKEN")
         self._server_name = tls_server_name
         self._tls: Tls | None = None
         self._credentials: grpc.ChannelCredentials | None = None
@@ -145,6 +150,8 @@ class Target:
         """Return the message to print for a failed call; it may open a connection to find the cause."""
         if isinstance(failure, ProxyRefused | ProxyUnavailable):
             return f"{self.address}: {failure.message}"
+        if isinstance(failure, Unauthenticated):
+            return f"{failure.message}; {self._explain_refusal()}"
         if not isinstance(failure, Disconnected):
             return failure.message
         if "http1" in failure.message:
@@ -152,11 +159,30 @@ class Target:
                 f"{self.address} answers in HTTP/1.1, which is not gRPC; is it the port of the metrics, or a "
                 "proxy without HTTP/2?"
             )
-        if found := diagnose(self.address, self._tls):
+        if found := diagnose(self.address, self._tls) or self._token_problem():
             return found
-        if self._tls:
-            return f"no server answers at {self.address} over TLS: {failure.message}"
         return f"no server answers at {self.address}; start one with `roster serve`, or set --address"
+
+    def _explain_refusal(self) -> str:
+        if problem := self._token_problem():
+            return problem
+        has_certificate = bool(self._tls and self._tls.has_certificate)
+        token = self._read_token() if self._read_token else None
+        return explain_refusal(token, self._token_source, has_certificate=has_certificate)
+
+    def _token_problem(self) -> str:
+        """Return why gRPC can't send the token, "" if it can; gRPC itself reports a lost connection."""
+        if not self._read_token:
+            return ""
+        try:
+            token = self._read_token()
+        except OSError as error:
+            return f"{self._token_source} can't be read: {error.strerror}"
+        except UnicodeDecodeError:
+            return f"{self._token_source} contains no token: it is not text"
+        if not HEADER.fullmatch(token):
+            return f"{self._token_source} contains more than a token; a token is one line of ASCII"
+        return ""
 
 
 def _tls_context(ca: Path, cert: Path | None, key: Path | None) -> ssl.SSLContext:
@@ -283,7 +309,7 @@ async def show_progress(
     """Show progress on standard error: a bar on a terminal, otherwise a line every few seconds.
 
     `state` returns how much of `total` is done, and a description. A total of 0 means unknown. Without
-    `draws` there is no bar: something else writes to the terminal, or may.
+    `draws` there is no bar: something else may write to the terminal.
     """
     console = Console(stderr=True)
     is_bar = draws and console.is_terminal

@@ -1,10 +1,11 @@
 """Clients of a server that is reached through something else: tunnels, sidecars, the wrong port."""
 
 import asyncio
+import re
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,112 @@ async def test_command_says_that_the_server_uses_tls(named: Secured, server: Ser
 
     assert sentence(plain) == f"the server at {named.address} uses TLS; pass its CA with --tls-ca"
     assert sentence(tls) == f"the server at {server.address} does not use TLS; leave out --tls-ca"
+
+
+async def refusal(server: Secured, folder: Path, token: str | bytes | None = None, **claims: Any) -> str:
+    """Return what the command says of a token, or without one."""
+    options = ["--tls-ca", f"{server.folder}/ca.pem", "--tls-server-name", NAME]
+    if token is not None or claims:
+        text = server.issuer.token("admin", **claims) if token is None else token
+        (folder / "tok1").write_bytes(text if isinstance(text, bytes) else text.encode())
+        options += ["--token-file", "tok1"]
+    process = await start(ROSTER, "loads", *options, folder=folder, ROSTER_ADDRESS=server.address)
+    start_of_all = "a valid token or client certificate is required; "
+    said = sentence(await ended(process))
+    assert said.startswith(start_of_all)
+    return said.removeprefix(start_of_all)
+
+
+@pytest.mark.parametrize(
+    ("token", "expected"),
+    [
+        (None, "pass --token-file, or --tls-cert and --tls-key"),
+        ("garbage", "tok1 contains no JWT"),
+        ("eyJhbGciOiJub25lIn0.W10.", "tok1 contains no JWT"),
+        ("", "tok1 is empty"),
+        ("bearer x.y.z", "tok1 begins with Bearer; leave out that word"),
+    ],
+)
+async def test_command_says_what_is_not_a_token(
+    named: Secured, tmp_path: Path, token: str | None, expected: str
+) -> None:
+    """The server reports the same for all of them."""
+    assert await refusal(named, tmp_path, token) == expected
+
+
+async def test_command_says_when_a_token_is_valid(named: Secured, tmp_path: Path) -> None:
+    """By its claims, which are no secret to the client; what it can't see is in the log of the server."""
+    expired = await refusal(named, tmp_path, exp=datetime(2024, 1, 31, 8, 16, tzinfo=UTC))
+    early = await refusal(named, tmp_path, nbf=datetime(2199, 1, 31, 8, 16, tzinfo=UTC))
+    other = await refusal(named, tmp_path, aud="another service")
+    stranger = await refusal(named, tmp_path, Issuer().token("admin"))
+    far = await refusal(named, tmp_path, nbf=10**30)
+
+    assert expired == "the token in tok1 expired at 2024-01-31 08:16 UTC"
+    assert early == "the token in tok1 is not valid before 2199-01-31 08:16 UTC"
+    assert {other, stranger, far} == {"the server's log has the cause"}
+
+
+@pytest.mark.parametrize(
+    ("token", "expected"),
+    [
+        (b"\xff\xfe", "tok1 contains no token: it is not text"),
+        (b"one.two.three\nfour.five.six\n", "tok1 contains more than a token; a token is one line of ASCII"),
+        ("tok\u00e9n".encode(), "tok1 contains more than a token; a token is one line of ASCII"),
+    ],
+)
+async def test_command_says_what_can_not_be_sent_as_a_token(
+    named: Secured, tmp_path: Path, token: bytes, expected: str
+) -> None:
+    """The call fails within gRPC, which reports a lost connection."""
+    (tmp_path / "tok1").write_bytes(token)
+    options = ["--tls-ca", f"{named.folder}/ca.pem", "--tls-server-name", NAME, "--token-file", "tok1"]
+    process = await start(ROSTER, "loads", *options, folder=tmp_path, ROSTER_ADDRESS=named.address)
+
+    assert sentence(await ended(process)) == expected
+
+
+@pytest.mark.parametrize(
+    "words", [["loads"], ["export", "users"], ["load", "users", "keys.pem", "--format", "csv"]]
+)
+async def test_every_command_explains_a_token_of_the_environment(
+    words: list[str], named: Secured, tmp_path: Path
+) -> None:
+    """The date is left out if it is today's."""
+    (tmp_path / "keys.pem").write_text("email\na@example.org\n")
+    now = datetime.now(UTC)
+    token = named.issuer.token("admin", exp=now - timedelta(minutes=2))
+    options = ["--tls-ca", f"{named.folder}/ca.pem", "--tls-server-name", NAME]
+    variables = {"ROSTER_ADDRESS": named.address, "ROSTER_TOKEN": token}
+    process = await start(ROSTER, *words, *options, folder=tmp_path, **variables)
+    said = sentence(await ended(process))
+
+    assert re.search(r"; the token in ROSTER_TOKEN expired at (\S+ )?\d\d:\d\d UTC$", said)
+
+
+@pytest.mark.parametrize("host", ["nosuch.invalid", "a..b", f"{'x' * 70}.example.org"])
+@pytest.mark.parametrize("prefix", ["", "dns:///"])
+async def test_command_says_that_a_name_is_not_known(
+    host: str, prefix: str, named: Secured, tmp_path: Path
+) -> None:
+    """With TLS or without: nothing can be started there."""
+    address = f"{prefix}{host}:50611"
+    plain = await roster(address, "loads", "--address", address)
+    tls = await roster(address, "loads", "--tls-ca", f"{named.folder}/ca.pem")
+
+    pattern = rf"the name {re.escape(host)} (is not known; check --address|can't be looked up: .*)"
+    assert re.fullmatch(pattern, sentence(plain))
+    assert sentence(tls) == sentence(plain)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:1", "localhost:1", "unix:/nowhere/roster.sock"])
+async def test_error_over_tls_has_no_text_of_grpc(address: str, named: Secured) -> None:
+    """It says what a connection without TLS says."""
+    done = await roster(address, "loads", "--tls-ca", f"{named.folder}/ca.pem")
+
+    assert sentence(done) == (
+        f"no server answers at {address}; start one with `roster serve`, or set --address"
+    )
 
 
 @pytest.fixture
