@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from service.cli.environment import read_settings
 from service.cli.terminal import UsageError, echo
 from service.db import migrations, revisions
-from service.db.errors import cause_of, code_of
+from service.db.errors import NoUsableHost, cause_of, code_of
 from service.db.schema import ReadOnlyDatabase, Schema
 from service.files import sqlite_path
 from service.settings import Settings
@@ -53,7 +53,18 @@ def connection_problem(error: Exception, setting: str = "ROSTER_DATABASE_URL") -
     if isinstance(error, ReadOnlyDatabase):
         return f"{cause}; check {setting}"
     hint = CREATE_DATABASE if code_of(error) == UNKNOWN_DATABASE else ""
-    return f"the database can't be reached: {cause}{hint}; check {setting}"
+    return f"{_failure(error)}: {cause}{hint}; check {setting}"
+
+
+def _failure(error: Exception) -> str:
+    """Return how far a connection came."""
+    code = code_of(error)
+    if code.startswith("SQLITE") or (isinstance(error, NoUsableHost) and error.was_reached):
+        return "the database can't be used"
+    # An error of class 08 may be that of a proxy that can't reach the database.
+    if not code or code.startswith("08") or isinstance(error, NoUsableHost):
+        return "the database can't be reached"
+    return "the database refused the connection"
 
 
 def folder_problem(settings: Settings) -> str:

@@ -11,6 +11,8 @@ import asyncpg
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from service.db import conninfo
+from service.db.conninfo import DEFAULT_PORT
+from service.db.errors import NoUsableHost, short_cause
 
 # Larger than any batch, so that a COPY never blocks on a full buffer.
 WRITE_BUFFER_BYTES = 8 << 20
@@ -35,6 +37,9 @@ ALPN = ["postgresql"]
 
 class WrongHost(ConnectionError):
     """A server that `target_session_attrs` excludes; after a failover it may fit."""
+
+
+ANSWERS = (WrongHost, asyncpg.CannotConnectNowError)
 
 
 class _Connection(asyncpg.Connection):
@@ -87,23 +92,36 @@ def _creator(parameters: Mapping[str, str]) -> Any:
 async def connect(parameters: Mapping[str, str], **options: Any) -> Any:
     """Return a connection to the first host that answers and has the `target_session_attrs`.
 
-    Raises OSError if there is none, and asyncpg's error if a server refuses. As for libpq, each host has the
-    whole timeout, and a refused login ends the search.
+    Raises NoUsableHost if there is none, and asyncpg's error if a server refuses. As for libpq, each host has
+    the whole timeout, and a refused login ends the search.
     """
-    errors = []
+    errors: dict[str, Exception] = {}  # by host; `prefer-standby` tries each twice
     for host, port, session_attributes in _candidates(parameters):
         try:
             connection = await _connect(parameters, host, port, session_attributes, options)
         except (OSError, asyncpg.CannotConnectNowError) as error:
-            errors.append((host, error))
+            errors[_name(host, port)] = error
         else:
             _set_socket_options(connection, parameters)
             # A COPY that is blocked on a full write buffer never notices a lost connection or a timeout.
             connection._transport.set_write_buffer_limits(WRITE_BUFFER_BYTES)  # noqa: SLF001
             return connection
-    if len(errors) == 1:
-        raise errors[0][1]
-    raise ConnectionError("; ".join(f"{host}: {error}" for host, error in errors)) from errors[-1][1]
+    *_, last = errors.values()
+    if len(errors) == 1 and not isinstance(last, OSError):
+        raise last
+    was_reached = any(isinstance(error, ANSWERS) for error in errors.values())
+    causes = "; ".join(f"{name}: {short_cause(error)}" for name, error in errors.items())
+    raise NoUsableHost(causes, was_reached=was_reached) from last
+
+
+def _name(host: str | None, port: int | None) -> str:
+    """Return a host as an error names it, with its port or socket."""
+    port = port or DEFAULT_PORT
+    if host is None:
+        return f"this machine, port {port}"
+    if host.startswith("/"):
+        return f"{host}/.s.PGSQL.{port}"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _candidates(parameters: Mapping[str, str]) -> Iterator[tuple[str | None, int | None, str]]:
@@ -138,7 +156,7 @@ async def _connect(
             **options,
         )
     except TimeoutError as error:  # of connecting, not of a statement: nothing was sent
-        raise ConnectionError("the database did not answer in time") from error
+        raise ConnectionError("no answer in time") from error
     except asyncpg.TargetServerAttributeNotMatched as error:
         raise WrongHost(f"the server is not {session_attributes}") from error
     except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):

@@ -4,7 +4,9 @@ Only a repository knows the meaning of a violated constraint, so repositories ca
 """
 
 import logging
+import os
 import re
+import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +26,10 @@ SLOW = "the database took too long; request less, or try again later"
 # Parts of messages that contain row values: PostgreSQL's DETAIL, such as `Key (email)=(ada@example.org)
 # already exists`, and asyncpg's errors about arguments.
 VALUES = re.compile(r"\nDETAIL:.*|(?<=invalid input for query argument ).*", re.DOTALL)
+
+NUMBER = re.compile(r"\[Errno (\d+)\]")
+# What getaddrinfo says of a name that does not exist, or that has no address.
+UNKNOWN = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 
 # The longest prefix wins. https://www.postgresql.org/docs/current/errcodes-appendix.html
 BY_CODE: dict[str, tuple[type[RosterError], str]] = {
@@ -60,10 +66,40 @@ def code_of(error: BaseException) -> str:
     return ""
 
 
+class NoUsableHost(ConnectionError):
+    """No host of the database URL can be used; the message names each with its own cause.
+
+    `was_reached` is whether one of them has answered.
+    """
+
+    def __init__(self, message: str, *, was_reached: bool) -> None:
+        super().__init__(message)
+        self.was_reached = was_reached
+
+
 def cause_of(error: BaseException) -> str:
-    """Return what the driver reported, without what SQLAlchemy adds."""
-    *_, cause = (each for each in _chain(error) if str(each))
-    return str(cause).partition("\n")[0]
+    """Return what the driver reported, without what SQLAlchemy adds, or the cause of each host."""
+    causes = [each for each in _chain(error) if str(each)]
+    hosts = [each for each in causes if isinstance(each, NoUsableHost)]
+    return str((hosts or causes)[-1]).partition("\n")[0]
+
+
+def short_cause(error: BaseException) -> str:
+    """Return why a connection failed, without numbers, addresses and names of the code."""
+    if isinstance(error, socket.gaierror):
+        return "the name is not known" if error.errno in UNKNOWN else str(error.strerror).lower()
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the certificate can't be verified: {error.verify_message.rstrip('.')}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed: {(error.reason or str(error)).replace('_', ' ').lower()}"
+    # asyncio reports several addresses of a name in one error, which has no number of its own.
+    numbers = [error.errno] if isinstance(error, OSError) and error.errno else _numbers(str(error))
+    causes = dict.fromkeys(os.strerror(number).lower() for number in numbers)
+    return ", ".join(causes) or str(error).partition("\n")[0]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in NUMBER.findall(text)]
 
 
 def is_transient(error: BaseException) -> bool:
@@ -112,7 +148,7 @@ def translate_errors() -> Iterator[None]:
         known = domain_error(error)
         if known is None:
             raise
-        log.warning("%s: %s", known.reason, error.__cause__ or error)
+        log.warning("%s: %s", known.reason, cause_of(error))
         raise known from error
 
 

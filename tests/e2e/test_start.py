@@ -59,6 +59,10 @@ PERMANENT: dict[str, Conversation] = {
 }
 
 
+# Failures that PostgreSQL itself reports, in a connection that was made.
+REFUSALS = {"starts up", "shuts down", "has too many connections", *PERMANENT}
+
+
 async def serve(folder: Path, host: str, wait: str, **environment: Any) -> Ended:
     """Run `roster serve` with the database at this host, until it gives up."""
     settings: dict[str, Any] = {
@@ -76,7 +80,8 @@ def check_error(ended: Ended) -> str:
     assert "Traceback" not in ended.err
     assert "s3cret" not in ended.err
     error = ended.err.splitlines()[-1]
-    assert re.fullmatch(r"Error: the database can't be reached: .+; check ROSTER_DATABASE_URL", error)
+    failure = "the database (can't be reached|refused the connection)"
+    assert re.fullmatch(rf"Error: {failure}: .+; check ROSTER_DATABASE_URL", error)
     return error
 
 
@@ -111,7 +116,8 @@ async def test_wait_ends_with_the_cause(tmp_path: Path) -> None:
         error = check_error(await serve(tmp_path, f"127.0.0.1:{port}", "0.6"))
 
     assert error == (
-        "Error: the database can't be reached: the database system is starting up; check ROSTER_DATABASE_URL"
+        "Error: the database refused the connection: the database system is starting up; check "
+        "ROSTER_DATABASE_URL"
     )
 
 
@@ -189,7 +195,8 @@ async def test_other_commands_report_the_same_in_a_sentence(failure: str, tmp_pa
         migrate = await run(ROSTER, "migrate", folder=tmp_path, **settings)
 
     assert (doctor.status, doctor.err) == (1, "")
-    assert doctor.out.splitlines()[-1].startswith("FAIL  database  the database can't be reached: ")
+    failure = "refused the connection" if failure in REFUSALS else "can't be reached"
+    assert doctor.out.splitlines()[-1].startswith(f"FAIL  database  the database {failure}: ")
     assert migrate.status == 2
     assert len(migrate.err.splitlines()) == 1
     assert migrate.err.startswith("Error: the ")

@@ -158,7 +158,7 @@ async def test_failure_to_start_is_reported_once(environment: dict[str, Any], tm
     ended = await run(ROSTER, "serve", folder=tmp_path, **environment, ROSTER_LISTEN="127.0.0.1:0")
 
     assert ended.status == 2
-    assert ended.err.count("the database can't be reached") == 1
+    assert ended.err.count("the database refused the connection") == 1
 
 
 @pytest.mark.parametrize(

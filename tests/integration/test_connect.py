@@ -16,7 +16,9 @@ from sqlalchemy import URL, make_url
 from service.db import conninfo
 from service.db.connect import _candidates, connect
 from service.db.engine import Database
+from service.db.errors import NoUsableHost, cause_of
 from service.settings import Settings
+from tests.support.command import ROSTER, SERVER_DEFAULTS, run
 from tests.support.fake_postgres import close, fake_postgres, hang, refuse
 from tests.support.postgres import Postgres
 
@@ -131,12 +133,75 @@ async def test_connects_to_the_first_host_that_answers(url: URL) -> None:
         await database.close()
 
 
-async def test_error_names_each_host(url: URL) -> None:
-    """If none can be used."""
-    async with fake_postgres(hang) as hanging:
-        text = hosts(url, "nowhere.invalid", f"localhost:{hanging}")
-        with pytest.raises(ConnectionError, match=r"nowhere\.invalid: .*not known; localhost: .*in time"):
-            await connect(conninfo.read(text), timeout=0.2)
+async def test_error_names_each_host(url: URL, postgres: Postgres) -> None:
+    """If none can be used; each has a short cause of its own."""
+    starting = refuse("57P03", "the database system is starting up")
+    async with fake_postgres(hang) as hanging, fake_postgres(starting) as late:
+        places = [
+            *("nowhere.invalid", "127.0.0.1:1", "localhost:1", "[::1]:1", "%2Fnowhere:7"),
+            *(f"127.0.0.1:{hanging}", f"127.0.0.1:{late}", place(url)),
+        ]
+        text = hosts(url, *places, target_session_attrs="standby")
+        with pytest.raises(NoUsableHost) as caught:
+            await connect(conninfo.read(text), timeout=0.5)
+
+    unknown, *others = str(caught.value).split("; ")
+    assert unknown.startswith("nowhere.invalid:5432: ")
+    assert others == [
+        "127.0.0.1:1: connection refused",
+        "localhost:1: connection refused",
+        "[::1]:1: connection refused",
+        "/nowhere/.s.PGSQL.7: no such file or directory",
+        f"127.0.0.1:{hanging}: no answer in time",
+        f"127.0.0.1:{late}: the database system is starting up",
+        f"{place(url)}: the server is not standby",
+    ]
+    assert cause_of(caught.value) == str(caught.value)
+    assert caught.value.was_reached
+
+
+@pytest.mark.parametrize("wanted", ["any", "prefer-standby"])
+async def test_error_names_a_host_once(wanted: str, url: URL) -> None:
+    """Although `prefer-standby` tries each twice; the only host is named, too."""
+    text = hosts(url, "127.0.0.1:1", target_session_attrs=wanted)
+    with pytest.raises(NoUsableHost, match=r"^127\.0\.0\.1:1: connection refused$") as caught:
+        await connect(conninfo.read(text), timeout=5)
+
+    assert not caught.value.was_reached
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"), [("standby", "the server is not standby"), ("read-only", "is not read-only")]
+)
+@pytest.mark.parametrize("dead", [[], ["127.0.0.1:1"]])
+async def test_commands_name_the_host_that_does_not_fit(
+    wanted: str, expected: str, dead: list[str], url: URL, tmp_path: Path
+) -> None:
+    """It was reached; the names of the driver's classes stay out."""
+    text = hosts(url, *dead, place(url), target_session_attrs=wanted)
+    variables: dict[str, Any] = {"ROSTER_DATABASE_URL": text, "ROSTER_DATABASE_WAIT": "0"} | SERVER_DEFAULTS
+    for command in ("doctor", "serve"):
+        done = await run(ROSTER, command, folder=tmp_path, **variables)
+        (line,) = (
+            line for line in (done.out + done.err).splitlines() if "the database can't be used" in line
+        )
+
+        assert line.endswith(f"{place(url)}: the server is not {wanted}; check ROSTER_DATABASE_URL")
+        assert ("127.0.0.1:1: connection refused; " in line) == bool(dead)
+        assert "<" not in line
+        assert expected in line
+
+
+async def test_missing_database_was_reached(url: URL, tmp_path: Path) -> None:
+    """The server itself says so."""
+    text = hosts(url.set(database="rosterr"), "127.0.0.1:1", place(url))
+    variables: dict[str, Any] = {"ROSTER_DATABASE_URL": text} | SERVER_DEFAULTS
+    done = await run(ROSTER, "doctor", folder=tmp_path, **variables)
+
+    assert done.out.splitlines()[-1] == (
+        'FAIL  database  the database refused the connection: database "rosterr" does not exist; create the '
+        "database first, as with `createdb`; check ROSTER_DATABASE_URL"
+    )
 
 
 async def test_refused_login_ends_the_search(url: URL) -> None:
