@@ -77,7 +77,8 @@ class Report:
 def doctor() -> None:
     """Check that `roster serve` can run: settings, ports, TLS and policy files, database, schema, clock.
 
-    The exit status is 0 if every check passes, otherwise 1.
+    The settings are those of `roster serve --help`. Nothing is changed. The exit status is 0 if no check
+    fails, otherwise 1; a warning is not a failure.
     """
     report = Report()
     for unknown in unknown_settings():

@@ -180,10 +180,12 @@ class Export:
     "--format",
     "format_",
     type=click.Choice(list(WRITERS)),
-    help="Format of the file.  [default: from the file name]",
+    help="Format of the file.  [default: from the file name, otherwise ndjson]",
 )
 @click.option("--filter", "filter_", help="Export only matching rows, such as 'is_active = true'.")
-@click.option("--after-id", type=click.IntRange(0), default=0, help="Export only rows with greater ids.")
+@click.option(
+    "--after-id", type=click.IntRange(0), default=0, help="Export only rows with greater ids, as to resume."
+)
 def export(
     entity: str, target: Target, output: str, format_: str | None, filter_: str | None, after_id: int
 ) -> None:
@@ -192,6 +194,9 @@ def export(
     The output file gets its name when it is complete; until then it ends in .part. Times are in UTC, with
     microseconds. An unset field is null in NDJSON and Parquet; in CSV it is an empty cell, and an empty
     string is "".
+
+    The exit status is 0 if all rows were exported, otherwise 2. If Ctrl-C or SIGTERM ended the export, it is
+    130 or 143. The error says after which id to resume.
     """
     job = Export(ENTITIES[entity], filter_, after_id, place=_place(output))
     kind = WRITERS[format_ or format_name(output)]

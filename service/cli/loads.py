@@ -35,7 +35,7 @@ LAYOUTS = (
 NUMBERS = frozenset({"rows", "failed", "age"})
 UNITS = (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1))
 NAME_WIDTH = 11
-CALLER = "For admins: the caller who started the load, or whose loads to list."
+CALLER = "For admins: only loads that this caller started."
 
 
 @click.command()
@@ -46,12 +46,15 @@ CALLER = "For admins: the caller who started the load, or whose loads to list."
 @click.option("--yes", is_flag=True, help="Abort without asking.")
 @click.option("--json", "is_json", is_flag=True, help="Print JSON, one object per line.")
 def loads(action: str, load_id: str, target: Target, caller: str, *, yes: bool, is_json: bool) -> None:
-    """List named bulk loads, newest first, show one with its failures, or abort one.
+    """List bulk loads, newest first; show one with its failures; or abort one.
 
-    An aborted load accepts no more rows. The rows already written stay.
+    `roster load` prints the LOAD_ID of a load with failures. An aborted load accepts no more rows. The rows
+    already written stay.
 
-    A load belongs to the caller who started it. Admins see the loads of all callers. Without --caller, they
-    show and abort their own load of this name; if they have none, the only load of this name.
+    A load belongs to the caller who started it. Admins see the loads of all callers. Without --caller, `show`
+    and `abort` use the admin's own load of that name, or else the only one of that name.
+
+    The exit status is 0 if this worked, 1 if a load was not aborted, otherwise 2.
     """
     if (action == "list") == bool(load_id):
         raise click.UsageError(

@@ -86,11 +86,13 @@ def folder_problem(settings: Settings) -> str:
     "--down", metavar="REVISION", help="Downgrade to this revision; data that it can't hold is dropped."
 )
 def migrate(down: str | None, *, sql: bool, contract: bool) -> None:
-    """Migrate the schema of the database in ROSTER_DATABASE_URL to what this release needs.
+    """Migrate the schema of the database in ROSTER_DATABASE_URL to this release.
 
-    Servers of the previous release keep running. ROSTER_MIGRATION_URL, if it is set, connects to the same
-    database as the role that owns the schema. It is safe to run this more than once, and at the same time:
+    Servers of the previous release keep running. It is safe to run this more than once, and at the same time:
     the second run waits for the first.
+
+    If the server's role does not own the schema, set ROSTER_MIGRATION_URL: the same database, with the role
+    that owns it.
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("service.db").setLevel(logging.INFO)  # the progress of long steps

@@ -59,10 +59,15 @@ SERVER = (
     option(
         "--tls-server-name",
         envvar="ROSTER_TLS_SERVER_NAME",
-        help="Name in the server's certificate, if it is not the host of the address: for a tunnel.",
+        help="Name in the server's certificate, if it is not the host of the address, as with a tunnel.",
     ),
     option("--tls-cert", envvar="ROSTER_TLS_CLIENT_CERT_FILE", type=FILE, help="Client certificate, in PEM."),
-    option("--tls-key", envvar="ROSTER_TLS_CLIENT_KEY_FILE", type=FILE, help="Its private key, in PEM."),
+    option(
+        "--tls-key",
+        envvar="ROSTER_TLS_CLIENT_KEY_FILE",
+        type=FILE,
+        help="Private key of the client certificate, in PEM.",
+    ),
     option(
         "--token-file",
         envvar="ROSTER_TOKEN_FILE",

@@ -49,10 +49,14 @@ def keys(folder: Path) -> None:
 @token.command(short_help="Print a bearer token for a subject.")
 @click.argument("subject")
 @click.option("--key", type=FILE, required=True, help="The private.pem of `roster token keys`.")
-@option("--issuer", envvar="ROSTER_JWT_ISSUER", required=True, help="Issuer; must match the server's.")
-@option("--audience", envvar="ROSTER_JWT_AUDIENCE", required=True, help="Audience; must match the server's.")
+@option("--issuer", envvar="ROSTER_JWT_ISSUER", required=True, help="Issuer that the server expects.")
+@option("--audience", envvar="ROSTER_JWT_AUDIENCE", required=True, help="Audience that the server expects.")
 @click.option(
-    "--minutes", type=click.IntRange(1), default=60, show_default=True, help="Lifetime of the token."
+    "--minutes",
+    type=click.IntRange(1),
+    default=60,
+    show_default=True,
+    help="Minutes until the token expires.",
 )
 def issue(subject: str, key: Path, issuer: str, audience: str, minutes: int) -> None:
     """Print a bearer token for SUBJECT. The server's policy refers to it as jwt:SUBJECT."""

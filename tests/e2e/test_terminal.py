@@ -140,10 +140,10 @@ async def test_errors_break_between_words(tmp_path: Path, columns: int) -> None:
 
 
 @pytest.mark.parametrize("columns", [120, 80, 50])
-@pytest.mark.parametrize("command", ["serve", "load", "loads", "export", "migrate", "doctor"])
+@pytest.mark.parametrize("command", ["serve", "load", "loads", "export", "migrate", "doctor", "token issue"])
 async def test_help_fits_the_terminal(tmp_path: Path, command: str, columns: int) -> None:
     """Only a name that is longer than a line may exceed it; there is none."""
-    async with terminal(ROSTER, command, "--help", columns=columns, folder=tmp_path) as shown:
+    async with terminal(ROSTER, *command.split(), "--help", columns=columns, folder=tmp_path) as shown:
         assert await shown.ended() == 0
 
     assert widest(shown) <= columns
