@@ -69,4 +69,4 @@ def compress(file: IO[bytes], name: str) -> Any:
 
 def _require_zstd() -> None:
     if not zstd:
-        raise UsageError("zstd requires backports.zstd: pip install backports.zstd")
+        raise UsageError("zstd requires backports.zstd; in a clone: .venv/bin/pip install backports.zstd")

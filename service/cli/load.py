@@ -47,6 +47,7 @@ from service.errors import (
     LoadNotFound,
     RosterError,
     TooManyFailures,
+    Unauthenticated,
 )
 
 LOAD_ID = "Load ID; reuse it to resume a load.  [default: derived from the file and the options]"
@@ -321,8 +322,10 @@ def _report_errors(job: Load, report: LoadReport, name: str, target: Target) -> 
         if not job.is_open:
             raise UsageError(f"nothing was loaded: {_name_options(target.explain(cause))}") from None
         state = report.unfinished(can_resume=is_retryable(cause))
-        message = _name_options(failure.message)
-        raise UsageError(f"{name}: the load stopped: {message}; {state}") from None
+        message = (
+            target.explain(cause) if isinstance(cause, Unauthenticated) else _name_options(failure.message)
+        )
+        raise UsageError(f"{name}: the load stopped: {_name_options(message)}; {state}") from None
 
 
 def _name_options(message: str) -> str:
@@ -379,7 +382,7 @@ def _rejects_path(rejects: Path | None, file: str, suffix: str) -> Path:
     source = Path("stdin" if file == STDIN else without_compression(file))
     path = rejects or source.with_name(f"{source.stem}.rejects.{suffix}")
     if path.exists() and file != STDIN and path.samefile(file):
-        raise click.UsageError(f"{path} is the file to load; choose another file with --rejects")
+        raise UsageError(f"{path} is the file to load; choose another file with --rejects")
     if not os.access(path.parent, os.W_OK):
-        raise click.UsageError(f"can't write to directory {path.parent}; choose another file with --rejects")
+        raise UsageError(f"can't write to directory {path.parent}; choose another file with --rejects")
     return path

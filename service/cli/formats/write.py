@@ -58,7 +58,7 @@ def pyarrow() -> Any:
     try:
         import pyarrow.parquet  # noqa: PLC0415
     except ImportError:
-        raise UsageError("Parquet requires pyarrow: pip install pyarrow") from None
+        raise UsageError("Parquet requires pyarrow; in a clone: .venv/bin/pip install pyarrow") from None
     return pyarrow
 
 
