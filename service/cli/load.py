@@ -322,9 +322,7 @@ def _report_errors(job: Load, report: LoadReport, name: str, target: Target) -> 
         if not job.is_open:
             raise UsageError(f"nothing was loaded: {_name_options(target.explain(cause))}") from None
         state = report.unfinished(can_resume=is_retryable(cause))
-        message = (
-            target.explain(cause) if isinstance(cause, Unauthenticated) else _name_options(failure.message)
-        )
+        message = target.explain(cause) if isinstance(cause, Unauthenticated) else failure.message
         raise UsageError(f"{name}: the load stopped: {_name_options(message)}; {state}") from None
 
 
