@@ -31,6 +31,8 @@ HOST = re.compile(r"(?P<host>\[[^\]]*\]|[^:]*)(?::(?P<port>.*))?", re.DOTALL)
 KEYWORD = re.compile(
     r"\s*(?P<name>[^=\s]+)\s*=\s*(?:'(?P<quoted>(?:[^'\\]|\\.)*)'|(?P<plain>(?:\\.|\S)*))", re.DOTALL
 )
+# An unknown parameter counts as a misspelt one if it is this similar; otherwise it may be part of a password.
+SIMILARITY = 0.8
 BAD_PERCENT = re.compile("%(?![0-9a-f]{2})|%00", re.IGNORECASE)
 # A setting in `options`, as the command line of the server has them.
 OPTION = re.compile(r"(?:-c\s*|--)(?P<name>[\w.-]+)=(?P<value>.*)", re.DOTALL)
@@ -209,7 +211,7 @@ def read(text: str) -> dict[str, str]:
     parameters = _with_defaults(parse(text))
     _translate_ssl(parameters)
     for name, value in parameters.items():
-        _require_known(name)  # of a service
+        _require_known(name, "remove it from the service")
         _check(name, value)
     addresses(parameters)
     _check_tls(parameters)
@@ -232,14 +234,14 @@ def parse(text: str) -> dict[str, str]:
     match = SCHEME.fullmatch(text)
     if match is None:
         parameters = _parse_keywords(text)
+        for name in parameters:
+            _require_known(name, "remove it, or put a value that contains spaces in single quotes")
     elif match["scheme"].lower() in SCHEMES:
         parameters = _parse_url(match["rest"])
     else:
         raise ValueError(
             f"has the scheme {match['scheme']}; postgresql and sqlite are supported, as in {EXAMPLE}"
         )
-    for name in parameters:
-        _require_known(name)
     return {name: value for name, value in parameters.items() if value}
 
 
@@ -351,9 +353,12 @@ def _parse_query(query: str) -> dict[str, str]:
     parameters: dict[str, str] = {}
     for pair in filter(None, query.split("&")):
         name, separator, value = pair.partition("=")
+        if "@" in query and not (separator and name in KNOWN):
+            raise ValueError(ENCODE)  # the user or the password contains the question mark
         if not separator:
             raise ValueError("has a parameter without a value; write ?name=value&name=value")
         name, value = _decode(name), _decode(value)
+        _require_known(name, "remove it, or write & in a value as %26")
         if name == "host" and ":" in value and not value.startswith(("/", "[")) and value.count(":") == 1:
             # As SQLAlchemy writes several hosts: ?host=a:1&host=b:2.
             value, _, port = value.partition(":")
@@ -393,6 +398,8 @@ def _decode(text: str) -> str:
 def _check_host(host: str) -> None:
     if host.startswith("@"):
         raise ValueError("names an abstract socket, which the driver can't use; use one in a directory")
+    if "@" in host and not host.startswith("/"):
+        raise ValueError(ENCODE)
     try:
         host.encode() if host.startswith("/") else host.encode("idna")
     except UnicodeError:
@@ -461,13 +468,17 @@ def _translate_ssl(parameters: dict[str, str]) -> None:
         parameters["sslmode"] = "verify-full"
 
 
-def _require_known(name: str) -> None:
-    """Raise ValueError for a parameter that is unknown; the error repeats only what looks like a name."""
-    if name not in KNOWN:
-        close = get_close_matches(name, sorted(KNOWN), 1)
-        shown = f" {name}" if re.fullmatch("[a-zA-Z_]{2,30}", name) else ""
-        hint = f"; did you mean {close[0]}?" if close else "; remove it"
-        raise ValueError(f"has the unknown parameter{shown}{hint}")
+def _require_known(name: str, advice: str) -> None:
+    """Raise ValueError for a parameter that is unknown; the error repeats only a misspelt name.
+
+    Anything else may be part of a password that contains the separator of parameters.
+    """
+    if name in KNOWN:
+        return
+    close = get_close_matches(name.lower(), sorted(KNOWN), 1, SIMILARITY)
+    if not close:
+        raise ValueError(f"has an unknown parameter; {advice}")
+    raise ValueError(f"has the unknown parameter {name}; did you mean {close[0]}?")
 
 
 def _check(name: str, value: str) -> None:

@@ -226,7 +226,8 @@ def test_parameter_that_is_ignored_is_named_in_a_warning(name: str) -> None:
     ("parameter", "sentence"),
     [
         ("aplication_name=x", "has the unknown parameter aplication_name; did you mean application_name?"),
-        ("SSLMODE=require", "has the unknown parameter SSLMODE; remove it"),
+        ("SSLMODE=require", "has the unknown parameter SSLMODE; did you mean sslmode?"),
+        ("hunter=2", "has an unknown parameter; remove it, or write & in a value as %26"),
         ("sslmode=verify_full", "has a wrong value of sslmode; it is one of disable, allow"),
         ("connect_timeout=5s", "has a wrong value of connect_timeout; it is a whole number"),
         ("target_session_attrs=master", "has a wrong value of target_session_attrs"),
@@ -251,6 +252,40 @@ def test_wrong_parameter_is_named(parameter: str, sentence: str, tmp_path: Path)
     (tmp_path / "notes.pem").write_text("Dear diary")
     with pytest.raises(ValueError, match=re.escape(sentence)):
         conninfo.read(f"postgresql://ada@db/roster?{parameter}")
+
+
+UNENCODED = "contains a character that has to be percent-encoded in the user or the password"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("postgresql://ro:12/pw?hunter=two@host/app", UNENCODED),
+        ("postgresql://ro:12/pw?hunter@host/app", UNENCODED),
+        ("postgresql://ro:12/pw?sslmode=require&hunter=two@host/app", UNENCODED),
+        ("postgresql://ro:12/pw?usr=hunter@host/app", UNENCODED),
+        ("postgresql://ro:12/pw?host=hunter@host/app", UNENCODED),
+        ("postgresql://ada:p@pw?hunter=two@host/app", UNENCODED),
+        ("postgresql://ada@host/app?password=my&hunter=two", "write & in a value as %26"),
+        ("postgresql://ada@host/app?password=my&hunter", "has a parameter without a value"),
+        ("password=my hunter=x host=db", "put a value that contains spaces in single quotes"),
+        ("host=db password=my s3cret=hunter", "put a value that contains spaces in single quotes"),
+        ("password=my hunter", "is not a URL"),
+    ],
+)
+def test_no_error_repeats_a_part_of_a_password(text: str, sentence: str) -> None:
+    """Neither as the name of a parameter nor as its value; the error says how to write such a password."""
+    with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
+        conninfo.read(text)
+
+    assert not re.search("hunter|two|s3cret", str(caught.value))
+
+
+def test_at_sign_in_the_value_of_a_known_parameter_is_accepted() -> None:
+    """As libpq accepts it, for example in the users of Azure."""
+    url = "postgresql://db/roster?user=ada@main&application_name=a@b"
+
+    assert conninfo.read(url) == libpq.parse(url)
 
 
 def test_certificate_files_are_accepted(tmp_path: Path) -> None:
