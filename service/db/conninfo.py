@@ -2,11 +2,10 @@
 
 A connection string is a URL or a list of `keyword=value`. `read` returns its parameters under the names of
 libpq, and raises ValueError for one that can't be honoured. Errors and warnings never contain values of the
-user, the password or the host.
+user, the password or the host. The functions are given the environment, which only `service.settings` reads.
 https://www.postgresql.org/docs/current/libpq-connect.html
 """
 
-import os
 import re
 import ssl
 from collections.abc import Iterator, Mapping
@@ -203,12 +202,12 @@ def normalise(text: str) -> str:
     )
 
 
-def read(text: str) -> dict[str, str]:
+def read(text: str, environment: Mapping[str, str]) -> dict[str, str]:
     """Return the parameters of a connection string, with those of its service and of the environment.
 
     Raises ValueError for a parameter that is unknown, or that can't be honoured.
     """
-    parameters = _with_defaults(parse(text))
+    parameters = _with_defaults(parse(text), environment)
     _translate_ssl(parameters)
     for name, value in parameters.items():
         _require_known(name, "remove it from the service")
@@ -309,11 +308,11 @@ def warnings(parameters: Mapping[str, str]) -> Iterator[str]:
         )
 
 
-def describe(text: str) -> str:
+def describe(text: str, environment: Mapping[str, str]) -> str:
     """Return where a connection string leads, without the password."""
-    parameters = read(text)
-    user = quote(parameters.get("user", os.environ.get("PGUSER", "")), safe="")
-    database = quote(parameters.get("dbname", os.environ.get("PGDATABASE", "")), safe="")
+    parameters = read(text, environment)
+    user = quote(parameters.get("user", environment.get("PGUSER", "")), safe="")
+    database = quote(parameters.get("dbname", environment.get("PGDATABASE", "")), safe="")
     places = addresses(parameters)
     sockets = [host for host, _ in places if host and host.startswith("/")]
     hosts = ",".join(_bracketed(host, port) for host, port in places if host and host not in sockets)
@@ -421,26 +420,27 @@ def _words(options: str) -> Iterator[str]:
         yield re.sub(r"\\(.)", r"\1", word, flags=re.DOTALL)
 
 
-def _with_defaults(given: Mapping[str, str]) -> dict[str, str]:
+def _with_defaults(given: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
     """Add the parameters of the service, and then those of the environment."""
-    environment = {
-        name: os.environ[variable] for name, variable in ENVIRONMENT.items() if os.environ.get(variable)
+    defaults = {
+        name: environment[variable] for name, variable in ENVIRONMENT.items() if environment.get(variable)
     }
     if "host" in given or "hostaddr" in given:
-        environment.pop("host", None)
-    parameters = {**environment, **given}
+        defaults.pop("host", None)
+    parameters = {**defaults, **given}
     service = parameters.pop("service", None)
     file = parameters.pop("servicefile", None)
     if service:
-        parameters = {**environment, **_read_service(service, file), **given}
+        folder = environment.get("PGSYSCONFDIR", "/etc/postgresql-common")
+        parameters = {**defaults, **_read_service(service, file, folder), **given}
         parameters.pop("service", None)
     return {name: value for name, value in parameters.items() if value and name != "servicefile"}
 
 
-def _read_service(service: str, file: str | None) -> dict[str, str]:
+def _read_service(service: str, file: str | None, folder: str) -> dict[str, str]:
     """Return the parameters of a service, as libpq finds them; raises ValueError if there is none."""
     own = Path(file or Path("~/.pg_service.conf").expanduser())
-    common = Path(os.environ.get("PGSYSCONFDIR", "/etc/postgresql-common"), "pg_service.conf")
+    common = Path(folder, "pg_service.conf")
     for path in (own, common):
         services = ConfigParser(interpolation=None, delimiters="=", comment_prefixes="#", strict=False)
         services.optionxform = str  # type: ignore[assignment, method-assign]

@@ -32,6 +32,11 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+def read(text: str) -> dict[str, str]:
+    """Return the parameters of a connection string, with those of the environment."""
+    return conninfo.read(text, os.environ)
+
+
 @pytest.fixture
 def url(postgresql_url: str) -> URL:
     """A migrated database, over TCP."""
@@ -41,7 +46,7 @@ def url(postgresql_url: str) -> URL:
 @asynccontextmanager
 async def connected(text: str, timeout: float | None = 10) -> AsyncIterator[Any]:
     """Connect with a connection string alone."""
-    parameters = conninfo.read(text)
+    parameters = read(text)
     connection = await connect(parameters, timeout=timeout)
     try:
         yield connection
@@ -136,7 +141,7 @@ async def test_error_names_each_host(url: URL) -> None:
     async with fake_postgres(hang) as hanging:
         text = hosts(url, "nowhere.invalid", f"localhost:{hanging}")
         with pytest.raises(ConnectionError, match=r"nowhere\.invalid: .*not known; localhost: .*in time"):
-            await connect(conninfo.read(text), timeout=0.2)
+            await connect(read(text), timeout=0.2)
 
 
 async def test_refused_login_ends_the_search(url: URL) -> None:
@@ -144,7 +149,7 @@ async def test_refused_login_ends_the_search(url: URL) -> None:
     async with fake_postgres(refuse("28P01", "password authentication failed")) as strict:
         text = hosts(url, f"127.0.0.1:{strict}", place(url))
         with pytest.raises(Exception, match="password authentication failed"):
-            await connect(conninfo.read(text), timeout=5)
+            await connect(read(text), timeout=5)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +164,7 @@ async def test_session_attributes_select_a_host(wanted: str, is_found: bool, url
             assert await connection.fetchval("SELECT pg_is_in_recovery()") is False
         return
     with pytest.raises(ConnectionError, match="the server is not standby"):
-        await connect(conninfo.read(text), timeout=5)
+        await connect(read(text), timeout=5)
 
 
 async def test_read_only_host_is_passed_over(url: URL, postgres: Postgres) -> None:
@@ -170,7 +175,7 @@ async def test_read_only_host_is_passed_over(url: URL, postgres: Postgres) -> No
             await connection.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
         text = hosts(url.set(database=name), place(url), target_session_attrs="read-write")
         with pytest.raises(ConnectionError, match="the server is not read-write"):
-            await connect(conninfo.read(text), timeout=5)
+            await connect(read(text), timeout=5)
 
 
 async def test_connect_timeout_ends_a_connection_that_hangs(url: URL) -> None:
@@ -218,7 +223,7 @@ async def test_keepalives_are_those_of_the_url(url: URL) -> None:
 async def test_random_order_reaches_every_host(url: URL) -> None:
     """Each connection starts at another one."""
     text = hosts(url, "a", "b", "c", place(url), load_balance_hosts="random")
-    parameters = conninfo.read(text)
+    parameters = read(text)
     first = {next(_candidates(parameters))[0] for _ in range(200)}
     assert first == {"a", "b", "c", url.host}
 
@@ -239,4 +244,4 @@ async def test_user_defaults_to_that_of_the_process(url: URL) -> None:
     """As for libpq, whose message says so."""
     user = pwd.getpwuid(os.geteuid()).pw_name
     with pytest.raises(Exception, match=f'role "{user}" does not exist'):
-        await connect(conninfo.read(f"postgresql://{place(url)}/{url.database}"), timeout=5)
+        await connect(read(f"postgresql://{place(url)}/{url.database}"), timeout=5)
