@@ -14,7 +14,7 @@ from service.cli.terminal import UsageError, echo
 from service.db import migrations, revisions
 from service.db.errors import cause_of, code_of
 from service.db.schema import ReadOnlyDatabase, Schema
-from service.files import sqlite_path
+from service.files import storage_problem
 from service.settings import Settings
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
@@ -26,7 +26,7 @@ CREATE_DATABASE = "; create the database first, as with `createdb`"
 @contextmanager
 def report_migration_errors(settings: Settings) -> Iterator[None]:
     """Raise UsageError if a migration fails."""
-    if problem := folder_problem(settings):
+    if settings.is_embedded and (problem := storage_problem(settings.database_url)):
         raise UsageError(problem)
     try:
         yield
@@ -53,13 +53,6 @@ def connection_problem(error: Exception, setting: str = "ROSTER_DATABASE_URL") -
         return f"{cause}; check {setting}"
     hint = CREATE_DATABASE if code_of(error) == UNKNOWN_DATABASE else ""
     return f"the database can't be reached: {cause}{hint}; check {setting}"
-
-
-def folder_problem(settings: Settings) -> str:
-    """Return why SQLite can't create its file, "" if it can."""
-    if settings.is_embedded and not (folder := sqlite_path(settings.database_url).parent).is_dir():
-        return f"directory {folder} does not exist; create it first"
-    return ""
 
 
 @click.command()

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import os
 import re
 import signal
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc
@@ -271,6 +273,64 @@ async def test_missing_column_of_sqlite_is_named(sqlite_url: str, tmp_path: Path
 
     assert started.status == 2
     assert "lacks the column users.full_name" in started.err.splitlines()[-1]
+
+
+# The modes of the directory, of the database and of its log, and what the error names.
+PROTECTED = {
+    "database": (0o777, 0o444, 0o666, "file roster.db can't"),
+    "log": (0o777, 0o666, 0o444, "file roster.db-wal can't"),
+    "directory": (0o555, 0o666, 0o666, "directory {folder} can't"),
+    "empty directory": (0o555, None, None, "directory {folder} can't"),
+}
+
+
+@pytest.fixture
+def protected(request: pytest.FixtureRequest, sqlite_template: Path) -> Iterator[tuple[Path, str]]:
+    """A directory in which SQLite can't write, and what an error says about it."""
+    mode, *modes, words = PROTECTED[request.param]
+    with TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        for suffix, file_mode in zip(("", "-wal"), modes, strict=True):
+            if file_mode is not None:
+                file = folder / f"roster.db{suffix}"
+                file.write_bytes(b"" if suffix else sqlite_template.read_bytes())
+                file.chmod(file_mode)
+        folder.chmod(mode)
+        yield folder, words.format(folder=folder)
+        folder.chmod(0o700)
+
+
+@pytest.mark.parametrize("protected", PROTECTED, indirect=True)
+@pytest.mark.parametrize("command", ["serve", "migrate", "doctor"])
+async def test_database_that_sqlite_can_t_write_is_not_served(
+    protected: tuple[Path, str], command: str
+) -> None:
+    """Found before the first write, by every command that uses the database."""
+    folder, words = protected
+    # Root may write everywhere, so a server of root runs as somebody else.
+    other = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
+    settings: dict[str, Any] = {"ROSTER_LISTEN": "127.0.0.1:0", "ROSTER_METRICS_LISTEN": ""}
+    ended = await run(*other, ROSTER, command, folder=folder, **settings)
+
+    problem = ended.out if command == "doctor" else ended.err.splitlines()[-1]
+    assert ended.status == (1 if command == "doctor" else 2)
+    assert words in problem
+    assert "listening" not in ended.err
+    assert "ok    database" not in ended.out
+
+
+@pytest.mark.parametrize("query", ["mode=ro&uri=true", "immutable=1&uri=true"])
+async def test_url_that_opens_sqlite_read_only_is_not_served(
+    query: str, sqlite_url: str, tmp_path: Path
+) -> None:
+    """The error names the parameters."""
+    url = f"sqlite:///file:{make_url(sqlite_url).database}?{query}"
+    started = await serve(tmp_path, "", "0", ROSTER_DATABASE_URL=url)
+    doctor = await run(ROSTER, "doctor", folder=tmp_path, ROSTER_DATABASE_URL=url)
+
+    assert started.status == 2
+    assert "remove mode=ro and immutable from ROSTER_DATABASE_URL" in started.err.splitlines()[-1]
+    assert "FAIL  database  the URL opens the database read-only" in doctor.out
 
 
 async def test_tables_in_another_schema_are_found(
