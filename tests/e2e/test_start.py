@@ -475,12 +475,20 @@ async def test_only_our_error_is_printed_for_a_port_in_use(variable: str, tmp_pa
 
 
 async def test_new_database_has_no_revision_none(empty_postgresql_url: str, tmp_path: Path) -> None:
-    """It has no schema."""
+    """It has no schema; what `serve` and `doctor` say about it is what `migrate` then does."""
+    refused = await serve(tmp_path, "", "0", ROSTER_DATABASE_URL=empty_postgresql_url)
+    doctor = await run(ROSTER, "doctor", folder=tmp_path, ROSTER_DATABASE_URL=empty_postgresql_url)
     down = await run(
         ROSTER, "migrate", "--down", "base", folder=tmp_path, ROSTER_DATABASE_URL=empty_postgresql_url
     )
 
+    migrated = await run(ROSTER, "migrate", folder=tmp_path, ROSTER_DATABASE_URL=empty_postgresql_url)
+
     assert down == Ended(0, "nothing to do: the database has no schema\n", "")
+    promised = re.search(r"the database has no schema; .* create it at revision (\d+)$", refused.err.strip())
+    assert promised
+    assert migrated.out == f"schema created at revision {promised[1]}\n"
+    assert f"create it at revision {promised[1]}\n" in doctor.out
 
 
 async def test_sql_needs_no_database_that_can_be_reached(tmp_path: Path) -> None:

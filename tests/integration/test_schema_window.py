@@ -166,7 +166,7 @@ async def test_loads_of_one_name_stop_the_downgrade(url: str, engine: AsyncEngin
             False,
             "at revision 0002, but this release needs revision 0003; run `roster migrate`",
         ),
-        (Schema(None), False, "has no schema, but this release needs revision 0003; run `roster migrate`"),
+        (Schema(None), False, "the database has no schema; run `roster migrate` with the same"),
         (Schema("9999", "0004"), True, "newer than this release, but compatible"),
         (Schema("9999", "0001"), True, "newer than this release, but compatible"),
         (Schema("9999", "0006"), False, "not compatible with it; run the newer release"),
