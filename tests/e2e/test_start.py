@@ -18,6 +18,9 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from roster.v1.resources_pb2 import User
+from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest
+from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db import revisions
 from tests.support.command import ROSTER, Ended, run, serving, waiting_to_serve
 from tests.support.fake_postgres import (
@@ -33,6 +36,8 @@ from tests.support.fake_postgres import (
     send_garbage,
     speak_http,
 )
+from tests.support.load_stream import load_once, named
+from tests.support.users import list_users
 
 URL = "postgresql://ada:s3cret@{host}/roster"
 
@@ -331,6 +336,39 @@ async def test_url_that_opens_sqlite_read_only_is_not_served(
     assert started.status == 2
     assert "remove mode=ro and immutable from ROSTER_DATABASE_URL" in started.err.splitlines()[-1]
     assert "FAIL  database  the URL opens the database read-only" in doctor.out
+
+
+async def test_two_servers_can_use_one_sqlite_file(tmp_path: Path) -> None:
+    """Each sees what the other has written, and no id is used twice."""
+    async with (
+        serving(tmp_path) as first,
+        serving(tmp_path) as second,
+        grpc.aio.insecure_channel(first.address) as one,
+        grpc.aio.insecure_channel(second.address) as other,
+    ):
+        clients = UserServiceStub(one), UserServiceStub(other)
+        created = await asyncio.gather(
+            *(
+                users.CreateUser(CreateUserRequest(user=User(email=f"{server}-{number}@example.org")))
+                for number in range(20)
+                for server, users in enumerate(clients)
+            )
+        )
+        loaded = await asyncio.gather(
+            *(
+                load_once(
+                    users.BulkCreateUsers,
+                    BulkCreateUsersRequest(users=named(f"a{server}", f"b{server}"), finish=True),
+                )
+                for server, users in enumerate(clients)
+            )
+        )
+        listed = [await list_users(users) for users in clients]
+
+    assert len({user.id for user in created}) == 40
+    assert [ack.created for ack in loaded] == [2, 2]
+    assert listed[0] == listed[1]
+    assert len(listed[0]) == 44
 
 
 async def test_tables_in_another_schema_are_found(
