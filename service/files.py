@@ -11,6 +11,7 @@ from typing import IO
 from sqlalchemy import make_url
 
 OWNER_ONLY = 0o600
+FOUR_SLASHES = "; an absolute path needs four slashes, as in sqlite:////var/lib/roster.db"
 SQLITE_SUFFIXES = ("", "-wal", "-shm", "-journal")
 
 
@@ -65,6 +66,33 @@ def create_database(url: str) -> None:
             create(sqlite_path(url).resolve()).close()
 
 
+def storage_problem(url: str) -> str:
+    """Return why SQLite can't write to a database, and what to do; "" if it can.
+
+    SQLite itself would open it, answer reads, and refuse each write.
+    """
+    path, query = sqlite_path(url), make_url(url).query
+    if "uri" in query and (query.get("mode") == "ro" or "immutable" in query):
+        return "the URL opens the database read-only; remove mode=ro and immutable from ROSTER_DATABASE_URL"
+    if not path.parent.is_dir():
+        hint = "" if path.is_absolute() else FOUR_SLASHES
+        return f"directory {path.parent} does not exist; create it first{hint}"
+    folder = path.resolve().parent
+    if not _is_writable(folder):
+        return (
+            f"directory {folder} can't be written by this user, but SQLite creates files in it; "
+            "change its owner or mode, mount it writable, or name another file in ROSTER_DATABASE_URL"
+        )
+    for suffix in SQLITE_SUFFIXES:
+        file = Path(f"{path}{suffix}")
+        if file.exists() and not _is_writable(file):
+            return (
+                f"file {file} can't be written by this user; change its owner or mode, mount it writable, or "
+                "name another file in ROSTER_DATABASE_URL"
+            )
+    return ""
+
+
 def file_dangers(url: str) -> Iterator[str]:
     """Yield a sentence for each way in which other users of this machine can access a SQLite database."""
     path = sqlite_path(url)
@@ -74,6 +102,11 @@ def file_dangers(url: str) -> Iterator[str]:
     folder = path.resolve().parent
     if _mode(folder) & stat.S_IWOTH:
         yield f"other users can create files in {folder}, next to the database; give it its own folder"
+
+
+def _is_writable(path: Path) -> bool:
+    needed = os.W_OK | os.X_OK if path.is_dir() else os.R_OK | os.W_OK
+    return os.access(path, needed, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _mode(path: Path) -> int:

@@ -30,7 +30,7 @@ class Heartbeat:
     """Keeps the row of this process, so that `roster migrate --contract` knows of it.
 
     Each write is a short transaction. If it fails, the next one is at the next interval. The sessions of the
-    server can be seen, too. A SQLite file has one server, which migrates it, so it needs no row.
+    server can be seen, too. A SQLite file has no rows: each server migrates it at its start.
     """
 
     def __init__(self, database: Database) -> None:

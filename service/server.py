@@ -43,7 +43,7 @@ from service.posts.servicer import PostServicer
 from service.reflection import add_reflection
 from service.scrapes import listen_on
 from service.services import SERVICE_NAMES, add_servicer
-from service.settings import Settings
+from service.settings import Settings, environment
 from service.users.model import User
 from service.users.passwords import Passwords
 from service.users.repository import UserRepository
@@ -246,13 +246,13 @@ def _tracing() -> "list[Tracing]":
 
     Without traces the server works as well, so whatever is wrong with their configuration is only logged.
     """
-    if not telemetry.is_wanted():
+    if not telemetry.is_wanted(environment()):
         return []
     try:
-        telemetry.check()
+        telemetry.check(environment())
         from service.interceptors.tracing import Tracing, exporting_provider  # noqa: PLC0415
 
-        return [Tracing(exporting_provider(telemetry.protocol()))]
+        return [Tracing(exporting_provider(telemetry.protocol(environment())))]
     except ImportError as error:
         log.warning("traces can't be sent to the configured endpoint: %s; install the extra `tracing`", error)
     except Exception as error:  # noqa: BLE001 - OpenTelemetry reads its variables when it is imported

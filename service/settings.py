@@ -85,6 +85,11 @@ Duration = Annotated[timedelta, Field(gt=timedelta(0), le=MAX_TTL), BeforeValida
 Count = Annotated[int, Field(ge=1)]
 
 
+def environment() -> Mapping[str, str]:
+    """Return the environment variables, for those of other programs: libpq's and OpenTelemetry's."""
+    return os.environ
+
+
 def folder_variables() -> dict[str, str]:
     """Return the variables in the file `.env` of the current folder, with their names in capitals.
 
@@ -308,7 +313,7 @@ class Settings(BaseSettings):
         if value is None:
             return None
         if not value.lower().startswith("sqlite"):
-            conninfo.read(value)
+            conninfo.read(value, environment())
             return conninfo.normalise(value)
         try:
             url = make_url(value)
@@ -427,19 +432,13 @@ def describe_database(url: str) -> str:
     """Return which database a URL names, without a password."""
     if url.startswith("sqlite"):
         return f"SQLite, {Path(make_url(url).database or '').absolute()}"
-    return conninfo.describe(url)
+    return conninfo.describe(url, environment())
 
 
 def database_warnings(settings: Settings) -> Iterator[str]:
     """Yield a warning for each parameter of the URL that PostgreSQL's driver does not honour as it is."""
     if not settings.is_embedded:
-        yield from conninfo.warnings(conninfo.read(settings.database_url))
-
-
-def clean_client_variables() -> None:
-    """Clean the environment variables of the client commands, which Click reads as they are."""
-    for name in (FOR_CLIENTS | FOR_TOKENS).keys() & os.environ.keys():
-        os.environ[name] = clean(os.environ[name])
+        yield from conninfo.warnings(conninfo.read(settings.database_url, environment()))
 
 
 def _every_host() -> str:

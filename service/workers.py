@@ -7,7 +7,6 @@ when the supervisor is killed.
 
 import asyncio
 import logging
-import os
 import socket
 import sys
 from asyncio.subprocess import PIPE, Process
@@ -20,7 +19,7 @@ from typing import TypeVar
 from prometheus_client.multiprocess import mark_process_dead
 
 from service import metrics
-from service.settings import Settings
+from service.settings import Settings, environment
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ class Worker:
     _process: Process
 
     def __init__(self, settings: Mapping[str, str], folder: str, stop: Stop, grace: float) -> None:
-        self._environment = {**os.environ, **settings}
+        self._environment = {**environment(), **settings}
         self._folder = folder
         self._stop = stop
         self._grace = grace

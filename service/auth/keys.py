@@ -7,34 +7,43 @@ others stay usable; the file is refused if no key is left. A secret in it is alw
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from cryptography.x509 import Certificate, load_pem_x509_certificate
+from cryptography.x509 import Certificate, Name, load_pem_x509_certificate
 from jwt import PyJWTError
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from jwt.utils import base64url_decode, base64url_encode
 
 MIN_RSA_BITS = 2048
 CURVES = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
-KINDS: Mapping[str, Any] = {"RSA": RSAAlgorithm, "EC": ECAlgorithm, "OKP": OKPAlgorithm}
+Jwk: TypeAlias = dict[str, Any]  # as PyJWT has it
+KINDS: Mapping[str, Callable[[Jwk], object]] = {
+    "RSA": RSAAlgorithm.from_jwk,
+    "EC": ECAlgorithm.from_jwk,
+    "OKP": OKPAlgorithm.from_jwk,
+}
 KEY_MEMBERS = {"RSA": "n", "EC": "x", "OKP": "x"}
 COORDINATE_BYTES = {"P-256": 32, "P-384": 48, "P-521": 66}
 CURVES_OF_KIND = {"EC": ["P-256", "P-384", "P-521"], "OKP": ["Ed25519"]}
 SUPPORTED = f"RSA of {MIN_RSA_BITS} bits or more, P-256, P-384, P-521 or Ed25519"
 SECRET_MEMBERS = {"d", "p", "q", "dp", "dq", "qi", "oth", "k"}
 BEGIN = "-----BEGIN "
-BLOCK = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----.*?-----END \1-----", re.DOTALL)
+DASHES = "-----"
+LABEL = re.compile("[A-Z0-9 ]+")
 UNREADABLE = (ValueError, TypeError, KeyError, OverflowError, PyJWTError, UnsupportedAlgorithm)
 ENCRYPTION_ONLY = "is for encryption"
 
 log = logging.getLogger(__name__)
+
+
+PublicKey: TypeAlias = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class Key:
     """A public key with the algorithms that it allows; the header of a token does not choose."""
 
     id: str | None
-    public: Any
+    public: PublicKey
     algorithms: Sequence[str]
 
 
@@ -79,7 +88,7 @@ def read_keys(data: bytes) -> list[Key]:
     return keys
 
 
-Found = Iterator[tuple[str, Key | UnusableKeyError]]
+Found: TypeAlias = Iterator[tuple[str, Key | UnusableKeyError]]
 
 
 def _text(data: bytes) -> str:
@@ -101,14 +110,15 @@ def _hint(text: str) -> str:
     return "; it must be what the issuer's jwks_uri returns, or have lines such as -----BEGIN PUBLIC KEY-----"
 
 
-def _document(text: str) -> Any:
+def _document(text: str) -> object:
     try:
-        return json.loads(text)
+        document: object = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not a JWKS: invalid JSON, {error}") from None
+    return document
 
 
-def _json_keys(document: Any) -> Found:
+def _json_keys(document: object) -> Found:
     """Yield the keys of a set, of one JWK, of a list of them, or of Google's JSON of certificates."""
     if isinstance(document, dict) and "keys" in document:
         document = document["keys"]
@@ -123,16 +133,17 @@ def _json_keys(document: Any) -> Found:
     raise ValueError('it is not a JWKS: it must be {"keys": […]}')
 
 
-def _certificates_by_id(document: Mapping[str, Any]) -> Found:
-    if not all(isinstance(text, str) and BEGIN in text for text in document.values()):
+def _certificates_by_id(document: Mapping[str, object]) -> Found:
+    texts = {id: text for id, text in document.items() if isinstance(text, str) and BEGIN in text}
+    if len(texts) < len(document):
         raise ValueError('it is JSON, but not a JWKS: it must be {"keys": […]}')
-    for id, text in document.items():
+    for id, text in texts.items():
         for _, key in _pem_keys(text):
             named = Key(id, key.public, key.algorithms) if isinstance(key, Key) else key
             yield repr(id), named
 
 
-def _jwks(document: Sequence[Any]) -> Found:
+def _jwks(document: Sequence[object]) -> Found:
     for number, jwk in enumerate(document, 1):
         id = jwk.get("kid") if isinstance(jwk, dict) else None
         name = repr(id) if isinstance(id, str) else f"number {number}"
@@ -147,7 +158,7 @@ def _jwks(document: Sequence[Any]) -> Found:
             yield name, error
 
 
-def _key_from_jwk(jwk: Any) -> Key:
+def _key_from_jwk(jwk: object) -> Key:
     if not isinstance(jwk, dict):
         raise UnusableKeyError("is not a JSON object")
     jwk = {member: value for member, value in jwk.items() if value != ""}  # some issuers write all members
@@ -158,11 +169,10 @@ def _key_from_jwk(jwk: Any) -> Key:
     if jwk.get("use") not in (None, "sig") or not can_verify:
         raise UnusableKeyError("is not for signatures, by its use or key_ops")
     id = jwk.get("kid")
-    public = _public_from_jwk(jwk)
-    return Key(id if isinstance(id, str) else None, public, _algorithms(public, jwk.get("alg")))
+    return _key(id if isinstance(id, str) else None, _public_from_jwk(jwk), jwk.get("alg"))
 
 
-def _public_from_jwk(jwk: Mapping[str, Any]) -> Any:
+def _public_from_jwk(jwk: Jwk) -> object:
     kind = jwk.get("kty")
     if not isinstance(kind, str) or kind not in KINDS:
         raise UnusableKeyError(f"has an unsupported kty; supported are {', '.join(KINDS)}")
@@ -171,12 +181,12 @@ def _public_from_jwk(jwk: Mapping[str, Any]) -> Any:
             return _public_from_x5c(jwk["x5c"])
         if kind in CURVES_OF_KIND and jwk.get("crv") not in CURVES_OF_KIND[kind]:
             raise UnusableKeyError(f"is of an unsupported curve; supported are {SUPPORTED}")
-        return KINDS[kind].from_jwk(_with_full_coordinates(jwk))
+        return KINDS[kind](_with_full_coordinates(jwk))
     except UNREADABLE:
         raise UnusableKeyError("can't be read: a member is missing or damaged") from None
 
 
-def _with_full_coordinates(jwk: Mapping[str, Any]) -> dict[str, Any]:
+def _with_full_coordinates(jwk: Jwk) -> Jwk:
     """Return a JWK whose coordinates have the length of its curve, as RFC 7518, 6.2.1.2, requires.
 
     Some issuers omit zeros at the beginning, which one key in 256 has, or write one for the sign.
@@ -190,16 +200,14 @@ def _with_full_coordinates(jwk: Mapping[str, Any]) -> dict[str, Any]:
     return members
 
 
-def _public_from_x5c(chain: Sequence[str]) -> Any:
+def _public_from_x5c(chain: Sequence[str]) -> object:
     """Return the key of the first certificate, which RFC 7517, 4.7, requires to be the key's own."""
     pem = f"-----BEGIN CERTIFICATE-----\n{chain[0]}\n-----END CERTIFICATE-----\n"
     return load_pem_x509_certificate(pem.encode()).public_key()
 
 
 def _pem_keys(text: str) -> Found:
-    blocks = [(found[1], found[0].encode()) for found in BLOCK.finditer(text)]
-    if len(blocks) != text.count(BEGIN):
-        raise ValueError("a block of PEM has no matching end; the file may be cut off")
+    blocks = [*_blocks(text)]
     if any("PRIVATE KEY" in label for label, _ in blocks):
         raise ValueError(
             "it contains a private key, which only the issuer should have; "
@@ -210,13 +218,23 @@ def _pem_keys(text: str) -> Found:
     for number, block in enumerate(loaded, 1):
         name = f"number {number}"
         try:
-            public = _public_from_block(block, issuers)
-            yield name, Key(None, public, _algorithms(public))
+            yield name, _key(None, _public_from_block(block, issuers))
         except UnusableKeyError as error:
             yield name, error
 
 
-def _public_from_block(block: Any, issuers: Collection[Any]) -> Any:
+def _blocks(text: str) -> Iterator[tuple[str, bytes]]:
+    """Yield the label and the text of each block; raises ValueError for one that does not end."""
+    for part in text.split(BEGIN)[1:]:
+        label, _, rest = part.partition(DASHES)
+        end = f"{DASHES}END {label}{DASHES}"
+        content, found, _ = rest.partition(end)
+        if not (found and LABEL.fullmatch(label)):
+            raise ValueError("a block of PEM has no matching end; the file may be cut off")
+        yield label, f"{BEGIN}{label}{DASHES}{content}{end}".encode()
+
+
+def _public_from_block(block: object, issuers: Collection[Name | None]) -> object:
     """Return the key of a block; not that of an authority, which is in the file as part of a chain."""
     if isinstance(block, UnusableKeyError):
         raise block
@@ -230,7 +248,8 @@ def _public_from_block(block: Any, issuers: Collection[Any]) -> Any:
         raise UnusableKeyError("is a certificate whose key is of an unsupported kind") from None
 
 
-def _load_block(label: str, pem: bytes) -> Any:
+def _load_block(label: str, pem: bytes) -> object:
+    """Return a certificate, a public key, or why the block is neither."""
     if not label.endswith(("PUBLIC KEY", "CERTIFICATE")):
         return UnusableKeyError(f"is not a public key or a certificate, but {label}")
     try:
@@ -241,27 +260,29 @@ def _load_block(label: str, pem: bytes) -> Any:
         return UnusableKeyError("is damaged, or of an unsupported kind")
 
 
-def _issuer(certificate: Certificate) -> Any:
+def _issuer(certificate: Certificate) -> Name | None:
     """Return the name of the authority that issued a certificate; None if that is the certificate itself."""
     return None if certificate.issuer == certificate.subject else certificate.issuer
 
 
-def _algorithms(key: Any, named: Any = None) -> Sequence[str]:
-    """Return the algorithms of a key; `named` is the only one that its issuer uses, if the issuer says so."""
-    allowed: list[str] = []
-    match key:
-        case RSAPublicKey() if key.key_size < MIN_RSA_BITS:
-            raise UnusableKeyError(f"is RSA of {key.key_size} bits; must be {MIN_RSA_BITS} bits or more")
+def _key(id: str | None, public: object, named: object = None) -> Key:
+    """Return a key with its algorithms; `named` is the only one that its issuer uses, if the issuer says so.
+
+    Raises UnusableKeyError.
+    """
+    match public:
+        case RSAPublicKey() if public.key_size < MIN_RSA_BITS:
+            raise UnusableKeyError(f"is RSA of {public.key_size} bits; must be {MIN_RSA_BITS} bits or more")
         case RSAPublicKey():
             allowed = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512"]
-        case EllipticCurvePublicKey() if key.curve.name in CURVES:
-            allowed = [CURVES[key.curve.name]]
+        case EllipticCurvePublicKey() if public.curve.name in CURVES:
+            allowed = [CURVES[public.curve.name]]
         case Ed25519PublicKey():
             allowed = ["EdDSA"]
-    if not allowed:
-        raise UnusableKeyError(f"is of an unsupported kind; supported are {SUPPORTED}")
+        case _:
+            raise UnusableKeyError(f"is of an unsupported kind; supported are {SUPPORTED}")
     if named is None:
-        return allowed
+        return Key(id, public, allowed)
     if named not in allowed:
         raise UnusableKeyError(f"is for an algorithm other than {', '.join(allowed)}")
-    return [named]
+    return Key(id, public, [str(named)])

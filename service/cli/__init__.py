@@ -104,9 +104,8 @@ def _is_about_file(error: click.ClickException) -> bool:
 def main(context: click.Context) -> None:
     """Roster: the system of record for users and their posts."""
     # Not needed for the list of commands, and slow to import.
-    from service.settings import FOR_CLIENTS, FOR_TOKENS, clean_client_variables, folder_options  # noqa: PLC0415
+    from service.settings import FOR_CLIENTS, FOR_TOKENS, folder_options  # noqa: PLC0415
 
-    clean_client_variables()
     try:
         clients, tokens = folder_options(FOR_CLIENTS), folder_options(FOR_TOKENS)
     except OSError as error:

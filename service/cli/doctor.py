@@ -13,12 +13,12 @@ from sqlalchemy.exc import DBAPIError
 
 from service.auth.tls import expiry, server_credentials
 from service.cli.environment import read_settings
-from service.cli.migrate import connection_problem, folder_problem
+from service.cli.migrate import connection_problem
 from service.cli.terminal import UsageError, echo, pluralize
 from service.db.engine import Database
 from service.db.schema import read_schema
 from service.errors import RosterError
-from service.files import file_dangers, sqlite_path
+from service.files import file_dangers, sqlite_path, storage_problem
 from service.scrapes import listen_on
 from service.server import authentication
 from service.settings import (
@@ -106,10 +106,12 @@ def _check(settings: Settings, report: Report) -> None:
     if settings.is_embedded:
         for danger in file_dangers(settings.database_url):
             report.fail("database", danger)
-        file = sqlite_path(settings.database_url)
-        if not file.exists():
-            # To connect would create the file.
-            report.check("database", folder_problem(settings), f"`roster serve` will create {file}")
+        file, problem = sqlite_path(settings.database_url), storage_problem(settings.database_url)
+        if problem:
+            report.fail("database", problem)
+            return
+        if not file.exists():  # to connect would create it
+            report.ok("database", f"`roster serve` will create {file}")
             return
     asyncio.run(_check_database(settings, report))
 

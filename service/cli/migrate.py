@@ -14,20 +14,19 @@ from service.cli.terminal import UsageError, echo
 from service.db import migrations, revisions
 from service.db.errors import NoUsableHost, cause_of, code_of
 from service.db.schema import ReadOnlyDatabase, Schema
-from service.files import sqlite_path
+from service.files import storage_problem
 from service.settings import Settings
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 UNKNOWN_DATABASE = "3D000"
 INSUFFICIENT_PRIVILEGE = "42501"
-FOUR_SLASHES = "; an absolute path needs four slashes, as in sqlite:////var/lib/roster.db"
 CREATE_DATABASE = "; create the database first, as with `createdb`"
 
 
 @contextmanager
 def report_migration_errors(settings: Settings) -> Iterator[None]:
     """Raise UsageError if a migration fails."""
-    if problem := folder_problem(settings):
+    if settings.is_embedded and (problem := storage_problem(settings.database_url)):
         raise UsageError(problem)
     try:
         yield
@@ -65,14 +64,6 @@ def _failure(error: Exception) -> str:
     if not code or code.startswith("08") or isinstance(error, NoUsableHost):
         return "the database can't be reached"
     return "the database refused the connection"
-
-
-def folder_problem(settings: Settings) -> str:
-    """Return why SQLite can't create its file, "" if it can."""
-    if not settings.is_embedded or (folder := sqlite_path(settings.database_url).parent).is_dir():
-        return ""
-    hint = "" if folder.is_absolute() else FOUR_SLASHES
-    return f"directory {folder} does not exist; create it first{hint}"
 
 
 @click.command()

@@ -35,7 +35,7 @@ from service.client.address import check_address
 from service.client.errors import ProxyRefused, ProxyUnavailable
 from service.errors import RosterError, Unauthenticated
 from service.escape import escape
-from service.settings import FOR_CLIENTS, is_local
+from service.settings import FOR_CLIENTS, clean, is_local
 
 DRAW_EVERY_SECONDS = 0.2
 REPORT_EVERY_SECONDS = 5
@@ -46,8 +46,18 @@ WIDTH_FOR_TIME, WIDTH_FOR_BAR, WIDTH_FOR_BOTH_TIMES = 60, 72, 90
 DESTINATION = {"address", "tls_ca", "tls_server_name", "insecure_token"}
 
 HEADER = re.compile(r"[\x20-\x7e]*")  # what gRPC sends as the value of a header
+
+
+class CleanOption(click.Option):
+    """An option whose variable is read as those of settings are: without white space and quotes."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        value = super().resolve_envvar_value(ctx)
+        return clean(value) or None if value else None
+
+
 FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
-option = partial(click.option, show_envvar=True, show_default=True)
+option = partial(click.option, cls=CleanOption, show_envvar=True, show_default=True)
 SERVER = (
     option(
         "--address",
@@ -78,6 +88,7 @@ SERVER = (
     option("--token", envvar="ROSTER_TOKEN", hidden=True),
     click.option(
         "--insecure-token",
+        cls=CleanOption,
         envvar="ROSTER_INSECURE_TOKEN",
         show_envvar=True,
         is_flag=True,

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from service.db import conninfo
 from service.db.conninfo import DEFAULT_PORT
 from service.db.errors import NoUsableHost, short_cause
+from service.settings import environment
 
 # Larger than any batch, so that a COPY never blocks on a full buffer.
 WRITE_BUFFER_BYTES = 8 << 20
@@ -60,7 +61,7 @@ def postgresql_engine(
     `timeout` is for a URL without `connect_timeout`. The `server_settings` override those of the URL, except
     the application name.
     """
-    parameters = conninfo.read(url)
+    parameters = conninfo.read(url, environment())
     own = conninfo.server_settings(parameters)
     name = {"application_name": own["application_name"]} if "application_name" in own else {}
     caches = ("prepared_statement_cache_size", "statement_cache_size")

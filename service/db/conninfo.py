@@ -2,11 +2,10 @@
 
 A connection string is a URL or a list of `keyword=value`. `read` returns its parameters under the names of
 libpq, and raises ValueError for one that can't be honoured. Errors and warnings never contain values of the
-user, the password or the host.
+user, the password or the host. The functions are given the environment, which only `service.settings` reads.
 https://www.postgresql.org/docs/current/libpq-connect.html
 """
 
-import os
 import re
 import ssl
 from collections.abc import Iterator, Mapping
@@ -31,6 +30,8 @@ HOST = re.compile(r"(?P<host>\[[^\]]*\]|[^:]*)(?::(?P<port>.*))?", re.DOTALL)
 KEYWORD = re.compile(
     r"\s*(?P<name>[^=\s]+)\s*=\s*(?:'(?P<quoted>(?:[^'\\]|\\.)*)'|(?P<plain>(?:\\.|\S)*))", re.DOTALL
 )
+# An unknown parameter counts as a misspelt one if it is this similar; otherwise it may be part of a password.
+SIMILARITY = 0.8
 BAD_PERCENT = re.compile("%(?![0-9a-f]{2})|%00", re.IGNORECASE)
 # A setting in `options`, as the command line of the server has them.
 OPTION = re.compile(r"(?:-c\s*|--)(?P<name>[\w.-]+)=(?P<value>.*)", re.DOTALL)
@@ -201,15 +202,15 @@ def normalise(text: str) -> str:
     )
 
 
-def read(text: str) -> dict[str, str]:
+def read(text: str, environment: Mapping[str, str]) -> dict[str, str]:
     """Return the parameters of a connection string, with those of its service and of the environment.
 
     Raises ValueError for a parameter that is unknown, or that can't be honoured.
     """
-    parameters = _with_defaults(parse(text))
+    parameters = _with_defaults(parse(text), environment)
     _translate_ssl(parameters)
     for name, value in parameters.items():
-        _require_known(name)  # of a service
+        _require_known(name, "remove it from the service")
         _check(name, value)
     addresses(parameters)
     _check_tls(parameters)
@@ -232,14 +233,14 @@ def parse(text: str) -> dict[str, str]:
     match = SCHEME.fullmatch(text)
     if match is None:
         parameters = _parse_keywords(text)
+        for name in parameters:
+            _require_known(name, "remove it, or put a value that contains spaces in single quotes")
     elif match["scheme"].lower() in SCHEMES:
         parameters = _parse_url(match["rest"])
     else:
         raise ValueError(
             f"has the scheme {match['scheme']}; postgresql and sqlite are supported, as in {EXAMPLE}"
         )
-    for name in parameters:
-        _require_known(name)
     return {name: value for name, value in parameters.items() if value}
 
 
@@ -307,11 +308,11 @@ def warnings(parameters: Mapping[str, str]) -> Iterator[str]:
         )
 
 
-def describe(text: str) -> str:
+def describe(text: str, environment: Mapping[str, str]) -> str:
     """Return where a connection string leads, without the password."""
-    parameters = read(text)
-    user = quote(parameters.get("user", os.environ.get("PGUSER", "")), safe="")
-    database = quote(parameters.get("dbname", os.environ.get("PGDATABASE", "")), safe="")
+    parameters = read(text, environment)
+    user = quote(parameters.get("user", environment.get("PGUSER", "")), safe="")
+    database = quote(parameters.get("dbname", environment.get("PGDATABASE", "")), safe="")
     places = addresses(parameters)
     sockets = [host for host, _ in places if host and host.startswith("/")]
     hosts = ",".join(_bracketed(host, port) for host, port in places if host and host not in sockets)
@@ -351,9 +352,12 @@ def _parse_query(query: str) -> dict[str, str]:
     parameters: dict[str, str] = {}
     for pair in filter(None, query.split("&")):
         name, separator, value = pair.partition("=")
+        if "@" in query and not (separator and name in KNOWN):
+            raise ValueError(ENCODE)  # the user or the password contains the question mark
         if not separator:
             raise ValueError("has a parameter without a value; write ?name=value&name=value")
         name, value = _decode(name), _decode(value)
+        _require_known(name, "remove it, or write & in a value as %26")
         if name == "host" and ":" in value and not value.startswith(("/", "[")) and value.count(":") == 1:
             # As SQLAlchemy writes several hosts: ?host=a:1&host=b:2.
             value, _, port = value.partition(":")
@@ -393,6 +397,8 @@ def _decode(text: str) -> str:
 def _check_host(host: str) -> None:
     if host.startswith("@"):
         raise ValueError("names an abstract socket, which the driver can't use; use one in a directory")
+    if "@" in host and not host.startswith("/"):
+        raise ValueError(ENCODE)
     try:
         host.encode() if host.startswith("/") else host.encode("idna")
     except UnicodeError:
@@ -414,26 +420,27 @@ def _words(options: str) -> Iterator[str]:
         yield re.sub(r"\\(.)", r"\1", word, flags=re.DOTALL)
 
 
-def _with_defaults(given: Mapping[str, str]) -> dict[str, str]:
+def _with_defaults(given: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:
     """Add the parameters of the service, and then those of the environment."""
-    environment = {
-        name: os.environ[variable] for name, variable in ENVIRONMENT.items() if os.environ.get(variable)
+    defaults = {
+        name: environment[variable] for name, variable in ENVIRONMENT.items() if environment.get(variable)
     }
     if "host" in given or "hostaddr" in given:
-        environment.pop("host", None)
-    parameters = {**environment, **given}
+        defaults.pop("host", None)
+    parameters = {**defaults, **given}
     service = parameters.pop("service", None)
     file = parameters.pop("servicefile", None)
     if service:
-        parameters = {**environment, **_read_service(service, file), **given}
+        folder = environment.get("PGSYSCONFDIR", "/etc/postgresql-common")
+        parameters = {**defaults, **_read_service(service, file, folder), **given}
         parameters.pop("service", None)
     return {name: value for name, value in parameters.items() if value and name != "servicefile"}
 
 
-def _read_service(service: str, file: str | None) -> dict[str, str]:
+def _read_service(service: str, file: str | None, folder: str) -> dict[str, str]:
     """Return the parameters of a service, as libpq finds them; raises ValueError if there is none."""
     own = Path(file or Path("~/.pg_service.conf").expanduser())
-    common = Path(os.environ.get("PGSYSCONFDIR", "/etc/postgresql-common"), "pg_service.conf")
+    common = Path(folder, "pg_service.conf")
     for path in (own, common):
         services = ConfigParser(interpolation=None, delimiters="=", comment_prefixes="#", strict=False)
         services.optionxform = str  # type: ignore[assignment, method-assign]
@@ -461,13 +468,17 @@ def _translate_ssl(parameters: dict[str, str]) -> None:
         parameters["sslmode"] = "verify-full"
 
 
-def _require_known(name: str) -> None:
-    """Raise ValueError for a parameter that is unknown; the error repeats only what looks like a name."""
-    if name not in KNOWN:
-        close = get_close_matches(name, sorted(KNOWN), 1)
-        shown = f" {name}" if re.fullmatch("[a-zA-Z_]{2,30}", name) else ""
-        hint = f"; did you mean {close[0]}?" if close else "; remove it"
-        raise ValueError(f"has the unknown parameter{shown}{hint}")
+def _require_known(name: str, advice: str) -> None:
+    """Raise ValueError for a parameter that is unknown; the error repeats only a misspelt name.
+
+    Anything else may be part of a password that contains the separator of parameters.
+    """
+    if name in KNOWN:
+        return
+    close = get_close_matches(name.lower(), sorted(KNOWN), 1, SIMILARITY)
+    if not close:
+        raise ValueError(f"has an unknown parameter; {advice}")
+    raise ValueError(f"has the unknown parameter {name}; did you mean {close[0]}?")
 
 
 def _check(name: str, value: str) -> None:

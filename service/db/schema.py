@@ -143,12 +143,14 @@ class Schema:
                 f"the schema is at revision {self.revision}, which this release can use; once no older "
                 f"server runs, complete the upgrade to {head} with `roster migrate --contract`"
             )
-        state = (
-            f"the schema is at revision {self.revision}" if self.revision else "the database has no schema"
-        )
+        if self.revision is None:
+            return (
+                "the database has no schema; run `roster migrate` with the same ROSTER_DATABASE_URL to "
+                f"create it at revision {head}"
+            )
         return (
-            f"{state}, but this release needs revision {revisions.oldest_usable()}; run `roster migrate` "
-            "with the same ROSTER_DATABASE_URL"
+            f"the schema is at revision {self.revision}, but this release needs revision "
+            f"{revisions.oldest_usable()}; run `roster migrate` with the same ROSTER_DATABASE_URL"
         )
 
 

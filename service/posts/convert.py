@@ -12,7 +12,7 @@ from service.errors import InvalidField
 from service.posts.model import Post
 from service.posts.rules import CREATE_RULES, RULES
 from service.users.convert import user_to_fields
-from service.users.rules import are_plain_emails, email_key_error, normalise_email
+from service.users.rules import are_plain_emails, email_key_error, may_be_costly, normalise_email
 from service.validation import check_id, collect_violations, id_error
 from service.wire import (
     Fields,
@@ -54,6 +54,11 @@ def post_update_from_request(request: UpdatePostRequest) -> Update:
 def author_id_from_request(request: ListPostsRequest) -> int:
     """Return the id of the author whose posts are listed, 0 for all posts; raises InvalidField."""
     return request.author_id and check_id(request.author_id, "author_id")
+
+
+def has_costly_posts(messages: Sequence[PostMessage]) -> bool:
+    """Return whether some of the rows may take long to read."""
+    return may_be_costly([message.author_email for message in messages])
 
 
 def post_batch_from_messages(

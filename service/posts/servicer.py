@@ -20,6 +20,7 @@ from service.interceptors.chain import Context
 from service.posts.convert import (
     WRITABLE,
     author_id_from_request,
+    has_costly_posts,
     post_batch_from_messages,
     post_from_message,
     post_to_fields,
@@ -34,7 +35,12 @@ from service.validation import check_id, check_ids
 from service.wire import export_from_request, missing_ids
 
 CREATE_POSTS = Operation(
-    pb.BulkCreatePostsRequest, POSTS, post_batch_from_messages, WRITABLE, create_only=("author_id",)
+    pb.BulkCreatePostsRequest,
+    POSTS,
+    post_batch_from_messages,
+    WRITABLE,
+    create_only=("author_id",),
+    has_costly_rows=has_costly_posts,
 )
 UPDATE_POSTS = Operation(pb.BulkUpdatePostsRequest, POSTS, post_batch_from_messages, WRITABLE, is_update=True)
 BASIC = View(PostRepository.basic(), post_to_fields)

@@ -23,6 +23,7 @@ from service.users.rules import (
     email_error,
     email_key_error,
     email_spellings,
+    may_be_costly,
     normalise_email,
     password_error,
 )
@@ -74,6 +75,11 @@ def user_changes_from_message(message: UserMessage, mask: FieldMask) -> Values:
         fields = [field for field in fields if "password" not in field or is_set(message, field)]
     require_changes(fields, "user", "email, full_name or is_active")
     return _values(message, fields)
+
+
+def has_costly_users(messages: Sequence[UserMessage]) -> bool:
+    """Return whether some of the rows may take long to read."""
+    return may_be_costly([message.email for message in messages])
 
 
 def user_batch_from_messages(

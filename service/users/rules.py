@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from service.users.characters import invisible_error, mixed_scripts_error
 from service.users.domains import ACE, ascii_domain, domain_error, normalise_domain
@@ -73,14 +73,13 @@ def other_spellings(email: str) -> list[str]:
     return [] if domain.isascii() else [f"{name}{at}{ascii_domain(domain)}"]
 
 
-def stored_spellings(emails: Sequence[str]) -> dict[str, str]:
-    """Return the normalised e-mail by each other text under which an earlier release may have stored it."""
-    found: dict[str, str] = {}
+def stored_spellings(emails: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield each other text under which an earlier release may have stored a normalised e-mail, with that."""
     if "".join(emails).isascii():
-        return found
+        return
     for email in emails:
-        found.update((spelling, email) for spelling in other_spellings(email))
-    return found
+        for spelling in other_spellings(email):
+            yield spelling, email
 
 
 def _is_too_long(email: str) -> bool:
@@ -135,6 +134,12 @@ def _special_error(part: str) -> str | None:
     if special is None:
         return None
     return f"must be one address alone, without the character U+{ord(special[0]):04X} ({special[0]})"
+
+
+def may_be_costly(emails: Sequence[str]) -> bool:
+    """Return whether some of the e-mails may take a millisecond to read, not microseconds: see `domains`."""
+    joined = "".join(emails)
+    return not joined.isascii() or ACE in joined.lower()
 
 
 def are_plain_emails(emails: Sequence[str]) -> bool:

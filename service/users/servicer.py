@@ -34,6 +34,7 @@ from service.timeslice import add_in_slices
 from service.users.convert import (
     BULK_WRITABLE,
     credentials_from_request,
+    has_costly_users,
     key_from_request,
     other_keys_from_request,
     user_batch_from_messages,
@@ -64,6 +65,7 @@ CREATE_USERS = Operation(
     user_batch_from_messages,
     BULK_WRITABLE,
     required_roles=REQUIRED_ROLES,
+    has_costly_rows=has_costly_users,
 )
 UPDATE_USERS = Operation(
     pb.BulkUpdateUsersRequest,
@@ -72,6 +74,7 @@ UPDATE_USERS = Operation(
     BULK_WRITABLE,
     is_update=True,
     required_roles=REQUIRED_ROLES,
+    has_costly_rows=has_costly_users,
 )
 BASIC = View(UserRepository.basic(), user_to_fields)
 VIEWS = Views(

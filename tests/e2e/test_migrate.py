@@ -14,7 +14,7 @@ from tests.support.command import ROSTER, Ended, run, serving
 from tests.support.migrations import migrate_as_old_release
 
 HEAD = revisions.head()
-PENDING = "once no older server runs, complete the upgrade to 0004 with `roster migrate --contract`"
+PENDING = "once no older server runs, complete the upgrade to 0005 with `roster migrate --contract`"
 SERVERS = "SELECT name, release, revision FROM roster_servers"
 SERVER = """
     INSERT INTO roster_servers (id, name, release, revision, seen_at)
@@ -94,7 +94,7 @@ async def test_upgrade_waits_for_the_end_of_older_servers(
         )
         assert (doctor.status, PENDING in doctor.out) == (0, True)
         completed = await roster("migrate", "--contract")
-        assert completed == Ended(0, "schema migrated from revision 0003 to 0004\n", "")
+        assert completed == Ended(0, "schema migrated from revision 0003 to 0005\n", "")
     async with serving(tmp_path, ROSTER_DATABASE_URL=url):
         pass
 
@@ -119,14 +119,14 @@ async def test_server_shows_itself_while_it_runs(url: str, engine: AsyncEngine, 
     assert await rows(engine, SERVERS) == []
 
 
-@pytest.mark.parametrize(("min_revision", "status"), [("0004", 0), ("0005", 2)])
+@pytest.mark.parametrize(("min_revision", "status"), [("0005", 0), ("0006", 2)])
 async def test_newer_schema_may_admit_this_release(
     min_revision: str, status: int, sqlite_url: str, tmp_path: Path
 ) -> None:
     """Then `migrate` has nothing to do, and the embedded SQLite is served as it is."""
     engine = create_async_engine(sqlite_url, poolclass=NullPool)
     async with engine.begin() as connection:
-        await connection.execute(text("UPDATE roster_schema SET version_num = '0005'"))
+        await connection.execute(text("UPDATE roster_schema SET version_num = '0006'"))
         await connection.execute(text(f"UPDATE schema_compatibility SET min_revision = '{min_revision}'"))
     migrated = await run(ROSTER, "migrate", folder=tmp_path, ROSTER_DATABASE_URL=sqlite_url)
     assert migrated.status == status
@@ -138,7 +138,7 @@ async def test_newer_schema_may_admit_this_release(
         refused = await run(ROSTER, "serve", folder=tmp_path, ROSTER_DATABASE_URL=sqlite_url)
         assert refused.status == status
         assert "which is newer than this release and not compatible with it" in refused.err
-    assert await rows(engine, "SELECT version_num FROM roster_schema") == [("0005",)]
+    assert await rows(engine, "SELECT version_num FROM roster_schema") == [("0006",)]
     await engine.dispose()
 
 

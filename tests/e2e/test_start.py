@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import os
 import re
 import signal
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc
@@ -16,6 +18,9 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from roster.v1.resources_pb2 import User
+from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest
+from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db import revisions
 from tests.support.command import ROSTER, Ended, run, serving, waiting_to_serve
 from tests.support.fake_postgres import (
@@ -31,6 +36,8 @@ from tests.support.fake_postgres import (
     send_garbage,
     speak_http,
 )
+from tests.support.load_stream import load_once, named
+from tests.support.users import list_users
 
 URL = "postgresql://ada:s3cret@{host}/roster"
 
@@ -280,6 +287,97 @@ async def test_missing_column_of_sqlite_is_named(sqlite_url: str, tmp_path: Path
     assert "lacks the column users.full_name" in started.err.splitlines()[-1]
 
 
+# The modes of the directory, of the database and of its log, and what the error names.
+PROTECTED = {
+    "database": (0o777, 0o444, 0o666, "file roster.db can't"),
+    "log": (0o777, 0o666, 0o444, "file roster.db-wal can't"),
+    "directory": (0o555, 0o666, 0o666, "directory {folder} can't"),
+    "empty directory": (0o555, None, None, "directory {folder} can't"),
+}
+
+
+@pytest.fixture
+def protected(request: pytest.FixtureRequest, sqlite_template: Path) -> Iterator[tuple[Path, str]]:
+    """A directory in which SQLite can't write, and what an error says about it."""
+    mode, *modes, words = PROTECTED[request.param]
+    with TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        for suffix, file_mode in zip(("", "-wal"), modes, strict=True):
+            if file_mode is not None:
+                file = folder / f"roster.db{suffix}"
+                file.write_bytes(b"" if suffix else sqlite_template.read_bytes())
+                file.chmod(file_mode)
+        folder.chmod(mode)
+        yield folder, words.format(folder=folder)
+        folder.chmod(0o700)
+
+
+@pytest.mark.parametrize("protected", PROTECTED, indirect=True)
+@pytest.mark.parametrize("command", ["serve", "migrate", "doctor"])
+async def test_database_that_sqlite_can_t_write_is_not_served(
+    protected: tuple[Path, str], command: str
+) -> None:
+    """Found before the first write, by every command that uses the database."""
+    folder, words = protected
+    # Root may write everywhere, so a server of root runs as somebody else.
+    other = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
+    settings: dict[str, Any] = {"ROSTER_LISTEN": "127.0.0.1:0", "ROSTER_METRICS_LISTEN": ""}
+    ended = await run(*other, ROSTER, command, folder=folder, **settings)
+
+    problem = ended.out if command == "doctor" else ended.err.splitlines()[-1]
+    assert ended.status == (1 if command == "doctor" else 2)
+    assert words in problem
+    assert "listening" not in ended.err
+    assert "ok    database" not in ended.out
+
+
+@pytest.mark.parametrize("query", ["mode=ro&uri=true", "immutable=1&uri=true"])
+async def test_url_that_opens_sqlite_read_only_is_not_served(
+    query: str, sqlite_url: str, tmp_path: Path
+) -> None:
+    """The error names the parameters."""
+    url = f"sqlite:///file:{make_url(sqlite_url).database}?{query}"
+    started = await serve(tmp_path, "", "0", ROSTER_DATABASE_URL=url)
+    doctor = await run(ROSTER, "doctor", folder=tmp_path, ROSTER_DATABASE_URL=url)
+
+    assert started.status == 2
+    assert "remove mode=ro and immutable from ROSTER_DATABASE_URL" in started.err.splitlines()[-1]
+    assert "FAIL  database  the URL opens the database read-only" in doctor.out
+
+
+async def test_two_servers_can_use_one_sqlite_file(tmp_path: Path) -> None:
+    """Each sees what the other has written, and no id is used twice."""
+    async with (
+        serving(tmp_path) as first,
+        serving(tmp_path) as second,
+        grpc.aio.insecure_channel(first.address) as one,
+        grpc.aio.insecure_channel(second.address) as other,
+    ):
+        clients = UserServiceStub(one), UserServiceStub(other)
+        created = await asyncio.gather(
+            *(
+                users.CreateUser(CreateUserRequest(user=User(email=f"{server}-{number}@example.org")))
+                for number in range(20)
+                for server, users in enumerate(clients)
+            )
+        )
+        loaded = await asyncio.gather(
+            *(
+                load_once(
+                    users.BulkCreateUsers,
+                    BulkCreateUsersRequest(users=named(f"a{server}", f"b{server}"), finish=True),
+                )
+                for server, users in enumerate(clients)
+            )
+        )
+        listed = [await list_users(users) for users in clients]
+
+    assert len({user.id for user in created}) == 40
+    assert [ack.created for ack in loaded] == [2, 2]
+    assert listed[0] == listed[1]
+    assert len(listed[0]) == 44
+
+
 async def test_tables_in_another_schema_are_found(
     postgresql_url: str, engine: AsyncEngine, tmp_path: Path
 ) -> None:
@@ -422,12 +520,20 @@ async def test_only_our_error_is_printed_for_a_port_in_use(variable: str, tmp_pa
 
 
 async def test_new_database_has_no_revision_none(empty_postgresql_url: str, tmp_path: Path) -> None:
-    """It has no schema."""
+    """It has no schema; what `serve` and `doctor` say about it is what `migrate` then does."""
+    refused = await serve(tmp_path, "", "0", ROSTER_DATABASE_URL=empty_postgresql_url)
+    doctor = await run(ROSTER, "doctor", folder=tmp_path, ROSTER_DATABASE_URL=empty_postgresql_url)
     down = await run(
         ROSTER, "migrate", "--down", "base", folder=tmp_path, ROSTER_DATABASE_URL=empty_postgresql_url
     )
 
+    migrated = await run(ROSTER, "migrate", folder=tmp_path, ROSTER_DATABASE_URL=empty_postgresql_url)
+
     assert down == Ended(0, "nothing to do: the database has no schema\n", "")
+    promised = re.search(r"the database has no schema; .* create it at revision (\d+)$", refused.err.strip())
+    assert promised
+    assert migrated.out == f"schema created at revision {promised[1]}\n"
+    assert f"create it at revision {promised[1]}\n" in doctor.out
 
 
 async def test_sql_needs_no_database_that_can_be_reached(tmp_path: Path) -> None:

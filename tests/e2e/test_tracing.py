@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -293,7 +294,7 @@ def test_traces_can_be_disabled(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     for variable, value in (ENDPOINT | {name: DISABLED[name]}).items():
         monkeypatch.setenv(variable, value)
 
-    assert not telemetry.is_wanted()
+    assert not telemetry.is_wanted(os.environ)
 
 
 @pytest.mark.parametrize("name", HARMLESS)
@@ -301,18 +302,18 @@ def test_traces_are_wanted_with_an_endpoint(name: str, monkeypatch: pytest.Monke
     """Empty variables count as unset."""
     for variable, value in (ENDPOINT | {name: HARMLESS[name]}).items():
         monkeypatch.setenv(variable, value)
-    telemetry.check()
+    telemetry.check(os.environ)
 
-    assert telemetry.is_wanted()
-    assert telemetry.protocol() == "http/protobuf"
+    assert telemetry.is_wanted(os.environ)
+    assert telemetry.protocol(os.environ) == "http/protobuf"
 
 
 def test_collector_of_grpc_needs_no_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
     """The targets of gRPC have none."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
-    telemetry.check()
-    assert telemetry.is_wanted()
+    telemetry.check(os.environ)
+    assert telemetry.is_wanted(os.environ)
 
 
 async def test_disabled_exporter_receives_nothing(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,11 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+def read(text: str) -> dict[str, str]:
+    """Return the parameters of a connection string, with those of the environment."""
+    return conninfo.read(text, os.environ)
+
+
 @pytest.fixture
 def url(postgresql_url: str) -> URL:
     """A migrated database, over TCP."""
@@ -43,7 +48,7 @@ def url(postgresql_url: str) -> URL:
 @asynccontextmanager
 async def connected(text: str, timeout: float | None = 10) -> AsyncIterator[Any]:
     """Connect with a connection string alone."""
-    parameters = conninfo.read(text)
+    parameters = read(text)
     connection = await connect(parameters, timeout=timeout)
     try:
         yield connection
@@ -143,7 +148,7 @@ async def test_error_names_each_host(url: URL, postgres: Postgres) -> None:
         ]
         text = hosts(url, *places, target_session_attrs="standby")
         with pytest.raises(NoUsableHost) as caught:
-            await connect(conninfo.read(text), timeout=0.5)
+            await connect(read(text), timeout=0.5)
 
     unknown, *others = str(caught.value).split("; ")
     assert unknown.startswith("nowhere.invalid:5432: ")
@@ -165,7 +170,7 @@ async def test_error_names_a_host_once(wanted: str, url: URL) -> None:
     """Although `prefer-standby` tries each twice; the only host is named, too."""
     text = hosts(url, "127.0.0.1:1", target_session_attrs=wanted)
     with pytest.raises(NoUsableHost, match=r"^127\.0\.0\.1:1: connection refused$") as caught:
-        await connect(conninfo.read(text), timeout=5)
+        await connect(read(text), timeout=5)
 
     assert not caught.value.was_reached
 
@@ -209,7 +214,7 @@ async def test_refused_login_ends_the_search(url: URL) -> None:
     async with fake_postgres(refuse("28P01", "password authentication failed")) as strict:
         text = hosts(url, f"127.0.0.1:{strict}", place(url))
         with pytest.raises(Exception, match="password authentication failed"):
-            await connect(conninfo.read(text), timeout=5)
+            await connect(read(text), timeout=5)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +229,7 @@ async def test_session_attributes_select_a_host(wanted: str, is_found: bool, url
             assert await connection.fetchval("SELECT pg_is_in_recovery()") is False
         return
     with pytest.raises(ConnectionError, match="the server is not standby"):
-        await connect(conninfo.read(text), timeout=5)
+        await connect(read(text), timeout=5)
 
 
 async def test_read_only_host_is_passed_over(url: URL, postgres: Postgres) -> None:
@@ -235,7 +240,7 @@ async def test_read_only_host_is_passed_over(url: URL, postgres: Postgres) -> No
             await connection.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
         text = hosts(url.set(database=name), place(url), target_session_attrs="read-write")
         with pytest.raises(ConnectionError, match="the server is not read-write"):
-            await connect(conninfo.read(text), timeout=5)
+            await connect(read(text), timeout=5)
 
 
 async def test_connect_timeout_ends_a_connection_that_hangs(url: URL) -> None:
@@ -283,7 +288,7 @@ async def test_keepalives_are_those_of_the_url(url: URL) -> None:
 async def test_random_order_reaches_every_host(url: URL) -> None:
     """Each connection starts at another one."""
     text = hosts(url, "a", "b", "c", place(url), load_balance_hosts="random")
-    parameters = conninfo.read(text)
+    parameters = read(text)
     first = {next(_candidates(parameters))[0] for _ in range(200)}
     assert first == {"a", "b", "c", url.host}
 
@@ -304,4 +309,4 @@ async def test_user_defaults_to_that_of_the_process(url: URL) -> None:
     """As for libpq, whose message says so."""
     user = pwd.getpwuid(os.geteuid()).pw_name
     with pytest.raises(Exception, match=f'role "{user}" does not exist'):
-        await connect(conninfo.read(f"postgresql://{place(url)}/{url.database}"), timeout=5)
+        await connect(read(f"postgresql://{place(url)}/{url.database}"), timeout=5)

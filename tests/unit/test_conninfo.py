@@ -45,11 +45,16 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.Monke
     return monkeypatch
 
 
+def read(text: str) -> dict[str, str]:
+    """Return the parameters of a connection string, with those of the environment."""
+    return conninfo.read(text, os.environ)
+
+
 @pytest.mark.parametrize("url", PROVIDERS.values(), ids=PROVIDERS)
 def test_urls_of_providers_mean_what_they_mean_to_libpq(url: str) -> None:
     """Also after they have become a setting."""
     expected = libpq.parse(url)
-    actual = conninfo.read(Settings(database_url=url).database_url)
+    actual = read(Settings(database_url=url).database_url)
     if expected.get("channel_binding") == "require":
         expected |= {"sslmode": "verify-full", "sslrootcert": "system"}
 
@@ -185,14 +190,14 @@ def test_password_that_libpq_accepts_unencoded_is_accepted(password: str) -> Non
     """Only @, / and % have to be encoded there."""
     url = f"postgresql://ada:{password}@db/roster"
 
-    assert conninfo.read(url)["password"] == password == libpq.parse(url)["password"]
+    assert read(url)["password"] == password == libpq.parse(url)["password"]
 
 
 @pytest.mark.parametrize("character", ["@", "/", "%"])
 def test_error_says_how_to_encode_a_character(character: str) -> None:
     """The user copies it from the sentence."""
     with pytest.raises(ValueError, match=f"{character} as {quote(character, safe='')}"):
-        conninfo.read(f"postgresql://ada:a{character}b@db/roster")
+        read(f"postgresql://ada:a{character}b@db/roster")
 
 
 def test_every_parameter_of_libpq_has_a_rule() -> None:
@@ -209,15 +214,15 @@ def test_every_parameter_of_libpq_has_a_rule() -> None:
 def test_parameter_that_can_t_be_honoured_is_refused_by_name(name: str) -> None:
     """Unless its value asks for nothing."""
     with pytest.raises(ValueError, match=rf"has the parameter {name}, which can't be honoured: .*[a-z]"):
-        conninfo.read(f"postgresql://ada@db/roster?{name}=anything")
+        read(f"postgresql://ada@db/roster?{name}=anything")
     for harmless in conninfo.REFUSED[name].harmless:
-        assert not [*conninfo.warnings(conninfo.read(f"postgresql://ada@db/roster?{name}={harmless}"))]
+        assert not [*conninfo.warnings(read(f"postgresql://ada@db/roster?{name}={harmless}"))]
 
 
 @pytest.mark.parametrize("name", conninfo.IGNORED)
 def test_parameter_that_is_ignored_is_named_in_a_warning(name: str) -> None:
     """Prisma's, for example."""
-    (warning,) = conninfo.warnings(conninfo.read(f"postgresql://ada@db/roster?{name}=true"))
+    (warning,) = conninfo.warnings(read(f"postgresql://ada@db/roster?{name}=true"))
 
     assert f"the parameter {name} of the database URL is ignored" in warning
 
@@ -226,7 +231,8 @@ def test_parameter_that_is_ignored_is_named_in_a_warning(name: str) -> None:
     ("parameter", "sentence"),
     [
         ("aplication_name=x", "has the unknown parameter aplication_name; did you mean application_name?"),
-        ("SSLMODE=require", "has the unknown parameter SSLMODE; remove it"),
+        ("SSLMODE=require", "has the unknown parameter SSLMODE; did you mean sslmode?"),
+        ("hunter=2", "has an unknown parameter; remove it, or write & in a value as %26"),
         ("sslmode=verify_full", "has a wrong value of sslmode; it is one of disable, allow"),
         ("connect_timeout=5s", "has a wrong value of connect_timeout; it is a whole number"),
         ("target_session_attrs=master", "has a wrong value of target_session_attrs"),
@@ -250,7 +256,41 @@ def test_wrong_parameter_is_named(parameter: str, sentence: str, tmp_path: Path)
     """With what would be right."""
     (tmp_path / "notes.pem").write_text("Dear diary")
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        conninfo.read(f"postgresql://ada@db/roster?{parameter}")
+        read(f"postgresql://ada@db/roster?{parameter}")
+
+
+UNENCODED = "contains a character that has to be percent-encoded in the user or the password"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("postgresql://ro:12/pw?hunter=two@host/app", UNENCODED),
+        ("postgresql://ro:12/pw?hunter@host/app", UNENCODED),
+        ("postgresql://ro:12/pw?sslmode=require&hunter=two@host/app", UNENCODED),
+        ("postgresql://ro:12/pw?usr=hunter@host/app", UNENCODED),
+        ("postgresql://ro:12/pw?host=hunter@host/app", UNENCODED),
+        ("postgresql://ada:p@pw?hunter=two@host/app", UNENCODED),
+        ("postgresql://ada@host/app?password=my&hunter=two", "write & in a value as %26"),
+        ("postgresql://ada@host/app?password=my&hunter", "has a parameter without a value"),
+        ("password=my hunter=x host=db", "put a value that contains spaces in single quotes"),
+        ("host=db password=my s3cret=hunter", "put a value that contains spaces in single quotes"),
+        ("password=my hunter", "is not a URL"),
+    ],
+)
+def test_no_error_repeats_a_part_of_a_password(text: str, sentence: str) -> None:
+    """Neither as the name of a parameter nor as its value; the error says how to write such a password."""
+    with pytest.raises(ValueError, match=re.escape(sentence)) as caught:
+        read(text)
+
+    assert not re.search("hunter|two|s3cret", str(caught.value))
+
+
+def test_at_sign_in_the_value_of_a_known_parameter_is_accepted() -> None:
+    """As libpq accepts it, for example in the users of Azure."""
+    url = "postgresql://db/roster?user=ada@main&application_name=a@b"
+
+    assert read(url) == libpq.parse(url)
 
 
 def test_certificate_files_are_accepted(tmp_path: Path) -> None:
@@ -260,7 +300,7 @@ def test_certificate_files_are_accepted(tmp_path: Path) -> None:
     authority.write(tmp_path).rename("rds-ca.pem")
     query = "sslmode=verify-full&sslrootcert=rds-ca.pem&sslcert=cert.pem&sslkey=key.pem"
 
-    assert conninfo.read(f"postgresql://ada@db/roster?{query}")["sslrootcert"] == "rds-ca.pem"
+    assert read(f"postgresql://ada@db/roster?{query}")["sslrootcert"] == "rds-ca.pem"
 
 
 @pytest.mark.parametrize(
@@ -278,7 +318,7 @@ def test_certificate_files_are_accepted(tmp_path: Path) -> None:
 )
 def test_options_are_settings_of_the_session(parameters: str, settings: dict[str, str]) -> None:
     """What is no setting is passed on, as to Neon's proxy."""
-    assert conninfo.server_settings(conninfo.read(f"postgresql://ada@db/roster?{parameters}")) == settings
+    assert conninfo.server_settings(read(f"postgresql://ada@db/roster?{parameters}")) == settings
 
 
 def test_service_file_and_environment_fill_in_what_is_missing(
@@ -293,7 +333,7 @@ def test_service_file_and_environment_fill_in_what_is_missing(
     environment.setenv("PGAPPNAME", "environment")
     environment.setenv("PGCONNECT_TIMEOUT", "7")
     environment.setenv("PGHOST", "from-environment")
-    parameters = conninfo.read("postgresql:///roster?user=ada")
+    parameters = read("postgresql:///roster?user=ada")
 
     assert parameters == {
         "host": "from-service",
@@ -308,17 +348,17 @@ def test_protection_asked_for_in_the_environment_is_not_ignored(environment: pyt
     """The driver does not look at these variables."""
     environment.setenv("PGREQUIREAUTH", "scram-sha-256")
     with pytest.raises(ValueError, match="has the parameter require_auth, which can't be honoured"):
-        conninfo.read("postgresql://ada@db/roster")
+        read("postgresql://ada@db/roster")
 
 
 def test_channel_binding_is_replaced_by_verification() -> None:
     """Without either, somebody in between could read the connection that Neon's URL protects."""
-    parameters = conninfo.read(PROVIDERS["Neon"])
+    parameters = read(PROVIDERS["Neon"])
     (warning,) = conninfo.warnings(parameters)
 
     assert (parameters["sslmode"], parameters["sslrootcert"]) == ("verify-full", "system")
     assert "certificate and name are verified instead" in warning
-    assert not [*conninfo.warnings(conninfo.read("postgresql://h/d?channel_binding=prefer"))]
+    assert not [*conninfo.warnings(read("postgresql://h/d?channel_binding=prefer"))]
 
 
 @pytest.mark.parametrize(
@@ -334,11 +374,11 @@ def test_channel_binding_is_replaced_by_verification() -> None:
 )
 def test_describes_a_database_without_its_password(url: str, place: str) -> None:
     """For the log and the doctor."""
-    assert conninfo.describe(url) == place
+    assert conninfo.describe(url, os.environ) == place
 
 
 def test_hosts_as_sqlalchemy_writes_them_are_accepted() -> None:
     """Its URLs have one parameter for each host."""
-    parameters = conninfo.read("postgresql+asyncpg://ada@/roster?host=a:1&host=b:2")
+    parameters = read("postgresql+asyncpg://ada@/roster?host=a:1&host=b:2")
 
     assert conninfo.addresses(parameters) == [("a", 1), ("b", 2)]

@@ -168,6 +168,9 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "private EC": (private(P256, PrivateFormat.TraditionalOpenSSL), "openssl pkey -in FILE -pubout"),
     "no key": (b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----", "number 1 is damaged"),
     "cut off": (pem(RSA) + pem(P256)[:80], "no matching end"),
+    "end of another label": (pem(RSA).replace(b"END PUBLIC", b"END RSA PUBLIC"), "no matching end"),
+    "one inside the other": (b"-----BEGIN PUBLIC KEY-----\n" + pem(RSA), "no matching end"),
+    "label in two lines": (pem(RSA).replace(b"PUBLIC KEY", b"PUBLIC\nKEY"), "no matching end"),
     "secp256k1 in PEM": (pem(ec.generate_private_key(ec.SECP256K1())), "unsupported kind"),
     "X25519 in PEM": (pem(X25519), "unsupported kind"),
     "short RSA in PEM": (pem(generate_private_key(65537, 1024)), "1024 bits"),
@@ -187,6 +190,24 @@ def test_unusable_files_are_refused_with_the_reason(data: bytes, why: str) -> No
     assert why in str(refused.value)
     assert "\n" not in str(refused.value)
     assert OCT["k"] not in str(refused.value)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "line", [b"-----BEGIN PUBLIC KEY-----\n", b"-----BEGIN A-----\n-----END B-----\n", b"-----BEGIN \n"]
+)
+def test_file_of_many_unfinished_blocks_is_refused_at_once(line: bytes) -> None:
+    """Each block is looked for in its own part of the file, not in all that follows."""
+    with pytest.raises(ValueError, match="no matching end"):
+        read_keys(line * 100_000 + pem(RSA))
+
+
+@pytest.mark.parametrize("separator", [b"", b"\n", b"\r\n\r\n", b"subject=CN = ada\n", b"-----\n"])
+def test_text_between_blocks_is_ignored(separator: bytes) -> None:
+    """As OpenSSL ignores it: RFC 7468, section 2."""
+    data = separator + pem(RSA) + separator + pem(P256) + separator
+
+    assert [key.algorithms[0] for key in read_keys(data)] == ["RS256", "ES256"]
 
 
 def test_unusable_pem_key_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
@@ -242,6 +263,7 @@ def test_coordinates_may_have_other_lengths(key: dict[str, Any]) -> None:
     [read] = read_keys(jwks(key))
 
     x = int.from_bytes(base64url_decode(key["x"]))
+    assert isinstance(read.public, ec.EllipticCurvePublicKey)
     assert read.public.public_numbers().x == x
 
 

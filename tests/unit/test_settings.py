@@ -2,17 +2,23 @@
 
 import logging
 import os
+import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 from pydantic import ValidationError
 
+import service
 from service.cli import main
-from service.settings import FOR_CLIENTS, FOR_TOKENS, Settings, clean_client_variables
+from service.cli.loads import loads
+from service.cli.token import issue
+from service.settings import FOR_CLIENTS, FOR_TOKENS, Settings
 
+SERVICE = Path(service.__file__).parent
 TLS: dict[str, Any] = {"tls_cert_file": "cert.pem", "tls_key_file": "key.pem"}
 CERTIFICATES: dict[str, Any] = {"tls_client_ca_file": "ca.pem", "policy_file": "policy.toml"}
 TOKENS: dict[str, Any] = {
@@ -279,13 +285,42 @@ def test_database_url_can_be_required() -> None:
     assert not Settings(database_required=True, database_url="postgresql://db/x").is_embedded
 
 
-def test_client_variables_are_cleaned(environment: pytest.MonkeyPatch) -> None:
-    """A newline at the end of a token would make every call fail."""
-    for name in (*FOR_CLIENTS, *FOR_TOKENS):
-        environment.setenv(name, ' "value"\r\n')
-    clean_client_variables()
+@pytest.mark.parametrize("command", [loads, issue], ids=["loads", "issue"])
+def test_client_variables_are_cleaned(command: click.Command, environment: pytest.MonkeyPatch) -> None:
+    """A newline at the end of a token would make every call fail. The environment itself is not changed."""
+    options = [option for option in command.params if option.envvar]
+    for option in options:
+        environment.setenv(str(option.envvar), ' "1"\r\n')
+    context = click.Context(command)
 
-    assert {os.environ[name] for name in (*FOR_CLIENTS, *FOR_TOKENS)} == {"value"}
+    assert options
+    assert {option.value_from_envvar(context) for option in options} == {"1"}
+    assert {os.environ[str(option.envvar)] for option in options} == {' "1"\r\n'}
+
+
+@pytest.mark.parametrize("value", ["", " ", '""', "\n"])
+def test_empty_client_variable_counts_as_unset(value: str, environment: pytest.MonkeyPatch) -> None:
+    """As for settings."""
+    environment.setenv("ROSTER_ADDRESS", value)
+    (address,) = [option for option in loads.params if option.envvar == "ROSTER_ADDRESS"]
+
+    assert address.value_from_envvar(click.Context(loads)) is None
+
+
+def test_every_client_variable_has_an_option() -> None:
+    """`.env` fills in the same ones."""
+    options = {option.envvar: option.name for option in (*loads.params, *issue.params) if option.envvar}
+    assert options == FOR_CLIENTS | FOR_TOKENS
+
+
+def test_only_the_settings_read_the_environment() -> None:
+    """Except for the variables that the command sets for gRPC before it is imported."""
+    readers = [
+        str(path.relative_to(SERVICE))
+        for path in SERVICE.rglob("*.py")
+        if re.search(r"\bos\.(environ|getenv)|import .*\b(environ|getenv)\b", path.read_text())
+    ]
+    assert sorted(readers) == ["cli/__init__.py", "settings.py"]
 
 
 @pytest.mark.parametrize(

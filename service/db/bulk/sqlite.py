@@ -100,5 +100,7 @@ async def update_rows(
 
 
 async def _bound(values: Sequence[Any], kind: ColumnType, dialect: Dialect) -> Sequence[Any]:
-    process = kind.bind_processor(dialect)
+    # Of the type as SQLite has it. The generic type would leave a datetime to the driver, which writes whole
+    # seconds without a fraction; texts of two forms are not in the order of their times.
+    process = kind.dialect_impl(dialect).bind_processor(dialect)
     return await map_in_slices(process, values) if process else values

@@ -1,6 +1,6 @@
 """An entity as the bulk code sees it: its model, its unique keys, and the order to insert in."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any
@@ -14,13 +14,14 @@ def random_text(id: int) -> str:
     return f"moving {id} {token_hex(8)}"
 
 
-# From values of a key, each other value under which a row may be stored that has one of them: other -> value.
-OtherSpellings = Callable[[Sequence[Any]], Mapping[Any, Any]]
+# From values of a key, each other value under which a row may be stored that has one of them, with that one.
+# One by one, so that other callbacks can run in between.
+OtherSpellings = Callable[[Sequence[Any]], Iterable[tuple[Any, Any]]]
 
 
-def no_spellings(values: Sequence[Any]) -> Mapping[Any, Any]:  # noqa: ARG001
+def no_spellings(values: Sequence[Any]) -> Iterable[tuple[Any, Any]]:  # noqa: ARG001
     """Return none: each value is stored as it is."""
-    return {}
+    return ()
 
 
 @dataclass(frozen=True)

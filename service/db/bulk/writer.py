@@ -24,7 +24,7 @@ from service.db.bulk.plan import StoredKey, UniqueValues, plan_creates, plan_upd
 from service.db.bulk.table import BulkTable, OtherSpellings, Reference, UniqueKey, no_spellings
 from service.db.dialect import ids_of, is_sqlite, values_table
 from service.errors import DatabaseUnavailable, IdTaken
-from service.timeslice import slices
+from service.timeslice import TimeSlice
 
 MAX_RETRIES = 3
 
@@ -300,8 +300,10 @@ async def _other_values(
     if other_spellings is no_spellings:
         return {}
     others: dict[KeyValue, KeyValue] = {}
-    async for some in slices(values):
-        others.update(other_spellings(some))
+    time_slice = TimeSlice()
+    for other, value in other_spellings(values):
+        others[other] = value
+        await time_slice.pause()
     return others
 
 

@@ -70,6 +70,16 @@ def decomposed(row: int) -> str:
     return f"{row:05d}" + "E\u0301" * 230 + "@É.org"
 
 
+def international(row: int, label_characters: int, characters: int) -> str:
+    """Return an e-mail whose domain has labels in ASCII form, of so many characters in all."""
+    labels: list[str] = []
+    while sum(map(len, labels)) + len(labels) < characters - 70:
+        at = row * 31 + len(labels) * 7
+        label = "".join(chr(0x430 + (at * position + position) % 32) for position in range(label_characters))
+        labels.append(f"xn--{label.encode('punycode').decode()}")
+    return f"u{row}@{'.'.join(labels)}.de"
+
+
 MESSAGES = {
     "decomposed e-mails": [User(email=decomposed(row), full_name=NAME) for row in range(3700)],  # 104
     "nothing but marks": [User(email="a" + "\u0301\u0327" * 190 + "@x.org") for _ in range(ROWS)],  # 670
@@ -81,6 +91,18 @@ MESSAGES = {
     "one row again and again": [User(email="u@example.org")] * ROWS,  # 27
     "empty rows": [User()] * ROWS,  # 25
     "e-mails that are too long": [User(email="e" * 800)] * ROWS,  # 31
+    "domains that are too long, of long labels": [
+        User(email=international(row, 20, 1000)) for row in range(2000)
+    ],  # 190
+    "domains that are too long, of short labels": [
+        User(email=international(row, 3, 1000)) for row in range(2000)
+    ],  # 67
+    "long domains": [User(email=international(row, 20, 240)) for row in range(2000)],  # 32
+    "long domains in Unicode": [
+        User(email=f"u@{row:04d}.{'.'.join([chr(0x430 + row % 32) * 57] * 3)}.de") for row in range(2000)
+    ],  # 40
+    "one long label in Unicode": [User(email=f"u{row}@{'é' * 240}{row}") for row in range(2000)],  # 150
+    "too many characters of a domain": [User(email=f"u@{'ﷺ' * 990}{row}") for row in range(1000)],  # 40
     "one e-mail of 4 MiB": [User(email="é" * ((2 << 20) - 100))],
 }
 
@@ -115,6 +137,13 @@ async def test_bulk_create_of_the_largest_messages(users: UserServiceStub, rows:
         ack = await create(users, rows, load_id=load_id)
         assert ack.created + ack.failed == len(rows)
     assert ack.replayed
+
+
+async def test_bulk_create_of_posts_whose_authors_have_long_domains(posts: PostServiceStub) -> None:
+    """Authors by e-mail, none of whom exists: each is looked up under its other spelling too."""
+    rows = [Post(title="T", author_email=international(row, 20, 240)) for row in range(2000)]  # 32
+    (ack,) = await acks(posts.BulkCreatePosts, BulkCreatePostsRequest(posts=rows))
+    assert (ack.created, ack.failed) == (0, len(rows))
 
 
 @pytest.mark.parametrize(
