@@ -44,10 +44,10 @@ async def held(
     begun, may_end = asyncio.Event(), asyncio.Event()
     get = server.users.get
 
-    async def waiting(key: int | str) -> Any:
+    async def waiting(*arguments: Any) -> Any:
         begun.set()
         await may_end.wait()
-        return await get(key)
+        return await get(*arguments)
 
     monkeypatch.setattr(server.users, "get", waiting)
     call = asyncio.ensure_future(refusal(users.GetUser(GetUserRequest(id=1))))

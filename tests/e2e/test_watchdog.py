@@ -51,7 +51,7 @@ async def test_ignores_work_of_the_test_and_waiting(
     server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both use the loop's thread, or block it without using the CPU."""
-    monkeypatch.setattr(server.users, "get", lambda _: time.sleep(5 * LIMIT_SECONDS))
+    monkeypatch.setattr(server.users, "get", lambda *_: time.sleep(5 * LIMIT_SECONDS))
     with watching() as recorder:
         compute()
         await refusal(users.GetUser(GetUserRequest(id=1)))
