@@ -106,7 +106,7 @@ class BulkLoader(Generic[Request]):
         self._window: Window[Any] = Window(window)
         self._window_changed = asyncio.Event()
         self._acknowledged = 0  # rows
-        self._resets = 0  # of streams in a row that were opened and broke before an ack
+        self._resets = 0  # of streams in a row that broke before an ack
         self._is_finished = False  # the summary has arrived
         self._call: grpc.aio.StreamStreamCall[Request, BulkWriteResponse] | None = None
         self._filling: asyncio.Task[None] | None = None  # reads the rows; outlives the streams
@@ -185,9 +185,10 @@ class BulkLoader(Generic[Request]):
         is_unclear = status.code == INTERNAL or BODY_ONLY in status.message
         if status.details or not is_unclear:
             return error
-        if not is_open:
-            return await self._refusal_by_proxy() or error
-        # The call was accepted, and then reset without a reason. A server that stops gives one.
+        if not is_open and (refusal := await self._refusal_by_proxy()):
+            return refusal
+        # The call was accepted, and then reset without a reason. A server that stops gives one. The reset can
+        # overtake the first response if the rows of a broken stream were sent again at once.
         self._resets += 1
         if self._resets < MAX_RESETS:
             return error

@@ -24,6 +24,7 @@ from tests.support.raw_http2 import (
 )
 
 NO_ERROR, INTERNAL_ERROR = 0, 2
+NOT_FOUND = (("content-type", "application/grpc"), ("grpc-status", "5"))  # of the server behind
 PAGE = b"<html><head><title>nginx</title></head><body>This is not gRPC.</body></html>\r\n"
 
 
@@ -50,10 +51,10 @@ class Http2Proxy:
         code = struct.pack(">I", NO_ERROR)
         return head + frame(DATA, END_STREAM, stream, PAGE) + frame(RST_STREAM, 0, stream, code)
 
-    def head(self, stream: int, status: int, *fields: tuple[str, str]) -> bytes:
+    def head(self, stream: int, status: int, *fields: tuple[str, str], flags: int = END_HEADERS) -> bytes:
         """Return the frame of an answer's headers."""
         block = self._encoder.encode([(":status", str(status)), ("server", "nginx/1.22.1"), *fields])
-        return frame(HEADERS, END_HEADERS, stream, block)
+        return frame(HEADERS, flags, stream, block)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection."""
@@ -87,7 +88,7 @@ class Http2Proxy:
 
 
 class ResettingProxy(Http2Proxy):
-    """Passes the first response of a bulk stream on, and resets the stream above a size of the request.
+    """Resets a bulk stream above a size of the request, after its first response; passes unary calls on.
 
     nginx does this at `client_max_body_size`: it can't send 413 once the response has begun.
     """
@@ -100,7 +101,7 @@ class ResettingProxy(Http2Proxy):
 
     def on_call(self, stream: int, path: str) -> bytes:
         if "/Bulk" not in path.removeprefix("/roster.v1.BulkService"):
-            return self.page(stream)
+            return self.head(stream, 200, *NOT_FOUND, flags=END_HEADERS | END_STREAM)
         self._received[stream] = 0
         head = self.head(stream, 200, ("content-type", "application/grpc"))
         return head + frame(DATA, 0, stream, framed(self._opened.SerializeToString()))

@@ -255,7 +255,7 @@ async def test_reads_what_the_program_wrote(case: Case) -> None:
 @pytest.mark.parametrize("file", REFUSED)
 async def test_refuses_a_file_with_a_sentence_that_says_what_to_do(file: str) -> None:
     """No row of a file that is not understood is read."""
-    with pytest.raises((SourceError, click.UsageError)) as raised:
+    with pytest.raises((SourceError, click.ClickException)) as raised:
         await rows_of(Case(file))
 
     assert REFUSED[file] in getattr(raised.value, "message", str(raised.value))

@@ -242,7 +242,9 @@ async def test_rejects_have_one_escaped_line_per_row(tmp_path: Path, suffix: str
         lines = ["email,full_name", *[",".join(row.values())] * 2]
     (tmp_path / f"in.{suffix}").write_text("".join(f"{line}\n" for line in lines), newline="")
     async with rogue() as address:
-        ended = await run(ROSTER, "load", "users", f"in.{suffix}", folder=tmp_path, ROSTER_ADDRESS=address)
+        ended = await run(
+            ROSTER, "load", "users", f"in.{suffix}", "--load-id", "a", folder=tmp_path, ROSTER_ADDRESS=address
+        )
 
     rejects = (tmp_path / f"in.rejects.{suffix}").read_bytes().decode().removesuffix("\n").split("\n")
     assert (ended.status, is_harmless(ended.out), is_harmless(ended.err)) == (1, True, True)
@@ -262,8 +264,9 @@ async def test_file_names_and_columns_can_not_control_the_terminal(tmp_path: Pat
     """Files come from others, and their names from a pattern of the shell."""
     (tmp_path / name).write_text(f"email,\x1b[2J{CONTROLS[:8]}\nnobody\n")
     async with rogue() as address:
-        loaded = await run(ROSTER, "load", "users", name, folder=tmp_path, ROSTER_ADDRESS=address)
-        summary = await run(ROSTER, "load", "users", name, "--json", folder=tmp_path, ROSTER_ADDRESS=address)
+        command = ["load", "users", name, "--load-id", "a"]
+        loaded = await run(ROSTER, *command, folder=tmp_path, ROSTER_ADDRESS=address)
+        summary = await run(ROSTER, *command, "--json", folder=tmp_path, ROSTER_ADDRESS=address)
     missing = await run(ROSTER, "load", "users", f"{name}.missing", folder=tmp_path)
     unknown = await run(ROSTER, "load", "users", f"{name}.\x1b", folder=tmp_path)
 
