@@ -29,7 +29,7 @@ def protocol(variables: Mapping[str, str]) -> str:
 def check(variables: Mapping[str, str]) -> None:
     """Raise ValueError for variables with which no trace would arrive."""
     if unknown := set(_exporters(variables)) - {"otlp"}:
-        raise ValueError(f"{EXPORTER} names {', '.join(sorted(unknown))}; Roster has otlp, and none")
+        raise ValueError(f"{EXPORTER} names {', '.join(sorted(unknown))}; Roster supports otlp and none")
     transport, endpoint = protocol(variables), _endpoint(variables)
     if transport not in (GRPC, HTTP):
         raise ValueError(f"{ALL_SIGNALS}PROTOCOL is {transport}; Roster has {GRPC} and {HTTP}")

@@ -150,7 +150,7 @@ def _jwks(document: Sequence[object]) -> Found:
         if isinstance(jwk, dict) and (SECRET_MEMBERS & jwk.keys() or jwk.get("kty") == "oct"):
             raise ValueError(
                 f"the key {name} is private or symmetric; the file must contain only public keys, "
-                "and the issuer alone the others"
+                "and only the issuer may have the others"
             )
         try:
             yield name, _key_from_jwk(jwk)

@@ -10,8 +10,8 @@ import click
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from service.cli.rows import SourceError
-from service.cli.values import PARSERS, text
+from service.cli.rows import Entity, SourceError
+from service.cli.values import PARSERS, text, timestamp
 from service.errors import InvalidField, TooLarge
 from service.escape import escape
 
@@ -30,7 +30,7 @@ NEAR = 0.8  # the ratio of SequenceMatcher from which a name is taken for a miss
 MIN_WORD = 4
 WORD = re.compile(r"[A-Z]?[^\W_A-Z]+|[A-Z]+(?![^\W_A-Z])")
 SEPARATORS = re.compile(r"[\W_]+")
-# Whether a user is active, in other words. Only `enabled` means the same.
+# Whether a row is active, in other words. Only `enabled` means the same.
 STATUS = re.compile(
     r"(?:is|account|user)?(?:(?:disabled|blocked|suspended|banned|locked|lockedout|deactivated|archived|deleted)"
     r"(?:at|on|until|date)?|inactive|notactive|status|(enabled))"
@@ -42,7 +42,7 @@ class UnknownColumn(InvalidField):
 
 
 class Columns:
-    """Maps the columns of a file to the fields of a message.
+    """Maps the columns of a file to the fields of an entity.
 
     Names match in any case, in snake_case, camelCase or with spaces. `mapping` maps fields to columns with
     other names. `ignored` collects the names of columns that are not read.
@@ -50,7 +50,7 @@ class Columns:
 
     def __init__(
         self,
-        message: type[Message],
+        entity: Entity,
         names: Sequence[str],
         mapping: Mapping[str, str] | None = None,
         ignore: Collection[str] = (),
@@ -58,20 +58,19 @@ class Columns:
         self.names = names
         self.mapping = mapping or {}
         self.ignored: dict[str, None] = {}
-        self.plural = f"{message.DESCRIPTOR.name.lower()}s"
-        self._message = message
-        descriptors = message.DESCRIPTOR.fields_by_name
+        self.entity = entity
+        descriptor = entity.message.DESCRIPTOR
+        descriptors = descriptor.fields_by_name
         self._parsers = {name: PARSERS[descriptors[name].type] for name in names}
+        self.times = {name for name in names if self._parsers[name] is timestamp}
         self._layouts: dict[tuple[str, ...], list[str | None]] = {}  # the fields of rows with these names
         self._fields: dict[str, str | None] = dict.fromkeys(ignore) | {ERROR: None}
         self._fields |= {column: field for field, column in self.mapping.items()}
         self._by_spelling = {_spelling(name): name for name in names if name not in self.mapping}
-        exported = [
-            field.name for field in message.DESCRIPTOR.fields if field.message_type in (None, TIMESTAMP)
-        ]
+        exported = [field.name for field in descriptor.fields if field.message_type in (None, TIMESTAMP)]
         self._unread = set(map(_spelling, exported)) - {*self._by_spelling}
 
-    def knows(self, names: Iterable[str]) -> int:
+    def count_known(self, names: Iterable[str]) -> int:
         """Return how many of the names are those of fields."""
         return sum(self._match(name) is not None for name in names)
 
@@ -92,7 +91,7 @@ class Columns:
         except InvalidField as error:
             raise SourceError(error.message) from None
         if not any(fields):
-            known = ", ".join(name for name in self.names if name != "password")
+            known = ", ".join(name for name in self.names if name not in self.entity.refused)
             advice = advice or f"name the columns with --columns, such as --columns {self.names[0]}=NAME"
             raise SourceError(
                 f"{place} has none of the columns {known}; it has {shown or 'no names'}; {advice}"
@@ -135,7 +134,7 @@ class Columns:
             parser = self._parsers[field]
             if value not in EMPTY or parser is text:
                 parsed[field] = parser(field, value)
-        message = self._message(**parsed)
+        message = self.entity.message(**parsed)
         if message.ByteSize() > MAX_ROW_BYTES:
             raise TooLarge(f"the row is larger than {MAX_ROW_BYTES >> 20} MiB")
         return message
@@ -167,9 +166,10 @@ class Columns:
         """Return the field for which a name could be meant."""
         if _spelling(name) in self._unread:  # a field that this operation does not read
             return None
+        status = self.entity.status
         is_status = STATUS.fullmatch(_spelling(name)) and any(present)
-        if is_status and "is_active" in self.names and "is_active" not in present:
-            return "is_active"
+        if is_status and status in self.names and status not in present:
+            return status
         for field in self.names:
             # A column such as email_verified, next to email, is not a misspelt one.
             if _is_misspelt(name, field) or (field not in present and _shares_word(name, field)):
@@ -188,10 +188,10 @@ class Columns:
             )
         status = STATUS.fullmatch(_spelling(names[0]))
         condition, advice = f"it is {field}", f"add --columns {shlex.quote(f'{field}={names[0]}')}"
-        if status and field == "is_active":
-            # Without the column, users that were disabled elsewhere would be active.
-            condition = "it says which users are active"
-            advice = advice if status[1] else "write is_active instead, as true or false"
+        if status and field == self.entity.status:
+            # Without the column, rows that were disabled elsewhere would be active.
+            condition = f"it says which {self.entity.name} are active"
+            advice = advice if status[1] else f"write {field} instead, as true or false"
         return f"column {shown} is not known. If {condition}, {advice}; if not, add {ignore}"
 
 

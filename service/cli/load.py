@@ -264,7 +264,7 @@ def load(
         option = "--update" if operation == "update" else "--on-conflict update"
         raise click.UsageError(f"{option} requires --update-mask")
     names = kind.columns(operation, masked)
-    columns = Columns(kind.message, names, parse_columns(mapping, names), ignore)
+    columns = Columns(kind, names, parse_columns(mapping, names), ignore)
     kind_of_file = FORMATS[file_format or format_name(file, LOADED_ENDINGS)]
     source = Source(file, _configure(kind_of_file, columns, delimiter, encoding, null))
     reading = {

@@ -23,7 +23,12 @@ Values: TypeAlias = Mapping[str, Any]  # the values of a row, by column
 
 @dataclass(frozen=True)
 class Entity:
-    """An entity: its message, its RPCs, and the columns of its files."""
+    """An entity: its message, its RPCs, and the columns of its files.
+
+    `keys` are columns whose values can't be taken for names of columns. `status` is the column that other
+    systems have under other words, such as `enabled`, or as the opposite. `refused` are columns that the
+    server refuses, with a sentence of its own.
+    """
 
     name: str
     message: type[Message]
@@ -31,14 +36,17 @@ class Entity:
     stub: Callable[[grpc.aio.Channel], Any]
     loaded: Sequence[str]
     exported: Sequence[str]
+    keys: Sequence[str]
+    status: str | None = None
+    refused: Sequence[str] = ()
 
     def columns(self, operation: str, masked: Sequence[str]) -> Sequence[str]:
         """Return the columns that `create`, `update` or `restore` reads."""
         if operation == "create":
-            return self.loaded
+            return (*self.loaded, *self.refused)
         if operation == "restore":
-            return (*RESTORED, *self.loaded)
-        updated = [name for name in self.loaded if name in masked or "*" in masked]
+            return (*RESTORED, *self.loaded, *self.refused)
+        updated = [name for name in (*self.loaded, *self.refused) if name in masked or "*" in masked]
         return ("id", "version", *updated)
 
     def rpc(self, connection: grpc.aio.Channel, verb: str) -> tuple[Any, Any]:
@@ -53,8 +61,11 @@ USERS = Entity(
     User,
     users_pb2,
     UserServiceStub,
-    loaded=("email", "full_name", "is_active", "hashed_password", "password"),
+    loaded=("email", "full_name", "is_active", "hashed_password"),
     exported=("id", "email", "full_name", "is_active", *RESTORED[1:]),
+    keys=("email", "id"),
+    status="is_active",
+    refused=("password",),
 )
 POSTS = Entity(
     "posts",
@@ -63,6 +74,7 @@ POSTS = Entity(
     PostServiceStub,
     loaded=("title", "content", "author_id", "author_email"),
     exported=("id", "title", "content", "author_id", *RESTORED[1:]),
+    keys=("id", "author_id", "author_email"),
 )
 ENTITIES = {"users": USERS, "posts": POSTS}
 

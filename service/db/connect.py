@@ -76,7 +76,7 @@ def postgresql_engine(
 
 
 def _timeout(parameters: Mapping[str, str], default: float | None) -> float | None:
-    """Return the seconds in which a host has to answer; None is no limit, as 0 is for libpq."""
+    """Return the time limit for each host in seconds; None, like 0 in libpq, is no limit."""
     if "connect_timeout" not in parameters:
         return default
     seconds = int(parameters["connect_timeout"])

@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote, urlencode
 
 EXAMPLE = "postgresql://user:password@host:5432/name"
 SCHEME = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<rest>.*)", re.IGNORECASE | re.DOTALL)
-# Also as SQLAlchemy's URLs name a driver; the database behind them is the same.
+# URLs of SQLAlchemy name a driver too, which makes no difference to the database.
 SCHEMES = {
     "postgres",
     "postgresql",
@@ -309,7 +309,7 @@ def warnings(parameters: Mapping[str, str]) -> Iterator[str]:
 
 
 def describe(text: str, environment: Mapping[str, str]) -> str:
-    """Return where a connection string leads, without the password."""
+    """Return the user, hosts and database of a connection string, without the password."""
     parameters = read(text, environment)
     user = quote(parameters.get("user", environment.get("PGUSER", "")), safe="")
     database = quote(parameters.get("dbname", environment.get("PGDATABASE", "")), safe="")
@@ -462,7 +462,7 @@ def _translate_ssl(parameters: dict[str, str]) -> None:
     uses_system = parameters.get("sslrootcert") == SYSTEM
     binds_channel = parameters.get("channel_binding") == "require"
     if binds_channel and "sslrootcert" not in parameters:
-        # The driver has no channel binding. Both keep somebody in between from reading the connection.
+        # The driver has no channel binding. Both prevent an attack from the middle.
         parameters |= {"sslmode": "verify-full", "sslrootcert": SYSTEM}
     elif binds_channel or (uses_system and "sslmode" not in parameters):
         parameters["sslmode"] = "verify-full"

@@ -267,18 +267,18 @@ def _compare_text(comparison: _Comparison) -> ColumnElement[bool]:
             return not_(_matches(comparison))
         case ":":
             return _contains(comparison)
-    text = _normalised(comparison, _text(comparison.value))
+    text = _normalise(comparison, _text(comparison.value))
     return compare(comparison.column, comparison.operator, text, String())
 
 
 def _matches(comparison: _Comparison) -> ColumnElement[bool]:
     pattern = _pattern(comparison.value)
     if pattern.is_open_left or pattern.is_open_right:
-        pattern = pattern._replace(text=_normalised(comparison, pattern.text))
+        pattern = pattern._replace(text=_normalise(comparison, pattern.text))
         return matches(comparison.column, pattern)
     spellings = comparison.fields.spellings.get(comparison.field)
     if spellings is None:
-        texts: Sequence[str] = [_normalised(comparison, pattern.text)]
+        texts: Sequence[str] = [_normalise(comparison, pattern.text)]
     else:
         texts = spellings(pattern.text)
     return or_(*(matches(comparison.column, Pattern(text)) for text in texts))
@@ -289,10 +289,10 @@ def _contains(comparison: _Comparison) -> ColumnElement[bool]:
         return comparison.column.is_not(None)
     # A part may stand anywhere in a text: a wildcard at either end of it changes nothing.
     part = _pattern(comparison.value).text
-    return contains(comparison.column, _normalised(comparison, part))
+    return contains(comparison.column, _normalise(comparison, part))
 
 
-def _normalised(comparison: _Comparison, text: str) -> str:
+def _normalise(comparison: _Comparison, text: str) -> str:
     normalise = comparison.fields.normalise.get(comparison.field)
     return normalise(text) if normalise else text
 
@@ -306,7 +306,7 @@ _WILDCARDS = re.compile(r"(\*?)((?:\\.|[^\\])*?)(\*?)", re.DOTALL)
 def _text(token: Token) -> str:
     """Return the text of a string in which a star is only a star."""
     _check_string(token)
-    return _unescaped(token[1:-1])
+    return _unescape(token[1:-1])
 
 
 def _pattern(token: Token) -> Pattern:
@@ -314,7 +314,7 @@ def _pattern(token: Token) -> Pattern:
     _check_string(token)
     found = _WILDCARDS.fullmatch(token, 1, len(token) - 1)
     left, text, right = found.groups() if found else ("", "", "")
-    return Pattern(_unescaped(text), bool(left), bool(right))
+    return Pattern(_unescape(text), bool(left), bool(right))
 
 
 def _check_string(token: Token) -> None:
@@ -324,7 +324,7 @@ def _check_string(token: Token) -> None:
             raise _error(start, f"a string has no NUL, and a backslash only in {' '.join(_ESCAPES)}")
 
 
-def _unescaped(text: str) -> str:
+def _unescape(text: str) -> str:
     return _SPECIAL.sub(lambda escape: escape[0][1], text)
 
 

@@ -51,7 +51,7 @@ def domain_error(domain: str) -> str | None:
         is_address = domain.endswith("]") and _is_address(domain[1:-1])
         return None if is_address else "must have an IP address in its brackets, as in [192.0.2.1]"
     if not domain.isascii() and _map(domain) != domain:
-        return "must have a domain of characters that domains can contain"
+        return "must have a domain without invalid characters"
     labels = ascii_domain(domain).split(".")
     if not all(labels):
         return "must have a domain without empty labels, as in example.org"

@@ -54,7 +54,7 @@ class PasswordHash(Protocol):
     """A hash of one scheme, with its costs."""
 
     def cost_error(self) -> str | None:
-        """Return why a check costs too much, or is impossible at these costs; None if neither is so."""
+        """Return why a check costs too much, or is impossible at these costs; otherwise None."""
 
     def verify(self, password: bytes) -> bool:
         """Return whether a password matches; raises HashError if the library can't check the hash."""
@@ -146,7 +146,7 @@ class ScryptHash:
         return compare_digest(self.derive(password, len(self.key)), self.key)
 
     def derive(self, password: bytes, length: int) -> bytes:
-        """Return so many bytes of the derived key; raises HashError for costs that OpenSSL refuses."""
+        """Return `length` bytes of the derived key; raises HashError for costs that OpenSSL refuses."""
         try:
             return scrypt(
                 password,

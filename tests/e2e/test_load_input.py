@@ -1,4 +1,4 @@
-"""What `roster load` reads: pipes, compressed documents, and inputs that are not files of rows."""
+"""Inputs of `roster load`: pipes, compressed documents, and inputs that are not files of rows."""
 
 import gzip
 import json

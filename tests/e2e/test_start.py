@@ -267,7 +267,7 @@ async def test_missing_tables_and_columns_are_named(
 async def test_migrate_names_what_is_missing(
     postgresql_url: str, engine: AsyncEngine, tmp_path: Path
 ) -> None:
-    """It is no error: a developer changes a model before there is a migration."""
+    """It is not an error: a developer changes a model before there is a migration."""
     await execute(engine, "ALTER TABLE users DROP COLUMN full_name")
     migrate = await run(ROSTER, "migrate", folder=tmp_path, ROSTER_DATABASE_URL=postgresql_url)
 

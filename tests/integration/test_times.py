@@ -100,7 +100,7 @@ async def fill(database: Database, users: UserServiceStub, created: Sequence[tup
 
 
 async def pages(users: UserServiceStub, most: int, **request: Any) -> list[int]:
-    """Return the ids of a listing, at most so many pages of it."""
+    """Return the ids of a listing; stops after a limit of pages."""
     asked, ids = ListUsersRequest(**request), []
     for _ in range(most):
         page = await users.ListUsers(asked)

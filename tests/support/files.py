@@ -18,7 +18,7 @@ def columns_of(
 ) -> Columns:
     """Return the columns that an operation reads."""
     kind = ENTITIES[entity]
-    return Columns(kind.message, kind.columns(operation, ["*"]), mapping, ignore)
+    return Columns(kind, kind.columns(operation, ["*"]), mapping, ignore)
 
 
 def rows_of(file_format: FileFormat, data: bytes) -> list[Row[Any]]:

@@ -24,7 +24,7 @@ from tests.support.raw_http2 import (
 )
 
 NO_ERROR, INTERNAL_ERROR = 0, 2
-NOT_FOUND = (("content-type", "application/grpc"), ("grpc-status", "5"))  # of the server behind
+NOT_FOUND = (("content-type", "application/grpc"), ("grpc-status", "5"))  # from the proxied server
 PAGE = b"<html><head><title>nginx</title></head><body>This is not gRPC.</body></html>\r\n"
 
 

@@ -317,7 +317,7 @@ def test_certificate_files_are_accepted(tmp_path: Path) -> None:
     ],
 )
 def test_options_are_settings_of_the_session(parameters: str, settings: dict[str, str]) -> None:
-    """What is no setting is passed on, as to Neon's proxy."""
+    """An option that is not a setting is passed on, as to Neon's proxy."""
     assert conninfo.server_settings(read(f"postgresql://ada@db/roster?{parameters}")) == settings
 
 
@@ -352,7 +352,7 @@ def test_protection_asked_for_in_the_environment_is_not_ignored(environment: pyt
 
 
 def test_channel_binding_is_replaced_by_verification() -> None:
-    """Without either, somebody in between could read the connection that Neon's URL protects."""
+    """Without either, an attacker in the middle could read the connection that Neon's URL protects."""
     parameters = read(PROVIDERS["Neon"])
     (warning,) = conninfo.warnings(parameters)
 

@@ -223,7 +223,7 @@ def test_rows_with_repeated_names_are_on_lines() -> None:
     ],
 )
 def test_names_inside_others_are_not_repeated(text: str) -> None:
-    """What looks like a member of the row may be one of another object, or a text."""
+    """Text that looks like a member of the row may be in another object, or in a string."""
     [row] = json_rows(text)
 
     assert row.failure is None

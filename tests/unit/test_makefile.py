@@ -1,4 +1,4 @@
-"""What the commands of the Makefile look at."""
+"""The files that the Makefile's commands check."""
 
 import shlex
 import shutil

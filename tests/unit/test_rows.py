@@ -36,7 +36,8 @@ ANY_FAILURE = RowFailure(reason="EMAIL_TAKEN", field="email", message="email bel
 
 def columns(message: type[Message], operation: str = "create") -> Columns:
     """Return the columns of an entity."""
-    return Columns(message, (USERS if message is User else POSTS).columns(operation, ["full_name"]))
+    entity = USERS if message is User else POSTS
+    return Columns(entity, entity.columns(operation, ["full_name"]))
 
 
 async def rows_in(path: Path, file_format: FileFormat) -> list[Row[Any]]:
@@ -413,7 +414,7 @@ def test_times_are_read_as_rfc_3339(
 def test_reads_the_columns_of_each_operation() -> None:
     """Updates read ids, versions and the columns of the mask; restoring reads identity and times too."""
     assert USERS.columns("update", ["full_name", "nonsense"]) == ("id", "version", "full_name")
-    assert USERS.columns("update", ["*"]) == ("id", "version", *USERS.loaded)
+    assert USERS.columns("update", ["*"]) == ("id", "version", *USERS.loaded, *USERS.refused)
     assert POSTS.columns("restore", []) == ("id", "created_at", "updated_at", "version", *POSTS.loaded)
 
 

@@ -95,7 +95,7 @@ DAMAGED = {
 async def test_refuses_compressed_files_with_something_missing(
     tmp_path: Path, packed: Callable[[], bytes]
 ) -> None:
-    """What follows could be rows too, so it is not dropped with a warning, as gunzip does."""
+    """Data after the end could be rows, so it is not dropped with a warning, as gunzip does."""
     path = tmp_path / "users.csv.gz"
     path.write_bytes(packed())
 

@@ -38,8 +38,6 @@ ESCAPED_LINE_END = re.compile(r"\\[\r\n]")  # in `content`, it can be a line of 
 CELL = r' *"([^"]*(?:""[^"]*)*)"(?=DELIMITER|[\r\n]|\Z)|[^DELIMITER\r\n]*'
 MARK_OF_FILE = "\ufeff"
 BLANK = f"{MARK_OF_FILE} \t\r\n"
-# Fields whose values can't be names of columns: in them a further header line is recognised.
-KEYS = ("email", "id", "author_id", "author_email")
 NAME = re.compile(r"[^\W\d][^@]*")  # and not a key
 # Lines that a misplaced quote swallows are read again. Without a limit, a file of them takes quadratic time.
 MAX_REREAD = 64 << 20
@@ -190,7 +188,7 @@ class Csv:
         lines.rewind()
         candidates = [self._delimiter] if self._delimiter else DELIMITERS.values()
         headers = {delimiter: _read_names(lines, delimiter) for delimiter in candidates}
-        known = {delimiter: self.columns.knows(names) for delimiter, names in headers.items()}
+        known = {delimiter: self.columns.count_known(names) for delimiter, names in headers.items()}
         self._delimiter = max(known, key=known.__getitem__)
         self._header = headers[self._delimiter]
         self._check_header(lines, known[self._delimiter])
@@ -202,7 +200,7 @@ class Csv:
     def _check_header(self, lines: Lines, known: int) -> None:
         advice = "" if known else self._suggest_header(lines)
         self._fields = self.columns.check(self._header, "the header line", advice)
-        keys = [index for index, field in enumerate(self._fields) if field in KEYS]
+        keys = [index for index, field in enumerate(self._fields) if field in self.columns.entity.keys]
         self._key = keys[0] if keys else None
         self._names = frozenset(map(str.casefold, filter(NAME.fullmatch, self._header)))
 
@@ -212,16 +210,17 @@ class Csv:
         if next(lines).lstrip(BLANK).startswith(("{", "[")):
             raise SourceError("the file looks like JSON; add --format ndjson")
         if any(map(E_MAIL.search, self._header)):
+            first, second, *_ = self.columns.names
             return (
-                "if this is a row, add a header line such as email,full_name; if not, name the columns with "
-                "--columns, such as --columns email=Mail"
+                f"if this is a row, add a header line such as {first},{second}; if not, name the columns with "
+                f"--columns, such as --columns {first}=NAME"
             )
         for number in range(MAX_TITLE_LINES):
             line = next(lines, "")
             with suppress(csv.Error, StopIteration):
                 for delimiter in DELIMITERS.values():
                     names = next(csv.reader([line], delimiter=delimiter))
-                    if self.columns.knows(name.strip(BLANK) for name in names):
+                    if self.columns.count_known(name.strip(BLANK) for name in names):
                         return f"if line {lines.number + number + 2} is the header, delete the lines above it"
         return ""
 

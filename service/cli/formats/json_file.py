@@ -89,7 +89,7 @@ class Json:
             yield from self._lines(whole)
             return
         self.unit = "row"
-        array: str | None = self.columns.plural
+        array: str | None = self.columns.entity.name
         if file.seekable():
             with closing(JsonText(whole)) as text:
                 array = self._find_array(text)
@@ -117,7 +117,7 @@ class Json:
             if row is None:
                 continue
             arrays = [name for name, value in row.items() if isinstance(value, list)]
-            if self.columns.plural in arrays or (arrays and not self.columns.knows(row)):
+            if self.columns.entity.name in arrays or (arrays and not self.columns.count_known(row)):
                 return False
             self._check_columns(row, filter(None, map(_read_object, lines[index + 1 :])))
             return True
@@ -129,7 +129,7 @@ class Json:
             self.columns.fields_of(list(row))
         except InvalidField as error:
             raise SourceError(error.message) from None
-        if row and not any(map(self.columns.knows, [row, *others])):
+        if row and not any(map(self.columns.count_known, [row, *others])):
             shown = escape(", ".join(list(row)[:MAX_SHOWN_NAMES]))
             raise SourceError(
                 f"the first row has none of the columns {', '.join(self.columns.names)}; it has {shown}; "
@@ -139,7 +139,7 @@ class Json:
     def _advice(self, row: Values) -> str:
         """Return what to do about a row without known columns."""
         objects = [name for name, value in row.items() if isinstance(value, dict)]
-        with_rows = [name for name in objects if self.columns.knows(row[name])]
+        with_rows = [name for name in objects if self.columns.count_known(row[name])]
         if not with_rows:
             return "name the columns with --columns, such as --columns email=Mail"
         path = ".[]" if len(with_rows) == len(row) else f".{escape(with_rows[0])}"
@@ -169,11 +169,11 @@ class Json:
         arrays, is_row = [], False
         for name in text.members():
             is_array = text.peek() == "["
-            if is_array and name == self.columns.plural:
+            if is_array and name == self.columns.entity.name:
                 return name
             if is_array:
                 arrays.append(name)
-            is_row = is_row or self.columns.knows([name]) > 0
+            is_row = is_row or self.columns.count_known([name]) > 0
             text.skip_value()
         if is_row:
             return None

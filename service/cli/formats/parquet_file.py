@@ -16,7 +16,6 @@ from service.cli.formats.write import pyarrow
 from service.cli.rows import Row, Values
 from service.escape import escape
 
-TIMES = ("created_at", "updated_at")
 ROWS = 256  # read at once; a row has up to 1 MiB
 
 # The values of all rows of a batch, computed when they are needed, and the index of one of them.
@@ -75,7 +74,7 @@ class Parquet:
     def _values(self, batch: Any, fields: Mapping[str, str]) -> list[Values]:
         """Return the rows of a batch."""
         columns = [
-            self._column(column, is_time=fields[name] in TIMES)
+            self._column(column, is_time=fields[name] in self.columns.times)
             for name, column in zip(batch.schema.names, batch.columns, strict=True)
         ]
         return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]

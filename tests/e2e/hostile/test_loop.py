@@ -71,7 +71,7 @@ def decomposed(row: int) -> str:
 
 
 def international(row: int, label_characters: int, characters: int) -> str:
-    """Return an e-mail whose domain has labels in ASCII form, of so many characters in all."""
+    """Return an e-mail whose domain has labels in ASCII form, about `characters` characters in all."""
     labels: list[str] = []
     while sum(map(len, labels)) + len(labels) < characters - 70:
         at = row * 31 + len(labels) * 7
