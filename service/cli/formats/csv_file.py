@@ -212,8 +212,8 @@ class Csv:
         if any(map(E_MAIL.search, self._header)):
             first, second, *_ = self.columns.names
             return (
-                f"if this is a row, add a header line such as {first},{second}; if not, name the columns with "
-                f"--columns, such as --columns {first}=NAME"
+                f"if this is a row, add a header line such as {first},{second}; if not, name the columns "
+                f"with --columns, such as --columns {first}=NAME"
             )
         for number in range(MAX_TITLE_LINES):
             line = next(lines, "")
