@@ -7,6 +7,8 @@ from google.rpc import error_details_pb2  # noqa: F401  (its import adds it to t
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.reflection import aio
 
+from service.interceptors.chain import Chain
+
 METHOD = "ServerReflectionInfo"
 
 
@@ -28,7 +30,7 @@ def describe_v1(pool: descriptor_pool.DescriptorPool) -> None:
     pool.AddSerializedFile(text_format.Parse(renamed, FileDescriptorProto()).SerializeToString())
 
 
-def add_reflection(server: grpc.aio.Server, services: list[str]) -> None:
+def add_reflection(handlers: Chain, services: list[str]) -> None:
     """Add the reflection service in both versions, whose messages are the same (grpc#38576)."""
     versions = ["grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"]
     pool = descriptor_pool.Default()
@@ -39,6 +41,6 @@ def add_reflection(server: grpc.aio.Server, services: list[str]) -> None:
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
         response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
-    server.add_generic_rpc_handlers(
+    handlers.add_generic_rpc_handlers(
         tuple(grpc.method_handlers_generic_handler(version, {METHOD: handler}) for version in versions)
     )

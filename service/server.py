@@ -114,7 +114,7 @@ class Server:
         health_options = [*shared, *connection_options(settings, MAX_HEALTH_CONNECTIONS)]
         self.tracing = _tracing()
         self.messages = Messages()
-        chain = Chain(
+        self.handlers = Chain(
             # These observe calls, from outside of `answer_errors`, which gives a call its code.
             *(tracing.intercept for tracing in self.tracing),
             log_calls(settings.slow_call),
@@ -127,9 +127,10 @@ class Server:
             self.messages.intercept,
             audit_writes,
         )
-        self.server = grpc.aio.server(interceptors=[chain], options=options)
+        self.server = grpc.aio.server(handlers=[self.handlers], options=options)
+        self.health_handlers = Chain(answer_errors, Messages().intercept)
         self.health_server = grpc.aio.server(
-            interceptors=[Chain(answer_errors, Messages().intercept)],
+            handlers=[self.health_handlers],
             options=[*health_options, ("grpc.max_receive_message_length", MAX_PROBE_BYTES)],
         )
         self.bulk = BulkStreams(self.database)
@@ -146,11 +147,11 @@ class Server:
             PostServicer(self.database, self.posts, self.bulk),
             BulkServicer(self.database, self.settings.bulk_load_ttl),
         ):
-            add_servicer(servicer, self.server)
-        for server in (self.server, self.health_server):
-            health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+            add_servicer(servicer, self.handlers)
+        for handlers in (self.handlers, self.health_handlers):
+            health_pb2_grpc.add_HealthServicer_to_server(self.health, handlers)
         if self.settings.reflection:
-            add_reflection(self.server, [*SERVICE_NAMES, "grpc.health.v1.Health"])
+            add_reflection(self.handlers, [*SERVICE_NAMES, "grpc.health.v1.Health"])
 
     async def start(self) -> None:
         """Start serving; raises OSError if it can't listen on an address."""

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+
+from service.interceptors.chain import Chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +16,7 @@ class Service:
 
     descriptor: ServiceDescriptor
     base: type[Any]
-    add: Callable[[Any, grpc.aio.Server], None]
+    add: Callable[[Any, Any], None]
 
     @classmethod
     def of(cls, file: str) -> "Service":
@@ -34,10 +35,10 @@ SERVICES = (
 SERVICE_NAMES = tuple(service.descriptor.full_name for service in SERVICES)
 
 
-def add_servicer(servicer: object, server: grpc.aio.Server) -> None:
-    """Add a servicer to a server; its base class says which service it is."""
+def add_servicer(servicer: object, chain: Chain) -> None:
+    """Add a servicer to the handlers of a server; its base class says which service it is."""
     [service] = [service for service in SERVICES if isinstance(servicer, service.base)]
-    service.add(servicer, server)
+    service.add(servicer, chain)
 
 
 def path(method: MethodDescriptor) -> str:

@@ -80,10 +80,9 @@ KINDS = {
 async def serving(kind: str, behaviour: Any) -> AsyncIterator[Callable[..., Any]]:
     """Serve one method with the interceptor, and yield a function that calls it."""
     handler = KINDS[kind](behaviour, Empty.FromString, Empty.SerializeToString)
-    server = grpc.aio.server(interceptors=[Chain(answer_errors, Messages().intercept)])
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler("test.Service", {"Call": handler}),)
-    )
+    chain = Chain(answer_errors, Messages().intercept)
+    chain.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Service", {"Call": handler}),))
+    server = grpc.aio.server(handlers=[chain])
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
