@@ -32,9 +32,8 @@ from service.interceptors.chain import Chain
 from service.interceptors.drain import Drain
 from service.interceptors.errors import answer_errors
 from service.interceptors.limits import Limits
-from service.interceptors.logs import log_calls
 from service.interceptors.messages import Messages
-from service.interceptors.metrics import measure_calls
+from service.interceptors.observe import observe_calls
 from service.loads.repository import expire_loads
 from service.loads.servicer import BulkServicer
 from service.memory import trim_forever
@@ -117,8 +116,7 @@ class Server:
         self.handlers = Chain(
             # These observe calls, from outside of `answer_errors`, which gives a call its code.
             *(tracing.intercept for tracing in self.tracing),
-            log_calls(settings.slow_call),
-            measure_calls,
+            observe_calls(settings.slow_call),
             # These can refuse a call, each before the next does any work for it.
             answer_errors,
             self.drain.intercept,

@@ -82,8 +82,8 @@ def collect_violations() -> Iterator[Violations]:
 
 def check_id(id: int, field: str = "id") -> int:
     """Return a valid id; raises InvalidField."""
-    with collect_violations() as violations:
-        violations.add(field, id_error(id))
+    if error := id_error(id):
+        raise InvalidField(f"{field} {error}", field=field)
     return id
 
 
@@ -91,11 +91,12 @@ def check_ids(ids: Sequence[int]) -> list[int]:
     """Return the ids of a batch in their order, without duplicates; raises InvalidField, TooLarge."""
     if len(ids) > MAX_IDS:
         raise TooLarge(f"ids has more than {MAX_IDS:,} entries; split them over several calls", field="ids")
-    with collect_violations() as violations:
-        for position, id in enumerate(ids):
-            violations.add(f"ids[{position}]", id_error(id))
-        if not ids:
-            violations.add("ids", f"is required: 1 to {MAX_IDS:,} ids")
+    if not ids:
+        raise InvalidField(f"ids is required: 1 to {MAX_IDS:,} ids", field="ids")
+    if id_error(min(ids)) or id_error(max(ids)):
+        with collect_violations() as violations:
+            for position, id in enumerate(ids):
+                violations.add(f"ids[{position}]", id_error(id))
     return list(dict.fromkeys(ids))
 
 

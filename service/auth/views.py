@@ -41,7 +41,8 @@ class Views:
 
         Raises InvalidField for an unknown view, PermissionDenied if the caller may not call the RPC it needs.
         """
-        check_choice(number, self.enum, "view")
+        if number not in self.by_number:
+            check_choice(number, self.enum, "view")
         view = self.by_number[number]
         if view.needs:
             current_caller().require_rpc(view.needs, f"the view {self.enum.Name(number)}")

@@ -7,6 +7,7 @@ connection goes back to the pool.
 """
 
 import asyncio
+from typing import Any
 
 from sqlalchemy import AdaptedConnection, Connection, ExceptionContext, PoolResetState, event
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -21,18 +22,23 @@ def keep_connections_of_cancelled_reads(engine: AsyncEngine) -> None:
     event.listen(engine.sync_engine, "reset", _wait_for_end)
 
 
-def keep_if_cancelled(connection: Connection, error: BaseException) -> bool:
-    """Return whether the connection can be kept: the error is only the cancellation of a read."""
-    is_read = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
-    is_kept = isinstance(error, asyncio.CancelledError) and is_read and connection.dialect.driver == "asyncpg"
-    if is_kept:
-        connection.info[_CANCELLED] = True
-    return is_kept
+def keep_cancelled(info: dict[str, Any]) -> None:
+    """Keep a connection, with this `info`, whose read was cancelled: it is used again once that has ended."""
+    info[_CANCELLED] = True
 
 
 def _handle(failure: ExceptionContext) -> None:
-    if failure.connection and keep_if_cancelled(failure.connection, failure.original_exception):
+    connection, is_cancelled = (
+        failure.connection,
+        isinstance(failure.original_exception, asyncio.CancelledError),
+    )
+    if connection and is_cancelled and _is_read(connection):
+        keep_cancelled(connection.info)
         failure.is_disconnect = False
+
+
+def _is_read(connection: Connection) -> bool:
+    return connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
 
 
 def _wait_for_end(connection: AdaptedConnection, record: ConnectionPoolEntry, state: PoolResetState) -> None:

@@ -1,20 +1,22 @@
 """CompiledSelect: a SELECT that is compiled once and executed by the driver directly.
 
-Executing it through SQLAlchemy takes 250 µs longer, and on SQLite four round trips to the driver's thread
+It takes 110 µs with a connection of SQLAlchemy's pool, of which the check-out is 45. A session adds 210 µs,
+and executing the statement through SQLAlchemy 250 more, with four round trips to SQLite's thread
 instead of one.
 """
 
+import asyncio
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import asyncpg
-from sqlalchemy import BindParameter, Dialect
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import BindParameter, Dialect, PoolProxiedConnection
 from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.util import greenlet_spawn
 
 from service.db.base import Query
-from service.db.cancelled import keep_if_cancelled
+from service.db.cancelled import keep_cancelled
 from service.db.selection import Row
 from service.db.statements import measure_statement
 
@@ -34,23 +36,25 @@ class CompiledSelect:
         row: Any = namedtuple("Row", names)  # type: ignore[misc]  # noqa: PYI024  (known at run time only)
         self._as_row: Callable[[Iterable[Any]], Any] = row._make
 
-    async def rows(self, connection: AsyncConnection, **values: Any) -> Sequence[Row]:
+    async def rows(self, connection: PoolProxiedConnection, **values: Any) -> Sequence[Row]:
         """Return all rows, with these values for the open parameters.
 
-        Raises the driver's errors; a connection that failed is not used again.
+        The connection is one of `Database.driver()`. Raises the driver's errors; a connection that failed is
+        not used again.
         """
         bound = [
             convert(values.get(parameter.key, parameter.value))
             for parameter, convert in zip(self._parameters, self._converters, strict=True)
         ]
-        opened: Any = connection.sync_connection  # through the asynchronous one it takes 18 µs longer
         try:
             with measure_statement(self.sql):
-                return await self._fetch(opened.connection.driver_connection, bound)
+                return await self._fetch(connection.driver_connection, bound)
         except BaseException as error:
             # SQLAlchemy doesn't see the driver's errors: a broken connection would go back to the pool.
-            if not keep_if_cancelled(opened, error):
-                await connection.invalidate()
+            if isinstance(error, asyncio.CancelledError) and not self._is_sqlite:
+                keep_cancelled(connection.info)
+            else:
+                await greenlet_spawn(connection.invalidate)
             raise
 
     async def _fetch(self, driver: Any, bound: Sequence[Any]) -> Sequence[Row]:

@@ -10,10 +10,11 @@ from math import ceil
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import Connection, event, select
+from sqlalchemy import Connection, PoolProxiedConnection, event, select
 from sqlalchemy.dialects.sqlite.aiosqlite import AsyncAdapt_aiosqlite_connection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.util import greenlet_spawn
 
 from service.auth.caller import current_share
 from service.db import interruptible, revisions
@@ -53,7 +54,7 @@ class Database:
 
     `begin()` opens a unit of work: a clean exit commits, an exception rolls back. `bulk()` does the same on
     an engine of its own, so that loads can't starve calls. `read()` opens no transaction: each statement
-    sees what was committed before it. All three share their connections fairly among callers. A task that
+    sees what was committed before it. All of them share their connections fairly among callers. A task that
     holds a connection must not open a second one: once its caller's share is used up, it would wait for
     itself.
     """
@@ -95,6 +96,20 @@ class Database:
         with translate_errors():
             async with self._engines.read_slot(), _session(self._engines.reader) as session:
                 yield session
+
+    @asynccontextmanager
+    async def driver(self) -> AsyncIterator[PoolProxiedConnection]:
+        """Open a connection of the pool for `CompiledSelect`, as `read()` does but without its session."""
+        pool = self._engines.reader.pool
+        with translate_errors():
+            async with self._engines.read_slot():
+                connection = await greenlet_spawn(pool.connect)
+                try:
+                    yield connection
+                finally:
+                    # It waits only for the end of a cancelled read. If that is interrupted, SQLAlchemy closes
+                    # the connection.
+                    await greenlet_spawn(connection.close)
 
     async def ping(self) -> None:
         """Query the database; raises a domain error, such as DatabaseUnavailable, if it does not answer."""

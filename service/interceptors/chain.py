@@ -63,10 +63,9 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 class Chain(grpc.GenericRpcHandler):
     """The handlers of a server: every call goes through the interceptors, the first of them outermost.
 
-    Servicers are added to it as to a server, which it is given to as its only handler. To interceptors of
-    gRPC's own kind, gRPC would hand every call, not every RPC. And each RPC that is registered with gRPC by its
-    name makes every call dearer, because grpc.aio waits for the next call of each of them with
-    `asyncio.wait`: with 30 RPCs, 40 µs of a call that takes 190.
+    Servicers are added to it as to a server, and the server has it as its only handler. So gRPC neither looks
+    up interceptors for each call, nor registers each RPC by its name: then it would wait for the next call of
+    each of them with `asyncio.wait`. Together they take 20 of 400 µs.
 
     Calls enter the chain before their message is read. By default gRPC receives the message of a unary call
     before anything is known about the caller, and a hundred such calls on one connection can take a gigabyte.

@@ -1,10 +1,8 @@
 """Call metrics: calls started, ended by code, and in flight, and their duration."""
 
-from time import perf_counter
-
 import grpc
 
-from service.interceptors.chain import Context, Proceed, Request, Response, Rpc, code_at_end
+from service.interceptors.chain import Rpc
 from service.metrics import CALLS, HANDLED, HANDLING, STARTED
 
 # Named as in go-grpc-middleware, like the metrics.
@@ -14,27 +12,27 @@ CODE_NAMES = {code: code.name.title().replace("_", "") for code in grpc.StatusCo
 }
 
 
-def measure_calls(rpc: Rpc, proceed: Proceed) -> Proceed:
-    """Count and time every call. It wraps `answer_errors`, which sets the code of a call."""
-    labels = _grpc_type(rpc), rpc.service, rpc.name
-    # A look-up by labels takes longer than the increment, so it is done once.
-    started = STARTED.labels(*labels)
-    in_flight = CALLS.labels(*labels)
-    seconds = HANDLING.labels(*labels)
-    handled = {code: HANDLED.labels(*labels, name) for code, name in CODE_NAMES.items()}
+class CallMetrics:
+    """The metrics of one RPC's calls."""
 
-    async def measure(request: Request, context: Context) -> Response:
-        started.inc()
-        in_flight.inc()
-        began = perf_counter()
-        try:
-            return await proceed(request, context)
-        finally:
-            in_flight.dec()
-            seconds.observe(perf_counter() - began)
-            handled[code_at_end(context)].inc()
+    def __init__(self, rpc: Rpc) -> None:
+        labels = _grpc_type(rpc), rpc.service, rpc.name
+        # A look-up by labels takes longer than the increment, so it is done once.
+        self._started = STARTED.labels(*labels)
+        self._in_flight = CALLS.labels(*labels)
+        self._seconds = HANDLING.labels(*labels)
+        self._handled = {code: HANDLED.labels(*labels, name) for code, name in CODE_NAMES.items()}
 
-    return measure
+    def begin(self) -> None:
+        """Count a call that has started."""
+        self._started.inc()
+        self._in_flight.inc()
+
+    def end(self, code: grpc.StatusCode, seconds: float) -> None:
+        """Count a call that has ended, with its duration."""
+        self._in_flight.dec()
+        self._seconds.observe(seconds)
+        self._handled[code].inc()
 
 
 def _grpc_type(rpc: Rpc) -> str:

@@ -27,7 +27,7 @@ from service.users.rules import (
     normalise_email,
     password_error,
 )
-from service.validation import collect_violations, id_error
+from service.validation import check_id, collect_violations
 from service.wire import (
     Fields,
     Update,
@@ -140,30 +140,29 @@ def _values_or(default: bool | None, field: str, messages: Sequence[Message]) ->
     return values
 
 
-def key_from_request(request: GetUserRequest | VerifyPasswordRequest) -> str | int:
-    """Return the id, or the normalised e-mail, of the user that a request names; raises InvalidField."""
-    if request.WhichOneof("key") is None:
+def keys_from_request(
+    request: GetUserRequest | VerifyPasswordRequest,
+) -> tuple[int | str, Sequence[str]]:
+    """Return the id or the e-mail of the user that a request names; raises InvalidField.
+
+    With a normalised e-mail come the other texts under which an earlier release may have stored it.
+    """
+    key = request.WhichOneof("key")
+    if key is None:
         raise InvalidField("id or email is required", field="id")
+    if key == "id":
+        return check_id(request.id), ()
+    email, *others = email_spellings(request.email)
     with collect_violations() as violations:
-        if request.HasField("id"):
-            violations.add("id", id_error(request.id))
-            return request.id
-        email = normalise_email(request.email)
         violations.add("email", email_key_error(email))
-        return email
+    return email, others
 
 
-def other_keys_from_request(request: GetUserRequest | VerifyPasswordRequest) -> Sequence[str]:
-    """Return the other texts under which an earlier release may have stored the e-mail of a request."""
-    return email_spellings(request.email)[1:]
-
-
-def credentials_from_request(request: VerifyPasswordRequest) -> tuple[str | int, str]:
-    """Return the key of a user, and the password to verify; raises InvalidField."""
-    key = key_from_request(request)
+def password_from_request(request: VerifyPasswordRequest) -> str:
+    """Return the password to verify; raises InvalidField."""
     with collect_violations() as violations:
         violations.add("password", password_error(request.password))
-    return key, request.password
+    return request.password
 
 
 def _values(message: UserMessage, fields: Sequence[str]) -> Values:

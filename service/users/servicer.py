@@ -33,10 +33,9 @@ from service.metrics import HASHES_UNREADABLE
 from service.timeslice import add_in_slices
 from service.users.convert import (
     BULK_WRITABLE,
-    credentials_from_request,
     has_costly_users,
-    key_from_request,
-    other_keys_from_request,
+    keys_from_request,
+    password_from_request,
     user_batch_from_messages,
     user_from_message,
     user_to_fields,
@@ -100,7 +99,7 @@ class UserServicer(UserServiceServicer):
         return await self.writer.create(request, await self._hashed(user_from_message(request.user)))
 
     async def GetUser(self, request: pb.GetUserRequest, context: Context) -> UserMessage:
-        key, others = key_from_request(request), other_keys_from_request(request)
+        key, others = keys_from_request(request)
         view = VIEWS.get(request.view)
         if view is BASIC:
             return user_to_message(await self.reader.get(key, others))
@@ -142,8 +141,7 @@ class UserServicer(UserServiceServicer):
     async def VerifyPassword(
         self, request: pb.VerifyPasswordRequest, context: Context
     ) -> pb.VerifyPasswordResponse:
-        key, password = credentials_from_request(request)
-        others = other_keys_from_request(request)
+        (key, others), password = keys_from_request(request), password_from_request(request)
         id, stored = credentials_from_row(await self.reader.find_columns(key, CREDENTIALS, others))
         try:
             is_valid, stronger = await self.passwords.check(stored, password)

@@ -152,13 +152,13 @@ async def test_statements_are_reported_to_their_callers_only(
     """A statement runs in no call's context; each of its callers hears of it."""
     ids = await add_users(database, 3)
     asked_in: list[str] = []
-    read = database.read
+    driver = database.driver
 
-    def reading() -> Any:
+    def opening() -> Any:
         asked_in.append(CALLER.get(""))
-        return read()
+        return driver()
 
-    monkeypatch.setattr(database, "read", reading)
+    monkeypatch.setattr(database, "driver", opening)
 
     async def call(caller: str, id: int) -> int:
         heard: list[str] = []
@@ -182,8 +182,11 @@ async def test_concurrent_lookups_share_a_statement(database: Database, users: R
 async def test_statement_waits_for_lookups_of_a_busy_loop(
     database: Database, users: Reader, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """If the last statement answered several."""
     monkeypatch.setattr(lookups, "MAX_GATHER_SECONDS", 60)
     ids = await add_users(database, 5)
+    await asyncio.gather(*(users.get(id) for id in ids))
+    gate.keys.clear()
     calls = []
     for id in ids:
         calls.append(asyncio.create_task(users.get(id)))
@@ -191,6 +194,31 @@ async def test_statement_waits_for_lookups_of_a_busy_loop(
             await asyncio.sleep(0)
     assert [user.id for user in await asyncio.gather(*calls)] == ids
     assert gate.keys == [ids]
+
+
+async def test_lookup_without_others_does_not_wait(
+    database: Database, users: Reader, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would share its statement; and it shares the connection of the one before it."""
+    waited = MagicMock(side_effect=AssertionError("a lookup waited for others"))
+    monkeypatch.setattr(lookups.LookupBatcher, "_gather", waited)
+    monkeypatch.setattr(lookups, "KEEP_SECONDS", 60)
+    driver = MagicMock(side_effect=database.driver)
+    monkeypatch.setattr(database, "driver", driver)
+    ids = await add_users(database, 3)
+    assert [(await users.get(id)).id for id in ids] == ids
+    assert gate.keys == [[id] for id in ids]
+    assert driver.call_count == 1
+
+
+async def test_connection_is_returned_when_no_lookup_follows(database: Database, users: Reader) -> None:
+    """After a few milliseconds, and the next lookup takes another one."""
+    [id] = await add_users(database)
+    for _ in range(2):
+        assert (await users.get(id)).id == id
+        async with asyncio.timeout(5):
+            while database._engines.reader.pool.checkedout():  # type: ignore[attr-defined]
+                await asyncio.sleep(0.001)
 
 
 async def test_statement_waits_a_limited_time(
@@ -380,11 +408,11 @@ async def test_connection_is_returned_after_some_statements(
     monkeypatch.setattr(lookups, "MAX_KEYS", 1)
     monkeypatch.setattr(lookups, "MAX_STATEMENTS", 2)
     ids = await add_users(database, 5)
-    read = MagicMock(side_effect=database.read)
-    monkeypatch.setattr(database, "read", read)
+    driver = MagicMock(side_effect=database.driver)
+    monkeypatch.setattr(database, "driver", driver)
     found = await asyncio.gather(*(users.get(id) for id in ids))
     assert [user.id for user in found] == ids
-    assert read.call_count == 3
+    assert driver.call_count == 3
 
 
 async def test_close_cancels_all_lookups(database: Database, users: Reader, gate: Gate) -> None:

@@ -24,7 +24,7 @@ from service.posts.convert import (
 from service.posts.model import Post
 from service.users.convert import (
     BULK_WRITABLE,
-    key_from_request,
+    keys_from_request,
     user_batch_from_messages,
     user_changes_from_message,
     user_from_message,
@@ -281,8 +281,8 @@ def test_author_of_post_can_not_be_changed() -> None:
 
 def test_user_key_is_id_or_email() -> None:
     """Exactly one is required; the e-mail is normalised."""
-    assert key_from_request(GetUserRequest(id=7)) == 7
-    assert key_from_request(GetUserRequest(email=" ADA@example.org")) == "ada@example.org"
+    assert keys_from_request(GetUserRequest(id=7)) == (7, ())
+    assert keys_from_request(GetUserRequest(email=" ADA@example.org")) == ("ada@example.org", [])
     for request in (
         GetUserRequest(),
         GetUserRequest(id=0),
@@ -290,7 +290,7 @@ def test_user_key_is_id_or_email() -> None:
         GetUserRequest(email="a"),
     ):
         with pytest.raises(InvalidField):
-            key_from_request(request)
+            keys_from_request(request)
 
 
 USER = row_of(User, {"email": "a@b", "full_name": "Ada", "is_active": True, **GIVEN})
