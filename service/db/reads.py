@@ -26,8 +26,8 @@ from service.shares import FairQueue
 
 # Rows can have contents of 1 MiB, so a statement looks up no more of them.
 MAX_KEYS = 100
-# A connection is kept while lookups come in. It goes back to the pool, for others, after this many statements,
-# or without a lookup for this long. To take it from the pool and give it back takes 45 µs.
+# A connection is kept while lookups come in. It goes back to the pool, for others, after this many
+# statements, or without a lookup for this long. To take it from the pool and give it back takes 45 µs.
 MAX_STATEMENTS = 100
 KEEP_SECONDS = 0.005
 # A statement for two keys costs nearly as much as one for thirty. So once a statement has answered several
@@ -67,9 +67,9 @@ class LookupBatcher:
         """
         keys = [key, *others]
         rows = await self.get_many(keys)
-        for key in keys:
-            if key in rows:
-                return rows[key]
+        for each in keys:
+            if each in rows:
+                return rows[each]
         return None
 
     async def get_many(self, keys: Sequence[KeyValue]) -> Rows:

@@ -217,7 +217,7 @@ async def test_connection_is_returned_when_no_lookup_follows(database: Database,
     for _ in range(2):
         assert (await users.get(id)).id == id
         async with asyncio.timeout(5):
-            while database._engines.reader.pool.checkedout():  # type: ignore[attr-defined]
+            while database._engines.reader.pool.checkedout():  # type: ignore[attr-defined]  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
 
 
