@@ -225,6 +225,7 @@ class Reader:
         # Batches have statements of their own, so that a single read does not wait for a thousand rows.
         self._batches = LookupBatcher(database, model.id, columns)
         self._others: dict[tuple[type, Sequence[Column]], LookupBatcher] = {}
+        self._pages: dict[tuple[Any, ...], CompiledSelect] = {}
 
     async def get(self, key: KeyValue, others: Sequence[KeyValue] = ()) -> Row:
         """Return the row with this key, otherwise with the first of the others that a row has.
@@ -251,8 +252,29 @@ class Reader:
 
     async def page(self, query: ListQuery, selection: Selection | None = None) -> Page[Row]:
         """Return a page of rows, which is shorter than its limit if the answer would be too large."""
-        async with self._database.read() as session:
-            return await self._repository(session).page(query, selection)
+        basic = self._repository.basic()
+        if query.conditions or selection not in (None, basic):
+            async with self._database.read() as session:
+                return await self._repository(session).page(query, selection)
+        values = {f"after{number}": value for number, value in enumerate(query.after or ())}
+        async with self._database.driver() as connection:
+            found = await self._all_rows(query).rows(connection, **values, limit=query.limit)
+        return page_from_rows(basic, found, query.keyset, query.limit)
+
+    def _all_rows(self, query: ListQuery) -> CompiledSelect:
+        """Return the statement of a page of all rows: one for each order, with and without a key."""
+        columns = query.keyset.columns
+        key = (*(column.key for column in columns), query.keyset.descending, query.after is None)
+        if key not in self._pages:
+            after = [bindparam(f"after{number}", type_=column.type) for number, column in enumerate(columns)]
+            page = select_page(
+                self._repository.basic(),
+                keyset=query.keyset,
+                after=after if query.after else None,
+                limit=bindparam("limit", type_=BigInt),
+            )
+            self._pages[key] = CompiledSelect(page, self._database.engine.dialect)
+        return self._pages[key]
 
     async def find_columns(
         self, key: KeyValue, columns: tuple[Column, ...], others: Sequence[KeyValue] = ()

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, Protocol
 
 from sqlalchemy import (
+    BindParameter,
     ColumnElement,
     ColumnExpressionArgument,
     String,
@@ -131,7 +132,7 @@ def select_page(
     *conditions: ColumnExpressionArgument[bool],
     keyset: Keyset,
     after: SortKey | None,
-    limit: int,
+    limit: int | BindParameter[int],
 ) -> Query:
     """Return the statement of a page. It reads one row more than the limit, to know whether others follow."""
     model = selection.model
