@@ -288,6 +288,7 @@ class Reader:
             while (found := await reading).rows:
                 if found.next_key:
                     reading = asyncio.create_task(read(*found.next_key))
+                    await asyncio.sleep(0)  # send its statement before these rows are encoded
                 await self._database.loop_turns.next(len(found.rows))
                 yield found.rows
                 if not found.next_key:

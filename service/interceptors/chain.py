@@ -18,6 +18,7 @@ import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
@@ -116,7 +117,12 @@ class Chain(grpc.GenericRpcHandler):
             grpc.stream_stream_rpc_method_handler if rpc.is_download else grpc.stream_unary_rpc_method_handler
         )
         # Without a deserializer gRPC hands over bytes.
-        return make_handler(proceed, None, handler.response_serializer)
+        return make_handler(proceed, None, partial(_serialize, handler.response_serializer))
+
+
+def _serialize(serialize: Callable[[Message], bytes], response: Message | bytes) -> bytes:
+    """Return the bytes of a response; a method may return them itself, as those of `RowEncoder`."""
+    return response if isinstance(response, bytes) else serialize(response)
 
 
 def code_at_end(context: Context) -> grpc.StatusCode:

@@ -8,6 +8,7 @@ from service.bulk.convert import add_fields, add_identity
 from service.db.base import Values, column_names
 from service.db.bulk.batch import Batch
 from service.db.selection import Row
+from service.encoding import RowEncoder
 from service.errors import InvalidField
 from service.posts.model import Post
 from service.posts.rules import CREATE_RULES, RULES
@@ -25,6 +26,7 @@ from service.wire import (
 WRITABLE = tuple(RULES)
 POST_COLUMNS = column_names(Post)
 
+POST_ENCODER = RowEncoder(POST_COLUMNS, PostMessage)
 post_to_fields = row_converter(POST_COLUMNS, PostMessage)
 
 

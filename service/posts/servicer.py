@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
 
@@ -18,6 +19,7 @@ from service.db.reads import Reader
 from service.idempotency import Writer
 from service.interceptors.chain import Context
 from service.posts.convert import (
+    POST_ENCODER,
     WRITABLE,
     author_id_from_request,
     has_costly_posts,
@@ -112,10 +114,8 @@ class PostServicer(PostServiceServicer):
     ) -> AsyncIterator[BulkWriteResponse]:
         return self.bulk.run(requests, UPDATE_POSTS)
 
-    async def ExportPosts(
-        self, request: pb.ExportPostsRequest, context: Context
-    ) -> AsyncIterator[pb.ExportPostsResponse]:
+    async def ExportPosts(self, request: pb.ExportPostsRequest, context: Context) -> AsyncIterator[Any]:
         rows = self.reader.export(request.filter, *export_from_request(request))
         async with aclosing(rows):
             async for posts in rows:
-                yield pb.ExportPostsResponse(posts=map(post_to_fields, posts), last_id=posts[-1].id)
+                yield POST_ENCODER.response(posts, pb.ExportPostsResponse(last_id=posts[-1].id))

@@ -13,6 +13,7 @@ from service.bulk.convert import add_identity
 from service.db.base import Values, column_names
 from service.db.bulk.batch import Batch
 from service.db.selection import Row
+from service.encoding import RowEncoder
 from service.errors import InvalidField
 from service.users.model import User
 from service.users.repository import LISTED_POST, UserWithPosts
@@ -41,6 +42,7 @@ from service.wire import (
 WRITABLE = tuple(RULES)
 BULK_WRITABLE = tuple(field for field in WRITABLE if field != "password")
 
+USER_ENCODER = RowEncoder(column_names(User), UserMessage)
 user_to_fields = row_converter(column_names(User), UserMessage)
 _listed_post_to_fields = row_converter(LISTED_POST, PostMessage)
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from dataclasses import replace
+from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
 
@@ -33,6 +34,7 @@ from service.metrics import HASHES_UNREADABLE
 from service.timeslice import add_in_slices
 from service.users.convert import (
     BULK_WRITABLE,
+    USER_ENCODER,
     has_costly_users,
     keys_from_request,
     password_from_request,
@@ -164,13 +166,11 @@ class UserServicer(UserServiceServicer):
     ) -> AsyncIterator[BulkWriteResponse]:
         return self.bulk.run(requests, UPDATE_USERS)
 
-    async def ExportUsers(
-        self, request: pb.ExportUsersRequest, context: Context
-    ) -> AsyncIterator[pb.ExportUsersResponse]:
+    async def ExportUsers(self, request: pb.ExportUsersRequest, context: Context) -> AsyncIterator[Any]:
         rows = self.reader.export(request.filter, *export_from_request(request))
         async with aclosing(rows):
             async for users in rows:
-                yield pb.ExportUsersResponse(users=map(user_to_fields, users), last_id=users[-1].id)
+                yield USER_ENCODER.response(users, pb.ExportUsersResponse(last_id=users[-1].id))
 
     async def _hashed(self, values: Values) -> Values:
         if "hashed_password" in values:
