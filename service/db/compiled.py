@@ -8,17 +8,18 @@ instead of one.
 import asyncio
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Sequence
+from time import perf_counter
 from typing import Any
 
 import asyncpg
-from sqlalchemy import BindParameter, Dialect, PoolProxiedConnection
+from sqlalchemy import ARRAY, BindParameter, Dialect, PoolProxiedConnection
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.util import greenlet_spawn
 
 from service.db.base import Query
 from service.db.cancelled import keep_cancelled
 from service.db.selection import Row
-from service.db.statements import measure_statement
+from service.db.statements import measure
 
 
 class CompiledSelect:
@@ -46,9 +47,9 @@ class CompiledSelect:
             convert(values.get(parameter.key, parameter.value))
             for parameter, convert in zip(self._parameters, self._converters, strict=True)
         ]
+        began = perf_counter()
         try:
-            with measure_statement(self.sql):
-                return await self._fetch(connection.driver_connection, bound)
+            return await self._fetch(connection.driver_connection, bound)
         except BaseException as error:
             # SQLAlchemy doesn't see the driver's errors: a broken connection would go back to the pool.
             if isinstance(error, asyncio.CancelledError) and not self._is_sqlite:
@@ -56,6 +57,8 @@ class CompiledSelect:
             else:
                 await greenlet_spawn(connection.invalidate)
             raise
+        finally:
+            measure(self.sql, began)
 
     async def _fetch(self, driver: Any, bound: Sequence[Any]) -> Sequence[Row]:
         if self._is_sqlite:
@@ -73,4 +76,6 @@ class _Record(asyncpg.Record):
 
 
 def _conversion(parameter: BindParameter[Any], dialect: Dialect) -> Callable[[Any], Any]:
+    if isinstance(parameter.type, ARRAY):  # asyncpg takes a list as it is; SQLAlchemy would copy it
+        return lambda values: values
     return parameter.type.dialect_impl(dialect).bind_processor(dialect) or (lambda value: value)

@@ -148,14 +148,14 @@ class LookupBatcher:
                     return
 
     async def _answer(self, connection: PoolProxiedConnection) -> None:
-        GATHERED_READS.observe(len(self._in_flight))
         keys = {key for asked, future in self._in_flight if not future.done() for key in asked}
         found = await self._query.rows(connection, keys=list(keys)) if keys else []
         rows = {self._key_of(row): row for row in found}
         for _, future in self._in_flight:
             if not future.done():
                 future.set_result(rows)
-        self._in_flight = []
+        answered, self._in_flight = self._in_flight, []
+        GATHERED_READS.observe(len(answered))
 
     def _take(self) -> None:
         """Move waiting lookups to the next statement, until it has enough keys."""

@@ -34,10 +34,12 @@ def measure_statement(statement: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _observe(statement, perf_counter() - began)
+        measure(statement, began)
 
 
-def _observe(statement: str, seconds: float) -> None:
+def measure(statement: str, began: float) -> None:
+    """Measure a statement that began at this reading of `perf_counter`."""
+    seconds = perf_counter() - began
     _BY_OPERATION.get(statement.partition(" ")[0], _OTHER).observe(seconds)
     notify_listeners(statement, seconds)
 
@@ -50,13 +52,13 @@ def _begin(connection: Connection, cursor: DBAPICursor, *rest: Any) -> None:  # 
 
 def _end(connection: Connection, cursor: DBAPICursor, statement: str, *rest: Any) -> None:  # noqa: ARG001
     _, context, _ = rest
-    _observe(statement, perf_counter() - context.roster_began)
+    measure(statement, context.roster_began)
 
 
 def _fail(failure: ExceptionContext) -> None:
     began = getattr(failure.execution_context, "roster_began", None)
     if failure.statement and began:
-        _observe(failure.statement, perf_counter() - began)
+        measure(failure.statement, began)
 
 
 def notify_listeners(statement: str, seconds: float) -> None:

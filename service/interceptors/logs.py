@@ -1,10 +1,8 @@
 """Writes one log line for each call, and gives the other lines of the call its ids."""
 
-import asyncio
 import logging
 import re
 from collections.abc import Mapping
-from contextvars import Context as Variables
 from random import getrandbits
 from typing import Any
 
@@ -25,6 +23,9 @@ TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}.*
 REFLECTION = "grpc.reflection."
 
 
+Line = tuple[int, Mapping[str, Any]]  # its level and its fields
+
+
 class StatementTotals:
     """The number of statements of a call, and the seconds that they took."""
 
@@ -39,29 +40,6 @@ class StatementTotals:
         self.seconds += seconds
 
 
-class Lines:
-    """The lines of calls that ended in one iteration of the event loop, logged at the end of it.
-
-    By then the responses are on their way. Lines that are made one after the other take half as long as lines
-    between calls, whose code displaces theirs in the caches of the processor.
-    """
-
-    def __init__(self) -> None:
-        self._lines: list[tuple[int, Mapping[str, Any]]] = []
-
-    def add(self, level: int, fields: Mapping[str, Any]) -> None:
-        """Add a line; its fields must not change."""
-        self._lines.append((level, fields))
-        if len(self._lines) == 1:
-            # In an empty context: the fields contain the ids of their calls.
-            asyncio.get_running_loop().call_soon(self._log, context=Variables())
-
-    def _log(self) -> None:
-        lines, self._lines = self._lines, []
-        for level, fields in lines:
-            log.log(level, "call", extra={"fields": fields})
-
-
 class CallLog:
     """Logs the calls of one RPC when they have ended, as warnings if they were slow.
 
@@ -69,9 +47,8 @@ class CallLog:
     it has 1 to 128 printable ASCII characters, otherwise a random one. The trace id is that of `traceparent`.
     """
 
-    def __init__(self, rpc: Rpc, slow_seconds: float, lines: Lines) -> None:
+    def __init__(self, rpc: Rpc, slow_seconds: float) -> None:
         self._path = rpc.path
-        self._lines = lines
         # Probes come every few seconds, and grpcurl asks for reflection before each call.
         is_incidental = rpc.path in HEALTH or rpc.service.startswith(REFLECTION)
         self._level = logging.DEBUG if is_incidental else logging.INFO
@@ -87,23 +64,29 @@ class CallLog:
         LISTENERS.set((*LISTENERS.get(), statements.add))
         return statements
 
-    def end(
+    def line(
         self, context: Context, code: grpc.StatusCode, seconds: float, statements: StatementTotals
-    ) -> None:
-        """Log a call that has ended."""
+    ) -> Line | None:
+        """Return the line of a call that has ended, if it is to be logged."""
         level = logging.WARNING if seconds > self._slow_seconds else self._level
-        if log.isEnabledFor(level):
-            fields = {
-                **CALL_IDS.get(),
-                "method": self._path,
-                "code": code.name,
-                "seconds": round(seconds, 6),
-                "statements": statements.count,
-                "statement_seconds": round(statements.seconds, 6),
-                "caller": current_caller().identity,
-                "peer": context.peer(),
-            }
-            self._lines.add(level, fields)
+        if not log.isEnabledFor(level):
+            return None
+        return level, {
+            **CALL_IDS.get(),
+            "method": self._path,
+            "code": code.name,
+            "seconds": round(seconds, 6),
+            "statements": statements.count,
+            "statement_seconds": round(statements.seconds, 6),
+            "caller": current_caller().identity,
+            "peer": context.peer(),
+        }
+
+
+def write(line: Line) -> None:
+    """Log the line of a call; it contains the ids of the call, so this may run in any context."""
+    level, fields = line
+    log.log(level, "call", extra={"fields": fields})
 
 
 def _ids(context: Context) -> Mapping[str, str]:
