@@ -1,6 +1,6 @@
 """Views: the parts of a resource in an answer, limited to those that its caller may read."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -8,6 +8,8 @@ from google.protobuf.message import Message
 
 from service.auth.caller import current_caller
 from service.db.selection import Selection
+from service.encoding import RowEncoder
+from service.timeslice import add_in_slices
 from service.validation import check_choice
 from service.wire import Fields
 
@@ -21,12 +23,21 @@ SET_BY_WRITES = frozenset({"id", "version", "updated_at"})
 class View:
     """One view of a resource: the selection that reads it, and the conversion to message fields.
 
-    If the view shows another resource, the caller must be allowed to call the RPC `needs`, which reads that.
+    Where a view has the columns of the resource and nothing else, `encoder` writes its rows in half the time.
+    If it shows another resource, the caller must be allowed to call the RPC `needs`, which reads that.
     """
 
     selection: Selection
     to_fields: Callable[[Any], Fields]
+    encoder: RowEncoder | None = None
     needs: str = ""
+
+    async def response(self, rows: Sequence[Any], rest: Message, messages: Any) -> Message | bytes:
+        """Return a response with these rows; `messages` is its repeated field for them, `rest` the others."""
+        if self.encoder:
+            return self.encoder.response(rows, rest)
+        await add_in_slices(messages, self.to_fields, rows)
+        return rest
 
 
 @dataclass(frozen=True)

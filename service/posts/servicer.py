@@ -32,7 +32,6 @@ from service.posts.convert import (
 )
 from service.posts.model import Post
 from service.posts.repository import POSTS, WITH_AUTHOR, PostRepository
-from service.timeslice import add_in_slices
 from service.validation import check_id, check_ids
 from service.wire import export_from_request, missing_ids
 
@@ -45,7 +44,7 @@ CREATE_POSTS = Operation(
     has_costly_rows=has_costly_posts,
 )
 UPDATE_POSTS = Operation(pb.BulkUpdatePostsRequest, POSTS, post_batch_from_messages, WRITABLE, is_update=True)
-BASIC = View(PostRepository.basic(), post_to_fields)
+BASIC = View(PostRepository.basic(), post_to_fields, POST_ENCODER)
 VIEWS = Views(
     PostMessage.View,
     {
@@ -76,25 +75,21 @@ class PostServicer(PostServiceServicer):
             post = await PostRepository(session).get(id, view.selection)
         return PostMessage(**view.to_fields(post))
 
-    async def BatchGetPosts(
-        self, request: pb.BatchGetPostsRequest, context: Context
-    ) -> pb.BatchGetPostsResponse:
+    async def BatchGetPosts(self, request: pb.BatchGetPostsRequest, context: Context) -> Any:
         ids = check_ids(request.ids)
         view = VIEWS.get(request.view)
         found = await self.reader.get_many(ids, view.selection)
         response = pb.BatchGetPostsResponse(**missing_ids(ids, found))
-        await add_in_slices(response.posts, view.to_fields, [post for post in found if post])
-        return response
+        return await view.response([post for post in found if post], response, response.posts)
 
-    async def ListPosts(self, request: pb.ListPostsRequest, context: Context) -> pb.ListPostsResponse:
+    async def ListPosts(self, request: pb.ListPostsRequest, context: Context) -> Any:
         author_id = author_id_from_request(request)
         scope = [Post.author_id == author_id] if author_id else []
         query = await PostRepository.list_query(request, *scope, scope_key=author_id)
         view = VIEWS.get(request.view)
         page = await self.reader.page(query, view.selection)
         response = pb.ListPostsResponse(next_page_token=query.next_token(page))
-        await add_in_slices(response.posts, view.to_fields, page.rows)
-        return response
+        return await view.response(page.rows, response, response.posts)
 
     async def UpdatePost(self, request: pb.UpdatePostRequest, context: Context) -> PostMessage:
         update = post_update_from_request(request)

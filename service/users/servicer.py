@@ -31,7 +31,6 @@ from service.errors import (
 from service.idempotency import Writer
 from service.interceptors.chain import Context
 from service.metrics import HASHES_UNREADABLE
-from service.timeslice import add_in_slices
 from service.users.convert import (
     BULK_WRITABLE,
     USER_ENCODER,
@@ -77,7 +76,7 @@ UPDATE_USERS = Operation(
     required_roles=REQUIRED_ROLES,
     has_costly_rows=has_costly_users,
 )
-BASIC = View(UserRepository.basic(), user_to_fields)
+BASIC = View(UserRepository.basic(), user_to_fields, USER_ENCODER)
 VIEWS = Views(
     UserMessage.View,
     {
@@ -113,23 +112,19 @@ class UserServicer(UserServiceServicer):
                 user = await users.get(key, view.selection)
         return UserMessage(**view.to_fields(user))
 
-    async def BatchGetUsers(
-        self, request: pb.BatchGetUsersRequest, context: Context
-    ) -> pb.BatchGetUsersResponse:
+    async def BatchGetUsers(self, request: pb.BatchGetUsersRequest, context: Context) -> Any:
         ids = check_ids(request.ids)
         view = VIEWS.get(request.view)
         found = await self.reader.get_many(ids, view.selection)
         response = pb.BatchGetUsersResponse(**missing_ids(ids, found))
-        await add_in_slices(response.users, view.to_fields, [user for user in found if user])
-        return response
+        return await view.response([user for user in found if user], response, response.users)
 
-    async def ListUsers(self, request: pb.ListUsersRequest, context: Context) -> pb.ListUsersResponse:
+    async def ListUsers(self, request: pb.ListUsersRequest, context: Context) -> Any:
         query = await UserRepository.list_query(request)
         view = VIEWS.get(request.view)
         page = await self.reader.page(query, view.selection)
         response = pb.ListUsersResponse(next_page_token=query.next_token(page))
-        await add_in_slices(response.users, view.to_fields, page.rows)
-        return response
+        return await view.response(page.rows, response, response.users)
 
     async def UpdateUser(self, request: pb.UpdateUserRequest, context: Context) -> UserMessage:
         update = user_update_from_request(request)
