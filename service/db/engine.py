@@ -14,13 +14,13 @@ from sqlalchemy import Connection, PoolProxiedConnection, event, select
 from sqlalchemy.dialects.sqlite.aiosqlite import AsyncAdapt_aiosqlite_connection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
-from sqlalchemy.util import greenlet_spawn
 
 from service.auth.caller import current_share
 from service.db import interruptible, revisions
 from service.db.base import ReadSession, Session
 from service.db.cancelled import keep_connections_of_cancelled_reads
 from service.db.connect import postgresql_engine
+from service.db.driver import DriverConnections
 from service.db.errors import may_have_committed, translate_errors
 from service.db.pool import InstrumentedPool, measure_pool
 from service.db.statements import measure_statements
@@ -62,6 +62,7 @@ class Database:
     def __init__(self, settings: Settings) -> None:
         make = _Sqlite if settings.is_embedded else _PostgreSQL
         self._engines = make(settings)
+        self._driver_connections = DriverConnections(self._engines.reader.pool)
         self.is_sqlite = settings.is_embedded
         # For converting many rows: without it, sixteen exports would keep all other calls off the event loop.
         self.loop_turns = LoopTurns()
@@ -99,17 +100,10 @@ class Database:
 
     @asynccontextmanager
     async def driver(self) -> AsyncIterator[PoolProxiedConnection]:
-        """Open a connection of the pool for `CompiledSelect`, as `read()` does but without its session."""
-        pool = self._engines.reader.pool
+        """Open a connection for `CompiledSelect`, as `read()` does but without its session."""
         with translate_errors():
-            async with self._engines.read_slot():
-                connection = await greenlet_spawn(pool.connect)
-                try:
-                    yield connection
-                finally:
-                    # It waits only for the end of a cancelled read. If that is interrupted, SQLAlchemy closes
-                    # the connection.
-                    await greenlet_spawn(connection.close)
+            async with self._engines.read_slot(), self._driver_connections.open() as connection:
+                yield connection
 
     async def ping(self) -> None:
         """Query the database; raises a domain error, such as DatabaseUnavailable, if it does not answer."""
@@ -118,6 +112,7 @@ class Database:
 
     async def close(self) -> None:
         """Close all connections; otherwise a process that uses SQLite can hang at exit."""
+        await self._driver_connections.close()
         for engine in {self._engines.writer, self._engines.reader, self._engines.bulk}:
             await engine.dispose()
 

@@ -12,12 +12,13 @@ from unittest.mock import MagicMock
 
 import grpc
 import pytest
-from sqlalchemy import make_url, select, text, update
+from sqlalchemy import event, make_url, select, text, update
 
 from roster.v1 import posts_pb2, posts_pb2_grpc, resources_pb2, users_pb2, users_pb2_grpc
 from service.auth.caller import Caller, set_caller
-from service.db import reads as lookups
+from service.db import driver, reads as lookups
 from service.db.engine import Database
+from service.db.paging import ListQuery
 from service.db.reads import Reader
 from service.db.statements import LISTENERS
 from service.errors import DatabaseUnavailable, PoolExhausted, PostNotFound, RosterError, UserNotFound
@@ -152,11 +153,11 @@ async def test_statements_are_reported_to_their_callers_only(
     """A statement runs in no call's context; each of its callers hears of it."""
     ids = await add_users(database, 3)
     asked_in: list[str] = []
-    driver = database.driver
+    opened = database.driver
 
     def opening() -> Any:
         asked_in.append(CALLER.get(""))
-        return driver()
+        return opened()
 
     monkeypatch.setattr(database, "driver", opening)
 
@@ -199,26 +200,51 @@ async def test_statement_waits_for_lookups_of_a_busy_loop(
 async def test_lookup_without_others_does_not_wait(
     database: Database, users: Reader, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody would share its statement; and it shares the connection of the one before it."""
+    """Nobody would share its statement."""
     waited = MagicMock(side_effect=AssertionError("a lookup waited for others"))
     monkeypatch.setattr(lookups.LookupBatcher, "_gather", waited)
-    monkeypatch.setattr(lookups, "KEEP_SECONDS", 60)
-    driver = MagicMock(side_effect=database.driver)
-    monkeypatch.setattr(database, "driver", driver)
     ids = await add_users(database, 3)
     assert [(await users.get(id)).id for id in ids] == ids
     assert gate.keys == [[id] for id in ids]
-    assert driver.call_count == 1
 
 
-async def test_connection_is_returned_when_no_lookup_follows(database: Database, users: Reader) -> None:
-    """After a few milliseconds, and the next lookup takes another one."""
+async def test_connection_is_kept_for_the_next_statement(
+    database: Database, users: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "KEEP_SECONDS", 60)
+    taken: list[Any] = []
+    event.listen(
+        database._engines.reader.sync_engine, "checkout", lambda *connection: taken.append(connection)
+    )
+    ids = await add_users(database, 3)
+    taken.clear()
+    for id in ids:
+        await users.get(id)
+        await users.page(ListQuery([], UserRepository.by_id(), None, 10))
+    assert len(taken) == 1
+
+
+async def test_kept_connection_is_given_back(database: Database, users: Reader) -> None:
+    """A few milliseconds after its last statement; the next statement takes one again."""
     [id] = await add_users(database)
     for _ in range(2):
         assert (await users.get(id)).id == id
         async with asyncio.timeout(5):
             while database._engines.reader.pool.checkedout():  # type: ignore[attr-defined]  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
+
+
+async def test_kept_connection_delays_no_call(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even if it is the only one of the pool."""
+    monkeypatch.setattr(driver, "KEEP_SECONDS", 0.2)
+    database = Database(Settings(database_url=database_url, pool_size=1, max_overflow=0, pool_timeout=5))
+    users = user_reader(database)
+    [id] = await add_users(database)
+    assert (await users.get(id)).id == id
+    async with database.read() as session:
+        assert await session.scalar(select(1)) == 1
+    await users.close()
+    await database.close()
 
 
 async def test_statement_waits_a_limited_time(
@@ -408,11 +434,11 @@ async def test_connection_is_returned_after_some_statements(
     monkeypatch.setattr(lookups, "MAX_KEYS", 1)
     monkeypatch.setattr(lookups, "MAX_STATEMENTS", 2)
     ids = await add_users(database, 5)
-    driver = MagicMock(side_effect=database.driver)
-    monkeypatch.setattr(database, "driver", driver)
+    opened = MagicMock(side_effect=database.driver)
+    monkeypatch.setattr(database, "driver", opened)
     found = await asyncio.gather(*(users.get(id) for id in ids))
     assert [user.id for user in found] == ids
-    assert driver.call_count == 3
+    assert opened.call_count == 3
 
 
 async def test_close_cancels_all_lookups(database: Database, users: Reader, gate: Gate) -> None:
