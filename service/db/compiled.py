@@ -40,8 +40,7 @@ class CompiledSelect:
     async def rows(self, connection: PoolProxiedConnection, **values: Any) -> Sequence[Row]:
         """Return all rows, with these values for the open parameters.
 
-        The connection is one of `Database.driver()`. Raises the driver's errors; a connection that failed is
-        not used again.
+        Raises the driver's errors; a connection that failed is not used again.
         """
         bound = [
             convert(values.get(parameter.key, parameter.value))

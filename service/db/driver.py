@@ -4,23 +4,26 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from contextvars import Context
+from typing import cast
 
-from sqlalchemy import Pool, PoolProxiedConnection
+from sqlalchemy import PoolProxiedConnection, QueuePool
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import greenlet_spawn
 
 # A connection is kept for so long for the next statement. To give it back to the pool and take another one
 # takes 45 µs, or 100 between other calls, and on SQLite a round trip to the driver's thread.
-KEEP_SECONDS = 0.005
+KEEP_SECONDS = 0.05
 
 
 class DriverConnections:
-    """Takes connections from a pool, and gives them back a few milliseconds after their last statement.
+    """Takes connections from a pool, and keeps them for a moment after their last statement.
 
-    The pool checks, counts and replaces them like all others.
+    The pool checks, counts and replaces them like all others. So that nobody waits for one that is idle, they
+    are kept only while the pool has room for others.
     """
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._pool = cast("QueuePool", engine.pool)
         self._kept: list[PoolProxiedConnection] = []
         self._giving_back: asyncio.Task[None] | None = None
 
@@ -35,7 +38,10 @@ class DriverConnections:
             # connection.
             await greenlet_spawn(connection.close)
             raise
-        self._keep(connection)
+        if self._pool.checkedout() < self._pool.size():
+            self._keep(connection)
+        else:
+            await greenlet_spawn(connection.close)
 
     async def close(self) -> None:
         """Give all connections back."""

@@ -3,14 +3,14 @@
 import asyncio
 import logging
 import sqlite3
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
 from math import ceil
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import Connection, PoolProxiedConnection, event, select
+from sqlalchemy import Connection, event, select
 from sqlalchemy.dialects.sqlite.aiosqlite import AsyncAdapt_aiosqlite_connection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -19,12 +19,14 @@ from service.auth.caller import current_share
 from service.db import interruptible, revisions
 from service.db.base import ReadSession, Session
 from service.db.cancelled import keep_connections_of_cancelled_reads
+from service.db.compiled import CompiledSelect
 from service.db.connect import postgresql_engine
 from service.db.driver import DriverConnections
 from service.db.errors import may_have_committed, translate_errors
 from service.db.pool import InstrumentedPool, measure_pool
+from service.db.selection import Row
 from service.db.statements import measure_statements
-from service.errors import OutcomeUnknown, PoolExhausted, QuotaExceeded, RosterError
+from service.errors import DatabaseUnavailable, OutcomeUnknown, PoolExhausted, QuotaExceeded, RosterError
 from service.files import create_database
 from service.metrics import POOL_TIMEOUTS, POOL_WAITING
 from service.settings import Settings
@@ -62,7 +64,7 @@ class Database:
     def __init__(self, settings: Settings) -> None:
         make = _Sqlite if settings.is_embedded else _PostgreSQL
         self._engines = make(settings)
-        self._driver_connections = DriverConnections(self._engines.reader.pool)
+        self._driver_connections = DriverConnections(self._engines.reader)
         self.is_sqlite = settings.is_embedded
         # For converting many rows: without it, sixteen exports would keep all other calls off the event loop.
         self.loop_turns = LoopTurns()
@@ -98,12 +100,27 @@ class Database:
             async with self._engines.read_slot(), _session(self._engines.reader) as session:
                 yield session
 
-    @asynccontextmanager
-    async def driver(self) -> AsyncIterator[PoolProxiedConnection]:
-        """Open a connection for `CompiledSelect`, as `read()` does but without its session."""
-        with translate_errors():
-            async with self._engines.read_slot(), self._driver_connections.open() as connection:
-                yield connection
+    async def rows(self, query: CompiledSelect, *, share: str = "", **values: Any) -> Sequence[Row]:
+        """Return the rows of a compiled statement, with these values for its parameters.
+
+        It uses the caller's share of the connections, or another one. It reads like a statement of `read()`,
+        without a session, which takes 200 µs. If its connection was opened before a restart of PostgreSQL, it
+        is sent once more.
+        """
+        for is_last in (False, True):
+            connection = None
+            try:
+                with translate_errors():
+                    slot = self._engines.read_slot(share)
+                    async with slot, self._driver_connections.open() as connection:
+                        return await query.rows(connection, **values)
+            except DatabaseUnavailable:
+                if is_last or connection is None:  # None: no connection could be opened
+                    raise
+            # The others in the pool may be as old. A failure that SQLAlchemy sees removes all of them.
+            with suppress(RosterError):
+                await self.ping()
+        raise AssertionError("the last attempt returns or raises")
 
     async def ping(self) -> None:
         """Query the database; raises a domain error, such as DatabaseUnavailable, if it does not answer."""
@@ -177,8 +194,8 @@ class _PostgreSQL:
     def write_slot(self) -> AbstractAsyncContextManager[None]:
         return self._slots.hold()
 
-    def read_slot(self) -> AbstractAsyncContextManager[None]:
-        return self._slots.hold()
+    def read_slot(self, share: str = "") -> AbstractAsyncContextManager[None]:
+        return self._slots.hold(share)
 
     def bulk_slot(self) -> AbstractAsyncContextManager[None]:
         # The batches of a stream wait for each other's commits. They all belong to one caller, so they get
@@ -222,11 +239,11 @@ class _Sqlite:
     def write_slot(self) -> AbstractAsyncContextManager[None]:
         return self._write_slots.hold()
 
-    def read_slot(self) -> AbstractAsyncContextManager[None]:
-        return self._read_slots.hold()
+    def read_slot(self, share: str = "") -> AbstractAsyncContextManager[None]:
+        return self._read_slots.hold(share)
 
     def bulk_slot(self) -> AbstractAsyncContextManager[None]:
-        return self._write_slots.hold(BULK_POOL_TIMEOUT_SECONDS)
+        return self._write_slots.hold(timeout=BULK_POOL_TIMEOUT_SECONDS)
 
 
 class _Slots:
@@ -238,9 +255,12 @@ class _Slots:
         self._timeout = timeout
 
     @asynccontextmanager
-    async def hold(self, timeout: float | None = None) -> AsyncIterator[None]:
-        """Hold a slot; raises QuotaExceeded or PoolExhausted after `timeout` seconds."""
-        caller = current_share()
+    async def hold(self, share: str = "", timeout: float | None = None) -> AsyncIterator[None]:
+        """Hold a slot of a share, or the current caller's.
+
+        Raises QuotaExceeded or PoolExhausted after `timeout` seconds.
+        """
+        caller = share or current_share()
         if not self._shares.try_acquire(caller):
             await self._wait(caller, timeout or self._timeout)
         try:

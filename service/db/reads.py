@@ -2,16 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import suppress
 from contextvars import Context
 from copy import copy
 from operator import itemgetter
 from time import perf_counter
 from typing import Any
 
-from sqlalchemy import PoolProxiedConnection, bindparam, select
+from sqlalchemy import bindparam, select
 
-from service.auth.caller import current_share
+from service.auth.caller import SYSTEM, current_share
 from service.db.base import BigInt, Column, Entity, Expression, KeyValue
 from service.db.compiled import CompiledSelect
 from service.db.dialect import is_one_of_keys
@@ -20,14 +19,12 @@ from service.db.paging import ListQuery, Page
 from service.db.repository import Repository
 from service.db.selection import Row, Selection, page_from_rows, readable_columns, select_page
 from service.db.statements import notify_listeners
-from service.errors import DatabaseUnavailable, RosterError
+from service.errors import DatabaseUnavailable, PoolExhausted, RosterError
 from service.metrics import GATHERED_READS
 from service.shares import FairQueue
 
 # Rows can have contents of 1 MiB, so a statement looks up no more of them.
 MAX_KEYS = 100
-# A connection is kept while lookups come in; after this many statements it is given back, for others.
-MAX_STATEMENTS = 100
 # A statement for two keys costs nearly as much as one for thirty. So once a statement has answered several
 # lookups, the next is sent only after this many iterations of the event loop without another lookup: a busy
 # loop brings other calls. With 64 calls in flight on PostgreSQL: 30 lookups a statement instead of 2, 1.8
@@ -55,7 +52,8 @@ class LookupBatcher:
         self._waiting: FairQueue[Waiting] = FairQueue()
         self._in_flight: list[Waiting] = []
         self._has_company = False  # whether the last statement answered several lookups
-        self._task: asyncio.Task[None] | None = None
+        self._is_single = False  # whether the statement of a single lookup is in flight
+        self._task: asyncio.Task[None] | None = None  # sends the statements of shared lookups
 
     async def get(self, key: KeyValue, others: Sequence[KeyValue] = ()) -> Row | None:
         """Return the row with this key, otherwise with the first of the others that a row has, or None.
@@ -72,12 +70,35 @@ class LookupBatcher:
     async def get_many(self, keys: Sequence[KeyValue]) -> Rows:
         """Return the rows with these keys by key; there may be others among them.
 
-        Raises the errors of `Database.read()`, an own copy in each caller.
+        Raises the errors of `Database.rows()`, an own copy in each caller.
         """
+        if self._task or self._is_single:
+            return await self._share(keys)
+        # Nobody else is looking up. In the caller's own task this takes 50 µs less.
+        self._is_single = True
+        try:
+            return await self._look_up(keys)
+        finally:
+            self._is_single = False
+            if self._waiting:
+                self._start()
+
+    async def close(self) -> None:
+        """Cancel the shared lookups, and wait until their statement has ended."""
+        for _, future in self._waiting.clear():
+            future.cancel()
+        if self._task:
+            self._cancel(self._task)
+            await asyncio.wait([self._task])
+
+    async def _look_up(self, keys: Sequence[KeyValue]) -> Rows:
+        # Not from the share of one caller: others may wait for the end of its lookup.
+        found = await self._database.rows(self._query, share=SYSTEM, keys=keys)
+        return {self._key_of(row): row for row in found}
+
+    async def _share(self, keys: Sequence[KeyValue]) -> Rows:
         future: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()
         self._waiting.put(current_share(), (keys, future))
-        if self._task is None:
-            self._start()
         began = perf_counter()
         try:
             return await future
@@ -87,41 +108,17 @@ class LookupBatcher:
         finally:
             notify_listeners(self._query.sql, perf_counter() - began)
 
-    async def close(self) -> None:
-        """Cancel all lookups, and wait until their statement has ended."""
-        for _, future in self._waiting.clear():
-            future.cancel()
-        if self._task:
-            self._cancel(self._task)
-            await asyncio.wait([self._task])
-
     def _start(self) -> None:
         # In an empty context: the task does not belong to one call.
         self._task = asyncio.create_task(self._run(), context=Context())
         self._task.add_done_callback(self._ended)
 
     async def _run(self) -> None:
-        try:
-            await self._answer_all()
-        except DatabaseUnavailable:
-            if not self._in_flight:  # no connection could be opened
-                raise
-            # The connection may be older than a restart of PostgreSQL, and so may the others in the pool. A
-            # failure that SQLAlchemy sees removes all of them.
-            with suppress(RosterError):
-                await self._database.ping()
-            await self._answer_all()
-
-    async def _answer_all(self) -> None:
-        async with self._database.driver() as connection:
-            for _ in range(MAX_STATEMENTS):
-                if not self._in_flight:
-                    if not self._waiting:
-                        return
-                    if self._has_company or len(self._waiting) > 1:
-                        await self._gather()
-                    self._take()
-                await self._answer(connection)
+        while self._waiting:
+            if self._has_company or len(self._waiting) > 1:
+                await self._gather()
+            self._take()
+            await self._answer()
 
     async def _gather(self) -> None:
         """Wait until the event loop brings no more lookups, at most 5 ms."""
@@ -133,10 +130,9 @@ class LookupBatcher:
                 if perf_counter() > end:
                     return
 
-    async def _answer(self, connection: PoolProxiedConnection) -> None:
+    async def _answer(self) -> None:
         keys = {key for asked, future in self._in_flight if not future.done() for key in asked}
-        found = await self._query.rows(connection, keys=list(keys)) if keys else []
-        rows = {self._key_of(row): row for row in found}
+        rows = await self._look_up(list(keys)) if keys else {}
         for _, future in self._in_flight:
             if not future.done():
                 future.set_result(rows)
@@ -167,8 +163,8 @@ class LookupBatcher:
         unanswered, self._in_flight = self._in_flight, []
         self._waiting.discard(_is_abandoned)
         error = None if task.cancelled() else task.exception()
-        if error and not unanswered:  # no connection could be opened
-            unanswered = self._waiting.clear()
+        if isinstance(error, PoolExhausted | DatabaseUnavailable):  # for the others, it would end no better
+            unanswered += self._waiting.clear()
         for _, future in unanswered:
             if error and not future.done():
                 future.set_exception(_copy(error))
@@ -238,8 +234,7 @@ class Reader:
             async with self._database.read() as session:
                 return await self._repository(session).page(query, selection)
         values = {f"after{number}": value for number, value in enumerate(query.after or ())}
-        async with self._database.driver() as connection:
-            found = await self._all_rows(query).rows(connection, **values, limit=query.limit)
+        found = await self._database.rows(self._all_rows(query), **values, limit=query.limit)
         return page_from_rows(basic, found, query.keyset, query.limit)
 
     def _all_rows(self, query: ListQuery) -> CompiledSelect:
@@ -279,8 +274,7 @@ class Reader:
         query = CompiledSelect(page, self._database.engine.dialect)
 
         async def read(after: int) -> Page[Row]:
-            async with self._database.driver() as connection:
-                found = await query.rows(connection, after=after)
+            found = await self._database.rows(query, after=after)
             return page_from_rows(selection, found, keyset, limit)
 
         reading = asyncio.create_task(read(after_id))

@@ -129,7 +129,7 @@ async def test_lines_during_a_call_have_its_ids(
     written: CapturedLog, server: Server, users: UserServiceStub
 ) -> None:
     """The caller's id finds what went wrong in the server."""
-    server.database.driver = None  # type: ignore[method-assign, assignment]
+    server.database.rows = None  # type: ignore[method-assign, assignment]
     await refusal(users.GetUser(GetUserRequest(id=1), metadata=IDS))
 
     await written.calls()

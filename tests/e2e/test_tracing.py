@@ -124,7 +124,7 @@ async def test_internal_error_marks_the_span(
 ) -> None:
     """Without the exception, which is in the log."""
     await server.database.close()
-    server.database.begin = server.database.driver = None  # type: ignore[method-assign, assignment]
+    server.database.begin = server.database.rows = None  # type: ignore[method-assign, assignment]
     await refusal(users.GetUser(GetUserRequest(id=1)))
 
     *_, call = await spans(exporter)

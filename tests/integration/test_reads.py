@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -91,6 +91,24 @@ async def rename(database: Database, old: str, new: str) -> None:
         await session.execute(text(f"ALTER TABLE {old} RENAME TO {new}"))
 
 
+async def during_a_lookup(
+    users: Reader, gate: Gate, id: int, *later: Coroutine[Any, Any, Any]
+) -> list[asyncio.Task[Any]]:
+    """Return lookups that share a statement: they begin while another lookup is in flight, which has ended."""
+    gate.held = {id}
+    single = asyncio.create_task(users.get(id))
+    await gate.arrived.wait()
+    tasks = [asyncio.create_task(lookup) for lookup in later]
+    await asyncio.sleep(0)
+    gate.opened.set()
+    await single
+    gate.held = set()
+    gate.arrived.clear()
+    gate.opened.clear()
+    gate.keys.clear()
+    return tasks
+
+
 async def errors_of(calls: list[Awaitable[Any]]) -> list[Any]:
     return await asyncio.gather(*calls, return_exceptions=True)
 
@@ -150,16 +168,16 @@ async def test_reads_hashes_of_active_users_only(database: Database, users: Read
 async def test_statements_are_reported_to_their_callers_only(
     database: Database, users: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A statement runs in no call's context; each of its callers hears of it."""
+    """A shared statement runs in no call's context; each of its callers hears of it."""
     ids = await add_users(database, 3)
     asked_in: list[str] = []
-    opened = database.driver
+    rows = database.rows
 
-    def opening() -> Any:
+    def reading(query: Any, **values: Any) -> Any:
         asked_in.append(CALLER.get(""))
-        return opened()
+        return rows(query, **values)
 
-    monkeypatch.setattr(database, "driver", opening)
+    monkeypatch.setattr(database, "rows", reading)
 
     async def call(caller: str, id: int) -> int:
         heard: list[str] = []
@@ -169,27 +187,24 @@ async def test_statements_are_reported_to_their_callers_only(
         return len(heard)
 
     assert await asyncio.gather(*(call(f"caller {id}", id) for id in ids)) == [1, 1, 1]
-    assert set(asked_in) == {""}
+    assert asked_in == [f"caller {ids[0]}", ""]
 
 
 async def test_concurrent_lookups_share_a_statement(database: Database, users: Reader, gate: Gate) -> None:
-    """At most a hundred keys; equal keys are read once."""
+    """Except the first, which is alone. At most a hundred keys; equal keys are read once."""
     ids = await add_users(database, 150)
     found = await asyncio.gather(*(users.get(id) for id in ids + ids[:1]))
     assert [user.id for user in found] == ids + ids[:1]
-    assert gate.keys == [ids[:100], [ids[0], *ids[100:]]]
+    assert gate.keys == [ids[:1], ids[1:101], [ids[0], *ids[101:]]]
 
 
 async def test_statement_waits_for_lookups_of_a_busy_loop(
     database: Database, users: Reader, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the last statement answered several."""
     monkeypatch.setattr(lookups, "MAX_GATHER_SECONDS", 60)
-    ids = await add_users(database, 5)
-    await asyncio.gather(*(users.get(id) for id in ids))
-    gate.keys.clear()
-    calls = []
-    for id in ids:
+    ids = await add_users(database, 6)
+    calls = await during_a_lookup(users, gate, ids.pop(), *(users.get(id) for id in ids[:2]))
+    for id in ids[2:]:
         calls.append(asyncio.create_task(users.get(id)))
         for _ in range(lookups.QUIET_TURNS // 2):
             await asyncio.sleep(0)
@@ -225,7 +240,7 @@ async def test_connection_is_kept_for_the_next_statement(
 
 
 async def test_kept_connection_is_given_back(database: Database, users: Reader) -> None:
-    """A few milliseconds after its last statement; the next statement takes one again."""
+    """Soon after its last statement; the next statement takes one again."""
     [id] = await add_users(database)
     for _ in range(2):
         assert (await users.get(id)).id == id
@@ -236,7 +251,7 @@ async def test_kept_connection_is_given_back(database: Database, users: Reader) 
 
 async def test_kept_connection_delays_no_call(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even if it is the only one of the pool."""
-    monkeypatch.setattr(driver, "KEEP_SECONDS", 0.2)
+    monkeypatch.setattr(driver, "KEEP_SECONDS", 60)
     database = Database(Settings(database_url=database_url, pool_size=1, max_overflow=0, pool_timeout=5))
     users = user_reader(database)
     [id] = await add_users(database)
@@ -266,12 +281,15 @@ async def test_batches_are_not_split_and_share_statements(
 ) -> None:
     """Further batches join until a statement has a hundred keys."""
     ids = await add_users(database, 150)
-    first, many, late = await asyncio.gather(
-        users.get_many(ids[:1]), users.get_many([*ids[1:], 4711]), users.get_many(ids[1:2])
+    _, first, many, late = await asyncio.gather(
+        users.get_many([1000]),
+        users.get_many(ids[:1]),
+        users.get_many([*ids[1:], 4711]),
+        users.get_many(ids[1:2]),
     )
     assert [user and user.id for user in (*first, *late)] == ids[:2]
     assert [user and user.id for user in many] == [*ids[1:], None]
-    assert gate.keys == [sorted([*ids, 4711]), ids[1:2]]
+    assert gate.keys == [[1000], sorted([*ids, 4711]), ids[1:2]]
 
 
 async def test_single_lookup_does_not_wait_for_a_batch(database: Database, users: Reader, gate: Gate) -> None:
@@ -319,9 +337,9 @@ async def test_lookup_sees_earlier_commits(database: Database, users: Reader, ga
 
 async def test_cancelled_lookup_does_not_affect_others(database: Database, users: Reader, gate: Gate) -> None:
     """Neither those of its statement nor those that wait for the next one."""
-    first, second, third = await add_users(database, 3)
+    first, second, third, single = await add_users(database, 4)
+    leaving, staying = await during_a_lookup(users, gate, single, users.get(first), users.get(second))
     gate.held = {first}
-    leaving, staying = (asyncio.create_task(users.get(id)) for id in (first, second))
     await gate.arrived.wait()
     waiting, leaving_too = asyncio.create_task(users.get(third)), asyncio.create_task(users.get(first))
     await asyncio.sleep(0)
@@ -373,7 +391,8 @@ async def test_every_caller_gets_its_own_error(database: Database, users: Reader
     (id,) = await add_users(database)
     assert (await users.get(id)).id == id
     await rename(database, "users", "gone")
-    errors = await errors_of([users.get(number) for number in range(3)])
+    single, *errors = await errors_of([users.get(number) for number in range(4)])
+    assert isinstance(single, Exception)
     assert [type(error) for error in errors] == [RuntimeError] * 3
     assert len(set(map(id_of, errors))) == 3
     await rename(database, "gone", "users")
@@ -427,25 +446,11 @@ async def test_exhausted_pool_refuses_all_within_its_timeout(database_url: str) 
     await database.close()
 
 
-async def test_connection_is_returned_after_some_statements(
-    database: Database, users: Reader, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """So that other calls get it, however many lookups wait."""
-    monkeypatch.setattr(lookups, "MAX_KEYS", 1)
-    monkeypatch.setattr(lookups, "MAX_STATEMENTS", 2)
-    ids = await add_users(database, 5)
-    opened = MagicMock(side_effect=database.driver)
-    monkeypatch.setattr(database, "driver", opened)
-    found = await asyncio.gather(*(users.get(id) for id in ids))
-    assert [user.id for user in found] == ids
-    assert opened.call_count == 3
-
-
-async def test_close_cancels_all_lookups(database: Database, users: Reader, gate: Gate) -> None:
+async def test_close_cancels_shared_lookups(database: Database, users: Reader, gate: Gate) -> None:
     """Those of the current statement, and those that wait."""
-    (id,) = await add_users(database)
+    id, single = await add_users(database, 2)
+    [asked] = await during_a_lookup(users, gate, single, users.get(id))
     gate.held = {id}
-    asked = asyncio.create_task(users.get(id))
     await gate.arrived.wait()
     waiting = asyncio.create_task(users.get(id))
     await asyncio.sleep(0)

@@ -156,9 +156,8 @@ async def test_cancellation_ends_a_fetch_of_the_driver(patient: Database) -> Non
     query = CompiledSelect(select(column("i", Integer)).select_from(series), dialect)
 
     async def stay(begun: asyncio.Event) -> None:
-        async with patient.driver() as connection:
-            begun.set()
-            await query.rows(connection)
+        begun.set()
+        await patient.rows(query)
 
     async with asyncio.timeout(PATIENCE_SECONDS):
         begun = asyncio.Event()
