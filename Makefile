@@ -2,8 +2,8 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install run migrate lint format check test tools lock reference contract clean bench-bulk bench-read \
-	bench-workers test-crash test-upgrade test-hostile test-timing test-go audit sbom
+.PHONY: help install run migrate lint format check test tools lock reference contract clean bench \
+	bench-peers bench-read bench-bulk bench-commands bench-workers test-crash test-upgrade test-hostile test-timing test-go audit sbom
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -89,7 +89,7 @@ contract: $(VENV)/development ## Record the protos as released; later versions a
 	$(BIN)/python -m tools.contract_image protos/released.binpb
 
 clean: ## Remove installed, generated and cached files; data is kept
-	rm -rf $(VENV) .tools dist $(NODE)/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .bench .tools dist $(NODE)/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find protos \( -name '*_pb2*' -o -name __init__.py -o -name py.typed \) -delete
 	find alembic hatch_build.py protos service tests tools -name __pycache__ -prune -exec rm -rf {} +
 
@@ -120,11 +120,21 @@ $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json
 		npm ci --prefix $(NODE) --ignore-scripts --no-audit --no-fund --loglevel=error; \
 	else echo 'WARNING: no npm on PATH: tests that use the Node client are skipped' >&2; fi
 
-bench-bulk: $(VENV)/development ## Benchmark the bulk streams; OPTIONS='--only create --rounds 5' runs a part
-	$(BIN)/python -m bench.bulk $(OPTIONS)
+bench-peers: $(VENV)/development ## Build the servers that the benchmarks compare Roster with, and check their answers; needs Go and Node
+	$(BIN)/python -m bench.peers.build
+	$(BIN)/python -m bench.peers.check
 
-bench-read: $(VENV)/development ## Benchmark reads; OPTIONS='--only GetUser --rounds 5' runs a part
-	$(BIN)/python -m bench.read $(OPTIONS)
+bench: $(VENV)/development ## Run all benchmarks, which takes 25 minutes; needs `make bench-peers` once
+	$(BIN)/python -m bench all $(OPTIONS)
 
-bench-workers: $(VENV)/development ## Benchmark several workers against one; OPTIONS='--workers 4' for more workers
-	$(BIN)/python -m bench.workers $(OPTIONS)
+bench-read: $(VENV)/development ## Benchmark reads; OPTIONS='--only get-64 --rounds 3' runs a part
+	$(BIN)/python -m bench read $(OPTIONS)
+
+bench-bulk: $(VENV)/development ## Benchmark bulk streams; OPTIONS='--only create --rounds 3' runs a part
+	$(BIN)/python -m bench bulk $(OPTIONS)
+
+bench-commands: $(VENV)/development ## Benchmark `roster load` and `roster export`, the start, and memory
+	$(BIN)/python -m bench commands $(OPTIONS)
+
+bench-workers: $(VENV)/development ## Benchmark two workers against one
+	$(BIN)/python -m bench workers $(OPTIONS)

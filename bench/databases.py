@@ -31,8 +31,11 @@ SETTINGS = {
     "autovacuum": "off",
 }
 
+COPY_USERS = r"\copy users (email, full_name, hashed_password, is_active) from '{file}'"
 # Takes the fields of a line in COPY's text format.
-INSERT_USER = r"INSERT INTO users (email, full_name, is_active) VALUES (?, nullif(?, '\N'), ? = 't')"
+INSERT_USER = r"""
+INSERT INTO users (email, full_name, hashed_password, is_active) VALUES (?, nullif(?, '\N'), ?, ? = 't')
+"""
 
 
 class PostgreSQL:
@@ -45,7 +48,7 @@ class PostgreSQL:
 
     async def set_up(self) -> None:
         """Restart the server with SETTINGS."""
-        url = _plain(self._server.url.render_as_string())
+        url = plain_url(self._server.url.render_as_string())
         await _execute(url, *(f"ALTER SYSTEM SET {name} = '{value}'" for name, value in SETTINGS.items()))
         self._server.stop()
         self._server.start()
@@ -61,17 +64,19 @@ class PostgreSQL:
         async with self._server.database() as url:
             await asyncio.to_thread(migrations.upgrade, url)
             if users:
-                copy = rf"\copy users (email, full_name, is_active) from '{users}'"
-                await asyncio.to_thread(subprocess.run, [*PSQL, "--command", copy, _plain(url)], check=True)
-            await _execute(_plain(url), "VACUUM ANALYZE")
+                copy = COPY_USERS.format(file=users)
+                await asyncio.to_thread(
+                    subprocess.run, [*PSQL, "--command", copy, plain_url(url)], check=True
+                )
+            await _execute(plain_url(url), "VACUUM ANALYZE")
             yield str(make_url(url).database)
 
     @asynccontextmanager
     async def database(self, template: str) -> AsyncIterator[str]:
         """Yield the URL of a new copy of a template, completely written to disk."""
         async with self._server.database(template) as url:
-            await _execute(_plain(url), "CHECKPOINT")
-            yield _plain(url)
+            await _execute(plain_url(url), "CHECKPOINT")
+            yield plain_url(url)
 
 
 class Sqlite:
@@ -114,7 +119,7 @@ def _postmaster(folder: str) -> int:
     return int(Path(folder, "postmaster.pid").read_text().split()[0])
 
 
-def _plain(url: str) -> str:
+def plain_url(url: str) -> str:
     """Return the URL without SQLAlchemy's driver, for psql and the service."""
     return url.replace("+asyncpg", "")
 

@@ -3,22 +3,45 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from resource import RUSAGE_CHILDREN, getrusage
 from time import perf_counter
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 TICKS = os.sysconf("SC_CLK_TCK")
-ANNOUNCEMENT = "listening on "
 STOP_SECONDS = 60
 
 
 @dataclass(frozen=True)
+class Run:
+    """The result of one run: calls or rows, and the seconds and CPU seconds that they took."""
+
+    count: int
+    seconds: float
+    server: float = 0
+    postgresql: float = 0
+    client: float = 0
+    p50: float = 0  # of a call, in seconds
+    p99: float = 0
+    mib: float = 0  # of memory
+
+    @property
+    def rate(self) -> float:
+        """Calls or rows per second."""
+        return self.count / self.seconds
+
+    def cpu(self, part: str) -> float:
+        """Return the CPU of `postgresql`, `server` or `client`, in microseconds per call or row."""
+        return float(getattr(self, part)) / self.count * 1e6
+
+
+@dataclass(frozen=True)
 class Approach:
-    """A process that writes rows; its last argument is a database URL, or the address of the server.
+    """A process that writes rows; its last argument is a database URL, or the address of a server.
 
     The process prints `ready` (psql only after `greeting`), reads `script`, and prints `answer` at the end.
     """
@@ -32,39 +55,44 @@ class Approach:
     through_server: bool = False
 
 
-@dataclass(frozen=True)
-class Run:
-    """The result of one run: rows, time and CPU, in seconds."""
-
-    rows: int
-    seconds: float
-    postgresql: float
-    server: float
-    client: float
-
-    @property
-    def rate(self) -> float:
-        """Rows per second."""
-        return self.rows / self.seconds
-
-    def cpu(self, part: str) -> float:
-        """Return the CPU per row of `postgresql`, `server` or `client`, in microseconds."""
-        return float(getattr(self, part)) / self.rows * 1e6
+Thing = Callable[[], Awaitable[Run]]
+Runs = dict[str, list[Run]]
 
 
-def run(approach: Approach, url: str, postmaster: int) -> Run:
-    """Run an approach with new processes; raises RuntimeError if it does not print its answer."""
-    with ExitStack() as processes:
-        server, target = processes.enter_context(start_server(url)) if approach.through_server else (0, url)
-        client = processes.enter_context(start_process(*approach.command, target))
-        expect("ready", client, approach.greeting)
-        parts = {"postgresql": postmaster, "server": server, "client": client.pid}
-        before = {part: cpu_seconds(pid) for part, pid in parts.items()}
-        start = perf_counter()
-        expect(approach.answer, client, approach.script)
-        seconds = perf_counter() - start
-        used = {part: cpu_seconds(pid) - before[part] for part, pid in parts.items()}
-    return Run(approach.rows, seconds, **used)
+async def take_turns(title: str, things: Mapping[str, Thing], rounds: int) -> Runs:
+    """Run each thing once per round; every other round runs in reverse order."""
+    runs: Runs = {name: [] for name in things}
+    for number in range(rounds):
+        print(f"{title}: round {number + 1} of {rounds}", file=sys.stderr)
+        for name in list(things)[:: -1 if number % 2 else 1]:
+            runs[name].append(await things[name]())
+    return runs
+
+
+class Clock:
+    """Measures the time and the CPU of processes from its creation on.
+
+    Without a pid of a client, its CPU is that of the processes that ended meanwhile.
+    """
+
+    def __init__(self, **pids: int) -> None:
+        self._pids = pids
+        self._children = cpu_of_children()
+        self._before = {part: cpu_seconds(pid) for part, pid in pids.items()}
+        self._start = perf_counter()
+
+    def stop(self, count: int, seconds: float = 0, **more: float) -> Run:
+        """Return what was measured; `seconds` if the process measured its time itself."""
+        seconds = seconds or perf_counter() - self._start
+        used = {"client": cpu_of_children() - self._children}
+        used |= {part: cpu_seconds(pid) - self._before[part] for part, pid in self._pids.items()}
+        return Run(count, seconds, **(used | more))
+
+
+def cpu_of_children() -> float:
+    """Return the CPU seconds of all processes that this one started and that have ended."""
+    used = getrusage(RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def cpu_seconds(pid: int) -> float:
@@ -86,24 +114,6 @@ def _ancestors(id: int, parents: dict[int, int]) -> Iterator[int]:
     while id in parents:
         yield id
         id = parents[id]
-
-
-@contextmanager
-def start_server(url: str, *command: str) -> Iterator[tuple[int, str]]:
-    """Start `roster serve`, or another command; yield its pid and its address."""
-    settings = {"DATABASE_URL": url, "LISTEN": "127.0.0.1:0", "METRICS_LISTEN": "", "LOG_LEVEL": "WARNING"}
-    with start_process(
-        *(sys.executable, "-m", *(command or ("service", "serve"))),
-        stderr=subprocess.PIPE,
-        env={**os.environ, **{f"ROSTER_{name}": value for name, value in settings.items()}},
-    ) as server:
-        lines = []
-        for line in server.stderr:
-            if line.startswith(ANNOUNCEMENT):
-                yield server.pid, line.removeprefix(ANNOUNCEMENT).strip()
-                return
-            lines.append(line)
-    raise RuntimeError(f"the server did not start: {''.join(lines)}")
 
 
 @contextmanager

@@ -1,34 +1,48 @@
-"""Reports the results of `make bench-bulk`: medians, and the ratios of each round, as a table or as JSON."""
+"""Tables of what was measured: as Markdown, and as JSON from which the plots are drawn."""
 
+import json
 import os
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
-from rich import box
-from rich.table import Table
+from bench.measure import Run, Runs
 
-from bench.cases import Case
-from bench.measure import Approach, Run
-
-PARTS = ("postgresql", "server", "client")
-COLUMNS = ("ratio", "rows/s", "µs PostgreSQL", "µs server", "µs client")
+PARTS = {"server": "µs server", "postgresql": "µs PostgreSQL", "client": "µs client"}
+# Of each value that a table compares: its heading, and how it is written.
+VALUES = {"rate": "{unit}/s", "p50": "p50, ms", "seconds": "s", "mib": "MiB"}
+Value = Literal["rate", "p50", "seconds", "mib"]
 
 
 @dataclass(frozen=True)
-class Result:
-    """The rounds of a case; `runs[i]` and `references[i]` belong to the same round."""
+class Table:
+    """Runs by the name of what ran; `value` is compared with that of the reference in the same round.
 
-    case: Case
-    runs: list[Run]
-    references: list[Run]
+    `references` names the references of rows that have another one.
+    """
 
-    @property
-    def ratios(self) -> list[float]:
-        """The rate of the approach in each round, relative to the reference."""
-        return [run.rate / other.rate for run, other in zip(self.runs, self.references, strict=True)]
+    name: str
+    title: str
+    unit: str
+    reference: str
+    runs: Runs
+    value: Value = "rate"
+    references: Mapping[str, str] = field(default_factory=dict)
+
+    def values(self, row: str) -> list[float]:
+        """Return the value of each round, in the unit of its heading."""
+        factor = 1000 if self.value == "p50" else 1
+        return [factor * getattr(run, self.value) for run in self.runs[row]]
+
+    def ratios(self, row: str) -> list[float]:
+        """Return the value of each round as a multiple of the reference's; empty without a reference."""
+        reference = self.references.get(row, self.reference)
+        if reference not in self.runs:
+            return []
+        return [mine / other for mine, other in zip(self.values(row), self.values(reference), strict=True)]
 
 
 def machine(postgresql: str) -> str:
@@ -37,41 +51,54 @@ def machine(postgresql: str) -> str:
     return f"{cores} cores, {platform.machine()}; PostgreSQL {postgresql}; Python {platform.python_version()}"
 
 
-def as_table(results: Sequence[Result]) -> Table:
-    """Return a Markdown table; CPU is in microseconds per row."""
-    table = Table(box=box.MARKDOWN)
-    table.add_column("")
-    for name in COLUMNS:
-        table.add_column(name, justify="right")
-    for result in results:
-        table.add_row(result.case.title, f"{median(result.ratios):.2f}", *_numbers(result.runs))
-        table.add_row(f"… {result.case.reference.name}", "1.00", *_numbers(result.references))
-    return table
+def heading(table: Table) -> str:
+    """Return what the values of a table are."""
+    return VALUES[table.value].format(unit=table.unit)
 
 
-def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Return every run."""
-    return [
-        {
-            "case": result.case.name,
-            "ratio": median(result.ratios),
-            "ratios": result.ratios,
-            "runs": _runs(result.case.approach, result.runs),
-            "reference": _runs(result.case.reference, result.references),
-        }
-        for result in results
-    ]
+def as_markdown(table: Table) -> str:
+    """Return a table of medians, with the least and greatest value of all rounds; CPU is per call or row."""
+    runs_of_all = [run for runs in table.runs.values() for run in runs]
+    parts = [part for part in PARTS if any(getattr(run, part) for run in runs_of_all)]
+    has_p99 = table.value == "p50"
+    headings = [heading(table), "min to max", "ratio", "min to max", *(["p99, ms"] if has_p99 else [])]
+    lines = [["", *headings, *(PARTS[part] for part in parts)]]
+    lines.append(["---", *("---:" for _ in lines[0][1:])])
+    for row, runs in table.runs.items():
+        cells = [row, *_cells(table.values(row)), *_cells(table.ratios(row))]
+        cells += [_number(1000 * median(run.p99 for run in runs))] if has_p99 else []
+        lines.append([*cells, *(_cpu(runs, part) for part in parts)])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def _numbers(runs: Sequence[Run]) -> list[str]:
-    rate = median(run.rate for run in runs)
-    cpu = [median(run.cpu(part) for run in runs) for part in PARTS]
-    return [f"{rate:,.0f}", *(f"{each:.1f}" for each in cpu)]
+def save(table: Table, described: str, file: Path) -> None:
+    """Add every run of a table to a JSON file; an earlier table of this name is replaced."""
+    tables = json.loads(file.read_text()) if file.exists() else {}
+    tables[table.name] = {"machine": described, **asdict(table)}
+    file.write_text(json.dumps(tables, indent=1) + "\n")
 
 
-def _runs(approach: Approach, runs: Sequence[Run]) -> dict[str, Any]:
-    return {
-        "name": approach.name,
-        "rows_per_second": median(run.rate for run in runs),
-        "runs": list(map(asdict, runs)),
-    }
+def load(file: Path) -> list[Table]:
+    """Return the tables in a JSON file."""
+    return [_table(**saved) for saved in json.loads(file.read_text()).values()]
+
+
+def _table(*, machine: str, runs: Mapping[str, Any], **rest: Any) -> Table:  # noqa: ARG001
+    return Table(runs={row: [Run(**run) for run in each] for row, each in runs.items()}, **rest)
+
+
+def _cells(values: list[float]) -> list[str]:
+    if not values:
+        return ["", ""]
+    return [_number(median(values)), f"{_number(min(values))} to {_number(max(values))}"]
+
+
+def _cpu(runs: list[Run], part: str) -> str:
+    cpu = median(run.cpu(part) for run in runs)
+    return _number(cpu) if cpu else ""
+
+
+def _number(value: float) -> str:
+    """Return three significant digits."""
+    digits = next((digits for digits, least in enumerate((100, 10)) if value >= least), 2)
+    return f"{value:,.{digits}f}"

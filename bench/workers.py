@@ -1,93 +1,109 @@
-"""`make bench-workers`: measures GetUser with several workers on one port, and with one worker."""
+"""Two processes of Roster next to one: what a second core gives."""
 
-import argparse
 import asyncio
-import json
 import os
 import pickle
 import sys
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
-from statistics import median
-from tempfile import TemporaryDirectory
-from typing import Any
 
 from bench.databases import PostgreSQL
-from bench.measure import ask, cpu_seconds, start_process, start_server
-from bench.report import machine
-from bench.rows import copy_text, make_users
-from roster.v1.users_pb2 import GetUserRequest
-from tests.support.postgres import PostgresServer
+from bench.load import Load, write_requests
+from bench.measure import Clock, Run, Thing, ask, start_process, take_turns
+from bench.options import Options
+from bench.report import Table
+from bench.rows import bulk_options, copy_text, make_users, requests, user_message
+from bench.servers import ROSTER, Started, start_server
+from roster.v1.users_pb2 import BulkCreateUsersRequest, GetUserRequest
 
-ROWS = 100_000
-CLIENTS = 4  # each with four connections, which the kernel distributes among the workers
-IN_FLIGHT = 16  # of each client
-METHOD = "/roster.v1.UserService/GetUser"
+TABLES = ("workers-get", "workers-bulk")
+IN_FLIGHT = 64
+CONNECTIONS = 16  # which the kernel distributes among the workers
+STREAMS = 2
+METHOD = "/roster.v1.UserService/BulkCreateUsers"
+ONE, TWO = "1 process", "2 processes"
+ONE_STREAM, TWO_STREAMS, EACH = "1 process, 1 stream", "1 process, 2 streams", "2 processes, 1 stream each"
 
 
-def measure(url: str, requests: Path, arguments: argparse.Namespace) -> dict[int, list[tuple[float, float]]]:
-    """Return the calls per second and the server's CPU per call of each round, by number of workers."""
-    load = {"method": METHOD, "file": str(requests), "in_flight": IN_FLIGHT, "port": 0}
-    seen: dict[int, list[tuple[float, float]]] = {1: [], arguments.workers: []}
+async def get(options: Options, folder: Path, postgresql: PostgreSQL) -> Table:
+    """Compare two workers on one port with one; the generator is pinned to one core."""
+    users, random = folder / "workers.txt", Random(1)
+    users.write_text(copy_text(make_users(options.rows)))
+    calls = [GetUserRequest(id=random.randint(1, options.rows)) for _ in range(5000)]
+    path = write_requests(folder / "workers.requests", calls)
+    load = Load("UserService/GetUser", path, IN_FLIGHT, options.seconds, connections=CONNECTIONS)
+    core = str(max(os.sched_getaffinity(0)))
+    async with AsyncExitStack() as stack:
+        template = await stack.enter_async_context(postgresql.template(users))
+        url = await stack.enter_async_context(postgresql.database(template))
+        things: dict[str, Thing] = {}
+        for name, workers in ((ONE, 1), (TWO, 2)):
+            server = stack.enter_context(start_server(ROSTER, url, ROSTER_WORKERS=str(workers)))
+            run = partial(load.run, server.address, server.pid, postgresql.pid, core)
+            things[name] = partial(asyncio.to_thread, run)
+            await things[name]()  # warm-up
+        runs = await take_turns("workers", things, options.rounds)
+    return Table("workers-get", f"GetUser, {IN_FLIGHT} in flight, by processes", "calls", ONE, runs)
+
+
+async def bulk(options: Options, folder: Path, postgresql: PostgreSQL) -> Table:
+    """Compare a load in two streams, each to its own process, with one stream."""
+    users = make_users(options.rows)
+    whole = [_write(folder / "whole", users)]
+    halves = [_write(folder / f"half{start}", users[start::STREAMS]) for start in range(STREAMS)]
+    async with postgresql.template(None) as template:
+
+        async def measure(servers: int, files: Sequence[Path]) -> Run:
+            async with postgresql.database(template) as url:
+                return await asyncio.to_thread(_load, url, servers, files, len(users), postgresql.pid)
+
+        things: dict[str, Thing] = {
+            ONE_STREAM: partial(measure, 1, whole),
+            TWO_STREAMS: partial(measure, 1, halves),
+            EACH: partial(measure, STREAMS, halves),
+        }
+        runs = await take_turns("workers, bulk", things, options.rounds)
+    return Table("workers-bulk", "BulkCreateUsers, by processes and streams", "rows", ONE_STREAM, runs)
+
+
+def _write(path: Path, users: Sequence[object]) -> Path:
+    messages = requests(
+        BulkCreateUsersRequest, "users", list(map(user_message, users)), bulk_options(path.name)
+    )
+    path.write_bytes(pickle.dumps(messages))
+    return path
+
+
+def _load(url: str, servers: int, files: Sequence[Path], rows: int, postmaster: int) -> Run:
+    """Send each file in a stream, to the servers in turn; each server is a process with its own port."""
     with ExitStack() as stack:
-        servers = {}
-        for workers in seen:
-            os.environ["ROSTER_WORKERS"] = str(workers)
-            pid, address = stack.enter_context(start_server(url))
-            clients = [
-                stack.enter_context(start_process(sys.executable, "-m", "bench.read_client", address))
-                for _ in range(CLIENTS)
-            ]
-            servers[workers] = pid, clients
-            _run(clients, load | {"seconds": 1})  # warm-up: connections and statements
-        for number in range(arguments.rounds):
-            for workers in sorted(seen, reverse=number % 2 == 1):
-                pid, clients = servers[workers]
-                before = cpu_seconds(pid)
-                answers = _run(clients, load | {"seconds": arguments.seconds})
-                calls = sum(answer["count"] for answer in answers)
-                rate = sum(answer["count"] / answer["seconds"] for answer in answers)
-                seen[workers].append((rate, (cpu_seconds(pid) - before) / calls))
-    return seen
+        started: list[Started] = [stack.enter_context(start_server(ROSTER, url)) for _ in range(servers)]
+        clients = []
+        for number, file in enumerate(files):
+            address = started[number % servers].address
+            command = (sys.executable, "-m", "bench.worker", "stream", METHOD, file, address)
+            clients.append(stack.enter_context(start_process(*command)))
+            ask(clients[-1], "")  # until it is ready
+        clocks = [Clock(server=server.pid) for server in started]
+        clock = Clock(postgresql=postmaster)
+        for client in clients:
+            client.stdin.write("\n")
+            client.stdin.flush()
+        for client in clients:
+            if not client.stdout.readline():
+                raise RuntimeError("a client failed")
+        run = clock.stop(rows)
+        return replace(run, server=sum(each.stop(rows).server for each in clocks))
 
 
-def _run(clients: list[Any], load: dict[str, Any]) -> list[dict[str, float]]:
-    for client in clients[:-1]:
-        client.stdin.write(json.dumps(load) + "\n")
-        client.stdin.flush()
-    last = ask(clients[-1], json.dumps(load) + "\n")
-    return [json.loads(line) for line in (*(client.stdout.readline() for client in clients[:-1]), last)]
-
-
-async def main(arguments: argparse.Namespace) -> None:
-    with TemporaryDirectory(prefix="roster-bench-") as name, PostgresServer(fsync=True) as server:
-        folder, random = Path(name), Random(1)
-        users, requests = folder / "users.txt", folder / "get.requests"
-        users.write_text(copy_text(make_users(ROWS)))
-        ids = (random.randint(1, ROWS) for _ in range(2000))
-        requests.write_bytes(pickle.dumps([GetUserRequest(id=id).SerializeToString() for id in ids]))
-        store = PostgreSQL(server)
-        await store.set_up()
-        async with AsyncExitStack() as stack:
-            template = await stack.enter_async_context(store.template(users))
-            url = await stack.enter_async_context(store.database(template))
-            seen = await asyncio.to_thread(measure, url, requests, arguments)
-    print(machine(store.version))
-    for workers, runs in seen.items():
-        rate, cpu = (median(values) for values in zip(*runs, strict=True))
-        print(f"{workers} worker(s): {rate:,.0f} calls/s, {cpu * 1e6:,.0f} µs of the server's CPU per call")
-    pairs = zip(seen[arguments.workers], seen[1], strict=True)
-    print(f"ratio {median(many[0] / one[0] for many, one in pairs):.2f}")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.workers", description=__doc__)
-    parser.add_argument("--workers", type=int, default=2, help="number of workers, 2 or more")
-    parser.add_argument("--rounds", type=int, default=5, help="number of rounds; the medians are over these")
-    parser.add_argument("--seconds", type=float, default=2, help="seconds per run")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    asyncio.run(main(parse_arguments()))
+async def run(
+    options: Options, names: Iterable[str], folder: Path, postgresql: PostgreSQL
+) -> AsyncIterator[Table]:
+    """Yield the tables of these names."""
+    tables = {"workers-get": get, "workers-bulk": bulk}
+    for name in names:
+        yield await tables[name](options, folder, postgresql)

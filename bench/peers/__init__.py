@@ -1,0 +1,1 @@
+"""UserService as other stacks would write it, to compare Roster with."""
