@@ -94,7 +94,7 @@ async def rename(database: Database, old: str, new: str) -> None:
 async def during_a_lookup(
     users: Reader, gate: Gate, id: int, *later: Coroutine[Any, Any, Any]
 ) -> list[asyncio.Task[Any]]:
-    """Return lookups that share a statement: they begin while another lookup is in flight, which has ended."""
+    """Return lookups that share a statement: they began while another one was in flight, which has ended."""
     gate.held = {id}
     single = asyncio.create_task(users.get(id))
     await gate.arrived.wait()
