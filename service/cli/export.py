@@ -19,6 +19,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from service.cli.compression import compress
 from service.cli.formats import format_name
 from service.cli.formats.write import csv_line, csv_row, json_line, pyarrow
+from service.cli.progress import show_progress
 from service.cli.rows import ENTITIES, Entity, Values, values_of
 from service.cli.terminal import (
     Target,
@@ -27,7 +28,6 @@ from service.cli.terminal import (
     exit_on_signal,
     pluralize,
     server_options,
-    show_progress,
 )
 from service.client import Backoff
 from service.errors import RosterError

@@ -23,6 +23,7 @@ from service.cli.columns import Columns, parse_columns
 from service.cli.compression import without_compression
 from service.cli.formats import FORMATS, LOADED_ENDINGS, STDIN, Csv, FileFormat, SourceError, format_name
 from service.cli.formats.csv_file import DELIMITERS
+from service.cli.progress import show_progress
 from service.cli.rejects import RejectsFile
 from service.cli.report import LoadReport
 from service.cli.rows import ENTITIES, Entity
@@ -35,7 +36,6 @@ from service.cli.terminal import (
     exit_on_signal,
     pluralize,
     server_options,
-    show_progress,
 )
 from service.cli.tracker import RowTracker
 from service.client import BATCH_ROWS, Backoff, BulkLoader, LoadInterrupted, pages

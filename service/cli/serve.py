@@ -17,7 +17,7 @@ from service.cli.environment import CommandWithSettings, read_settings
 from service.cli.migrate import connection_problem, report_migration_errors
 from service.cli.terminal import UsageError, echo
 from service.connections import raise_file_limit
-from service.db import migrations
+from service.db import migrations, revisions
 from service.db.engine import Database
 from service.db.errors import cause_of, is_transient
 from service.db.schema import Schema, read_schema
@@ -54,7 +54,8 @@ def serve(*, is_worker: bool) -> None:
             log.warning(warning)
     if settings.is_embedded:
         with report_migration_errors(settings):
-            if not migrations.schema(settings.direct_url).is_newer:
+            schema = migrations.schema(settings.direct_url)
+            if not (schema.is_newer or schema.revision == revisions.head()):
                 migrations.upgrade(settings.direct_url)
         for danger in file_dangers(settings.database_url):
             log.warning("%s", danger)

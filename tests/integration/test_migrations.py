@@ -76,7 +76,7 @@ def normalise(definition: str) -> str:
 async def test_models_and_migrations_agree(empty_url: str, engine: AsyncEngine) -> None:
     """The migrations make what the models alone would make, and `alembic check` agrees."""
     await upgrade(empty_url)
-    await asyncio.to_thread(command.check, revisions.config(empty_url))
+    await asyncio.to_thread(command.check, migrations.config(empty_url))
     migrated = await schema(engine)
 
     await downgrade(empty_url, "base")
@@ -88,7 +88,7 @@ async def test_models_and_migrations_agree(empty_url: str, engine: AsyncEngine) 
 
 async def test_every_migration_goes_down_and_up_again(empty_url: str, engine: AsyncEngine) -> None:
     """A step down undoes a step up and nothing else."""
-    scripts = ScriptDirectory.from_config(revisions.config()).walk_revisions()
+    scripts = ScriptDirectory.from_config(migrations.config()).walk_revisions()
     for revision in reversed([script.revision for script in scripts]):
         before = await schema(engine)
         await upgrade(empty_url, revision)
