@@ -33,6 +33,7 @@ from service.client import Backoff
 from service.errors import RosterError
 from service.escape import escape
 from service.files import replace_when_complete
+from service.memory import collect_rarely
 
 STDOUT = "-"
 GROUP_ROWS, GROUP_BYTES = 100_000, 64 << 20  # of a Parquet row group
@@ -215,6 +216,7 @@ def export(
     kind = WRITERS[format_ or format_name(output)]
     if kind is _parquet:
         pyarrow()  # if it is missing, fail before the file is created
+    collect_rarely()
     try:
         with exit_on_signal(job.position), _open_output(output) as file, kind(file, job.entity) as write:
             asyncio.run(job.run(target, write))

@@ -49,6 +49,7 @@ from service.errors import (
     TooManyFailures,
     Unauthenticated,
 )
+from service.memory import collect_rarely
 
 LOAD_ID = "Load ID; reuse it to resume a load.  [default: derived from the file and the options]"
 CALLER = "For admins: resume the load that this caller started.  [default: a load of your own]"
@@ -294,6 +295,7 @@ def load(
     report = LoadReport(source.name, source.format, bulk_options, rejects_file)
     job = Load(kind, source, bulk_options, report, rejects_file, earlier_id)
     verb = "BulkUpdate" if operation == "update" else "BulkCreate"
+    collect_rarely()
     try:
         with _report_errors(job, report, source.name, target), closing(rejects_file):
             asyncio.run(job.run(target, verb, batch_rows))

@@ -86,6 +86,16 @@ async def test_models_and_migrations_agree(empty_url: str, engine: AsyncEngine) 
     assert await schema(engine) == migrated
 
 
+def test_reads_the_revisions_that_alembic_finds() -> None:
+    """In their order, with the oldest one whose code can run on each: they are read without Alembic."""
+    scripts = [*ScriptDirectory.from_config(migrations.config()).walk_revisions()][::-1]
+
+    assert revisions.numbers() == [script.revision for script in scripts]
+    for revision, script in zip(revisions.revisions(), scripts, strict=True):
+        assert revision.is_contracting == hasattr(script.module, "min_revision")
+        assert revision.min_revision == getattr(script.module, "min_revision", revision.min_revision)
+
+
 async def test_every_migration_goes_down_and_up_again(empty_url: str, engine: AsyncEngine) -> None:
     """A step down undoes a step up and nothing else."""
     scripts = ScriptDirectory.from_config(migrations.config()).walk_revisions()
