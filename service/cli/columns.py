@@ -132,7 +132,7 @@ class Columns:
             if field is None or value is None or value != value:  # noqa: PLR0124 - only NaN differs from itself
                 continue
             parser = self._parsers[field]
-            if value not in EMPTY or parser is text:
+            if parser is text or value not in EMPTY:
                 parsed[field] = parser(field, value)
         message = self.entity.message(**parsed)
         if message.ByteSize() > MAX_ROW_BYTES:

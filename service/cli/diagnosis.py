@@ -5,8 +5,6 @@ import ssl
 from contextlib import closing, suppress
 from dataclasses import dataclass
 
-from cryptography.x509 import DNSName, ExtensionNotFound, SubjectAlternativeName, load_der_x509_certificate
-
 SECONDS = 3.0
 MAX_NAMES = 5
 ALPN = ["h2"]
@@ -82,11 +80,13 @@ def _not_accepted(address: str, tls: Tls) -> str:
 
 
 def _mismatch(address: str, name: str) -> str:
+    from cryptography import x509  # noqa: PLC0415  (slow to import, and needed for this error only)
+
     names: list[str] = []
-    with suppress(OSError, ValueError, ExtensionNotFound):
-        extensions = load_der_x509_certificate(_certificate(address)).extensions
-        found = extensions.get_extension_for_class(SubjectAlternativeName).value
-        names = [*found.get_values_for_type(DNSName)]
+    with suppress(OSError, ValueError, x509.ExtensionNotFound):
+        extensions = x509.load_der_x509_certificate(_certificate(address)).extensions
+        found = extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        names = [*found.get_values_for_type(x509.DNSName)]
     known = f", but for {', '.join(names[:MAX_NAMES])}" if names else ""
     return f"the certificate of {address} is not for {name}{known}; pass a name in it with --tls-server-name"
 

@@ -5,7 +5,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from enum import Enum, auto
 from pathlib import Path
@@ -18,8 +18,9 @@ from google.protobuf.descriptor import FieldDescriptor
 
 from service.cli.compression import compress
 from service.cli.formats import format_name
-from service.cli.formats.write import csv_line, csv_row, json_line, pyarrow
-from service.cli.rows import ENTITIES, Entity, Values, values_of
+from service.cli.formats.write import csv_line, csv_lines, json_lines, pyarrow, time_texts
+from service.cli.progress import show_progress
+from service.cli.rows import ENTITIES, Entity, columns_of
 from service.cli.terminal import (
     Target,
     UsageError,
@@ -27,12 +28,12 @@ from service.cli.terminal import (
     exit_on_signal,
     pluralize,
     server_options,
-    show_progress,
 )
 from service.client import Backoff
 from service.errors import RosterError
 from service.escape import escape
 from service.files import replace_when_complete
+from service.memory import collect_rarely
 
 STDOUT = "-"
 GROUP_ROWS, GROUP_BYTES = 100_000, 64 << 20  # of a Parquet row group
@@ -51,21 +52,33 @@ class Output(Protocol):
 
     def write(self, data: bytes, /) -> int | None: ...
 
-    def writelines(self, lines: Iterable[bytes], /) -> None: ...
 
-
-Write = Callable[[list[Values]], None]
+# Some rows: their values by column, times as microseconds since 1970.
+Columns = Mapping[str, Sequence[Any]]
+Write = Callable[[Columns], None]
 
 
 @contextmanager
-def _ndjson(file: Output, entity: Entity) -> Iterator[Write]:  # noqa: ARG001
-    yield lambda rows: file.writelines(map(json_line, rows))
+def _ndjson(file: Output, entity: Entity) -> Iterator[Write]:
+    def write(columns: Columns) -> None:
+        file.write(json_lines(_with_texts(columns, entity.times)))
+
+    yield write
 
 
 @contextmanager
 def _csv(file: Output, entity: Entity) -> Iterator[Write]:
+    def write(columns: Columns) -> None:
+        file.write(csv_lines(_with_texts(columns, entity.times)))
+
     file.write(csv_line(entity.exported))
-    yield lambda rows: file.writelines(csv_row(row.values()) for row in rows)
+    yield write
+
+
+def _with_texts(columns: Columns, times: Sequence[str]) -> Columns:
+    """Return columns with their times as texts."""
+    texts = time_texts([columns[name] for name in times])
+    return {**columns, **dict(zip(times, texts, strict=True))}
 
 
 @contextmanager
@@ -82,8 +95,9 @@ def _parquet(file: Output, entity: Entity) -> Iterator[Write]:
     schema = arrow.schema([(name, types[fields[name].type]) for name in entity.exported])
     group: list[Any] = []
 
-    def write(rows: list[Values]) -> None:
-        group.append(arrow.RecordBatch.from_pylist(rows, schema))
+    def write(columns: Columns) -> None:
+        arrays = [arrow.array(columns[field.name], field.type) for field in schema]
+        group.append(arrow.RecordBatch.from_arrays(arrays, schema=schema))
         is_long = sum(map(len, group)) >= GROUP_ROWS
         is_large = sum(batch.nbytes for batch in group) >= GROUP_BYTES
         if is_long or is_large:
@@ -148,8 +162,8 @@ class Export:
     async def _stream(self, connection: grpc.aio.Channel, write: Write) -> None:
         exports, request = self.entity.rpc(connection, "Export")
         async for response in exports(request(filter=self._filter, after_id=self.last_id)):
-            messages = getattr(response, self.entity.name)
-            write([values_of(message, self.entity.exported) for message in messages])
+            messages = [*getattr(response, self.entity.name)]
+            write(columns_of(messages, self.entity.exported))
             self.rows += len(messages)
             self.last_id = response.last_id
             self._backoff.reset()
@@ -202,6 +216,7 @@ def export(
     kind = WRITERS[format_ or format_name(output)]
     if kind is _parquet:
         pyarrow()  # if it is missing, fail before the file is created
+    collect_rarely()
     try:
         with exit_on_signal(job.position), _open_output(output) as file, kind(file, job.entity) as write:
             asyncio.run(job.run(target, write))

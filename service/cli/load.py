@@ -23,6 +23,7 @@ from service.cli.columns import Columns, parse_columns
 from service.cli.compression import without_compression
 from service.cli.formats import FORMATS, LOADED_ENDINGS, STDIN, Csv, FileFormat, SourceError, format_name
 from service.cli.formats.csv_file import DELIMITERS
+from service.cli.progress import show_progress
 from service.cli.rejects import RejectsFile
 from service.cli.report import LoadReport
 from service.cli.rows import ENTITIES, Entity
@@ -35,7 +36,6 @@ from service.cli.terminal import (
     exit_on_signal,
     pluralize,
     server_options,
-    show_progress,
 )
 from service.cli.tracker import RowTracker
 from service.client import BATCH_ROWS, Backoff, BulkLoader, LoadInterrupted, pages
@@ -49,6 +49,7 @@ from service.errors import (
     TooManyFailures,
     Unauthenticated,
 )
+from service.memory import collect_rarely
 
 LOAD_ID = "Load ID; reuse it to resume a load.  [default: derived from the file and the options]"
 CALLER = "For admins: resume the load that this caller started.  [default: a load of your own]"
@@ -294,6 +295,7 @@ def load(
     report = LoadReport(source.name, source.format, bulk_options, rejects_file)
     job = Load(kind, source, bulk_options, report, rejects_file, earlier_id)
     verb = "BulkUpdate" if operation == "update" else "BulkCreate"
+    collect_rarely()
     try:
         with _report_errors(job, report, source.name, target), closing(rejects_file):
             asyncio.run(job.run(target, verb, batch_rows))

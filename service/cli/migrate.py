@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from functools import partial
 
 import click
-from alembic.util import CommandError
 from sqlalchemy.exc import DBAPIError
 
 from service.cli.environment import read_settings
@@ -32,7 +31,7 @@ def report_migration_errors(settings: Settings) -> Iterator[None]:
         yield
     except BrokenPipeError:  # the reader of --sql has closed the pipe
         raise
-    except (CommandError, DBAPIError, OSError) as error:
+    except (migrations.MigrationError, DBAPIError, OSError) as error:
         if "Can't locate revision" in str(error):
             raise UsageError(
                 f"{error}; a newer release created it: use that release, or downgrade with it"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -48,6 +48,12 @@ class Entity:
             return (*RESTORED, *self.loaded, *self.refused)
         updated = [name for name in (*self.loaded, *self.refused) if name in masked or "*" in masked]
         return ("id", "version", *updated)
+
+    @property
+    def times(self) -> Sequence[str]:
+        """The exported columns that are times."""
+        fields = self.message.DESCRIPTOR.fields_by_name
+        return [name for name in self.exported if fields[name].message_type is Timestamp.DESCRIPTOR]
 
     def rpc(self, connection: grpc.aio.Channel, verb: str) -> tuple[Any, Any]:
         """Return the RPC of a verb such as `Export`, and its request type."""
@@ -106,12 +112,16 @@ class Row(Generic[OriginalT]):
             self.failure = RowFailure(reason=error.reason, field=error.field, message=error.message)
 
 
-def values_of(message: Any, names: Sequence[str]) -> Values:
-    """Return the values of a message's fields, None for unset ones."""
-    values = {}
-    for name in names:
-        value = getattr(message, name)
-        if not value and message.DESCRIPTOR.fields_by_name[name].has_presence and not message.HasField(name):
-            value = None
-        values[name] = value.ToDatetime(UTC) if isinstance(value, Timestamp) else value
-    return values
+def columns_of(messages: Sequence[Any], names: Sequence[str]) -> Mapping[str, list[Any]]:
+    """Return the values of fields, by name: None where one is unset, times as microseconds since 1970."""
+    return {name: _column(messages, name) for name in names}
+
+
+def _column(messages: Sequence[Any], name: str) -> list[Any]:
+    values = list(map(attrgetter(name), messages))
+    if values and isinstance(values[0], Timestamp):
+        return [moment.seconds * 1_000_000 + moment.nanos // 1000 for moment in values]
+    if all(values) or not messages[0].DESCRIPTOR.fields_by_name[name].has_presence:
+        return values
+    pairs = zip(values, messages, strict=True)
+    return [value if value or message.HasField(name) else None for value, message in pairs]

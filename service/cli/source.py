@@ -38,6 +38,7 @@ TAR_MAGIC, TAR_MAGIC_OFFSET = b"ustar", 257  # of POSIX, and of GNU tar
 MARKUP = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|\?xml|html|head|body|error)\b", re.IGNORECASE)
 PEEKED = TAR_MAGIC_OFFSET + len(TAR_MAGIC)
 CHUNK_ROWS = 1000
+ROWS_PER_TELL = 100  # between two system calls for the progress
 CHUNK_BYTES = 1 << 20
 
 
@@ -109,10 +110,11 @@ class Source:
                 content = decompress(file)
                 if content is not file:
                     _refuse_other_contents(content, is_decompressed=True)
-                for row in self.format.rows(content):
-                    if self.bytes_total:
+                for number, row in enumerate(self.format.rows(content)):
+                    if self.bytes_total and number % ROWS_PER_TELL == 0:
                         self.bytes_read = file.raw.tell()
                     yield row
+                self.bytes_read = self.bytes_total
             except DAMAGED as error:
                 raise SourceError(f"the compressed data is damaged: {error}") from None
             self._check_unchanged(os.fstat(file.fileno()))

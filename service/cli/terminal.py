@@ -1,14 +1,13 @@
-"""Shared by the client commands: connection options, errors, output, signals, and progress."""
+"""Shared by the client commands: connection options, errors, output, and signals."""
 
-import asyncio
 import re
 import shutil
 import signal
 import ssl
 import sys
 import textwrap
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
 from types import FrameType
@@ -17,16 +16,6 @@ from typing import IO, Any
 import click
 import grpc
 from click.core import ParameterSource
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Column
 
 from service.cli.diagnosis import Tls, diagnose
 from service.cli.refusal import explain_refusal
@@ -37,10 +26,7 @@ from service.errors import RosterError, Unauthenticated
 from service.escape import escape
 from service.settings import FOR_CLIENTS, clean, is_local
 
-DRAW_EVERY_SECONDS = 0.2
-REPORT_EVERY_SECONDS = 5
 PAGE_SIZE = 1000
-WIDTH_FOR_TIME, WIDTH_FOR_BAR, WIDTH_FOR_BOTH_TIMES = 60, 72, 90
 
 # Options that decide who receives a token.
 DESTINATION = {"address", "tls_ca", "tls_server_name", "insecure_token"}
@@ -316,52 +302,3 @@ def exit_on_signal(describe: Callable[[], str]) -> Iterator[None]:
     except KeyboardInterrupt:
         echo(f"interrupted{describe()}", err=True)
         sys.exit(128 + received[-1])  # the status that shells use
-
-
-@asynccontextmanager
-async def show_progress(
-    total: int, state: Callable[[], tuple[int, str]], *, draws: bool = True
-) -> AsyncGenerator[None]:
-    """Show progress on standard error: a bar on a terminal, otherwise a line every few seconds.
-
-    `state` returns how much of `total` is done, and a description. A total of 0 means unknown. Without
-    `draws` there is no bar: something else may write to the terminal.
-    """
-    console = Console(stderr=True)
-    is_bar = draws and console.is_terminal
-    task = asyncio.create_task(_draw_bar(console, total, state) if is_bar else _print_lines(state))
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-async def _draw_bar(console: Console, total: int, state: Callable[[], tuple[int, str]]) -> None:
-    with Progress(*_bar_columns(console.width), console=console, transient=True) as bar:
-        task = bar.add_task("", total=total or None)
-        while True:
-            done, description = state()
-            bar.update(task, completed=done, description=description)
-            await asyncio.sleep(DRAW_EVERY_SECONDS)
-
-
-def _bar_columns(width: int) -> list[ProgressColumn]:
-    """Return the columns that fit; the bar takes the rest, and a description that is too long is cut."""
-    columns: list[ProgressColumn] = [
-        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True))
-    ]
-    if width >= WIDTH_FOR_BAR:
-        columns.insert(0, BarColumn(bar_width=None))
-    if width >= WIDTH_FOR_BOTH_TIMES:
-        columns.append(TimeElapsedColumn(table_column=Column(no_wrap=True)))
-    if width >= WIDTH_FOR_TIME:
-        columns.append(TimeRemainingColumn(table_column=Column(no_wrap=True)))
-    return columns
-
-
-async def _print_lines(state: Callable[[], tuple[int, str]]) -> None:
-    while True:
-        await asyncio.sleep(REPORT_EVERY_SECONDS)
-        _, description = state()
-        echo(description, err=True)

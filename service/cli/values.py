@@ -58,13 +58,15 @@ NULL_WORDS = frozenset(
 
 def text(name: str, value: Any) -> str:
     """Return a string unchanged, and bytes decoded from UTF-8; raises InvalidField."""
+    if isinstance(value, str) and value.isascii():  # nearly all
+        return value
     if isinstance(value, bytes):
         with suppress(UnicodeDecodeError):
             return value.decode()
         raise InvalidField(f"{name} must be UTF-8", field=name)
     if not isinstance(value, str):
         raise InvalidField(f"{name} must be a string", field=name)
-    if not value.isascii() and SURROGATE.search(value):
+    if SURROGATE.search(value):
         raise InvalidField(f"{name} must be valid Unicode; it has half of a surrogate pair", field=name)
     return value
 
@@ -92,6 +94,8 @@ def boolean(name: str, value: Any) -> bool:
     """Return a boolean, as PostgreSQL reads text, or from 0 or 1; raises InvalidField."""
     if isinstance(value, bool):
         return value
+    if isinstance(value, str) and value in BOOLEANS:  # nearly all
+        return BOOLEANS[value]
     word = str(_whole(value)) if isinstance(value, int | float | Decimal) else value
     if isinstance(word, str | bytes) and (known := BOOLEANS.get(_ascii(word).lower())) is not None:
         return known

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
-from alembic.util import CommandError
 from sqlalchemy import Connection, Inspector, inspect
 from sqlalchemy.engine.reflection import ObjectKind
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -247,6 +246,8 @@ def prepare(connection: Connection, needed: set[str]) -> None:
         needed = needed | {COMPATIBILITY.name}
     foreign = sorted(name for name in needed - own if inspector.has_table(name))
     if foreign:
+        from alembic.util import CommandError  # noqa: PLC0415  (only migrations, which it runs, come here)
+
         raise CommandError(
             f"this database has tables of another application with names that Roster needs: "
             f"{', '.join(foreign)}; give Roster a database of its own, or rename these tables"

@@ -1,13 +1,16 @@
 """Authenticates and authorises each call before any of its messages is read."""
 
 import logging
+from typing import TYPE_CHECKING
 
 from service.auth.caller import NOBODY, Caller, set_caller
 from service.auth.policy import ANONYMOUS, HEALTH, Policy
 from service.auth.reloading import ReloadingFile
-from service.auth.tokens import Tokens
 from service.errors import PermissionDenied, Refused, Unauthenticated
 from service.interceptors.chain import Context, Proceed, Request, Response, Rpc
+
+if TYPE_CHECKING:
+    from service.auth.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +24,7 @@ class Auth:
     the caller gets the same message for every cause.
     """
 
-    def __init__(self, policy: ReloadingFile[Policy] | None, tokens: Tokens | None) -> None:
+    def __init__(self, policy: ReloadingFile[Policy] | None, tokens: "Tokens | None") -> None:
         self._policy = policy
         self._tokens = tokens
 

@@ -13,9 +13,6 @@ from typing import Protocol
 import bcrypt
 from argon2 import PasswordHasher
 from argon2.exceptions import Argon2Error, VerifyMismatchError
-from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.algorithms import AES256
-from cryptography.hazmat.primitives.ciphers.modes import CTR
 
 MAX_BCRYPT_BYTES = 72  # the algorithm ignores the rest; the library refuses it
 SCRYPT_MEMORY_BYTES = 1 << 28  # for stored hashes; by default OpenSSL refuses more than 32 MiB
@@ -175,6 +172,11 @@ class FirebaseScryptHash:
         return self.scrypt.cost_error()
 
     def verify(self, password: bytes) -> bool:
+        # It takes 8 MiB, and only the passwords of Firebase need it.
+        from cryptography.hazmat.primitives.ciphers import Cipher  # noqa: PLC0415
+        from cryptography.hazmat.primitives.ciphers.algorithms import AES256  # noqa: PLC0415
+        from cryptography.hazmat.primitives.ciphers.modes import CTR  # noqa: PLC0415
+
         derived = self.scrypt.derive(password, AES_KEY_BYTES)
         encryptor = Cipher(AES256(derived), CTR(bytes(16))).encryptor()
         return compare_digest(encryptor.update(self.signer_key) + encryptor.finalize(), self.scrypt.key)

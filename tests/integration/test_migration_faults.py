@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
-from alembic.util import CommandError
 from sqlalchemy import Connection, NullPool, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from service.db import ddl, revisions
+from service.db.migrations import MigrationError
 from service.db.schema import Schema, read_schema
 from tests.support.migrations import downgrade, execute, migrate_as_old_release, old_version, upgrade
 from tests.support.postgres import Postgres
@@ -233,7 +233,7 @@ async def test_older_server_that_starts_during_a_contraction_stops_it(url: str, 
         await observer.rollback()  # the index waits for open transactions
         async with server.connect():
             await writer.rollback()
-            with pytest.raises(CommandError, match="1 sessions with the application name 'roster'"):
+            with pytest.raises(MigrationError, match="1 sessions with the application name 'roster'"):
                 await upgrading
 
     assert (await read_schema(engine)).revision == "0003"

@@ -76,7 +76,7 @@ def normalise(definition: str) -> str:
 async def test_models_and_migrations_agree(empty_url: str, engine: AsyncEngine) -> None:
     """The migrations make what the models alone would make, and `alembic check` agrees."""
     await upgrade(empty_url)
-    await asyncio.to_thread(command.check, revisions.config(empty_url))
+    await asyncio.to_thread(command.check, migrations.config(empty_url))
     migrated = await schema(engine)
 
     await downgrade(empty_url, "base")
@@ -86,9 +86,19 @@ async def test_models_and_migrations_agree(empty_url: str, engine: AsyncEngine) 
     assert await schema(engine) == migrated
 
 
+def test_reads_the_revisions_that_alembic_finds() -> None:
+    """In their order, with the oldest one whose code can run on each: they are read without Alembic."""
+    scripts = [*ScriptDirectory.from_config(migrations.config()).walk_revisions()][::-1]
+
+    assert revisions.numbers() == [script.revision for script in scripts]
+    for revision, script in zip(revisions.revisions(), scripts, strict=True):
+        assert revision.is_contracting == hasattr(script.module, "min_revision")
+        assert revision.min_revision == getattr(script.module, "min_revision", revision.min_revision)
+
+
 async def test_every_migration_goes_down_and_up_again(empty_url: str, engine: AsyncEngine) -> None:
     """A step down undoes a step up and nothing else."""
-    scripts = ScriptDirectory.from_config(revisions.config()).walk_revisions()
+    scripts = ScriptDirectory.from_config(migrations.config()).walk_revisions()
     for revision in reversed([script.revision for script in scripts]):
         before = await schema(engine)
         await upgrade(empty_url, revision)

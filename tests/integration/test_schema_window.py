@@ -3,11 +3,11 @@
 from collections.abc import AsyncIterator
 
 import pytest
-from alembic.util import CommandError
 from sqlalchemy import NullPool, inspect, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from service.db import revisions
+from service.db.migrations import MigrationError
 from service.db.schema import Schema, read_schema
 from tests.support.migrations import downgrade, execute, migrate_as_old_release, old_version, upgrade
 
@@ -105,7 +105,7 @@ async def test_foreign_version_table_of_another_shape_is_left_alone(url: str, en
     await migrate_as_old_release(engine)
     await execute(engine, "DROP TABLE alembic_version", "CREATE TABLE alembic_version (branch VARCHAR(32))")
     assert await read_schema(engine) == Schema(None)
-    with pytest.raises(CommandError, match="tables of another application"):
+    with pytest.raises(MigrationError, match="tables of another application"):
         await upgrade(url)
 
 
@@ -123,7 +123,7 @@ async def test_foreign_table_with_a_name_of_roster_stops_the_migration(
     )
     before = await tables(engine)
 
-    with pytest.raises(CommandError, match=f"names that Roster needs: {name}; give Roster a database"):
+    with pytest.raises(MigrationError, match=f"names that Roster needs: {name}; give Roster a database"):
         await upgrade(url)
 
     assert await tables(engine) == before
@@ -136,7 +136,7 @@ async def test_foreign_table_stops_the_upgrade_of_an_old_database(url: str, engi
     await execute(engine, "CREATE TABLE roster_servers (number INTEGER)")
     before = await tables(engine)
 
-    with pytest.raises(CommandError, match="names that Roster needs: roster_servers;"):
+    with pytest.raises(MigrationError, match="names that Roster needs: roster_servers;"):
         await upgrade(url)
 
     assert await tables(engine) == before
@@ -147,7 +147,7 @@ async def test_loads_of_one_name_stop_the_downgrade(url: str, engine: AsyncEngin
     await upgrade(url)
     await execute(engine, LOAD.format("ada"), LOAD.format("alan"))
 
-    with pytest.raises(CommandError, match="several callers have a load named 'nightly'"):
+    with pytest.raises(MigrationError, match="several callers have a load named 'nightly'"):
         await downgrade(url, "0003")
     assert (await read_schema(engine)).revision == ("0004" if engine.dialect.name == "postgresql" else "0005")
 

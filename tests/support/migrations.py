@@ -9,7 +9,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from service.db import migrations, revisions
+from service.db import migrations
 
 
 async def upgrade(url: str, revision: str = "head") -> None:
@@ -36,7 +36,7 @@ async def migrate_as_old_release(engine: AsyncEngine, revision: str = "0002") ->
 
 
 def _migrate(connection: Connection, revision: str) -> None:
-    scripts = ScriptDirectory.from_config(revisions.config())
+    scripts = ScriptDirectory.from_config(migrations.config())
     context = MigrationContext.configure(
         connection, opts={"fn": lambda current, _: scripts._upgrade_revs(revision, current)}
     )

@@ -6,7 +6,7 @@ from roster.v1.bulk_pb2 import RowFailure
 from roster.v1.resources_pb2 import Post, User
 from service.cli.columns import UnknownColumn
 from service.cli.formats import Csv, SourceError
-from service.cli.formats.write import csv_line, csv_row
+from service.cli.formats.write import csv_line, csv_lines
 from service.cli.values import NULL_WORDS
 from tests.support.files import columns_of, rows_of
 
@@ -65,7 +65,7 @@ def test_a_word_in_a_column_that_is_not_read_is_no_failure() -> None:
 @pytest.mark.parametrize("word", sorted(NULL_WORDS))
 def test_an_exported_name_is_loaded_again(word: str) -> None:
     """Exports put such a name in quotes."""
-    data = csv_line(["email", "full_name"]) + csv_row(["a@x", word])
+    data = csv_line(["email", "full_name"]) + csv_lines({"email": ["a@x"], "full_name": [word]})
 
     [row] = rows_of(Csv(columns_of()), data)
 

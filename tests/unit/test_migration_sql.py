@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from alembic import command
 
-from service.db import revisions
+from service.db import migrations, revisions
 
 SQUAWK = Path(sys.executable).with_name("squawk")
 STEPS = [*pairwise(["base", *revisions.numbers()])]
@@ -55,7 +55,7 @@ def lint(sql: str, excluded: list[str]) -> str:
 def printed(run: str, start: str, end: str) -> str:
     """Return the SQL of a migration on PostgreSQL."""
     output = StringIO()
-    config = revisions.config("postgresql+asyncpg://")
+    config = migrations.config("postgresql+asyncpg://")
     config.output_buffer = output
     getattr(command, run)(config, f"{start}:{end}", sql=True)
     return output.getvalue()

@@ -21,10 +21,10 @@ from service.cli.columns import Columns
 from service.cli.formats import Csv, FileFormat, Json, Parquet, SourceError, csv_file
 from service.cli.formats.base import MAX_LINE_BYTES
 from service.cli.formats.csv_file import NO_ENCODING
-from service.cli.formats.write import csv_line, json_line
+from service.cli.formats.write import csv_line, csv_lines, json_line, json_lines, time_texts
 from service.cli.rejects import RejectsFile
 from service.cli.report import LoadReport
-from service.cli.rows import POSTS, USERS, Row, values_of
+from service.cli.rows import POSTS, USERS, Row, columns_of
 from service.cli.source import Source
 from service.cli.terminal import UsageError
 from service.cli.tracker import RowTracker
@@ -437,9 +437,11 @@ restored = st.builds(
 @given(st.lists(restored, min_size=1, max_size=5))
 def test_reads_back_what_it_writes(rows: list[User]) -> None:
     """Null, empty strings, quotes, line ends and times survive NDJSON and CSV."""
-    values = [values_of(row, USERS.exported) for row in rows]
-    ndjson = b"".join(map(json_line, values))
-    csv = csv_line(USERS.exported) + b"".join(csv_line(row.values()) for row in values)
+    columns_of_rows = dict(columns_of(rows, USERS.exported))
+    times = time_texts([columns_of_rows[name] for name in USERS.times])
+    columns_of_rows |= zip(USERS.times, times, strict=True)
+    ndjson = json_lines(columns_of_rows)
+    csv = csv_line(USERS.exported) + csv_lines(columns_of_rows)
 
     assert [row.message for row in rows_of(Json(columns(User, "restore")), ndjson)] == rows
     assert [row.message for row in rows_of(Csv(columns(User, "restore")), csv)] == rows

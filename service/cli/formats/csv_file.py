@@ -242,14 +242,16 @@ class Csv:
                 lines.keep_first_line()
                 error = raised
                 reader = self._reader(lines, has_spaces=self._has_spaces)
-            record = lines.text
-            if self._is_header(cells) and not self._repeats_header(cells):
-                raise SourceError(
-                    f"line {lines.number + 1} is a header line with other columns; "
-                    "load the files that were put together one by one"
-                )
+            record, parse = lines.text, self._to_message
+            if self._is_header(cells):
+                if not self._repeats_header(cells):
+                    raise SourceError(
+                        f"line {lines.number + 1} is a header line with other columns; "
+                        "load the files that were put together one by one"
+                    )
+                parse = self._refuse_header
             if error or record.strip(blank):
-                yield Row(lines.number + 1, len(record), (record, error or cells), self._to_message)
+                yield Row(lines.number + 1, len(record), (record, error or cells), parse)
 
     def _is_header(self, cells: list[str]) -> bool:
         """Return whether a row is a further header line, as in files that were put together."""
@@ -282,8 +284,6 @@ class Csv:
         count = len(self._header)
         if len(cells) != count and (len(cells) < count or any(cells[count:])):
             raise MalformedMessage(f"the row has {pluralize(len(cells), 'cell')}, but the header has {count}")
-        if self._is_header(cells):
-            raise MalformedMessage("the row repeats the header line, and can be left out")
         values: list[str | None] = [cell or None for cell in cells]
         if '""' in record and None in values:
             for index in self._quoted_cells(record, cells):
@@ -294,6 +294,10 @@ class Csv:
         if "\\" in record:
             self._refuse_escapes(record, cells)
         return self.columns.message_of(self._fields, values)
+
+    @staticmethod
+    def _refuse_header(original: Record) -> Message:  # noqa: ARG004
+        raise MalformedMessage("the row repeats the header line, and can be left out")
 
     def _null_cells(self, record: str, cells: list[str]) -> list[int]:
         """Return the indexes of the cells that mean null; raises InvalidField if that is not certain."""
