@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.databases import PSQL
+from bench.databases import COPY_USERS, PSQL
 from bench.measure import Approach
 from bench.rows import (
     BATCH,
     add_duplicates,
+    any_hash,
     bulk_options,
     change_message,
     copy_text,
@@ -27,7 +28,6 @@ from roster.v1.bulk_pb2 import BulkOptions
 from roster.v1.posts_pb2 import BulkCreatePostsRequest
 from roster.v1.users_pb2 import BulkCreateUsersRequest, BulkUpdateUsersRequest
 
-COPY_USERS = r"\copy users (email, full_name, is_active) from '{file}'"
 COPY_POSTS = r"\copy posts (title, content, author_id) from '{file}'"
 COPY_CHANGES = """\
 CREATE TEMPORARY TABLE changes (
@@ -41,7 +41,7 @@ UPDATE users SET full_name = changes.full_name, is_active = changes.is_active,
 FROM changes WHERE users.id = changes.id AND position BETWEEN {first} AND {last};
 """
 COUNT_USERS = "SELECT count(*) FROM users"
-NAMES = ("create", "duplicates", "posts", "update", "sqlite", "orm")
+NAMES = ("create", "hashes", "duplicates", "posts", "update", "sqlite", "orm")
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,14 @@ class Cases:
         reference = self._psql("create", COPY_USERS, users)
         approach = self._create_users("create", users, len(users))
         return Case("create", "create, clean rows", approach, reference, COUNT_USERS, len(users))
+
+    def hashes(self) -> Case:
+        r"""Create users whose hashes are of several algorithms; the reference is \copy."""
+        users = make_users(self._rows, any_hash)
+        reference = self._psql("hashes", COPY_USERS, users)
+        approach = self._create_users("hashes", users, len(users))
+        title = "create, hashes of 4 algorithms"
+        return Case("hashes", title, approach, reference, COUNT_USERS, len(users))
 
     def duplicates(self) -> Case:
         r"""Create users of which every tenth is a duplicate; the reference is \copy of the distinct ones."""

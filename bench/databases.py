@@ -31,8 +31,11 @@ SETTINGS = {
     "autovacuum": "off",
 }
 
+COPY_USERS = r"\copy users (email, full_name, hashed_password, is_active) from '{file}'"
 # Takes the fields of a line in COPY's text format.
-INSERT_USER = r"INSERT INTO users (email, full_name, is_active) VALUES (?, nullif(?, '\N'), ? = 't')"
+INSERT_USER = r"""
+INSERT INTO users (email, full_name, hashed_password, is_active) VALUES (?, nullif(?, '\N'), ?, ? = 't')
+"""
 
 
 class PostgreSQL:
@@ -61,7 +64,7 @@ class PostgreSQL:
         async with self._server.database() as url:
             await asyncio.to_thread(migrations.upgrade, url)
             if users:
-                copy = rf"\copy users (email, full_name, is_active) from '{users}'"
+                copy = COPY_USERS.format(file=users)
                 await asyncio.to_thread(subprocess.run, [*PSQL, "--command", copy, _plain(url)], check=True)
             await _execute(_plain(url), "VACUUM ANALYZE")
             yield str(make_url(url).database)

@@ -1,6 +1,7 @@
 """Generates the rows to load: realistic, and the same in every run."""
 
-from collections.abc import Iterable, Sequence
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Any
 
@@ -9,7 +10,7 @@ from roster.v1.resources_pb2 import Post as PostMessage, User as UserMessage
 
 BATCH = 5000
 
-UserRow = tuple[str, str | None, bool]  # email, full_name, is_active
+UserRow = tuple[str, str | None, str, bool]  # email, full_name, hashed_password, is_active
 PostRow = tuple[str, str, int]  # title, content, author_id
 ChangeRow = tuple[int, str, bool]  # id, full_name, is_active
 
@@ -27,13 +28,48 @@ LAST = (
     "Turing",
 )
 DOMAINS = ("example.org", "mail.example.com", "example.net")
+BASE64 = "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 WORDS = "rows that were acknowledged stay; what was not is wholly in or wholly out, whatever broke"
 
 
-def make_users(count: int) -> list[UserRow]:
-    """Return users in random order, with distinct e-mails of about 30 characters; one in ten has no name."""
+def make_users(count: int, make_hash: Callable[[Random], str] | None = None) -> list[UserRow]:
+    """Return users in random order, with distinct e-mails of about 30 characters and hashed passwords.
+
+    One in five has no name. The hashes are argon2id's unless `make_hash` makes others.
+    """
     random = Random(1)
-    return [_user(random, number) for number in random.sample(range(count), count)]
+    numbers = random.sample(range(count), count)
+    return [_user(random, number, make_hash or argon2id) for number in numbers]
+
+
+def argon2id(random: Random) -> str:
+    """Return a text in the form of argon2-cffi's default hashes, with a random salt and digest."""
+    return f"$argon2id$v=19$m=65536,t=3,p=4${_base64(random, 16)}${_base64(random, 32)}"
+
+
+def any_hash(random: Random) -> str:
+    """Return a hash of one of the algorithms that users have after some migrations."""
+    return random.choice((argon2id, _bcrypt, _django, _scrypt))(random)
+
+
+def _bcrypt(random: Random) -> str:
+    # The last character of the salt has two bits, that of the digest four.
+    salt = "".join(random.choices(BASE64, k=21)) + random.choice(".Oeu")
+    digest = "".join(random.choices(BASE64, k=30)) + random.choice(".CGKOSWaeimquy26")
+    return f"$2b${random.choice((10, 12))}${salt}{digest}"
+
+
+def _django(random: Random) -> str:
+    salt = "".join(random.choices(BASE64[2:], k=22))
+    return f"pbkdf2_sha256${random.choice((260_000, 600_000))}${salt}${_base64(random, 32)}="
+
+
+def _scrypt(random: Random) -> str:
+    return f"$scrypt$ln=16,r=8,p=1${_base64(random, 16)}${_base64(random, 32)}"
+
+
+def _base64(random: Random, size: int) -> str:
+    return b64encode(random.randbytes(size)).decode().rstrip("=")
 
 
 def add_duplicates(users: Sequence[UserRow]) -> list[UserRow]:
@@ -59,7 +95,8 @@ def make_posts(count: int, authors: int) -> list[PostRow]:
 def make_changes(users: Sequence[UserRow]) -> list[ChangeRow]:
     """Return a new name and state for each of the users 1, 2, 3, …, in random order."""
     changes = [
-        (id, f"{name or 'Name'} II", not active) for id, (_, name, active) in enumerate(users, start=1)
+        (id, f"{name or 'Name'} II", not is_active)
+        for id, (_, name, _, is_active) in enumerate(users, start=1)
     ]
     Random(4).shuffle(changes)
     return changes
@@ -67,8 +104,8 @@ def make_changes(users: Sequence[UserRow]) -> list[ChangeRow]:
 
 def user_message(user: UserRow) -> UserMessage:
     """Return a row to create."""
-    email, full_name, is_active = user
-    return UserMessage(email=email, full_name=full_name, is_active=is_active)
+    email, full_name, hashed_password, is_active = user
+    return UserMessage(email=email, full_name=full_name, hashed_password=hashed_password, is_active=is_active)
 
 
 def post_message(post: PostRow, users: Sequence[UserRow]) -> PostMessage:
@@ -109,8 +146,8 @@ def _field(value: Any) -> str:
     return ("f", "t")[value] if isinstance(value, bool) else str(value)
 
 
-def _user(random: Random, number: int) -> UserRow:
+def _user(random: Random, number: int, make_hash: Callable[[Random], str]) -> UserRow:
     first, last = random.choice(FIRST), random.choice(LAST)
     email = f"{first}.{last}{number}@{random.choice(DOMAINS)}".lower()
-    name = f"{first} {last}" if random.random() < 0.9 else None  # noqa: PLR2004  (one in ten has none)
-    return email, name, random.random() < 0.9  # noqa: PLR2004
+    name = f"{first} {last}" if random.random() < 0.8 else None  # noqa: PLR2004  (one in five has none)
+    return email, name, make_hash(random), random.random() < 0.9  # noqa: PLR2004

@@ -22,7 +22,8 @@ from service.users.model import User
 
 WINDOW = 8  # unacknowledged messages
 CONNECT_SECONDS = 30
-INSERT = "INSERT INTO users (email, full_name, is_active) VALUES (?, ?, ?)"
+COLUMNS = ("email", "full_name", "hashed_password", "is_active")
+INSERT = "INSERT INTO users (email, full_name, hashed_password, is_active) VALUES (?, ?, ?, ?)"
 
 Work = Callable[[], Any]
 
@@ -60,9 +61,7 @@ def add_all(file: str, url: str) -> Work:
     async def work() -> None:
         for batch in batches:
             async with database.begin() as session:
-                session.add_all(
-                    [User(email=email, full_name=name, is_active=active) for email, name, active in batch]
-                )
+                session.add_all([User(**dict(zip(COLUMNS, user, strict=True))) for user in batch])
         await database.close()
 
     return lambda: asyncio.run(work())
