@@ -37,6 +37,17 @@ NULL = r"\N"
 ESCAPES = {"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"}  # the backslash first
 
 
+# Ids drawn while no other transaction draws any follow each other: two numbers instead of thousands. The
+# subquery of nextval is evaluated once. As a plain argument it was evaluated for every row: 3.6 µs.
+NEXT_IDS = """
+SELECT min(id), max(id), CASE WHEN max(id) - min(id) >= $1 THEN array_agg(id) END
+FROM (
+    SELECT nextval((SELECT pg_get_serial_sequence('{table}', 'id')::regclass))
+    FROM generate_series(1, $1::bigint)
+) AS drawn (id)
+"""
+
+
 async def next_ids(session: Session, model: type[Entity], count: int) -> Sequence[int]:
     """Draw ids from the table's sequence; a rollback leaves a gap.
 
@@ -45,14 +56,15 @@ async def next_ids(session: Session, model: type[Entity], count: int) -> Sequenc
     """
     if not count:
         return []
-    await session.execute(text(f"LOCK TABLE {model.__tablename__} IN ROW EXCLUSIVE MODE"))
-    drawn = func.array_agg(func.nextval(_sequence(model)), type_=ARRAY(BigInt))
-    ids = await session.scalar(select(drawn).select_from(func.generate_series(1, count)))
-    return cast("list[int]", ids)
+    connection = await session.connection()
+    await connection.exec_driver_sql(f"LOCK TABLE {model.__tablename__} IN ROW EXCLUSIVE MODE")
+    drawn = await connection.exec_driver_sql(NEXT_IDS.format(table=model.__tablename__), (count,))
+    row: Any = drawn.one()
+    first, last, ids = row
+    return ids or range(first, last + 1)
 
 
 def _sequence(model: type[Entity]) -> ScalarSelect[str]:
-    # A subquery is evaluated once. As a plain argument of nextval it was evaluated for every row: 3.6 µs.
     return select(cast_to(func.pg_get_serial_sequence(model.__tablename__, "id"), REGCLASS)).scalar_subquery()
 
 
