@@ -59,11 +59,14 @@ class Batch:
 
     def keys(self, names: Iterable[str]) -> dict[str, dict[KeyValue, int]]:
         """Return the values of good rows in each of these columns, with the first row of each."""
-        rows = self.good_rows()[::-1]  # backwards, so that the first row of several is the one that stays
+        rows = self.good_rows()
         keys = {}
         for name in names:
             if name in self.columns:
-                first_rows = dict(zip(self.take(name, rows), rows, strict=True))
+                values = self.take(name, rows)
+                first_rows = dict(zip(values, rows, strict=True))
+                if len(first_rows) < len(rows):  # backwards, so that the first row of several stays
+                    first_rows = dict(zip(reversed(values), reversed(rows), strict=True))
                 first_rows.pop(None, None)  # unset and null values are in conflict with none
                 keys[name] = first_rows
         return keys
