@@ -11,7 +11,7 @@ from service.validation import ID_RULE, VERSION_RULE, Rule
 from service.wire import datetime_from_timestamp, timestamp_error
 
 # Values of a column that are checked together. One invalid value has all of them checked one by one.
-VALUES_AT_ONCE = 250
+VALUES_AT_ONCE = 500
 
 
 class BatchBuilder:
@@ -101,7 +101,9 @@ class BatchBuilder:
             await self.add("version", self.values("version"), VERSION_RULE)
 
     async def _add_times(self, name: str) -> None:
-        moments = [getattr(message, name) if message.HasField(name) else None for message in self.messages]
+        moments: list[Any] = [
+            getattr(message, name) if message.HasField(name) else None for message in self.messages
+        ]
         await self.add(name, moments, Rule(timestamp_error))
         failures = self.batch.failures
         rows = [row for row, moment in enumerate(moments) if moment is not None and row not in failures]

@@ -22,10 +22,10 @@ ROOT_DOT = re.compile(r"(?<=[^.\s])\.\Z")  # after the last label of a domain
 SPECIALS = re.compile(r'["(),:;<>\[\\\]]')
 # Visible ASCII without capitals and specials, with its labels; one e-mail in each line.
 ATOM = r"[!#-'*+\-./0-9=?^-~]"
-LABEL = r"[!#-'*+\-/0-9=?^-~]{1,63}"
-PLAIN = rf"{ATOM}+@{LABEL}(?:\.{LABEL})*"
+LABEL = r"[!#-'*+\-/0-9=?^-~]{1,63}+"
+PLAIN = rf"{ATOM}++@{LABEL}(?:\.{LABEL})*+"
 PLAIN_EMAIL = re.compile(PLAIN)
-PLAIN_EMAILS = re.compile(rf"{PLAIN}(?:\n{PLAIN})*")
+PLAIN_EMAILS = re.compile(rf"{PLAIN}(?:\n{PLAIN})*+")
 
 
 def normalise_email(email: str) -> str:
