@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import asyncpg
 from sqlalchemy import (
-    ARRAY,
     ScalarSelect,
     Table,
     bindparam,
@@ -21,6 +20,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import REGCLASS
 from sqlalchemy.exc import IntegrityError
 
+from service.db.arrays import ArrayText
 from service.db.base import BigInt, ColumnType, Entity, Expression, Session, now
 from service.db.bulk.batch import BatchColumns
 from service.db.statements import measure_statement
@@ -176,7 +176,7 @@ async def update_rows(
     given += [("id", BigInt, ids), ("increment", BigInt, increments)]
     if expected is not None:
         given.append(("expected", BigInt, expected))
-    arrays = [bindparam(f"new_{name}", values, type_=ARRAY(kind)) for name, kind, values in given]
+    arrays = [bindparam(f"new_{name}", values, type_=ArrayText(kind)) for name, kind, values in given]
     names = [column(name, kind) for name, kind, _ in given]
     new = func.unnest(*arrays).table_valued(*names).render_derived()
     changes: dict[str, Expression] = {name: new.c[f"column_{number}"] for number, name in enumerate(columns)}

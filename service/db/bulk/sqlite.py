@@ -1,4 +1,4 @@
-"""Writes to SQLite: SQLAlchemy's executemany. There is no other writer meanwhile."""
+"""Writes to SQLite: statements of many rows. There is no other writer meanwhile."""
 
 from collections.abc import Sequence
 from functools import lru_cache
