@@ -184,6 +184,7 @@ class BulkWriter:
     async def _ids_by(self, key: UniqueKey, batch: Batch) -> dict[KeyValue, int]:
         """Return, by value, the ids of the rows that have one of the batch's values of a key."""
         values = [value for value in batch.take(key.name, batch.good_rows()) if value is not None]
+        values.sort()  # one after the other they are in the same pages of the index
         ids = await ids_of(self.session, key.column, values, _type_of(values))
         found = {value: id for value, id in zip(values, ids, strict=True) if id is not None}
         return {**await self._ids_by_other_value(key, batch), **found}
