@@ -57,6 +57,21 @@ class Rule:
     accepts_all: Callable[[Sequence[Any]], bool] = never_sure
 
 
+def are_ids(values: Sequence[int | None]) -> bool:
+    """Return whether `id_error` accepts every value that is not None."""
+    ids = [value for value in values if value is not None]
+    return not ids or (min(ids) >= 1 and max(ids) <= MAX_ID)
+
+
+def are_versions(versions: Sequence[int]) -> bool:
+    """Return whether `version_error` accepts every version."""
+    return not versions or min(versions) >= 0
+
+
+ID_RULE = Rule(id_error, are_ids)
+VERSION_RULE = Rule(version_error, are_versions)
+
+
 def text_rule(max_length: int) -> Rule:
     """Return the rule of a text of at most this many characters."""
     return Rule(partial(text_error, max_length=max_length), partial(are_valid_texts, max_length=max_length))

@@ -1,12 +1,7 @@
-"""Bulk streams: the columns that all entities have, and outcome -> message. Pure."""
+"""Bulk streams: rows -> columns by rules alone, and outcome -> message. Pure."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from datetime import datetime
-from operator import attrgetter
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
-
-from google.protobuf.message import Message
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from roster.v1.bulk_pb2 import (
     BulkAck,
@@ -16,68 +11,32 @@ from roster.v1.bulk_pb2 import (
     BulkSummary,
     BulkWriteResponse,
 )
+from service.bulk.builder import BatchBuilder
 from service.db.bulk.batch import Batch, Outcome
 from service.errors import RosterError
 from service.status import status_code, status_from_error
 from service.timeslice import add_in_slices
-from service.validation import Rule, id_error, version_error
-from service.wire import Fields, datetime_from_timestamp, timestamp_error
+from service.validation import Rule
+from service.wire import Fields
 
 MAX_FAILURE_MESSAGE = 200
 
 # Converts rows to columns, given the fields to convert, and those that the update mask names.
-ToBatch: TypeAlias = Callable[[Sequence[Any], Collection[str], Collection[str]], Batch]
-
-
-def add_identity(batch: Batch, messages: Sequence[Any], fields: Collection[str]) -> None:
-    """Add the columns that every entity has: id and version, for restored rows the times too."""
-    # A restored row has its times, and may have its id and version.
-    if "created_at" in fields:
-        batch.add("id", [message.id or None for message in messages], id_error)
-        batch.add("version", [message.version or 1 for message in messages], version_error)
-        for name in ("created_at", "updated_at"):
-            _add_times(batch, name, messages)
-    # An update names its row by id; a version of 0 matches any.
-    elif "id" in fields:
-        batch.add("id", [message.id for message in messages], id_error)
-        batch.add("version", [message.version for message in messages], version_error)
-
-
-def _add_times(batch: Batch, name: str, messages: Sequence[Message]) -> None:
-    moments: list[Timestamp | None] = [None] * batch.size
-    for row, message in enumerate(messages):
-        if message.HasField(name):
-            moments[row] = getattr(message, name)
-    batch.add(name, moments, timestamp_error)
-    times: list[datetime | None] = [None] * batch.size
-    for row, moment in enumerate(moments):
-        if moment is not None and row not in batch.failures:
-            times[row] = datetime_from_timestamp(moment)
-    batch.columns[name] = times
-
-
-def add_fields(
-    batch: Batch, messages: Sequence[Message], fields: Collection[str], rules: Mapping[str, Rule]
-) -> None:
-    """Add a column for each of the fields that has a rule."""
-    for name, rule in rules.items():
-        if name in fields:
-            values = list(map(attrgetter(name), messages))
-            batch.add(name, values, rule.error, is_sound=rule.accepts_all(values))
+ToBatch: TypeAlias = Callable[[Sequence[Any], Collection[str], Collection[str]], Awaitable[Batch]]
 
 
 def batch_converter(rules: Mapping[str, Rule]) -> ToBatch:
     """Return a function that converts rows to columns, by the rules of their fields alone."""
 
-    def batch_from_messages(
+    async def batch_from_messages(
         messages: Sequence[Any],
         fields: Collection[str],
         masked: Collection[str],  # noqa: ARG001
     ) -> Batch:
-        batch = Batch(len(messages))
-        add_identity(batch, messages, fields)
-        add_fields(batch, messages, fields, rules)
-        return batch
+        builder = BatchBuilder(messages)
+        await builder.add_identity(fields)
+        await builder.add_fields(fields, rules)
+        return builder.batch
 
     return batch_from_messages
 

@@ -1,9 +1,8 @@
 """The operation of a bulk stream on one entity, and the options of a stream."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from google.protobuf.message import Message
 
@@ -15,21 +14,11 @@ from service.db.bulk.batch import Batch, OnConflict, Outcome, WriteOptions
 from service.db.bulk.table import BulkTable
 from service.db.bulk.writer import BulkWriter
 from service.errors import InvalidOptions
-from service.timeslice import slices
 from service.validation import check_choice
 from service.wire import mask_paths
 
 IDENTITY = ("id", "version")
 RESTORED = (*IDENTITY, "created_at", "updated_at")
-# Reading a row takes a few microseconds. A costly one takes up to 1 ms, such as a row whose e-mail has many
-# labels in the form `xn--…`.
-ROWS_AT_ONCE = 100
-COSTLY_ROWS_AT_ONCE = 4
-
-
-def no_costly_rows(messages: Sequence[Any]) -> bool:  # noqa: ARG001
-    """Return that no row is costly to read."""
-    return False
 
 
 @dataclass(frozen=True)
@@ -43,7 +32,6 @@ class Operation:
     create_only: Sequence[str] = ()  # the fields that only a create may write
     is_update: bool = False
     required_roles: Mapping[str, str] = field(default_factory=dict)  # column -> role that a caller needs
-    has_costly_rows: Callable[[Sequence[Any]], bool] = no_costly_rows  # rows that take up to 1 ms to read
 
     @cached_property
     def method(self) -> str:
@@ -107,13 +95,7 @@ class Operation:
             fields = [*self.writable, *self.create_only]
         if options.restores:
             fields += RESTORED
-        # In slices: 5,000 rows would hold up other calls.
-        batch = Batch(0)
-        async for some in slices(messages, ROWS_AT_ONCE):
-            step = COSTLY_ROWS_AT_ONCE if self.has_costly_rows(some) else ROWS_AT_ONCE
-            async for few in slices(some, step):
-                batch.extend(self.convert(few, fields, options.update_fields))
-        return batch
+        return await self.convert(messages, fields, options.update_fields)
 
     async def write(self, session: Session, batch: Batch, options: WriteOptions) -> Outcome:
         """Write a batch in the session's transaction."""

@@ -118,11 +118,10 @@ class PendingBatch:
 
     def defer(self, other: "PendingBatch", key: UniqueKey) -> None:
         """Leave out the rows whose key an earlier batch has, until that batch is written."""
-        values, rows_of_other = self.batch.columns[key.name], other.keys.get(key.name, {})
-        for row in self.batch.good_rows():
-            row_of_other = rows_of_other.get(values[row])
-            if row_of_other is not None:
-                self.deferred[row] = other, row_of_other
+        values, rows_of_other = self.batch.columns[key.name], other.keys[key.name]
+        common = self.keys[key.name].keys() & rows_of_other.keys()
+        for row in [row for row in self.batch.good_rows() if values[row] in common]:
+            self.deferred[row] = other, rows_of_other[values[row]]
         # A view: the batch leaves out all rows that are in `deferred`, those of later calls too.
         self.batch.deferred = self.deferred.keys()
 

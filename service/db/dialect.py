@@ -24,6 +24,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
+from service.db.arrays import ArrayText
 from service.db.base import Base, BigInt, Column, ColumnType, Expression, KeyValue
 
 
@@ -45,7 +46,7 @@ def values_table(session: AsyncSession, values: Sequence[KeyValue], kind: Column
     if is_sqlite(session):
         each = func.json_each(json.dumps(values)).table_valued(column("value", kind), column("key", Integer))
         return select(each.c.value, each.c.key.label("position")).subquery()
-    array = bindparam(None, values, type_=ARRAY(kind), unique=True)
+    array = bindparam(None, values, type_=ArrayText(kind), unique=True)
     rows = func.unnest(array).table_valued(column("value", kind), with_ordinality="position").render_derived()
     return select(rows.c.value, rows.c.position).subquery()
 

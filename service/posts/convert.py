@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 from roster.v1.posts_pb2 import ListPostsRequest, UpdatePostRequest
 from roster.v1.resources_pb2 import Post as PostMessage
-from service.bulk.convert import add_fields, add_identity
+from service.bulk.builder import BatchBuilder
 from service.db.base import Values, column_names
 from service.db.bulk.batch import Batch
 from service.db.selection import Row
@@ -12,9 +12,10 @@ from service.encoding import RowEncoder
 from service.errors import InvalidField
 from service.posts.model import Post
 from service.posts.rules import CREATE_RULES, RULES
+from service.timeslice import slices
 from service.users.convert import user_to_fields
-from service.users.rules import are_plain_emails, email_key_error, may_be_costly, normalise_email
-from service.validation import check_id, collect_violations, id_error
+from service.users.rules import are_plain_emails, email_key_error, normalise_email
+from service.validation import ID_RULE, Rule, check_id, collect_violations
 from service.wire import (
     Fields,
     Update,
@@ -25,6 +26,7 @@ from service.wire import (
 
 WRITABLE = tuple(RULES)
 POST_COLUMNS = column_names(Post)
+AUTHOR_EMAIL = Rule(email_key_error, are_plain_emails)
 
 POST_ENCODER = RowEncoder(POST_COLUMNS, PostMessage)
 post_to_fields = row_converter(POST_COLUMNS, PostMessage)
@@ -58,12 +60,7 @@ def author_id_from_request(request: ListPostsRequest) -> int:
     return request.author_id and check_id(request.author_id, "author_id")
 
 
-def has_costly_posts(messages: Sequence[PostMessage]) -> bool:
-    """Return whether some of the rows may take long to read."""
-    return may_be_costly([message.author_email for message in messages])
-
-
-def post_batch_from_messages(
+async def post_batch_from_messages(
     messages: Sequence[PostMessage],
     fields: Collection[str],
     masked: Collection[str],  # noqa: ARG001  (no field of a post is required by being named)
@@ -72,29 +69,33 @@ def post_batch_from_messages(
 
     A new row has its author's id or e-mail, and 0 or "" for the other.
     """
-    batch = Batch(len(messages))
-    add_identity(batch, messages, fields)
+    builder = BatchBuilder(messages)
+    await builder.add_identity(fields)
     if "author_id" in fields:
-        _add_authors(batch, messages)
-    add_fields(batch, messages, fields, RULES)
-    return batch
+        await _add_authors(builder)
+    await builder.add_fields(fields, RULES)
+    return builder.batch
 
 
-def _add_authors(batch: Batch, messages: Sequence[PostMessage]) -> None:
-    ids: list[int | None] = [message.author_id or None for message in messages]
-    given = [message.author_email for message in messages]
-    is_plain = are_plain_emails(given)
-    emails: list[str | None] = [*given]
-    if not is_plain:
-        emails = [normalise_email(email) or None for email in given]
-    batch.add("author_id", ids, id_error, is_sound=not any(ids))
-    batch.add("author_email", emails, email_key_error, is_sound=is_plain)
-    if is_plain and not any(ids):
+async def _add_authors(builder: BatchBuilder) -> None:
+    ids, emails = builder.values_or_none("author_id"), builder.values_or_none("author_email")
+    await builder.add("author_id", ids, ID_RULE)
+    await builder.add("author_email", emails, AUTHOR_EMAIL, normalise=_normalise_author)
+    if all(emails) and not any(ids):
         return
-    for row, (id, email) in enumerate(zip(ids, emails, strict=True)):
-        if id is None and email is None:
-            batch.fail(row, InvalidField("author_id or author_email is required", field="author_id"))
-        elif id is not None and email is not None:
-            batch.fail(
-                row, InvalidField("author_email can't come together with author_id", field="author_email")
-            )
+    async for rows in slices(range(len(ids))):
+        for row in rows:
+            if error := _author_error(ids[row], emails[row]):
+                builder.batch.fail(row, error)
+
+
+def _author_error(id: int | None, email: str | None) -> InvalidField | None:
+    if id is None and email is None:
+        return InvalidField("author_id or author_email is required", field="author_id")
+    if id is not None and email is not None:
+        return InvalidField("author_email can't come together with author_id", field="author_email")
+    return None
+
+
+def _normalise_author(email: str) -> str | None:
+    return normalise_email(email) or None

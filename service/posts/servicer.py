@@ -22,7 +22,6 @@ from service.posts.convert import (
     POST_ENCODER,
     WRITABLE,
     author_id_from_request,
-    has_costly_posts,
     post_batch_from_messages,
     post_from_message,
     post_to_fields,
@@ -41,7 +40,6 @@ CREATE_POSTS = Operation(
     post_batch_from_messages,
     WRITABLE,
     create_only=("author_id",),
-    has_costly_rows=has_costly_posts,
 )
 UPDATE_POSTS = Operation(pb.BulkUpdatePostsRequest, POSTS, post_batch_from_messages, WRITABLE, is_update=True)
 BASIC = View(PostRepository.basic(), post_to_fields, POST_ENCODER)

@@ -1,15 +1,13 @@
 """Users: messages <-> values. Pure functions; all checks of a request happen here."""
 
 from collections.abc import Collection, Sequence
-from operator import attrgetter
 from typing import Any
 
 from google.protobuf.field_mask_pb2 import FieldMask
-from google.protobuf.message import Message
 
 from roster.v1.resources_pb2 import Post as PostMessage, User as UserMessage
 from roster.v1.users_pb2 import GetUserRequest, UpdateUserRequest, VerifyPasswordRequest
-from service.bulk.convert import add_identity
+from service.bulk.builder import BatchBuilder
 from service.db.base import Values, column_names
 from service.db.bulk.batch import Batch
 from service.db.selection import Row
@@ -20,15 +18,12 @@ from service.users.repository import LISTED_POST, UserWithPosts
 from service.users.rules import (
     OPTIONAL_TEXTS,
     RULES,
-    are_plain_emails,
-    email_error,
     email_key_error,
     email_spellings,
-    may_be_costly,
     normalise_email,
     password_error,
 )
-from service.validation import check_id, collect_violations
+from service.validation import Rule, check_id, collect_violations
 from service.wire import (
     Fields,
     Update,
@@ -79,67 +74,36 @@ def user_changes_from_message(message: UserMessage, mask: FieldMask) -> Values:
     return _values(message, fields)
 
 
-def has_costly_users(messages: Sequence[UserMessage]) -> bool:
-    """Return whether some of the rows may take long to read."""
-    return may_be_costly([message.email for message in messages])
-
-
-def user_batch_from_messages(
+async def user_batch_from_messages(
     messages: Sequence[UserMessage], fields: Collection[str], masked: Collection[str]
 ) -> Batch:
     """Return the fields of rows as columns; a row that breaks a rule is in `failures`.
 
     A row needs every field that the update mask names, except optional texts, which are null if unset.
     """
-    batch = Batch(len(messages))
-    add_identity(batch, messages, fields)
+    builder = BatchBuilder(messages)
+    await builder.add_identity(fields)
     if "email" in fields:
-        emails = [message.email for message in messages]
-        is_plain = are_plain_emails(emails)
-        batch.add(
-            "email",
-            emails if is_plain else list(map(normalise_email, emails)),
-            email_error,
-            is_sound=is_plain,
-        )
+        await builder.add("email", builder.values("email"), RULES["email"], normalise=normalise_email)
     for field in OPTIONAL_TEXTS:
         if field in fields:
-            _add_optional_texts(batch, field, messages)
+            await builder.add(field, builder.set_values(field), RULES[field])
     if "is_active" in fields:
         default = None if "is_active" in masked else True
-        batch.add("is_active", _values_or(default, "is_active", messages), is_required=True)
+        states = builder.set_values("is_active", default)
+        await builder.add("is_active", states, RULES["is_active"], is_required=True)
     if "hashed_password" in fields:
-        hashes = [message.hashed_password or None for message in messages]
-        is_required = "hashed_password" in masked
-        batch.add(
+        await builder.add(
             "hashed_password",
-            hashes,
-            RULES["hashed_password"].error,
-            is_required=is_required,
-            is_sound=RULES["hashed_password"].accepts_all(hashes),
+            builder.values_or_none("hashed_password"),
+            RULES["hashed_password"],
+            is_required="hashed_password" in masked,
         )
-    if any(message.password for message in messages):
-        batch.add("password", [message.password or None for message in messages], _bulk_password_error)
-        del batch.columns["password"]
-    return batch
-
-
-def _add_optional_texts(batch: Batch, field: str, messages: Sequence[Message]) -> None:
-    texts = _values_or(None, field, messages)
-    rule = RULES[field]
-    batch.add(field, texts, rule.error, is_sound=rule.accepts_all(texts))
-
-
-def _values_or(default: bool | None, field: str, messages: Sequence[Message]) -> list[Any]:
-    """Return the values of a field, and the default for messages in which it is unset."""
-    values = list(map(attrgetter(field), messages))
-    if all(values):
-        return values
-    # HasField is needed only for a value that reads as its default.
-    for row, value in enumerate(values):
-        if not value and not messages[row].HasField(field):
-            values[row] = default
-    return values
+    passwords = builder.values_or_none("password")
+    if any(passwords):
+        await builder.add("password", passwords, Rule(_bulk_password_error))
+        del builder.batch.columns["password"]
+    return builder.batch
 
 
 def keys_from_request(

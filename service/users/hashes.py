@@ -64,6 +64,9 @@ SALTED = re.compile(
     rf"(?P<end>=*(?:\${BASE64_CHARACTER}{{1,16}}=*\${BASE64_CHARACTER}{{1,128}}=*)?)"
 )
 BCRYPT = re.compile(rf"(?P<start>{BRACES}(?:bcrypt(?:_sha256)?\$)?\$2[aby]\$\d\d\$){BCRYPT_TEXT.pattern}")
+# Tables that map these characters to one of them, and others to themselves.
+BASE64_KINDS = re.sub(BASE64_CHARACTER.encode(), b"A", bytes(range(256)))
+BCRYPT_KINDS = re.sub(rb"[./A-Za-z0-9]", b"A", bytes(range(256)))
 
 # Schemes that can't be checked, by the beginning of a hash.
 UNSUPPORTED = {
@@ -151,8 +154,12 @@ def are_acceptable_hashes(values: Sequence[str | None]) -> bool:
     """
     present = [value for value in values if value is not None]
     joined = "\n".join(present) + "\n"
+    if not present:
+        return True
+    if _are_alike(joined, present[0], len(present)):
+        return password_hash_error(present[0]) is None
     if joined.count("\n") != len(present):  # a value contains a line break
-        return not present
+        return False
     shapes: frozenset[str] = frozenset()
     position, end = 0, len(joined)
     while position < end and len(shapes) < SHAPES_AT_ONCE:
@@ -166,6 +173,23 @@ def are_acceptable_hashes(values: Sequence[str | None]) -> bool:
             return False
         position = found.end()
     return position >= end
+
+
+def _are_alike(joined: str, first: str, count: int) -> bool:
+    """Return whether all lines begin like the first, and have characters of the same kinds in all places.
+
+    In the common forms they are all as acceptable as the first then. This finds what a match would find for
+    a single shape, in half the time.
+    """
+    if found := BCRYPT.fullmatch(first):
+        kinds = BCRYPT_KINDS
+    elif found := SALTED.fullmatch(first):
+        kinds = BASE64_KINDS
+    else:
+        return False
+    line = f"{first}\n".encode().translate(kinds)
+    is_alike = joined.isascii() and joined.encode().translate(kinds) == line * count
+    return is_alike and joined.count("\n" + found["start"]) == count - 1
 
 
 def _shape(text: str) -> str | None:

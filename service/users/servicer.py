@@ -34,7 +34,6 @@ from service.metrics import HASHES_UNREADABLE
 from service.users.convert import (
     BULK_WRITABLE,
     USER_ENCODER,
-    has_costly_users,
     keys_from_request,
     password_from_request,
     user_batch_from_messages,
@@ -65,7 +64,6 @@ CREATE_USERS = Operation(
     user_batch_from_messages,
     BULK_WRITABLE,
     required_roles=REQUIRED_ROLES,
-    has_costly_rows=has_costly_users,
 )
 UPDATE_USERS = Operation(
     pb.BulkUpdateUsersRequest,
@@ -74,7 +72,6 @@ UPDATE_USERS = Operation(
     BULK_WRITABLE,
     is_update=True,
     required_roles=REQUIRED_ROLES,
-    has_costly_rows=has_costly_users,
 )
 BASIC = View(UserRepository.basic(), user_to_fields, USER_ENCODER)
 VIEWS = Views(

@@ -46,8 +46,9 @@ from tests.support.rows import add_posts, add_users
 from tests.support.server import serve
 from tests.support.statements import Fetch, Statement, intercept_fetches
 
-# Besides calls, a server pings the database and deletes old requests.
-NOT_COUNTED = ("BEGIN", "SAVEPOINT", "RELEASE", "SELECT 1", "DELETE FROM requests")
+# Besides calls, a server pings the database and deletes old requests. Where PostgreSQL's COPY is not seen,
+# SQLite's bulk writer reads the clock.
+NOT_COUNTED = ("BEGIN", "SAVEPOINT", "SELECT 1", "DELETE FROM requests", "SELECT (strftime(")
 
 
 @dataclass

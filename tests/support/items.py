@@ -18,16 +18,18 @@ from sqlalchemy import MetaData
 from sqlalchemy.orm import Mapped, mapped_column
 
 import roster.v1
-from service.bulk.convert import add_identity
+from service.bulk.builder import BatchBuilder
 from service.bulk.operation import Operation
 from service.db.base import Base, BigInt, Entity, text
 from service.db.bulk.batch import Batch
 from service.db.bulk.table import BulkTable, UniqueKey
 from service.db.engine import Database
 from service.errors import AlreadyExists, NotFound
+from service.validation import Rule
 
 FOLDER = Path(__file__).parent
 WRITABLE = ("slug", "code", "times", "expected")
+ANY = Rule(lambda _: None, lambda _: True)
 
 
 class ItemNotFound(NotFound):
@@ -84,22 +86,20 @@ Item, BulkCreateItemsRequest, BulkUpdateItemsRequest = _compile_messages(
 )
 
 
-def item_batch_from_messages(
-    messages: Sequence[Any], fields: Collection[str], masked: Collection[str]
+async def item_batch_from_messages(
+    messages: Sequence[Any],
+    fields: Collection[str],
+    masked: Collection[str],
 ) -> Batch:
     """Return the fields of items as columns; a code of 0 means none."""
-    batch = Batch(len(messages))
-    add_identity(batch, messages, fields)
+    builder = BatchBuilder(messages)
+    await builder.add_identity(fields)
     if "slug" in fields:
-        slugs = [message.slug for message in messages]
-        batch.add("slug", slugs, lambda slug: None if slug else "is required")
+        await builder.add("slug", builder.values("slug"), Rule(lambda slug: None if slug else "is required"))
     if "code" in fields:
-        batch.add("code", [message.code or None for message in messages])
-    if "times" in fields:
-        batch.add("times", [message.times for message in messages])
-    if "expected" in fields:
-        batch.add("expected", [message.expected for message in messages])
-    return batch
+        await builder.add("code", builder.values_or_none("code"), ANY)
+    await builder.add_fields(fields, {"times": ANY, "expected": ANY})
+    return builder.batch
 
 
 def item_not_found() -> ItemNotFound:

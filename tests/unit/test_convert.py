@@ -117,9 +117,9 @@ def test_post_keeps_every_writable_field(message: PostMessage) -> None:
 
 @settings(deadline=None)
 @given(messages=st.lists(user_messages, max_size=5))
-def test_bulk_users_are_validated_like_single_ones(messages: list[UserMessage]) -> None:
+async def test_bulk_users_are_validated_like_single_ones(messages: list[UserMessage]) -> None:
     """The same rows are accepted with the same values, and unset fields get defaults."""
-    batch = user_batch_from_messages(messages, BULK_WRITABLE, [])
+    batch = await user_batch_from_messages(messages, BULK_WRITABLE, [])
     defaults = {**UNSET_TEXTS, "is_active": True, "hashed_password": None}
 
     alone = [user_values(message) for message in messages]
@@ -133,9 +133,9 @@ def test_bulk_users_are_validated_like_single_ones(messages: list[UserMessage]) 
 
 @settings(deadline=None)
 @given(messages=st.lists(post_messages, max_size=5))
-def test_bulk_posts_are_validated_like_single_ones(messages: list[PostMessage]) -> None:
+async def test_bulk_posts_are_validated_like_single_ones(messages: list[PostMessage]) -> None:
     """The same rows are accepted with the same values."""
-    batch = post_batch_from_messages(messages, ("author_id", "title", "content"), [])
+    batch = await post_batch_from_messages(messages, ("author_id", "title", "content"), [])
 
     alone = [post_values(message) for message in messages]
     assert [row not in batch.failures for row in range(batch.size)] == [

@@ -397,6 +397,23 @@ def test_column_check_accepts_no_hash_that_the_rule_refuses(column: list[str | N
         assert [password_hash_error(value) for value in present] == [None] * len(present)
 
 
+@settings(deadline=None, max_examples=500)
+@given(
+    stored=st.sampled_from([stored for stored, _ in FIELD_HASHES] + list(IMPORTED.values())),
+    changes=st.lists(st.tuples(st.integers(0, 120), st.sampled_from("+/._-=$,{A09é\n")), max_size=3),
+)
+def test_column_check_accepts_no_damaged_copy_that_the_rule_refuses(
+    stored: str, changes: list[tuple[int, str]]
+) -> None:
+    """A copy is as long as the first hash, and differs from it in some characters."""
+    copy = list(stored)
+    for at, letter in changes:
+        copy[at % len(copy)] = letter
+    damaged = "".join(copy)
+    if are_acceptable_hashes([stored, damaged, stored]):
+        assert password_hash_error(damaged) is None
+
+
 MOST_COSTS = 40  # characters of costs at the beginning of a hash
 
 

@@ -1,13 +1,13 @@
 """The rows of one message as columns, the options to write them with, and their outcome."""
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Any, TypeAlias
 
 from service.db.base import KeyValue
-from service.errors import InvalidField, RosterError
+from service.errors import RosterError
 
 BatchColumns: TypeAlias = Mapping[str, Sequence[Any]]  # values by row, for each column
 
@@ -57,49 +57,19 @@ class Batch:
     ids_drawn: asyncio.Event = field(default_factory=asyncio.Event)
     deferred: Collection[int] = ()  # rows whose unique key an earlier, uncommitted batch has
 
-    def extend(self, other: "Batch") -> None:
-        """Append the rows of another batch, which has the same columns."""
-        for name, values in other.columns.items():
-            self.columns.setdefault(name, []).extend(values)
-        self.failures.update((self.size + row, error) for row, error in other.failures.items())
-        self.size += other.size
-
     def keys(self, names: Iterable[str]) -> dict[str, dict[KeyValue, int]]:
         """Return the values of good rows in each of these columns, with the first row of each."""
-        rows = self.good_rows()[::-1]  # backwards, so that the first row of several is the one that stays
+        rows = self.good_rows()
         keys = {}
         for name in names:
             if name in self.columns:
-                first_rows = dict(zip(self.take(name, rows), rows, strict=True))
+                values = self.take(name, rows)
+                first_rows = dict(zip(values, rows, strict=True))
+                if len(first_rows) < len(rows):  # backwards, so that the first row of several stays
+                    first_rows = dict(zip(reversed(values), reversed(rows), strict=True))
                 first_rows.pop(None, None)  # unset and null values are in conflict with none
                 keys[name] = first_rows
         return keys
-
-    def add(
-        self,
-        name: str,
-        values: list[Any],
-        rule: Callable[[Any], str | None] | None = None,
-        *,
-        is_required: bool = False,
-        is_sound: bool = False,
-    ) -> None:
-        """Add a column and fail the rows that break its rule; None stands for an unset value.
-
-        With `is_sound` the column was checked as a whole, and the rule is not applied to each row.
-        """
-        self.columns[name] = values
-        is_checked = is_sound or rule is None
-        if is_checked and not (is_required and None in values):
-            return
-        for row, value in enumerate(values):
-            error = None
-            if value is not None:
-                error = rule(value) if rule else None
-            elif is_required:
-                error = "is required where update_mask names it"
-            if error:
-                self.fail(row, InvalidField(f"{name} {error}", field=name))
 
     def fail(self, row: int, error: RosterError) -> None:
         """Fail a row; its first failure is the one reported."""

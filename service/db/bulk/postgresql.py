@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import asyncpg
 from sqlalchemy import (
-    ARRAY,
     ScalarSelect,
     Table,
     bindparam,
@@ -21,6 +20,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import REGCLASS
 from sqlalchemy.exc import IntegrityError
 
+from service.db.arrays import ArrayText
 from service.db.base import BigInt, ColumnType, Entity, Expression, Session, now
 from service.db.bulk.batch import BatchColumns
 from service.db.statements import measure_statement
@@ -37,6 +37,17 @@ NULL = r"\N"
 ESCAPES = {"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"}  # the backslash first
 
 
+# Ids drawn while no other transaction draws any follow each other: two numbers instead of thousands. The
+# subquery of nextval is evaluated once. As a plain argument it was evaluated for every row: 3.6 µs.
+NEXT_IDS = """
+SELECT min(id), max(id), CASE WHEN max(id) - min(id) >= $1 THEN array_agg(id) END
+FROM (
+    SELECT nextval((SELECT pg_get_serial_sequence('{table}', 'id')::regclass))
+    FROM generate_series(1, $1::bigint)
+) AS drawn (id)
+"""
+
+
 async def next_ids(session: Session, model: type[Entity], count: int) -> Sequence[int]:
     """Draw ids from the table's sequence; a rollback leaves a gap.
 
@@ -45,14 +56,15 @@ async def next_ids(session: Session, model: type[Entity], count: int) -> Sequenc
     """
     if not count:
         return []
-    await session.execute(text(f"LOCK TABLE {model.__tablename__} IN ROW EXCLUSIVE MODE"))
-    drawn = func.array_agg(func.nextval(_sequence(model)), type_=ARRAY(BigInt))
-    ids = await session.scalar(select(drawn).select_from(func.generate_series(1, count)))
-    return cast("list[int]", ids)
+    connection = await session.connection()
+    await connection.exec_driver_sql(f"LOCK TABLE {model.__tablename__} IN ROW EXCLUSIVE MODE")
+    drawn = await connection.exec_driver_sql(NEXT_IDS.format(table=model.__tablename__), (count,))
+    row: Any = drawn.one()
+    first, last, ids = row
+    return ids or range(first, last + 1)
 
 
 def _sequence(model: type[Entity]) -> ScalarSelect[str]:
-    # A subquery is evaluated once. As a plain argument of nextval it was evaluated for every row: 3.6 µs.
     return select(cast_to(func.pg_get_serial_sequence(model.__tablename__, "id"), REGCLASS)).scalar_subquery()
 
 
@@ -164,7 +176,7 @@ async def update_rows(
     given += [("id", BigInt, ids), ("increment", BigInt, increments)]
     if expected is not None:
         given.append(("expected", BigInt, expected))
-    arrays = [bindparam(f"new_{name}", values, type_=ARRAY(kind)) for name, kind, values in given]
+    arrays = [bindparam(f"new_{name}", values, type_=ArrayText(kind)) for name, kind, values in given]
     names = [column(name, kind) for name, kind, _ in given]
     new = func.unnest(*arrays).table_valued(*names).render_derived()
     changes: dict[str, Expression] = {name: new.c[f"column_{number}"] for number, name in enumerate(columns)}

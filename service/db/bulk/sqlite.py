@@ -1,7 +1,8 @@
-"""Writes to SQLite: SQLAlchemy's executemany. There is no other writer meanwhile."""
+"""Writes to SQLite: statements of many rows. There is no other writer meanwhile."""
 
 from collections.abc import Sequence
-from operator import itemgetter
+from functools import lru_cache
+from itertools import chain, repeat
 from typing import Any, cast
 
 from sqlalchemy import (
@@ -16,6 +17,7 @@ from sqlalchemy import (
     insert,
     select,
     table,
+    type_coerce,
     update,
 )
 
@@ -24,6 +26,10 @@ from service.db.bulk.batch import BatchColumns
 from service.timeslice import map_in_slices, slices
 
 ROWS_AT_ONCE = 250
+# Fits the 32,766 parameters that a statement may have. With 500 rows a load took the server 15 µs a row, with
+# 1,250 rows 12.
+ROWS_PER_STATEMENT = 1000
+TIMES = ("created_at", "updated_at")
 # The table in which SQLite keeps the largest id ever used of each AUTOINCREMENT table.
 SEQUENCES = table("sqlite_sequence", column("name", String), column("seq", Integer))
 
@@ -43,23 +49,42 @@ async def reserve_ids(session: Session, model: type[Entity], largest: int) -> No
 
 
 async def insert_rows(
-    session: Session, model: type[Entity], columns: BatchColumns, sort_key: str | None
+    session: Session,
+    model: type[Entity],
+    columns: BatchColumns,
+    sort_key: str | None,  # noqa: ARG001  (there is no other writer to meet in another order)
 ) -> None:
     """Insert rows; raises IntegrityError.
 
-    The driver gets tuples. SQLAlchemy would make a dict of each row, and another one of its parameters.
+    The driver releases the interpreter's lock while a statement runs, and waits for it after each. So a
+    statement inserts many rows: with a statement for each, this thread waits for the event loop's 5,000
+    times. The driver gets plain values. SQLAlchemy would make a dict of each row.
     """
     connection = await session.connection()
     table = cast("Table", model.__table__)
-    statement = (
-        insert(table).values({name: bindparam(name) for name in columns}).compile(dialect=connection.dialect)
-    )
-    names = statement.positiontup or []
-    bound = [await _bound(columns[name], table.c[name].type, connection.dialect) for name in names]
-    rows = list(zip(*bound, strict=True))
-    if sort_key:
-        rows.sort(key=itemgetter(names.index(sort_key)))
-    await connection.exec_driver_sql(str(statement), rows)
+    # The same time for all rows. As the columns' default it would be formatted for each: 2 µs a row.
+    at = await connection.scalar(select(type_coerce(now(), String)))
+    times = [name for name in TIMES if name not in columns]
+    names, one_row, many_rows = _inserts(connection.dialect, table, (*columns, *times))
+    bound = {name: await _bound(columns[name], table.c[name].type, connection.dialect) for name in columns}
+    rows = list(zip(*(bound.get(name, repeat(at)) for name in names), strict=False))
+    whole = len(rows) - len(rows) % ROWS_PER_STATEMENT
+    for start in range(0, whole, ROWS_PER_STATEMENT):
+        values = tuple(chain.from_iterable(rows[start : start + ROWS_PER_STATEMENT]))
+        await connection.exec_driver_sql(many_rows, values)
+    # The rest one by one: a statement for each number of rows would fill the driver's cache of statements.
+    if rest := rows[whole:]:
+        await connection.exec_driver_sql(one_row, rest)
+
+
+@lru_cache(64)
+def _inserts(dialect: Dialect, table: Table, names: Sequence[str]) -> tuple[Sequence[str], str, str]:
+    """Return the columns in the order of their parameters, and the INSERT of one row and of many."""
+    values: dict[str, Expression] = {name: bindparam(name) for name in names}
+    statement = insert(table).values(values).compile(dialect=dialect)
+    one_row = str(statement)
+    row = one_row.rpartition(" VALUES ")[2]
+    return statement.positiontup or [], one_row, ", ".join([one_row, *[row] * (ROWS_PER_STATEMENT - 1)])
 
 
 async def update_rows(

@@ -60,12 +60,15 @@ class BulkWriter:
         self, batch: Batch, attempt: Callable[[Batch], Awaitable[Outcome]]
     ) -> Outcome:
         """Return the outcome of an attempt; roll back and repeat it if another writer got in its way."""
+        # Not `begin_nested`: it compiles both statements each time, 0.2 µs a row. A commit needs no RELEASE.
+        connection = await self.session.connection()
+        await connection.exec_driver_sql("SAVEPOINT attempt")
         for _ in range(1 + MAX_RETRIES):
             try:
-                async with self.session.begin_nested():
-                    # Each attempt gets failures of its own: those of the last one may no longer be true.
-                    return await attempt(replace(batch, failures=dict(batch.failures)))
+                # Each attempt gets failures of its own: those of the last one may no longer be true.
+                return await attempt(replace(batch, failures=dict(batch.failures)))
             except (IntegrityError, LookupNeeded):
+                await connection.exec_driver_sql("ROLLBACK TO SAVEPOINT attempt")
                 batch.expects_conflicts = True
         raise DatabaseUnavailable(
             "other writes keep conflicting with this batch; nothing was written, try again"
@@ -181,6 +184,7 @@ class BulkWriter:
     async def _ids_by(self, key: UniqueKey, batch: Batch) -> dict[KeyValue, int]:
         """Return, by value, the ids of the rows that have one of the batch's values of a key."""
         values = [value for value in batch.take(key.name, batch.good_rows()) if value is not None]
+        values.sort()  # one after the other they are in the same pages of the index
         ids = await ids_of(self.session, key.column, values, _type_of(values))
         found = {value: id for value, id in zip(values, ids, strict=True) if id is not None}
         return {**await self._ids_by_other_value(key, batch), **found}
