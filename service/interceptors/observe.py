@@ -5,10 +5,15 @@ from collections.abc import Callable
 from contextvars import Context as Variables
 from functools import partial
 from time import perf_counter
+from typing import Any
 
+import grpc
+
+from service.auth.caller import current_caller
 from service.interceptors.chain import Context, Interceptor, Proceed, Request, Response, Rpc, code_at_end
-from service.interceptors.logs import CallLog, write
+from service.interceptors.logs import CallLog
 from service.interceptors.metrics import CallMetrics
+from service.logs import CALL_IDS
 
 
 class Afterwards:
@@ -43,6 +48,10 @@ def observe_calls(slow_seconds: float) -> Interceptor:
     def intercept(rpc: Rpc, proceed: Proceed) -> Proceed:
         metrics, log = CallMetrics(rpc), CallLog(rpc, slow_seconds)
 
+        def finish(code: grpc.StatusCode, seconds: float, *logged: Any) -> None:
+            metrics.end(code, seconds)
+            log.end(code, seconds, *logged)
+
         async def observe(request: Request, context: Context) -> Response:
             statements = log.begin(context)
             metrics.begin()
@@ -51,9 +60,8 @@ def observe_calls(slow_seconds: float) -> Interceptor:
                 return await proceed(request, context)
             finally:
                 seconds, code = perf_counter() - began, code_at_end(context)
-                afterwards.add(partial(metrics.end, code, seconds))
-                if line := log.line(context, code, seconds, statements):
-                    afterwards.add(partial(write, line))
+                caller, peer = current_caller().identity, context.peer()
+                afterwards.add(partial(finish, code, seconds, statements, CALL_IDS.get(), caller, peer))
 
         return observe
 
