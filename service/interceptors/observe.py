@@ -5,9 +5,6 @@ from collections.abc import Callable
 from contextvars import Context as Variables
 from functools import partial
 from time import perf_counter
-from typing import Any
-
-import grpc
 
 from service.auth.caller import current_caller
 from service.interceptors.chain import Context, Interceptor, Proceed, Request, Response, Rpc, code_at_end
@@ -46,11 +43,7 @@ def observe_calls(slow_seconds: float) -> Interceptor:
     afterwards = Afterwards()
 
     def intercept(rpc: Rpc, proceed: Proceed) -> Proceed:
-        metrics, log = CallMetrics(rpc), CallLog(rpc, slow_seconds)
-
-        def finish(code: grpc.StatusCode, seconds: float, *logged: Any) -> None:
-            metrics.end(code, seconds)
-            log.end(code, seconds, *logged)
+        metrics, log = CallMetrics(rpc, afterwards.add), CallLog(rpc, slow_seconds)
 
         async def observe(request: Request, context: Context) -> Response:
             statements = log.begin(context)
@@ -60,8 +53,9 @@ def observe_calls(slow_seconds: float) -> Interceptor:
                 return await proceed(request, context)
             finally:
                 seconds, code = perf_counter() - began, code_at_end(context)
+                metrics.end(code, seconds)
                 caller, peer = current_caller().identity, context.peer()
-                afterwards.add(partial(finish, code, seconds, statements, CALL_IDS.get(), caller, peer))
+                afterwards.add(partial(log.end, code, seconds, statements, CALL_IDS.get(), caller, peer))
 
         return observe
 
