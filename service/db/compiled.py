@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Any
 
 import asyncpg
-from sqlalchemy import ARRAY, BindParameter, Dialect, PoolProxiedConnection
+from sqlalchemy import BindParameter, Dialect, PoolProxiedConnection
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.util import greenlet_spawn
 
@@ -75,6 +75,4 @@ class _Record(asyncpg.Record):
 
 
 def _conversion(parameter: BindParameter[Any], dialect: Dialect) -> Callable[[Any], Any]:
-    if isinstance(parameter.type, ARRAY):  # asyncpg takes a list as it is; SQLAlchemy would copy it
-        return lambda values: values
     return parameter.type.dialect_impl(dialect).bind_processor(dialect) or (lambda value: value)

@@ -18,12 +18,12 @@ KEEP_SECONDS = 0.05
 class DriverConnections:
     """Takes connections from a pool, and keeps them for a moment after their last statement.
 
-    The pool checks, counts and replaces them like all others. So that nobody waits for one that is idle, they
-    are kept only while the pool has room for others.
+    The pool checks, counts and replaces them like all others; it has at most `size`.
     """
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, size: int) -> None:
         self._pool = cast("QueuePool", engine.pool)
+        self._size = size
         self._kept: list[PoolProxiedConnection] = []
         self._giving_back: asyncio.Task[None] | None = None
 
@@ -38,10 +38,12 @@ class DriverConnections:
             # connection.
             await greenlet_spawn(connection.close)
             raise
-        if self._pool.checkedout() < self._pool.size():
-            self._keep(connection)
-        else:
-            await greenlet_spawn(connection.close)
+        self._keep(connection)
+
+    async def make_room(self) -> None:
+        """Give a kept connection back if the pool has no other, before somebody takes one from the pool."""
+        if self._kept and self._pool.checkedout() >= self._size:
+            await greenlet_spawn(self._kept.pop().close)
 
     async def close(self) -> None:
         """Give all connections back."""

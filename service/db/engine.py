@@ -64,7 +64,8 @@ class Database:
     def __init__(self, settings: Settings) -> None:
         make = _Sqlite if settings.is_embedded else _PostgreSQL
         self._engines = make(settings)
-        self._driver_connections = DriverConnections(self._engines.reader)
+        size = settings.pool_size + settings.max_overflow
+        self._driver_connections = DriverConnections(self._engines.reader, size)
         self.is_sqlite = settings.is_embedded
         # For converting many rows: without it, sixteen exports would keep all other calls off the event loop.
         self.loop_turns = LoopTurns()
@@ -78,9 +79,11 @@ class Database:
     async def begin(self) -> AsyncIterator[Session]:
         """Open a read-write unit of work; raises domain errors for driver errors."""
         with translate_errors():
-            async with self._engines.write_slot(), _session(self._engines.writer) as session:
-                yield session
-                await _commit(session)
+            async with self._engines.write_slot():
+                await self._driver_connections.make_room()
+                async with _session(self._engines.writer) as session:
+                    yield session
+                    await _commit(session)
 
     @asynccontextmanager
     async def bulk(self) -> AsyncIterator[Session]:
@@ -97,8 +100,10 @@ class Database:
     async def read(self) -> AsyncIterator[ReadSession]:
         """Open a read session, which holds a connection but no transaction."""
         with translate_errors():
-            async with self._engines.read_slot(), _session(self._engines.reader) as session:
-                yield session
+            async with self._engines.read_slot():
+                await self._driver_connections.make_room()
+                async with _session(self._engines.reader) as session:
+                    yield session
 
     async def rows(self, query: CompiledSelect, *, share: str = "", **values: Any) -> Sequence[Row]:
         """Return the rows of a compiled statement, with these values for its parameters.

@@ -124,10 +124,10 @@ class LookupBatcher:
             await self._answer()
 
     async def _gather(self) -> None:
-        """Wait until the event loop brings no more lookups, at most 5 ms."""
+        """Wait until the event loop brings no more lookups, or there are enough of them, at most 5 ms."""
         end, known = perf_counter() + MAX_GATHER_SECONDS, 0
-        while known < len(self._waiting) < MAX_KEYS:
-            known = len(self._waiting)
+        while known < (waiting := sum(len(keys) for keys, _ in self._waiting)) < MAX_KEYS:
+            known = waiting
             for _ in range(QUIET_TURNS):
                 await asyncio.sleep(0)
                 if perf_counter() > end:

@@ -58,8 +58,8 @@ def gate() -> Iterator[Gate]:
 
     async def pass_gate(statement: Statement, fetch: Fetch) -> Any:
         rows = await fetch()
-        keys = statement.parameters[0]
-        await gate.note(json.loads(keys) if isinstance(keys, str) else keys)
+        keys = statement.parameters[0].replace("{", "[").replace("}", "]")  # PostgreSQL's arrays have braces
+        await gate.note(json.loads(keys))
         return rows
 
     with intercept_fetches(pass_gate):
