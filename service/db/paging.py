@@ -8,9 +8,10 @@ gives access to nothing that a filter does not.
 import base64
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property, lru_cache
 from hashlib import sha256
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -73,7 +74,15 @@ class Keyset:
 
     def key_of(self, row: Any) -> SortKey:
         """Return the sort key of a row, with times as datetimes."""
-        return [_to_datetime(getattr(row, str(column.key)), column) for column in self.columns]
+        return [convert(getattr(row, name)) for name, convert in self._values]
+
+    @cached_property
+    def _values(self) -> list[tuple[str, Callable[[Any], Any]]]:
+        """The name of each column, and the function that converts its value."""
+        return [
+            (str(column.key), _to_datetime if isinstance(column.type, UtcDateTime) else lambda value: value)
+            for column in self.columns
+        ]
 
     def after(self, key: SortKey) -> ColumnElement[bool]:
         """Return the condition that a row comes after the key: one comparison, since OR uses no index."""
@@ -88,6 +97,7 @@ def page_size(requested: int) -> int:
     return min(requested, MAX_PAGE_SIZE) or DEFAULT_PAGE_SIZE
 
 
+@lru_cache
 def fingerprint(*listing: object) -> bytes:
     """Return a digest of the resource, filter, order and scope of a listing, which ties its tokens to it."""
     return sha256(json.dumps(listing, default=str).encode()).digest()[:FINGERPRINT_BYTES]
@@ -140,10 +150,8 @@ def _to_base64(raw: bytes) -> str:
     return base64.urlsafe_b64encode(raw).decode().rstrip("=")
 
 
-def _to_datetime(value: Any, column: Expression) -> Any:
-    if isinstance(column.type, UtcDateTime) and isinstance(value, int):
-        return EPOCH + value * MICROSECOND
-    return value
+def _to_datetime(value: Any) -> Any:
+    return EPOCH + value * MICROSECOND if isinstance(value, int) else value
 
 
 def _check_type(value: Any, column: Expression) -> Any:

@@ -1,6 +1,7 @@
 """Repository: the reads and writes that all entities have."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from sqlalchemy import ColumnElement, delete, insert, select, update
@@ -108,7 +109,7 @@ class Repository(Generic[ModelT, SessionT]):
         Raises InvalidFilter, InvalidOrder, InvalidPageToken, and InvalidField for the page size.
         """
         order = parse_order(request.order_by, cls.sortable)
-        keyset = Keyset(cls.sortable[order.field], order.descending)
+        keyset = cls._keyset(order.field, order.descending)
         listing = fingerprint(cls.model.__tablename__, request.filter, *order, scope_key)
         return ListQuery(
             conditions=[*scope, *await cls.conditions(request.filter)],
@@ -124,6 +125,11 @@ class Repository(Generic[ModelT, SessionT]):
         """Return a filter as conditions; raises InvalidFilter."""
         parsed = await condition(text, cls.filterable, cls.normalise, cls.spellings)
         return [] if parsed is None else [parsed]
+
+    @classmethod
+    @cache
+    def _keyset(cls, field: str, descending: bool) -> Keyset:
+        return Keyset(cls.sortable[field], descending)
 
     @classmethod
     def by_id(cls) -> Keyset:
