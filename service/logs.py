@@ -74,8 +74,7 @@ class BufferedStreamHandler(logging.StreamHandler[TextIO]):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._records.append(record)
-        is_first = len(self._records) == 1
-        if record.levelno >= logging.WARNING or (is_first and not self._will_flush()):
+        if record.levelno >= logging.WARNING or not self._will_flush():
             self.flush()
 
     def flush(self) -> None:
@@ -96,12 +95,13 @@ class BufferedStreamHandler(logging.StreamHandler[TextIO]):
             self.stream.write(f"a line of the logger {record.name} could not be written\n")
 
     def _will_flush(self) -> bool:
-        """Schedule a flush; return False if no event loop runs here."""
+        """Schedule a flush unless there is one already; return False if no event loop runs here."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             return False
-        loop.call_soon(self.flush, context=Context())
+        if len(self._records) == 1:
+            loop.call_soon(self.flush, context=Context())
         return True
 
     def _format(self, record: logging.LogRecord) -> bytes:

@@ -30,7 +30,7 @@ async def trim_forever() -> None:
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
-        trim(0)  # of what the imports have left: half a MiB, in a millisecond
+        await asyncio.to_thread(trim, 0)  # of what the imports have left: half a MiB
     at_start = _resident_bytes()
     while trim:
         await asyncio.sleep(INTERVAL_SECONDS)

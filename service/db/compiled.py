@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Any
 
 import asyncpg
-from sqlalchemy import BindParameter, Dialect, PoolProxiedConnection
+from sqlalchemy import ARRAY, BindParameter, Dialect, PoolProxiedConnection
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.util import greenlet_spawn
 
@@ -46,7 +46,6 @@ class CompiledSelect:
             convert(values.get(parameter.key, parameter.value))
             for parameter, convert in zip(self._parameters, self._converters, strict=True)
         ]
-        began = perf_counter()
         try:
             return await self._fetch(connection.driver_connection, bound)
         except BaseException as error:
@@ -56,16 +55,17 @@ class CompiledSelect:
             else:
                 await greenlet_spawn(connection.invalidate)
             raise
-        finally:
-            measure(self.sql, began)
 
     async def _fetch(self, driver: Any, bound: Sequence[Any]) -> Sequence[Row]:
-        if self._is_sqlite:
-            return list(map(self._as_row, await driver.execute_fetchall(self.sql, bound)))
+        began = perf_counter()
         try:
+            if self._is_sqlite:
+                return list(map(self._as_row, await driver.execute_fetchall(self.sql, bound)))
             found: Sequence[Row] = await driver.fetch(self.sql, *bound, record_class=_Record)
         except asyncpg.InterfaceError as error:  # the connection was closed before the statement was sent
             raise ConnectionError(str(error)) from error
+        finally:
+            measure(self.sql, began)
         return found
 
 
@@ -75,4 +75,6 @@ class _Record(asyncpg.Record):
 
 
 def _conversion(parameter: BindParameter[Any], dialect: Dialect) -> Callable[[Any], Any]:
+    if isinstance(parameter.type, ARRAY):  # asyncpg takes a list as it is; SQLAlchemy would copy it
+        return lambda values: values
     return parameter.type.dialect_impl(dialect).bind_processor(dialect) or (lambda value: value)

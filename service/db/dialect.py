@@ -56,7 +56,7 @@ def is_one_of_keys(column: Column, dialect: Dialect) -> ColumnElement[bool]:
     if dialect.name == "sqlite":
         each = func.json_each(bindparam("keys", type_=JSON)).table_valued("value")
         return column.in_(select(each.c.value))
-    return column == func.any(bindparam("keys", type_=ArrayText(column.type)))
+    return column == func.any(bindparam("keys", type_=ARRAY(column.type)))
 
 
 async def ids_of(

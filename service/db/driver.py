@@ -38,7 +38,10 @@ class DriverConnections:
             # connection.
             await greenlet_spawn(connection.close)
             raise
-        self._keep(connection)
+        if self._pool.checkedout() < self._size:
+            self._keep(connection)
+        else:  # others may be waiting
+            await greenlet_spawn(connection.close)
 
     async def make_room(self) -> None:
         """Give a kept connection back if the pool has no other, before somebody takes one from the pool."""
@@ -50,7 +53,13 @@ class DriverConnections:
         if self._giving_back:
             self._giving_back.cancel()
             await asyncio.wait([self._giving_back])
-        await self._give_back()
+        await self.give_back()
+
+    async def give_back(self) -> int:
+        """Give back what is kept, and return the number of idle connections in the pool."""
+        while self._kept:
+            await greenlet_spawn(self._kept.pop().close)
+        return self._pool.checkedin()
 
     def _keep(self, connection: PoolProxiedConnection) -> None:
         self._kept.append(connection)
@@ -60,8 +69,4 @@ class DriverConnections:
     async def _give_back_soon(self) -> None:
         while self._kept:
             await asyncio.sleep(KEEP_SECONDS)
-            await self._give_back()
-
-    async def _give_back(self) -> None:
-        while self._kept:
-            await greenlet_spawn(self._kept.pop().close)
+            await self.give_back()

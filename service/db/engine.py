@@ -10,7 +10,7 @@ from math import ceil
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import Connection, event, select
+from sqlalchemy import Connection, PoolProxiedConnection, event, select
 from sqlalchemy.dialects.sqlite.aiosqlite import AsyncAdapt_aiosqlite_connection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -80,7 +80,8 @@ class Database:
         """Open a read-write unit of work; raises domain errors for driver errors."""
         with translate_errors():
             async with self._engines.write_slot():
-                await self._driver_connections.make_room()
+                if not self.is_sqlite:  # whose writer has a pool of its own
+                    await self._driver_connections.make_room()
                 async with _session(self._engines.writer) as session:
                     yield session
                     await _commit(session)
@@ -112,20 +113,26 @@ class Database:
         without a session, which takes 200 µs. If its connection was opened before a restart of PostgreSQL, it
         is sent once more.
         """
-        for is_last in (False, True):
-            connection = None
-            try:
-                with translate_errors():
-                    slot = self._engines.read_slot(share)
-                    async with slot, self._driver_connections.open() as connection:
-                        return await query.rows(connection, **values)
-            except DatabaseUnavailable:
-                if is_last or connection is None:  # None: no connection could be opened
-                    raise
-            # The others in the pool may be as old. A failure that SQLAlchemy sees removes all of them.
-            with suppress(RosterError):
+        connection = None
+        try:
+            async with self._driver(share) as connection:
+                return await query.rows(connection, **values)
+        except DatabaseUnavailable:
+            if connection is None:  # none could be opened
+                raise
+        # The others may be as old. The first failure that SQLAlchemy sees removes all of them from the pool.
+        idle = await self._driver_connections.give_back()
+        with suppress(RosterError):
+            for _ in range(idle):
                 await self.ping()
-        raise AssertionError("the last attempt returns or raises")
+        async with self._driver(share) as connection:
+            return await query.rows(connection, **values)
+
+    @asynccontextmanager
+    async def _driver(self, share: str) -> AsyncIterator[PoolProxiedConnection]:
+        with translate_errors():
+            async with self._engines.read_slot(share), self._driver_connections.open() as connection:
+                yield connection
 
     async def ping(self) -> None:
         """Query the database; raises a domain error, such as DatabaseUnavailable, if it does not answer."""

@@ -79,6 +79,9 @@ class LookupBatcher:
         GATHERED_READS.observe(1)
         try:
             return await self._look_up(keys)
+        except (PoolExhausted, DatabaseUnavailable) as error:
+            _fail(self._waiting.clear(), error)  # for the others, it would end no better
+            raise
         finally:
             self._is_single = False
             if self._waiting:
@@ -166,15 +169,20 @@ class LookupBatcher:
         unanswered, self._in_flight = self._in_flight, []
         self._waiting.discard(_is_abandoned)
         error = None if task.cancelled() else task.exception()
-        if isinstance(error, PoolExhausted | DatabaseUnavailable):  # for the others, it would end no better
+        if isinstance(error, PoolExhausted | DatabaseUnavailable):
             unanswered += self._waiting.clear()
-        for _, future in unanswered:
-            if error and not future.done():
-                future.set_exception(_copy(error))
-            future.cancel()
+        _fail(unanswered, error)
         self._task = None
         if self._waiting:
             self._start()
+
+
+def _fail(lookups: Sequence[Waiting], error: BaseException | None) -> None:
+    """Give each lookup the error, or cancel it if there is none."""
+    for _, future in lookups:
+        if error and not future.done():
+            future.set_exception(_copy(error))
+        future.cancel()
 
 
 def _is_abandoned(lookup: Waiting) -> bool:
@@ -238,6 +246,7 @@ class Reader:
                 return await self._repository(session).page(query, selection)
         values = {f"after{number}": value for number, value in enumerate(query.after or ())}
         found = await self._database.rows(self._all_rows(query), **values, limit=query.limit)
+        await self._database.loop_turns.next(len(found))
         return page_from_rows(basic, found, query.keyset, query.limit)
 
     def _all_rows(self, query: ListQuery) -> CompiledSelect:
@@ -295,6 +304,6 @@ class Reader:
             await asyncio.gather(reading, return_exceptions=True)
 
     async def close(self) -> None:
-        """Cancel all reads of single rows."""
+        """Cancel the lookups that share statements; one that is alone belongs to its caller's task."""
         for batcher in (*self._rows.values(), self._batches, *self._others.values()):
             await batcher.close()

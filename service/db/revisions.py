@@ -43,18 +43,21 @@ def revisions() -> tuple[Revision, ...]:
         number = script["revision"]
         min_revision = script.get("min_revision") or min_revision or number
         found.append(Revision(number, min_revision, is_contracting="min_revision" in script))
+    if len(found) != len(scripts):
+        raise ValueError(
+            "the migrations are not one line: each has one predecessor, and only the first has none"
+        )
     return tuple(found)
 
 
 def _constants(path: Path) -> dict[str, Any]:
     """Return the constants of a migration, such as its `revision`, by name."""
-    return {
-        target.id: statement.value.value
-        for statement in ast.parse(path.read_bytes()).body
-        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant)
-        for target in statement.targets
-        if isinstance(target, ast.Name)
-    }
+    found: dict[str, Any] = {}
+    for statement in ast.parse(path.read_bytes()).body:
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and isinstance(statement.value, ast.Constant):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            found |= {target.id: statement.value.value for target in targets if isinstance(target, ast.Name)}
+    return found
 
 
 def numbers() -> list[str]:

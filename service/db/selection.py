@@ -1,6 +1,6 @@
 """Selections: what a read returns of each row, and the statements that read it.
 
-Pure functions that build statements; the repository runs them on a session, exports run them on the driver.
+Pure functions that build statements; the repository runs them on a session, pages and exports on the driver.
 
 A row has the columns of its selection first, in their order, and by name. Times are microseconds since 1970.
 """

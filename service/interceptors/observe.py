@@ -1,6 +1,7 @@
 """Observes every call from the outside: counts it, times it, and logs it."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 from contextvars import Context as Variables
 from functools import partial
@@ -11,6 +12,8 @@ from service.interceptors.chain import Context, Interceptor, Proceed, Request, R
 from service.interceptors.logs import CallLog
 from service.interceptors.metrics import CallMetrics
 from service.logs import CALL_IDS
+
+log = logging.getLogger(__name__)
 
 
 class Afterwards:
@@ -25,14 +28,17 @@ class Afterwards:
 
     def add(self, function: Callable[[], None]) -> None:
         """Run a function later, in an empty context."""
-        self._functions.append(function)
-        if len(self._functions) == 1:
+        if not self._functions:
             asyncio.get_running_loop().call_soon(self._run, context=Variables())
+        self._functions.append(function)
 
     def _run(self) -> None:
         functions, self._functions = self._functions, []
         for function in functions:
-            function()
+            try:
+                function()
+            except Exception:
+                log.exception("a call could not be counted or logged")
 
 
 def observe_calls(slow_seconds: float) -> Interceptor:

@@ -58,8 +58,8 @@ def gate() -> Iterator[Gate]:
 
     async def pass_gate(statement: Statement, fetch: Fetch) -> Any:
         rows = await fetch()
-        keys = statement.parameters[0].replace("{", "[").replace("}", "]")  # PostgreSQL's arrays have braces
-        await gate.note(json.loads(keys))
+        keys = statement.parameters[0]
+        await gate.note(json.loads(keys) if isinstance(keys, str) else keys)
         return rows
 
     with intercept_fetches(pass_gate):
@@ -412,14 +412,17 @@ async def test_missing_database_is_reported_to_every_caller(database_url: str) -
     await database.close()
 
 
-async def test_stale_connections_fail_no_call(postgresql_url: str) -> None:
-    """After a restart of PostgreSQL the statement, a read, is sent again."""
+async def test_stale_connections_fail_no_call(postgresql_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a restart of PostgreSQL the statement, a read, is sent again, whether it was kept or not."""
     database, other = (Database(Settings(database_url=postgresql_url)) for _ in range(2))
     users = user_reader(database)
     (id,) = await add_users(database)
     async with AsyncExitStack() as stack:
         for _ in range(3):
             await (await stack.enter_async_context(database.read())).execute(select(1))
+    monkeypatch.setattr(driver, "KEEP_SECONDS", 60)
+    query = ListQuery([], UserRepository.by_id(), None, 10)
+    await asyncio.gather(*(users.page(query) for _ in range(4)))
     async with other.read() as session:
         others = (
             "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = current_database()"
@@ -442,6 +445,20 @@ async def test_exhausted_pool_refuses_all_within_its_timeout(database_url: str) 
             errors = await errors_of([users.get(id) for _ in range(250)])
     assert [type(error) for error in errors] == [PoolExhausted] * 250
     assert (await users.get(id)).id == id
+    await users.close()
+    await database.close()
+
+
+async def test_lookups_that_wait_for_a_failed_one_fail_with_it(database_url: str) -> None:
+    """They do not wait for a connection once more."""
+    database = Database(Settings(database_url=database_url, pool_size=1, max_overflow=0, pool_timeout=2))
+    users = user_reader(database)
+    (id,) = await add_users(database)
+    async with database.read() as session:
+        await session.connection()
+        async with asyncio.timeout(3.8):
+            errors = await errors_of([users.get(id) for _ in range(3)])
+    assert [type(error) for error in errors] == [PoolExhausted] * 3
     await users.close()
     await database.close()
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain, repeat
+from itertools import chain
 from typing import Any, cast
 
 from sqlalchemy import (
@@ -67,7 +67,8 @@ async def insert_rows(
     times = [name for name in TIMES if name not in columns]
     names, one_row, many_rows, many = _inserts(connection.dialect, table, (*columns, *times))
     bound = {name: await _bound(columns[name], table.c[name].type, connection.dialect) for name in columns}
-    rows = list(zip(*(bound.get(name, repeat(at)) for name in names), strict=False))
+    bound |= dict.fromkeys(times, [at] * len(next(iter(bound.values()))))
+    rows = list(zip(*(bound[name] for name in names), strict=True))
     whole = len(rows) - len(rows) % many
     for start in range(0, whole, many):
         values = tuple(chain.from_iterable(rows[start : start + many]))
