@@ -41,7 +41,6 @@ UPDATE users SET full_name = changes.full_name, is_active = changes.is_active,
 FROM changes WHERE users.id = changes.id AND position BETWEEN {first} AND {last};
 """
 COUNT_USERS = "SELECT count(*) FROM users"
-NAMES = ("create", "hashes", "duplicates", "posts", "update", "sqlite", "orm")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Cases:
         self._load_id = load_id
 
     def case(self, name: str) -> Case:
-        """Return the case of this name, one of NAMES."""
+        """Return the case of this name, which is a method."""
         case: Case = getattr(self, name)()
         return case
 
@@ -138,13 +137,6 @@ class Cases:
         reference = self._python("sqlite3 executemany", "executemany", users)
         approach = self._create_users("sqlite", users, len(users))
         return Case("sqlite", "create, SQLite", approach, reference, COUNT_USERS, len(users), "sqlite")
-
-    def orm(self) -> Case:
-        r"""Create users with the ORM, without a server; the reference is \copy. Uses a fifth of the rows."""
-        users = make_users(self._rows // 5)
-        approach = self._python("SQLAlchemy add_all", "add_all", users)
-        title = "create, ORM's add_all, no server"
-        return Case("orm", title, approach, self._psql("orm", COPY_USERS, users), COUNT_USERS, len(users))
 
     def _create_users(self, name: str, users: Sequence[Any], distinct: int, **options: Any) -> Approach:
         options = bulk_options(self._load_id, **options)

@@ -1,4 +1,4 @@
-"""Writes the tables of a JSON file into docs/performance.md, and draws their plots beside it.
+"""Writes the tables of a JSON file into docs/performance.md, and draws their plots into docs.
 
 usage: python -m bench.document FILE
 """

@@ -1,6 +1,5 @@
 """A worker process: it prepares its work, prints `ready`, waits for a line, works, and prints the result."""
 
-import asyncio
 import json
 import pickle
 import sqlite3
@@ -13,16 +12,11 @@ from typing import Any
 import grpc
 from sqlalchemy import make_url
 
-import service.posts.model  # noqa: F401  (User has a relationship to Post)
 from bench.rows import BATCH, UserRow
 from roster.v1.bulk_pb2 import BulkWriteResponse
-from service.db.engine import Database
-from service.settings import Settings
-from service.users.model import User
 
 WINDOW = 8  # unacknowledged messages
 CONNECT_SECONDS = 30
-COLUMNS = ("email", "full_name", "hashed_password", "is_active")
 INSERT = "INSERT INTO users (email, full_name, hashed_password, is_active) VALUES (?, ?, ?, ?)"
 
 Work = Callable[[], Any]
@@ -51,20 +45,6 @@ def executemany(file: str, url: str) -> Work:
             connection.execute("COMMIT")
 
     return work
-
-
-def add_all(file: str, url: str) -> Work:
-    """Insert users as ORM objects, one transaction per batch."""
-    batches = _batches(_rows(file))
-    database = Database(Settings(database_url=url))
-
-    async def work() -> None:
-        for batch in batches:
-            async with database.begin() as session:
-                session.add_all([User(**dict(zip(COLUMNS, user, strict=True))) for user in batch])
-        await database.close()
-
-    return lambda: asyncio.run(work())
 
 
 def _load(call: Any, messages: Sequence[bytes]) -> dict[str, int]:
@@ -103,7 +83,7 @@ def main() -> None:
     print(json.dumps(work()), flush=True)
 
 
-TASKS: dict[str, Callable[..., Work]] = {"stream": stream, "executemany": executemany, "add_all": add_all}
+TASKS: dict[str, Callable[..., Work]] = {"stream": stream, "executemany": executemany}
 
 if __name__ == "__main__":
     main()

@@ -23,7 +23,7 @@ SET_BY_WRITES = frozenset({"id", "version", "updated_at"})
 class View:
     """One view of a resource: the selection that reads it, and the conversion to message fields.
 
-    Where a view has the columns of the resource and nothing else, `encoder` writes its rows in half the time.
+    If a view has only the columns of the resource, `encoder` writes its rows without building messages.
     If it shows another resource, the caller must be allowed to call the RPC `needs`, which reads that.
     """
 
@@ -33,7 +33,7 @@ class View:
     needs: str = ""
 
     async def response(self, rows: Sequence[Any], rest: Message, messages: Any) -> Message | bytes:
-        """Return a response with these rows; `messages` is its repeated field for them, `rest` the others."""
+        """Return the response `rest` with these rows added; `messages` is its repeated field for them."""
         if self.encoder:
             return self.encoder.response(rows, rest)
         await add_in_slices(messages, self.to_fields, rows)

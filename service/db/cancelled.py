@@ -28,10 +28,8 @@ def keep_cancelled(info: dict[str, Any]) -> None:
 
 
 def _handle(failure: ExceptionContext) -> None:
-    connection, is_cancelled = (
-        failure.connection,
-        isinstance(failure.original_exception, asyncio.CancelledError),
-    )
+    connection = failure.connection
+    is_cancelled = isinstance(failure.original_exception, asyncio.CancelledError)
     if connection and is_cancelled and _is_read(connection):
         keep_cancelled(connection.info)
         failure.is_disconnect = False

@@ -1,4 +1,4 @@
-"""What commands do not import: they would start later, and a server would be larger."""
+"""Commands import no package that they do not need: it would delay their start and take memory."""
 
 import subprocess
 import sys

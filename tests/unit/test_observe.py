@@ -1,4 +1,4 @@
-"""What is done after a call."""
+"""Calls are counted and logged after their responses."""
 
 import asyncio
 

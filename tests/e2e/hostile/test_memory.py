@@ -1,7 +1,7 @@
 """Attacks on the server's memory, by known and unknown callers.
 
 Each attack states by how many MiB the server may grow. That is twice and more of what it takes, because a
-process that runs beside others holds messages for longer. Without limits the first attack took 920 MiB, and
+process that shares its cores holds messages for longer. Without limits the first attack took 920 MiB, and
 others up to 14 GiB. Within 30 s the memory is released.
 """
 
