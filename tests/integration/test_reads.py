@@ -250,14 +250,45 @@ async def test_kept_connection_is_given_back(database: Database, users: Reader) 
 
 
 async def test_kept_connection_delays_no_call(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even if it is the only one of the pool."""
+    """It is given back when the pool has no other, and is not kept if it is the last one."""
     monkeypatch.setattr(driver, "KEEP_SECONDS", 60)
-    database = Database(Settings(database_url=database_url, pool_size=1, max_overflow=0, pool_timeout=5))
+    database = Database(Settings(database_url=database_url, pool_size=2, max_overflow=0, pool_timeout=60))
     users = user_reader(database)
+    pool: Any = database._engines.reader.pool
     [id] = await add_users(database)
     assert (await users.get(id)).id == id
-    async with database.read() as session:
-        assert await session.scalar(select(1)) == 1
+    async with asyncio.timeout(20), database.read() as session:
+        await session.scalar(select(1))
+        async with database.read() as other:
+            assert await other.scalar(select(1)) == 1
+    async with asyncio.timeout(20), database.read() as session:
+        await session.scalar(select(1))
+        assert (await users.get(id)).id == id
+        assert pool.checkedout() == 1
+    await users.close()
+    await database.close()
+
+
+async def test_lookups_after_a_shared_statement_share_the_next(
+    database: Database, users: Reader, gate: Gate
+) -> None:
+    """None of them goes alone, which would split the others."""
+    ids = await add_users(database, 3)
+    await asyncio.gather(*await during_a_lookup(users, gate, ids[0], *(users.get(id) for id in ids[1:])))
+    gate.keys.clear()
+    await asyncio.gather(*(users.get(id) for id in ids))
+    assert gate.keys == [ids]
+
+
+async def test_lookup_needs_no_share_of_its_caller(database_url: str) -> None:
+    """Others may wait for its end, and must not wait for the caller's other calls."""
+    database = Database(Settings(database_url=database_url, pool_size=4, max_overflow=0, pool_timeout=60))
+    users = user_reader(database)
+    [id] = await add_users(database)
+    set_caller(Caller("greedy"))
+    async with asyncio.timeout(20), database.read() as session:  # all that one caller may hold
+        await session.scalar(select(1))
+        assert (await users.get(id)).id == id
     await users.close()
     await database.close()
 
