@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from alembic import context
@@ -12,8 +13,11 @@ from alembic.runtime.migration import MigrationContext, MigrationInfo
 from alembic.util import CommandError
 from sqlalchemy import Connection, DefaultClause, Table, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.sql.elements import quoted_name
 
-import service.idempotency
+import service.changes.model
+import service.db.answers
+import service.db.token_keys
 import service.loads.model
 import service.posts.model
 import service.users.model  # noqa: F401  (importing a module registers its tables; `migrations` does so for servers)
@@ -46,13 +50,15 @@ HOLDERS = """
 
 
 class SqliteImpl(SQLiteImpl):
-    """Changes tables on SQLite without losing AUTOINCREMENT, so that no id is ever used again.
+    """Changes tables on SQLite without losing AUTOINCREMENT, so that no id is ever used again, and triggers.
 
     SQLite can alter few things in place. For all others Alembic copies the table into a new one, and the copy
-    would have neither AUTOINCREMENT nor the largest id that was ever used.
+    would have neither AUTOINCREMENT nor the largest id that was ever used, and none of the triggers that log
+    its changes.
     """
 
     __dialect__ = "sqlite"  # registers the class in place of Alembic's own
+    _triggers: Sequence[str] = ()  # SQL of those that were dropped
 
     def requires_recreate_in_batch(self, batch_op: BatchOperationsImpl) -> bool:
         # Alembic would copy the table for a DROP COLUMN, which SQLite has since 3.35.
@@ -69,11 +75,30 @@ class SqliteImpl(SQLiteImpl):
             definition = "SELECT sql FROM sqlite_schema WHERE type = 'table' AND name = ?"
             sql = connection.exec_driver_sql(definition, (table.name,)).scalar_one()
             copy.dialect_options["sqlite"]["autoincrement"] = "AUTOINCREMENT" in sql
+            self._drop_triggers(connection)
         if copy.dialect_options["sqlite"]["autoincrement"]:
             self.execute(
                 f"INSERT INTO sqlite_sequence (name, seq) "  # noqa: S608  (both names are those of tables)
                 f"SELECT '{copy.name}', seq FROM sqlite_sequence WHERE name = '{table.name}'"
             )
+
+    def _drop_triggers(self, connection: Connection) -> None:
+        """Drop all triggers until the table is replaced: one that writes to it would prevent its renaming."""
+        triggers = connection.exec_driver_sql(
+            "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'"
+        ).all()
+        self._triggers = [sql for _, sql in triggers]
+        for name, _ in triggers:
+            connection.exec_driver_sql(f'DROP TRIGGER "{name}"')
+
+    def rename_table(
+        self, old_table_name: str, new_table_name: str | quoted_name, schema: str | quoted_name | None = None
+    ) -> None:
+        """Rename a table, and create the triggers again that were dropped to replace it by a copy."""
+        super().rename_table(old_table_name, new_table_name, schema)
+        triggers, self._triggers = self._triggers, ()
+        for sql in triggers:
+            self.execute(sql)
 
 
 def number_revisions(migration: Any, revision: Any, directives: list[Any]) -> None:  # noqa: ARG001
@@ -97,6 +122,13 @@ def render_item(kind: str, item: Any, _: Any) -> str | bool:
 def include_name(name: str | None, kind: str, _: object) -> bool:
     """Leave out tables that no model describes: those of the version, also that of other applications."""
     return kind != "table" or name not in {schema.COMPATIBILITY.name, schema.OLD_VERSION_TABLE}
+
+
+def include_object(item: Any, _: str | None, kind: str, is_reflected: bool, __: object) -> bool:
+    """Leave out the indexes that a model has only on the other kind of database."""
+    condition = getattr(item, "_ddl_if", None)  # SQLAlchemy has no public name for it
+    is_of_model = kind == "index" and not is_reflected
+    return not (is_of_model and condition) or condition.dialect == context.get_context().dialect.name
 
 
 def record_step(ctx: MigrationContext, step: MigrationInfo, heads: set[str], **_: object) -> None:
@@ -135,6 +167,7 @@ OPTIONS: dict[str, Any] = {
     "version_table": schema.VERSION_TABLE,
     "on_version_apply": record_step,
     "include_name": include_name,
+    "include_object": include_object,
 }
 
 

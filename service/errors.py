@@ -2,18 +2,19 @@
 
 RosterError
 ├── InvalidArgument      InvalidField InvalidMask InvalidFilter InvalidOrder InvalidPageToken
-│                        InvalidOptions MalformedMessage TooLarge
+│                        InvalidOptions InvalidToken MalformedMessage TooLarge
 ├── NotFound             UserNotFound PostNotFound LoadNotFound ServiceNotFound
 ├── AlreadyExists        EmailTaken IdTaken RequestIdReused
-├── FailedPrecondition   AuthorNotFound UnreadableHash OptionsChanged LoadFinished LoadAborted LoadExpired
-│                        TooManyFailures
+├── FailedPrecondition   AuthorNotFound UserHasPosts UnreadableHash OptionsChanged LoadFinished LoadAborted
+│                        LoadExpired TooManyFailures FeedReset
 ├── Aborted              VersionMismatch LoadFenced
-├── OutOfRange           OffsetGap
+├── OutOfRange           OffsetGap TokenExpired
 ├── ResourceExhausted    RateLimited QuotaExceeded
 ├── Unavailable          PoolExhausted Overloaded DatabaseUnavailable Draining
 ├── Unauthenticated
 ├── PermissionDenied
 ├── StatementTimeout
+├── Unsupported
 └── OutcomeUnknown
 """
 
@@ -94,6 +95,12 @@ class InvalidOptions(InvalidArgument):
     reason = "INVALID_OPTIONS"
 
 
+class InvalidToken(InvalidArgument):
+    """The metadata has a consistency token that can't be decoded."""
+
+    reason = "INVALID_TOKEN"
+
+
 class MalformedMessage(InvalidArgument):
     reason = "MALFORMED_MESSAGE"
 
@@ -148,6 +155,12 @@ class AuthorNotFound(FailedPrecondition):
     reason = "AUTHOR_NOT_FOUND"
 
 
+class UserHasPosts(FailedPrecondition):
+    """A user who has posts was to be deleted without them."""
+
+    reason = "USER_HAS_POSTS"
+
+
 class UnreadableHash(FailedPrecondition):
     """The stored hash of a user can't be checked; no password is right or wrong until a new one is set."""
 
@@ -174,6 +187,12 @@ class TooManyFailures(FailedPrecondition):
     reason = "TOO_MANY_FAILURES"
 
 
+class FeedReset(FailedPrecondition):
+    """The log of changes does not continue where the token was made."""
+
+    reason = "FEED_RESET"
+
+
 class Aborted(RosterError):
     """A concurrent change came first: read the resource again, then decide whether to retry."""
 
@@ -193,11 +212,17 @@ class LoadFenced(Aborted):
 
 
 class OutOfRange(RosterError):
-    """The requested position does not exist yet."""
+    """The requested position does not exist yet, or not any more."""
 
 
 class OffsetGap(OutOfRange):
     reason = "OFFSET_GAP"
+
+
+class TokenExpired(OutOfRange):
+    """The position of a token is before the log of changes begins."""
+
+    reason = "TOKEN_EXPIRED"
 
 
 class ResourceExhausted(RosterError):
@@ -273,6 +298,12 @@ class StatementTimeout(RosterError):
     """A statement exceeded its time limit and was cancelled."""
 
     reason = "STATEMENT_TIMEOUT"
+
+
+class Unsupported(RosterError):
+    """The database lacks what the RPC needs."""
+
+    reason = "UNSUPPORTED"
 
 
 class OutcomeUnknown(RosterError):

@@ -78,18 +78,31 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
     async def check_database(self) -> None:
         """Query the database once, and set the status of all services."""
         try:
-            async with asyncio.timeout(INTERVAL_SECONDS):
-                await self._database.ping()
+            await self._ping()
             self._failures = 0
         except PoolExhausted:
-            pass  # the database is busy, not down; without this server the others would be busier
-        except (RosterError, TimeoutError):
+            # The database is busy, not down; without this server the others would be busier.
+            self._database.doubt()
+        except (RosterError, TimeoutError) as error:
+            if isinstance(error, TimeoutError):  # the others are logged already
+                log.warning("the database did not answer the health check within %s s", INTERVAL_SECONDS)
             self._failures += 1
+            self._database.doubt()
         serving = self._failures < FAILURES_BEFORE_NOT_SERVING
         status = HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
         READY.set(serving)
         for service in self._services:
             await self.set(service, status)
+
+    async def _ping(self) -> None:
+        """Query the database; raises TimeoutError without waiting for the query to be cancelled."""
+        ping = asyncio.ensure_future(self._database.ping())
+        try:
+            async with asyncio.timeout(INTERVAL_SECONDS):
+                await asyncio.shield(ping)
+        finally:
+            ping.add_done_callback(_ignore)
+            ping.cancel()
 
     async def List(self, request: HealthListRequest, context: Context) -> HealthListResponse:  # noqa: ARG002
         statuses = {name: HealthCheckResponse(status=status) for name, status in self._server_status.items()}
@@ -149,3 +162,9 @@ class Health(aio.HealthServicer):  # type: ignore[misc]
                 await self.check_database()
             except Exception:
                 log.exception("the health check itself failed")
+
+
+def _ignore(ping: "asyncio.Future[None]") -> None:
+    """Retrieve the error of a query that nobody waits for; otherwise asyncio would log it."""
+    if not ping.cancelled():
+        ping.exception()

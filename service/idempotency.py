@@ -3,22 +3,25 @@
 The answer is stored in the transaction of the write, so that either both exist or neither does. Two calls
 with the same `request_id` meet at the primary key of `requests`: the second waits there until the first
 commits, and then returns its answer, or until the first rolls back, and then does the write itself.
+
+If the row in an answer is deleted, the answer is erased (`service/db/answers.py`): a repetition then reports
+that the row does not exist.
 """
 
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 from hashlib import sha256
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeAlias, TypeVar, cast
 from uuid import UUID
 
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
-from sqlalchemy import Index, LargeBinary, delete, select, update
+from sqlalchemy import delete, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Mapped, mapped_column
 
 from service.auth.caller import current_caller
-from service.db.base import Base, Session, UtcDateTime, Values, now, text
+from service.db.answers import Request
+from service.db.base import Session, Values
 from service.db.dialect import insert
 from service.db.engine import Database
 from service.db.repository import Repository
@@ -28,26 +31,14 @@ from service.wire import DeleteRequest, Update, WriteRequest, deletion_from_requ
 
 KEPT_FOR = timedelta(hours=24)
 
+AnyRepository: TypeAlias = type[Repository[Any, Session]]
 AnswerT = TypeVar("AnswerT", bound=Message)
-ResultT = TypeVar("ResultT")
-
-
-class Request(Base):
-    """A successful write with a `request_id`: its caller, its method, its fingerprint and its answer."""
-
-    __tablename__ = "requests"
-    __table_args__ = (Index(None, "created_at"),)
-
-    caller: Mapped[str] = mapped_column(text(255), primary_key=True)
-    method: Mapped[str] = mapped_column(text(255), primary_key=True)
-    request_id: Mapped[UUID] = mapped_column(primary_key=True)
-    fingerprint: Mapped[bytes] = mapped_column(LargeBinary)
-    answer: Mapped[bytes | None] = mapped_column(LargeBinary)
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
+ResultT = TypeVar("ResultT", bound=Row | None)
 
 
 async def idempotent(
     database: Database,
+    repository: AnyRepository,
     request: WriteRequest,
     answer: type[AnswerT],
     write: Callable[[Session], Awaitable[ResultT]],
@@ -55,19 +46,23 @@ async def idempotent(
 ) -> AnswerT:
     """Run `write` in a transaction and return its result as a message, or the answer stored for the request.
 
-    Raises InvalidField if the `request_id` is not a UUID, RequestIdReused if it came with another body.
+    The result is the row that was written, or None. Raises InvalidField if the `request_id` is not a UUID,
+    RequestIdReused if it came with another body, and the entity's NotFound if the answer has been erased.
     """
     request_id = request_id_from_text(request.request_id)
     async with database.begin() as session:
         if request_id is None:
             return to_message(await write(session))
         message = cast("Message", request)
-        requests = RequestRepository(session, current_caller().identity, message.DESCRIPTOR.full_name)
+        identity = current_caller().identity
+        requests = RequestRepository(session, identity, message.DESCRIPTOR.full_name, repository)
         stored = await requests.claim(request_id, fingerprint(message))
         if stored is not None:
             return answer.FromString(stored)
-        first = to_message(await write(session))
-        await requests.store(request_id, first.SerializeToString())
+        written = await write(session)
+        first = to_message(written)
+        row_id = None if written is None else written.id
+        await requests.store(request_id, first.SerializeToString(), row_id)
         return first
 
 
@@ -80,7 +75,7 @@ class Writer(Generic[AnswerT]):
     def __init__(
         self,
         database: Database,
-        repository: type[Repository[Any, Session]],
+        repository: AnyRepository,
         message: type[AnswerT],
         to_message: Callable[[Row], AnswerT],
     ) -> None:
@@ -102,6 +97,7 @@ class Writer(Generic[AnswerT]):
         id, version = deletion_from_request(request)
         return await idempotent(
             self._database,
+            self._repository,
             request,
             Empty,
             lambda session: self._repository(session).delete(id, version),
@@ -113,6 +109,7 @@ class Writer(Generic[AnswerT]):
     ) -> AnswerT:
         return await idempotent(
             self._database,
+            self._repository,
             request,
             self._message,
             lambda session: write(self._repository(session)),
@@ -153,17 +150,19 @@ def _clear_sensitive_fields(message: Message) -> None:
 
 
 class RequestRepository:
-    """The stored requests of one caller to one method."""
+    """The stored requests of one caller to one method, which writes rows of one entity."""
 
-    def __init__(self, session: AsyncSession, caller: str, method: str) -> None:
+    def __init__(self, session: AsyncSession, caller: str, method: str, repository: AnyRepository) -> None:
         self.session = session
         self.caller = caller
         self.method = method
+        self.repository = repository
 
     async def claim(self, request_id: UUID, fingerprint: bytes) -> bytes | None:
         """Return the stored answer to a request, None if the caller is to do the write and store its answer.
 
-        Must be the first statement of the transaction. Raises RequestIdReused if the fingerprint differs.
+        Must be the first statement of the transaction. Raises RequestIdReused if the fingerprint differs, and
+        the entity's NotFound if the answer has been erased.
         """
         key = {"caller": self.caller, "method": self.method, "request_id": request_id}
         is_claimed = await self.session.scalar(
@@ -174,10 +173,14 @@ class RequestRepository:
         )
         if is_claimed:
             return None
-        stored = select(Request.fingerprint, Request.answer).filter_by(**key)
+        # The lock is written to the log of PostgreSQL, so that this commit waits for a standby. The wait of
+        # the first commit may have been cut short, and an answer must not be given before it is safe.
+        stored = select(Request.fingerprint, Request.answer).filter_by(**key).with_for_update(read=True)
         first = (await self.session.execute(stored)).one_or_none()
         if first is None:  # deleted between the two statements
             return await self.claim(request_id, fingerprint)
+        if first.answer is None:
+            raise self.repository.missing()
         if first.fingerprint != fingerprint:
             raise RequestIdReused(
                 "this request_id was used with another body; use a new one for a new request",
@@ -185,15 +188,23 @@ class RequestRepository:
             )
         return bytes(first.answer)
 
-    async def store(self, request_id: UUID, answer: bytes) -> None:
-        """Store the answer to a claimed request."""
+    async def store(self, request_id: UUID, answer: bytes, row_id: int | None = None) -> None:
+        """Store the answer to a claimed request, with the id of the row in it."""
+        entity = None if row_id is None else self.repository.model.__tablename__
         await self.session.execute(
             update(Request)
             .filter_by(caller=self.caller, method=self.method, request_id=request_id)
-            .values(answer=answer)
+            .values(answer=answer, entity=entity, entity_id=row_id)
         )
 
 
 async def delete_expired_requests(session: AsyncSession, at: datetime) -> None:
-    """Delete the answers that are older than 24 hours at the time `at`."""
-    await session.execute(delete(Request).where(Request.created_at < at - KEPT_FOR))
+    """Delete the answers that are older than 24 hours at the time `at`.
+
+    Those that an erasure has locked are left for the next time: waiting for them could deadlock.
+    """
+    key = tuple_(Request.caller, Request.method, Request.request_id)
+    expired = select(Request.caller, Request.method, Request.request_id).where(
+        Request.created_at < at - KEPT_FOR
+    )
+    await session.execute(delete(Request).where(key.in_(expired.with_for_update(skip_locked=True))))

@@ -79,6 +79,40 @@ STATEMENTS = Histogram(
 )
 GATHERED_READS = Histogram("roster_gathered_reads", "Lookups that shared one statement.", buckets=GATHERED)
 
+# Always 0 without ROSTER_REPLICA_URL. service/db/replica.py has the reasons.
+FALLBACKS = ("above", "behind", "busy", "cluster", "conflict", "down", "failed", "slow", "timeline")
+READS = Counter("roster_reads_total", "Reads, by the server that answered.", ("source",))
+REPLICA_WAITS = Counter(
+    "roster_replica_waits_total", "Reads that waited for a replica to replay their token.", ("outcome",)
+)
+REPLICA_FALLBACKS = Counter(
+    "roster_replica_fallbacks_total",
+    "Reads that a replica could have answered, but the primary did.",
+    ("reason",),
+)
+READS_ON_PRIMARY, READS_ON_REPLICA = READS.labels("primary"), READS.labels("replica")
+for outcome in ("behind", "caught up"):
+    REPLICA_WAITS.labels(outcome)
+for reason in FALLBACKS:
+    REPLICA_FALLBACKS.labels(reason)
+REPLICA_LAG_BYTES = Gauge(
+    "roster_replica_lag_bytes", "Log that a replica has not replayed.", multiprocess_mode="livemax"
+)
+REPLICA_LAG = Gauge(
+    "roster_replica_lag_seconds",
+    "Time since a replica had replayed everything; it goes on while the replica is down.",
+    multiprocess_mode="livemax",
+)
+
+WATCHERS = _level("roster_watchers", "Open watches of the change feed.")
+WATCH_LAG = Gauge(
+    "roster_watch_lag_seconds",
+    "Time since the watch that is furthest behind had all changes.",
+    multiprocess_mode="livemax",
+)
+CHANGES_SENT = Counter("roster_changes_sent_total", "Changes sent by the feed.", ("grpc_method",))
+CHANGES_WATCHED, CHANGES_LISTED = map(CHANGES_SENT.labels, ("WatchChanges", "ListChanges"))
+
 HASHING = _level("roster_password_hashes_pending", "Passwords being hashed, or waiting to be.")
 HASHING_REFUSED = Counter(
     "roster_password_hashes_refused_total",

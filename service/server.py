@@ -18,9 +18,15 @@ from service.auth.policy import Policy
 from service.auth.reloading import ReloadingFile
 from service.auth.tls import server_credentials
 from service.bulk.stream import BulkStreams
+from service.changes.export import Exports
+from service.changes.feed import Feed
+from service.changes.prune import prune_changes
+from service.changes.servicer import ChangeServicer
+from service.changes.watcher import Watches
 from service.connections import MAX_HEALTH_CONNECTIONS, connection_options, max_connections
 from service.db.engine import Database
 from service.db.reads import Reader
+from service.db.token_keys import delete_old_token_keys
 from service.errors import RosterError
 from service.health import Health
 from service.heartbeat import Heartbeat
@@ -28,6 +34,7 @@ from service.idempotency import delete_expired_requests
 from service.interceptors.audit import audit_writes
 from service.interceptors.auth import Auth
 from service.interceptors.chain import Chain
+from service.interceptors.consistency import Consistency
 from service.interceptors.drain import Drain
 from service.interceptors.errors import answer_errors
 from service.interceptors.limits import Limits
@@ -102,6 +109,7 @@ class Server:
         auth = authentication(settings, clock)
         self.credentials = server_credentials(settings)
         self.database = Database(settings)
+        self.replica = self.database.replica
         self.users = Reader(self.database, UserRepository, by=(User.id, User.email))
         self.posts = Reader(self.database, PostRepository)
         self.passwords = Passwords(settings)
@@ -122,6 +130,7 @@ class Server:
             auth.intercept,
             Limits(settings).intercept,
             self.messages.intercept,
+            *((Consistency(self.replica.primary).intercept,) if self.replica else ()),
             audit_writes,
         )
         self.server = grpc.aio.server(handlers=[self.handlers], options=options)
@@ -131,6 +140,9 @@ class Server:
             options=[*health_options, ("grpc.max_receive_message_length", MAX_PROBE_BYTES)],
         )
         self.bulk = BulkStreams(self.database)
+        self.feed = Feed(self.database)
+        self.watches = Watches(self.feed)
+        self.exports = Exports(self.database, self.feed)
         self.health = Health(self.database, SERVICE_NAMES)
         self.heartbeat = Heartbeat(self.database)
         self._add_services()
@@ -140,9 +152,10 @@ class Server:
 
     def _add_services(self) -> None:
         for servicer in (
-            UserServicer(self.database, self.users, self.passwords, self.bulk),
-            PostServicer(self.database, self.posts, self.bulk),
+            UserServicer(self.database, self.users, self.passwords, self.bulk, self.exports),
+            PostServicer(self.database, self.posts, self.bulk, self.exports),
             BulkServicer(self.database, self.settings.bulk_load_ttl),
+            ChangeServicer(self.feed, self.watches),
         ):
             add_servicer(servicer, self.handlers)
         for handlers in (self.handlers, self.health_handlers):
@@ -162,9 +175,18 @@ class Server:
             self.health_address = _bind(self.health_server, health_listen, "ROSTER_HEALTH_LISTEN")
         self.metrics_address, self._close_metrics = metrics.serve(self.settings)
         await self.health.start()
+        if self.replica:
+            await self.replica.probe()
         await self.health_server.start()
         await self.server.start()
-        chores = self._delete_expired(), trim_forever(), self.heartbeat.beat_forever()
+        chores = [
+            self._delete_expired(),
+            trim_forever(),
+            self.heartbeat.beat_forever(),
+            self.database.watch_forever(),
+        ]
+        if self.replica:
+            chores.append(self.replica.watch_forever())
         self._chores = [*map(asyncio.create_task, chores)]
 
     async def stop(self, grace: float | None = None) -> None:
@@ -182,6 +204,7 @@ class Server:
         stopped = asyncio.create_task(self.server.stop(max(end - loop.time(), CUT_OFF_SECONDS)))
         self.messages.drain()
         self.bulk.drain()
+        self.watches.drain()
         await self._wait_for_calls(stopped, end - CUT_OFF_SECONDS)
         if self.drain.is_busy:
             self.drain.cut_off()
@@ -219,14 +242,18 @@ class Server:
                 return
 
     async def _delete_expired(self) -> None:
-        """Delete expired responses and loads every ten minutes."""
+        """Delete expired responses, loads, keys of page tokens and changes every ten minutes."""
         while True:
             try:
                 async with self.database.begin() as session:
                     await delete_expired_requests(session, self.clock())
                     await expire_loads(session, self.clock() - self.settings.bulk_load_ttl)
+                    await delete_old_token_keys(session, self.clock().date())
+                await prune_changes(self.database, self.clock() - self.settings.changes_ttl)
             except RosterError as error:
                 log.warning("expired rows were not deleted: %s", error.message)
+            except Exception:  # such as a right that the role lacks; it may be granted
+                log.exception("expired rows were not deleted")
             await asyncio.sleep(EXPIRY_INTERVAL_SECONDS)
 
 

@@ -31,6 +31,7 @@ SERVICES = (
     Service.of("users"),
     Service.of("posts"),
     Service.of("bulk"),
+    Service.of("changes"),
 )
 SERVICE_NAMES = tuple(service.descriptor.full_name for service in SERVICES)
 

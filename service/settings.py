@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from difflib import get_close_matches
 from ipaddress import ip_address
+from itertools import chain
 from pathlib import Path
 from socket import has_dualstack_ipv6
 from stat import S_IWOTH
@@ -52,6 +53,7 @@ FOR_CLIENTS = {
 FOR_TOKENS = {f"{PREFIX}JWT_ISSUER": "issuer", f"{PREFIX}JWT_AUDIENCE": "audience"}
 DATABASE_URLS = {f"{PREFIX}DATABASE_URL", f"{PREFIX}DATABASE_URL_FILE", "DATABASE_URL"}
 MIGRATION_URLS = {f"{PREFIX}MIGRATION_URL", f"{PREFIX}MIGRATION_URL_FILE"}
+REPLICA_URLS = {f"{PREFIX}REPLICA_URL", f"{PREFIX}REPLICA_URL_FILE"}
 # Variables of the tests, and those that Kubernetes sets for a service named roster.
 FOREIGN = re.compile(rf"{PREFIX}(TEST_|SERVICE_|PORT(_|$))")
 ADDRESS = re.compile(r"unix:.+|(\[.+\]|[^:\[]*):([0-9]{1,5})")
@@ -232,6 +234,16 @@ class Settings(BaseSettings):
         description="the same database for `roster migrate`: as the owner of the schema, without a pooler; "
         "by default ROSTER_DATABASE_URL",
     )
+    replica_url: str | None = Field(
+        None,
+        description="standbys of the same PostgreSQL for reads with a consistency token, host,host; by "
+        "default none",
+    )
+    database_pooler: Literal["none", "session", "transaction"] = Field(
+        "none",
+        description="mode of the pooler, such as PgBouncer, between Roster and PostgreSQL: what a client "
+        "gets a connection for",
+    )
     pool_size: Count = Field(10, description="connections kept open for calls")
     max_overflow: int = Field(10, ge=0, description="extra connections under load")
     pool_timeout: Seconds = Field(2, description="seconds that a call waits for a connection")
@@ -251,6 +263,11 @@ class Settings(BaseSettings):
         description="how long outcomes are kept after a load's last batch, in seconds or ISO 8601",
     )
 
+    changes_ttl: Duration = Field(
+        timedelta(days=7),
+        description="how long changes are kept for watchers that were away, in seconds or ISO 8601",
+    )
+
     workers: Count = Field(1, description="processes that share the port; more than 1 requires PostgreSQL")
     password_memory: int = Field(19_456, ge=1024, le=1 << 20, description="argon2 memory per hash, in KiB")
     password_passes: int = Field(2, ge=1, le=16, description="argon2 iterations")
@@ -264,6 +281,9 @@ class Settings(BaseSettings):
         600, description="maximum age of a connection in seconds, so that clients rebalance"
     )
     max_calls: Count = Field(2000, description="calls in flight; more are refused as overload")
+    max_watchers: Count = Field(
+        1000, description="open watches of the change feed; more are refused as overload"
+    )
     caller_calls: Count = Field(500, description="calls in flight per caller and method")
     caller_streams: Count = Field(16, description="open streams per caller and method")
     caller_rate: Count = Field(20_000, description="calls per second, per caller and method")
@@ -301,13 +321,13 @@ class Settings(BaseSettings):
         level = value.strip().upper()
         return LOG_LEVELS.get(level, level)
 
-    @field_validator("log_format", mode="before")
+    @field_validator("log_format", "database_pooler", mode="before")
     @classmethod
-    def _spell_log_format(cls, value: Any) -> Any:
-        """Return the format in lower case."""
+    def _spell_in_lower_case(cls, value: Any) -> Any:
+        """Return a name in lower case."""
         return value.lower() if isinstance(value, str) else value
 
-    @field_validator("database_url", "migration_url")
+    @field_validator("database_url", "migration_url", "replica_url")
     @classmethod
     def _add_driver(cls, value: str | None) -> str | None:
         if value is None:
@@ -374,6 +394,11 @@ class Settings(BaseSettings):
         return self.migration_url or self.database_url
 
     @property
+    def pools_transactions(self) -> bool:
+        """Whether a pooler gives Roster a session of PostgreSQL for each transaction."""
+        return self.database_pooler == "transaction"
+
+    @property
     def is_embedded(self) -> bool:
         """Whether the database is SQLite."""
         return self.database_url.startswith("sqlite")
@@ -387,7 +412,11 @@ def folder_options(options: Mapping[str, str]) -> dict[str, Any]:
 
 def is_password_redirected(settings: Settings) -> bool:
     """Return whether PGPASSWORD, from the environment, would be sent to a database named in `.env`."""
-    urls = [(settings.database_url, DATABASE_URLS), (settings.migration_url, MIGRATION_URLS)]
+    urls = [
+        (settings.database_url, DATABASE_URLS),
+        (settings.migration_url, MIGRATION_URLS),
+        (settings.replica_url, REPLICA_URLS),
+    ]
     return "PGPASSWORD" in os.environ and any(
         url and _needs_password(url) and _is_named_in_folder(variables) for url, variables in urls
     )
@@ -438,7 +467,9 @@ def describe_database(url: str) -> str:
 def database_warnings(settings: Settings) -> Iterator[str]:
     """Yield a warning for each parameter of the URL that PostgreSQL's driver does not honour as it is."""
     if not settings.is_embedded:
-        yield from conninfo.warnings(conninfo.read(settings.database_url, environment()))
+        urls = filter(None, (settings.database_url, settings.replica_url))
+        found = (conninfo.warnings(conninfo.read(url, environment())) for url in urls)
+        yield from dict.fromkeys(chain.from_iterable(found))
 
 
 def _every_host() -> str:
@@ -485,6 +516,18 @@ def _contradictions(settings: Settings, written: str) -> Iterator[Contradiction]
             ("migration_url", "database_url"),
             "must name the database of ROSTER_DATABASE_URL, but one is PostgreSQL and the other SQLite",
         )
+    if settings.replica_url and (settings.is_embedded or settings.replica_url.startswith("sqlite")):
+        yield Contradiction(
+            ("replica_url", "database_url"),
+            "names standbys of the PostgreSQL in ROSTER_DATABASE_URL; with SQLite, leave it unset",
+        )
+    if settings.database_pooler != "none" and settings.is_embedded:
+        yield Contradiction(
+            ("database_pooler", "database_url"),
+            "must be none with SQLite; poolers are for PostgreSQL",
+        )
+    elif settings.pools_transactions:
+        yield from _contradictions_of_pooler(settings)
     if settings.workers > 1 and settings.is_embedded:
         yield Contradiction(
             ("workers", "database_url"),
@@ -520,6 +563,22 @@ def _contradictions_of_callers(settings: Settings) -> Iterator[Contradiction]:
             ("policy_file", "tls_client_ca_file", "jwt_keys_file"),
             "must be set together with ROSTER_TLS_CLIENT_CA_FILE or ROSTER_JWT_KEYS_FILE: these say who a "
             "caller is, the policy says what the caller may do",
+        )
+
+
+def _contradictions_of_pooler(settings: Settings) -> Iterator[Contradiction]:
+    parameters = conninfo.read(settings.database_url, environment())
+    if lost := conninfo.session_settings(parameters):
+        yield Contradiction(
+            ("database_url", "database_pooler"),
+            f"sets {', '.join(lost)} for the session, which a pooler in transaction mode does not keep; use "
+            "ALTER ROLE … SET in PostgreSQL instead",
+        )
+    if caches := [name for name in conninfo.CACHES if int(parameters.get(name, "0"))]:
+        yield Contradiction(
+            ("database_url", "database_pooler"),
+            f"sets {' and '.join(caches)}, but a pooler in transaction mode keeps no prepared statements; "
+            "remove it",
         )
 
 

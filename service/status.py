@@ -30,6 +30,7 @@ STATUS: dict[type[RosterError], grpc.StatusCode] = {
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.StatementTimeout: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.Unsupported: grpc.StatusCode.UNIMPLEMENTED,
     RosterError: grpc.StatusCode.INTERNAL,
 }
 # The numbers of status codes, as gRPC sends them, -> Python's enumeration.

@@ -18,6 +18,8 @@ Check = Callable[[Any], str | None]
 MAX_ID = 2**53
 MAX_IDS = 1000
 MAX_EXPORT_BATCH = 1000
+DEFAULT_COUNT = 10_000
+MAX_COUNT = 1_000_000
 
 
 def id_error(id: int) -> str | None:

@@ -15,6 +15,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from service.db.base import Values
 from service.errors import InvalidField, InvalidMask
 from service.validation import (
+    DEFAULT_COUNT,
+    MAX_COUNT,
     MAX_EXPORT_BATCH,
     MAX_ID,
     Rule,
@@ -46,6 +48,10 @@ class DeleteRequest(WriteRequest, Protocol):
 class ExportRequest(Protocol):
     after_id: int
     batch_size: int
+
+
+class CountRequest(Protocol):
+    at_most: int
 
 
 class Resource(Protocol):
@@ -86,6 +92,14 @@ def export_from_request(request: ExportRequest) -> tuple[int, int]:
         if not 0 <= request.batch_size <= MAX_EXPORT_BATCH:
             violations.add("batch_size", f"must be from 1 to {MAX_EXPORT_BATCH}")
     return request.after_id, request.batch_size or MAX_EXPORT_BATCH
+
+
+def at_most_from_request(request: CountRequest) -> int:
+    """Return the number of rows at which a count stops."""
+    with collect_violations() as violations:
+        if not 0 <= request.at_most <= MAX_COUNT:
+            violations.add("at_most", f"must be from 1 to {MAX_COUNT:,}, or 0 for {DEFAULT_COUNT:,}")
+    return request.at_most or DEFAULT_COUNT
 
 
 def is_set(message: Message, field: str) -> bool:

@@ -3,8 +3,6 @@
 import sqlalchemy as sa
 from alembic import op
 
-from service.db.ddl import drop_index
-
 revision = "0003"
 down_revision = "0002"
 
@@ -29,7 +27,4 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    if op.get_context().dialect.name != "sqlite":
-        # A contracting 0004 that was refused or interrupted may have left its index.
-        drop_index("uq_bulk_loads_load_id_caller", "bulk_loads")
     op.drop_table("roster_servers")

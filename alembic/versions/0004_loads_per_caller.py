@@ -16,7 +16,7 @@ from alembic.util import CommandError
 from service.db.ddl import create_index, drop_index
 
 revision = "0004"
-down_revision = "0003"
+down_revision = "0008"
 min_revision = "0003"
 
 LOADS_OF_ONE_NAME = "SELECT load_id FROM bulk_loads GROUP BY load_id HAVING count(*) > 1 LIMIT 1"
@@ -80,6 +80,8 @@ def replaced_on_sqlite(*constraints: sa.Constraint) -> AbstractContextManager[Ba
         sa.Column("updated", BIGINT, server_default="0", nullable=False),
         sa.Column("skipped", BIGINT, server_default="0", nullable=False),
         sa.Column("failed", BIGINT, server_default="0", nullable=False),
+        sa.Column("deleted", BIGINT, server_default="0", nullable=False),
+        sa.Column("deleted_posts", BIGINT, server_default="0", nullable=False),
         sa.Column("created_at", TIME, server_default=NOW, nullable=False),
         sa.Column("updated_at", TIME, server_default=NOW, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_bulk_loads"),

@@ -1,6 +1,6 @@
 """The caller of the current call, and its permissions."""
 
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Set as AbstractSet
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -42,11 +42,26 @@ NOBODY = Caller(ANONYMOUS_IDENTITY)  # no roles
 SYSTEM = "system"
 # Set by `interceptors/auth.py`. Each call has its own task, and so its own context.
 _current: ContextVar[Caller] = ContextVar("caller", default=NOBODY)
+# Authorises the current call again; only watches have it.
+_authorise: ContextVar[Callable[[], None]] = ContextVar("authorise")
 
 
 def set_caller(caller: Caller) -> None:
     """Set the caller for the rest of the current call."""
     _current.set(caller)
+
+
+def set_authorisation(authorise: Callable[[], None]) -> None:
+    """Set the function that authorises the current call again, and sets its caller."""
+    _authorise.set(authorise)
+
+
+def authorise_again() -> None:
+    """Identify the caller of a watch again, and check its right to the RPC; raises Refused.
+
+    A token can expire while a watch lasts, and a policy can change.
+    """
+    _authorise.get()()
 
 
 def current_caller() -> Caller:

@@ -10,22 +10,25 @@ from service.auth.caller import ANONYMOUS_IDENTITY, NOBODY, Caller
 
 # The role that an RPC needs follows from its name; the first prefix that fits decides.
 ROLES_BY_PREFIX = {
-    "reader": ("Get", "BatchGet", "List", "Export"),
+    "reader": ("Get", "BatchGet", "List", "Count", "Export", "Watch"),
     "writer": ("Create", "Update", "Delete"),
+    "deleter": ("BulkDelete",),
     "loader": ("Bulk",),
 }
-# These RPCs need another role than their names suggest, or have another verb.
+# These RPCs need other roles than their names suggest, or have another verb.
+LOADS = ("loader", "deleter")
 EXCEPTIONS = {
-    "/roster.v1.UserService/VerifyPassword": "verifier",
-    "/roster.v1.BulkService/GetBulkLoad": "loader",
-    "/roster.v1.BulkService/ListBulkLoads": "loader",
-    "/roster.v1.BulkService/ListBulkLoadFailures": "loader",
-    "/roster.v1.BulkService/AbortBulkLoad": "loader",
+    "/roster.v1.UserService/VerifyPassword": ("verifier",),
+    "/roster.v1.BulkService/GetBulkLoad": LOADS,
+    "/roster.v1.BulkService/ListBulkLoads": LOADS,
+    "/roster.v1.BulkService/ListBulkLoadFailures": LOADS,
+    "/roster.v1.BulkService/ListBulkLoadRows": LOADS,
+    "/roster.v1.BulkService/AbortBulkLoad": LOADS,
 }
 
 
-def role_of(rpc: str) -> str | None:
-    """Return the built-in role that allows an RPC besides `admin`; None if there is none.
+def roles_of(rpc: str) -> tuple[str, ...]:
+    """Return the built-in roles that allow an RPC besides `admin`.
 
     No role allows an RPC with an unknown verb, and nobody can call it, until EXCEPTIONS names it.
     """
@@ -34,15 +37,15 @@ def role_of(rpc: str) -> str | None:
     name = rpc.rpartition("/")[2]
     for role, prefixes in ROLES_BY_PREFIX.items():
         if name.startswith(prefixes):
-            return role
-    return None
+            return (role,)
+    return ()
 
 
 def _roles() -> dict[str, frozenset[str]]:
     """Return the RPCs that each built-in role allows."""
     roles: dict[str, set[str]] = {}
     for rpc in services.RPCS:
-        if role := role_of(rpc):
+        for role in roles_of(rpc):
             roles.setdefault(role, set()).add(rpc)
     return {role: frozenset(rpcs) for role, rpcs in roles.items()}
 

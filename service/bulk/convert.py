@@ -69,6 +69,8 @@ async def outcome_to_message(
             updated=outcome.updated,
             skipped=outcome.skipped,
             failed=outcome.failed,
+            deleted=outcome.deleted,
+            deleted_posts=outcome.deleted_posts,
             ids=outcome.ids if return_ids else None,
         )
     )

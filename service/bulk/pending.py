@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from time import perf_counter
@@ -36,8 +37,15 @@ class BatchState(Enum):
     REFUSED = auto()  # nothing of it is recorded
 
 
+# While a batch waits here for the commit of the one before, that one may wait in the database for a third
+# transaction, which waits for a lock of this batch: a deadlock that the database can't see. So this batch
+# rolls back, and is tried again after the one before. The time is longer than the database's own
+# deadlock_timeout, and shorter than the lock_timeout, which would fail one of the three.
+MAX_WAIT_SECONDS = 2.0
+
+
 class PreviousNotCommitted(Exception):
-    """The first attempt at the batch before has failed, so this one can't commit either."""
+    """The batch before has failed, or takes long, so this one can't commit either."""
 
 
 @dataclass(eq=False)
@@ -82,9 +90,9 @@ class PendingBatch:
         self.state = state
         if state is not BatchState.WRITING:
             self.attempted.set()
-            # The next batch may wait for this one to draw ids. If it has drawn none in its first attempt, it
-            # needs none, or the next batch rolls back anyway.
-            self.batch.ids_drawn.set()
+            # The next batch may wait for this one to draw ids or to lock rows. If it has not done so in its
+            # first attempt, it need not, or the next batch rolls back anyway.
+            self.batch.next_turn.set()
 
     async def settle(self) -> None:
         """Wait until the batch is committed, or will not be."""
@@ -92,10 +100,15 @@ class PendingBatch:
             await asyncio.wait([self.task])
 
     async def wait_for_previous(self) -> None:
-        """Wait for the commit of the batch before; raises PreviousNotCommitted if it was not committed."""
+        """Wait for the commit of the batch before.
+
+        Raises PreviousNotCommitted if that has failed, or takes longer than MAX_WAIT_SECONDS.
+        """
         if self.previous is None:
             return
-        await self.previous.attempted.wait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(MAX_WAIT_SECONDS):
+                await self.previous.attempted.wait()
         if not self.previous.is_committed:
             raise PreviousNotCommitted
 
@@ -145,5 +158,5 @@ class PendingBatch:
         """Drop the rows and the links to other batches: a client may never read the acknowledgement."""
         self.previous = None
         self.deferred = {}
-        # The next batch may still wait for the ids of this one.
-        self.batch = Batch(0, ids_drawn=self.batch.ids_drawn)
+        # The next batch may still wait for this one.
+        self.batch = Batch(0, next_turn=self.batch.next_turn)

@@ -12,7 +12,7 @@ from service.bulk.message import MAX_BYTES, MAX_ROWS, BulkMessage
 from service.bulk.offsets import Gap, New, Offsets, Replay, Straddle
 from service.bulk.operation import Operation, StreamOptions
 from service.bulk.pending import REFUSALS, BatchState, PendingBatch
-from service.db.bulk.batch import Outcome
+from service.db.bulk.batch import Outcome, Result
 from service.errors import (
     InvalidArgument,
     InvalidField,
@@ -32,8 +32,8 @@ from service.validation import MAX_ID
 #                         parse, place, convert            write rows, wait for the
 #                                                          commit of the batch before
 #     message ──> RECEIVED ───────────────────> WRITING ──────────────────────────> COMMITTED ──> ack
-#                    │                            │ fault, or the batch               ▲
-#                    │ negative offset, gap,      │ before did not commit             │
+#                    │                            │ fault, or the batch before        ▲
+#                    │ negative offset, gap,      │ did not commit within 2 s         │
 #                    │ too large, fault           ▼                                   │
 #                    │                         RETRYING ──────────────────────────────┤
 #                    │                            │ alone, up to twice                │
@@ -234,10 +234,10 @@ class Pipeline:
         # Wait for batches that this one depends on.
         pending.keys = pending.batch.keys(self._operation.key_names)
         await self._wait_for_dependencies(pending)
-        # From here on its place in the order is fixed: it commits, and draws ids, after `previous`.
+        # From here on its place in the order is fixed: it commits, and takes its turn, after `previous`.
         pending.previous, self._last = self._last, pending
         if pending.previous:
-            pending.batch.ids_after = pending.previous.batch.ids_drawn
+            pending.batch.turn = pending.previous.batch.next_turn
         self._offsets.accept(pending.end)
         pending.task = asyncio.create_task(self._committer.commit(pending))
 
@@ -252,7 +252,7 @@ class Pipeline:
         can_defer = self._operation.can_defer(self._options.write)
         other = self._last
         while other and not other.is_settled:
-            overlaps = pending.overlaps(other)
+            overlaps = pending.overlaps(other) or self._operation.may_overlap(pending.keys, other.keys)
             must_wait = not is_parallel or other.state is BatchState.RETRYING
             if must_wait or (overlaps and not can_defer):
                 await other.settle()
@@ -274,7 +274,7 @@ class Pipeline:
         self._add_lag(-pending.size)
         BULK_BATCH_ROWS.labels(self._metric_label).observe(pending.size)
         BULK_BATCH.labels(self._metric_label).observe(perf_counter() - pending.received_at)
-        counts = {name: getattr(new, name) for name in COUNTED}
+        counts = {result.name.lower(): new.results.count(result) for result in Result}
         counts["replayed"] = pending.replayed
         for result, rows in counts.items():
             BULK_ROWS.labels(self._metric_label, result).inc(rows)

@@ -17,12 +17,13 @@ from sqlalchemy import (
     Text,
     inspect,
 )
+from sqlalchemy.dialects.postgresql.base import ischema_names
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, mapped_column
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
-from sqlalchemy.types import TypeDecorator, TypeEngine
+from sqlalchemy.types import TypeDecorator, TypeEngine, UserDefinedType
 
 # The session of `Database.read()`; and that of `Database.begin()` and `bulk()`, which can also write.
 ReadSession = NewType("ReadSession", AsyncSession)
@@ -63,6 +64,18 @@ class UtcDateTime(TypeDecorator[datetime]):
     ) -> Callable[[datetime], datetime | None] | None:
         # PostgreSQL's times have a time zone already. Processing each would add half to the cost of a row.
         return super().result_processor(dialect, coltype) if dialect.name == "sqlite" else None
+
+
+class Xid8(UserDefinedType[int]):
+    """The id of a transaction of PostgreSQL, which is never used again."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "xid8"
+
+
+ischema_names["xid8"] = Xid8  # otherwise SQLAlchemy warns of every table that has one
 
 
 class now(FunctionElement[datetime]):  # noqa: N801  (reads as SQL)

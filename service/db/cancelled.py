@@ -1,4 +1,4 @@
-"""Keeps the connection of a cancelled read on PostgreSQL; only the statement ends.
+"""Keeps the connection of a cancelled read on PostgreSQL; only the statement and its transaction end.
 
 SQLAlchemy closes the connection of a cancelled statement. PostgreSQL starts a process for each new one, so a
 caller with slow reads and short deadlines would keep both sides busy with reconnecting. asyncpg cancels the
@@ -9,10 +9,14 @@ connection goes back to the pool.
 import asyncio
 from typing import Any
 
+import asyncpg
 from sqlalchemy import AdaptedConnection, Connection, ExceptionContext, PoolResetState, event
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 
+READS = "roster_reads"  # the option of an engine that reads in transactions
+# PostgreSQL ends a cancelled statement in milliseconds, but a server that is stopped never answers.
+END_SECONDS = 2
 _CANCELLED = "statement was cancelled"
 
 
@@ -30,16 +34,27 @@ def keep_cancelled(info: dict[str, Any]) -> None:
 def _handle(failure: ExceptionContext) -> None:
     connection = failure.connection
     is_cancelled = isinstance(failure.original_exception, asyncio.CancelledError)
-    if connection and is_cancelled and _is_read(connection):
+    if connection and is_cancelled and _is_read(connection) and not _is_closed(connection):
         keep_cancelled(connection.info)
         failure.is_disconnect = False
 
 
 def _is_read(connection: Connection) -> bool:
-    return connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+    options = connection.get_execution_options()
+    return options.get("isolation_level") == "AUTOCOMMIT" or bool(options.get(READS))
+
+
+def _is_closed(connection: Connection) -> bool:
+    driver: Any = connection.connection.driver_connection
+    return bool(driver.is_closed())
 
 
 def _wait_for_end(connection: AdaptedConnection, record: ConnectionPoolEntry, state: PoolResetState) -> None:
     # An error here makes SQLAlchemy close the connection.
     if record.info.pop(_CANCELLED, False) and state.asyncio_safe and not state.terminate_only:
-        connection.run_async(lambda driver: driver.execute("SELECT 1"))
+        connection.run_async(_end)
+
+
+async def _end(driver: "asyncpg.Connection[Any]") -> None:
+    # Both wait for the end of the statement. A failed transaction accepts nothing but its end.
+    await driver.execute("ROLLBACK" if driver.is_in_transaction() else "SELECT 1", timeout=END_SECONDS)

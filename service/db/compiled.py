@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Any
 
 import asyncpg
-from sqlalchemy import ARRAY, BindParameter, Dialect, PoolProxiedConnection
+from sqlalchemy import ARRAY, BindParameter, Dialect, PoolProxiedConnection, TextualSelect
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.util import greenlet_spawn
 
@@ -25,7 +25,7 @@ from service.db.statements import measure
 class CompiledSelect:
     """A compiled SELECT. It returns the driver's own values, as attributes: SQLite's booleans are 0 or 1."""
 
-    def __init__(self, statement: Query, dialect: Dialect) -> None:
+    def __init__(self, statement: Query | TextualSelect, dialect: Dialect) -> None:
         compiled: SQLCompiler = statement.compile(
             dialect=dialect, compile_kwargs={"render_postcompile": True}
         )
@@ -46,11 +46,13 @@ class CompiledSelect:
             convert(values.get(parameter.key, parameter.value))
             for parameter, convert in zip(self._parameters, self._converters, strict=True)
         ]
+        driver: Any = connection.driver_connection
         try:
-            return await self._fetch(connection.driver_connection, bound)
+            return await self._fetch(driver, bound)
         except BaseException as error:
             # SQLAlchemy doesn't see the driver's errors: a broken connection would go back to the pool.
-            if isinstance(error, asyncio.CancelledError) and not self._is_sqlite:
+            is_cancelled = isinstance(error, asyncio.CancelledError)
+            if is_cancelled and not self._is_sqlite and not driver.is_closed():
                 keep_cancelled(connection.info)
             else:
                 await greenlet_spawn(connection.invalidate)
@@ -61,7 +63,7 @@ class CompiledSelect:
         try:
             if self._is_sqlite:
                 return list(map(self._as_row, await driver.execute_fetchall(self.sql, bound)))
-            found: Sequence[Row] = await driver.fetch(self.sql, *bound, record_class=_Record)
+            found: Sequence[Row] = await driver.read(self.sql, *bound, record_class=_Record)
         except asyncpg.InterfaceError as error:  # the connection was closed before the statement was sent
             raise ConnectionError(str(error)) from error
         finally:

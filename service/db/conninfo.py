@@ -62,6 +62,7 @@ TLS = frozenset(
 KEEPALIVES = frozenset(
     ["keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count", "tcp_user_timeout"]
 )
+CACHES = ("prepared_statement_cache_size", "statement_cache_size")
 HONOURED = (
     TLS
     | KEEPALIVES
@@ -88,7 +89,7 @@ HONOURED = (
         ]
     )
     # Of other clients: Prisma's name of the search path, and the caches of SQLAlchemy and asyncpg.
-    | frozenset(["schema", "prepared_statement_cache_size", "statement_cache_size"])
+    | frozenset(["schema", *CACHES])
 )
 
 
@@ -132,7 +133,10 @@ IGNORED = {
     "connection_limit": Unsupported(
         "", "ROSTER_POOL_SIZE and ROSTER_MAX_OVERFLOW set the number of connections"
     ),
-    "pgbouncer": Unsupported("false", "it is a parameter of Prisma"),
+    "pgbouncer": Unsupported(
+        "false",
+        "it is a parameter of Prisma; ROSTER_DATABASE_POOLER=transaction is for a pooler in that mode",
+    ),
     "pool_max_conns": Unsupported(
         "", "ROSTER_POOL_SIZE and ROSTER_MAX_OVERFLOW set the number of connections"
     ),
@@ -160,9 +164,10 @@ VALUES = {
 }
 NUMBERS = (KEEPALIVES - {"keepalives"}) | {
     "connect_timeout",
-    "prepared_statement_cache_size",
-    "statement_cache_size",
+    *CACHES,
 }
+# Of the server settings, those that the startup message contains: poolers and proxies accept these.
+AT_START = ("application_name", "options")
 STRICT_MODES = ("require", "verify-ca", "verify-full")
 SYSTEM = "system"  # as sslrootcert: the certificates that the system trusts
 
@@ -264,6 +269,24 @@ def addresses(parameters: Mapping[str, str]) -> list[tuple[str | None, int | Non
     return [(host or "localhost", _port(port)) for host, port in zip(hosts, ports, strict=True)]
 
 
+def each_host(parameters: Mapping[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the name of each host, as an error shows it, and the parameters for this host alone."""
+    others = {name: value for name, value in parameters.items() if name not in ("host", "hostaddr", "port")}
+    for host, port in addresses(parameters):
+        place = {"host": host or "", "port": str(port or "")}
+        yield host_name(host, port), {**others, **{name: value for name, value in place.items() if value}}
+
+
+def host_name(host: str | None, port: int | None) -> str:
+    """Return a host as an error names it, with its port or socket."""
+    port = port or DEFAULT_PORT
+    if host is None:
+        return f"this machine, port {port}"
+    if host.startswith("/"):
+        return f"{host}/.s.PGSQL.{port}"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def server_settings(parameters: Mapping[str, str]) -> dict[str, str]:
     """Return the settings of the session, of `options`, `schema` and the application name.
 
@@ -293,6 +316,18 @@ def server_settings(parameters: Mapping[str, str]) -> dict[str, str]:
         if name in parameters:
             settings["application_name"] = parameters[name]
     return settings
+
+
+def startup_settings(parameters: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings that the startup message can contain, also through a pooler."""
+    found = server_settings(parameters)
+    return {name: found[name] for name in AT_START if name in found}
+
+
+def session_settings(parameters: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings that need a session: those of `options` and `schema`."""
+    found = server_settings(parameters)
+    return {name: value for name, value in found.items() if name not in AT_START}
 
 
 def warnings(parameters: Mapping[str, str]) -> Iterator[str]:

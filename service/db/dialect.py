@@ -51,6 +51,16 @@ def values_table(session: AsyncSession, values: Sequence[KeyValue], kind: Column
     return select(rows.c.value, rows.c.position).subquery()
 
 
+def is_one_of(session: AsyncSession, column: Column, values: Sequence[KeyValue]) -> ColumnElement[bool]:
+    """Return the condition that a column has one of the values, which are one parameter.
+
+    Not `= ANY(array)`: PostgreSQL scans a small table, or a new one without statistics, and would read the
+    text of the array again for each row. The delete of 4,000 of 12,000 rows took 8 s.
+    """
+    listed = values_table(session, values, column.type)
+    return column.in_(select(listed.c.value))
+
+
 def is_one_of_keys(column: Column, dialect: Dialect) -> ColumnElement[bool]:
     """Return the condition that a column has one of the values of the parameter `keys`."""
     if dialect.name == "sqlite":

@@ -3,38 +3,44 @@
 import asyncio
 import logging
 import sqlite3
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
-from sqlalchemy import Connection, PoolProxiedConnection, event, select
+from sqlalchemy import Connection, ExceptionContext, PoolProxiedConnection, event, select
 from sqlalchemy.dialects.sqlite.aiosqlite import AsyncAdapt_aiosqlite_connection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from service.auth.caller import current_share
+from service.auth.caller import SYSTEM, current_share
+from service.consistency import Position, Requirement, note_unknown_outcome
 from service.db import interruptible, revisions
 from service.db.base import ReadSession, Session
-from service.db.cancelled import keep_connections_of_cancelled_reads
+from service.db.cancelled import READS, keep_connections_of_cancelled_reads
 from service.db.compiled import CompiledSelect
 from service.db.connect import postgresql_engine
 from service.db.driver import DriverConnections
-from service.db.errors import may_have_committed, translate_errors
+from service.db.errors import code_of, is_ending, may_have_committed, translate_errors
+from service.db.failover import Failover
 from service.db.pool import InstrumentedPool, measure_pool
+from service.db.position import POSITION, PrimaryPosition
+from service.db.replica import Replica, UsePrimary
 from service.db.selection import Row
 from service.db.statements import measure_statements
 from service.errors import DatabaseUnavailable, OutcomeUnknown, PoolExhausted, QuotaExceeded, RosterError
 from service.files import create_database
-from service.metrics import POOL_TIMEOUTS, POOL_WAITING
+from service.metrics import POOL_TIMEOUTS, POOL_WAITING, READS_ON_PRIMARY
 from service.settings import Settings
 from service.shares import FairSemaphore, LoopTurns
 
 # A batch that waits for a row lock of another load or call rolls back after this time, and tries again.
 LOCK_TIMEOUT_SECONDS = 5
 BULK_POOL_TIMEOUT_SECONDS = 60
+# A new connection picks one of the replicas: it leaves one that has been promoted, and uses one that is back.
+REPLICA_RECYCLE_SECONDS = 60
 SQLITE_BUSY_TIMEOUT_SECONDS = 5
 # A caller may hold a quarter of the connections that the others leave free: 5 of 20. Another caller's GetUser
 # takes 8 ms at rest (p99, two cores), 50 to 90 ms while one caller reads whole tables on 5 connections, and
@@ -42,6 +48,9 @@ SQLITE_BUSY_TIMEOUT_SECONDS = 5
 CONNECTIONS_PART = 4
 SQLITE_READERS_PART = 8  # 3 of 20: each is a thread of this process
 BULK_PART = 2  # 3 of 5: one stream writes three batches at a time
+
+NOT_REPLICATED = "08007"  # of `durability`
+ResultT = TypeVar("ResultT")
 
 # At DEBUG it logs parameters: password hashes and contents.
 logging.getLogger("aiosqlite").setLevel(logging.WARNING)
@@ -55,10 +64,10 @@ class Database:
     """The database of the service.
 
     `begin()` opens a unit of work: a clean exit commits, an exception rolls back. `bulk()` does the same on
-    an engine of its own, so that loads can't starve calls. `read()` opens no transaction: each statement
-    sees what was committed before it. All of them share their connections fairly among callers. A task that
-    holds a connection must not open a second one: once its caller's share is used up, it would wait for
-    itself.
+    an engine of its own, so that loads can't starve calls. `read()` is for reading: each statement sees what
+    was committed before it. It opens a transaction only behind a pooler that needs one. All of them share
+    their connections fairly among callers. A task that holds a connection must not open a second one: once
+    its caller's share is used up, it would wait for itself.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -67,6 +76,7 @@ class Database:
         size = settings.pool_size + settings.max_overflow
         self._driver_connections = DriverConnections(self._engines.reader, size)
         self.is_sqlite = settings.is_embedded
+        self.replica = self._replica(self._engines, size)  # None unless one is configured
         # For converting many rows: without it, sixteen exports would keep all other calls off the event loop.
         self.loop_turns = LoopTurns()
 
@@ -99,19 +109,57 @@ class Database:
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[ReadSession]:
-        """Open a read session, which holds a connection but no transaction."""
+        """Open a read session, which holds a connection."""
         with translate_errors():
             async with self._engines.read_slot():
                 await self._driver_connections.make_room()
                 async with _session(self._engines.reader) as session:
                     yield session
 
-    async def rows(self, query: CompiledSelect, *, share: str = "", **values: Any) -> Sequence[Row]:
-        """Return the rows of a compiled statement, with these values for its parameters.
+    async def run(
+        self, read: Callable[[ReadSession], Awaitable[ResultT]], requirement: Requirement | None
+    ) -> ResultT:
+        """Return the result of `read` with a read session, on a replica if one meets the requirement.
 
-        It uses the caller's share of the connections, or another one. It reads like a statement of `read()`,
-        without a session, which takes 200 µs. If its connection was opened before a restart of PostgreSQL, it
-        is sent once more.
+        If that fails, `read` runs again on the primary.
+        """
+        if self.replica and requirement:
+            with suppress(UsePrimary):
+                async with self.replica.session(requirement) as session:
+                    return await read(ReadSession(session))
+        self._count_read()
+        async with self.read() as session:
+            return await read(session)
+
+    async def rows(
+        self,
+        query: CompiledSelect,
+        *,
+        share: str = "",
+        requirement: Requirement | None = None,
+        **values: Any,
+    ) -> Sequence[Row]:
+        """Return the rows of a compiled statement, on a replica if one meets the requirement.
+
+        Without a requirement, or if that fails, they come from the primary. The connection is from the
+        caller's share or from another one; the values are those of the statement's parameters.
+        """
+        if self.replica and requirement:
+            with suppress(UsePrimary):
+                async with self.replica.connection(requirement, share) as connection:
+                    return await query.rows(connection, **values)
+        self._count_read()
+        return await self._rows(query, share, values)
+
+    async def rows_of_log(self, query: CompiledSelect, **values: Any) -> Sequence[Row]:
+        """Return the rows of the statement that reads the log, on the primary. It is not counted."""
+        return await self._rows(query, "", values)
+
+    async def _rows(self, query: CompiledSelect, share: str, values: Mapping[str, Any]) -> Sequence[Row]:
+        """Return the rows of a compiled statement on the primary.
+
+        It reads like a statement of `read()`, without a session, which takes 200 µs. If its connection was
+        opened before a restart of PostgreSQL, it is sent once more.
         """
         connection = None
         try:
@@ -139,8 +187,35 @@ class Database:
         async with self.read() as session:
             await session.execute(select(1))
 
+    async def watch_forever(self) -> None:
+        """Replace the connections if another server of PostgreSQL becomes the primary."""
+        if self._engines.failover:
+            await self._engines.failover.watch_forever()
+
+    def doubt(self) -> None:
+        """Find out soon whether another server has become the primary."""
+        if self._engines.failover:
+            self._engines.failover.doubt()
+
+    def _replica(self, engines: "_PostgreSQL | _Sqlite", size: int) -> Replica | None:
+        if engines.replica is None:
+            return None
+        query = CompiledSelect(POSITION, engines.replica.dialect)
+
+        async def read_position() -> Position:
+            [row] = await self._rows(query, SYSTEM, {})
+            return Position(*row)
+
+        return Replica(engines.replica, size, engines.replica_slot, PrimaryPosition(read_position))
+
+    def _count_read(self) -> None:
+        if self.replica:
+            READS_ON_PRIMARY.inc()
+
     async def close(self) -> None:
         """Close all connections; otherwise a process that uses SQLite can hang at exit."""
+        if self.replica:
+            await self.replica.close()
         await self._driver_connections.close()
         for engine in {self._engines.writer, self._engines.reader, self._engines.bulk}:
             await engine.dispose()
@@ -148,19 +223,28 @@ class Database:
 
 class _PostgreSQL:
     def __init__(self, settings: Settings) -> None:
+        # A pooler in transaction mode has the connections to the server, and changes them.
+        self.failover = None if settings.pools_transactions else Failover(settings.database_url)
+        admit = self.failover.admit if self.failover else None
         self.writer = self._engine(
             settings,
             "calls",
+            pools_transactions=settings.pools_transactions,
+            admit=admit,
             pool_size=settings.pool_size,
             max_overflow=settings.max_overflow,
             pool_timeout=settings.pool_timeout,
         )
-        # The same pool; with AUTOCOMMIT a read is one round trip instead of three.
-        self.reader = self.writer.execution_options(isolation_level="AUTOCOMMIT")
+        # The same pool. With AUTOCOMMIT a read is one round trip instead of three. Behind a pooler in
+        # transaction mode, only a transaction has timeouts.
+        mode: dict[str, Any] = {"isolation_level": "AUTOCOMMIT"}
+        self.reader = self.writer.execution_options(**{READS: True} if settings.pools_transactions else mode)
         keep_connections_of_cancelled_reads(self.writer)
         self.bulk = self._engine(
             settings,
             "bulk",
+            pools_transactions=settings.pools_transactions,
+            admit=admit,
             pool_size=settings.bulk_connections,
             max_overflow=0,
             pool_timeout=BULK_POOL_TIMEOUT_SECONDS,
@@ -169,30 +253,50 @@ class _PostgreSQL:
             planner={"enable_mergejoin": "off", "enable_hashjoin": "off"},
             lock_timeout=LOCK_TIMEOUT_SECONDS,
         )
+        if self.failover:
+            self.failover.watch(self.writer)
+            self.failover.watch(self.bulk)
         connections = settings.pool_size + settings.max_overflow
         self._slots = _Slots("calls", connections, settings.pool_timeout)
         self._bulk_slots = _Slots("bulk", settings.bulk_connections, BULK_POOL_TIMEOUT_SECONDS, BULK_PART)
+        self.replica: AsyncEngine | None = None
+        if settings.replica_url:
+            replica = self._engine(
+                settings,
+                "replica",
+                url=settings.replica_url,
+                pool_size=settings.pool_size,
+                max_overflow=settings.max_overflow,
+                pool_timeout=settings.pool_timeout,
+                pool_recycle=min(settings.pool_recycle, REPLICA_RECYCLE_SECONDS),
+                defaults={"load_balance_hosts": "random", "target_session_attrs": "any"},
+            )
+            keep_connections_of_cancelled_reads(replica)
+            self.replica = replica.execution_options(isolation_level="AUTOCOMMIT")
+            self._replica_slots = _Slots("replica", connections, settings.pool_timeout)
 
     @staticmethod
     def _engine(
         settings: Settings,
         name: str,
         *,
+        url: str = "",
+        pools_transactions: bool = False,
         lock_timeout: int = 0,
         planner: Mapping[str, str] | None = None,
         **pool: Any,
     ) -> AsyncEngine:
         timeout = f"{ceil(settings.statement_timeout * 1000)}ms"  # 0 would be none
         engine = postgresql_engine(
-            settings.database_url,
+            url or settings.database_url,
             **_pool_options(name),
-            **pool,
-            pool_recycle=settings.pool_recycle,
+            **{"pool_recycle": settings.pool_recycle, **pool},
             pool_pre_ping=settings.pool_pre_ping,
             timeout=settings.connect_timeout,
-            server_settings={
-                # `roster migrate --contract` looks for sessions of servers that can't use its result.
-                "application_name": f"roster {revisions.head()}",
+            # `roster migrate --contract` looks for sessions of servers that can't use its result.
+            application_name=f"roster {revisions.head()}",
+            pools_transactions=pools_transactions,
+            settings={
                 "statement_timeout": timeout,
                 "idle_in_transaction_session_timeout": timeout,
                 "lock_timeout": f"{lock_timeout}s",
@@ -201,6 +305,7 @@ class _PostgreSQL:
             # The server's own timeout expires first; this one is for a server that is gone.
             connect_args={"command_timeout": settings.statement_timeout + 5},
         )
+        event.listen(engine.sync_engine, "handle_error", _discard_ending)
         return _measured(engine, name)
 
     def write_slot(self) -> AbstractAsyncContextManager[None]:
@@ -209,6 +314,9 @@ class _PostgreSQL:
     def read_slot(self, share: str = "") -> AbstractAsyncContextManager[None]:
         return self._slots.hold(share)
 
+    def replica_slot(self, share: str) -> AbstractAsyncContextManager[None]:
+        return self._replica_slots.hold(share)
+
     def bulk_slot(self) -> AbstractAsyncContextManager[None]:
         # The batches of a stream wait for each other's commits. They all belong to one caller, so they get
         # their slots in order, and a caller with any share at all gets one for its first batch.
@@ -216,6 +324,9 @@ class _PostgreSQL:
 
 
 class _Sqlite:
+    failover: None = None
+    replica: None = None
+
     def __init__(self, settings: Settings) -> None:
         create_database(settings.database_url)
         options: dict[str, Any] = {
@@ -308,6 +419,12 @@ def _measured(engine: AsyncEngine, name: str) -> AsyncEngine:
     return engine
 
 
+def _discard_ending(failure: ExceptionContext) -> None:
+    # SQLAlchemy believes asyncpg that the connection is open.
+    if is_ending(failure.original_exception):
+        failure.is_disconnect = True
+
+
 class _RollbackOnClose(sqlite3.Connection):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -334,6 +451,8 @@ def _prepare_writer(connection: AsyncAdapt_aiosqlite_connection, record: Connect
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode = WAL")
     cursor.execute("PRAGMA foreign_keys = ON")
+    # Overwrite what is deleted or replaced. In some builds of SQLite this is the default.
+    cursor.execute("PRAGMA secure_delete = ON")
     cursor.close()
 
 
@@ -366,8 +485,16 @@ async def _commit(session: AsyncSession) -> None:
         raise
     except Exception as error:
         if may_have_committed(error):
+            note_unknown_outcome()
             raise OutcomeUnknown(
-                "the connection to the database broke during the commit; read before you write again, "
-                "or send a request_id, with which it is safe to repeat"
+                f"{_doubt_about(error)}; read before you write again, or send a request_id, with which it is "
+                "safe to repeat"
             ) from error
         raise
+
+
+def _doubt_about(error: Exception) -> str:
+    """Return why it is not known whether a commit will last."""
+    if code_of(error) == NOT_REPLICATED:
+        return "no standby of the database has confirmed the commit, which a failover would lose"
+    return "the connection to the database broke during the commit"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import asyncpg
 from sqlalchemy.exc import DBAPIError, TimeoutError as PoolTimeoutError
 
 from service.errors import DatabaseUnavailable, PoolExhausted, RosterError, StatementTimeout
@@ -21,6 +22,10 @@ log = logging.getLogger(__name__)
 BUSY = "the database is busy with other writes; nothing was done, try again"
 UNREACHABLE = "the database can't be reached; nothing was done, try again"
 MIGRATED = "the database schema has just changed; nothing was done, try again"
+POOLED = (
+    "the database is behind a pooler in transaction mode, for which the server is not set up "
+    "(ROSTER_DATABASE_POOLER); nothing was done, try again"
+)
 SLOW = "the database took too long; request less, or try again later"
 
 # Parts of messages that contain row values: PostgreSQL's DETAIL, such as `Key (email)=(ada@example.org)
@@ -37,7 +42,9 @@ BY_CODE: dict[str, tuple[type[RosterError], str]] = {
     "0A000": (DatabaseUnavailable, MIGRATED),  # a cached plan no longer fits the schema
     "25006": (DatabaseUnavailable, UNREACHABLE),  # read-only: a standby, during a failover
     "25P03": (DatabaseUnavailable, UNREACHABLE),  # idle_in_transaction_session_timeout
+    "26000": (DatabaseUnavailable, POOLED),  # a prepared statement that another session has
     "28": (DatabaseUnavailable, UNREACHABLE),  # invalid role or password
+    "42P05": (DatabaseUnavailable, POOLED),  # a prepared statement that somebody else has made
     "40": (DatabaseUnavailable, BUSY),  # deadlock or serialization failure: rolled back
     "53": (DatabaseUnavailable, UNREACHABLE),  # too many connections, disk or memory full
     "55P03": (DatabaseUnavailable, BUSY),  # lock_timeout
@@ -53,6 +60,12 @@ BY_CODE: dict[str, tuple[type[RosterError], str]] = {
 }
 
 
+POOLER_IS_FULL = "query_wait_timeout"  # reported by PgBouncer to a client that has waited too long
+# Poolers report these with the code of other errors, but waiting does not help.
+REFUSED_BY_POOLER = re.compile(
+    "unsupported startup parameter|authentication failed|does not exist|no such (user|database)"
+    "|not allowed in statement pooling mode"
+)
 # A start waits for the end of these; nothing else that PostgreSQL reports ends by itself.
 TRANSIENT = ("08", "25006", "40", "53", "55", "57", "58", "SQLITE_BUSY", "SQLITE_LOCKED")
 
@@ -81,7 +94,8 @@ def cause_of(error: BaseException) -> str:
     """Return what the driver reported, without what SQLAlchemy adds, or the cause of each host."""
     causes = [each for each in _chain(error) if str(each)]
     hosts = [each for each in causes if isinstance(each, NoUsableHost)]
-    return str((hosts or causes)[-1]).partition("\n")[0]
+    named = hosts or causes
+    return str(named[-1]).partition("\n")[0] if named else type(error).__name__
 
 
 def short_cause(error: BaseException) -> str:
@@ -102,10 +116,20 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in NUMBER.findall(text)]
 
 
+def is_ending(error: BaseException) -> bool:
+    """Return whether asyncpg has refused a statement because it handles the end of the connection."""
+    return any(type(cause) is asyncpg.InternalClientError for cause in _chain(error))
+
+
+def is_refused_by_pooler(error: BaseException) -> bool:
+    """Return whether a pooler has refused a connection for a reason that does not end by itself."""
+    return code_of(error).startswith("08") and bool(REFUSED_BY_POOLER.search(cause_of(error)))
+
+
 def is_transient(error: BaseException) -> bool:
     """Return whether waiting may help: the database can't be reached, is busy, or is not ready yet."""
     if code := code_of(error):
-        return code.startswith(TRANSIENT)
+        return code.startswith(TRANSIENT) and not is_refused_by_pooler(error)
     causes = [*_chain(error)]
     if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
         return False
@@ -118,6 +142,8 @@ def domain_error(error: BaseException) -> RosterError | None:
     if isinstance(error, PoolTimeoutError):
         return PoolExhausted("all connections to the database are in use; nothing was done, try again")
     code = code_of(error)
+    if code.startswith("08") and POOLER_IS_FULL in cause_of(error):
+        return PoolExhausted("the pooler has no connection to the database; nothing was done, try again")
     for length in range(len(code), 1, -1):
         if code[:length] in BY_CODE:
             error_class, message = BY_CODE[code[:length]]
@@ -125,7 +151,7 @@ def domain_error(error: BaseException) -> RosterError | None:
     if isinstance(error, TimeoutError):  # command_timeout
         return StatementTimeout(SLOW)
     is_disconnected = isinstance(error, DBAPIError) and error.connection_invalidated
-    if is_disconnected or isinstance(error, OSError):
+    if is_disconnected or is_ending(error) or isinstance(error, OSError):
         return DatabaseUnavailable(UNREACHABLE)
     return None
 
@@ -137,8 +163,8 @@ def may_have_committed(error: BaseException) -> bool:
 
 
 @contextmanager
-def translate_errors() -> Iterator[None]:
-    """Turn a driver's error into the domain error, and log its cause."""
+def translate_errors(place: str = "") -> Iterator[None]:
+    """Turn a driver's error into the domain error, and log its cause and its place."""
     try:
         yield
     except RosterError:
@@ -148,7 +174,7 @@ def translate_errors() -> Iterator[None]:
         known = domain_error(error)
         if known is None:
             raise
-        log.warning("%s: %s", known.reason, cause_of(error))
+        log.warning("%s%s: %s", known.reason, place, cause_of(error))
         raise known from error
 
 

@@ -15,6 +15,7 @@ from sqlalchemy import NullPool
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from service.db.connect import postgresql_engine
+from service.db.pooler import Mode, pooler_mode
 from service.db.revisions import config_file
 from service.db.schema import Schema, read_schema
 from service.db.servers import older_servers
@@ -89,6 +90,11 @@ def older_servers_of(url: str) -> list[str]:
             return await connection.run_sync(older_servers)
 
     return asyncio.run(read())
+
+
+def mode_of_pooler(url: str) -> Mode:
+    """Return the mode of the pooler between Roster and a database of PostgreSQL, or none."""
+    return asyncio.run(pooler_mode(url, CONNECT_TIMEOUT_SECONDS))
 
 
 def migration_engine(url: str) -> AsyncEngine:

@@ -1,8 +1,9 @@
 """Keyset pages and their tokens.
 
 A page begins after the last sort key of the previous page. The index finds that key, so all pages cost the
-same. A token contains the key, a version, a fingerprint of the listing and a checksum. It is not secret, and
-gives access to nothing that a filter does not.
+same. A token contains a version, a fingerprint of the listing, the key and a checksum. It gives access to
+nothing that a filter does not. A token with texts, such as an e-mail, is encrypted: tokens get into the logs
+and caches of callers.
 """
 
 import base64
@@ -15,14 +16,16 @@ from functools import cached_property, lru_cache
 from hashlib import sha256
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from sqlalchemy import ColumnElement, FromClause, tuple_
+from sqlalchemy import ColumnElement, FromClause, String, tuple_
 
 from service.db.base import Expression, UtcDateTime
+from service.db.token_cipher import TokenCipher
 from service.errors import InvalidField, InvalidPageToken
 from service.validation import MAX_ID
 from service.wire import EPOCH, MICROSECOND
 
 VERSION = b"\x01"
+ENCRYPTED = b"\x02"  # the version of encrypted tokens
 FINGERPRINT_BYTES = 8
 DEFAULT_PAGE_SIZE = 50
 MAX_PAGE_SIZE = 1000
@@ -48,11 +51,12 @@ class ListQuery:
     after: SortKey | None
     limit: int
     fingerprint: bytes = b""
+    cipher: TokenCipher | None = None  # of its page tokens, if they are encrypted
     is_cacheable: bool = True  # whether SQLAlchemy may keep the compiled statement
 
     def next_token(self, page: Page[Any]) -> str:
         """Return the token of the next page, "" on the last one."""
-        return encode_token(self.fingerprint, page.next_key)
+        return encode_token(self.fingerprint, page.next_key, self.cipher)
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,11 @@ class Keyset:
     def key_of(self, row: Any) -> SortKey:
         """Return the sort key of a row, with times as datetimes."""
         return [convert(getattr(row, name)) for name, convert in self._values]
+
+    @cached_property
+    def has_texts(self) -> bool:
+        """Whether a sort key contains texts, which can be personal data."""
+        return any(isinstance(column.type, String) for column in self.columns)
 
     @cached_property
     def _values(self) -> list[tuple[str, Callable[[Any], Any]]]:
@@ -103,30 +112,34 @@ def fingerprint(*listing: object) -> bytes:
     return sha256(json.dumps(listing, default=str).encode()).digest()[:FINGERPRINT_BYTES]
 
 
-def encode_token(listing: bytes, key: SortKey | None) -> str:
+def encode_token(listing: bytes, key: SortKey | None, cipher: TokenCipher | None = None) -> str:
     """Return the token of the page that begins after the key, "" if there is no key."""
     if key is None:
         return ""
     body = listing + json.dumps(key, default=datetime.isoformat, separators=(",", ":")).encode()
+    if cipher and cipher.is_in_use:
+        return _to_base64(ENCRYPTED + cipher.encrypt(body))
     return _to_base64(VERSION + zlib.crc32(body).to_bytes(4, "big") + body)
 
 
 def check_token(token: str) -> None:
     """Check that a token is not damaged, before its listing is known; raises InvalidPageToken."""
     if token:
-        _decode(token)
+        _decode(token, None)
 
 
-def decode_token(listing: bytes, token: str, columns: Sequence[Expression]) -> SortKey | None:
-    """Return the key in a token, None for an empty one; raises InvalidPageToken."""
+def decode_token(
+    listing: bytes, token: str, columns: Sequence[Expression], cipher: TokenCipher | None = None
+) -> SortKey | None:
+    """Return the key in a token, None for an empty one; raises InvalidPageToken.
+
+    With a cipher, it also reads tokens that are not encrypted: earlier releases have made them.
+    """
     if not token:
         return None
-    body = _decode(token)
+    body = _decode(token, cipher)
     if body[:FINGERPRINT_BYTES] != listing:
-        raise InvalidPageToken(
-            "page_token belongs to another listing; for a new filter or order_by, start without a token",
-            field="page_token",
-        )
+        raise _token_of_another_listing()
     try:
         values = json.loads(body[FINGERPRINT_BYTES:])
         return [_check_type(value, column) for value, column in zip(values, columns, strict=True)]
@@ -134,16 +147,33 @@ def decode_token(listing: bytes, token: str, columns: Sequence[Expression]) -> S
         raise _damaged_token() from None
 
 
-def _decode(token: str) -> bytes:
+def _decode(token: str, cipher: TokenCipher | None) -> bytes:
     try:
         raw = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
     except ValueError:
         raise _damaged_token() from None
-    version, checksum, body = raw[:1], raw[1:5], raw[5:]
-    # The decoder ignores some characters, and some bits of the last one.
-    if version != VERSION or zlib.crc32(body).to_bytes(4, "big") != checksum or _to_base64(raw) != token:
+    if _to_base64(raw) != token:  # the decoder ignores some characters, and some bits of the last one
+        raise _damaged_token()
+    version, rest = raw[:1], raw[1:]
+    if version == ENCRYPTED:
+        return _decrypt(rest, cipher)
+    checksum, body = rest[:4], rest[4:]
+    if version != VERSION or zlib.crc32(body).to_bytes(4, "big") != checksum:
         raise _damaged_token()
     return body
+
+
+def _decrypt(encrypted: bytes, cipher: TokenCipher | None) -> bytes:
+    if cipher is None:
+        raise _token_of_another_listing("is damaged or ")
+    try:
+        return cipher.decrypt(encrypted)
+    except LookupError:
+        raise InvalidPageToken(
+            "page_token has expired or is damaged; start without a token", field="page_token"
+        ) from None
+    except ValueError:
+        raise _damaged_token() from None
 
 
 def _to_base64(raw: bytes) -> str:
@@ -168,5 +198,12 @@ def _check_type(value: Any, column: Expression) -> Any:
 def _damaged_token() -> InvalidPageToken:
     return InvalidPageToken(
         "page_token is damaged; send next_page_token unchanged, or none for the first page",
+        field="page_token",
+    )
+
+
+def _token_of_another_listing(doubt: str = "") -> InvalidPageToken:
+    return InvalidPageToken(
+        f"page_token {doubt}belongs to another listing; for a new filter or order_by, start without a token",
         field="page_token",
     )

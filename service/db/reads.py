@@ -1,27 +1,31 @@
 """Reads of one entity: batched lookups of single rows, batches, pages, and exports."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextvars import Context
 from copy import copy
 from operator import itemgetter
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import bindparam, select
+from sqlalchemy import ColumnElement, bindparam, select
 
 from service.auth.caller import SYSTEM, current_share
-from service.db.base import BigInt, Column, Entity, Expression, KeyValue
+from service.consistency import Requirement, current_requirement, latest
+from service.db.base import BigInt, Column, Entity, Expression, KeyValue, ReadSession
 from service.db.compiled import CompiledSelect
 from service.db.dialect import is_one_of_keys
 from service.db.engine import Database
 from service.db.paging import ListQuery, Page
-from service.db.repository import Repository
+from service.db.replica import half_of_time
+from service.db.repository import ListRequest, Repository, is_cacheable
 from service.db.selection import Row, Selection, page_from_rows, readable_columns, select_page
 from service.db.statements import notify_listeners
+from service.db.token_keys import TokenKeys
 from service.errors import DatabaseUnavailable, PoolExhausted, RosterError
-from service.metrics import GATHERED_READS
+from service.metrics import GATHERED_READS, REPLICA_FALLBACKS
 from service.shares import FairQueue
+from service.wire import Fields
 
 # Rows can have contents of 1 MiB, so a statement looks up no more of them.
 MAX_KEYS = 100
@@ -32,8 +36,20 @@ MAX_KEYS = 100
 QUIET_TURNS = 30
 MAX_GATHER_SECONDS = 0.005  # for loops with long iterations
 
+# A shared lookup on a replica counts as one with this deadline, so that the replica has half of it. A lookup
+# by key that takes longer hangs.
+LOOKUP_SECONDS = 2
+
+ResultT = TypeVar("ResultT")
 Rows = Mapping[KeyValue, Row]
-Waiting = tuple[Sequence[KeyValue], asyncio.Future[Rows]]
+
+
+class Waiting(NamedTuple):
+    """A lookup that waits for its statement, and what it requires of a replica."""
+
+    keys: Sequence[KeyValue]
+    future: asyncio.Future[Rows]
+    requirement: Requirement | None
 
 
 class LookupBatcher:
@@ -55,30 +71,18 @@ class LookupBatcher:
         self._is_single = False  # whether the statement of a single lookup is in flight
         self._task: asyncio.Task[None] | None = None  # sends the statements of shared lookups
 
-    async def get(self, key: KeyValue, others: Sequence[KeyValue] = ()) -> Row | None:
-        """Return the row with this key, otherwise with the first of the others that a row has, or None.
-
-        Raises the same errors as `get_many`.
-        """
-        keys = [key, *others]
-        rows = await self.get_many(keys)
-        for each in keys:
-            if each in rows:
-                return rows[each]
-        return None
-
     async def get_many(self, keys: Sequence[KeyValue]) -> Rows:
-        """Return the rows with these keys by key; there may be others among them.
+        """Return the rows with these keys by key, from the primary; there may be others among them.
 
-        Raises the errors of `Database.rows()`, an own copy in each caller.
+        Raises the errors of `share`.
         """
         if self._task or self._is_single or self._has_company:
-            return await self._share(keys)
+            return await self.share(keys)
         # Nobody else looks up now, nor did before. In the caller's own task this takes 50 µs less.
         self._is_single = True
         GATHERED_READS.observe(1)
         try:
-            return await self._look_up(keys)
+            return await self.look_up(keys, share=SYSTEM)
         except (PoolExhausted, DatabaseUnavailable) as error:
             _fail(self._waiting.clear(), error)  # for the others, it would end no better
             raise
@@ -89,20 +93,31 @@ class LookupBatcher:
 
     async def close(self) -> None:
         """Cancel the shared lookups, and wait until their statement has ended."""
-        for _, future in self._waiting.clear():
-            future.cancel()
+        for lookup in self._waiting.clear():
+            lookup.future.cancel()
         if self._task:
             self._cancel(self._task)
             await asyncio.wait([self._task])
 
-    async def _look_up(self, keys: Sequence[KeyValue]) -> Rows:
-        # Not from the share of one caller: others may wait for the end of its lookup.
-        found = await self._database.rows(self._query, share=SYSTEM, keys=keys)
+    async def look_up(
+        self, keys: Sequence[KeyValue], requirement: Requirement | None = None, share: str = ""
+    ) -> Rows:
+        """Return the rows with these keys, with a statement of their own.
+
+        Its connection is from the caller's share, or from another one: if others wait for the end of the
+        lookup, it must not be from the share of one caller.
+        """
+        found = await self._database.rows(self._query, share=share, requirement=requirement, keys=keys)
         return {self._key_of(row): row for row in found}
 
-    async def _share(self, keys: Sequence[KeyValue]) -> Rows:
+    async def share(self, keys: Sequence[KeyValue], requirement: Requirement | None = None) -> Rows:
+        """Return the rows with these keys by key, with a statement that other lookups may share.
+
+        It meets the requirements of all of them. Raises the errors of `Database.rows()`, an own copy in each
+        caller. A caller who is cancelled does not wait for the statement.
+        """
         future: asyncio.Future[Rows] = asyncio.get_running_loop().create_future()
-        self._waiting.put(current_share(), (keys, future))
+        self._waiting.put(current_share(), Waiting(keys, future, requirement))
         if not (self._task or self._is_single):
             self._start()
         began = perf_counter()
@@ -129,7 +144,7 @@ class LookupBatcher:
     async def _gather(self) -> None:
         """Wait until the event loop brings no more lookups, or there are enough of them, at most 5 ms."""
         end, known = perf_counter() + MAX_GATHER_SECONDS, 0
-        while known < (waiting := sum(len(keys) for keys, _ in self._waiting)) < MAX_KEYS:
+        while known < (waiting := sum(len(lookup.keys) for lookup in self._waiting)) < MAX_KEYS:
             known = waiting
             for _ in range(QUIET_TURNS):
                 await asyncio.sleep(0)
@@ -137,11 +152,12 @@ class LookupBatcher:
                     return
 
     async def _answer(self) -> None:
-        keys = {key for asked, future in self._in_flight if not future.done() for key in asked}
-        rows = await self._look_up(list(keys)) if keys else {}
-        for _, future in self._in_flight:
-            if not future.done():
-                future.set_result(rows)
+        lookups = [lookup for lookup in self._in_flight if not lookup.future.done()]
+        keys = {key for lookup in lookups for key in lookup.keys}
+        rows = await self.look_up(list(keys), _strictest(lookups), SYSTEM) if keys else {}
+        for lookup in self._in_flight:
+            if not lookup.future.done():
+                lookup.future.set_result(rows)
         answered, self._in_flight = self._in_flight, []
         GATHERED_READS.observe(len(answered))
 
@@ -151,13 +167,13 @@ class LookupBatcher:
         while self._waiting and number < MAX_KEYS:
             lookup = self._waiting.get()
             self._in_flight.append(lookup)
-            number += len(lookup[0])
+            number += len(lookup.keys)
         self._has_company = len(self._in_flight) > 1
 
     def _cancel_if_abandoned(self) -> None:
         callers = self._in_flight or self._waiting
         task = self._task
-        if task and all(future.cancelled() for _, future in callers):
+        if task and all(lookup.future.cancelled() for lookup in callers):
             self._cancel(task)
 
     @staticmethod
@@ -179,14 +195,23 @@ class LookupBatcher:
 
 def _fail(lookups: Sequence[Waiting], error: BaseException | None) -> None:
     """Give each lookup the error, or cancel it if there is none."""
-    for _, future in lookups:
-        if error and not future.done():
-            future.set_exception(_copy(error))
-        future.cancel()
+    for lookup in lookups:
+        if error and not lookup.future.done():
+            lookup.future.set_exception(_copy(error))
+        lookup.future.cancel()
 
 
 def _is_abandoned(lookup: Waiting) -> bool:
-    return lookup[1].done()
+    return lookup.future.done()
+
+
+def _strictest(lookups: Sequence[Waiting]) -> Requirement | None:
+    """Return a requirement that meets those of all lookups, None for the primary."""
+    required = [lookup.requirement for lookup in lookups if lookup.requirement]
+    position = latest([requirement.position for requirement in required])
+    if position is None or len(required) < len(lookups):
+        return None
+    return Requirement(position, asyncio.get_running_loop().time() + LOOKUP_SECONDS)
 
 
 def _copy(error: BaseException) -> Exception:
@@ -196,8 +221,58 @@ def _copy(error: BaseException) -> Exception:
     return own
 
 
+class Lookups:
+    """Looks up rows by a unique column: on the primary, or on a replica if the current call admits one.
+
+    Lookups for the primary and for replicas share no statements: otherwise one of the former would move all
+    of the latter to the primary.
+    """
+
+    def __init__(self, database: Database, key: Column, columns: Sequence[Expression]) -> None:
+        self._replica = database.replica
+        self._on_primary = LookupBatcher(database, key, columns)
+        self._on_replica = LookupBatcher(database, key, columns)  # unused without replicas
+
+    async def get(self, key: KeyValue, others: Sequence[KeyValue] = ()) -> Row | None:
+        """Return the row with this key, otherwise with the first of the others that a row has, or None.
+
+        Raises the same errors as `get_many`.
+        """
+        keys = [key, *others]
+        rows = await self.get_many(keys)
+        for each in keys:
+            if each in rows:
+                return rows[each]
+        return None
+
+    async def get_many(self, keys: Sequence[KeyValue]) -> Rows:
+        """Return the rows with these keys by key; there may be others among them.
+
+        Raises the errors of `LookupBatcher.get_many`.
+        """
+        if self._replica is None or (requirement := current_requirement()) is None:
+            return await self._on_primary.get_many(keys)
+        if not self._replica.has_replayed(requirement.position):
+            # It may have to wait, and others must not wait with it: the position may not even exist.
+            return await self._on_replica.look_up(keys, requirement)
+        try:
+            async with half_of_time(requirement):
+                return await self._on_replica.share(keys, requirement)
+        except TimeoutError:  # of this caller; the others may have more time for the statement
+            REPLICA_FALLBACKS.labels("slow").inc()
+            return await self._on_primary.get_many(keys)
+
+    async def close(self) -> None:
+        """Cancel the shared lookups."""
+        await self._on_primary.close()
+        await self._on_replica.close()
+
+
 class Reader:
-    """Reads rows of one entity. Concurrent reads of single rows, by a unique column, share statements."""
+    """Reads rows of one entity, on a replica if the current call admits one.
+
+    Concurrent reads of single rows, by a unique column, share statements.
+    """
 
     def __init__(
         self, database: Database, repository: type[Repository[Any, Any]], by: Sequence[Column] = ()
@@ -209,11 +284,12 @@ class Reader:
         keys: Sequence[Column] = by or [model.id]
         # The type of a key says which column it belongs to.
         self._keys = {key.type.python_type: key for key in keys}
-        self._rows = {kind: LookupBatcher(database, key, columns) for kind, key in self._keys.items()}
+        self._rows = {kind: Lookups(database, key, columns) for kind, key in self._keys.items()}
         # Batches have statements of their own, so that a single read does not wait for a thousand rows.
-        self._batches = LookupBatcher(database, model.id, columns)
-        self._others: dict[tuple[type, Sequence[Column]], LookupBatcher] = {}
+        self._batches = Lookups(database, model.id, columns)
+        self._others: dict[tuple[type, Sequence[Column]], Lookups] = {}
         self._pages: dict[tuple[Any, ...], CompiledSelect] = {}
+        self._token_keys = TokenKeys(database)
 
     async def get(self, key: KeyValue, others: Sequence[KeyValue] = ()) -> Row:
         """Return the row with this key, otherwise with the first of the others that a row has.
@@ -232,22 +308,46 @@ class Reader:
         """
         basic = self._repository.basic()
         if selection not in (None, basic) or basic.size is not None:
-            async with self._database.read() as session:
-                return await self._repository(session).get_many(ids, selection)
+            return await self.read(lambda session: self._repository(session).get_many(ids, selection))
         found = await self._batches.get_many(ids)
         await self._database.loop_turns.next(len(ids))
         return [found.get(id) for id in ids]
+
+    async def list_query(
+        self, request: ListRequest, *scope: ColumnElement[bool], scope_key: int = 0
+    ) -> ListQuery:
+        """Return the query of a List request; see `Repository.list_query`."""
+        return await self._repository.list_query(request, self._token_keys, *scope, scope_key=scope_key)
 
     async def page(self, query: ListQuery, selection: Selection | None = None) -> Page[Row]:
         """Return a page of rows, which is shorter than its limit if the answer would be too large."""
         basic = self._repository.basic()
         if query.conditions or selection not in (None, basic):
-            async with self._database.read() as session:
-                return await self._repository(session).page(query, selection)
+            return await self.read(lambda session: self._repository(session).page(query, selection))
         values = {f"after{number}": value for number, value in enumerate(query.after or ())}
-        found = await self._database.rows(self._all_rows(query), **values, limit=query.limit)
+        statement, requirement = self._all_rows(query), current_requirement()
+        found = await self._database.rows(statement, requirement=requirement, **values, limit=query.limit)
         await self._database.loop_turns.next(len(found))
         return page_from_rows(basic, found, query.keyset, query.limit)
+
+    async def count(self, filter_text: str, *scope: ColumnElement[bool], at_most: int) -> Fields:
+        """Return how many rows within a scope match a filter, as the fields of an answer: at most `at_most`.
+
+        Raises InvalidFilter.
+        """
+        conditions = [*scope, *await self._repository.conditions(filter_text)]
+        limit = at_most + 1  # one more shows whether there are others
+
+        async def count(session: ReadSession) -> int:
+            rows = self._repository(session)
+            return await rows.count(conditions, limit, is_cacheable=is_cacheable(filter_text))
+
+        found = await self.read(count)
+        return {"count": min(found, at_most), "is_exact": found <= at_most}
+
+    async def read(self, read: Callable[[ReadSession], Awaitable[ResultT]]) -> ResultT:
+        """Return the result of `read` with a read session; if a replica fails, it is called again."""
+        return await self._database.run(read, current_requirement())
 
     def _all_rows(self, query: ListQuery) -> CompiledSelect:
         """Return the statement of a page of all rows: one for each order, with and without a key."""
@@ -270,10 +370,12 @@ class Reader:
         """Return columns that other reads do not select, of the row that `get` returns, or None."""
         kind = type(key)
         if (kind, columns) not in self._others:
-            self._others[kind, columns] = LookupBatcher(self._database, self._keys[kind], columns)
+            self._others[kind, columns] = Lookups(self._database, self._keys[kind], columns)
         return await self._others[kind, columns].get(key, others)
 
-    async def export(self, filter_text: str, after_id: int, limit: int) -> AsyncGenerator[Sequence[Row]]:
+    async def export(
+        self, filter_text: str, after_id: int, limit: int, requirement: Requirement | None
+    ) -> AsyncGenerator[Sequence[Row]]:
         """Yield all rows that match a filter, in id order, at most `limit` at a time; raises InvalidFilter.
 
         Each batch is read with a connection of its own, so that a slow client holds none. The next batch is
@@ -286,7 +388,7 @@ class Reader:
         query = CompiledSelect(page, self._database.engine.dialect)
 
         async def read(after: int) -> Page[Row]:
-            found = await self._database.rows(query, after=after)
+            found = await self._database.rows(query, requirement=requirement, after=after)
             return page_from_rows(selection, found, keyset, limit)
 
         reading = asyncio.create_task(read(after_id))

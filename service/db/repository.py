@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from sqlalchemy import ColumnElement, delete, insert, select, update
-from sqlalchemy.sql.dml import ReturningDelete, ReturningUpdate
+from sqlalchemy import ColumnElement, Select, delete, func, insert, select, update
+from sqlalchemy.sql.dml import ReturningUpdate
 
+from service.db.answers import erase_answers_about
 from service.db.base import BigInt, Column, Entity, ReadSession, Session, Values, now
 from service.db.dialect import values_table
 from service.db.filters import condition, parse_order
@@ -20,6 +21,7 @@ from service.db.selection import (
     select_page,
     select_rows,
 )
+from service.db.token_keys import TokenKeys
 from service.errors import NotFound, RosterError, VersionMismatch
 
 ModelT = TypeVar("ModelT", bound=Entity)
@@ -95,14 +97,23 @@ class Repository(Generic[ModelT, SessionT]):
             selection, *query.conditions, keyset=query.keyset, after=query.after, limit=query.limit
         )
         if not query.is_cacheable:
-            await self.session.connection(execution_options={"compiled_cache": None})
+            await self._compile_once()
         found = (await self.session.execute(statement)).all()
         page = page_from_rows(selection, found, query.keyset, query.limit)
         return Page(await self._add_related(selection, page.rows), page.next_key)
 
+    async def count(
+        self, conditions: Sequence[ColumnElement[bool]], limit: int, *, is_cacheable: bool
+    ) -> int:
+        """Return how many rows meet the conditions; the count stops at the limit."""
+        if not is_cacheable:
+            await self._compile_once()
+        counted = select(self.model.id).where(*conditions).limit(limit).subquery()
+        return (await self.session.execute(select(func.count()).select_from(counted))).scalar_one()
+
     @classmethod
     async def list_query(
-        cls, request: ListRequest, *scope: ColumnElement[bool], scope_key: int = 0
+        cls, request: ListRequest, token_keys: TokenKeys, *scope: ColumnElement[bool], scope_key: int = 0
     ) -> ListQuery:
         """Return the query of a List request, within a scope whose key ties the page tokens to it.
 
@@ -111,13 +122,16 @@ class Repository(Generic[ModelT, SessionT]):
         order = parse_order(request.order_by, cls.sortable)
         keyset = cls._keyset(order.field, order.descending)
         listing = fingerprint(cls.model.__tablename__, request.filter, *order, scope_key)
+        conditions, limit = await cls.conditions(request.filter), page_size(request.page_size)
+        cipher = await token_keys.cipher() if keyset.has_texts else None
         return ListQuery(
-            conditions=[*scope, *await cls.conditions(request.filter)],
+            conditions=[*scope, *conditions],
             keyset=keyset,
-            after=decode_token(listing, request.page_token, keyset.columns),
-            limit=page_size(request.page_size),
+            after=decode_token(listing, request.page_token, keyset.columns, cipher),
+            limit=limit,
             fingerprint=listing,
-            is_cacheable=len(request.filter) <= MAX_CACHEABLE_FILTER,
+            cipher=cipher,
+            is_cacheable=is_cacheable(request.filter),
         )
 
     @classmethod
@@ -150,15 +164,25 @@ class Repository(Generic[ModelT, SessionT]):
         return await self._write_one(statement.returning(*self.basic().columns), id, version)
 
     async def delete(self: "Repository[ModelT, Session]", id: int, version: int = 0) -> None:
-        """Delete a row; raises the same errors as `update`."""
-        await self._write_one(delete(self.model).returning(self.model.id), id, version)
+        """Delete a row, and erase the answers about it and about the rows that are deleted with it.
+
+        Raises the same errors as `update`.
+        """
+        # The lock waits for writes of the row, and of rows that refer to it. The next statements see them.
+        await self._write_one(select(self.model.id).with_for_update(), id, version)
+        await erase_answers_about(self.session, self.model, [id])
+        await self.session.execute(
+            delete(self.model).where(self.model.id == id),
+            execution_options={"synchronize_session": False},
+        )
 
     async def _write_one(
         self: "Repository[ModelT, Session]",
-        statement: ReturningUpdate[Any] | ReturningDelete[Any],
+        statement: ReturningUpdate[Any] | Select[Any],
         id: int,
         version: int,
     ) -> Row:
+        """Update or lock a row."""
         conditions = [self.model.id == id]
         if version:
             conditions.append(self.model.version == version)
@@ -187,7 +211,16 @@ class Repository(Generic[ModelT, SessionT]):
     def _name(cls) -> str:
         return cls.model.__name__.lower()
 
+    async def _compile_once(self) -> None:
+        """Keep the statements of this session out of SQLAlchemy's cache."""
+        await self.session.connection(execution_options={"compiled_cache": None})
+
     async def _add_related(self, selection: Selection, rows: Sequence[Row]) -> Sequence[Row]:
         if selection.add_related is None or not rows:
             return rows
         return await selection.add_related(self.session, rows)
+
+
+def is_cacheable(filter_text: str) -> bool:
+    """Return whether SQLAlchemy may keep the compiled statement of a filter."""
+    return len(filter_text) <= MAX_CACHEABLE_FILTER

@@ -110,10 +110,10 @@ class Schema:
     def _damage(self) -> str:
         """A sentence about tables that are not where the revision says they are; "" if they are."""
         if self.missing:
-            return (
-                f"the schema is at revision {self.revision}, but lacks {', '.join(self.missing)}; restore a "
-                "backup, or create what is missing as `roster migrate --sql` prints it"
-            )
+            remedy = "restore a backup, or create what is missing as `roster migrate --sql` prints it"
+            if not self.is_newer and revisions.pending(self.revision):
+                remedy = "run `roster migrate --contract`"
+            return f"the schema is at revision {self.revision}, but lacks {', '.join(self.missing)}; {remedy}"
         if self.elsewhere:
             return (
                 f"Roster's tables are in the schema {', '.join(self.elsewhere)}, which this role does not "

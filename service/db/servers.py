@@ -3,7 +3,20 @@
 from datetime import datetime, timedelta
 from uuid import UUID
 
-from sqlalchemy import Connection, Uuid, column, func, inspect, select, table
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    Uuid,
+    and_,
+    column,
+    exists,
+    func,
+    inspect,
+    or_,
+    select,
+    table,
+)
 from sqlalchemy.orm import Mapped, mapped_column
 
 from service.db import revisions
@@ -38,6 +51,15 @@ def older_servers(connection: Connection) -> list[str]:
     return [*_older_rows(connection), *_older_sessions(connection)]
 
 
+def runs_before(revision: str) -> Select[tuple[bool]]:
+    """Return the query for whether a server runs whose code was written for an earlier revision."""
+    is_alive = RunningServer.seen_at > func.now() - LIFETIME
+    is_earlier = SESSIONS.c.application_name < f"{APPLICATION} {revision}"
+    row = exists().where(is_alive, RunningServer.revision < revision)
+    session = exists().where(_is_of_roster(), is_earlier)
+    return select(or_(row, session))
+
+
 def _older_rows(connection: Connection) -> list[str]:
     if not inspect(connection).has_table(RunningServer.__tablename__):
         return []
@@ -56,8 +78,7 @@ def _older_sessions(connection: Connection) -> list[str]:
     name, address = SESSIONS.c.application_name, func.host(SESSIONS.c.client_addr)
     sessions = (
         select(name, address.label("address"), func.count().label("count"))
-        .where(SESSIONS.c.datname == func.current_database())
-        .where((name == APPLICATION) | name.startswith(f"{APPLICATION} "))
+        .where(_is_of_roster())
         .group_by(name, address)
         .order_by(name, address)
     )
@@ -68,6 +89,12 @@ def _older_sessions(connection: Connection) -> list[str]:
         for row in rows
         if _is_older(row.application_name.removeprefix(APPLICATION).strip() or LAST_OLD_REVISION)
     ]
+
+
+def _is_of_roster() -> ColumnElement[bool]:
+    name = SESSIONS.c.application_name
+    is_named = (name == APPLICATION) | name.startswith(f"{APPLICATION} ")
+    return and_(SESSIONS.c.datname == func.current_database(), is_named)
 
 
 def _is_older(revision: str) -> bool:

@@ -1,4 +1,7 @@
-"""Audit log: one line for each write, with the caller, the target and the outcome; never the values."""
+"""Audit log: one line for each write, with the caller, the target and the outcome; never the values.
+
+A watch reveals all changes for days. It has a line when it begins and one when it ends.
+"""
 
 import logging
 from collections.abc import Iterator
@@ -12,6 +15,7 @@ from google.protobuf.message import Message
 
 from roster.v1.bulk_pb2 import BulkLoad, BulkWriteResponse
 from service.auth.caller import current_caller
+from service.consistency import READ_PREFIXES
 from service.errors import RosterError
 from service.interceptors.chain import Context, Proceed, Request, Response, Rpc
 from service.loads.model import COUNTED
@@ -22,7 +26,7 @@ log = logging.getLogger("roster.audit")
 log.setLevel(logging.INFO)
 
 # An RPC with any other verb counts as a write.
-READ_PREFIXES = ("Get", "BatchGet", "List", "Export", "Verify")
+NOT_WRITES = (*READ_PREFIXES, "Verify", "Watch")
 
 
 def _target_path(method: MethodDescriptor) -> str:
@@ -41,7 +45,7 @@ def _target_path(method: MethodDescriptor) -> str:
 
 # RPC -> the field of its request that identifies the target, for all RPCs that write.
 TARGETS = {
-    path: _target_path(method) for path, method in RPCS.items() if not method.name.startswith(READ_PREFIXES)
+    path: _target_path(method) for path, method in RPCS.items() if not method.name.startswith(NOT_WRITES)
 }
 
 
@@ -106,7 +110,17 @@ def audit_writes(rpc: Rpc, proceed: Proceed) -> Proceed:
 
 
 @contextmanager
-def _log_at_end(entry: Entry) -> Iterator[None]:
+def audit_watch(path: str, target: str, counts: dict[str, int]) -> Iterator[None]:
+    """Log a watch when it begins and when it ends; the block changes the counts."""
+    entry = Entry(current_caller().identity, path, target, counts=counts, outcome="BEGUN")
+    log.info("watch", extra={"fields": asdict(entry)})
+    entry.outcome = "OK"
+    with _log_at_end(entry, "watch"):
+        yield
+
+
+@contextmanager
+def _log_at_end(entry: Entry, event: str = "write") -> Iterator[None]:
     """Log the entry when the call ends, whether it succeeds or fails."""
     try:
         yield
@@ -117,4 +131,4 @@ def _log_at_end(entry: Entry) -> Iterator[None]:
         entry.outcome = "INTERNAL" if isinstance(error, Exception) else "CANCELLED"
         raise
     finally:
-        log.info("write", extra={"fields": asdict(entry)})
+        log.info(event, extra={"fields": asdict(entry)})

@@ -1,9 +1,10 @@
 """Authenticates and authorises each call before any of its messages is read."""
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
-from service.auth.caller import NOBODY, Caller, set_caller
+from service.auth.caller import NOBODY, Caller, set_authorisation, set_caller
 from service.auth.policy import ANONYMOUS, HEALTH, Policy
 from service.auth.reloading import ReloadingFile
 from service.errors import PermissionDenied, Refused, Unauthenticated
@@ -34,6 +35,8 @@ class Auth:
         async def authorise(request: Request, context: Context) -> Response:
             try:
                 self._authorise(rpc.path, context)
+                if rpc.is_watch:
+                    set_authorisation(partial(self._authorise, rpc.path, context))
                 return await proceed(request, context)
             except Refused as refused:
                 log.warning("%s was refused for %s: %s", rpc.path, context.peer(), refused.cause)

@@ -19,6 +19,7 @@ class Drain:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
         self._cut_off: set[asyncio.Task[None]] = set()
+        self._is_idle = asyncio.Event()
 
     def intercept(self, rpc: Rpc, proceed: Proceed) -> Proceed:
         """Track the calls of an RPC; a call that is cut off fails with Draining or OutcomeUnknown."""
@@ -40,6 +41,8 @@ class Drain:
             finally:
                 self._tasks.discard(task)
                 self._cut_off.discard(task)
+                if not self._tasks:
+                    self._is_idle.set()
 
         return track
 
@@ -49,11 +52,15 @@ class Drain:
         return bool(self._tasks)
 
     async def wait(self, timeout: float) -> None:
-        """Wait until no call is in flight, for at most `timeout` seconds."""
+        """Wait until no call is in flight, for at most `timeout` seconds.
+
+        A call whose client does not read is over before its task, which sends the status.
+        """
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 while self._tasks:
-                    await asyncio.wait(self._tasks)
+                    self._is_idle.clear()
+                    await self._is_idle.wait()
 
     def cut_off(self) -> None:
         """Cancel the calls in flight. Their callers get an error that says whether to send the call again."""

@@ -13,6 +13,9 @@ from service.status import CODES, status_from_error
 
 log = logging.getLogger(__name__)
 
+# What grpc.aio raises, if the client goes away during a write, and the cancellation of the call comes later.
+CLIENT_IS_GONE = "ExecuteBatchError"
+
 
 def answer_errors(rpc: Rpc, proceed: Proceed) -> Proceed:
     """Turn exceptions into statuses; the log has those that are faults of the server."""
@@ -32,7 +35,9 @@ def answer_errors(rpc: Rpc, proceed: Proceed) -> Proceed:
             # deadline (grpc#29248).
             log.exception("%s was cut off by a cancellation inside", rpc.path)
             status = _opaque()
-        except Exception:
+        except Exception as error:
+            if type(error).__name__ == CLIENT_IS_GONE:
+                raise asyncio.CancelledError from None
             log.exception("%s failed", rpc.path)
             status = _opaque()
         # Not inside `except`: the context keeps the exception that `abort` raises. That would keep the error,
@@ -46,7 +51,10 @@ async def _abort(context: Context, status: Status) -> NoReturn:
     await context.abort(
         CODES[status.code],
         status.message,
-        trailing_metadata=(("grpc-status-details-bin", status.SerializeToString()),),
+        trailing_metadata=(
+            *(context.trailing_metadata() or ()),  # set by other interceptors; `abort` replaces it
+            ("grpc-status-details-bin", status.SerializeToString()),
+        ),
     )
 
 

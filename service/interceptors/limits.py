@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from service.auth.caller import current_share
 from service.auth.policy import HEALTH
@@ -18,7 +18,6 @@ BURST_SECONDS = 1
 MAX_IDLE_USES = 1000
 
 CallerAndPath = tuple[str, str]
-RequestT = TypeVar("RequestT")
 
 
 @dataclass(slots=True)
@@ -29,11 +28,34 @@ class Use:
     spent_until: float = 0.0
 
 
+class UntilIdle:
+    """An iterator over the messages of an upload; raises QuotaExceeded if none arrives for some seconds.
+
+    It keeps no message, unlike a generator, which keeps the last one until the next one arrives.
+    """
+
+    def __init__(self, requests: AsyncIterator[bytes], seconds: float) -> None:
+        self._requests = requests
+        self._seconds = seconds
+
+    def __aiter__(self) -> "UntilIdle":
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await anext(self._requests)
+        except TimeoutError:
+            idle = f"nothing was sent for {self._seconds:g} s; open another stream"
+            raise QuotaExceeded(idle) from None
+
+
 class Limits:
     """Refuses calls above the limits of a caller or of the server, before they do anything.
 
     Above a caller's own limits the error is QuotaExceeded or RateLimited, above the server's Overloaded. A
-    caller may have its fair share of all calls in flight, whatever the RPCs. A stream whose client sends
+    caller may have its fair share of all calls in flight, whatever the RPCs, and of all watches. Watches
+    don't count as calls in flight: they last for days, and cost little. A stream whose client sends
     nothing for too long ends with QuotaExceeded. One whose client does not read can't be ended: gRPC sends
     the status only after the messages that wait to be read. Health checks are never refused.
     """
@@ -42,42 +64,38 @@ class Limits:
         self._settings = settings
         self._now = now
         self._calls = FairSemaphore(settings.max_calls)
+        self._watches = FairSemaphore(settings.max_watchers)
         self._uses: dict[CallerAndPath, Use] = {}
 
     def intercept(self, rpc: Rpc, proceed: Proceed) -> Proceed:
         """Apply the limits to the calls of an RPC."""
         if rpc.path in HEALTH:
             return proceed
-        max_in_flight = self._settings.caller_streams if rpc.is_stream else self._settings.caller_calls
+        slots = self._watches if rpc.is_watch else self._calls
+        max_in_flight = self._max_in_flight(rpc)
 
         async def limit(request: Any, context: Context) -> Response:
             caller = current_share()
             use = self._use((caller, rpc.path))
             self._admit(use, max_in_flight)
-            if not self._calls.try_acquire(caller):
-                raise self._refusal(caller)
+            if not slots.try_acquire(caller):
+                raise _refusal(slots, caller, "watches" if rpc.is_watch else "calls")
             use.in_flight += 1
             if rpc.is_upload:
-                request = self._end_when_idle(request)
+                request = UntilIdle(request, self._settings.stream_idle_timeout)
             try:
                 return await proceed(request, context)
             finally:
-                self._calls.release(caller)
+                slots.release(caller)
                 use.in_flight -= 1
 
         return limit
 
-    async def _end_when_idle(self, requests: AsyncIterator[RequestT]) -> AsyncIterator[RequestT]:
-        seconds = self._settings.stream_idle_timeout
-        while True:
-            try:
-                async with asyncio.timeout(seconds):
-                    request = await anext(requests, None)
-            except TimeoutError:
-                raise QuotaExceeded(f"nothing was sent for {seconds:g} s; open another stream") from None
-            if request is None:
-                return
-            yield request
+    def _max_in_flight(self, rpc: Rpc) -> int:
+        """Return how many calls of an RPC one caller may have in flight."""
+        if rpc.is_watch:
+            return self._settings.max_watchers + 1  # a caller's share of the watches is its limit
+        return self._settings.caller_streams if rpc.is_stream else self._settings.caller_calls
 
     def _use(self, key: CallerAndPath) -> Use:
         use = self._uses.get(key)
@@ -102,10 +120,12 @@ class Limits:
             raise RateLimited(f"this method was called more than {rate} times a second; slow down")
         use.spent_until = spent_until + 1 / rate
 
-    def _refusal(self, caller: str) -> RosterError:
-        if self._calls.free:
-            return QuotaExceeded(
-                f"this caller has {self._calls.held(caller)} calls in flight, which is its share of "
-                f"{self._calls.size}; try again when some have ended"
-            )
-        return Overloaded("the server has too many calls in flight; nothing was done, try again")
+
+def _refusal(slots: FairSemaphore, caller: str, calls: str) -> RosterError:
+    """Return the error for a call without a slot; `calls` is what has the slots."""
+    if slots.free:
+        return QuotaExceeded(
+            f"this caller has {slots.held(caller)} {calls} in flight, which is its share of {slots.size}; "
+            "try again when some have ended"
+        )
+    return Overloaded(f"the server has too many {calls} in flight; nothing was done, try again")

@@ -1,11 +1,21 @@
-"""Loads: model -> message. Pure."""
+"""Loads: models -> messages. Pure."""
 
 from datetime import timedelta
 from typing import Any
 
-from roster.v1.bulk_pb2 import BulkLoad, BulkOptions
+from roster.v1.bulk_pb2 import BulkLoad, BulkLoadRow, BulkOptions
+from service.db.bulk.batch import Result
 from service.loads.model import Load
+from service.loads.repository import LoadRow
 from service.wire import timestamp_fields
+
+OUTCOMES = {
+    Result.FAILED: BulkLoadRow.FAILED,
+    Result.CREATED: BulkLoadRow.CREATED,
+    Result.UPDATED: BulkLoadRow.UPDATED,
+    Result.SKIPPED: BulkLoadRow.SKIPPED,
+    Result.DELETED: BulkLoadRow.DELETED,
+}
 
 
 def load_to_message(load: Load, kept_for: timedelta) -> BulkLoad:
@@ -26,7 +36,14 @@ def load_fields(load: Load, kept_for: timedelta) -> dict[str, Any]:
         "updated": load.updated,
         "skipped": load.skipped,
         "failed": load.failed,
+        "deleted": load.deleted,
+        "deleted_posts": load.deleted_posts,
         "created_at": timestamp_fields(load.created_at),
         "updated_at": timestamp_fields(load.updated_at),
         "expires_at": timestamp_fields(load.updated_at + kept_for),
     }
+
+
+def load_row_fields(row: LoadRow) -> dict[str, Any]:
+    """Return the fields of the message of a load's row."""
+    return {"offset": row.offset, "outcome": OUTCOMES[Result(row.result)], "id": row.id}

@@ -11,7 +11,7 @@ from service.db.base import Base, BigInt, UtcDateTime, now, text
 # The options of a load need about 1,100 bytes at most, of which a load_id takes 1,020. Earlier releases also
 # stored unknown fields, sometimes megabytes. Such options are not read.
 MAX_OPTIONS_BYTES = 4 << 10
-COUNTED = ("created", "updated", "skipped", "failed")
+COUNTED = ("created", "updated", "skipped", "failed", "deleted", "deleted_posts")
 
 
 class LoadState(IntEnum):
@@ -49,6 +49,8 @@ class Load(Base):
     updated: Mapped[int] = mapped_column(BigInt, server_default="0")
     skipped: Mapped[int] = mapped_column(BigInt, server_default="0")
     failed: Mapped[int] = mapped_column(BigInt, server_default="0")
+    deleted: Mapped[int] = mapped_column(BigInt, server_default="0")
+    deleted_posts: Mapped[int] = mapped_column(BigInt, server_default="0")
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now())
     options: Mapped[bytes] = column_property(
@@ -70,3 +72,4 @@ class LoadBatch(Base):
     results: Mapped[bytes] = mapped_column(LargeBinary)
     ids: Mapped[bytes] = mapped_column(LargeBinary)
     failures: Mapped[bytes | None] = mapped_column(LargeBinary)
+    deleted_posts: Mapped[bytes | None] = mapped_column(LargeBinary)  # by row; null if there are none

@@ -6,21 +6,21 @@ who began it, and the name that this caller gave it.
 
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from itertools import accumulate
 from operator import sub
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from sqlalchemy import ColumnElement, Update, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from service.db.base import now
+from service.db.base import Column, now
 from service.db.bulk.batch import Outcome
 from service.db.dialect import insert
 from service.db.paging import Keyset, Page
-from service.errors import InvalidField, LoadFenced, LoadNotFound, RosterError, error_of
+from service.errors import InvalidField, LoadExpired, LoadFenced, LoadNotFound, RosterError, error_of
 from service.loads.model import COUNTED, Load, LoadBatch, LoadState
 from service.timeslice import TimeSlice, map_in_slices
 
@@ -35,7 +35,17 @@ BATCH_COLUMNS = (
     LoadBatch.results,
     LoadBatch.ids,
     LoadBatch.failures,
+    LoadBatch.deleted_posts,
 )
+RESULT_COLUMNS = (LoadBatch.first_offset, LoadBatch.results, LoadBatch.ids)
+
+
+class LoadRow(NamedTuple):
+    """A settled row of a load. An id of 0 means none."""
+
+    offset: int
+    result: int
+    id: int
 
 
 class LoadRepository:
@@ -117,6 +127,7 @@ class LoadRepository:
                 results=zlib.compress(outcome.results, 1),
                 ids=_pack(outcome.ids),
                 failures=failures,
+                deleted_posts=_pack(outcome.dependents) if outcome.dependents else None,
             )
             .on_conflict_do_nothing()
         )
@@ -157,17 +168,44 @@ class LoadRepository:
     async def outcome(self, load: Load, start: int, end: int) -> Outcome:
         """Return the first outcome of committed rows, which may be in any number of batches."""
         whole, time_slice = Outcome(), TimeSlice()
-        connection = await self.session.connection()
-        batches = await connection.execute(
-            select(*BATCH_COLUMNS)
-            .where(LoadBatch.load == load.id, LoadBatch.next_offset > start, LoadBatch.first_offset < end)
-            .order_by(LoadBatch.first_offset)
-        )
-        for some in batches.partitions(BATCHES_AT_ONCE):
+        for some in await self._batches(load, start, end, BATCH_COLUMNS):
             for batch in some:
                 whole.extend(await _outcome(batch, start, end))
                 await time_slice.pause()
         return whole
+
+    async def rows(self, load: Load, start: int, limit: int) -> list[LoadRow]:
+        """Return the settled rows from an offset on, at most `limit` of them; raises LoadExpired."""
+        found: list[LoadRow] = []
+        end, time_slice = min(start + limit, load.next_offset), TimeSlice()
+        for some in await self._batches(load, start, end, RESULT_COLUMNS):
+            for batch in some:
+                found += _rows(batch, start, end)
+                await time_slice.pause()
+        # The load may have expired since it was read, with a part of its batches deleted or all of them.
+        if load.state == LoadState.EXPIRED or len(found) < end - start:
+            raise LoadExpired("the load has expired and the outcomes of its rows are deleted")
+        return found
+
+    async def _batches(
+        self, load: Load, start: int, end: int, columns: Sequence[Column]
+    ) -> Iterator[Sequence[Any]]:
+        """Return the batches that have rows between two offsets, some at a time."""
+        # The last batch that begins at `start` or before; the index finds it in one step at any depth.
+        first = select(func.max(LoadBatch.first_offset)).where(
+            LoadBatch.load == load.id, LoadBatch.first_offset <= start
+        )
+        batches = (
+            select(*columns)
+            .where(
+                LoadBatch.load == load.id,
+                LoadBatch.first_offset >= first.scalar_subquery(),
+                LoadBatch.first_offset < end,
+            )
+            .order_by(LoadBatch.first_offset)
+        )
+        connection = await self.session.connection()
+        return (await connection.execute(batches)).partitions(BATCHES_AT_ONCE)
 
     async def failures(self, load: Load, after: int, limit: int) -> list[tuple[int, RosterError]]:
         """Return the failed rows with offsets after `after`, at most `limit` of them."""
@@ -282,7 +320,17 @@ async def _outcome(batch: Any, start: int, end: int) -> Outcome:
     start, end = max(start - first, 0), min(end, batch.next_offset) - first
     rows = [row for row in _unpack_failures(batch.failures) if start <= row[0] < end]
     failures = dict(await map_in_slices(_error, rows))
-    return Outcome(zlib.decompress(batch.results), _unpack(batch.ids), failures).part(start, end)
+    dependents = _unpack(batch.deleted_posts) if batch.deleted_posts else []
+    whole = Outcome(zlib.decompress(batch.results), _unpack(batch.ids), failures, dependents)
+    return whole.part(start, end)
+
+
+def _rows(batch: Any, start: int, end: int) -> list[LoadRow]:
+    """Return the rows of a batch that are between `start` and `end`. 5,000 take 2 ms."""
+    first = batch.first_offset
+    part = slice(max(start - first, 0), end - first)
+    results, ids = zlib.decompress(batch.results)[part], _unpack(batch.ids)[part]
+    return list(map(LoadRow, range(first + part.start, end), results, ids))
 
 
 def _missing() -> LoadNotFound:

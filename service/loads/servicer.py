@@ -1,4 +1,4 @@
-"""BulkService: progress, failures and abort of named loads."""
+"""BulkService: progress, rows, failures and abort of named loads."""
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -15,11 +15,11 @@ from service.db.engine import Database
 from service.db.paging import check_token, decode_token, encode_token, fingerprint, page_size
 from service.db.selection import MAX_ROWS_BYTES
 from service.interceptors.chain import Context
-from service.loads.convert import load_fields, load_to_message
+from service.loads.convert import load_fields, load_row_fields, load_to_message
 from service.loads.model import Load
 from service.loads.repository import LoadRepository
 from service.loads.rules import check_load_id, check_owner
-from service.timeslice import TimeSlice
+from service.timeslice import TimeSlice, add_in_slices
 
 FRAME_BYTES = 5  # tag and length in front of each message of a repeated field
 
@@ -34,7 +34,7 @@ class LoadRequest(Protocol):
 
 
 class BulkServicer(BulkServiceServicer):
-    """BulkService: progress, failures and abort of bulk loads, during a load and after it."""
+    """BulkService: progress, rows, failures and abort of bulk loads, during a load and after it."""
 
     def __init__(self, database: Database, kept_for: timedelta) -> None:
         self.database = database
@@ -68,15 +68,27 @@ class BulkServicer(BulkServiceServicer):
         check_token(request.page_token)
         async with self.database.read() as session:
             load = await _get(session, load_id, owner)
-            # Bound to the load that was found: an admin may begin one of this name before the next page.
-            owner = load.caller if load.caller != current_caller().identity else ""
-            listing = _listing("failures", load_id, owner=owner)
-            [after] = decode_token(listing, request.page_token, [Load.__table__.c.next_offset]) or [-1]
+            listing, after = _start_of_page(load, "failures", request.page_token)
             failures = await LoadRepository(session, load.caller).failures(load, after, limit + 1)
         response = pb.ListBulkLoadFailuresResponse()
         shown = await _add_fitting(response.failures, failure_fields, failures[:limit])
         next_key = [shown[-1][0]] if len(shown) < len(failures) else None
         response.next_page_token = encode_token(listing, next_key)
+        return response
+
+    async def ListBulkLoadRows(
+        self, request: pb.ListBulkLoadRowsRequest, context: Context
+    ) -> pb.ListBulkLoadRowsResponse:
+        (load_id, owner), limit = _key_from_request(request), page_size(request.page_size)
+        check_token(request.page_token)
+        async with self.database.read() as session:
+            load = await _get(session, load_id, owner)
+            listing, after = _start_of_page(load, "rows", request.page_token)
+            rows = await LoadRepository(session, load.caller).rows(load, after + 1, limit)
+        response = pb.ListBulkLoadRowsResponse()
+        await add_in_slices(response.rows, load_row_fields, rows)
+        has_more = bool(rows) and rows[-1].offset + 1 < load.next_offset
+        response.next_page_token = encode_token(listing, [rows[-1].offset] if has_more else None)
         return response
 
     async def AbortBulkLoad(self, request: pb.AbortBulkLoadRequest, context: Context) -> pb.BulkLoad:
@@ -96,6 +108,18 @@ def _key_from_request(request: LoadRequest) -> tuple[str, str]:
 def _listing(*listing: str, owner: str) -> bytes:
     """Return what page tokens are bound to; without `owner` the same as in releases that did not have it."""
     return fingerprint(*listing, owner) if owner else fingerprint(*listing)
+
+
+def _start_of_page(load: Load, name: str, page_token: str) -> tuple[bytes, int]:
+    """Return what page tokens are bound to, and the offset after which the page begins, -1 for the first.
+
+    Raises InvalidPageToken.
+    """
+    # Bound to the load that was found: an admin may begin one of this name before the next page.
+    owner = load.caller if load.caller != current_caller().identity else ""
+    listing = _listing(name, load.load_id, owner=owner)
+    [after] = decode_token(listing, page_token, [Load.__table__.c.next_offset]) or [-1]
+    return listing, after
 
 
 async def _get(session: AsyncSession, load_id: str, owner: str) -> Load:

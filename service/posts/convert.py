@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
-from roster.v1.posts_pb2 import ListPostsRequest, UpdatePostRequest
+from roster.v1.posts_pb2 import CountPostsRequest, ListPostsRequest, UpdatePostRequest
 from roster.v1.resources_pb2 import Post as PostMessage
 from service.bulk.builder import BatchBuilder
 from service.db.base import Values, column_names
@@ -55,8 +55,8 @@ def post_update_from_request(request: UpdatePostRequest) -> Update:
     return update_from_message(request.post, request.update_mask, RULES, "post")
 
 
-def author_id_from_request(request: ListPostsRequest) -> int:
-    """Return the id of the author whose posts are listed, 0 for all posts; raises InvalidField."""
+def author_id_from_request(request: ListPostsRequest | CountPostsRequest) -> int:
+    """Return the id of the author whose posts are asked for, 0 for all posts; raises InvalidField."""
     return request.author_id and check_id(request.author_id, "author_id")
 
 

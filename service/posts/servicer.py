@@ -5,6 +5,7 @@ from contextlib import aclosing
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
+from sqlalchemy import ColumnElement
 
 from roster.v1 import posts_pb2 as pb
 from roster.v1.bulk_pb2 import BulkWriteResponse
@@ -12,8 +13,9 @@ from roster.v1.posts_pb2_grpc import PostServiceServicer
 from roster.v1.resources_pb2 import Post as PostMessage
 from service.auth.policy import GET_POST, GET_USER
 from service.auth.views import View, Views, limit_to_written
-from service.bulk.operation import Operation
+from service.bulk.operation import Kind, Operation
 from service.bulk.stream import BulkStreams
+from service.changes.export import Exports
 from service.db.engine import Database
 from service.db.reads import Reader
 from service.idempotency import Writer
@@ -32,7 +34,7 @@ from service.posts.convert import (
 from service.posts.model import Post
 from service.posts.repository import POSTS, WITH_AUTHOR, PostRepository
 from service.validation import check_id, check_ids
-from service.wire import export_from_request, missing_ids
+from service.wire import at_most_from_request, missing_ids
 
 CREATE_POSTS = Operation(
     pb.BulkCreatePostsRequest,
@@ -41,7 +43,10 @@ CREATE_POSTS = Operation(
     WRITABLE,
     create_only=("author_id",),
 )
-UPDATE_POSTS = Operation(pb.BulkUpdatePostsRequest, POSTS, post_batch_from_messages, WRITABLE, is_update=True)
+UPDATE_POSTS = Operation(
+    pb.BulkUpdatePostsRequest, POSTS, post_batch_from_messages, WRITABLE, kind=Kind.UPDATE
+)
+DELETE_POSTS = Operation(pb.BulkDeletePostsRequest, POSTS, post_batch_from_messages, (), kind=Kind.DELETE)
 BASIC = View(PostRepository.basic(), post_to_fields, POST_ENCODER)
 VIEWS = Views(
     PostMessage.View,
@@ -55,11 +60,12 @@ VIEWS = Views(
 class PostServicer(PostServiceServicer):
     """PostService: posts by id, one at a time, in pages, and in bulk."""
 
-    def __init__(self, database: Database, reader: Reader, bulk: BulkStreams) -> None:
+    def __init__(self, database: Database, reader: Reader, bulk: BulkStreams, exports: Exports) -> None:
         self.database = database
         self.reader = reader
         self.writer = Writer(database, PostRepository, PostMessage, post_to_message)
         self.bulk = bulk
+        self.exports = exports
 
     async def CreatePost(self, request: pb.CreatePostRequest, context: Context) -> PostMessage:
         return await self.writer.create(request, post_from_message(request.post))
@@ -69,8 +75,7 @@ class PostServicer(PostServiceServicer):
         view = VIEWS.get(request.view)
         if view is BASIC:
             return post_to_message(await self.reader.get(id))
-        async with self.database.read() as session:
-            post = await PostRepository(session).get(id, view.selection)
+        post = await self.reader.read(lambda session: PostRepository(session).get(id, view.selection))
         return PostMessage(**view.to_fields(post))
 
     async def BatchGetPosts(self, request: pb.BatchGetPostsRequest, context: Context) -> Any:
@@ -82,12 +87,15 @@ class PostServicer(PostServiceServicer):
 
     async def ListPosts(self, request: pb.ListPostsRequest, context: Context) -> Any:
         author_id = author_id_from_request(request)
-        scope = [Post.author_id == author_id] if author_id else []
-        query = await PostRepository.list_query(request, *scope, scope_key=author_id)
+        query = await self.reader.list_query(request, *_scope(author_id), scope_key=author_id)
         view = VIEWS.get(request.view)
         page = await self.reader.page(query, view.selection)
         response = pb.ListPostsResponse(next_page_token=query.next_token(page))
         return await view.response(page.rows, response, response.posts)
+
+    async def CountPosts(self, request: pb.CountPostsRequest, context: Context) -> pb.CountPostsResponse:
+        scope, at_most = _scope(author_id_from_request(request)), at_most_from_request(request)
+        return pb.CountPostsResponse(**await self.reader.count(request.filter, *scope, at_most=at_most))
 
     async def UpdatePost(self, request: pb.UpdatePostRequest, context: Context) -> PostMessage:
         update = post_update_from_request(request)
@@ -107,8 +115,18 @@ class PostServicer(PostServiceServicer):
     ) -> AsyncIterator[BulkWriteResponse]:
         return self.bulk.run(requests, UPDATE_POSTS)
 
+    def BulkDeletePosts(
+        self, requests: AsyncIterator[pb.BulkDeletePostsRequest], context: Context
+    ) -> AsyncIterator[BulkWriteResponse]:
+        return self.bulk.run(requests, DELETE_POSTS)
+
     async def ExportPosts(self, request: pb.ExportPostsRequest, context: Context) -> AsyncIterator[Any]:
-        rows = self.reader.export(request.filter, *export_from_request(request))
-        async with aclosing(rows):
-            async for posts in rows:
-                yield POST_ENCODER.response(posts, pb.ExportPostsResponse(last_id=posts[-1].id))
+        responses = self.exports.run(self.reader, POST_ENCODER, pb.ExportPostsResponse, request)
+        async with aclosing(responses):
+            async for response in responses:
+                yield response
+
+
+def _scope(author_id: int) -> list[ColumnElement[bool]]:
+    """Return the conditions that restrict posts to those of an author; none if the id is 0."""
+    return [Post.author_id == author_id] if author_id else []

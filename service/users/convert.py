@@ -6,7 +6,7 @@ from typing import Any
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from roster.v1.resources_pb2 import Post as PostMessage, User as UserMessage
-from roster.v1.users_pb2 import GetUserRequest, UpdateUserRequest, VerifyPasswordRequest
+from roster.v1.users_pb2 import GetUserRequest, UpdateUserRequest, UserKey, VerifyPasswordRequest
 from service.bulk.builder import BatchBuilder
 from service.db.base import Values, column_names
 from service.db.bulk.batch import Batch
@@ -23,7 +23,7 @@ from service.users.rules import (
     normalise_email,
     password_error,
 )
-from service.validation import Rule, check_id, collect_violations
+from service.validation import ID_RULE, VERSION_RULE, Rule, check_id, collect_violations
 from service.wire import (
     Fields,
     Update,
@@ -106,6 +106,25 @@ async def user_batch_from_messages(
     return builder.batch
 
 
+async def user_keys_from_messages(
+    messages: Sequence[UserKey],
+    fields: Collection[str],  # noqa: ARG001
+    masked: Collection[str],  # noqa: ARG001
+) -> Batch:
+    """Return the ids, e-mails and versions of users to delete; each row has an id or an e-mail."""
+    builder = BatchBuilder(messages)
+    ids, emails = builder.set_values("id"), builder.set_values("email")
+    await builder.add("id", ids, ID_RULE)
+    if any(email is not None for email in emails):
+        await builder.add("email", emails, Rule(email_key_error), normalise=normalise_email)
+    await builder.add("version", builder.values("version"), VERSION_RULE)
+    if None in ids:
+        for row, (id, email) in enumerate(zip(ids, emails, strict=True)):
+            if id is None and email is None:
+                builder.batch.fail(row, _key_missing())
+    return builder.batch
+
+
 def keys_from_request(
     request: GetUserRequest | VerifyPasswordRequest,
 ) -> tuple[int | str, Sequence[str]]:
@@ -115,7 +134,7 @@ def keys_from_request(
     """
     key = request.WhichOneof("key")
     if key is None:
-        raise InvalidField("id or email is required", field="id")
+        raise _key_missing()
     if key == "id":
         return check_id(request.id), ()
     email, *others = email_spellings(request.email)
@@ -151,6 +170,10 @@ def _error(field: str, value: Any) -> str | None:
     if value is not None:
         return RULES[field].error(value)
     return None if field in OPTIONAL_TEXTS else "is required where update_mask names it"
+
+
+def _key_missing() -> InvalidField:
+    return InvalidField("id or email is required", field="id")
 
 
 def _bulk_password_error(password: str) -> str:  # noqa: ARG001

@@ -10,12 +10,12 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased
 
 from service.db.base import BigInt, Column, Expression, ReadSession, Session, Values, column_names
-from service.db.bulk.table import BulkTable, UniqueKey
+from service.db.bulk.table import BulkTable, Dependents, UniqueKey
 from service.db.dialect import insert, values_table
 from service.db.paging import ListQuery, Page, SortKey
 from service.db.repository import Repository, SessionT
 from service.db.selection import Row, Selection, columns_by_name, readable_columns, size_of
-from service.errors import EmailTaken, UserNotFound
+from service.errors import EmailTaken, UserHasPosts, UserNotFound
 from service.posts.model import Post
 from service.timeslice import TimeSlice, map_in_slices
 from service.users.model import User
@@ -148,11 +148,17 @@ def email_taken(existing_id: int | None) -> EmailTaken:
     return EmailTaken("email belongs to another user", field="email", **facts)
 
 
+def user_has_posts() -> UserHasPosts:
+    """Return the error for a user who is not to be deleted together with posts."""
+    return UserHasPosts("the user has posts; delete those first")
+
+
 USERS = BulkTable(
     User,
     UserRepository.missing,
     unique=[UniqueKey(User.email, email_taken, other_spellings=stored_spellings)],
     sort_by=User.email,
+    dependents=Dependents(Post.author_id, user_has_posts),
 )
 
 

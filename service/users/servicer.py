@@ -15,11 +15,13 @@ from roster.v1.users_pb2_grpc import UserServiceServicer
 from service.auth.caller import current_caller
 from service.auth.policy import GET_USER, LIST_POSTS
 from service.auth.views import View, Views, limit_to_written
-from service.bulk.operation import Operation
+from service.bulk.operation import Kind, Operation
 from service.bulk.stream import BulkStreams
-from service.db.base import Values
+from service.changes.export import Exports
+from service.db.base import ReadSession, Values
 from service.db.engine import Database
 from service.db.reads import Reader
+from service.db.selection import Row
 from service.errors import (
     OutcomeUnknown,
     ResourceExhausted,
@@ -38,6 +40,7 @@ from service.users.convert import (
     password_from_request,
     user_batch_from_messages,
     user_from_message,
+    user_keys_from_messages,
     user_to_fields,
     user_to_message,
     user_update_from_request,
@@ -53,7 +56,7 @@ from service.users.repository import (
 )
 from service.users.schemes import HashError
 from service.validation import check_ids
-from service.wire import export_from_request, missing_ids
+from service.wire import at_most_from_request, missing_ids
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +73,10 @@ UPDATE_USERS = Operation(
     USERS,
     user_batch_from_messages,
     BULK_WRITABLE,
-    is_update=True,
+    kind=Kind.UPDATE,
     required_roles=REQUIRED_ROLES,
 )
+DELETE_USERS = Operation(pb.BulkDeleteUsersRequest, USERS, user_keys_from_messages, (), kind=Kind.DELETE)
 BASIC = View(UserRepository.basic(), user_to_fields, USER_ENCODER)
 VIEWS = Views(
     UserMessage.View,
@@ -86,12 +90,20 @@ VIEWS = Views(
 class UserServicer(UserServiceServicer):
     """UserService: users by id or e-mail, one at a time, in pages, and in bulk."""
 
-    def __init__(self, database: Database, reader: Reader, passwords: Passwords, bulk: BulkStreams) -> None:
+    def __init__(
+        self,
+        database: Database,
+        reader: Reader,
+        passwords: Passwords,
+        bulk: BulkStreams,
+        exports: Exports,
+    ) -> None:
         self.database = database
         self.reader = reader
         self.writer = Writer(database, UserRepository, UserMessage, user_to_message)
         self.passwords = passwords
         self.bulk = bulk
+        self.exports = exports
 
     async def CreateUser(self, request: pb.CreateUserRequest, context: Context) -> UserMessage:
         return await self.writer.create(request, await self._hashed(user_from_message(request.user)))
@@ -101,13 +113,14 @@ class UserServicer(UserServiceServicer):
         view = VIEWS.get(request.view)
         if view is BASIC:
             return user_to_message(await self.reader.get(key, others))
-        async with self.database.read() as session:
+
+        async def find(session: ReadSession) -> Row:
             users = UserRepository(session)
             if isinstance(key, str):
-                user = await users.get_by_email(key, view.selection, others)
-            else:
-                user = await users.get(key, view.selection)
-        return UserMessage(**view.to_fields(user))
+                return await users.get_by_email(key, view.selection, others)
+            return await users.get(key, view.selection)
+
+        return UserMessage(**view.to_fields(await self.reader.read(find)))
 
     async def BatchGetUsers(self, request: pb.BatchGetUsersRequest, context: Context) -> Any:
         ids = check_ids(request.ids)
@@ -117,11 +130,15 @@ class UserServicer(UserServiceServicer):
         return await view.response([user for user in found if user], response, response.users)
 
     async def ListUsers(self, request: pb.ListUsersRequest, context: Context) -> Any:
-        query = await UserRepository.list_query(request)
+        query = await self.reader.list_query(request)
         view = VIEWS.get(request.view)
         page = await self.reader.page(query, view.selection)
         response = pb.ListUsersResponse(next_page_token=query.next_token(page))
         return await view.response(page.rows, response, response.users)
+
+    async def CountUsers(self, request: pb.CountUsersRequest, context: Context) -> pb.CountUsersResponse:
+        at_most = at_most_from_request(request)
+        return pb.CountUsersResponse(**await self.reader.count(request.filter, at_most=at_most))
 
     async def UpdateUser(self, request: pb.UpdateUserRequest, context: Context) -> UserMessage:
         update = user_update_from_request(request)
@@ -158,11 +175,16 @@ class UserServicer(UserServiceServicer):
     ) -> AsyncIterator[BulkWriteResponse]:
         return self.bulk.run(requests, UPDATE_USERS)
 
+    def BulkDeleteUsers(
+        self, requests: AsyncIterator[pb.BulkDeleteUsersRequest], context: Context
+    ) -> AsyncIterator[BulkWriteResponse]:
+        return self.bulk.run(requests, DELETE_USERS)
+
     async def ExportUsers(self, request: pb.ExportUsersRequest, context: Context) -> AsyncIterator[Any]:
-        rows = self.reader.export(request.filter, *export_from_request(request))
-        async with aclosing(rows):
-            async for users in rows:
-                yield USER_ENCODER.response(users, pb.ExportUsersResponse(last_id=users[-1].id))
+        responses = self.exports.run(self.reader, USER_ENCODER, pb.ExportUsersResponse, request)
+        async with aclosing(responses):
+            async for response in responses:
+                yield response
 
     async def _hashed(self, values: Values) -> Values:
         if "hashed_password" in values:

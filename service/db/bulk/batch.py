@@ -29,6 +29,8 @@ class WriteOptions:
     validate_only: bool = False
     restores: bool = False  # rows may bring their ids, times and versions
     update_fields: Sequence[str] = ()  # the fields that the update mask names
+    skips_missing: bool = False  # a delete of a row that does not exist is skipped
+    restricts: bool = False  # a row is not deleted together with others that refer to it
 
     def looks_up_first(self, batch: "Batch") -> bool:
         """Return whether to look up stored rows before writing. A load without conflicts need not."""
@@ -52,9 +54,10 @@ class Batch:
     columns: dict[str, list[Any]] = field(default_factory=dict)
     failures: dict[int, RosterError] = field(default_factory=dict)
     expects_conflicts: bool = False  # an earlier batch of the load, or an attempt at this one, met a conflict
-    # Batches are written at the same time, but draw their ids in turn, so that ids rise in file order.
-    ids_after: asyncio.Event | None = None
-    ids_drawn: asyncio.Event = field(default_factory=asyncio.Event)
+    # Batches are written at the same time, but take turns to draw their ids, so that these rise in file
+    # order, or to lock the rows that they delete.
+    turn: asyncio.Event | None = None
+    next_turn: asyncio.Event = field(default_factory=asyncio.Event)
     deferred: Collection[int] = ()  # rows whose unique key an earlier, uncommitted batch has
 
     def keys(self, names: Iterable[str]) -> dict[str, dict[KeyValue, int]]:
@@ -70,6 +73,11 @@ class Batch:
                 first_rows.pop(None, None)  # unset and null values are in conflict with none
                 keys[name] = first_rows
         return keys
+
+    async def wait_for_turn(self) -> None:
+        """Wait until the batch before has drawn its ids or locked its rows."""
+        if self.turn:
+            await self.turn.wait()
 
     def fail(self, row: int, error: RosterError) -> None:
         """Fail a row; its first failure is the one reported."""
@@ -96,16 +104,22 @@ class Result(IntEnum):
     CREATED = 1
     UPDATED = 2
     SKIPPED = 3
+    DELETED = 4
 
 
 @dataclass
 class Outcome:
-    """The results of a batch: `results[i]` and `ids[i]` belong to row i. An id of 0 means none."""
+    """The results of a batch: `results[i]` and `ids[i]` belong to row i. An id of 0 means none.
+
+    `dependents[i]` is how many rows of another table were deleted together with row i; it is empty if none
+    were.
+    """
 
     results: bytes = b""
     ids: list[int] = field(default_factory=list)
     # If an atomic batch fails, all its rows fail, but only those that caused it are in here.
     failures: dict[int, RosterError] = field(default_factory=dict)
+    dependents: list[int] = field(default_factory=list)
 
     @classmethod
     def of_failed_batch(cls, batch: Batch) -> "Outcome":
@@ -116,6 +130,8 @@ class Outcome:
     updated = property(lambda self: self.results.count(Result.UPDATED))
     skipped = property(lambda self: self.results.count(Result.SKIPPED))
     failed = property(lambda self: self.results.count(Result.FAILED))
+    deleted = property(lambda self: self.results.count(Result.DELETED))
+    deleted_posts = property(lambda self: sum(self.dependents))  # the contract's name for them
 
     def id_of(self, row: int) -> int:
         """Return the id of the stored row that has this row's key, whether this row created it or not."""
@@ -124,11 +140,15 @@ class Outcome:
     def part(self, start: int, end: int) -> "Outcome":
         """Return the outcome of some of the rows."""
         failures = {row - start: error for row, error in self.failures.items() if start <= row < end}
-        return Outcome(self.results[start:end], self.ids[start:end], failures)
+        return Outcome(self.results[start:end], self.ids[start:end], failures, self.dependents[start:end])
 
     def extend(self, other: "Outcome") -> None:
         """Append the outcome of the rows that follow."""
         size = len(self.ids)
+        if self.dependents or other.dependents:
+            for outcome in (self, other):
+                outcome.dependents = outcome.dependents or [0] * len(outcome.ids)
+            self.dependents += other.dependents
         self.results += other.results
         self.ids += other.ids
         self.failures.update((size + row, error) for row, error in other.failures.items())

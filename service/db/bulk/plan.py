@@ -6,13 +6,13 @@ The functions here are pure: the writer looks up stored rows before.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from service.db.base import KeyValue
 from service.db.bulk.batch import Batch, BatchColumns, OnConflict, Outcome, Result, WriteOptions
-from service.db.bulk.table import UniqueKey
+from service.db.bulk.table import BulkTable, UniqueKey
 from service.errors import RosterError, VersionMismatch
 from service.timeslice import slices
 
@@ -219,6 +219,58 @@ async def plan_updates(
                 current[id] += 1
                 updates.setdefault(id, []).append(row)
     return updates
+
+
+@dataclass
+class DeletePlan:
+    """The rows of a batch of deletes, by what to do with each."""
+
+    deleted: dict[int, int] = field(default_factory=dict)  # stored id -> row that deletes it
+    skipped: list[int] = field(default_factory=list)
+
+    def outcome(self, batch: Batch, dependents: Mapping[int, int]) -> Outcome:
+        """Return the results; `dependents` has the number of rows deleted together with each id."""
+        if len(self.deleted) == batch.size:
+            counts = [dependents.get(id, 0) for id in self.deleted] if dependents else []
+            return Outcome(bytes([Result.DELETED]) * batch.size, list(self.deleted), {}, counts)
+        results, ids, counts = bytearray(batch.size), [0] * batch.size, [0] * batch.size
+        for id, row in self.deleted.items():
+            results[row], ids[row], counts[row] = Result.DELETED, id, dependents.get(id, 0)
+        for row in self.skipped:
+            results[row] = Result.SKIPPED
+        return Outcome(bytes(results), ids, batch.failures, counts if dependents else [])
+
+
+async def plan_deletes(
+    batch: Batch,
+    ids: Sequence[int | None],
+    versions: Mapping[int, int],
+    table: BulkTable,
+    options: WriteOptions,
+    restricted: Container[int] = (),
+) -> DeletePlan:
+    """Return which rows delete a stored row: `ids` has its id for each row of the batch.
+
+    `versions` has the stored version of each id that exists, and `restricted` the ids that can't be deleted.
+    The second of two rows for one stored row finds it deleted.
+    """
+    plan = DeletePlan()
+    expected = batch.columns["version"]
+    async for some in slices(batch.good_rows()):
+        for row in some:
+            id = ids[row]
+            if id is None or id not in versions or id in plan.deleted:
+                if options.skips_missing:
+                    plan.skipped.append(row)
+                else:
+                    batch.fail(row, table.not_found())
+            elif expected[row] not in (0, versions[id]):
+                batch.fail(row, VersionMismatch.of(versions[id]))
+            elif table.dependents and id in restricted:
+                batch.fail(row, table.dependents.restriction())
+            else:
+                plan.deleted[id] = row
+    return plan
 
 
 def _first_conflict(unique: Sequence[UniqueValues], row: int, id: int) -> RosterError | None:

@@ -1,5 +1,6 @@
 """Writes to SQLite: statements of many rows. There is no other writer meanwhile."""
 
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
@@ -87,6 +88,19 @@ def _inserts(dialect: Dialect, table: Table, names: Sequence[str]) -> tuple[Sequ
     row = one_row.rpartition(" VALUES ")[2]
     many = min(ROWS_PER_STATEMENT, MAX_PARAMETERS // len(names))
     return statement.positiontup or [], one_row, ", ".join([one_row, *[row] * (many - 1)]), many
+
+
+async def lock_rows_by_id(
+    session: Session, model: type[Entity], ids: Sequence[int], expected: Sequence[int]
+) -> int:
+    """Return how many of the rows with these ids have the version expected; 0 is any. There is no lock."""
+    pairs = json.dumps(list(zip(ids, expected, strict=True)))
+    each = func.json_each(pairs).table_valued(column("value", String))
+    id, version = (func.json_extract(each.c.value, path) for path in ("$[0]", "$[1]"))
+    found = select(func.count()).select_from(each).join(model, model.id == id)
+    connection = await session.connection()
+    counted = await connection.execute(found.where((version == 0) | (version == model.version)))
+    return counted.scalar_one()
 
 
 async def update_rows(

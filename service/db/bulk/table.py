@@ -1,6 +1,6 @@
 """An entity as the bulk code sees it: its model, its unique keys, and the order to insert in."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any
@@ -61,13 +61,25 @@ class Reference:
 
 
 @dataclass(frozen=True)
+class Dependents:
+    """Rows of another table that are deleted together with the row that they refer to.
+
+    `restriction` makes the error for a row that has some and is not to be deleted together with them.
+    """
+
+    reference: Column
+    restriction: Callable[[], RosterError]
+
+
+@dataclass(frozen=True)
 class BulkTable:
     """All that the generic bulk code knows of an entity.
 
     A new row that has a value of another row in one of the `unique` keys is in conflict with it; with
     several such rows, the first key in this order decides. Rows are inserted in the order of `sort_by`, so
     that two batches with the same keys wait for each other instead of ending in a deadlock. A new row fails
-    if a row that it refers to, by one of the `references`, does not exist.
+    if a row that it refers to, by one of the `references`, does not exist. A row is deleted by its id or a
+    unique key, together with its `dependents`.
     """
 
     model: type[Entity]
@@ -75,7 +87,8 @@ class BulkTable:
     unique: Sequence[UniqueKey] = ()
     sort_by: Column | None = None
     references: Sequence[Reference] = ()
+    dependents: Dependents | None = None
 
-    def unique_among(self, fields: Sequence[str]) -> list[UniqueKey]:
+    def unique_among(self, fields: Collection[str]) -> list[UniqueKey]:
         """Return the unique keys among some columns."""
         return [key for key in self.unique if key.name in fields]

@@ -2,6 +2,7 @@
 
     create: resolve references -> look up stored keys -> plan -> insert, update -> outcome
     update: lock the rows                             -> plan -> update         -> outcome
+    delete: look up stored keys, lock the rows        -> plan -> delete         -> outcome
 
 A batch of a load that has met no conflict skips the look-up and writes at once, under a savepoint. If
 that fails, or if another writer's commit comes between the look-up and the write, the attempt is rolled
@@ -9,24 +10,34 @@ back and made again, with a look-up.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from sqlalchemy import Text, select
 from sqlalchemy.exc import IntegrityError
 
+from service.db.answers import erase_answers_about
 from service.db.base import BigInt, Column, ColumnType, KeyValue, Session, now
 from service.db.bulk import postgresql, sqlite
 from service.db.bulk.batch import Batch, BatchColumns, OnConflict, Outcome, Result, WriteOptions
-from service.db.bulk.plan import StoredKey, UniqueValues, plan_creates, plan_updates
+from service.db.bulk.plan import DeletePlan, StoredKey, UniqueValues, plan_creates, plan_deletes, plan_updates
 from service.db.bulk.table import BulkTable, OtherSpellings, Reference, UniqueKey, no_spellings
+from service.db.deletion import count_dependents, delete_dependents, delete_rows, ids_with_dependents
 from service.db.dialect import ids_of, is_sqlite, values_table
 from service.errors import DatabaseUnavailable, IdTaken
 from service.timeslice import TimeSlice
 
 MAX_RETRIES = 3
+
+# Of rows to update, to delete, and to refer to. Only the second prevents new rows that refer to them.
+# https://www.postgresql.org/docs/current/explicit-locking.html#LOCKING-ROWS
+Lock: TypeAlias = Mapping[str, bool]
+NO_KEY_UPDATE: Lock = {"key_share": True}
+UPDATE: Lock = {}
+KEY_SHARE: Lock = {"read": True, "key_share": True}
 
 
 class LookupNeeded(Exception):
@@ -50,6 +61,29 @@ class BulkWriter:
     async def update(self, batch: Batch, options: WriteOptions) -> Outcome:
         """Update stored rows by id, as if in file order."""
         return await self.retry_on_conflict(batch, partial(self._update, options=options))
+
+    async def delete(self, batch: Batch, options: WriteOptions) -> Outcome:
+        """Delete stored rows by id or a unique key, as if in file order, and their dependents.
+
+        Raises TooLarge if these are too many.
+        """
+        batch = replace(batch, failures=dict(batch.failures))
+        # The batch before commits first. If it still waited for locks by then, this batch could hold a lock
+        # for which a third transaction waits that has one of those: a deadlock that the database can't see.
+        await batch.wait_for_turn()
+        plan = await self._plan_deletes(batch, options)
+        if options.is_atomic and batch.failures:
+            return Outcome.of_failed_batch(batch)
+        deleted, counts = sorted(plan.deleted), Counter[int]()
+        if self.table.dependents and not options.restricts:
+            handle = count_dependents if options.validate_only else delete_dependents
+            counts = await handle(self.session, self.table.dependents.reference, deleted)
+        if not options.validate_only:
+            await erase_answers_about(self.session, self.model, deleted)  # locks all rows that refer to them
+        batch.next_turn.set()
+        if not options.validate_only:
+            await delete_rows(self.session, self.model, deleted)
+        return plan.outcome(batch, counts)
 
     async def reserve_ids(self, batch: Batch) -> None:
         """Keep other writers from drawing a batch's ids once this transaction, a short one, has committed."""
@@ -126,14 +160,73 @@ class BulkWriter:
             raise LookupNeeded
         return _updated(batch)
 
+    async def _plan_deletes(self, batch: Batch, options: WriteOptions) -> DeletePlan:
+        """Lock the rows that a batch names, and return which of them to delete."""
+        restricted: set[int] = set()
+        # Usually each row names another stored row, by id. To read them would take as long as to delete them.
+        if await self._lock_each(batch):
+            given = batch.columns["id"]
+            if options.restricts:
+                restricted = await self._ids_with_dependents(given)
+            if not restricted:
+                return DeletePlan(dict(zip(given, range(batch.size), strict=True)))
+        ids, versions = await self._lock_stored_rows(batch)
+        if options.restricts:
+            restricted = await self._ids_with_dependents(list(versions))
+        return await plan_deletes(batch, ids, versions, self.table, options, restricted)
+
+    async def _lock_each(self, batch: Batch) -> bool:
+        """Lock the rows with the ids of a batch; return whether each exists and has the version expected."""
+        ids, expected = batch.columns["id"], batch.columns["version"]
+        is_named_by_id = not (batch.failures or self.table.unique_among(batch.columns.keys()))
+        if not is_named_by_id or len(set(ids)) < batch.size:
+            return False
+        locked: int = await self._dialect.lock_rows_by_id(self.session, self.model, ids, expected)
+        return locked == batch.size
+
+    async def _ids_with_dependents(self, ids: Sequence[int]) -> set[int]:
+        dependents = self.table.dependents
+        return await ids_with_dependents(self.session, dependents.reference, ids) if dependents else set()
+
+    async def _lock_stored_rows(self, batch: Batch) -> tuple[Sequence[int | None], Mapping[int, int]]:
+        """Lock the rows that a batch names; return the id that each row names, and the versions by id."""
+        ids = await self._named_ids(batch)
+        for _ in range(1 + MAX_RETRIES):
+            # In id order, whatever names the rows: so do loads of rows that refer to these.
+            known = [ids[row] for row in batch.good_rows()]
+            locked = await lock_rows(self.session, self.model.id, known, self.model.version, lock=UPDATE)
+            versions = {row[0]: row[1] for row in locked}
+            named, ids = ids, await self._named_ids(batch)
+            # A row that was deleted or created meanwhile counts as missing: for a moment it was. But if
+            # another row has its unique key now, there was no such moment.
+            if all(id == now or id not in versions for id, now in zip(named, ids, strict=True)):
+                return named, versions
+        raise DatabaseUnavailable(
+            "other writes keep conflicting with this batch; nothing was written, try again"
+        )
+
+    async def _named_ids(self, batch: Batch) -> Sequence[int | None]:
+        """Return the id that each row of a batch names, None if it names no stored row."""
+        keys = self.table.unique_among(batch.columns.keys())
+        if not keys:
+            return batch.columns["id"]
+        ids = list(batch.columns["id"])
+        for key in keys:
+            found, values = await self._ids_by(key, batch), batch.columns[key.name]
+            for row in batch.good_rows():
+                if values[row] is not None:
+                    ids[row] = found.get(values[row])
+        return ids
+
     async def _resolve(self, batch: Batch, reference: Reference) -> Batch:
         """Return new rows with the ids of the rows that they refer to; fail those that refer to none.
 
-        The other rows are not locked. If one is deleted meanwhile, the foreign key raises an IntegrityError.
+        The other rows are not locked in a load that meets no conflicts. If one is deleted meanwhile, the
+        foreign key raises an IntegrityError, and the next attempt locks them.
         """
         columns = dict(batch.columns)
         ids: list[int | None] = [None] * batch.size
-        good = batch.good_rows()
+        good, named = batch.good_rows(), {}
         for name, key in reference.keys.items():
             values = columns.pop(name)
             rows = [row for row in good if values[row]]
@@ -144,9 +237,23 @@ class BulkWriter:
             others = await self._ids_by_spelling(key, missing, spellings)
             for row, id in zip(rows, found, strict=True):
                 ids[row] = id or others.get(values[row])
+            named[name] = rows
+        if batch.expects_conflicts:
+            # In turn, as in a delete: it may be one that waits for this batch and for the next.
+            await batch.wait_for_turn()
+            await self._lock_references(key, ids)
+        for name, rows in named.items():
+            for row in rows:
                 if ids[row] is None:
                     batch.fail(row, reference.missing_error(name))
         return replace(batch, columns=columns | {reference.column.key: ids})
+
+    async def _lock_references(self, key: Column, ids: list[int | None]) -> None:
+        """Lock rows of the table of `key`, so that they can't be deleted; replace ids without one by None."""
+        existing = {row[0] for row in await lock_rows(self.session, key.class_.id, ids, lock=KEY_SHARE)}
+        for row, id in enumerate(ids):
+            if id not in existing:
+                ids[row] = None
 
     async def _stored_keys(self, batch: Batch, options: WriteOptions) -> list[StoredKey]:
         """Return the keys to plan new rows by, with the stored rows that have one of the batch's values."""
@@ -223,10 +330,9 @@ class BulkWriter:
         missing = size if given is None else given.count(None)
         # An attempt that was rolled back has drawn ids; the next one uses them.
         if len(self._drawn_ids) < missing:
-            if batch.ids_after:
-                await batch.ids_after.wait()
+            await batch.wait_for_turn()
             self._drawn_ids = await self._dialect.next_ids(self.session, self.model, missing)
-            batch.ids_drawn.set()
+            batch.next_turn.set()
         if given is None:
             return self._drawn_ids[:size]
         rest = iter(self._drawn_ids)
@@ -276,7 +382,11 @@ class BulkWriter:
 
 
 async def lock_rows(
-    session: Session, key: Column, values: Sequence[KeyValue | None], *columns: Column
+    session: Session,
+    key: Column,
+    values: Sequence[KeyValue | None],
+    *columns: Column,
+    lock: Lock = NO_KEY_UPDATE,
 ) -> Sequence[Sequence[Any]]:
     """Lock the rows that have one of the values, in id order; return their key and the columns.
 
@@ -286,12 +396,11 @@ async def lock_rows(
     if not given:
         return []
     wanted = values_table(session, given, _type_of(given))
-    # FOR NO KEY UPDATE: other transactions can still insert rows that refer to these.
     rows = (
         select(key, *columns)
         .join(wanted, wanted.c.value == key)
         .order_by(key.class_.id)
-        .with_for_update(of=key.class_, key_share=True)
+        .with_for_update(of=key.class_, **lock)
     )
     # Through the connection: a session would look for entities in each row.
     return (await (await session.connection()).execute(rows)).all()
