@@ -24,8 +24,10 @@ COMMANDS = {
     "migrate": "Migrate the database schema to this release.",
     "doctor": "Check that `roster serve` can run with these settings.",
     "load": "Load a file of users or posts.",
-    "loads": "List bulk loads, show one with its failures, or abort one.",
+    "loads": "List, show, abort or undo bulk loads.",
+    "count": "Count users or posts.",
     "export": "Export users or posts to a file.",
+    "changes": "Print changes of users and posts as they happen.",
     "token": "Create keys and bearer tokens for development.",
     "completion": "Print the completion script for a shell.",
 }
@@ -111,4 +113,5 @@ def main(context: click.Context) -> None:
     except OSError as error:
         raise EnvFileError(str(error)) from None
     # As defaults, not in the environment: click then reports where the value of an option comes from.
-    context.default_map = {**dict.fromkeys(COMMANDS, clients), "token": {"issue": tokens}}
+    nested = {"changes": {"watch": clients}, "token": {"issue": tokens}}
+    context.default_map = {**dict.fromkeys(COMMANDS, clients), **nested}

@@ -45,7 +45,8 @@ class Columns:
     """Maps the columns of a file to the fields of an entity.
 
     Names match in any case, in snake_case, camelCase or with spaces. `mapping` maps fields to columns with
-    other names. `ignored` collects the names of columns that are not read.
+    other names. `ignored` collects the names of columns that are not read, and `found` the fields that the
+    file has so far: those of the header, or of any row.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Columns:
         self.names = names
         self.mapping = mapping or {}
         self.ignored: dict[str, None] = {}
+        self.found: set[str] = set()
         self.entity = entity
         descriptor = entity.message.DESCRIPTOR
         descriptors = descriptor.fields_by_name
@@ -109,7 +111,20 @@ class Columns:
                 raise InvalidField(_both(field, first_names[field], name), field=field)
             if field is not None:
                 first_names[field] = name
+        self._refuse_alternatives(first_names)
+        self.found.update(first_names)
         return fields
+
+    def _refuse_alternatives(self, names: Mapping[str, str]) -> None:
+        """Raise InvalidField if there are several columns of which a row needs only one, by field."""
+        alternatives = [field for field in self.entity.alternatives if field in names]
+        if len(alternatives) > 1:
+            found = " and ".join(alternatives)
+            ignore = " or ".join(f"--ignore {shlex.quote(names[field])}" for field in alternatives)
+            raise InvalidField(
+                f"there are columns for {found}, and either identifies a row; add {ignore}",
+                field=alternatives[0],
+            )
 
     def to_message(self, row: Mapping[str, Any]) -> Message:
         """Return the message of a row by column; raises InvalidField, UnknownColumn, TooLarge."""

@@ -13,9 +13,12 @@ from sqlalchemy.exc import DBAPIError
 
 from service.auth.tls import expiry, server_credentials
 from service.cli.environment import read_settings
+from service.cli.hosts import check_primary, check_replicas
 from service.cli.migrate import connection_problem
+from service.cli.probe import probe
 from service.cli.terminal import UsageError, echo, pluralize
 from service.db.engine import Database
+from service.db.pooler import NEEDS_SETTING, pooler_mode
 from service.db.schema import read_schema
 from service.errors import RosterError
 from service.files import file_dangers, sqlite_path, storage_problem
@@ -74,11 +77,20 @@ class Report:
 
 
 @click.command()
-def doctor() -> None:
-    """Check that `roster serve` can run: settings, ports, TLS and policy files, database, schema, clock.
+@click.option(
+    "--database",
+    "only_probes",
+    is_flag=True,
+    help="Instead, try what Roster needs from the database, in a scratch schema that is dropped at the end.",
+)
+def doctor(*, only_probes: bool) -> None:
+    """Check that `roster serve` can run: settings, ports, TLS and policy files, pooler, database, schema,
+    clock, replicas.
 
     The settings are those of `roster serve --help`. Nothing is changed. The exit status is 0 if no check
     fails, otherwise 1; a warning is not a failure.
+
+    With --database, it connects as `roster migrate` does, and needs a role that may create a schema.
     """
     report = Report()
     for unknown in unknown_settings():
@@ -92,7 +104,10 @@ def doctor() -> None:
             report.fail("settings", unread)
         if report.is_ok:
             report.ok("settings", f"{settings.listen}, {pluralize(settings.workers, 'worker')}")
-        _check(settings, report)
+        if only_probes:
+            asyncio.run(probe(settings, report))
+        else:
+            _check(settings, report)
     sys.exit(0 if report.is_ok else 1)
 
 
@@ -144,16 +159,50 @@ def _check_files(settings: Settings, report: Report) -> None:
 async def _check_database(settings: Settings, report: Report) -> None:
     database = Database(settings)
     try:
+        if not database.is_sqlite and not await _check_pooler(settings, report):
+            return
         schema = await read_schema(database.engine)
         report.ok("database", f"connected to {describe_database(settings.database_url)}")
         report.check("schema", "" if schema.is_usable else str(schema), str(schema))
         if not database.is_sqlite:
-            await _check_connections(database, settings, report)
+            if not settings.pools_transactions:  # whose pooler limits the connections of PostgreSQL
+                await _check_connections(database, settings, report)
             await _check_clock(database, report)
+            await check_primary(settings, report)
+            await check_replicas(database, settings, report)
     except (DBAPIError, OSError, RosterError) as error:
         report.fail("database", connection_problem(error))
     finally:
         await database.close()
+
+
+async def _check_pooler(settings: Settings, report: Report) -> bool:
+    """Return whether Roster can use the database as it is set; if not, nothing else can be checked."""
+    mode = await pooler_mode(settings.database_url, settings.connect_timeout)
+    if mode == "transaction" and not settings.pools_transactions:
+        report.fail("pooler", NEEDS_SETTING)
+        return False
+    if mode == "transaction":
+        report.ok("pooler", "in transaction mode; max_client_conn must admit all connections of all servers")
+        if settings.migration_url is None:
+            report.warn("pooler", "`roster migrate` needs ROSTER_MIGRATION_URL, the URL of PostgreSQL itself")
+    elif settings.pools_transactions:
+        found = "the connection is direct" if mode == "none" else "the pooler is in session mode"
+        report.warn(
+            "pooler",
+            f"{found}: ROSTER_DATABASE_POOLER={mode} saves several round trips per call",
+        )
+    elif mode == "session":
+        report.ok(
+            "pooler",
+            f"in session mode; its pool needs {_connections(settings)} connections for this server",
+        )
+    return True
+
+
+def _connections(settings: Settings) -> int:
+    """Return how many connections the server may open."""
+    return settings.workers * (settings.pool_size + settings.max_overflow + settings.bulk_connections)
 
 
 async def _check_connections(database: Database, settings: Settings, report: Report) -> None:
@@ -161,7 +210,7 @@ async def _check_connections(database: Database, settings: Settings, report: Rep
     async with database.read() as session:
         row = (await session.execute(select(*map(func.current_setting, names)))).one()
     available = int(row[0]) - int(row[1])
-    needed = settings.workers * (settings.pool_size + settings.max_overflow + settings.bulk_connections)
+    needed = _connections(settings)
     if needed > available:
         report.fail(
             "database",

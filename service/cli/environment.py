@@ -27,6 +27,8 @@ GROUPS = {
     "Start and stop": ("database_required", "database_wait", "drain_pause", "grace", "max_connection_age"),
     "Database": (
         "migration_url",
+        "replica_url",
+        "database_pooler",
         "pool_size",
         "max_overflow",
         "pool_timeout",
@@ -36,6 +38,7 @@ GROUPS = {
         "statement_timeout",
     ),
     "Bulk loads": ("bulk_connections", "bulk_load_ttl"),
+    "Change feed": ("changes_ttl", "max_watchers"),
     "Passwords": (
         "password_memory",
         "password_passes",

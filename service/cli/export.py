@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, closing, contextmanager, nullcontext
 from enum import Enum, auto
 from pathlib import Path
 from stat import S_ISREG
@@ -29,7 +29,9 @@ from service.cli.terminal import (
     pluralize,
     server_options,
 )
-from service.client import Backoff
+from service.cli.watch_token import OPTION, PATH, WatchTokenFile
+from service.client import Backoff, Consistency
+from service.consistency import PRIMARY
 from service.errors import RosterError
 from service.escape import escape
 from service.files import replace_when_complete
@@ -125,29 +127,44 @@ class EscapedOutput(io.RawIOBase):
 class Export:
     """One export and its progress."""
 
-    def __init__(self, entity: Entity, filter_: str | None, after_id: int, *, place: Place) -> None:
+    def __init__(
+        self,
+        entity: Entity,
+        filter_: str | None,
+        after_id: int = 0,
+        *,
+        consistency: str = PRIMARY,
+        place: Place = Place.FILE,
+        token_file: WatchTokenFile | None = None,
+    ) -> None:
         self.entity = entity
         self.last_id = after_id
         self.rows = 0
         self._filter = filter_
         self._first_id = after_id
+        self._consistency = consistency
         self._place = place
+        self._token_file = token_file  # until it has the token
         self._backoff = Backoff()
         self._started = time.monotonic()
 
     async def run(self, target: Target, write: Write) -> None:
         """Write all rows, and resume after the last one if a stream breaks; raises RosterError, OSError."""
-        async with target.channel() as connection:
-            self._backoff.watch(connection)
+        async with target.channel(Consistency(self._consistency)) as connection:
             largest_id = await self._largest_id(connection)
             async with self._show_progress(largest_id - self._first_id):
-                while True:
-                    try:
-                        await self._stream(connection, write)
-                    except RosterError as error:
-                        await self._backoff.wait(error)
-                    else:
-                        return
+                await self.copy(connection, write)
+
+    async def copy(self, connection: grpc.aio.Channel, write: Write) -> None:
+        """Do the same over a channel, without progress."""
+        self._backoff.watch(connection)
+        while True:
+            try:
+                await self._stream(connection, write)
+            except RosterError as error:
+                await self._backoff.wait(error)
+            else:
+                return
 
     def _show_progress(self, total: int) -> AbstractAsyncContextManager[None]:
         if self._place is Place.TERMINAL:
@@ -162,11 +179,27 @@ class Export:
     async def _stream(self, connection: grpc.aio.Channel, write: Write) -> None:
         exports, request = self.entity.rpc(connection, "Export")
         async for response in exports(request(filter=self._filter, after_id=self.last_id)):
+            self._store_token(response.watch_token)
             messages = [*getattr(response, self.entity.name)]
+            if not messages:  # there are no rows
+                continue
             write(columns_of(messages, self.entity.exported))
             self.rows += len(messages)
             self.last_id = response.last_id
             self._backoff.reset()
+
+    def _store_token(self, token: str) -> None:
+        """Store the token of the first message. Those of streams that resume the export are too new."""
+        if not self._token_file:
+            return
+        if not token:
+            raise UsageError(
+                f"the server sent no token for {OPTION}: its database can't serve the change feed, or a "
+                "replica that is too far behind has answered; export without that option or --consistency"
+            )
+        self._token_file.store(token)
+        self._token_file.close()
+        self._token_file = None
 
     def _state(self) -> tuple[int, str]:
         return self.last_id - self._first_id, self.progress()
@@ -200,8 +233,27 @@ class Export:
 @click.option(
     "--after-id", type=click.IntRange(0), default=0, help="Export only rows with greater ids, as to resume."
 )
+@click.option(
+    "--consistency",
+    default=PRIMARY,
+    help="Read on replicas: any, or the token of a write, to read on those that have it.",
+)
+@click.option(
+    OPTION,
+    "watch_token_file",
+    type=PATH,
+    help="Store in this file where `roster changes` continues. For users and posts, only the first export "
+    "needs it: a later token would skip changes.",
+)
 def export(
-    entity: str, target: Target, output: str, format_: str | None, filter_: str | None, after_id: int
+    entity: str,
+    target: Target,
+    output: str,
+    format_: str | None,
+    filter_: str | None,
+    after_id: int,
+    consistency: str,
+    watch_token_file: Path | None,
 ) -> None:
     """Export users or posts, ordered by id. `roster load --restore` loads them again.
 
@@ -212,7 +264,15 @@ def export(
     The exit status is 0 if all rows were exported, otherwise 2. If Ctrl-C or SIGTERM ended the export, it is
     130 or 143. The error says after which id to resume.
     """
-    job = Export(ENTITIES[entity], filter_, after_id, place=_place(output))
+    token_file = _token_file(watch_token_file, after_id)
+    job = Export(
+        ENTITIES[entity],
+        filter_,
+        after_id,
+        consistency=consistency,
+        place=_place(output),
+        token_file=token_file,
+    )
     kind = WRITERS[format_ or format_name(output)]
     if kind is _parquet:
         pyarrow()  # if it is missing, fail before the file is created
@@ -227,6 +287,24 @@ def export(
         hint = f"; resume with --after-id {job.last_id}" if job.rows else ""
         raise UsageError(f"{message}{hint}") from None
     echo(job.progress(), err=True)
+
+
+def _token_file(path: Path | None, after_id: int) -> WatchTokenFile | None:
+    """Return the file for the token of an export; None if one that is resumed has it; raises UsageError."""
+    if not path:
+        return None
+    file = WatchTokenFile(path)
+    if not after_id:
+        file.lock()
+        return file
+    with closing(file):
+        has_token = bool(file.read())
+    if not has_token:
+        raise UsageError(
+            f"{OPTION} {path} does not exist: an export that is resumed keeps the token of its beginning; "
+            "export again without --after-id"
+        )
+    return None
 
 
 def _describe(output: str, error: OSError) -> str:

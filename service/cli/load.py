@@ -21,8 +21,19 @@ from roster.v1 import bulk_pb2 as pb
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
 from service.cli.columns import Columns, parse_columns
 from service.cli.compression import without_compression
-from service.cli.formats import FORMATS, LOADED_ENDINGS, STDIN, Csv, FileFormat, SourceError, format_name
+from service.cli.formats import (
+    FORMATS,
+    LOADED_ENDINGS,
+    STDIN,
+    Csv,
+    FileFormat,
+    Json,
+    SourceError,
+    format_name,
+)
 from service.cli.formats.csv_file import DELIMITERS
+from service.cli.mirror.options import DeleteLimit, DeleteLimitType, MirrorOptions, check_filter
+from service.cli.operations import FLAGS, operation_of
 from service.cli.progress import show_progress
 from service.cli.rejects import RejectsFile
 from service.cli.report import LoadReport
@@ -38,6 +49,7 @@ from service.cli.terminal import (
     server_options,
 )
 from service.cli.tracker import RowTracker
+from service.cli.undo import undo_name
 from service.client import BATCH_ROWS, Backoff, BulkLoader, LoadInterrupted, pages
 from service.client.errors import is_retryable
 from service.errors import (
@@ -57,6 +69,14 @@ ON_CONFLICT = "What to do with a row whose key already exists."
 UPDATE_MASK = "Columns that --update and --on-conflict update write, such as full_name,is_active."
 ATOMICITY = "Whether a failed row fails only itself or its whole batch."
 RESTORE = "Create rows with the id, created_at, updated_at and version of an export."
+DELETE = "Delete the rows whose keys are in the file: users by id or email, posts by id."
+ON_MISSING = {"fail": pb.BulkOptions.FAIL_MISSING, "skip": pb.BulkOptions.SKIP_MISSING}
+MISSING = "What --delete does with a row that does not exist."
+MIRROR = "Make the users equal to the file: create, update and delete those that differ."
+FILTER = (
+    "The users that --mirror makes equal to the file, such as 'email = \"*@example.org\"'.  [default: all]"
+)
+MAX_DELETES = "Refuse to --mirror a file that lacks more of the users that match."
 FORMAT = "Format of the file.  [default: from the file name]"
 COLUMNS = 'Columns with other names, such as email=Mail,full_name="Full Name".'
 IGNORE = "Column that is not read, although its name is near that of a known one; repeat it for several."
@@ -65,6 +85,7 @@ ENCODING = "Encoding of CSV, such as cp1252.  [default: UTF-8, or UTF-16 by its 
 NULL = "Unquoted cell of CSV that means unset, such as NULL or NA; repeat it for several."
 REJECTS = "File for the rows that fail.  [default: NAME.rejects.FORMAT, next to FILE]"
 PATH = click.Path(dir_okay=False, path_type=Path)
+VERBS = {"update": "BulkUpdate", "delete": "BulkDelete"}
 OPTION = re.compile(r"\b(?:options\.(\w+)|(load_id))\b")
 
 
@@ -143,6 +164,8 @@ class Load:
             return
         load = await self._get_load(loads)
         self._report.was_finished = load.state == pb.BulkLoad.FINISHED
+        if self._report.was_finished:
+            await self._refuse_undone(load, loads)
         if not self._report.was_finished:
             owner = f" the load of {opened.caller}" if self._options.caller else ""
             echo(f"resuming{owner} at row {opened.next_offset + 1:,}", err=True)
@@ -150,6 +173,18 @@ class Load:
         if not self._options.return_ids:
             self._set_counts(load)
             self._report.rows = self._report.skipped_rows = opened.next_offset
+
+    async def _refuse_undone(self, load: pb.BulkLoad, loads: BulkServiceStub) -> None:
+        """Raise FailedPrecondition if the caller has undone the load: its rows are not there any more."""
+        for is_forced in (False, True):
+            name = undo_name(load, 1, is_forced=is_forced)
+            with suppress(LoadNotFound):
+                undo = await self._backoff.call(loads.GetBulkLoad, pb.GetBulkLoadRequest(load_id=name))
+                if undo.deleted:
+                    raise FailedPrecondition(
+                        f"the load {load.load_id} was undone by {name}; use another --load-id to load the "
+                        "file again"
+                    )
 
     async def _get_load(self, loads: BulkServiceStub) -> pb.BulkLoad:
         request = pb.GetBulkLoadRequest(load_id=self._options.load_id, caller=self._options.caller)
@@ -205,8 +240,21 @@ def _choice(enum: Any) -> click.Choice[str]:
 @server_options
 @click.option("--load-id", help=LOAD_ID)
 @click.option("--caller", help=CALLER)
-@click.option("--update", "operation", flag_value="update", help="Update existing rows, by id.")
-@click.option("--restore", "operation", flag_value="restore", help=RESTORE)
+@click.option("--update", is_flag=True, help="Update existing rows, by id.")
+@click.option("--restore", is_flag=True, help=RESTORE)
+@click.option("--delete", is_flag=True, help=DELETE)
+@click.option("--on-missing", type=click.Choice(list(ON_MISSING)), default="fail", help=MISSING)
+@click.option("--restrict", is_flag=True, help="Do not delete users who have posts.")
+@click.option("--mirror", is_flag=True, help=MIRROR)
+@click.option(
+    "--key", type=click.Choice(["email", "id"]), default="email", help="Column that --mirror matches."
+)
+@click.option("--filter", "filter_", callback=check_filter, help=FILTER)
+@click.option(
+    "--deactivate", is_flag=True, help="Set is_active to false in place of deleting, with --mirror."
+)
+@click.option("--max-deletes", type=DeleteLimitType(), default="10%", help=MAX_DELETES)
+@click.option("--dry-run", is_flag=True, help="Print the plan of --mirror, and write nothing.")
 @click.option("--update-mask", help=UPDATE_MASK)
 @click.option("--on-conflict", type=_choice(pb.BulkOptions.OnConflict), default="fail", help=ON_CONFLICT)
 @click.option(
@@ -229,7 +277,6 @@ def load(
     entity: str,
     file: str,
     target: Target,
-    operation: str | None,
     update_mask: str | None,
     batch_rows: int,
     file_format: str | None,
@@ -239,7 +286,14 @@ def load(
     encoding: str | None,
     null: Sequence[str],
     rejects: Path | None,
+    on_missing: str,
+    key: str,
+    filter_: str,
+    max_deletes: DeleteLimit,
     *,
+    restrict: bool,
+    deactivate: bool,
+    dry_run: bool,
     is_json: bool,
     **options: Any,
 ) -> None:
@@ -247,11 +301,15 @@ def load(
 
     Columns of users: email, full_name, is_active, hashed_password. Columns of posts: title, content, and
     author_id or author_email. --update needs id. --restore also reads id, created_at, updated_at, version.
+    --delete reads id or email, and version; of posts id and version.
     Other columns are ignored, unless their name is near that of a known one; then the load stops.
     docs/importing.md describes the files of other systems.
 
     A row that fails does not affect the others. It is written to a file of rejects, with the reason as
     `_error`. Fix the rows there, and load that file. An existing file of rejects is never overwritten.
+
+    --mirror makes the users that match --filter equal to the file. It prints a plan first. docs/mirroring.md
+    describes it.
 
     To resume a load that was stopped, run the same command again. From standard input, this requires
     --load-id and the same rows.
@@ -259,15 +317,24 @@ def load(
     The exit status is 0 if all rows were loaded, 1 if some failed, 2 if the load did not start or finish. If
     Ctrl-C or SIGTERM ended it, the status is 130 or 143.
     """
-    kind, operation = ENTITIES[entity], operation or "create"
+    operation = operation_of(entity)
+    kind = ENTITIES[entity].keyed() if operation == "delete" else ENTITIES[entity]
     masked = update_mask.replace(" ", "").split(",") if update_mask else []
     if not masked and (operation == "update" or options["on_conflict"] == "UPDATE"):
         option = "--update" if operation == "update" else "--on-conflict update"
         raise click.UsageError(f"{option} requires --update-mask")
     names = kind.columns(operation, masked)
+    if key == "id":
+        names = ("id", *names)
     columns = Columns(kind, names, parse_columns(mapping, names), ignore)
     kind_of_file = FORMATS[file_format or format_name(file, LOADED_ENDINGS)]
     source = Source(file, _configure(kind_of_file, columns, delimiter, encoding, null))
+    if operation == "mirror":
+        mirror_options = MirrorOptions(
+            key, filter_, max_deletes, batch_rows, deactivates=deactivate, is_dry_run=dry_run
+        )
+        path = _rejects_path(rejects, file, Json.suffix)
+        sys.exit(_mirror(source, target, mirror_options, path, is_json=is_json))
     reading = {
         "columns": columns.mapping,
         "ignore": ignore,
@@ -277,10 +344,12 @@ def load(
     }
     bulk_options = pb.BulkOptions(
         restore=operation == "restore",
+        on_missing=ON_MISSING[on_missing],
+        restrict=restrict,
         update_mask=FieldMask(paths=masked),
         # When a batch that failed as a whole is replayed, only the ids show which of its rows were written.
         return_ids=options["atomicity"] == "BATCH",
-        **options,
+        **{name: value for name, value in options.items() if name not in FLAGS},
     )
     if bulk_options.validate_only and bulk_options.caller:
         raise click.UsageError("--caller resumes a load, and --validate-only does not; use one of them")
@@ -292,16 +361,18 @@ def load(
             source, f"{entity}-{operation}", bulk_options, reading
         )
     rejects_file = RejectsFile(_rejects_path(rejects, file, source.format.suffix), source.format)
-    report = LoadReport(source.name, source.format, bulk_options, rejects_file)
+    report = LoadReport(
+        source.name, source.format, bulk_options, rejects_file, is_delete=operation == "delete"
+    )
     job = Load(kind, source, bulk_options, report, rejects_file, earlier_id)
-    verb = "BulkUpdate" if operation == "update" else "BulkCreate"
+    verb = VERBS.get(operation, "BulkCreate")
     collect_rarely()
-    try:
-        with _report_errors(job, report, source.name, target), closing(rejects_file):
-            asyncio.run(job.run(target, verb, batch_rows))
-    finally:
-        if columns.ignored:
-            echo(f"ignored columns: {', '.join(columns.ignored)}", err=True)
+    with (
+        _report_ignored(columns),
+        _report_errors(job, report, source.name, target),
+        closing(rejects_file),
+    ):
+        asyncio.run(job.run(target, verb, batch_rows))
     if not report.rows:
         echo(f"warning: {source.name} has no rows", err=True)
     if is_json:
@@ -309,6 +380,25 @@ def load(
     else:
         echo(*report.lines())
     sys.exit(1 if report.failed else 0)
+
+
+def _mirror(source: Source, target: Target, options: MirrorOptions, rejects: Path, *, is_json: bool) -> int:
+    from service.cli.mirror.command import run_mirror  # noqa: PLC0415  (SQLAlchemy takes 0.3 s)
+
+    columns = source.format.columns
+    rejects_file = RejectsFile(rejects, Json(columns))
+    collect_rarely()
+    with _report_ignored(columns):
+        return run_mirror(source, target, options, rejects_file, is_json=is_json)
+
+
+@contextmanager
+def _report_ignored(columns: Columns) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if columns.ignored:
+            echo(f"ignored columns: {', '.join(columns.ignored)}", err=True)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`roster loads`: list, show and abort named bulk loads."""
+"""`roster loads`: list, show, abort and undo named bulk loads."""
 
 import asyncio
 import shutil
@@ -17,6 +17,7 @@ from roster.v1 import bulk_pb2 as pb
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
 from service.cli.table import fit
 from service.cli.terminal import PAGE_SIZE, Target, UsageError, echo, echo_text, server_options
+from service.cli.undo import undo
 from service.client import pages
 from service.errors import RosterError
 from service.escape import escape
@@ -35,38 +36,62 @@ LAYOUTS = (
 NUMBERS = frozenset({"rows", "failed", "age"})
 UNITS = (("d", 86_400), ("h", 3600), ("m", 60), ("s", 1))
 NAME_WIDTH = 11
+FORCE = "Undo: delete also rows that have changed since the load, and users with all their posts."
 CALLER = "For admins: only loads that this caller started."
 
 
 @click.command()
-@click.argument("action", type=click.Choice(["list", "show", "abort"]), default="list")
+@click.argument("action", type=click.Choice(["list", "show", "abort", "undo"]), default="list")
 @click.argument("load_id", default="")
 @server_options
 @click.option("--caller", default="", help=CALLER)
-@click.option("--yes", is_flag=True, help="Abort without asking.")
+@click.option("--yes", is_flag=True, help="Abort or undo without asking.")
+@click.option("--dry-run", is_flag=True, help="Print what `undo` would delete, and delete nothing.")
+@click.option("--force", is_flag=True, help=FORCE)
 @click.option("--json", "is_json", is_flag=True, help="Print JSON, one object per line.")
-def loads(action: str, load_id: str, target: Target, caller: str, *, yes: bool, is_json: bool) -> None:
-    """List bulk loads, newest first; show one with its failures; or abort one.
+def loads(
+    action: str,
+    load_id: str,
+    target: Target,
+    caller: str,
+    *,
+    yes: bool,
+    dry_run: bool,
+    force: bool,
+    is_json: bool,
+) -> None:
+    """List bulk loads, newest first; show one with its failures; abort one; or undo one.
 
     `roster load` prints the LOAD_ID of a load with failures. An aborted load accepts no more rows. The rows
     already written stay.
 
-    A load belongs to the caller who started it. Admins see the loads of all callers. Without --caller, `show`
-    and `abort` use the admin's own load of that name, or else the only one of that name.
+    `undo` deletes the rows that a load created, except for rows that have changed since and users who have
+    posts. It prints what would be deleted, and asks. To continue one that was stopped, run the same command
+    again.
 
-    The exit status is 0 if this worked, 1 if a load was not aborted, otherwise 2.
+    A load belongs to the caller who started it. Admins see the loads of all callers. Without --caller,
+    `show`, `abort` and `undo` use the admin's own load of that name, or else the only one of that name.
+
+    The exit status is 0 if this worked, 1 if a load was not aborted or rows were kept, otherwise 2.
     """
     if (action == "list") == bool(load_id):
         raise click.UsageError(
-            "run `roster loads`, `roster loads show LOAD_ID` or `roster loads abort LOAD_ID`"
+            "run `roster loads`, or `roster loads show LOAD_ID`, `abort LOAD_ID` or `undo LOAD_ID`"
         )
+    if action == "undo":
+        sys.exit(
+            undo(target, load_id, caller, is_forced=force, is_dry=dry_run, asks=not yes, is_json=is_json)
+        )
+    if dry_run or force:
+        raise click.UsageError("--dry-run and --force are for `roster loads undo`")
     if action == "abort" and not yes:
         owner = f" of {escape(caller)}" if caller else ""
         click.confirm(f"Abort load {escape(load_id)}{owner}? It can't be resumed.", abort=True, err=True)
     try:
         asyncio.run(_run(target, action, load_id, caller, is_json=is_json))
     except RosterError as failure:
-        raise UsageError(target.explain(failure)) from None
+        hint = "; name one with --caller" if failure.field == "caller" else ""
+        raise UsageError(target.explain(failure) + hint) from None
 
 
 async def _run(target: Target, action: str, load_id: str, caller: str, *, is_json: bool) -> None:
@@ -163,4 +188,5 @@ def _details(load: pb.BulkLoad) -> list[str]:
 
 
 def _failure_line(failure: pb.RowFailure) -> str:
-    return f"offset {failure.offset:,}: {failure.reason} {failure.field}: {failure.message}"
+    reason = f"{failure.reason} {failure.field}".rstrip()
+    return f"offset {failure.offset:,}: {reason}: {failure.message}"

@@ -11,15 +11,20 @@ from sqlalchemy.exc import DBAPIError
 from service.cli.environment import read_settings
 from service.cli.terminal import UsageError, echo
 from service.db import migrations, revisions
-from service.db.errors import NoUsableHost, cause_of, code_of
+from service.db.errors import NoUsableHost, cause_of, code_of, is_refused_by_pooler
 from service.db.schema import ReadOnlyDatabase, Schema
 from service.files import storage_problem
-from service.settings import Settings
+from service.settings import Settings, unread_databases
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 UNKNOWN_DATABASE = "3D000"
 INSUFFICIENT_PRIVILEGE = "42501"
 CREATE_DATABASE = "; create the database first, as with `createdb`"
+
+POOLED = (
+    "the database is behind a pooler in transaction mode, which can't hold the lock of a migration; set "
+    "ROSTER_MIGRATION_URL to the URL of PostgreSQL itself"
+)
 
 
 @contextmanager
@@ -59,6 +64,8 @@ def _failure(error: Exception) -> str:
     code = code_of(error)
     if code.startswith("SQLITE") or (isinstance(error, NoUsableHost) and error.was_reached):
         return "the database can't be used"
+    if is_refused_by_pooler(error):
+        return "the database refused the connection"
     # An error of class 08 may be that of a proxy that can't reach the database.
     if not code or code.startswith("08") or isinstance(error, NoUsableHost):
         return "the database can't be reached"
@@ -81,12 +88,14 @@ def migrate(down: str | None, *, sql: bool, contract: bool) -> None:
     Servers of the previous release keep running. It is safe to run this more than once, and at the same time:
     the second run waits for the first.
 
-    If the server's role does not own the schema, set ROSTER_MIGRATION_URL: the same database, with the role
-    that owns it.
+    If the server's role does not own the schema, or a pooler in transaction mode is in front of the
+    database, set ROSTER_MIGRATION_URL: the same database, directly, with the role that owns it.
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("service.db").setLevel(logging.INFO)  # the progress of long steps
     settings = read_settings()
+    for unread in unread_databases(settings):
+        echo(f"warning: {unread}", err=True)
     url = settings.direct_url
     known = ["base", *revisions.numbers()]
     if down and down not in known and not down.startswith("-"):
@@ -96,7 +105,10 @@ def migrate(down: str | None, *, sql: bool, contract: bool) -> None:
     with report_migration_errors(settings):
         if sql:
             migrations.sql(url)
-        elif down:
+            return
+        if not settings.is_embedded and migrations.mode_of_pooler(url) == "transaction":
+            raise UsageError(POOLED)
+        if down:
             _report(url, lambda _: migrations.downgrade(url, down))
         else:
             _report(url, partial(_upgrade, url, goes_all_the_way=contract or settings.is_embedded))
@@ -153,6 +165,6 @@ def _no_change(schema: Schema) -> str:
         return "nothing to do: the database has no schema"
     if schema.revision == revisions.head():
         return f"schema is up to date (revision {schema.revision})"
-    if schema.is_usable:
+    if schema.is_usable or schema.missing:
         return "no expanding migration is pending"
     return f"nothing to do: the schema is already at revision {schema.revision}"

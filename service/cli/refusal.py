@@ -7,13 +7,14 @@ from typing import Any
 LOG = "the server's log has the cause"
 
 
-def explain_refusal(token: str | None, source: str, *, has_certificate: bool) -> str:
+def explain_refusal(token: str | None, source: str, option: str, *, has_certificate: bool) -> str:
     """Return what is wrong with the credentials of a client, as far as the client can see it.
 
-    `source` is where the token comes from. Its claims are read without a check of the signature.
+    `source` is where the token comes from, and `option` names a file with one. The claims are read without a
+    check of the signature.
     """
     if token is None:
-        return LOG if has_certificate else "pass --token-file, or --tls-cert and --tls-key"
+        return LOG if has_certificate else f"pass {option}, or --tls-cert and --tls-key"
     if not token:
         return f"{source} is empty"
     if token[:7].lower() == "bearer ":

@@ -19,7 +19,13 @@ class LoadReport:
     """The outcomes of the rows of a load so far."""
 
     def __init__(
-        self, name: str, file_format: FileFormat, options: pb.BulkOptions, rejects: RejectsFile
+        self,
+        name: str,
+        file_format: FileFormat,
+        options: pb.BulkOptions,
+        rejects: RejectsFile,
+        *,
+        is_delete: bool = False,
     ) -> None:
         self.rows = 0
         self.failed = 0
@@ -31,13 +37,14 @@ class LoadReport:
         self._format = file_format
         self._options = options
         self._rejects = rejects
+        self._is_delete = is_delete
         self._reasons: Counter[str] = Counter()
         self._examples: dict[str, str] = {}  # the first failure of each reason
         self._started = time.monotonic()
 
     def add_ack(self, ack: pb.BulkAck) -> int:
         """Count the rows of an ack, and return how many there are."""
-        rows = ack.created + ack.updated + ack.skipped + ack.failed
+        rows = ack.created + ack.updated + ack.deleted + ack.skipped + ack.failed
         self.rows += rows
         self.failed += ack.failed
         return rows
@@ -83,6 +90,8 @@ class LoadReport:
             "rows": self.rows,
             "created": self.summary.created,
             "updated": self.summary.updated,
+            "deleted": self.summary.deleted,
+            "deleted_posts": self.summary.deleted_posts,
             "skipped": self.summary.skipped,
             "failed": self.failed,
             "seconds": round(self.seconds, 3),
@@ -131,7 +140,17 @@ class LoadReport:
 
     def _counts(self) -> str:
         summary = self.summary
+        if self._is_delete:
+            return self._delete_counts()
         rest = f"{summary.updated:,} updated, {summary.skipped:,} skipped, {self.failed:,} failed"
         if self._options.validate_only:
             return f"{summary.created:,} would be created, {rest}; nothing was written"
         return f"{summary.created:,} created, {rest}"
+
+    def _delete_counts(self) -> str:
+        summary, is_dry = self.summary, self._options.validate_only
+        deleted = f"{summary.deleted:,} would be deleted" if is_dry else f"{summary.deleted:,} deleted"
+        if summary.deleted_posts:
+            deleted += f" with {pluralize(summary.deleted_posts, 'post')}"
+        nothing = "; nothing was written" if is_dry else ""
+        return f"{deleted}, {summary.skipped:,} skipped, {self.failed:,} failed{nothing}"

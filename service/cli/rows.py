@@ -1,7 +1,7 @@
 """Rows of files, the entities they are of, and their values."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from types import ModuleType
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -32,6 +32,7 @@ class Entity:
 
     name: str
     message: type[Message]
+    key: type[Message]
     requests: ModuleType
     stub: Callable[[grpc.aio.Channel], Any]
     loaded: Sequence[str]
@@ -39,10 +40,19 @@ class Entity:
     keys: Sequence[str]
     status: str | None = None
     refused: Sequence[str] = ()
+    alternatives: Sequence[str] = ()
+
+    def keyed(self) -> "Entity":
+        """Return the entity of files whose rows are only keys."""
+        fields = self.key.DESCRIPTOR.fields_by_name
+        alternatives = [field.name for field in fields.values() if field.containing_oneof]
+        return replace(self, message=self.key, status=None, refused=(), alternatives=alternatives)
 
     def columns(self, operation: str, masked: Sequence[str]) -> Sequence[str]:
-        """Return the columns that `create`, `update` or `restore` reads."""
-        if operation == "create":
+        """Return the columns that an operation reads; the key of a `mirror` by id is one more."""
+        if operation == "delete":
+            return [*self.key.DESCRIPTOR.fields_by_name]
+        if operation in ("create", "mirror"):
             return (*self.loaded, *self.refused)
         if operation == "restore":
             return (*RESTORED, *self.loaded, *self.refused)
@@ -65,6 +75,7 @@ RESTORED = ("id", "created_at", "updated_at", "version")
 USERS = Entity(
     "users",
     User,
+    users_pb2.UserKey,
     users_pb2,
     UserServiceStub,
     loaded=("email", "full_name", "is_active", "hashed_password"),
@@ -76,6 +87,7 @@ USERS = Entity(
 POSTS = Entity(
     "posts",
     Post,
+    posts_pb2.PostKey,
     posts_pb2,
     PostServiceStub,
     loaded=("title", "content", "author_id", "author_email"),

@@ -19,6 +19,7 @@ from service.connections import raise_file_limit
 from service.db import migrations, revisions
 from service.db.engine import Database
 from service.db.errors import cause_of, is_transient
+from service.db.pooler import pooler_problem, replica_problem
 from service.db.schema import Schema, read_schema
 from service.files import file_dangers
 from service.memory import collect_rarely
@@ -94,8 +95,11 @@ async def _run(settings: Settings, *, is_worker: bool) -> int:
 async def _serve(settings: Settings, stopping: asyncio.Event, *, is_worker: bool) -> None:
     server = Server(settings)
     try:
-        await _wait_for_schema(server.database, settings.database_wait, stopping)
+        await _wait_for_schema(server.database, settings, stopping)
         if not stopping.is_set():
+            # Before the first connection to a replica, which would leave its settings in a pooler's session.
+            if problem := await replica_problem(settings):
+                raise UsageError(problem)
             await server.start()
             collect_rarely()
             if is_worker:
@@ -107,14 +111,14 @@ async def _serve(settings: Settings, stopping: asyncio.Event, *, is_worker: bool
         await server.stop(None if server.address and stopping.is_set() else 0)
 
 
-async def _wait_for_schema(database: Database, max_seconds: float, stopping: asyncio.Event) -> None:
+async def _wait_for_schema(database: Database, settings: Settings, stopping: asyncio.Event) -> None:
     """Wait for the database, and check that its schema fits this release; raises UsageError."""
     loop, pause = asyncio.get_running_loop(), FIRST_PAUSE_SECONDS
-    end = loop.time() + max_seconds
+    end = loop.time() + settings.database_wait
     while not stopping.is_set():
         try:
             seconds = max(end - loop.time(), MIN_ATTEMPT_SECONDS)
-            schema = await workers.unless(stopping, read_schema(database.engine), seconds)
+            schema = await workers.unless(stopping, _read_schema(database, settings), seconds)
             if schema is None and not stopping.is_set():
                 raise ConnectionError("the database did not answer in time")
         except (DBAPIError, OSError) as error:
@@ -127,6 +131,13 @@ async def _wait_for_schema(database: Database, max_seconds: float, stopping: asy
             return
         await asyncio.wait([asyncio.ensure_future(stopping.wait())], timeout=pause)
         pause = min(2 * pause, MAX_PAUSE_SECONDS)
+
+
+async def _read_schema(database: Database, settings: Settings) -> Schema:
+    # First the pooler: in the wrong mode, settings of this server would be left in sessions of others.
+    if not settings.is_embedded and (problem := await pooler_problem(settings)):
+        raise UsageError(problem)
+    return await read_schema(database.engine)
 
 
 def _check_schema(schema: Schema) -> None:

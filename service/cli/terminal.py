@@ -19,7 +19,7 @@ from click.core import ParameterSource
 
 from service.cli.diagnosis import Tls, diagnose
 from service.cli.refusal import explain_refusal
-from service.client import Disconnected, channel, local_credentials, tls_credentials
+from service.client import Consistency, Disconnected, channel, local_credentials, tls_credentials
 from service.client.address import check_address
 from service.client.errors import ProxyRefused, ProxyUnavailable
 from service.errors import RosterError, Unauthenticated
@@ -64,12 +64,9 @@ SERVER = (
         type=FILE,
         help="Private key of the client certificate, in PEM.",
     ),
-    option(
-        "--token-file",
-        envvar="ROSTER_TOKEN_FILE",
-        type=FILE,
-        help="File with a bearer token; ROSTER_TOKEN sets the token itself.",
-    ),
+)
+TOKEN_FILE = "--token-file"  # noqa: S105  (the name of an option)
+TOKEN = (
     # Hidden, because every user of the machine can read the arguments of a process.
     option("--token", envvar="ROSTER_TOKEN", hidden=True),
     click.option(
@@ -81,6 +78,16 @@ SERVER = (
         help="Send the token without TLS, to this machine only: for a sidecar or tunnel that adds TLS.",
     ),
 )
+
+
+def _token_file(name: str) -> Any:
+    return option(
+        name,
+        "token_file",
+        envvar="ROSTER_TOKEN_FILE",
+        type=FILE,
+        help="File with a bearer token; ROSTER_TOKEN sets the token itself.",
+    )
 
 
 class Target:
@@ -100,6 +107,7 @@ class Target:
         token: str | None,
         *,
         insecure_token: bool,
+        token_option: str = TOKEN_FILE,
     ) -> None:
         try:
             self.address = check_address(address)
@@ -111,6 +119,7 @@ class Target:
         elif token:
             read_token = lambda: token  # noqa: E731
         self._read_token = read_token
+        self._token_option = token_option
         self._token_source = str(token_file or "ROSTER_TOKEN")
         self._server_name = tls_server_name
         self._tls: Tls | None = None
@@ -144,9 +153,15 @@ class Target:
             )
         return local_credentials(self.address, read_token)
 
-    def channel(self) -> grpc.aio.Channel:
+    def channel(self, consistency: Consistency | None = None) -> grpc.aio.Channel:
         """Return a channel to the server; its calls fail at once if no server answers."""
-        return channel(self.address, self._credentials, wait_for_ready=False, server_name=self._server_name)
+        return channel(
+            self.address,
+            self._credentials,
+            wait_for_ready=False,
+            server_name=self._server_name,
+            consistency=consistency,
+        )
 
     def explain(self, failure: RosterError) -> str:
         """Return the message to print for a failed call; it may open a connection to find the cause."""
@@ -170,7 +185,7 @@ class Target:
             return problem
         has_certificate = bool(self._tls and self._tls.has_certificate)
         token = self._read_token() if self._read_token else None
-        return explain_refusal(token, self._token_source, has_certificate=has_certificate)
+        return explain_refusal(token, self._token_source, self._token_option, has_certificate=has_certificate)
 
     def _token_problem(self) -> str:
         """Return why gRPC can't send the token, "" if it can; gRPC itself reports a lost connection."""
@@ -210,16 +225,19 @@ def _reason(error: ssl.SSLError) -> str:
     return (error.reason or "they are not a certificate and its key in PEM").replace("_", " ").lower()
 
 
-def server_options(command: Callable[..., None]) -> Callable[..., None]:
+def server_options(
+    command: Callable[..., None],
+    token_file: str = TOKEN_FILE,
+) -> Callable[..., None]:
     """Add the connection options; the command receives them as `target`."""
 
     @wraps(command)
     def with_target(**options: Any) -> None:
         connection = {name: options.pop(name) for name in FOR_CLIENTS.values()}
         _require_one_source(connection)
-        command(target=Target(**connection), **options)
+        command(target=Target(**connection, token_option=token_file), **options)
 
-    for add in reversed(SERVER):
+    for add in reversed((*SERVER, _token_file(token_file), *TOKEN)):
         with_target = add(with_target)
     return with_target
 
@@ -294,6 +312,8 @@ def exit_on_signal(describe: Callable[[], str]) -> Iterator[None]:
 
     def interrupt(number: int, _: FrameType | None) -> None:
         received.append(number)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as `&` in a script sets it
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.raise_signal(signal.SIGINT)  # asyncio cancels its main task on SIGINT only
 
     signal.signal(signal.SIGTERM, interrupt)

@@ -1,8 +1,10 @@
-"""Client library: a channel with retries and deadlines, all errors, pagination, and a bulk loader."""
+"""Client library: a channel with retries and deadlines, all errors, pagination, loads, and watches."""
 
 from service.client.backoff import Backoff
 from service.client.bulk import BATCH_ROWS, BulkLoader, Event, LoadInterrupted
+from service.client.changes import watch_changes
 from service.client.channel import channel
+from service.client.consistency import Consistency
 from service.client.errors import DeadlineExceeded, Disconnected, ProxyRefused, ProxyUnavailable
 from service.client.pages import pages
 from service.client.tls import local_credentials, tls_credentials
@@ -14,6 +16,7 @@ from service.errors import (
     Draining,
     EmailTaken,
     FailedPrecondition,
+    FeedReset,
     IdTaken,
     InvalidArgument,
     InvalidField,
@@ -22,6 +25,7 @@ from service.errors import (
     InvalidOptions,
     InvalidOrder,
     InvalidPageToken,
+    InvalidToken,
     LoadAborted,
     LoadExpired,
     LoadFenced,
@@ -45,11 +49,14 @@ from service.errors import (
     RosterError,
     ServiceNotFound,
     StatementTimeout,
+    TokenExpired,
     TooLarge,
     TooManyFailures,
     Unauthenticated,
     Unavailable,
     UnreadableHash,
+    Unsupported,
+    UserHasPosts,
     UserNotFound,
     VersionMismatch,
 )
@@ -61,6 +68,7 @@ __all__ = [
     "AuthorNotFound",
     "Backoff",
     "BulkLoader",
+    "Consistency",
     "DatabaseUnavailable",
     "DeadlineExceeded",
     "Disconnected",
@@ -68,6 +76,7 @@ __all__ = [
     "EmailTaken",
     "Event",
     "FailedPrecondition",
+    "FeedReset",
     "IdTaken",
     "InvalidArgument",
     "InvalidField",
@@ -76,6 +85,7 @@ __all__ = [
     "InvalidOptions",
     "InvalidOrder",
     "InvalidPageToken",
+    "InvalidToken",
     "LoadAborted",
     "LoadExpired",
     "LoadFenced",
@@ -102,15 +112,19 @@ __all__ = [
     "RosterError",
     "ServiceNotFound",
     "StatementTimeout",
+    "TokenExpired",
     "TooLarge",
     "TooManyFailures",
     "Unauthenticated",
     "Unavailable",
     "UnreadableHash",
+    "Unsupported",
+    "UserHasPosts",
     "UserNotFound",
     "VersionMismatch",
     "channel",
     "local_credentials",
     "pages",
     "tls_credentials",
+    "watch_changes",
 ]

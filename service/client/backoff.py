@@ -20,6 +20,7 @@ ResponseT = TypeVar("ResponseT", bound=Message)
 MAX_RETRIES = 20  # about two minutes
 FIRST_PAUSE_SECONDS = 0.25
 MAX_PAUSE_SECONDS = 10.0
+MAX_DOUBLINGS = 16  # a larger power of two would not fit a float
 
 
 class Backoff:
@@ -62,7 +63,7 @@ class Backoff:
         is_wrong_address = isinstance(failure, Disconnected) and not self._retry_connect
         if is_wrong_address or not is_retryable(failure) or self._retries >= self._max_retries:
             raise raised or failure
-        longest = min(self._first_pause_seconds * 2**self._retries, MAX_PAUSE_SECONDS)
+        longest = min(self._first_pause_seconds * 2 ** min(self._retries, MAX_DOUBLINGS), MAX_PAUSE_SECONDS)
         self._retries += 1
         # The server's RetryInfo is the shortest time that a client should wait.
         server_delay = failure.retry_after_seconds or 0

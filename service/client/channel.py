@@ -19,8 +19,9 @@ from grpc.aio import (
 
 import roster.v1
 from service.client.address import check_address
+from service.client.consistency import Consistency, is_read, is_write, watch_bulk_methods
 from service.client.errors import DeadlineExceeded, error_from_call
-from service.errors import OutcomeUnknown, RosterError, Unavailable
+from service.errors import InvalidArgument, OutcomeUnknown, RosterError, Unavailable
 
 RequestT = TypeVar("RequestT", bound=Message)
 ResponseT = TypeVar("ResponseT", bound=Message)
@@ -68,6 +69,7 @@ def channel(
     timeout: float = TIMEOUT_SECONDS,
     wait_for_ready: bool = True,
     server_name: str | None = None,
+    consistency: Consistency | None = None,
 ) -> grpc.aio.Channel:
     """Return a channel to `host:port`, `dns:///name:port` or `unix:/path`, for the stubs of `roster.v1`.
 
@@ -81,12 +83,16 @@ def channel(
     With `wait_for_ready`, calls wait for a server within their timeout. Without it, they fail at once if no
     server can be reached, and are not retried.
 
+    If the server reads on replicas, reads see the writes that the channel has made before. `consistency` sets
+    what else they must see, or that they accept any replica.
+
     Failed calls raise the domain errors of `service.errors`. Bulk streams don't: use BulkLoader for them.
     Messages are limited to 16 MiB. Keepalive pings are sent every 30 s.
     """
     address = check_address(address)
-    unary = UnaryInterceptor(address, timeout, wait_for_ready=wait_for_ready)
-    interceptors = [unary, ResponseStreamInterceptor(wait_for_ready=wait_for_ready)]
+    consistency = consistency or Consistency()
+    unary = UnaryInterceptor(address, timeout, consistency, wait_for_ready=wait_for_ready)
+    interceptors = [unary, ResponseStreamInterceptor(consistency, wait_for_ready=wait_for_ready)]
     options = [*OPTIONS, ("grpc.service_config", json.dumps(service_config(retry=wait_for_ready)))]
     if server_name:
         if not credentials:
@@ -98,6 +104,7 @@ def channel(
     else:
         connection = grpc.aio.insecure_channel(address, options, interceptors=interceptors)
     unary.connection = connection
+    watch_bulk_methods(connection, consistency)
     return connection
 
 
@@ -119,15 +126,18 @@ def _retryable_methods() -> list[dict[str, str]]:
 
 
 class UnaryInterceptor(UnaryUnaryClientInterceptor):
-    """Gives each call a deadline and each write a `request_id`; raises domain errors.
+    """Gives each call a deadline, each write a `request_id`, each read a token; raises domain errors.
 
     A write with an unknown outcome is sent once more: its id ensures that it is applied once. If a write that
     failed may have been applied, the error has the id among its facts.
     """
 
-    def __init__(self, address: str, timeout: float, *, wait_for_ready: bool) -> None:
+    def __init__(
+        self, address: str, timeout: float, consistency: Consistency, *, wait_for_ready: bool
+    ) -> None:
         self._address = address
         self._timeout = timeout
+        self._consistency = consistency
         self._wait_for_ready = wait_for_ready
         self.connection: grpc.aio.Channel | None = None  # the channel, once it exists
 
@@ -139,6 +149,8 @@ class UnaryInterceptor(UnaryUnaryClientInterceptor):
     ) -> ResponseT:
         details = _with_defaults(client_call_details, self._timeout, wait_for_ready=self._wait_for_ready)
         repeatable = _with_request_id(request)
+        if is_read(details.method):
+            details = self._consistency.require(details)
         try:
             return await self._call(continuation, details, repeatable)
         except OutcomeUnknown:
@@ -153,10 +165,21 @@ class UnaryInterceptor(UnaryUnaryClientInterceptor):
         request: RequestT,
     ) -> ResponseT:
         error: RosterError
+        began, trailing_metadata = self._consistency.begin(), None
+        may_have_written = is_write(details.method)
         try:
-            return await (await continuation(details, request))
+            call = await continuation(details, request)
+            response = await call
+            trailing_metadata = await call.trailing_metadata()
         except grpc.aio.AioRpcError as failure:
             error = error_from_call(failure)
+            trailing_metadata = failure.trailing_metadata()
+            may_have_written = may_have_written and not isinstance(error, InvalidArgument)
+        else:
+            return response
+        finally:
+            if may_have_written:
+                self._consistency.end(trailing_metadata, began)
         if isinstance(error, DeadlineExceeded):
             error = DeadlineExceeded(self._describe_timeout(details.timeout))
         may_be_applied = isinstance(error, DeadlineExceeded | Unavailable | OutcomeUnknown)
@@ -172,9 +195,10 @@ class UnaryInterceptor(UnaryUnaryClientInterceptor):
 
 
 class ResponseStreamInterceptor(UnaryStreamClientInterceptor):
-    """Raises domain errors from response streams."""
+    """Gives each export a token; raises domain errors from response streams."""
 
-    def __init__(self, *, wait_for_ready: bool) -> None:
+    def __init__(self, consistency: Consistency, *, wait_for_ready: bool) -> None:
+        self._consistency = consistency
         self._wait_for_ready = wait_for_ready
 
     async def intercept_unary_stream(  # type: ignore[override]  # the channel carries only messages
@@ -184,6 +208,8 @@ class ResponseStreamInterceptor(UnaryStreamClientInterceptor):
         request: RequestT,
     ) -> AsyncGenerator[ResponseT]:
         details = _with_defaults(client_call_details, None, wait_for_ready=self._wait_for_ready)
+        if is_read(details.method):
+            details = self._consistency.require(details)
         return _responses(await continuation(details, request))
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import orjson
 
 from roster.v1.bulk_pb2 import RowFailure
-from service.cli.columns import ERROR
+from service.cli.columns import ERROR, Columns
 from service.cli.formats.write import json_line
 from service.cli.rows import Row, SourceError, Values
 from service.errors import TooLarge
@@ -26,12 +26,13 @@ class FileFormat(Protocol):
     """Reads rows from a file, and formats the rows that fail as rejects.
 
     `name` is a part of the ids of loads; `unit` is what `Row.number` counts; `suffix` is the suffix of a file
-    of rejects.
+    of rejects. `columns` are those of the file.
     """
 
     name: str
     suffix: str
     unit: str
+    columns: Columns
 
     def rows(self, file: BufferedReader) -> Iterator[Row[Any]]:
         """Yield the rows of a file, not parsed yet; raises SourceError."""
