@@ -3,7 +3,7 @@
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help install run migrate lint format check test tools lock reference contract clean bench \
-	bench-peers bench-read bench-bulk bench-commands bench-workers test-crash test-upgrade test-hostile test-timing test-go audit sbom
+	bench-peers bench-read bench-bulk bench-changes bench-commands bench-workers test-changes test-crash test-crossing test-failover test-upgrade test-hostile test-timing test-pooler test-go audit sbom
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,10 +12,12 @@ BUILD_INPUTS := pyproject.toml hatch_build.py $(wildcard protos/*/*/*.proto)
 # Not the programs that somebody tries in the checkout, such as the README's hello.py.
 SOURCES := alembic bench deploy examples hatch_build.py service tests tools
 NODE := tests/e2e/node
+ENGINES := tests/engines
 # What `make check` runs besides lint: the unit tests, and at least one file of each layer above them.
 CHECKED := tests/unit $(addprefix tests/integration/test_,user_repository.py post_repository.py repository.py \
 	idempotency.py bulk_repository.py) \
 	$(addprefix tests/e2e/test_,users.py posts.py lists.py bulk_create.py bulk_update.py bad_input.py)
+PATRONI_LOCK := tests/support/patroni.lock
 GRPCURL := v1.9.4
 LOCK := uv pip compile pyproject.toml --quiet $(if $(UPGRADE),--upgrade) --universal \
 	--generate-hashes --no-header --no-emit-index-url --no-emit-find-links
@@ -54,6 +56,15 @@ test: lint tools ## Run all tests, on SQLite and on a PostgreSQL server of their
 test-crash: $(VENV)/development ## Test loads through crashes for 10 minutes; SECONDS=3600 for an hour
 	SECONDS=$(or $(SECONDS),600) $(BIN)/python -m tests.faults.soak
 
+test-changes: $(VENV)/development ## Build mirrors from the change feed in 200 random histories, some with crashes, and catch wrong feeds, in 35 minutes; HISTORIES=20
+	HISTORIES=$(or $(HISTORIES),200) $(BIN)/python -m tests.faults.changes.soak
+
+test-crossing: $(VENV)/development ## Load posts and delete their authors at the same time, for a minute; SECONDS=600
+	ROSTER_TEST_CROSSING=$(or $(SECONDS),60) $(BIN)/python -m pytest --capture=no tests/faults/test_crossing.py
+
+test-failover: $(VENV)/development .tools/failover/unpacked .tools/patroni/installed ## Fail over ten times to a standby, ten times by Patroni behind HAProxy, during a migration and a watch, in 16 minutes; ROUNDS=2
+	ROSTER_TEST_FAILOVERS=$(or $(ROUNDS),10) $(BIN)/python -m pytest --capture=no --timeout 300 tests/faults/test_failover.py tests/faults/test_migration_failover.py tests/faults/test_feed_failover.py
+
 test-upgrade: $(VENV)/development ## Upgrade from the previous release under traffic, by stopping servers and by killing them; ROUNDS=10
 	ROSTER_TEST_UPGRADES=$(or $(ROUNDS),3) $(BIN)/python -m pytest tests/e2e/test_two_releases.py tests/integration/test_migration_faults.py
 
@@ -63,6 +74,9 @@ test-hostile: $(VENV)/development ## Attack a server for half an hour; SCALE=3 f
 test-timing: $(VENV)/development ## Check that response times of VerifyPassword do not reveal which users exist; takes minutes
 	$(BIN)/python -m pytest --capture=no tests/e2e/timing_of_passwords.py
 
+test-pooler: $(VENV)/development tools ## Run the tests that use PostgreSQL through a PgBouncer in transaction mode with 4 connections
+	ROSTER_TEST_POOLER=transaction $(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/integration tests/e2e tests/faults
+
 audit: $(VENV)/development ## Check the pinned dependencies for known vulnerabilities; needs the network
 	$(BIN)/pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock
 
@@ -71,16 +85,17 @@ sbom: $(VENV)/development ## Write the pinned dependencies with their hashes to 
 	$(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
 		--output-file dist/roster.cdx.json requirements.lock
 
-test-go: $(VENV)/development ## Run the Go example of docs/calling.md; needs Go, and a minute the first time
-	ROSTER_TEST_GO=1 $(BIN)/python -m pytest tests/e2e/test_calling.py --timeout 600
+test-go: $(VENV)/development ## Run the Go programs of docs/calling.md and examples/changes; needs Go, and a minute the first time
+	ROSTER_TEST_GO=1 $(BIN)/python -m pytest tests/e2e/test_calling.py tests/e2e/test_change_consumers.py --timeout 600
 
-tools: .tools/grpcurl-$(GRPCURL) $(NODE)/node_modules/.package-lock.json ## Install grpcurl and the Node client, which some tests use
+tools: .tools/grpcurl-$(GRPCURL) .tools/pgbouncer/unpacked $(NODE)/node_modules/.package-lock.json $(ENGINES)/node_modules/.package-lock.json ## Install grpcurl, PgBouncer, the Node client, and PostgreSQL 14 to 18, which some tests use
 
 lock: ## Resolve and pin the dependencies; UPGRADE=1 takes the newest versions; needs uv
 	@command -v uv >/dev/null || { echo 'make: uv is not on PATH: pip install uv' >&2; exit 1; }
 	$(LOCK) --group build --output-file requirements.lock
 	$(LOCK) --group build --extra tracing --constraint requirements.lock --output-file deploy/requirements.lock
 	$(LOCK) --group dev --all-extras --constraint requirements.lock --output-file requirements-dev.lock
+	$(subst pyproject.toml,tests/support/patroni.in --python-version 3.11,$(LOCK)) --no-annotate --output-file $(PATRONI_LOCK)
 
 reference: $(VENV)/development ## Generate docs/reference.md from the protos
 	$(BIN)/python -m tools.contract_reference docs/reference.md
@@ -89,7 +104,7 @@ contract: $(VENV)/development ## Record the protos as released; later versions a
 	$(BIN)/python -m tools.contract_image protos/released.binpb
 
 clean: ## Remove installed, generated and cached files; data is kept
-	rm -rf $(VENV) .bench .tools dist $(NODE)/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .bench .tools dist $(NODE)/node_modules $(ENGINES)/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find protos \( -name '*_pb2*' -o -name __init__.py -o -name py.typed \) -delete
 	find alembic hatch_build.py protos service tests tools -name __pycache__ -prune -exec rm -rf {} +
 
@@ -115,10 +130,29 @@ $(VENV)/development: $(VENV)/installed requirements-dev.lock
 		GOBIN='$(CURDIR)/.tools/bin' go install github.com/fullstorydev/grpcurl/cmd/grpcurl@$(GRPCURL) && touch $@; \
 	else echo 'WARNING: no go on PATH: tests that use grpcurl are skipped' >&2; fi
 
+.tools/pgbouncer/unpacked:
+	@! tools/debian_programs.sh $(@D) pgbouncer || touch $@
+
+.tools/failover/unpacked:
+	@! tools/debian_programs.sh $(@D) haproxy etcd-server || touch $@
+
+# With the system's Python, which the unprivileged user can run that PostgreSQL needs.
+.tools/patroni/installed: $(PATRONI_LOCK)
+	@/usr/bin/python3 -c '$(SUITABLE)' 2>/dev/null || { \
+		echo 'WARNING: /usr/bin/python3 is missing, or has no venv: tests that use Patroni are skipped' >&2; exit 0; }; \
+	/usr/bin/python3 -m venv --clear $(@D) && \
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --use-pep517 --require-hashes --requirement $< && touch $@
+
 $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json
 	@if command -v npm >/dev/null; then \
 		npm ci --prefix $(NODE) --ignore-scripts --no-audit --no-fund --loglevel=error; \
 	else echo 'WARNING: no npm on PATH: tests that use the Node client are skipped' >&2; fi
+
+# Its scripts only create the symlinks that tests/support/engines.py creates.
+$(ENGINES)/node_modules/.package-lock.json: $(ENGINES)/package-lock.json
+	@if command -v npm >/dev/null; then \
+		npm ci --prefix $(ENGINES) --ignore-scripts --no-audit --no-fund --loglevel=error; \
+	else echo 'WARNING: no npm on PATH: tests on other versions of PostgreSQL are skipped' >&2; fi
 
 bench-peers: $(VENV)/development ## Build the servers that the benchmarks compare Roster with, and check their answers; needs Go and Node
 	$(BIN)/python -m bench.peers.build
@@ -132,6 +166,9 @@ bench-read: $(VENV)/development ## Benchmark reads; OPTIONS='--only get-64 --rou
 
 bench-bulk: $(VENV)/development ## Benchmark bulk streams; OPTIONS='--only create --rounds 3' runs a part
 	$(BIN)/python -m bench bulk $(OPTIONS)
+
+bench-changes: $(VENV)/development ## Benchmark the change feed: what it costs writers, watchers, latency, catching up
+	$(BIN)/python -m bench changes $(OPTIONS)
 
 bench-commands: $(VENV)/development ## Benchmark `roster load` and `roster export`, the start, and memory
 	$(BIN)/python -m bench commands $(OPTIONS)

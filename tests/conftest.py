@@ -7,18 +7,54 @@ from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from sqlalchemy import make_url
 
 from service.db import migrations
 from service.db.engine import Database
 from service.settings import Settings
+from tests.support.database_pool import DatabasePool
+from tests.support.pgbouncer import PgBouncer, pgbouncer
+from tests.support.pooler_skips import SKIPS
 from tests.support.postgres import Postgres, PostgresServer
+from tests.support.standby import (
+    ReplicatedDatabase,
+    Standby,
+    replicated_database,
+    replication_is_missing,
+)
 from tests.support.watchdog import watching
 
+# How long an example takes depends on what else runs on the machine.
+settings.register_profile("untimed", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 # Read when grpc is imported, after this file. Its fork handlers can crash the child that starts PostgreSQL.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 # Many servers run at a time, and few tests read their metrics.
 os.environ["ROSTER_METRICS_LISTEN"] = ""
+# `make test-pooler` runs the tests that use PostgreSQL through a PgBouncer in this mode.
+POOLER = os.environ.get("ROSTER_TEST_POOLER", "none")
+if POOLER != "none":
+    os.environ["ROSTER_DATABASE_POOLER"] = POOLER
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With a pooler, select the tests that use a migrated PostgreSQL, and skip those that can't use it."""
+    if POOLER == "none":
+        return
+    selected = [item for item in items if _uses_pooler(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in selected])
+    items[:] = selected
+    for item in items:
+        if reason := SKIPS.get(item.nodeid.partition("[")[0]):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _uses_pooler(item: pytest.Item) -> bool:
+    fixtures = getattr(item, "fixturenames", ())
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    kinds = [parameters.get(name) for name in ("database_url", "wire")]
+    return "postgresql" in kinds or "postgresql_url" in fixtures
 
 
 @pytest.hookimpl(wrapper=True)
@@ -58,11 +94,29 @@ async def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def pooler(postgres: Postgres) -> Iterator[PgBouncer | None]:
+    """The PgBouncer of `make test-pooler`."""
+    if POOLER == "none":
+        yield None
+        return
+    with pgbouncer(postgres.url.render_as_string(hide_password=False), "transaction") as pooler:
+        yield pooler
+
+
+@pytest.fixture(scope="session")
+async def database_pool(postgres: Postgres, postgresql_template: str) -> AsyncIterator[DatabasePool]:
+    """The databases of `postgresql_url`."""
+    pool = DatabasePool(postgres, postgresql_template)
+    yield pool
+    await pool.close()
+
+
 @pytest.fixture
-async def postgresql_url(postgres: Postgres, postgresql_template: str) -> AsyncIterator[str]:
+async def postgresql_url(database_pool: DatabasePool, pooler: PgBouncer | None) -> AsyncIterator[str]:
     """A database of the test on PostgreSQL."""
-    async with postgres.database(postgresql_template) as url:
-        yield url
+    async with database_pool.database() as url:
+        yield pooler.url(url) if pooler else url
 
 
 @pytest.fixture
@@ -102,3 +156,27 @@ async def database(database_url: str) -> AsyncIterator[Database]:
     database = Database(Settings(database_url=database_url))
     yield database
     await database.close()
+
+
+@pytest.fixture(scope="session")
+def standby() -> Iterator[Standby]:
+    """A standby, and its primary, of the session."""
+    if missing := replication_is_missing():
+        pytest.skip(missing)
+    with PostgresServer() as primary, Standby(primary) as standby:
+        yield standby
+
+
+@pytest.fixture(scope="session")
+async def replicated_template(standby: Standby) -> AsyncIterator[str]:
+    """The name of a migrated database of the primary."""
+    async with standby.primary.database() as url:
+        await asyncio.to_thread(migrations.upgrade, url)
+        yield str(make_url(url).database)
+
+
+@pytest.fixture
+async def replicated(standby: Standby, replicated_template: str) -> AsyncIterator[ReplicatedDatabase]:
+    """A database of the test, replicated to the standby."""
+    async with replicated_database(standby, replicated_template) as database:
+        yield database

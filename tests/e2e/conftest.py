@@ -12,6 +12,8 @@ from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.server import Server
 from tests.support.command import Roster
+from tests.support.mirror import MirrorRun
+from tests.support.pgbouncer import PgBouncer
 from tests.support.postgres import Postgres
 from tests.support.server import serve
 from tests.support.wire import Wire
@@ -49,11 +51,18 @@ def roster(server: Server, tmp_path: Path) -> Roster:
     return Roster(tmp_path / "files", server.address)
 
 
+@pytest.fixture
+def mirror(server: Server, tmp_path: Path) -> MirrorRun:
+    """A mirror inside the process of the test."""
+    return MirrorRun(tmp_path, server.address)
+
+
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 async def wire(
     request: pytest.FixtureRequest,
     postgres: Postgres,
     postgresql_template: str,
+    pooler: PgBouncer | None,
     sqlite_template: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Wire]:
@@ -63,5 +72,6 @@ async def wire(
             url = f"sqlite:///{shutil.copy(sqlite_template, tmp_path_factory.mktemp('wire'))}"
         else:
             url = await stack.enter_async_context(postgres.database(postgresql_template))
+            url = pooler.url(url) if pooler else url
         server = await stack.enter_async_context(serve(url))
         yield Wire(stack.enter_context(grpc.insecure_channel(server.address)))

@@ -12,7 +12,7 @@ from google.rpc import error_details_pb2
 from sqlalchemy import func, select
 
 from service.client import tls_credentials
-from service.idempotency import Request
+from service.db.answers import Request
 from service.loads.model import Load
 from service.server import Server
 from service.users.model import User
@@ -27,6 +27,8 @@ POLICY = """
 "jwt:writer" = ["reader", "writer"]
 "jwt:loader" = ["loader"]
 "jwt:importer" = ["loader"]
+"jwt:deleter" = ["deleter"]
+"jwt:cleaner" = ["reader", "deleter"]
 "jwt:verifier" = ["verifier"]
 "jwt:admin" = ["admin"]
 "jwt:support" = ["support"]

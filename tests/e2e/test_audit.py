@@ -44,11 +44,13 @@ def test_audits_every_rpc_that_writes() -> None:
         "/roster.v1.UserService/DeleteUser": "id",
         "/roster.v1.UserService/BulkCreateUsers": "",
         "/roster.v1.UserService/BulkUpdateUsers": "",
+        "/roster.v1.UserService/BulkDeleteUsers": "",
         "/roster.v1.PostService/CreatePost": "",
         "/roster.v1.PostService/UpdatePost": "post.id",
         "/roster.v1.PostService/DeletePost": "id",
         "/roster.v1.PostService/BulkCreatePosts": "",
         "/roster.v1.PostService/BulkUpdatePosts": "",
+        "/roster.v1.PostService/BulkDeletePosts": "",
         "/roster.v1.BulkService/AbortBulkLoad": "load_id",
     }
 
@@ -111,8 +113,8 @@ async def test_bulk_stream_is_one_line(
     await BulkServiceStub(channel).AbortBulkLoad(AbortBulkLoadRequest(load_id="staff, two lines"))
 
     method = "/roster.v1.UserService/BulkCreateUsers"
-    first = {"created": 2, "updated": 0, "skipped": 1, "failed": 0}
-    then = {"created": 4, "updated": 0, "skipped": 0, "failed": 0}
+    first = {"created": 2, "updated": 0, "skipped": 1, "failed": 0, "deleted": 0, "deleted_posts": 0}
+    then = {"created": 4, "updated": 0, "skipped": 0, "failed": 0, "deleted": 0, "deleted_posts": 0}
     assert audited(caplog)[1:] == [
         (method, "staff, two lines", first, "OK"),
         (method, "staff, two lines", then, "OK"),
@@ -157,7 +159,7 @@ async def test_cancelled_write_is_one_line(
     stream.cancel()
     await server.drain.wait(60)
 
-    counts = {"created": 1, "updated": 0, "skipped": 0, "failed": 0}
+    counts = {"created": 1, "updated": 0, "skipped": 0, "failed": 0, "deleted": 0, "deleted_posts": 0}
     assert sorted(audited(caplog), key=str) == [
         ("/roster.v1.UserService/BulkCreateUsers", "", counts, "CANCELLED"),
         ("/roster.v1.UserService/CreateUser", "", {}, "CANCELLED"),

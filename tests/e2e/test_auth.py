@@ -18,9 +18,11 @@ from roster.v1.bulk_pb2_grpc import BulkServiceStub
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import (
     BulkCreateUsersRequest,
+    BulkDeleteUsersRequest,
     CreateUserRequest,
     GetUserRequest,
     UpdateUserRequest,
+    UserKey,
     VerifyPasswordRequest,
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
@@ -115,6 +117,8 @@ async def test_unknown_caller_is_refused(
         ("writer", "VerifyPassword", {"email": "ada@example.org", "password": "secret"}),
         ("writer", "BulkCreateUsers", {"users": [{"email": "ada@example.org"}], "finish": True}),
         ("loader", "CreateUser", CREATE),
+        ("loader", "BulkDeleteUsers", {"users": [{"id": 1}], "finish": True}),
+        ("deleter", "BulkCreateUsers", {"users": [{"email": "ada@example.org"}], "finish": True}),
         ("verifier", "GetUser", {"id": 1}),
         ("reader", "ListBulkLoads", {}),
         ("dismissed", "GetUser", {"id": 1}),
@@ -166,6 +170,19 @@ async def test_only_a_verifier_may_verify_passwords(roster: Secured) -> None:
         answer = await UserServiceStub(channel).VerifyPassword(request)
 
     assert answer.valid is False
+
+
+async def test_deleter_deletes_in_bulk_and_sees_the_load(roster: Secured) -> None:
+    """Its loads are its own, as those of a loader are."""
+    async with roster.channel(roster.issuer.token("deleter")) as channel:
+        message = BulkDeleteUsersRequest(
+            options=BulkOptions(load_id="leavers"), users=[UserKey(id=7)], finish=True
+        )
+        events = [event async for event in UserServiceStub(channel).BulkDeleteUsers(iter([message]))]
+        listed = await BulkServiceStub(channel).ListBulkLoads(ListBulkLoadsRequest())
+
+    assert events[-1].summary.failed == 1
+    assert [(each.caller, each.load_id) for each in listed.loads] == [("jwt:deleter", "leavers")]
 
 
 async def load(server: Secured, subject: str, load_id: str) -> list[Any]:

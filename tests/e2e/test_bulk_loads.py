@@ -32,6 +32,7 @@ from roster.v1.users_pb2 import (
     ListUsersRequest,
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
+from service.db.engine import Database
 from service.loads.repository import expire_loads
 from service.server import Server
 from tests.support.errors import refusal
@@ -204,8 +205,7 @@ async def test_batches_are_committed_in_the_order_of_their_offsets(
         await blocker.execute(text("INSERT INTO users (email) VALUES ('a@example.org')"))
         await stream.write(users=named("a"))
         await stream.write(users=named("b"))
-        async with server.database.read() as session:
-            await until(lambda: _waits(session))
+        await until(lambda: _waits(server.database))
         load = await loads.GetBulkLoad(GetBulkLoadRequest(load_id=LOAD_ID))
         assert (load.next_offset, await emails(users)) == (0, [])
 
@@ -214,8 +214,10 @@ async def test_batches_are_committed_in_the_order_of_their_offsets(
     assert (second.offset, second.next_offset, second.created) == (1, 2, 1)
 
 
-async def _waits(session: Any) -> bool:
-    return bool(await session.scalar(WAITING_TO_COMMIT) == 2)  # the second batch, and the test's own blocker
+async def _waits(database: Database) -> bool:
+    async with database.read() as session:
+        count = await session.scalar(WAITING_TO_COMMIT)
+    return bool(count == 2)  # the second batch, and the test's own blocker
 
 
 async def test_loads_with_crossing_keys_both_come_to_their_end(users: UserServiceStub) -> None:

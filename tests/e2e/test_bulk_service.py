@@ -10,9 +10,11 @@ from google.rpc.code_pb2 import ALREADY_EXISTS, INVALID_ARGUMENT
 from roster.v1.bulk_pb2 import (
     AbortBulkLoadRequest,
     BulkLoad,
+    BulkLoadRow,
     BulkOptions,
     GetBulkLoadRequest,
     ListBulkLoadFailuresRequest,
+    ListBulkLoadRowsRequest,
     ListBulkLoadsRequest,
     RowFailure,
 )
@@ -152,6 +154,37 @@ async def test_a_load_without_failures_has_an_empty_page(
     assert await failures(loads) == [[]]
 
 
+async def test_lists_rows_in_the_order_of_their_offsets(
+    users: UserServiceStub, loads: BulkServiceStub
+) -> None:
+    """Page by page over the batches, with the outcome and the id of each row."""
+    stream = await LoadStream.open(users, on_conflict="UPDATE", update_mask={"paths": ["full_name"]})
+    ids = [*(await stream.acknowledged("a", "no one", "b", "a")).ids, *(await stream.acknowledged("c")).ids]
+    outcomes = ["CREATED", "FAILED", "CREATED", "UPDATED", "CREATED"]
+    expected = [
+        BulkLoadRow(offset=offset, outcome=BulkLoadRow.Outcome.Value(outcome), id=id)
+        for offset, (outcome, id) in enumerate(zip(outcomes, ids, strict=True))
+    ]
+
+    assert [row.id for row in expected] == [ids[0], 0, ids[2], ids[0], ids[4]]
+    for page_size in (0, 1, 2, 3, 5, 5000):
+        request = ListBulkLoadRowsRequest(load_id=LOAD_ID, page_size=page_size)
+        found = await pages(loads.ListBulkLoadRows, request, "rows")
+        assert [row for page in found for row in page] == expected
+        assert len(found) == -(-5 // (page_size or 50))
+
+
+async def test_rows_of_skipped_and_open_loads(users: UserServiceStub, loads: BulkServiceStub) -> None:
+    """A skipped row has the id of the existing one; a load without rows has an empty page."""
+    request = ListBulkLoadRowsRequest(load_id=LOAD_ID)
+    stream = await LoadStream.open(users, on_conflict="SKIP")
+    assert await pages(loads.ListBulkLoadRows, request, "rows") == [[]]
+    first, _ = (await stream.acknowledged("a", "a")).ids
+
+    [[_, skipped]] = await pages(loads.ListBulkLoadRows, ListBulkLoadRowsRequest(load_id=LOAD_ID), "rows")
+    assert skipped == BulkLoadRow(offset=1, outcome=BulkLoadRow.SKIPPED, id=first)
+
+
 async def test_an_abort_answers_with_the_load(users: UserServiceStub, loads: BulkServiceStub) -> None:
     """Its numbers are final, and to abort it again changes nothing."""
     await (await LoadStream.open(users)).acknowledged("a", "no one")
@@ -178,6 +211,7 @@ async def test_a_load_that_is_not_there_is_told(loads: BulkServiceStub) -> None:
     for call in (
         loads.GetBulkLoad(GetBulkLoadRequest(load_id=LOAD_ID)),
         loads.ListBulkLoadFailures(ListBulkLoadFailuresRequest(load_id=LOAD_ID)),
+        loads.ListBulkLoadRows(ListBulkLoadRowsRequest(load_id=LOAD_ID)),
         loads.AbortBulkLoad(AbortBulkLoadRequest(load_id=LOAD_ID)),
     ):
         refused = await refusal(call)
@@ -204,6 +238,9 @@ async def test_a_token_belongs_to_its_list(users: UserServiceStub, loads: BulkSe
     of_failures = (
         await loads.ListBulkLoadFailures(ListBulkLoadFailuresRequest(load_id=LOAD_ID, page_size=1))
     ).next_page_token
+    of_rows = (
+        await loads.ListBulkLoadRows(ListBulkLoadRowsRequest(load_id=LOAD_ID, page_size=1))
+    ).next_page_token
 
     for call in (
         loads.ListBulkLoads(ListBulkLoadsRequest(page_token=of_failures)),
@@ -211,6 +248,8 @@ async def test_a_token_belongs_to_its_list(users: UserServiceStub, loads: BulkSe
         loads.ListBulkLoadFailures(ListBulkLoadFailuresRequest(load_id=LOAD_ID, page_token=of_loads)),
         loads.ListBulkLoadFailures(ListBulkLoadFailuresRequest(load_id="other", page_token=of_failures)),
         loads.ListBulkLoadFailures(ListBulkLoadFailuresRequest(load_id=LOAD_ID, page_token="x")),
+        loads.ListBulkLoadRows(ListBulkLoadRowsRequest(load_id=LOAD_ID, page_token=of_failures)),
+        loads.ListBulkLoadRows(ListBulkLoadRowsRequest(load_id="other", page_token=of_rows)),
     ):
         refused = await refusal(call)
         assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PAGE_TOKEN")

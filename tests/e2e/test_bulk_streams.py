@@ -278,3 +278,23 @@ async def test_keeps_no_answered_batches(database: Database) -> None:
 
     assert (last.summary.created, last.summary.failed) == (10 * MAX_PENDING + 1, 10 * MAX_PENDING - 1)
     assert kept <= MAX_PENDING + 1  # the next batch refers to the last one answered
+
+
+async def test_idle_stream_keeps_no_message(stream: LoadStream) -> None:
+    """It may be idle for minutes, and nothing may be left of one that was cut off."""
+    request = BulkCreateUsersRequest(users=named("user", full_name="x" * 100_003))
+    await stream.call.write(request)
+    assert (await stream.answer()).ack.failed == 1
+
+    # In a thread, because the watchdog would count the time against the service's task.
+    assert await asyncio.to_thread(keepers_of_bytes, request.ByteSize()) == []
+
+
+def keepers_of_bytes(size: int) -> list[str]:
+    """Return the types of the objects that refer to bytes of a size."""
+    return [
+        type(keeper).__qualname__
+        for keeper in gc.get_objects()
+        for kept in gc.get_referents(keeper)
+        if isinstance(kept, bytes) and len(kept) == size
+    ]

@@ -2,27 +2,16 @@
 
 import os
 import re
-import shutil
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import grpc_tools
 import pytest
-from google.rpc import error_details_pb2
 
 from tests.e2e.clients import CHECKOUT, NODE, installed
 from tests.support.command import Ended, run, serving
+from tests.support.go import INCLUDES, build
 
 PAGE = (CHECKOUT / "docs/calling.md").read_text()
-GO = Path(__file__).with_name("go")
-MODULE = "example.org/hello"
-FILES = [f"roster/v1/{name}.proto" for name in ("resources", "users", "posts", "bulk")]
-INCLUDES = [
-    CHECKOUT / "protos",
-    Path(error_details_pb2.__file__).parents[2],
-    Path(grpc_tools.__file__).parent / "_proto",
-]
 
 
 def example(language: str) -> tuple[str, str]:
@@ -62,23 +51,6 @@ async def test_node_example(address: str, tmp_path: Path) -> None:
 async def test_go_example(address: str, tmp_path: Path) -> None:
     """It does the same with generated stubs."""
     program, printed = example("go")
-    shutil.copy(GO / "go.mod", tmp_path)
-    shutil.copy(GO / "go.sum", tmp_path)
-    (tmp_path / "hello.go").write_text(program)
-    go = installed("go")
-    await run_program(go, "build", "-o", f"{tmp_path}/", "tool", folder=tmp_path)
-    await run_program(*protoc(tmp_path), folder=tmp_path)
-    await run_program(go, "build", "-o", "hello", ".", folder=tmp_path)
+    built = await build(program, tmp_path)
 
-    assert (await run_program(tmp_path / "hello", address, folder=tmp_path)).out == printed
-
-
-def protoc(folder: Path) -> list[str | Path]:
-    """Return the command that generates the stubs."""
-    command: list[str | Path] = [sys.executable, "-m", "grpc_tools.protoc"]
-    command += [f"-I{path}" for path in INCLUDES]
-    for kind in ("go", "go-grpc"):
-        command += [f"--plugin={folder}/protoc-gen-{kind}", f"--{kind}_out={folder}"]
-        command += [f"--{kind}_opt=module={MODULE}"]
-        command += [f"--{kind}_opt=M{file}={MODULE}/roster/v1" for file in FILES]
-    return [*command, *FILES]
+    assert (await run_program(built, address, folder=tmp_path)).out == printed

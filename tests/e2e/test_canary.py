@@ -2,6 +2,7 @@
 
 import base64
 import logging
+import zlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from argon2 import PasswordHasher
 from google.protobuf.message import Message
 from sqlalchemy import text
 
+from roster.v1.changes_pb2 import ListChangesResponse, WatchChangesResponse
+from service.changes.token import CHECKSUM_BYTES
 from service.server import Server
 from tests.support.wire import RPCS, Wire
 
@@ -50,6 +53,8 @@ CALLS: list[tuple[str, list[Any]]] = [
     ("ListUsers", [{"page_size": 1}]),
     ("ListUsers", [{"filter": f'hashed_password = "{HASH}"'}]),
     ("ListUsers", [{"order_by": "hashed_password"}]),
+    ("CountUsers", [{}]),
+    ("CountUsers", [{"filter": f'hashed_password = "{HASH}"'}]),
     ("ExportUsers", [{}]),
     ("VerifyPassword", [{"id": 1, "password": PASSWORD}]),
     ("VerifyPassword", [{"id": 1, "password": WRONG_PASSWORD}]),
@@ -74,11 +79,18 @@ CALLS: list[tuple[str, list[Any]]] = [
     ("BulkUpdatePosts", [{"options": EDITED, "posts": [{"id": 1, "content": CONTENT}], "finish": True}]),
     ("ListPosts", [{"page_size": 1, "view": "WITH_AUTHOR"}]),
     ("ListPosts", [{"filter": f'content = "{CONTENT}"'}]),
+    ("CountPosts", [{}]),
+    ("CountPosts", [{"filter": f'content = "{CONTENT}"'}]),
     ("ExportPosts", [{}]),
     ("GetBulkLoad", [{"load_id": "users"}]),
     ("ListBulkLoads", [{"page_size": 1}]),
     ("ListBulkLoadFailures", [{"load_id": "users", "page_size": 1}]),
+    ("ListBulkLoadRows", [{"load_id": "users", "page_size": 1}]),
     ("AbortBulkLoad", [{"load_id": "users"}]),
+    ("BulkDeletePosts", [{"posts": [{"id": 2}, {"id": 99}], "finish": True}]),
+    ("BulkDeleteUsers", [{"users": [{"email": PASSWORD}, {"email": "b@example.org"}], "finish": True}]),
+    ("ListChanges", [{}]),
+    ("WatchChanges", [{}]),
     ("DeletePost", [{"id": 1}]),
     ("DeleteUser", [{"id": 1}]),
 ]
@@ -121,8 +133,12 @@ async def responses_and_error(wire: Wire, rpc: str, messages: list[Any]) -> tupl
 
 
 def page_token(response: Message) -> str:
-    token = str(getattr(response, "next_page_token", ""))
-    return token + base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode(errors="replace")
+    """Return the token of a page or of the feed, and what is in it."""
+    token = str(getattr(response, "next_page_token", "") or getattr(response, "token", ""))
+    content = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
+    if isinstance(response, ListChangesResponse | WatchChangesResponse):
+        content = zlib.decompress(content[1 + CHECKSUM_BYTES :])
+    return token + content.decode(errors="replace")
 
 
 def leaked(secrets: tuple[str, ...], output: str) -> list[str]:
@@ -150,7 +166,10 @@ async def test_no_secret_is_disclosed(
     sinks: dict[str, Callable[[], str]], server: Server, wire: Wire
 ) -> None:
     """In a response, error, page token or log line, even if the database fails."""
+    [start] = await wire.call("ListChanges", {})
     assert await calls_answered(wire, CALLS) == set(RPCS)
+    changes = [(rpc, [{"token": start.token}]) for rpc in ("ListChanges", "WatchChanges")]
+    assert await calls_answered(wire, changes) == {"ListChanges", "WatchChanges"}
     if not server.database.is_sqlite:
         async with server.database.begin() as session:
             await session.execute(text(REFUSES_HASHES))

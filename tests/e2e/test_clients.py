@@ -15,6 +15,7 @@ SERVICES = [
     "grpc.reflection.v1.ServerReflection",
     "grpc.reflection.v1alpha.ServerReflection",
     "roster.v1.BulkService",
+    "roster.v1.ChangeService",
     "roster.v1.PostService",
     "roster.v1.UserService",
 ]

@@ -13,7 +13,7 @@ from tests.support.command import Ended, run, start
 from tests.support.rows import add_users
 
 EXAMPLES = CHECKOUT / "examples"
-MAX_LINES = 60
+MAX_LINES = 80
 
 
 @pytest.fixture

@@ -62,6 +62,9 @@ class Frozen:
     async def ping(self) -> None:
         await asyncio.Event().wait()
 
+    def doubt(self) -> None:
+        """Nobody looks for another one."""
+
 
 async def test_stopping_server_is_alive(server: Server, probes: grpc.aio.Channel) -> None:
     """An orchestrator that restarted it would cut off calls in flight."""

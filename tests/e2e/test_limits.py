@@ -100,7 +100,7 @@ async def test_open_streams_are_limited_per_caller_and_method(
 
     refused = await refusal(users.BulkCreateUsers(iter(())).read())
     assert (refused.code, refused.reason, refused.retry_seconds) == (EXHAUSTED, "QUOTA_EXCEEDED", 1)
-    assert [message async for message in users.ExportUsers(ExportUsersRequest())] == []
+    assert [message.users async for message in users.ExportUsers(ExportUsersRequest())] == [[]]
     watches = [HealthStub(channel).Watch(HealthCheckRequest()) for _ in range(2)]
     assert {(await watch.read()).status for watch in watches} == {HealthCheckResponse.SERVING}
 

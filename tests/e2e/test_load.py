@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import signal
+import sys
 from collections.abc import AsyncIterator
 from hashlib import sha256
 
@@ -20,7 +21,7 @@ from roster.v1.users_pb2 import BulkCreateUsersRequest, GetUserRequest, ListUser
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.client import channel
 from service.server import Server
-from tests.support.command import Roster, ended, ndjson
+from tests.support.command import Roster, ended, ndjson, run
 from tests.support.rows import add_users
 from tests.support.server import serve
 from tests.support.users import list_users
@@ -120,6 +121,8 @@ async def test_prints_the_summary_as_json(roster: Roster) -> None:
         "rows": 3,
         "created": 1,
         "updated": 0,
+        "deleted": 0,
+        "deleted_posts": 0,
         "skipped": 0,
         "failed": 2,
         "reasons": {"EMAIL_TAKEN email": 1, "INVALID_FIELD email": 1},
@@ -396,6 +399,20 @@ async def test_a_signal_reports_the_committed_rows(
 
     assert waiting.returncode == 128 + number
     assert re.fullmatch(f"interrupted: {COMMITTED}\n", err.decode())
+
+
+async def test_sigterm_ends_a_job_that_ignores_sigint() -> None:
+    """Shells start background jobs of scripts like this."""
+    code = (
+        "import asyncio, signal\n"
+        "from service.cli.terminal import exit_on_signal\n"
+        "async def wait(): signal.raise_signal(signal.SIGTERM); await asyncio.Event().wait()\n"
+        "with exit_on_signal(lambda: ': done'): asyncio.run(wait())\n"
+    )
+
+    job = await run("sh", "-c", f"trap '' INT; exec {sys.executable} -c {shlex.quote(code)}")
+
+    assert (job.status, job.err) == (128 + signal.SIGTERM, "interrupted: done\n")
 
 
 async def test_a_lost_server_reports_the_committed_rows(

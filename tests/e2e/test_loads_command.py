@@ -132,8 +132,10 @@ async def test_can_not_abort_a_finished_load(roster: Roster, users: UserServiceS
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["show"], "run `roster loads`, `roster loads show LOAD_ID`"),
-        (["list", "staff"], "run `roster loads`, `roster loads show LOAD_ID`"),
+        (["show"], "run `roster loads`, or `roster loads show LOAD_ID`"),
+        (["list", "staff"], "run `roster loads`, or `roster loads show LOAD_ID`"),
+        (["undo", "staff", "--yes"], "there is no such load; nothing was deleted"),
+        (["abort", "staff", "--force"], "--dry-run and --force are for `roster loads undo`"),
         (["show", "staff"], "there is no such load"),
         (["abort", "staff", "--yes"], "there is no such load"),
         (["--address", "127.0.0.1:1"], "no server answers at 127.0.0.1:1"),

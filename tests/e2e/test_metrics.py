@@ -37,8 +37,13 @@ on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
 @pytest.fixture
-async def server(database_url: str) -> AsyncIterator[Server]:
+async def server(database_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Server]:
     """A server with a metrics port, one connection for calls and a queue of one password."""
+
+    async def delete_nothing(_: Server) -> None:
+        """Its connections would be counted too."""
+
+    monkeypatch.setattr(Server, "_delete_expired", delete_nothing)
     for level in (metrics.POOL_SIZE, metrics.POOL_IN_USE):
         level.clear()  # other tests' databases may not be collected yet
     async with serve(

@@ -14,7 +14,7 @@ from tests.support.command import ROSTER, Ended, run, serving
 from tests.support.migrations import migrate_as_old_release
 
 HEAD = revisions.head()
-PENDING = "once no older server runs, complete the upgrade to 0005 with `roster migrate --contract`"
+PENDING = "once no older server runs, complete the upgrade to 0009 with `roster migrate --contract`"
 SERVERS = "SELECT name, release, revision FROM roster_servers"
 SERVER = """
     INSERT INTO roster_servers (id, name, release, revision, seen_at)
@@ -64,12 +64,12 @@ async def test_upgrade_waits_for_the_end_of_older_servers(
         assert refused.status == 2
         assert "1 sessions with the application name 'roster' from 127.0.0.1" in refused.err
         assert (await roster("serve")).err.endswith(
-            "the schema is at revision 0002, but this release needs revision 0003; "
+            "the schema is at revision 0002, but this release needs revision 0008; "
             "run `roster migrate` with the same ROSTER_DATABASE_URL\n"
         )
 
         migrated = await roster("migrate")
-        assert migrated.out.startswith("schema migrated from revision 0002 to 0003\n")
+        assert migrated.out.startswith("schema migrated from revision 0002 to 0008\n")
         assert PENDING in " ".join(migrated.out.split())
         again = await roster("migrate")
         assert again.out.startswith("no expanding migration is pending\n")
@@ -77,14 +77,14 @@ async def test_upgrade_waits_for_the_end_of_older_servers(
 
         await add_server(engine, "old-1/7", "0002", 20)
         await add_server(engine, "dead/7", "0002", 70)
-        await add_server(engine, "new-1/7", "0003", 20)
+        await add_server(engine, "new-1/7", HEAD, 20)
         refused = await roster("migrate", "--contract")
         assert refused.status == 2
         assert "server old-1/7 of release 0.0.9 (revision 0002)" in refused.err
         assert "application name 'roster'" in refused.err
         assert "dead/7" not in refused.err
         assert "new-1/7" not in refused.err
-        assert await rows(engine, "SELECT version_num FROM roster_schema") == [("0003",)]
+        assert await rows(engine, "SELECT version_num FROM roster_schema") == [("0008",)]
 
     async with engine.begin() as connection:
         await connection.execute(text("DELETE FROM roster_servers"))
@@ -94,7 +94,7 @@ async def test_upgrade_waits_for_the_end_of_older_servers(
         )
         assert (doctor.status, PENDING in doctor.out) == (0, True)
         completed = await roster("migrate", "--contract")
-        assert completed == Ended(0, "schema migrated from revision 0003 to 0005\n", "")
+        assert completed == Ended(0, "schema migrated from revision 0008 to 0009\n", "")
     async with serving(tmp_path, ROSTER_DATABASE_URL=url):
         pass
 
@@ -119,14 +119,14 @@ async def test_server_shows_itself_while_it_runs(url: str, engine: AsyncEngine, 
     assert await rows(engine, SERVERS) == []
 
 
-@pytest.mark.parametrize(("min_revision", "status"), [("0005", 0), ("0006", 2)])
+@pytest.mark.parametrize(("min_revision", "status"), [(HEAD, 0), ("9998", 2)])
 async def test_newer_schema_may_admit_this_release(
     min_revision: str, status: int, sqlite_url: str, tmp_path: Path
 ) -> None:
     """Then `migrate` has nothing to do, and the embedded SQLite is served as it is."""
     engine = create_async_engine(sqlite_url, poolclass=NullPool)
     async with engine.begin() as connection:
-        await connection.execute(text("UPDATE roster_schema SET version_num = '0006'"))
+        await connection.execute(text("UPDATE roster_schema SET version_num = '9999'"))
         await connection.execute(text(f"UPDATE schema_compatibility SET min_revision = '{min_revision}'"))
     migrated = await run(ROSTER, "migrate", folder=tmp_path, ROSTER_DATABASE_URL=sqlite_url)
     assert migrated.status == status
@@ -138,7 +138,7 @@ async def test_newer_schema_may_admit_this_release(
         refused = await run(ROSTER, "serve", folder=tmp_path, ROSTER_DATABASE_URL=sqlite_url)
         assert refused.status == status
         assert "which is newer than this release and not compatible with it" in refused.err
-    assert await rows(engine, "SELECT version_num FROM roster_schema") == [("0006",)]
+    assert await rows(engine, "SELECT version_num FROM roster_schema") == [("9999",)]
     await engine.dispose()
 
 
@@ -152,4 +152,4 @@ async def test_migrates_at_the_url_for_migrations(url: str, engine: AsyncEngine,
         ROSTER_DATABASE_URL="postgresql://nobody@127.0.0.1:1/none",
         ROSTER_MIGRATION_URL_FILE=f"{tmp_path}/url",
     )
-    assert migrated.out.startswith("schema migrated from revision 0002 to 0003\n")
+    assert migrated.out.startswith("schema migrated from revision 0002 to 0008\n")

@@ -218,13 +218,15 @@ async def test_repeated_write_is_answered_once_applied(posts: PostServiceStub, a
     created = await posts.CreatePost(create)
     update = UpdatePostRequest(post=Post(id=created.id, title="More"), request_id=request_id)
     updated = await posts.UpdatePost(update)
+    assert await posts.CreatePost(create) == created
+    assert await posts.UpdatePost(update) == updated
     delete = DeletePostRequest(id=created.id, request_id=request_id)
     await posts.DeletePost(delete)
 
     assert (updated.title, updated.version) == ("More", 2)
-    assert await posts.CreatePost(create) == created
-    assert await posts.UpdatePost(update) == updated
     assert await posts.DeletePost(delete) == Empty()
+    for erased in (posts.CreatePost(create), posts.UpdatePost(update)):  # with the post
+        assert (await refusal(erased)).reason == "POST_NOT_FOUND"
     assert not (await posts.ListPosts(ListPostsRequest())).posts
 
 

@@ -89,7 +89,10 @@ def parts(page: str) -> list[str]:
 
 PAGES = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("api", "bulk-loading", "calling", "importing", "operating")),
+    *(
+        f"docs/{name}.md"
+        for name in ("api", "bulk-loading", "calling", "changes", "importing", "mirroring", "operating")
+    ),
 ]
 PARTS = [
     pytest.param(part, id=f"{page}-{number}") for page in PAGES for number, part in enumerate(parts(page))

@@ -29,7 +29,12 @@ SERVING = HealthCheckResponse.SERVING
 NOT_SERVING = HealthCheckResponse.NOT_SERVING
 TIMEOUT_SECONDS = 20
 
-SERVICES = ["roster.v1.UserService", "roster.v1.PostService", "roster.v1.BulkService"]
+SERVICES = [
+    "roster.v1.UserService",
+    "roster.v1.PostService",
+    "roster.v1.BulkService",
+    "roster.v1.ChangeService",
+]
 VERSIONS = ["grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"]
 
 on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -94,7 +99,7 @@ async def test_reflection_finds_the_file_of_a_symbol(ask: Ask) -> None:
 async def test_reflection_has_the_whole_contract(ask: Ask) -> None:
     """Clients can build every request from the files and their imports."""
     known: dict[str, FileDescriptorProto] = {}
-    wanted = ["roster/v1/users.proto", "roster/v1/posts.proto"]
+    wanted = ["roster/v1/users.proto", "roster/v1/posts.proto", "roster/v1/changes.proto"]
     while wanted:
         for file in files(await ask(file_by_filename=wanted.pop())):
             known[file.name] = file

@@ -8,7 +8,9 @@ import grpc
 import pytest
 from google.protobuf.empty_pb2 import Empty
 
-from roster.v1.resources_pb2 import User
+from roster.v1.posts_pb2 import CreatePostRequest, DeletePostRequest
+from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import (
     CreateUserRequest,
     DeleteUserRequest,
@@ -61,6 +63,33 @@ async def test_repeated_delete_gets_first_response(users: UserServiceStub, ada: 
     assert [await users.DeleteUser(request), await users.DeleteUser(request)] == [Empty(), Empty()]
     request.ClearField("request_id")
     assert (await refusal(users.DeleteUser(request))).reason == "USER_NOT_FOUND"
+
+
+async def test_repeated_write_of_a_deleted_row_is_not_found(
+    users: UserServiceStub, posts: PostServiceStub, ada: User
+) -> None:
+    """Whatever its body, and nothing is created. The posts of a deleted user are deleted, too."""
+    create = CreateUserRequest(user=User(email="alan@example.org"), request_id=str(uuid4()))
+    alan = await users.CreateUser(create)
+    update = UpdateUserRequest(user=User(id=alan.id, full_name="Alan"), request_id=str(uuid4()))
+    await users.UpdateUser(update)
+    post = CreatePostRequest(post=Post(author_id=alan.id, title="Notes"), request_id=str(uuid4()))
+    await posts.CreatePost(post)
+    kept = CreatePostRequest(post=Post(author_id=ada.id, title="Notes"), request_id=str(uuid4()))
+    remaining = await posts.CreatePost(kept)
+    gone = CreatePostRequest(post=kept.post, request_id=str(uuid4()))
+    await posts.DeletePost(DeletePostRequest(id=(await posts.CreatePost(gone)).id))
+    await users.DeleteUser(DeleteUserRequest(id=alan.id))
+
+    for body in (create.user, User(email="grace@example.org")):
+        create.user.CopyFrom(body)
+        refused = await refusal(users.CreateUser(create))
+        assert (refused.code, refused.reason) == (grpc.StatusCode.NOT_FOUND, "USER_NOT_FOUND")
+    assert (await refusal(users.UpdateUser(update))).reason == "USER_NOT_FOUND"
+    for request in (post, gone):
+        assert (await refusal(posts.CreatePost(request))).reason == "POST_NOT_FOUND"
+    assert await posts.CreatePost(kept) == remaining
+    assert await list_users(users) == [ada]
 
 
 async def test_request_id_with_another_body_is_refused(users: UserServiceStub) -> None:

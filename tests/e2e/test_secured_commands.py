@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from tests.e2e.clients import CHECKOUT
 from tests.e2e.secured import Secured, secured
@@ -206,6 +207,29 @@ async def test_clients_take_files_from_options_or_the_environment(served: Secure
     assert by_variable.out == exported.out
     assert (denied.status, denied.out) == (2, "")
     assert "the caller has no role that allows this" in denied.err
+
+
+async def test_undo_needs_the_role_deleter(served: Secured) -> None:
+    """A loader can't delete what its load created; a deleter undoes its own loads, without the role admin."""
+    (served.folder / "users.ndjson").write_text('{"email": "ada@example.org"}\n')
+    (served.folder / "client").mkdir()
+    served.authority.issue("client.example.org").write(served.folder / "client")
+    own = ["--tls-ca", "ca.pem", "--tls-cert", "client/cert.pem", "--tls-key", "client/key.pem"]
+    loader, deleter = served.issuer.token("loader"), served.issuer.token("deleter")
+    undo = ("loads", "undo", "staff", "--yes", *own)
+    await command(served, "load", "users", "users.ndjson", "--load-id", "staff", *own, ROSTER_TOKEN=loader)
+
+    denied = await command(served, *undo, ROSTER_TOKEN=loader)
+    hidden = await command(served, *undo, ROSTER_TOKEN=deleter)
+    async with served.server.database.begin() as session:
+        await session.execute(text("UPDATE bulk_loads SET caller = 'jwt:deleter'"))
+    done = await command(served, *undo, ROSTER_TOKEN=deleter)
+
+    assert (denied.status, denied.out) == (2, "")
+    assert "the caller has no role that allows this; nothing was deleted" in " ".join(denied.err.split())
+    assert "there is no such load; nothing was deleted" in hidden.err
+    assert (done.status, done.err) == (0, "")
+    assert done.out.endswith("load staff created 1 user: 1 user deleted, 0 already gone, 0 kept\n")
 
 
 async def test_a_token_is_not_sent_in_plain_text(served: Secured) -> None:

@@ -140,7 +140,9 @@ async def test_errors_break_between_words(tmp_path: Path, columns: int) -> None:
 
 
 @pytest.mark.parametrize("columns", [120, 80, 50])
-@pytest.mark.parametrize("command", ["serve", "load", "loads", "export", "migrate", "doctor", "token issue"])
+@pytest.mark.parametrize(
+    "command", ["serve", "load", "loads", "count", "export", "changes", "migrate", "doctor", "token issue"]
+)
 async def test_help_fits_the_terminal(tmp_path: Path, command: str, columns: int) -> None:
     """Only a name that is longer than a line may exceed it; there is none."""
     async with terminal(ROSTER, *command.split(), "--help", columns=columns, folder=tmp_path) as shown:

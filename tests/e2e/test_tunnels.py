@@ -119,6 +119,17 @@ async def test_command_says_what_is_not_a_token(
     assert await refusal(named, tmp_path, token) == expected
 
 
+async def test_changes_names_its_own_option(named: Secured, tmp_path: Path) -> None:
+    """Its --token-file is another file. A caller that may see some entities can name them."""
+    tls = ["--tls-ca", f"{named.folder}/ca.pem", "--tls-server-name", NAME]
+    (tmp_path / "tok1").write_text(named.issuer.token("loader"))
+    without = sentence(await roster(named.address, "changes", *tls))
+    denied = sentence(await roster(named.address, "changes", *tls, "--bearer-token-file", f"{tmp_path}/tok1"))
+
+    assert without.endswith("; pass --bearer-token-file, or --tls-cert and --tls-key")
+    assert denied.endswith("needs the right to get each of users, posts; --entity names some")
+
+
 async def test_command_says_when_a_token_is_valid(named: Secured, tmp_path: Path) -> None:
     """By its claims, which are no secret to the client; what it can't see is in the log of the server."""
     expired = await refusal(named, tmp_path, exp=datetime(2024, 1, 31, 8, 16, tzinfo=UTC))

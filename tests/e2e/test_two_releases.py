@@ -11,6 +11,12 @@ import asyncpg
 import pytest
 from sqlalchemy import make_url
 
+from roster.v1.changes_pb2 import Change, ListChangesRequest
+from roster.v1.changes_pb2_grpc import ChangeServiceStub
+from roster.v1.resources_pb2 import User
+from roster.v1.users_pb2 import ExportUsersRequest
+from roster.v1.users_pb2_grpc import UserServiceStub
+from service.client import channel
 from tests.support.command import ended
 from tests.support.releases import Release, Slot, install_previous
 from tests.support.traffic import Traffic, stored_users
@@ -92,6 +98,7 @@ async def test_upgrades_and_returns_without_a_failed_call(
             assert "--contract" in migrated.out
 
             await second.replace(current)
+            copy = await Copy.export(second.address)
             await traffic.progress()
             await first.replace(previous)
             await second.replace(current)
@@ -106,7 +113,7 @@ async def test_upgrades_and_returns_without_a_failed_call(
             await second.replace(current)
             await traffic.progress()
 
-        await check(target, traffic)
+        await check(target, traffic, copy)
         await first.stop()
         await second.stop()
         returned = await current.run("migrate", "--down", "0002")
@@ -118,9 +125,46 @@ async def test_upgrades_and_returns_without_a_failed_call(
         await second.stop()
 
 
-async def check(target: str, traffic: Traffic) -> None:
-    """Check that each row that was sent is stored exactly once."""
+class Copy:
+    """The users of an export, and the changes since it began."""
+
+    def __init__(self) -> None:
+        self._users: dict[int, User] = {}
+        self._token = ""
+
+    @classmethod
+    async def export(cls, target: str) -> "Copy":
+        """Export all users from a server."""
+        copy = cls()
+        async with channel(target) as connection:
+            async for page in UserServiceStub(connection).ExportUsers(ExportUsersRequest()):
+                copy._token = copy._token or page.watch_token
+                copy._users |= {user.id: user for user in page.users}
+        assert copy._token
+        return copy
+
+    async def catch_up(self, target: str) -> dict[str, User]:
+        """Apply all changes, and return the users by e-mail."""
+        async with channel(target) as connection:
+            changes, has_more = ChangeServiceStub(connection), True
+            while has_more:
+                request = ListChangesRequest(token=self._token, entities=[Change.USERS], page_size=1000)
+                page = await changes.ListChanges(request)
+                for change in page.changes:
+                    self._users.pop(change.user.id or change.deleted_user_id, None)
+                    if change.HasField("user"):
+                        self._users[change.user.id] = change.user
+                self._token, has_more = page.token, page.has_more
+        return {user.email: user for user in self._users.values()}
+
+
+async def check(target: str, traffic: Traffic, copy: Copy | None = None) -> None:
+    """Check that each row that was sent is stored exactly once, and that a copy equals the users.
+
+    It also has the changes that servers of the previous release have written.
+    """
     users = await stored_users(target)
+    assert copy is None or await copy.catch_up(target) == users
     called = {f"call{number}@example.org" for number in range(traffic.created)}
     loaded = {f"row{number}@example.org" for number in range(traffic.loaded)}
     assert users.keys() == called | loaded

@@ -18,6 +18,7 @@ from service.workers import reserve
 from tests.support.command import ROSTER, Serving, run, serving
 from tests.support.rival import rival, until
 
+COUNTING_SECONDS = 10
 CONNECTIONS = 16
 
 
@@ -64,6 +65,10 @@ async def test_metrics_include_all_workers(environment: dict[str, Any], address:
         await asyncio.gather(*(call(server.address) for _ in range(CONNECTIONS)))
 
         assert len(children(server)) == 2
+        # A call is counted after its response.
+        async with asyncio.timeout(COUNTING_SECONDS):
+            while await asyncio.to_thread(count_calls, address) < CONNECTIONS:
+                pass
         assert await asyncio.to_thread(count_calls, address) == CONNECTIONS
 
 

@@ -17,7 +17,7 @@ from sqlalchemy import func, select
 
 from roster.v1.bulk_pb2 import BulkLoad, BulkOptions, BulkWriteResponse
 from roster.v1.resources_pb2 import User
-from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest
+from roster.v1.users_pb2 import BulkCreateUsersRequest, BulkDeleteUsersRequest, CreateUserRequest, UserKey
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db import migrations
 from service.db.base import Session
@@ -25,6 +25,7 @@ from service.db.bulk import postgresql
 from service.server import Server
 from tests.support.postgres import PostgresServer
 from tests.support.rival import Rival, rival, until
+from tests.support.rows import add_posts, add_users
 from tests.support.server import serve
 from tests.support.users import list_names
 
@@ -112,6 +113,26 @@ async def test_broken_connection_commits_batch_once(
     assert (ack.created, ack.next_offset, ack.HasField("error")) == (3, 3, False)
     assert sorted(await list_names(users)) == ["ada", "bob", "cyd"]
     await until(lambda: holds_no_connection(server))
+
+
+async def test_broken_connection_deletes_batch_once(server: Server, users: UserServiceStub) -> None:
+    """The first attempt rolls back, posts included; a later row for a user still finds none."""
+    ids = await add_users(server.database, 2)
+    await add_posts(server.database, [ids[0], ids[0], ids[1]])
+    keys = [UserKey(id=ids[0]), UserKey(email="user1@example.org"), UserKey(id=ids[0])]
+    call = users.BulkDeleteUsers()
+    async with rival(server.settings.database_url) as other:
+        await other.execute(f"UPDATE posts SET version = 2 WHERE author_id = {ids[1]}")
+        await call.write(BulkDeleteUsersRequest(users=keys))
+        await answer(call)
+        await other.execute(f"SELECT pg_terminate_backend({await other.wait_for_blocked()})")
+        await other.rollback()
+
+        ack = (await answer(call)).ack
+
+    assert (ack.deleted, ack.deleted_posts, ack.HasField("error")) == (2, 3, False)
+    assert [failure.reason for failure in ack.failures] == ["USER_NOT_FOUND"]
+    assert await list_names(users) == []
 
 
 async def test_connection_broken_during_large_copy(

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.guide import BLOCK, CHECKOUT, apply_guide, run_python
+from tests.support.guide import BLOCK, CHECKOUT, apply_guide, run_python, run_tests
+from tests.support.postgres import Postgres
 
 PAGE = "adding-a-field.md"
 NEW_USER = "INSERT INTO users (email) VALUES (?) RETURNING id"
@@ -30,7 +31,7 @@ def create_and_delete_user(copy: Path, email: str) -> int:
     return int(id)
 
 
-def test_page_makes_a_field_that_works(copy: Path) -> None:
+def test_page_makes_a_field_that_works(copy: Path, postgres: Postgres) -> None:
     """Its tests and those of the repository pass, with the migration as it was drafted."""
     run_python(copy, "-m", "service", "migrate")
     run_python(copy, "-m", "alembic", "check")
@@ -39,7 +40,7 @@ def test_page_makes_a_field_that_works(copy: Path) -> None:
     tests = ["tests/e2e/test_nicknames.py", "tests/unit/test_convert.py"]
     migrations = "tests/integration/test_migrations.py"
     names = ("test_models_and_migrations_agree", "test_every_migration_goes_down_and_up_again")
-    run_python(copy, "-m", "pytest", *tests, *[f"{migrations}::{name}" for name in names])
+    run_tests(copy, postgres, *tests, *[f"{migrations}::{name}" for name in names])
 
 
 def test_drafted_migration_never_reuses_ids(copy: Path) -> None:

@@ -4,28 +4,27 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.guide import apply_guide, apply_hunk, run_python
+from tests.support.guide import apply_guide, apply_hunk, edit_migrations, run_python, run_tests
+from tests.support.postgres import Postgres
+
+PAGE = "adding-an-entity.md"
 
 
-def test_page_makes_an_entity_that_works(tmp_path: Path) -> None:
+def test_page_makes_an_entity_that_works(tmp_path: Path, postgres: Postgres) -> None:
     """Its migration matches its model; its contract, code and tests pass those of the repository."""
     copy = tmp_path / "copy"
-    apply_guide("adding-an-entity.md", copy)
+    apply_guide(PAGE, copy)
 
     run_python(copy, "-m", "service", "migrate")
     run_python(copy, "-m", "alembic", "revision", "--autogenerate", "--message", "comments")
+    run_python(copy, "-m", "alembic", "revision", "--message", "Log comments")
+    edit_migrations(PAGE, copy)
     run_python(copy, "-m", "service", "migrate")
     run_python(copy, "-m", "alembic", "check")
     run_python(copy, "-m", "ruff", "check", "service", "tests/e2e/test_comments.py")
     run_python(copy, "-m", "ruff", "format", "--check", "service", "tests/e2e/test_comments.py")
-    run_python(
-        copy,
-        "-m",
-        "pytest",
-        "tests/e2e/test_comments.py",
-        "tests/unit/test_contract.py",
-        "tests/unit/test_policy.py",
-    )
+    tests = ("tests/e2e/test_comments.py", "tests/unit/test_contract.py", "tests/unit/test_policy.py")
+    run_tests(copy, postgres, *tests)
 
 
 @pytest.mark.parametrize("text", ["other\n", "line\nline\n"])

@@ -21,7 +21,7 @@ from tests.support.items import ItemRow, create_table
 
 MODELS: dict[str, type[Entity]] = {"users": User, "posts": Post, "items": ItemRow}
 TABLES = {name: cast("Table", model.__table__) for name, model in MODELS.items()}
-EXAMPLES = 30
+EXAMPLES = 20
 FAILURE_CHARACTERS = 200
 
 

@@ -14,7 +14,12 @@ from sqlalchemy.exc import IntegrityError
 from roster.v1.bulk_pb2 import BulkAck, BulkOptions
 from roster.v1.posts_pb2 import BulkCreatePostsRequest
 from roster.v1.resources_pb2 import Post, User
-from roster.v1.users_pb2 import BulkCreateUsersRequest, BulkUpdateUsersRequest
+from roster.v1.users_pb2 import (
+    BulkCreateUsersRequest,
+    BulkDeleteUsersRequest,
+    BulkUpdateUsersRequest,
+    UserKey,
+)
 from service.bulk.operation import Operation
 from service.bulk.stream import BulkStreams
 from service.db.bulk import postgresql
@@ -26,10 +31,15 @@ from service.posts.servicer import CREATE_POSTS
 from service.settings import Settings
 from service.users.model import User as UserRow
 from service.users.repository import USERS
-from service.users.servicer import CREATE_USERS, UPDATE_USERS
-from tests.support.rival import Rival, rival
+from service.users.servicer import CREATE_USERS, DELETE_USERS, UPDATE_USERS
+from tests.support.rival import Rival, rival, until
 from tests.support.rows import add_users, read_emails
 
+# A batch whose rows are written, and that waits for the commit of the one before.
+WAITING_FOR_COMMIT = """
+    SELECT count(*) FROM pg_stat_activity
+    WHERE datname = current_database() AND state = 'idle in transaction' AND query LIKE 'COPY%'
+"""
 COLUMNS: dict[str, list[Any]] = {"id": [7], "email": ["ada@example.org"]}
 
 
@@ -251,6 +261,39 @@ async def test_detects_author_deleted_during_write(served: Database, other: Riva
     assert {failure.reason for failure in ack.failures} == {"AUTHOR_NOT_FOUND"}
 
 
+async def test_deletes_posts_that_are_committed_while_it_waits(served: Database, other: Rival) -> None:
+    """They are counted, too: the posts are read once their author is locked."""
+    [author, _] = await add_users(served, 2)
+    await other.execute(f"INSERT INTO posts (title, content, author_id) VALUES ('Late', '', {author})")
+    request = BulkDeleteUsersRequest(users=[UserKey(id=author)])
+    load = asyncio.create_task(acknowledged(served, DELETE_USERS, request))
+    await other.wait_for_blocked()
+    await other.commit()
+
+    (ack,) = await load
+
+    assert (ack.deleted, ack.deleted_posts) == (1, 1)
+    assert await read_emails(served) == ["user1@example.org"]
+
+
+async def test_deletes_who_has_the_email_once_it_is_locked(served: Database, other: Rival) -> None:
+    """A user whose e-mail changes while the delete waits is kept; its new owner is deleted."""
+    first, second = await add_users(served, 2)
+    await other.execute(f"UPDATE users SET email = 'kept@example.org' WHERE id = {first}")
+    await other.execute(f"UPDATE users SET email = 'user0@example.org' WHERE id = {second}")
+    request = BulkDeleteUsersRequest(
+        options=BulkOptions(return_ids=True), users=[UserKey(email="user0@example.org")]
+    )
+    load = asyncio.create_task(acknowledged(served, DELETE_USERS, request))
+    await other.wait_for_blocked()
+    await other.commit()
+
+    (ack,) = await load
+
+    assert (ack.deleted, list(ack.ids)) == (1, [second])
+    assert await read_emails(served) == ["kept@example.org"]
+
+
 async def test_creates_with_crossing_keys_do_not_deadlock(
     served: Database, other: Rival, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -280,6 +323,48 @@ async def test_updates_of_crossing_rows_do_not_deadlock(
 
     assert [ack.updated for ack in acks] == [3, 3]
     assert caplog.messages == []
+
+
+async def test_posts_and_deletes_of_crossing_authors_do_not_deadlock(
+    served: Database, other: Rival, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both lock the authors in the order of their ids, of which the second here is 10 and the first 9."""
+    await other.connection.execute("SELECT setval(pg_get_serial_sequence('users', 'id'), 8)")
+    ids = await add_users(served, 3)
+    assert [len(str(id)) for id in ids] == [1, 2, 2]
+    await other.execute(f"SELECT 1 FROM users WHERE id = {ids[1]} FOR UPDATE")
+    posts = BulkCreatePostsRequest(posts=[Post(author_id=id, title="Notes") for id in ids[::-1]])
+    deletes = BulkDeleteUsersRequest(users=[UserKey(id=id) for id in ids[::-1]])
+    load = asyncio.create_task(acknowledged(served, CREATE_POSTS, posts))
+    waiting = await other.wait_for_blocked()
+    delete = asyncio.create_task(acknowledged(served, DELETE_USERS, deletes))
+    await other.wait_for_blocked(waiting)
+    await other.rollback()
+
+    [created], [deleted] = await load, await delete
+
+    assert (created.created, deleted.deleted, deleted.deleted_posts) == (3, 3, 3)
+    assert caplog.messages == []
+
+
+async def test_batch_gives_way_to_a_deadlock_that_the_database_cannot_see(
+    served: Database, other: Rival, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first batch waits for the rival, the rival for the second, and the second for the first."""
+    first, second = await add_users(served, 2)
+    await other.execute(f"SELECT 1 FROM users WHERE id = {first} FOR UPDATE")
+    messages = [BulkCreatePostsRequest(posts=[Post(author_id=id, title="Notes")]) for id in (first, second)]
+    load = asyncio.create_task(acknowledged(served, CREATE_POSTS, *messages))
+    await other.wait_for_blocked()
+    await until(lambda: other.count(WAITING_FOR_COMMIT))
+
+    await other.execute(f"DELETE FROM users WHERE id = {second}")
+    await other.commit()
+
+    acks = await load
+    assert [ack.created for ack in acks] == [1, 0]
+    assert [reason for ack in acks for _, reason, _ in reasons(ack)] == ["AUTHOR_NOT_FOUND"]
+    assert caplog.messages == []  # no lock_timeout
 
 
 async def crossing(

@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from service.db.engine import Database
 from service.heartbeat import Heartbeat
 from service.settings import Settings
+from tests.support.pgbouncer import direct
 
 
 async def test_failed_heartbeat_is_logged_and_tried_again(
@@ -18,7 +19,7 @@ async def test_failed_heartbeat_is_logged_and_tried_again(
     """It does not wait for long, and the service does not notice."""
     monkeypatch.setattr("service.heartbeat.WRITE_SECONDS", 0.2)
     monkeypatch.setattr("service.heartbeat.INTERVAL_SECONDS", 0.01)
-    plain = make_url(postgresql_url).set(drivername="postgresql").render_as_string()
+    plain = make_url(direct(postgresql_url)).set(drivername="postgresql").render_as_string()
     blocker = await asyncpg.connect(plain)
     database = Database(Settings(database_url=postgresql_url))
     try:

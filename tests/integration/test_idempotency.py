@@ -7,9 +7,10 @@ from uuid import UUID
 import pytest
 from sqlalchemy import select
 
+from service.db.answers import Request
 from service.db.engine import Database
 from service.errors import RequestIdReused
-from service.idempotency import Request, RequestRepository, delete_expired_requests
+from service.idempotency import RequestRepository, delete_expired_requests
 from service.users.repository import UserRepository
 
 ID = UUID("7d0f7c0e-1c43-4b5b-8d5c-2a4b4c1f6a10")
@@ -20,7 +21,7 @@ BODY = b"body"
 async def kept(database: Database) -> Database:
     """A database with the response to one request."""
     async with database.begin() as session:
-        requests = RequestRepository(session, "ops", "CreateUser")
+        requests = RequestRepository(session, "ops", "CreateUser", UserRepository)
         assert await requests.claim(ID, BODY) is None
         await requests.store(ID, b"answer")
     return database
@@ -28,7 +29,7 @@ async def kept(database: Database) -> Database:
 
 async def claim(database: Database, *, caller: str = "ops", method: str = "CreateUser") -> bytes | None:
     async with database.begin() as session:
-        return await RequestRepository(session, caller, method).claim(ID, BODY)
+        return await RequestRepository(session, caller, method, UserRepository).claim(ID, BODY)
 
 
 async def test_repeated_request_gets_first_response(kept: Database) -> None:
@@ -39,7 +40,7 @@ async def test_repeated_request_gets_first_response(kept: Database) -> None:
 async def test_empty_response_is_stored_too(database: Database) -> None:
     """The response of a delete has no bytes."""
     async with database.begin() as session:
-        requests = RequestRepository(session, "ops", "CreateUser")
+        requests = RequestRepository(session, "ops", "CreateUser", UserRepository)
         await requests.claim(ID, BODY)
         await requests.store(ID, b"")
 
@@ -50,7 +51,7 @@ async def test_another_body_is_refused(kept: Database) -> None:
     """The id belongs to the request that it first came with."""
     with pytest.raises(RequestIdReused):
         async with kept.begin() as session:
-            await RequestRepository(session, "ops", "CreateUser").claim(ID, b"another body")
+            await RequestRepository(session, "ops", "CreateUser", UserRepository).claim(ID, b"another body")
 
 
 async def test_ids_are_scoped_to_callers_and_methods(kept: Database) -> None:
@@ -64,7 +65,7 @@ async def test_failed_request_is_not_stored(database: Database) -> None:
 
     async def fail() -> None:
         async with database.begin() as session:
-            await RequestRepository(session, "ops", "CreateUser").claim(ID, BODY)
+            await RequestRepository(session, "ops", "CreateUser", UserRepository).claim(ID, BODY)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -79,7 +80,7 @@ async def test_concurrent_request_waits_for_the_first(database: Database, first_
 
     async def first() -> None:
         async with database.begin() as session:
-            requests = RequestRepository(session, "ops", "CreateUser")
+            requests = RequestRepository(session, "ops", "CreateUser", UserRepository)
             await requests.claim(ID, BODY)
             claimed.set()
             await requests.store(ID, b"answer")

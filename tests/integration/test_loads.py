@@ -13,9 +13,9 @@ from sqlalchemy import text
 from service.db import migrations
 from service.db.bulk.batch import Outcome, Result
 from service.db.engine import Database
-from service.errors import EmailTaken, InvalidField, LoadFenced, LoadNotFound, RosterError
+from service.errors import EmailTaken, InvalidField, LoadExpired, LoadFenced, LoadNotFound, RosterError
 from service.loads.model import Load, LoadState
-from service.loads.repository import LoadRepository, expire_loads
+from service.loads.repository import LoadRepository, LoadRow, expire_loads
 from service.settings import Settings
 from service.validation import MAX_ID
 from tests.support.rival import until
@@ -35,9 +35,9 @@ PREVIOUS_RELEASE_OPENS = text(
 PREVIOUS_RELEASE_READS = text("SELECT caller, epoch FROM bulk_loads WHERE load_id = :load_id")
 
 
-@pytest.fixture(params=["0003", "head"])
+@pytest.fixture(params=["0008", "head"])
 async def revision(request: pytest.FixtureRequest, database_url: str) -> str:
-    """The revision of the database: 0003 still has the key `load_id` besides (caller, load_id)."""
+    """The revision of the database: 0008 still has the key `load_id` besides (caller, load_id)."""
     if request.param != "head":
         await asyncio.to_thread(migrations.downgrade, database_url, request.param)
     return str(request.param)
@@ -45,8 +45,8 @@ async def revision(request: pytest.FixtureRequest, database_url: str) -> str:
 
 @pytest.fixture
 async def expanded(database_url: str, database: Database) -> Database:
-    """The database at revision 0003."""
-    await asyncio.to_thread(migrations.downgrade, database_url, "0003")
+    """The database at revision 0008."""
+    await asyncio.to_thread(migrations.downgrade, database_url, "0008")
     return database
 
 
@@ -97,6 +97,11 @@ async def failures(database: Database, load: Load, after: int, limit: int) -> li
     async with database.read() as session:
         found = await LoadRepository(session, "ada").failures(load, after, limit)
     return [offset for offset, _ in found]
+
+
+async def rows(database: Database, load: Load, start: int, limit: int) -> list[LoadRow]:
+    async with database.read() as session:
+        return await LoadRepository(session, "ada").rows(load, start, limit)
 
 
 def of(*results: Result, ids: list[int] | None = None, **failures: RosterError) -> Outcome:
@@ -335,6 +340,34 @@ async def test_outcome_of_any_range_of_rows(database: Database, load: Load) -> N
         assert comparable(await outcome(database, load, start, end)) == comparable(whole.part(start, end))
 
 
+async def test_rows_of_any_page(database: Database, load: Load) -> None:
+    """Over batches of any size, with the result and the id of each row; none from the watermark on."""
+    expected: list[LoadRow] = []
+    for size in (1, 3, 1, 1, 5, 2):
+        first, last = len(expected), len(expected) + size
+        ids = [row % 3 and row + 70 for row in range(first, last)]
+        results = [CREATED if id else FAILED for id in ids]
+        await recorded(database, load, first, of(*results, ids=ids))
+        expected += map(LoadRow, range(first, last), results, ids)
+
+    stored = await got(database)
+    assert stored.next_offset == len(expected) == 13
+    for start in range(15):
+        for limit in (1, 2, 6, 13, 1000):
+            assert await rows(database, stored, start, limit) == expected[start : start + limit]
+
+
+async def test_rows_of_a_load_that_has_expired_meanwhile(database: Database, load: Load) -> None:
+    """They are not taken for the end of the load, even if it was read before it expired."""
+    await recorded(database, load, 0, of(CREATED, CREATED, ids=[7, 8]))
+    before = await got(database)
+    await expired(database, datetime.now(UTC) + timedelta(days=1))
+
+    for stored in (before, await got(database)):
+        with pytest.raises(LoadExpired):
+            await rows(database, stored, 1, 10)
+
+
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ids=st.lists(st.sampled_from([0, 1, MAX_ID]) | st.integers(0, MAX_ID), min_size=1, max_size=9))
 async def test_stores_ids_in_any_order(database: Database, ids: list[int]) -> None:
@@ -396,7 +429,7 @@ async def test_open_waits_for_a_load_that_is_just_begun(
     database: Database, revision: str, caller: str, *, commits: bool
 ) -> None:
     """Only if the other transaction commits there are two streams, or a load of another caller."""
-    waits = caller == "ada" or revision == "0003"
+    waits = caller == "ada" or revision == "0008"
     async with database.begin() as session:
         await LoadRepository(session, "ada").open("staff", METHOD, OPTIONS)
         second = asyncio.create_task(opened(database, caller=caller))

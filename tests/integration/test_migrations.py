@@ -12,24 +12,34 @@ from pathlib import Path
 
 import pytest
 from alembic import command
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import NullPool, make_url, text
+from sqlalchemy import Connection, NullPool, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from service.db import migrations, revisions
 from service.db.base import Base
 from service.db.schema import read_schema
-from tests.support.migrations import downgrade, upgrade
+from tests.support.migrations import downgrade, execute, upgrade
 from tests.support.postgres import find_programs
 
 CHECKOUT = Path(__file__).parents[2]
 UPGRADE = "import sys; from service.db import migrations; migrations.upgrade(sys.argv[1])"
+COLUMNS_OF_0006 = [
+    "bulk_batches.deleted_posts",
+    "bulk_loads.deleted",
+    "bulk_loads.deleted_posts",
+    "requests.entity",
+    "requests.entity_id",
+]
+TABLES_OF_0008 = ["changes", "feed"]
 VERSION_TABLES = "'alembic_version', 'roster_schema', 'schema_compatibility'"
 # Whatever one can say of a table. Alembic's comparison leaves out collations and identities.
 SCHEMA = {
     "sqlite": f"""
-        SELECT name, sql FROM sqlite_schema
+        SELECT CASE type WHEN 'trigger' THEN 'trigger ' || name ELSE name END AS name, sql FROM sqlite_schema
         WHERE sql IS NOT NULL AND tbl_name NOT IN ('sqlite_sequence', {VERSION_TABLES})
         ORDER BY name
     """,
@@ -45,6 +55,11 @@ SCHEMA = {
         UNION ALL
         SELECT indexname, indexdef FROM pg_indexes
         WHERE schemaname = 'public' AND tablename NOT IN ({VERSION_TABLES})
+        UNION ALL
+        SELECT 'trigger ' || tgname, pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal
+        UNION ALL
+        SELECT 'trigger ' || proname, pg_get_functiondef(oid) FROM pg_proc
+        WHERE pronamespace = 'public'::regnamespace
         ORDER BY name, definition
     """,
 }
@@ -69,15 +84,15 @@ def normalise(definition: str) -> str:
     SQLite quotes the name of a table that was renamed, as Alembic does with a copy.
     """
     head, parenthesis, body = " ".join(definition.replace('"', "").split()).partition(" ( ")
-    parts = re.split(r",\s*(?![^(]*\))", body.removesuffix(")").strip())
+    parts = re.split(r"\s*,\s*(?![^(]*\))", body.removesuffix(")").strip())
     return head + parenthesis + ", ".join(sorted(parts))
 
 
 async def test_models_and_migrations_agree(empty_url: str, engine: AsyncEngine) -> None:
-    """The migrations make what the models alone would make, and `alembic check` agrees."""
+    """The migrations make what the models alone would make, besides triggers, and `alembic check` agrees."""
     await upgrade(empty_url)
     await asyncio.to_thread(command.check, migrations.config(empty_url))
-    migrated = await schema(engine)
+    migrated = [each for each in await schema(engine) if not each[0].startswith("trigger ")]
 
     await downgrade(empty_url, "base")
     async with engine.begin() as connection:
@@ -107,6 +122,90 @@ async def test_every_migration_goes_down_and_up_again(empty_url: str, engine: As
         assert await schema(engine) == before
         await upgrade(empty_url, revision)
         assert await schema(engine) == after
+
+
+async def test_completes_a_database_that_was_at_0005_without_0006(
+    empty_url: str, engine: AsyncEngine
+) -> None:
+    """As development versions made it; the state of the schema says what to do. It lacks 0008 too."""
+    await upgrade(empty_url)
+    complete = await schema(engine)
+    await downgrade(empty_url, "0005")
+    await drop_what_0008_makes(engine)
+    names = [column.split(".") for column in COLUMNS_OF_0006]
+    drops = [f"ALTER TABLE {table} DROP COLUMN {name}" for table, name in names]
+    await execute(engine, "DROP INDEX ix_requests_entity_id_entity", *drops)
+
+    state = await read_schema(engine)
+    assert not state.is_usable
+    missing = [f"the column {name}" for name in COLUMNS_OF_0006] + [f"the table {n}" for n in TABLES_OF_0008]
+    assert str(state) == (
+        f"the schema is at revision 0005, but lacks {', '.join(missing)}; run `roster migrate --contract`"
+    )
+
+    await upgrade(empty_url)
+    assert (await read_schema(engine)).is_usable
+    assert await schema(engine) == complete
+
+
+async def drop_what_0008_makes(engine: AsyncEngine) -> None:
+    """Drop tables, triggers and functions."""
+    if engine.dialect.name == "sqlite":
+        names = [
+            name.removeprefix("trigger ") for name, _ in await schema(engine) if name.startswith("trigger ")
+        ]
+        await execute(engine, *(f"DROP TRIGGER {name}" for name in names))
+    else:
+        await execute(engine, "DROP FUNCTION log_changes(), reset_feed(), begin_feed() CASCADE")
+    await execute(engine, *(f"DROP TABLE {name}" for name in TABLES_OF_0008))
+
+
+async def test_completes_a_database_that_was_at_0007_without_0008(
+    empty_url: str, engine: AsyncEngine
+) -> None:
+    """Its changes are logged from then on. It can also be downgraded."""
+    await upgrade(empty_url)
+    complete = await schema(engine)
+    await downgrade(empty_url, "0007")
+    await drop_what_0008_makes(engine)
+    assert not (await read_schema(engine)).is_usable
+
+    await upgrade(empty_url)
+    assert (await read_schema(engine)).is_usable
+    assert await schema(engine) == complete
+    await execute(engine, "INSERT INTO users (email) VALUES ('ada@example.org')")
+    async with engine.connect() as connection:
+        assert await connection.scalar(text("SELECT entity FROM changes")) == "users"
+
+    await downgrade(empty_url, "0007")
+    await drop_what_0008_makes(engine)
+    await downgrade(empty_url, "0006")
+    await upgrade(empty_url)
+    assert await schema(engine) == complete
+
+
+async def test_replaced_table_on_sqlite_keeps_its_triggers(empty_sqlite_url: str) -> None:
+    """A table that Alembic copies; also the log itself, to which the triggers of other tables write."""
+    await upgrade(empty_sqlite_url)
+    engine = create_async_engine(empty_sqlite_url, poolclass=NullPool)
+    before = [each for each in await schema(engine) if each[0].startswith("trigger ")]
+    assert len(before) == 8
+
+    def replace_tables(connection: Connection) -> None:
+        with Operations.context(MigrationContext.configure(connection)) as operations:
+            for name in ("users", "changes", "posts"):
+                with operations.batch_alter_table(name, recreate="always"):
+                    pass
+
+    async with engine.begin() as connection:
+        await connection.run_sync(replace_tables)
+
+    assert [each for each in await schema(engine) if each[0].startswith("trigger ")] == before
+    user = "INSERT INTO users (email) VALUES ('ada@example.org')"
+    await execute(engine, user, "UPDATE users SET version = 2", "DELETE FROM users")
+    async with engine.connect() as connection:
+        assert (await connection.scalars(text("SELECT ids FROM changes"))).all() == [1, 1, 1]
+    await engine.dispose()
 
 
 async def test_printed_sql_makes_the_same_schema(

@@ -18,11 +18,18 @@ import grpc
 import pytest
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from roster.v1.posts_pb2 import BatchGetPostsRequest, ExportPostsRequest, GetPostRequest, ListPostsRequest
+from roster.v1.posts_pb2 import (
+    BatchGetPostsRequest,
+    CountPostsRequest,
+    ExportPostsRequest,
+    GetPostRequest,
+    ListPostsRequest,
+)
 from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import (
     BatchGetUsersRequest,
+    CountUsersRequest,
     ExportUsersRequest,
     GetUserRequest,
     ListUsersRequest,
@@ -161,6 +168,7 @@ LOOK_UPS = [
 ]
 each_look_up = pytest.mark.parametrize("look_up", LOOK_UPS, ids=lambda look_up: look_up.rpc)
 EXPORTS = {"users": ("ExportUsers", ExportUsersRequest), "posts": ("ExportPosts", ExportPostsRequest)}
+COUNTS = {"users": ("CountUsers", CountUsersRequest), "posts": ("CountPosts", CountPostsRequest)}
 each_table = pytest.mark.parametrize("table", EXPORTS)
 LIST_RPCS = {
     "users": LIST_USERS,
@@ -312,6 +320,28 @@ async def test_list_with_unindexed_filter_stops_when_page_is_full(large: Client,
         assert {node["Node Type"] for node in rows} == {"Index Scan"}
         assert INDEX[rpc.table][order] in {node["Index Name"] for node in rows}
         assert max(map(rows_read, rows)) <= 2 * PAGE
+
+
+@each_table
+async def test_count_with_indexed_filter_reads_only_matches(large: Client, table: str) -> None:
+    """It reads the index alone, unless the filter names other columns too."""
+    rpc, request = COUNTS[table]
+    for text, matches in NARROW[table].items():
+        count = nodes(await large.explain_first(rpc, request(filter=text)))
+        assert max(map(rows_read, scans(count, table)), default=0) <= matches
+    index = INDEX[table]["id"]
+    [scan] = scans(nodes(await large.explain_first(rpc, request(filter="id > 100 AND id < 9000"))), table)
+    assert (scan["Node Type"], scan["Index Name"]) == ("Index Only Scan", index)
+
+
+@each_table
+async def test_count_stops_at_its_limit(large: Client, table: str) -> None:
+    """Without a filter, and with one that no index supports."""
+    rpc, request = COUNTS[table]
+    for text in ("", CONTAINS[table]):
+        plan = nodes(await large.explain_first(rpc, request(filter=text, at_most=PAGE)))
+        [scan] = [node for node in plan if node.get("Relation Name") == table]
+        assert rows_read(scan) <= (3 * PAGE if text else PAGE + 1)
 
 
 async def test_list_of_one_author_reads_only_its_posts(large: Client) -> None:

@@ -21,6 +21,8 @@ from roster.v1.users_pb2 import (
     DeleteUserRequest,
     UpdateUserRequest,
 )
+from service.changes.feed import Feed
+from service.changes.kinds import ENTITIES
 from service.db import migrations, revisions
 from service.db.connect import postgresql_engine
 from service.db.engine import Database
@@ -43,6 +45,9 @@ FORBIDDEN = [
     "CREATE INDEX ON users (full_name)",
     "CREATE TABLE mine (id int)",
     "CREATE TEMPORARY TABLE mine (id int)",
+    "CREATE TRIGGER mine AFTER DELETE ON users EXECUTE FUNCTION log_changes()",
+    "ALTER TABLE users DISABLE TRIGGER log_insert",
+    "TRUNCATE changes",
     "CREATE FUNCTION mine() RETURNS int LANGUAGE sql AS 'SELECT 1'",
     "CREATE ROLE mine",
     "SET ROLE roster_migrator",
@@ -139,6 +144,68 @@ async def test_role_of_the_service_is_restricted(url: str, statement: str) -> No
     """It can neither change the schema nor use anything but the tables."""
     with pytest.raises(asyncpg.InsufficientPrivilegeError):
         await executed(as_role(url, "roster_service"), statement)
+
+
+@pytest.fixture(scope="module")
+async def writer(url: str) -> str:
+    """The URL for a role that may write users and nothing else of Roster, and has a schema of its own."""
+    name = make_url(url).database
+    await executed(
+        url,
+        f"""
+        CREATE ROLE writer LOGIN;
+        GRANT CONNECT, CREATE, TEMPORARY ON DATABASE {name} TO writer;
+        GRANT USAGE ON SCHEMA public TO writer;
+        GRANT SELECT, INSERT, UPDATE, DELETE ON users TO writer;
+        GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO writer;
+        """,
+    )
+    await executed(as_role(url, "writer"), "CREATE SCHEMA elsewhere")
+    return as_role(url, "writer")
+
+
+WRITE = """
+    INSERT INTO public.users (email) VALUES ('writer@example.org');
+    UPDATE public.users SET version = 2 WHERE email = 'writer@example.org';
+    DELETE FROM public.users WHERE email = 'writer@example.org';
+"""
+
+
+@pytest.mark.parametrize(
+    "prelude",
+    [
+        "",
+        "CREATE TEMPORARY TABLE changes (LIKE public.users); SET search_path = pg_temp, public;",
+        "CREATE TABLE elsewhere.changes (entity text, ids bytea); SET search_path = elsewhere;",
+        "SET search_path = '';",
+    ],
+)
+async def test_changes_by_other_roles_are_logged(prelude: str, url: str, writer: str) -> None:
+    """They need no right to the log, and can't divert it."""
+    database = Database(Settings(database_url=as_role(url, "roster_service")))
+    feed = Feed(database)
+    token = (await feed.now()).for_entities(ENTITIES)
+    await executed(writer, prelude + WRITE)
+    await executed(writer, "DROP TABLE IF EXISTS elsewhere.changes")
+    [change] = (await feed.read(token)).changes
+    assert change.deleted_user_id
+    await database.close()
+
+
+async def test_other_roles_cannot_use_the_functions_of_the_log(writer: str) -> None:
+    """With a table of their own, whose log would be written with the rights of Roster's owner."""
+    for function in ("log_changes", "reset_feed", "begin_feed"):
+        with pytest.raises(asyncpg.InsufficientPrivilegeError, match=f"for function public.{function}"):
+            await executed(
+                writer,
+                f"""
+                CREATE TABLE elsewhere.{function} (id bigint);
+                CREATE TRIGGER mine AFTER INSERT ON elsewhere.{function} REFERENCING NEW TABLE AS changed
+                FOR EACH STATEMENT EXECUTE FUNCTION public.{function}();
+                """,
+            )
+    with pytest.raises(asyncpg.InsufficientPrivilegeError, match="for table changes"):
+        await executed(writer, "SELECT * FROM changes")
 
 
 async def test_other_roles_cannot_connect(url: str) -> None:

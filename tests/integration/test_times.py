@@ -213,7 +213,7 @@ async def test_every_write_stores_times_with_six_digits_on_sqlite(sqlite_url: st
                 for stored in await session.scalars(select(cast(column, Text))):
                     assert FORM.fullmatch(stored), f"{column} has {stored}"
                     written.add(column.table.name)
-    assert written == {"users", "posts", "requests", "bulk_loads"}
+    assert written == {"users", "posts", "requests", "bulk_loads", "changes"}
 
 
 async def test_migration_completes_times_of_earlier_releases(sqlite_url: str) -> None:

@@ -1,8 +1,10 @@
 """Invalid requests to every RPC, each with its reason and the violated field."""
 
+import zlib
 from typing import Any
 
 from service.validation import MAX_ID
+from tests.support.changes import encode, forge
 
 # In every bad text; in no answer.
 SECRET = "xyzzy"
@@ -105,6 +107,10 @@ def bad_exports() -> list[Bad]:
     ]
 
 
+def bad_counts() -> list[Bad]:
+    return [*bad_filters(), *bad_values("at_most", [-1, 1_000_001, INT64_MIN, INT64_MAX])]
+
+
 def bad_batches() -> list[Bad]:
     return [
         ({}, "INVALID_FIELD", "ids"),
@@ -124,7 +130,7 @@ def bad_streams(rows: str, row: dict[str, Any], **needed: Any) -> list[Bad]:
         ([first, {"options": {}}], "INVALID_OPTIONS", "options"),
         *[
             ({"options": {**needed, name: value}}, "INVALID_FIELD", f"options.{name}")
-            for name in ("on_conflict", "atomicity")
+            for name in ("on_conflict", "atomicity", "on_missing")
             for value in (UNKNOWN_VALUE, -1)
         ],
         *[
@@ -142,6 +148,14 @@ def bad_loads() -> list[Bad]:
     return [
         *bad_values("load_id", ["", *BAD_LOAD_IDS]),
         *bad_values("caller", BAD_CALLERS, load_id="some load"),
+    ]
+
+
+def bad_lists_of_a_load() -> list[Bad]:
+    return [
+        *bad_loads(),
+        *bad_values("page_size", [-1, INT32_MIN], load_id="some load"),
+        ({"load_id": "some load", "page_token": SECRET}, "INVALID_PAGE_TOKEN", "page_token"),
     ]
 
 
@@ -178,6 +192,71 @@ BAD_HASHES = [
     HASH.replace("m=65536", "m=9999999"),
     HASH.replace("p=4", "p=0"),
 ]
+
+FEED_ID = "0" * 32
+NO_NUMBERS: list[Any] = [-1, 1 << 63, 1.5, "1", None, True, [], float("nan")]
+NO_ENTRIES: list[Any] = [
+    "",
+    SECRET,
+    "-1",
+    "1.5",
+    "1e3",
+    "٣",
+    " 1",
+    "9223372036854775808",
+    "1" * 5000,
+    None,
+    1,
+    [],
+]
+NO_SNAPSHOTS: list[Any] = [
+    *("1:2", "1:2:3:4", ":2:", "1::", "1:2:,", "1:2:1,", "1:2:\n", "1:2:\0", "a:b:c", "0:2:", "0:0:", "2:1:"),
+    *("1:2:0", "1:2:2", "1:2:3", "1:5:3,2", "1:5:2,2", "2:5:1", "1:٣:", f"1:{1 << 63}:", SECRET),
+]
+NO_LISTS: list[Any] = [None, 1, SECRET, [-1], ["1"], [[1]], [None]]
+
+
+def token(since: Any = "1:2:", until: Any = "", *rest: Any) -> str:
+    """Return a token of a feed with a valid id, and with a valid checksum."""
+    return forge(FEED_ID, since, until, *(rest or (0, 0, 0, [])))
+
+
+FORGED_TOKENS = [
+    forge(),
+    forge(FEED_ID),
+    forge({"feed_id": FEED_ID}),
+    *[forge(feed_id, "1:2:", "", 0, 0, 0, []) for feed_id in (SECRET, FEED_ID[1:], "", None, 1, [FEED_ID])],
+    *[token(since) for since in [*NO_ENTRIES, *NO_SNAPSHOTS]],
+    *[token("5", until) for until in ("5", "1:2:", SECRET)],
+    *[token("1:2:", until) for until in [*NO_SNAPSHOTS, "5", None, 7, {}]],
+    *[token("1:2:", "1:3:", number, 0, 0, []) for number in NO_NUMBERS],
+    *[token("1:2:", "1:3:", 0, number, 0, []) for number in NO_NUMBERS],
+    *[token("1:2:", "1:3:", 0, 0, number, []) for number in [*NO_NUMBERS, 5001]],
+    *[token("1:2:", "", 0, 0, 0, entities) for entities in [*NO_LISTS, [1] * 80_000]],
+    token("1:2:", "", 0, 0, 0, [], 1),
+    encode(zlib.compress(b"[" * 100_000)),
+    encode(zlib.compress(b"9" * 100_000)),
+    encode(zlib.compress(b" " * (32 << 20))),
+    encode(zlib.compress(b"[]")[:-4]),
+    encode(zlib.compress(b"\xff")),
+    encode(zlib.compress(b"[]"), version=b"\x02"),
+    encode(b""),
+    encode(SECRET.encode()),
+    token()[1:],
+    "B" + token()[1:],
+]
+
+
+def bad_feeds() -> list[Bad]:
+    """Return requests of a feed with unknown entities, damaged tokens, and forged ones."""
+    damaged = [SECRET, "!", "a", "é", "\0", "AAAA", "QUJD" * 1000]
+    return [
+        *[({"entities": [1, value]}, "INVALID_FIELD", "entities[1]") for value in (0, 3, -1, UNKNOWN_VALUE)],
+        *bad_values("token", [*damaged, *FORGED_TOKENS]),
+        ({"token": token("1:2:", "", 0, 0, 0, [1]), "entities": [1, 2]}, "INVALID_FIELD", "token"),
+        ({"token": token("1:2:", "", 0, 0, 0, [1, 99])}, "INVALID_FIELD", "token"),
+    ]
+
 
 TABLE: dict[str, list[Bad]] = {
     "CreateUser": [
@@ -234,6 +313,13 @@ TABLE: dict[str, list[Bad]] = {
         *bad_options("INVALID_OPTIONS", "restore", {"restore": True, "update_mask": EMAIL}),
         *bad_masks(["password", "posts"], path="options.update_mask"),
     ],
+    "BulkDeleteUsers": [
+        *bad_streams("users", {"id": 77}),
+        *bad_options("INVALID_OPTIONS", "on_conflict", {"on_conflict": 1}),
+        *bad_options("INVALID_OPTIONS", "update_mask", {"update_mask": EMAIL}),
+        *bad_options("INVALID_OPTIONS", "restore", {"restore": True}),
+    ],
+    "CountUsers": bad_counts(),
     "ExportUsers": bad_exports(),
     "GetBulkLoad": bad_loads(),
     "ListBulkLoads": [
@@ -241,11 +327,8 @@ TABLE: dict[str, list[Bad]] = {
         *bad_values("caller", BAD_CALLERS),
         ({"page_token": SECRET}, "INVALID_PAGE_TOKEN", "page_token"),
     ],
-    "ListBulkLoadFailures": [
-        *bad_loads(),
-        *bad_values("page_size", [-1, INT32_MIN], load_id="some load"),
-        ({"load_id": "some load", "page_token": SECRET}, "INVALID_PAGE_TOKEN", "page_token"),
-    ],
+    "ListBulkLoadFailures": bad_lists_of_a_load(),
+    "ListBulkLoadRows": bad_lists_of_a_load(),
     "AbortBulkLoad": bad_loads(),
     "CreatePost": [
         *bad_ids("post.author_id", post={"title": "Notes"}),
@@ -260,6 +343,7 @@ TABLE: dict[str, list[Bad]] = {
         *bad_lists("title", "author_id", "email"),
         *bad_values("author_id", [-1, MAX_ID + 1, INT64_MIN, INT64_MAX]),
     ],
+    "CountPosts": [*bad_counts(), *bad_values("author_id", [-1, MAX_ID + 1, INT64_MIN, INT64_MAX])],
     "UpdatePost": [
         *bad_ids("post.id"),
         *bad_versions("post.version", post={"id": 77}),
@@ -284,5 +368,11 @@ TABLE: dict[str, list[Bad]] = {
         *bad_options("INVALID_OPTIONS", "on_conflict", {"on_conflict": 1, "update_mask": TITLE}),
         *bad_masks(["author_id", "author_email", "author"], path="options.update_mask"),
     ],
+    "BulkDeletePosts": [
+        *bad_streams("posts", {"id": 77}),
+        *bad_options("INVALID_OPTIONS", "restrict", {"restrict": True}),
+    ],
     "ExportPosts": bad_exports(),
+    "WatchChanges": bad_feeds(),
+    "ListChanges": [*bad_feeds(), *bad_values("page_size", [-1, INT32_MIN])],
 }

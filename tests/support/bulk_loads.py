@@ -7,7 +7,9 @@ from typing import Any
 from hypothesis import strategies as st
 
 from roster.v1.bulk_pb2 import BulkOptions
+from roster.v1.posts_pb2 import PostKey
 from roster.v1.resources_pb2 import Post, User
+from roster.v1.users_pb2 import UserKey
 from tests.support.bulk_model import ADA, BAD, BOB, CYD, EMAILS, HASHES, Load, Values
 from tests.support.items import Item
 
@@ -74,6 +76,16 @@ NEW_POSTS = _rows(
     "title content author_id author_email",
 )
 CHANGED_POSTS = _rows(Post, st.fixed_dictionaries(KEYS | POST), "id version title content")
+# By id and by e-mail in one load, some of them the same user.
+USER_KEYS = st.one_of(
+    _rows(UserKey, st.fixed_dictionaries(KEYS), "id version"),
+    _rows(
+        UserKey, st.fixed_dictionaries({"email": USER["email"], "version": KEYS["version"]}), "email version"
+    ),
+    st.just(UserKey()),
+)
+POST_KEYS = _rows(PostKey, st.fixed_dictionaries(KEYS), "id version")
+MISSING = st.sampled_from([BulkOptions.FAIL_MISSING, BulkOptions.SKIP_MISSING])
 ITEM = {
     "slug": st.sampled_from("abcdef"),
     "code": st.sampled_from([0, 1, 2, 3, 4, 5]),
@@ -105,6 +117,8 @@ LOADS = {
     "swap e-mails": loads("update users", MOVES, update_mask=masks("email")),
     "create posts": loads("create posts", NEW_POSTS),
     "update posts": loads("update posts", CHANGED_POSTS, update_mask=masks("title", "content")),
+    "delete users": loads("delete users", USER_KEYS, on_missing=MISSING, restrict=st.booleans()),
+    "delete posts": loads("delete posts", POST_KEYS, on_missing=MISSING),
     "create items": loads("create items", NEW_ITEMS, on_conflict=FAIL_OR_SKIP),
     "create or update items": loads(
         "create items",

@@ -8,10 +8,12 @@ from typing import Any
 from google.rpc.code_pb2 import Code
 
 from roster.v1.bulk_pb2 import BulkAck, BulkOptions, RowFailure
+from roster.v1.posts_pb2 import PostKey
 from roster.v1.resources_pb2 import Post, User
+from roster.v1.users_pb2 import UserKey
 from service.bulk.operation import Operation
-from service.posts.servicer import CREATE_POSTS, UPDATE_POSTS
-from service.users.servicer import CREATE_USERS, UPDATE_USERS
+from service.posts.servicer import CREATE_POSTS, DELETE_POSTS, UPDATE_POSTS
+from service.users.servicer import CREATE_USERS, DELETE_USERS, UPDATE_USERS
 from tests.support.items import CREATE_ITEMS, UPDATE_ITEMS
 
 Values = dict[str, Any]
@@ -56,6 +58,7 @@ CODES = {
     "SLUG_TAKEN": Code.ALREADY_EXISTS,
     "CODE_TAKEN": Code.ALREADY_EXISTS,
     "ITEM_NOT_FOUND": Code.NOT_FOUND,
+    "USER_HAS_POSTS": Code.FAILED_PRECONDITION,
 }
 
 
@@ -122,6 +125,7 @@ def _applied_batch(tables: Tables, load: Load, offset: int, rows: list[Any]) -> 
     after = deepcopy(tables)
     ack = BulkAck(offset=offset, next_offset=offset + len(rows))
     for position, row in enumerate(rows, offset):
+        posts = len(after["posts"])
         try:
             what, id = KINDS[load.kind].write(after, row, load.options)
         except Refused as refused:
@@ -129,6 +133,8 @@ def _applied_batch(tables: Tables, load: Load, offset: int, rows: list[Any]) -> 
             ack.failures.append(refused.to_message(position))
         setattr(ack, what, getattr(ack, what) + 1)
         ack.ids.append(id)
+        if what == "deleted" and isinstance(row, UserKey):
+            ack.deleted_posts += posts - len(after["posts"])
     known = {0, *tables[load.operation.rows_field]}
     if load.options.atomicity == BulkOptions.BATCH and ack.failures:
         failed = BulkAck(offset=offset, next_offset=ack.next_offset, failed=len(rows), ids=[0] * len(rows))
@@ -210,6 +216,42 @@ def _update_post(tables: Tables, row: Post, options: BulkOptions) -> tuple[str, 
     _check(row, ["id", "version", *(name for name in ("title", "content") if name in mask)])
     _change(_current(tables["posts"], row, "POST_NOT_FOUND"), row, mask)
     return "updated", row.id
+
+
+def _delete_user(tables: Tables, row: UserKey, options: BulkOptions) -> tuple[str, int]:
+    key = row.WhichOneof("key")
+    if key is None:
+        raise Refused("INVALID_FIELD", "id")
+    _check(row, [key, "version"])
+    users, posts = tables["users"], tables["posts"]
+    id = row.id if key == "id" else _owner(users, EMAILS[row.email])
+    if id not in users:
+        return _missing("USER_NOT_FOUND", options)
+    if row.version not in (0, users[id]["version"]):
+        raise Refused("VERSION_MISMATCH", "version")
+    theirs = [post for post, values in posts.items() if values["author_id"] == id]
+    if theirs and options.restrict:
+        raise Refused("USER_HAS_POSTS")
+    for post in theirs:
+        del posts[post]
+    del users[id]
+    return "deleted", id
+
+
+def _delete_post(tables: Tables, row: PostKey, options: BulkOptions) -> tuple[str, int]:
+    _check(row, ["id", "version"])
+    if row.id not in tables["posts"]:
+        return _missing("POST_NOT_FOUND", options)
+    if row.version not in (0, tables["posts"][row.id]["version"]):
+        raise Refused("VERSION_MISMATCH", "version")
+    del tables["posts"][row.id]
+    return "deleted", row.id
+
+
+def _missing(reason: str, options: BulkOptions) -> tuple[str, int]:
+    if options.on_missing == BulkOptions.SKIP_MISSING:
+        return "skipped", 0
+    raise Refused(reason)
 
 
 def _create_item(tables: Tables, row: Any, options: BulkOptions) -> tuple[str, int]:
@@ -302,6 +344,8 @@ KINDS = {
     "update users": Kind(UPDATE_USERS, _update_user),
     "create posts": Kind(CREATE_POSTS, _create_post),
     "update posts": Kind(UPDATE_POSTS, _update_post),
+    "delete users": Kind(DELETE_USERS, _delete_user),
+    "delete posts": Kind(DELETE_POSTS, _delete_post),
     "create items": Kind(CREATE_ITEMS, _create_item),
     "update items": Kind(UPDATE_ITEMS, _update_item),
 }

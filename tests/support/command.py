@@ -28,9 +28,14 @@ class Ended:
 async def start(
     *command: str | Path, folder: Path | None = None, **environment: str
 ) -> asyncio.subprocess.Process:
-    """Start a program; it inherits the environment except for settings of Roster."""
+    """Start a program; it inherits the environment except for settings of Roster.
+
+    One of those is inherited: the mode of the pooler in `make test-pooler`.
+    """
     inherited = {
-        name: value for name, value in os.environ.items() if not re.match("ROSTER_|DATABASE_URL$", name)
+        name: value
+        for name, value in os.environ.items()
+        if name == "ROSTER_DATABASE_POOLER" or not re.match("ROSTER_|DATABASE_URL$", name)
     }
     return await asyncio.create_subprocess_exec(
         *command,

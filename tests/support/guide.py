@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.postgres import Postgres
+
 CHECKOUT = Path(__file__).parents[2]
 FOLDERS = ("alembic", "deploy", "docs", "protos", "service", "tests")
 FILES = ("alembic.ini", "hatch_build.py", "pyproject.toml", "LICENSE", "README.md")
@@ -25,8 +27,11 @@ def apply_hunk(text: str, hunk: str) -> str:
 
 
 def apply_block(folder: Path, kind: str, name: str, block: str) -> None:
-    """Create or edit the file that a block shows; a command writes it."""
-    path = folder / name
+    """Create or edit the file that a block shows; a command writes it.
+
+    A name with a star is that of a migration, whose number the page does not know.
+    """
+    [path] = folder.glob(name) if "*" in name else [folder / name]
     if kind == "diff":
         text = path.read_text()
         for hunk in block.split("@@\n"):
@@ -48,15 +53,29 @@ def apply_guide(page: str, folder: Path) -> None:
         shutil.copytree(CHECKOUT / name, folder / name, ignore=GENERATED)
     for name in FILES:
         shutil.copy(CHECKOUT / name, folder)
-    for kind, name, block in BLOCK.findall((CHECKOUT / "docs" / page).read_text()):
-        apply_block(folder, kind, name, block)
+    for kind, name, block in blocks(page):
+        if "*" not in name:
+            apply_block(folder, kind, name, block)
     run_python(folder, "-c", GENERATE)
 
 
-def run_python(folder: Path, *arguments: str) -> None:
+def edit_migrations(page: str, folder: Path) -> None:
+    """Apply what a page changes in migrations that were generated."""
+    for kind, name, block in blocks(page):
+        if "*" in name:
+            apply_block(folder, kind, name, block)
+
+
+def blocks(page: str) -> list[tuple[str, str, str]]:
+    """Return the kind, the file and the text of each block of a page of docs/."""
+    return [*BLOCK.findall((CHECKOUT / "docs" / page).read_text())]
+
+
+def run_python(folder: Path, *arguments: str, **variables: str) -> None:
     """Run Python in a copy of the repository, on a SQLite database there; it must succeed."""
     environment = {
         **os.environ,
+        **variables,
         "PYTHONPATH": f"{folder}{os.pathsep}{folder}/protos",
         "ROSTER_DATABASE_URL": f"sqlite:///{folder}/roster.db",
     }
@@ -64,3 +83,9 @@ def run_python(folder: Path, *arguments: str) -> None:
         [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run_tests(folder: Path, postgres: Postgres, *tests: str) -> None:
+    """Run tests of a copy of the repository, with databases on a running server."""
+    url = postgres.url.render_as_string(hide_password=False)
+    run_python(folder, "-m", "pytest", *tests, ROSTER_TEST_DATABASE_URL=url)

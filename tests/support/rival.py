@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import asyncpg
 from sqlalchemy import make_url
 
+from tests.support.pgbouncer import direct
+
 T = TypeVar("T")
 
 DEADLINE_SECONDS = 20
@@ -38,6 +40,12 @@ class Rival:
         """Execute a statement in the transaction."""
         await self.connection.execute(statement)
 
+    async def count(self, statement: str) -> int:
+        """Return the answer to a statement about the sessions of the server as they are now."""
+        # A transaction sees pg_stat_activity as it was when it first read it.
+        await self.execute("SELECT pg_stat_clear_snapshot()")
+        return int(await self.connection.fetchval(statement))
+
     async def wait_for_blocked(self, other: int = 0) -> int:
         """Wait until a session waits for this one, directly or through another, and return its process id."""
         return int(await until(lambda: self.connection.fetchval(WAITING, other)))
@@ -54,7 +62,7 @@ class Rival:
 @asynccontextmanager
 async def rival(url: str) -> AsyncIterator[Rival]:
     """Open another session, and begin a transaction."""
-    plain = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    plain = make_url(direct(url)).set(drivername="postgresql").render_as_string(hide_password=False)
     connection = await asyncpg.connect(plain)
     try:
         other = Rival(connection)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import grpc
@@ -35,11 +36,19 @@ class Wire:
         self.channel = channel
 
     async def call(self, rpc: str, *messages: Mapping[str, Any] | Message | bytes) -> list[Any]:
-        """Return all responses of the RPC; raises RpcError."""
+        """Return all responses of the RPC, of a watch the first one; raises RpcError."""
         method = RPCS[rpc]
         stream: Any = self.channel.stream_stream(
             f"/{method.containing_service.full_name}/{rpc}",
             response_deserializer=GetMessageClass(method.output_type).FromString,
         )
         sent = [message_bytes(rpc, message) for message in messages]
-        return await asyncio.to_thread(lambda: list(stream(iter(sent), timeout=TIMEOUT_SECONDS)))
+        return await asyncio.to_thread(_responses, stream(iter(sent), timeout=TIMEOUT_SECONDS), rpc)
+
+
+def _responses(call: Any, rpc: str) -> list[Any]:
+    if not rpc.startswith("Watch"):
+        return list(call)
+    first = list(islice(call, 1))
+    call.cancel()  # it has no end
+    return first

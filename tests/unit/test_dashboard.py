@@ -14,6 +14,7 @@ import yaml
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
+from tests.support.changes import Watch
 from tests.support.errors import refusal
 from tests.support.scrape import Scrape
 from tests.support.server import FREE_PORT, serve
@@ -46,6 +47,7 @@ async def samples(sqlite_url: str) -> Samples:
         messages = [BulkCreateUsersRequest(users=rows), BulkCreateUsersRequest(users=rows, offset=9)]
         async for _ in users.BulkCreateUsers(iter(messages)):
             pass
+        await Watch(channel).read()
         scrape = await Scrape.of(server.metrics_address)
     samples: Samples = {"up": {frozenset()}}  # Prometheus itself adds "up"
     for name, labels in scrape.samples:

@@ -7,7 +7,7 @@ import asyncpg
 import pytest
 from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError as PoolTimeoutError
 
-from service.db.errors import domain_error, may_have_committed, translate_errors
+from service.db.errors import cause_of, domain_error, is_transient, may_have_committed, translate_errors
 from service.errors import DatabaseUnavailable, PoolExhausted, RosterError, StatementTimeout, UserNotFound
 
 SECRET = "postgresql://roster:hunter2@db/roster"
@@ -38,6 +38,10 @@ TRANSLATED: list[tuple[Exception, type[RosterError]]] = [
     (asyncpg.IdleInTransactionSessionTimeoutError(SECRET), DatabaseUnavailable),
     (asyncpg.ReadOnlySQLTransactionError(SECRET), DatabaseUnavailable),
     (asyncpg.InvalidCachedStatementError(SECRET), DatabaseUnavailable),
+    (asyncpg.InvalidSQLStatementNameError(SECRET), DatabaseUnavailable),
+    (asyncpg.DuplicatePreparedStatementError(SECRET), DatabaseUnavailable),
+    (asyncpg.ProtocolViolationError(SECRET), DatabaseUnavailable),
+    (asyncpg.InternalClientError(SECRET), DatabaseUnavailable),
     (asyncpg.QueryCanceledError(SECRET), StatementTimeout),
     (sqlite_error("SQLITE_BUSY"), DatabaseUnavailable),
     (sqlite_error("SQLITE_BUSY_SNAPSHOT"), DatabaseUnavailable),
@@ -52,6 +56,7 @@ BUGS: list[Exception] = [
     asyncpg.UndefinedTableError(SECRET),
     asyncpg.CharacterNotInRepertoireError(SECRET),
     asyncpg.DataError(SECRET),
+    asyncpg.OutdatedSchemaCacheError(SECRET),
     sqlite_error("SQLITE_CONSTRAINT_UNIQUE"),
     sqlite_error("SQLITE_ERROR"),
     sqlite_error("SQLITE_CORRUPT"),
@@ -131,3 +136,30 @@ def test_raises_domain_errors_unchanged(caplog: pytest.LogCaptureFixture) -> Non
 
     assert caught.value is error
     assert not caplog.records
+
+
+def test_error_without_a_text_has_a_cause() -> None:
+    """As the driver's own timeout, which ends a statement of a server that does not answer."""
+    assert cause_of(TimeoutError()) == "TimeoutError"
+    with pytest.raises(StatementTimeout), translate_errors():
+        raise TimeoutError
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("unsupported startup parameter: options", False),
+        ('"trust" authentication failed', False),
+        ('database "roster" does not exist', False),
+        ("no such user", False),
+        ("transaction blocks not allowed in statement pooling mode", False),
+        ("no more connections allowed (max_client_conn)", True),
+        ('database "roster" is disabled', True),
+        ("pgbouncer cannot connect to server", True),
+        ("client_login_timeout (server down)", True),
+        ("query_wait_timeout", True),
+    ],
+)
+def test_start_waits_for_a_pooler_only_if_that_helps(message: str, *, expected: bool) -> None:
+    """PgBouncer reports all of these with one code, that of a violated protocol."""
+    assert is_transient(wrapped(asyncpg.ProtocolViolationError(message))) is expected

@@ -11,12 +11,20 @@ CHECKOUT = Path(__file__).parents[2]
 PAGES = [
     *(
         CHECKOUT / name
-        for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "deploy/README.md", "examples/README.md")
+        for name in (
+            "README.md",
+            "CONTRIBUTING.md",
+            "CHANGELOG.md",
+            "deploy/README.md",
+            "examples/README.md",
+            "examples/changes/README.md",
+        )
     ),
     *sorted((CHECKOUT / "docs").glob("*.md")),
 ]
 LINK = re.compile(r"\[([^\]]+)\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+PROGRAM = re.compile(r"^```(?:python|go|js)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([\w.]+)`")
 
 
@@ -61,3 +69,13 @@ def test_index_lists_every_page() -> None:
     linked = {target for _, target, _ in LINK.findall(index.read_text())}
     pages = {page.name for page in index.parent.glob("*.md")} - {index.name}
     assert pages - linked == set()
+
+
+def test_page_of_the_feed_shows_its_examples() -> None:
+    """Its programs are parts of the examples, which are tested."""
+    files = [CHECKOUT / "examples/mirror.py", *(CHECKOUT / "examples/changes").iterdir()]
+    code = "\0".join(file.read_text() for file in files)
+    shown = PROGRAM.findall((CHECKOUT / "docs/changes.md").read_text())
+
+    assert shown
+    assert [part for part in shown if part not in code] == []

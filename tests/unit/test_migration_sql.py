@@ -26,6 +26,7 @@ BREAKS_OLDER_CODE = [
     "ban-drop-table",
     "ban-drop-column",
     "ban-drop-constraint",
+    "ban-drop-function",
     "renaming-column",
     "renaming-table",
 ]

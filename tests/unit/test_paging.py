@@ -1,7 +1,8 @@
 """Page tokens: each holds the last key of a page, and any other text is refused."""
 
 import string
-from datetime import UTC, datetime
+from base64 import urlsafe_b64decode
+from datetime import UTC, date, datetime, timedelta
 from itertools import product
 from typing import Any
 
@@ -10,11 +11,15 @@ from hypothesis import given, strategies as st
 from sqlalchemy import Dialect, make_url
 
 from service.db.paging import Keyset, decode_token, encode_token, fingerprint, page_size
+from service.db.token_cipher import TokenCipher
 from service.errors import InvalidField, InvalidPageToken
 from service.users.repository import UserRepository
 
 SORTABLE = UserRepository.sortable
 LISTING = fingerprint("users", "", "id", False)
+TODAY = date(2024, 2, 29)
+KEYS = {TODAY: bytes(32), TODAY + timedelta(days=1): bytes(range(32))}
+CIPHER = TokenCipher(KEYS, lambda: TODAY)
 
 ids = st.integers(1, 2**53)
 times = st.datetimes(timezones=st.just(UTC))
@@ -33,19 +38,61 @@ def test_token_decodes_to_its_key(position: tuple[str, tuple[Any, ...]]) -> None
     """Ids, texts and times are unchanged."""
     field, key = position
 
-    assert decode_token(LISTING, encode_token(LISTING, key), SORTABLE[field]) == list(key)
+    for cipher in (None, CIPHER):
+        token = encode_token(LISTING, key, cipher)
+        assert decode_token(LISTING, token, SORTABLE[field], cipher) == list(key)
+
+
+def test_encrypted_token_reveals_no_part_of_its_key() -> None:
+    """Two tokens of one page have the version and the day in common."""
+    one, other = (urlsafe_b64decode(encode_token(LISTING, ["ada@example.org"], CIPHER)) for _ in "ab")
+
+    assert one[:5] == other[:5] == b"\2" + TODAY.toordinal().to_bytes(4, "big")
+    assert one[5:] != other[5:]
+    assert b"ada" not in one
+
+
+def test_every_server_reads_tokens_of_the_week() -> None:
+    """Also those of a server whose clock is a day ahead; none whose key has been deleted."""
+    columns = SORTABLE["email"]
+    tomorrow = TokenCipher(KEYS, lambda: TODAY + timedelta(days=1))
+    tokens = [encode_token(LISTING, ["ada@example.org"], cipher) for cipher in (CIPHER, tomorrow)]
+
+    for cipher, token in product((CIPHER, tomorrow), tokens):
+        assert decode_token(LISTING, token, columns, cipher) == ["ada@example.org"]
+    later = TokenCipher({TODAY + timedelta(days=1): bytes(range(32))})
+    with pytest.raises(InvalidPageToken, match="expired"):
+        decode_token(LISTING, tokens[0], columns, later)
+
+
+def test_reads_token_of_an_earlier_release() -> None:
+    """Which was not encrypted."""
+    token = "AQpa-ENvJa9WiyjHwlsiYWRhQGV4YW1wbGUub3JnIl0"
+    assert decode_token(fingerprint("users", "", "email", False, 0), token, SORTABLE["email"], CIPHER) == [
+        "ada@example.org"
+    ]
+
+
+def test_token_encrypted_with_another_key_is_refused() -> None:
+    """As after the restore of a database."""
+    token = encode_token(LISTING, ["ada@example.org"], TokenCipher({TODAY: bytes(31) + b"1"}, lambda: TODAY))
+
+    with pytest.raises(InvalidPageToken, match="damaged"):
+        decode_token(LISTING, token, SORTABLE["email"], CIPHER)
 
 
 @pytest.mark.parametrize("id", [1, 12, 123])  # the length of a token decides how much its last character says
-def test_token_with_one_changed_character_is_refused(id: int) -> None:
+@pytest.mark.parametrize("cipher", [None, CIPHER], ids=["plain", "encrypted"])
+def test_token_with_one_changed_character_is_refused(id: int, cipher: TokenCipher | None) -> None:
     """Whichever character it is."""
-    token = encode_token(LISTING, [id])
+    token = encode_token(LISTING, [id], cipher)
     alphabet = string.printable + "\0é"
 
     for position, character in product(range(len(token)), alphabet):
         if character != token[position]:
+            changed = token[:position] + character + token[position + 1 :]
             with pytest.raises(InvalidPageToken, match="damaged"):
-                decode_token(LISTING, token[:position] + character + token[position + 1 :], SORTABLE["id"])
+                decode_token(LISTING, changed, SORTABLE["id"], cipher)
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1))

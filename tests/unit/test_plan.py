@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 
 from roster.v1.bulk_pb2 import BulkAck
 from service.bulk.convert import outcome_to_message
-from service.bulk.operation import StreamOptions
+from service.bulk.operation import Kind, StreamOptions
 from service.db.bulk.batch import Batch, Outcome, Result, WriteOptions
 from service.db.bulk.plan import StoredKey, plan_creates, plan_updates
 from service.errors import PostNotFound
@@ -19,7 +19,7 @@ from tests.support.bulk_model import Load, Tables, Values, apply_load, initial_t
 async def write_load(tables: Tables, load: Load) -> list[BulkAck]:
     """Write a load into the tables, one set of rows after another, and return its acks."""
     options = StreamOptions.from_message(load.options, load.operation).write
-    write = write_updates if load.operation.is_update else write_creates
+    write = write_updates if load.operation.kind is Kind.UPDATE else write_creates
     acks: list[BulkAck] = []
     offset = 0
     for rows in load.batches:

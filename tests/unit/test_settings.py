@@ -115,7 +115,7 @@ def test_settings_in_seconds_accept_the_same_formats(name: str, environment: pyt
         assert (value.total_seconds() if isinstance(value, timedelta) else value) == seconds
     for text in ("30s", "-1", "inf", "nan", "1e9", "1e99", "half a minute"):
         environment.setenv(variable, text)
-        if name != "bulk_load_ttl" or text != "1e9":  # its maximum is a century
+        if name not in ("bulk_load_ttl", "changes_ttl") or text != "1e9":  # its maximum is a century
             refused()
 
 
@@ -457,6 +457,22 @@ def test_reports_all_wrong_settings_at_once() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("database_url", "replica_url"),
+    [
+        ("sqlite:///roster.db", "postgresql://host/roster"),
+        ("postgresql://host/roster", "sqlite:///roster.db"),
+    ],
+)
+def test_replicas_are_for_postgresql(database_url: str, replica_url: str) -> None:
+    """Both URLs name servers of one PostgreSQL cluster."""
+    error = refused(database_url=database_url, replica_url=replica_url)
+    assert [problem["loc"] for problem in error.errors()] == [("replica_url",)]
+    assert Settings(replica_url="postgres://a,b/roster", database_url="postgres://c/roster").replica_url == (
+        "postgresql+asyncpg://a,b/roster"
+    )
+
+
 def test_reports_no_contradiction_with_a_wrong_value() -> None:
     """The right value might not contradict the other settings."""
     wrong = refused(tls_cert_file="", tls_key_file="key.pem", drain_pause="soon", grace=1, workers=0)
@@ -549,3 +565,25 @@ def test_metrics_and_health_addresses_need_a_port(name: str) -> None:
     """They may be empty, but not a Unix socket."""
     assert "must be host:port, or empty" in str(refused(**{name: "unix:/run/roster"}))
     assert getattr(Settings(**{name: ""}), name) == ""  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ("options=-cwork_mem%3D5MB&schema=app", "sets search_path, work_mem for the session, which a pooler"),
+        ("statement_cache_size=100", "sets statement_cache_size, but a pooler in transaction mode keeps no"),
+    ],
+)
+def test_pooler_in_transaction_mode_keeps_no_session(parameters: str, sentence: str) -> None:
+    """Settings that need a session are refused with advice; in other modes they are accepted."""
+    url = f"postgresql://ada@db/roster?{parameters}"
+    assert sentence in str(refused(database_url=url, database_pooler="transaction"))
+    for mode in ("none", "session"):
+        assert Settings(database_url=url, database_pooler=mode).pools_transactions is False
+    harmless = "postgresql://ada@db/roster?statement_cache_size=0&options=endpoint%3Dep-cool-1"
+    assert Settings(database_url=harmless, database_pooler="Transaction").pools_transactions is True
+
+
+def test_sqlite_has_no_pooler() -> None:
+    """In any mode."""
+    assert "must be none with SQLite" in str(refused(database_pooler="session"))

@@ -170,6 +170,7 @@ async def test_streams_with_unknown_options_leak_no_memory(database_url: str, tm
     assert not seen.failures
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 async def test_distinct_filters_leak_no_memory(database_url: str, tmp_path: Path) -> None:
     """SQLAlchemy would cache up to 750 statements, 0.75 MiB for a filter of 2,000 characters."""
     random = Random(7)
