@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench import bulk, commands, read, workers
+from bench import bulk, changes, commands, read, workers
 from bench.databases import PostgreSQL
 from bench.options import Options
 from bench.peers.build import LOAD
@@ -14,7 +14,7 @@ from bench.plot import draw
 from bench.report import Table, as_markdown, machine, save
 from tests.support.postgres import PostgresServer
 
-GROUPS = {"read": read, "bulk": bulk, "commands": commands, "workers": workers}
+GROUPS = {"read": read, "bulk": bulk, "changes": changes, "commands": commands, "workers": workers}
 TABLES = [name for group in GROUPS.values() for name in group.TABLES]
 
 

@@ -26,7 +26,12 @@ from bench.rows import (
 )
 from roster.v1.bulk_pb2 import BulkOptions
 from roster.v1.posts_pb2 import BulkCreatePostsRequest
-from roster.v1.users_pb2 import BulkCreateUsersRequest, BulkUpdateUsersRequest
+from roster.v1.users_pb2 import (
+    BulkCreateUsersRequest,
+    BulkDeleteUsersRequest,
+    BulkUpdateUsersRequest,
+    UserKey,
+)
 
 COPY_POSTS = r"\copy posts (title, content, author_id) from '{file}'"
 COPY_CHANGES = """\
@@ -39,6 +44,11 @@ UPDATE = """\
 UPDATE users SET full_name = changes.full_name, is_active = changes.is_active,
     version = version + 1, updated_at = now()
 FROM changes WHERE users.id = changes.id AND position BETWEEN {first} AND {last};
+"""
+DELETE = """\
+CREATE TEMPORARY TABLE keys (id bigint);
+\\copy keys from '{file}'
+DELETE FROM users USING keys WHERE users.id = keys.id;
 """
 COUNT_USERS = "SELECT count(*) FROM users"
 
@@ -131,6 +141,23 @@ class Cases:
             users=self._write("updated.txt", copy_text(users).encode()),
         )
 
+    def delete(self) -> Case:
+        r"""Delete users without posts by id; the reference is \copy and DELETE … USING."""
+        users = make_users(self._rows)
+        ids = range(1, len(users) + 1)
+        messages = [UserKey(id=id) for id in ids]
+        stream = requests(BulkDeleteUsersRequest, "users", messages, bulk_options(self._load_id))
+        counts = _counts(len(users), deleted=len(users))
+        return Case(
+            "delete",
+            "delete by id",
+            self._stream("UserService/BulkDeleteUsers", "delete", stream, counts),
+            self._psql("delete", DELETE, [(id,) for id in ids], r"psql \copy + DELETE … USING"),
+            COUNT_USERS,
+            0,
+            users=self._write("deleted.txt", copy_text(users).encode()),
+        )
+
     def sqlite(self) -> Case:
         """Create users on SQLite; the reference is Python's sqlite3."""
         users = make_users(self._rows)
@@ -164,5 +191,8 @@ class Cases:
         return path
 
 
-def _counts(ids: int, *, created: int = 0, updated: int = 0, skipped: int = 0) -> dict[str, int]:
-    return {"created": created, "updated": updated, "skipped": skipped, "failed": 0, "ids": ids}
+def _counts(
+    ids: int, *, created: int = 0, updated: int = 0, skipped: int = 0, deleted: int = 0
+) -> dict[str, int]:
+    counts = {"created": created, "updated": updated, "skipped": skipped, "failed": 0, "deleted": deleted}
+    return {**counts, "ids": ids}

@@ -49,10 +49,10 @@ class PostgreSQL:
     async def set_up(self) -> None:
         """Restart the server with SETTINGS."""
         url = plain_url(self._server.url.render_as_string())
-        await _execute(url, *(f"ALTER SYSTEM SET {name} = '{value}'" for name, value in SETTINGS.items()))
+        await execute(url, *(f"ALTER SYSTEM SET {name} = '{value}'" for name, value in SETTINGS.items()))
         self._server.stop()
         self._server.start()
-        [(folder, version)] = await _execute(
+        [(folder, version)] = await execute(
             url, "SELECT current_setting('data_directory'), current_setting('server_version')"
         )
         self.pid = _postmaster(folder)
@@ -68,14 +68,14 @@ class PostgreSQL:
                 await asyncio.to_thread(
                     subprocess.run, [*PSQL, "--command", copy, plain_url(url)], check=True
                 )
-            await _execute(plain_url(url), "VACUUM ANALYZE")
+            await execute(plain_url(url), "VACUUM ANALYZE")
             yield str(make_url(url).database)
 
     @asynccontextmanager
     async def database(self, template: str) -> AsyncIterator[str]:
         """Yield the URL of a new copy of a template, completely written to disk."""
         async with self._server.database(template) as url:
-            await _execute(plain_url(url), "CHECKPOINT")
+            await execute(plain_url(url), "CHECKPOINT")
             yield plain_url(url)
 
 
@@ -124,9 +124,11 @@ def plain_url(url: str) -> str:
     return url.replace("+asyncpg", "")
 
 
-async def _execute(url: str, *statements: str) -> list[Any]:
+async def execute(url: str, *statements: str) -> list[Any]:
+    """Execute statements, and return the rows of the last one."""
     connection = await asyncpg.connect(url)
     try:
-        return [await connection.fetch(statement) for statement in statements][-1]
+        rows = [await connection.fetch(statement) for statement in statements]
+        return rows[-1] if rows else []
     finally:
         await connection.close()

@@ -13,8 +13,10 @@ import grpc
 from sqlalchemy import make_url
 
 from bench.rows import BATCH, UserRow
+from bench.watching import catch_up, idle, latency
 from roster.v1.bulk_pb2 import BulkWriteResponse
 
+NAMES = ("created", "updated", "skipped", "failed", "deleted")
 WINDOW = 8  # unacknowledged messages
 CONNECT_SECONDS = 30
 INSERT = "INSERT INTO users (email, full_name, hashed_password, is_active) VALUES (?, ?, ?, ?)"
@@ -57,7 +59,7 @@ def _load(call: Any, messages: Sequence[bytes]) -> dict[str, int]:
         if response.HasField("ack"):
             window.release()
             ids.extend(response.ack.ids)
-    counts = {name: getattr(response.summary, name) for name in ("created", "updated", "skipped", "failed")}
+    counts = {name: getattr(response.summary, name) for name in NAMES}
     return {**counts, "ids": len(ids) - ids.count(0)}
 
 
@@ -83,7 +85,13 @@ def main() -> None:
     print(json.dumps(work()), flush=True)
 
 
-TASKS: dict[str, Callable[..., Work]] = {"stream": stream, "executemany": executemany}
+TASKS: dict[str, Callable[..., Work]] = {
+    "stream": stream,
+    "executemany": executemany,
+    "idle": idle,
+    "latency": latency,
+    "catch_up": catch_up,
+}
 
 if __name__ == "__main__":
     main()
