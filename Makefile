@@ -8,9 +8,10 @@
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-BUILD_INPUTS := pyproject.toml hatch_build.py $(wildcard protos/*/*/*.proto)
+CLIENT := clients/python
+BUILD_INPUTS := pyproject.toml $(CLIENT)/pyproject.toml $(CLIENT)/hatch_build.py $(wildcard protos/*/*/*.proto)
 # Not the programs that somebody tries in the checkout, such as the README's hello.py.
-SOURCES := alembic bench deploy examples hatch_build.py service tests tools
+SOURCES := alembic bench clients deploy examples service tests tools
 NODE := tests/e2e/node
 ENGINES := tests/engines
 # What `make check` runs besides lint: the unit tests, and at least one file of each layer above them.
@@ -20,7 +21,7 @@ CHECKED := tests/unit $(addprefix tests/integration/test_,user_repository.py pos
 PATRONI_LOCK := tests/support/patroni.lock
 GRPCURL := v1.9.4
 LOCK := uv pip compile pyproject.toml --quiet $(if $(UPGRADE),--upgrade) --universal \
-	--generate-hashes --no-header --no-emit-index-url --no-emit-find-links
+	--generate-hashes --no-emit-package roster-client --no-header --no-emit-index-url --no-emit-find-links
 
 # The first suitable Python; `make PYTHON=/path/to/python3 …` selects another one.
 SUITABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
@@ -106,7 +107,7 @@ contract: $(VENV)/development ## Record the protos as released; later versions a
 clean: ## Remove installed, generated and cached files; data is kept
 	rm -rf $(VENV) .bench .tools dist $(NODE)/node_modules $(ENGINES)/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find protos \( -name '*_pb2*' -o -name __init__.py -o -name py.typed \) -delete
-	find alembic hatch_build.py protos service tests tools -name __pycache__ -prune -exec rm -rf {} +
+	find alembic clients protos service tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	@$(or $(PYTHON),false) -c '$(SUITABLE)' 2>/dev/null || { \
@@ -118,7 +119,7 @@ $(BIN)/python:
 
 $(VENV)/installed: requirements.lock $(BUILD_INPUTS) | $(BIN)/python
 	$(PIP_INSTALL) --require-hashes --requirement requirements.lock
-	$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	$(PIP_INSTALL) --no-deps --no-build-isolation --editable $(CLIENT) --editable .
 	@touch $@
 
 $(VENV)/development: $(VENV)/installed requirements-dev.lock

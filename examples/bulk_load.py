@@ -10,11 +10,11 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
+from roster.client import BulkLoader, LoadInterrupted, channel
 from roster.v1.bulk_pb2 import BulkAck, BulkOpened, BulkOptions, BulkSummary
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import BulkLoader, LoadInterrupted, channel
 
 ADDRESS = os.environ.get("ROSTER_ADDRESS", "127.0.0.1:50051")
 LOAD_ID = "example-2026-03"

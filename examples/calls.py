@@ -4,15 +4,15 @@ import asyncio
 import os
 from uuid import uuid4
 
+from roster.client import EmailTaken, RosterError, Unavailable, UserNotFound, VersionMismatch, channel
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import CreateUserRequest, GetUserRequest, UpdateUserRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import EmailTaken, RosterError, Unavailable, UserNotFound, VersionMismatch, channel
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 
 ADDRESS = os.environ.get("ROSTER_ADDRESS", "127.0.0.1:50051")
 
 
-async def create(users: UserServiceStub, email: str, request_id: str) -> str:
+async def create(users: UserServiceAsyncStub, email: str, request_id: str) -> str:
     """Create a user. Calls with the same request_id create it once and get the same response."""
     request = CreateUserRequest(user=User(email=email, full_name="Ada Lovelace"), request_id=request_id)
     try:
@@ -22,7 +22,7 @@ async def create(users: UserServiceStub, email: str, request_id: str) -> str:
     return f"created user {user.id}, version {user.version}"
 
 
-async def rename(users: UserServiceStub, email: str, name: str) -> str:
+async def rename(users: UserServiceAsyncStub, email: str, name: str) -> str:
     """Rename a user, unless somebody else changes it between the read and the update."""
     try:
         user = await users.GetUser(GetUserRequest(email=email), timeout=2)

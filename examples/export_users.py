@@ -5,9 +5,9 @@ import csv
 import os
 import sys
 
+from roster.client import Backoff, RosterError, channel
 from roster.v1.users_pb2 import ExportUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import Backoff, RosterError, channel
 
 ADDRESS = os.environ.get("ROSTER_ADDRESS", "127.0.0.1:50051")
 

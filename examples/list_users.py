@@ -4,9 +4,9 @@ import asyncio
 import os
 import sys
 
+from roster.client import InvalidFilter, channel, pages
 from roster.v1.users_pb2 import ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import InvalidFilter, channel, pages
 
 ADDRESS = os.environ.get("ROSTER_ADDRESS", "127.0.0.1:50051")
 

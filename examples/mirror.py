@@ -6,11 +6,11 @@ import sqlite3
 import sys
 from typing import Any
 
+from roster.client import Backoff, FeedReset, RosterError, TokenExpired, channel, watch_changes
 from roster.v1 import posts_pb2, users_pb2
 from roster.v1.changes_pb2 import Change
 from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import Backoff, FeedReset, RosterError, TokenExpired, channel, watch_changes
 
 ADDRESS = os.environ.get("ROSTER_ADDRESS", "127.0.0.1:50051")
 # No key but the id: two users can trade their e-mails, and a post can arrive before its author.

@@ -10,14 +10,8 @@ from collections.abc import Collection, Sequence
 from contextvars import ContextVar
 from typing import NamedTuple
 
-from service.errors import InvalidToken
-
-KEY = "roster-consistency-token"  # of the metadata
-# Instead of a token: any replica may answer, however old its data; only the primary may.
-ANY, PRIMARY = "any", "primary"
-
-# How the names of RPCs begin whose reads a replica may answer. `VerifyPassword` always reads on the primary.
-READ_PREFIXES = ("Get", "BatchGet", "List", "Count", "Export")
+from roster.client.consistency import ANY, KEY, PRIMARY
+from roster.errors import InvalidToken
 
 TOKEN = re.compile(r"([0-9a-f]{16})-([0-9a-f]{8})-([0-9a-f]{16})")
 

@@ -15,8 +15,8 @@ from grpc_health.v1.health_pb2 import (
     HealthListResponse,
 )
 
+from roster.errors import PoolExhausted, QuotaExceeded, RosterError, ServiceNotFound
 from service.db.engine import Database
-from service.errors import PoolExhausted, QuotaExceeded, RosterError, ServiceNotFound
 from service.interceptors.chain import Context, host_of
 from service.metrics import READY
 from service.waits import BoundedWaits

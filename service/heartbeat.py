@@ -10,13 +10,13 @@ from uuid import uuid4
 from sqlalchemy import delete, func
 from sqlalchemy.exc import DBAPIError
 
+from roster.errors import RosterError
 from service import __version__
 from service.db import revisions
 from service.db.base import Session, now
 from service.db.dialect import insert
 from service.db.engine import CancelledAfterCommit, Database
 from service.db.servers import LIFETIME, RunningServer
-from service.errors import RosterError
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from google.protobuf.message import Message
 from sqlalchemy import delete, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from roster.errors import InvalidField, RequestIdReused
 from service.auth.caller import current_caller
 from service.db.answers import Request
 from service.db.base import Session, Values
@@ -26,7 +27,6 @@ from service.db.dialect import insert
 from service.db.engine import Database
 from service.db.repository import Repository
 from service.db.selection import Row
-from service.errors import InvalidField, RequestIdReused
 from service.wire import DeleteRequest, Update, WriteRequest, deletion_from_request
 
 KEPT_FOR = timedelta(hours=24)

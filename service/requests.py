@@ -14,7 +14,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from service.errors import MalformedMessage
+from roster.errors import MalformedMessage
 
 PACKAGE = "roster.v1."
 RESOURCES = "roster/v1/resources.proto"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
+from roster.errors import RosterError
 from service import metrics, telemetry
 from service.auth.policy import Policy
 from service.auth.reloading import ReloadingFile
@@ -27,7 +28,6 @@ from service.connections import MAX_HEALTH_CONNECTIONS, connection_options, max_
 from service.db.engine import Database
 from service.db.reads import Reader
 from service.db.token_keys import delete_old_token_keys
-from service.errors import RosterError
 from service.health import Health
 from service.heartbeat import Heartbeat
 from service.idempotency import delete_expired_requests

@@ -1,6 +1,6 @@
 """Converts domain errors to google.rpc.Status, with the only table of status codes.
 
-`error_from_status` in `client/errors.py` is the inverse.
+`error_from_status` of `roster.client.errors` is the inverse.
 """
 
 from functools import cache
@@ -10,8 +10,8 @@ from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from service import errors
-from service.errors import RosterError
+from roster import errors
+from roster.errors import RosterError
 
 DOMAIN = "roster"
 # gRPC limits metadata to 16 KiB, which includes the message and the overhead of base64.

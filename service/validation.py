@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from service.errors import InvalidField, TooLarge, Violation
+from roster.errors import InvalidField, TooLarge, Violation
 
 Check = Callable[[Any], str | None]
 

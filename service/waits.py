@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from service.errors import Draining, QuotaExceeded, RosterError
+from roster.errors import Draining, QuotaExceeded, RosterError
 
 T = TypeVar("T")
 

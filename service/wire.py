@@ -12,8 +12,8 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from roster.errors import InvalidField, InvalidMask
 from service.db.base import Values
-from service.errors import InvalidField, InvalidMask
 from service.validation import (
     DEFAULT_COUNT,
     MAX_COUNT,

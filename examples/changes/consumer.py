@@ -14,11 +14,11 @@ from abc import ABC, abstractmethod
 from contextlib import suppress
 from typing import Any
 
+from roster.client import Backoff, FeedReset, RosterError, TokenExpired, UserNotFound, channel, watch_changes
 from roster.v1.changes_pb2 import Change, WatchChangesResponse
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import ExportUsersRequest, GetUserRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import Backoff, FeedReset, RosterError, TokenExpired, UserNotFound, channel, watch_changes
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 
 
 class Store(ABC):
@@ -26,7 +26,7 @@ class Store(ABC):
 
     schema: str
 
-    def __init__(self, path: str, users: UserServiceStub) -> None:
+    def __init__(self, path: str, users: UserServiceAsyncStub) -> None:
         self.users = users
         self.db = sqlite3.connect(path)
         self.db.executescript(
@@ -121,7 +121,7 @@ class Cache:
 
     fresh_seconds = 30.0  # the server sends a response every 10 s
 
-    def __init__(self, users: UserServiceStub) -> None:
+    def __init__(self, users: UserServiceAsyncStub) -> None:
         self.users = users
         self.clear()
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Set as AbstractSet
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-from service.errors import PermissionDenied
+from roster.errors import PermissionDenied
 
 
 @dataclass(frozen=True, slots=True)

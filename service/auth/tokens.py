@@ -9,9 +9,9 @@ from typing import Any
 
 import jwt
 
+from roster.errors import Unauthenticated
 from service.auth.keys import Key, read_keys
 from service.auth.reloading import ReloadingFile
-from service.errors import Unauthenticated
 
 LEEWAY_SECONDS = 30
 KEPT_TOKENS = 4096

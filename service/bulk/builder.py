@@ -4,8 +4,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
+from roster.errors import InvalidField
 from service.db.bulk.batch import Batch
-from service.errors import InvalidField
 from service.timeslice import TimeSlice, map_in_slices
 from service.validation import ID_RULE, VERSION_RULE, Rule
 from service.wire import datetime_from_timestamp, timestamp_error

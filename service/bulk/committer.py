@@ -9,12 +9,12 @@ watermark in the database says whether it happened.
 import asyncio
 import random
 
+from roster.errors import DatabaseUnavailable, LoadExpired, OffsetGap, OutcomeUnknown
 from service.bulk.operation import Operation
 from service.bulk.pending import FAULTS, BatchState, PendingBatch, PreviousNotCommitted
 from service.db.bulk.batch import Outcome, WriteOptions
 from service.db.bulk.writer import BulkWriter
 from service.db.engine import Database
-from service.errors import DatabaseUnavailable, LoadExpired, OffsetGap, OutcomeUnknown
 from service.loads.model import Load
 from service.loads.repository import LoadRepository
 

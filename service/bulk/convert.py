@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from roster.errors import RosterError
 from roster.v1.bulk_pb2 import (
     BulkAck,
     BulkLoad,
@@ -13,7 +14,6 @@ from roster.v1.bulk_pb2 import (
 )
 from service.bulk.builder import BatchBuilder
 from service.db.bulk.batch import Batch, Outcome
-from service.errors import RosterError
 from service.status import status_code, status_from_error
 from service.timeslice import add_in_slices
 from service.validation import Rule

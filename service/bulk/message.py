@@ -5,7 +5,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from service.errors import InvalidOptions
+from roster.errors import InvalidOptions
 from service.requests import parse, request_class
 
 MAX_ROWS = 5000

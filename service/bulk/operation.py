@@ -7,6 +7,7 @@ from functools import cached_property
 
 from google.protobuf.message import Message
 
+from roster.errors import InvalidOptions
 from roster.v1.bulk_pb2 import BulkOptions
 from service.bulk.convert import ToBatch
 from service.bulk.message import BulkParser
@@ -14,7 +15,6 @@ from service.db.base import Session
 from service.db.bulk.batch import Batch, OnConflict, Outcome, WriteOptions
 from service.db.bulk.table import BulkTable
 from service.db.bulk.writer import BulkWriter
-from service.errors import InvalidOptions
 from service.validation import check_choice
 from service.wire import mask_paths
 

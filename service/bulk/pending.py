@@ -7,10 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from time import perf_counter
 
-from service.db.base import KeyValue
-from service.db.bulk.batch import Batch, OnConflict, Outcome, Result, WriteOptions
-from service.db.bulk.table import UniqueKey
-from service.errors import (
+from roster.errors import (
     InvalidField,
     OffsetGap,
     ResourceExhausted,
@@ -19,6 +16,9 @@ from service.errors import (
     TooLarge,
     Unavailable,
 )
+from service.db.base import KeyValue
+from service.db.bulk.batch import Batch, OnConflict, Outcome, Result, WriteOptions
+from service.db.bulk.table import UniqueKey
 from service.timeslice import slices
 
 # Failures of the database, after which a batch is tried again.

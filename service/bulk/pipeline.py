@@ -6,14 +6,7 @@ from time import perf_counter
 
 from google.protobuf.message import Message
 
-from service.auth.caller import Caller, current_share
-from service.bulk.committer import BatchCommitter, gap
-from service.bulk.message import MAX_BYTES, MAX_ROWS, BulkMessage
-from service.bulk.offsets import Gap, New, Offsets, Replay, Straddle
-from service.bulk.operation import Operation, StreamOptions
-from service.bulk.pending import REFUSALS, BatchState, PendingBatch
-from service.db.bulk.batch import Outcome, Result
-from service.errors import (
+from roster.errors import (
     InvalidArgument,
     InvalidField,
     InvalidOptions,
@@ -22,6 +15,13 @@ from service.errors import (
     RosterError,
     TooLarge,
 )
+from service.auth.caller import Caller, current_share
+from service.bulk.committer import BatchCommitter, gap
+from service.bulk.message import MAX_BYTES, MAX_ROWS, BulkMessage
+from service.bulk.offsets import Gap, New, Offsets, Replay, Straddle
+from service.bulk.operation import Operation, StreamOptions
+from service.bulk.pending import REFUSALS, BatchState, PendingBatch
+from service.db.bulk.batch import Outcome, Result
 from service.loads.model import COUNTED, Load, LoadState
 from service.metrics import BULK_BATCH, BULK_BATCH_ROWS, BULK_LAG, BULK_REFUSED, BULK_ROWS
 from service.shares import FairSemaphore

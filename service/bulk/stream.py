@@ -8,6 +8,14 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
+from roster.errors import (
+    Draining,
+    InvalidOptions,
+    LoadAborted,
+    OptionsChanged,
+    RosterError,
+    TooManyFailures,
+)
 from roster.v1.bulk_pb2 import BulkLoad, BulkOptions, BulkWriteResponse
 from service.auth.caller import Caller, current_caller
 from service.bulk.committer import BatchCommitter, expired
@@ -25,14 +33,6 @@ from service.bulk.pending import PendingBatch
 from service.bulk.pipeline import Pipeline
 from service.db.bulk.batch import Outcome
 from service.db.engine import Database
-from service.errors import (
-    Draining,
-    InvalidOptions,
-    LoadAborted,
-    OptionsChanged,
-    RosterError,
-    TooManyFailures,
-)
 from service.loads.model import COUNTED, Load, LoadState
 from service.loads.repository import LoadRepository
 from service.loads.rules import check_load_id, check_new_load_id, check_owner

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from google.protobuf.message import Message
 
+from roster.errors import RosterError
 from service.changes.feed import Feed
 from service.consistency import Requirement, current_requirement, latest
 from service.db.engine import Database
@@ -15,7 +16,6 @@ from service.db.errors import cause_of
 from service.db.reads import Reader
 from service.db.replica import PRIMARY_SECONDS
 from service.encoding import RowEncoder
-from service.errors import RosterError
 from service.wire import ExportRequest, export_from_request
 
 log = logging.getLogger(__name__)

@@ -13,11 +13,11 @@ from contextvars import Context
 from copy import copy
 from typing import Protocol
 
+from roster.errors import RosterError, StatementTimeout, Unavailable
 from roster.v1.changes_pb2 import WatchChangesResponse
 from service.changes.feed import ChangePage, Feed
 from service.changes.kinds import ENTITIES, entity_of
 from service.changes.token import Token
-from service.errors import RosterError, StatementTimeout, Unavailable
 from service.metrics import WATCH_LAG, WATCHERS
 
 log = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import BigInteger, Integer, String, bindparam, column, text
 
+from roster.errors import FeedReset, TokenExpired, Unsupported
 from service.changes.reset import IDENTITY, reset_feed
 from service.changes.support import NO_TRIGGERS, TRIGGERS, UNABLE, count_triggers_sql, lack_of
 from service.changes.token import Token, snapshot_below
@@ -21,7 +22,6 @@ from service.db.compiled import CompiledSelect
 from service.db.engine import Database
 from service.db.errors import code_of
 from service.db.selection import Row
-from service.errors import FeedReset, TokenExpired, Unsupported
 
 log = logging.getLogger(__name__)
 

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from roster.errors import InvalidField
 from roster.v1 import changes_pb2 as pb
 from roster.v1.changes_pb2_grpc import ChangeServiceServicer
 from service.auth.caller import authorise_again, current_caller
@@ -11,7 +12,6 @@ from service.changes.kinds import ENTITIES, KINDS
 from service.changes.token import Token
 from service.changes.watcher import Watches
 from service.db.paging import page_size
-from service.errors import InvalidField
 from service.interceptors.audit import audit_watch
 from service.interceptors.chain import Context
 from service.metrics import CHANGES_LISTED, CHANGES_WATCHED

@@ -17,9 +17,9 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
+from roster.errors import InvalidField
 from roster.v1.changes_pb2 import Change
 from service.changes.model import MAX_IDS
-from service.errors import InvalidField
 
 VERSION = b"\x01"
 CHECKSUM_BYTES = 4

@@ -12,12 +12,12 @@ While its client does not read, it holds one encoded response, and no connection
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
+from roster.errors import Draining
 from roster.v1.changes_pb2 import Change, WatchChangesResponse
 from service.auth.caller import current_share
 from service.changes.feed import Feed
 from service.changes.head import Head, Polls
 from service.changes.token import Token
-from service.errors import Draining
 from service.shares import FairSemaphore
 
 HEARTBEAT_SECONDS = 10.0

@@ -16,13 +16,13 @@ from typing import Any
 import click
 import orjson
 
+from roster.client import FeedReset, TokenExpired, watch_changes
+from roster.errors import InvalidField, PermissionDenied, RosterError
 from roster.v1.changes_pb2 import Change
 from service.cli.formats.write import time_texts
 from service.cli.rows import ENTITIES, Entity, columns_of
 from service.cli.terminal import Target, UsageError, echo, exit_on_signal, pluralize, server_options
 from service.cli.watch_token import OPTION, PATH, WatchTokenFile
-from service.client import FeedReset, TokenExpired, watch_changes
-from service.errors import InvalidField, PermissionDenied, RosterError
 from service.escape import escape
 
 DEFAULT = "watch"

@@ -10,9 +10,9 @@ import click
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from roster.errors import InvalidField, TooLarge
 from service.cli.rows import Entity, SourceError
 from service.cli.values import PARSERS, text, timestamp
-from service.errors import InvalidField, TooLarge
 from service.escape import escape
 
 # The server accepts rows with up to 1 MiB of content.

@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
+from roster.errors import RosterError
 from service.cli.rows import ENTITIES, POSTS, Entity
 from service.cli.terminal import Target, UsageError, echo, server_options
-from service.errors import RosterError
 from service.validation import DEFAULT_COUNT, MAX_COUNT, MAX_ID
 
 AT_MOST = "Stop counting after this many rows."

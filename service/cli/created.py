@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import grpc
 
+from roster.client import Backoff, pages
 from roster.v1 import bulk_pb2 as pb
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
 from service.cli.rows import Entity
 from service.cli.terminal import PAGE_SIZE
-from service.client import Backoff, pages
 
 # A change sets `updated_at` to the start of its transaction, which may be a little before the load began.
 MARGIN = timedelta(minutes=1)

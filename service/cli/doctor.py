@@ -11,6 +11,7 @@ import click
 from sqlalchemy import func, select
 from sqlalchemy.exc import DBAPIError
 
+from roster.errors import RosterError
 from service.auth.tls import expiry, server_credentials
 from service.cli.environment import read_settings
 from service.cli.hosts import check_primary, check_replicas
@@ -20,7 +21,6 @@ from service.cli.terminal import UsageError, echo, pluralize
 from service.db.engine import Database
 from service.db.pooler import NEEDS_SETTING, pooler_mode
 from service.db.schema import read_schema
-from service.errors import RosterError
 from service.files import file_dangers, sqlite_path, storage_problem
 from service.scrapes import listen_on
 from service.server import authentication

@@ -16,6 +16,9 @@ import click
 import grpc
 from google.protobuf.descriptor import FieldDescriptor
 
+from roster.client import Backoff, Consistency
+from roster.client.consistency import PRIMARY
+from roster.errors import RosterError
 from service.cli.compression import compress
 from service.cli.formats import format_name
 from service.cli.formats.write import csv_line, csv_lines, json_lines, pyarrow, time_texts
@@ -30,9 +33,6 @@ from service.cli.terminal import (
     server_options,
 )
 from service.cli.watch_token import OPTION, PATH, WatchTokenFile
-from service.client import Backoff, Consistency
-from service.consistency import PRIMARY
-from service.errors import RosterError
 from service.escape import escape
 from service.files import replace_when_complete
 from service.memory import collect_rarely

@@ -17,8 +17,19 @@ import click
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 
+from roster.client import BATCH_ROWS, Backoff, BulkLoader, LoadInterrupted, pages
+from roster.client.errors import is_retryable
+from roster.errors import (
+    FailedPrecondition,
+    LoadAborted,
+    LoadExpired,
+    LoadNotFound,
+    RosterError,
+    TooManyFailures,
+    Unauthenticated,
+)
 from roster.v1 import bulk_pb2 as pb
-from roster.v1.bulk_pb2_grpc import BulkServiceStub
+from roster.v1.bulk_pb2_grpc import BulkServiceAsyncStub, BulkServiceStub
 from service.cli.columns import Columns, parse_columns
 from service.cli.compression import without_compression
 from service.cli.formats import (
@@ -50,17 +61,6 @@ from service.cli.terminal import (
 )
 from service.cli.tracker import RowTracker
 from service.cli.undo import undo_name
-from service.client import BATCH_ROWS, Backoff, BulkLoader, LoadInterrupted, pages
-from service.client.errors import is_retryable
-from service.errors import (
-    FailedPrecondition,
-    LoadAborted,
-    LoadExpired,
-    LoadNotFound,
-    RosterError,
-    TooManyFailures,
-    Unauthenticated,
-)
 from service.memory import collect_rarely
 
 LOAD_ID = "Load ID; reuse it to resume a load.  [default: derived from the file and the options]"
@@ -140,7 +140,7 @@ class Load:
                     self.is_open = True
                 raise
 
-    async def _refuse_earlier_load(self, loads: BulkServiceStub) -> None:
+    async def _refuse_earlier_load(self, loads: BulkServiceAsyncStub) -> None:
         """Raise FailedPrecondition if an earlier release has begun a load of this file.
 
         It did not send rows that it could not parse, so its offsets are not positions in the file.
@@ -157,7 +157,7 @@ class Load:
                 "continue it with that release, or add --load-id NAME to load the file again"
             )
 
-    async def _on_open(self, opened: pb.BulkOpened, loads: BulkServiceStub) -> None:
+    async def _on_open(self, opened: pb.BulkOpened, loads: BulkServiceAsyncStub) -> None:
         self.is_open = True
         self._backoff.reset()
         if not (opened.next_offset or self._options.caller):
@@ -174,7 +174,7 @@ class Load:
             self._set_counts(load)
             self._report.rows = self._report.skipped_rows = opened.next_offset
 
-    async def _refuse_undone(self, load: pb.BulkLoad, loads: BulkServiceStub) -> None:
+    async def _refuse_undone(self, load: pb.BulkLoad, loads: BulkServiceAsyncStub) -> None:
         """Raise FailedPrecondition if the caller has undone the load: its rows are not there any more."""
         for is_forced in (False, True):
             name = undo_name(load, 1, is_forced=is_forced)
@@ -186,7 +186,7 @@ class Load:
                         "file again"
                     )
 
-    async def _get_load(self, loads: BulkServiceStub) -> pb.BulkLoad:
+    async def _get_load(self, loads: BulkServiceAsyncStub) -> pb.BulkLoad:
         request = pb.GetBulkLoadRequest(load_id=self._options.load_id, caller=self._options.caller)
         load: pb.BulkLoad = await self._backoff.call(loads.GetBulkLoad, request)
         return load
@@ -195,7 +195,7 @@ class Load:
         self._report.rows = load.next_offset
         self._report.failed = load.failed
 
-    async def _messages(self, loads: BulkServiceStub, start: int) -> AsyncGenerator[Message, None]:
+    async def _messages(self, loads: BulkServiceAsyncStub, start: int) -> AsyncGenerator[Message, None]:
         """Yield the rows from offset `start` on, an empty one for each row that can't be parsed.
 
         The server refuses an empty row, so that it has a failure too, and the offset of a row is its position

@@ -13,13 +13,13 @@ import orjson
 from google.protobuf.json_format import MessageToJson
 from google.protobuf.message import Message
 
+from roster.client import pages
+from roster.errors import RosterError
 from roster.v1 import bulk_pb2 as pb
-from roster.v1.bulk_pb2_grpc import BulkServiceStub
+from roster.v1.bulk_pb2_grpc import BulkServiceAsyncStub, BulkServiceStub
 from service.cli.table import fit
 from service.cli.terminal import PAGE_SIZE, Target, UsageError, echo, echo_text, server_options
 from service.cli.undo import undo
-from service.client import pages
-from service.errors import RosterError
 from service.escape import escape
 
 ROW = "{state:8}  {rows:>13}  {failed:>11}  {changed:19}  {method:15}  {caller:20}  {load}"
@@ -109,7 +109,7 @@ async def _run(target: Target, action: str, load_id: str, caller: str, *, is_jso
             _print_load(load, is_json=is_json)
 
 
-async def _list(stub: BulkServiceStub, caller: str, *, is_json: bool) -> None:
+async def _list(stub: BulkServiceAsyncStub, caller: str, *, is_json: bool) -> None:
     found = pages(stub.ListBulkLoads, pb.ListBulkLoadsRequest(page_size=PAGE_SIZE, caller=caller))
     if is_json:
         await _print_all(found, _json)
@@ -122,7 +122,7 @@ async def _list(stub: BulkServiceStub, caller: str, *, is_json: bool) -> None:
         await _print_all(found, lambda load: ROW.format(**_cells(load, datetime.now(UTC))), header)
 
 
-async def _show(stub: BulkServiceStub, load_id: str, caller: str, *, is_json: bool) -> None:
+async def _show(stub: BulkServiceAsyncStub, load_id: str, caller: str, *, is_json: bool) -> None:
     load = await stub.GetBulkLoad(pb.GetBulkLoadRequest(load_id=load_id, caller=caller))
     _print_load(load, is_json=is_json)
     request = pb.ListBulkLoadFailuresRequest(load_id=load_id, caller=caller, page_size=PAGE_SIZE)

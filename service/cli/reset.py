@@ -4,13 +4,13 @@ import asyncio
 
 from sqlalchemy.exc import DBAPIError
 
+from roster.errors import RosterError
 from service.changes.reset import reset_feed
 from service.cli.environment import read_settings
 from service.cli.migrate import connection_problem
 from service.cli.terminal import UsageError, echo
 from service.db import migrations
 from service.db.engine import Database
-from service.errors import RosterError
 from service.files import sqlite_path, storage_problem
 from service.settings import Settings, describe_database, unread_databases
 

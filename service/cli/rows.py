@@ -10,12 +10,12 @@ import grpc
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from roster.errors import RosterError
 from roster.v1 import posts_pb2, users_pb2
 from roster.v1.bulk_pb2 import RowFailure
 from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.errors import RosterError
 
 OriginalT = TypeVar("OriginalT")
 Values: TypeAlias = Mapping[str, Any]  # the values of a row, by column

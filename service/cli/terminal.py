@@ -17,12 +17,12 @@ import click
 import grpc
 from click.core import ParameterSource
 
+from roster.client import Consistency, Disconnected, channel, local_credentials, tls_credentials
+from roster.client.address import check_address
+from roster.client.errors import ProxyRefused, ProxyUnavailable
+from roster.errors import RosterError, Unauthenticated
 from service.cli.diagnosis import Tls, diagnose
 from service.cli.refusal import explain_refusal
-from service.client import Consistency, Disconnected, channel, local_credentials, tls_credentials
-from service.client.address import check_address
-from service.client.errors import ProxyRefused, ProxyUnavailable
-from service.errors import RosterError, Unauthenticated
 from service.escape import escape
 from service.settings import FOR_CLIENTS, clean, is_local
 

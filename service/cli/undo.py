@@ -15,6 +15,8 @@ import click
 import grpc
 from google.protobuf.message import Message
 
+from roster.client import BATCH_ROWS, Backoff, BulkLoader, LoadInterrupted
+from roster.errors import InvalidField, LoadNotFound, PermissionDenied, RosterError, TooLarge
 from roster.v1 import bulk_pb2 as pb
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
 from roster.v1.posts_pb2 import PostKey
@@ -23,8 +25,6 @@ from service.cli.created import Created, CreatedRows
 from service.cli.progress import show_progress
 from service.cli.rows import ENTITIES, USERS, Entity
 from service.cli.terminal import Target, UsageError, echo, exit_on_signal, pluralize
-from service.client import BATCH_ROWS, Backoff, BulkLoader, LoadInterrupted
-from service.errors import InvalidField, LoadNotFound, PermissionDenied, RosterError, TooLarge
 from service.memory import collect_rarely
 
 KEYS: dict[str, type[Message]] = {"users": UserKey, "posts": PostKey}

@@ -9,7 +9,7 @@ from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 
-from service.errors import InvalidField
+from roster.errors import InvalidField
 
 # Floats, as pandas writes ids of a column with missing values, are exact below this.
 MAX_EXACT_FLOAT = 1 << 53

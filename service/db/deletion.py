@@ -12,10 +12,10 @@ from typing import Any, cast
 
 from sqlalchemy import delete, exists, func, select
 
+from roster.errors import TooLarge
 from service.db.answers import erase_answers_about
 from service.db.base import BigInt, Column, Entity, Session
 from service.db.dialect import is_one_of, values_table
-from service.errors import TooLarge
 
 MAX_DEPENDENTS = 100_000  # of the rows of one batch
 

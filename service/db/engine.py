@@ -15,6 +15,7 @@ from sqlalchemy.dialects.sqlite.aiosqlite import AsyncAdapt_aiosqlite_connection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from roster.errors import DatabaseUnavailable, OutcomeUnknown, PoolExhausted, QuotaExceeded, RosterError
 from service.auth.caller import SYSTEM, current_share
 from service.consistency import Position, Requirement, note_unknown_outcome
 from service.db import interruptible, revisions
@@ -30,7 +31,6 @@ from service.db.position import POSITION, PrimaryPosition
 from service.db.replica import Replica, UsePrimary
 from service.db.selection import Row
 from service.db.statements import measure_statements
-from service.errors import DatabaseUnavailable, OutcomeUnknown, PoolExhausted, QuotaExceeded, RosterError
 from service.files import create_database
 from service.metrics import POOL_TIMEOUTS, POOL_WAITING, READS_ON_PRIMARY
 from service.settings import Settings

@@ -15,7 +15,7 @@ from typing import Any
 import asyncpg
 from sqlalchemy.exc import DBAPIError, TimeoutError as PoolTimeoutError
 
-from service.errors import DatabaseUnavailable, PoolExhausted, RosterError, StatementTimeout
+from roster.errors import DatabaseUnavailable, PoolExhausted, RosterError, StatementTimeout
 
 log = logging.getLogger(__name__)
 

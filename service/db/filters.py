@@ -14,9 +14,9 @@ from lark import Lark, Token, Tree, UnexpectedCharacters, UnexpectedToken
 from lark.parsers.lalr_interactive_parser import InteractiveParser
 from sqlalchemy import BigInteger, Boolean, ColumnElement, Integer, String, and_, not_, or_
 
+from roster.errors import InvalidFilter, InvalidOrder
 from service.db.base import Expression, UtcDateTime
 from service.db.comparisons import Instant, Pattern, compare, compare_time, contains, matches
-from service.errors import InvalidFilter, InvalidOrder
 from service.timeslice import TimeSlice
 
 MAX_CHARACTERS = 2_000

@@ -18,9 +18,9 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from sqlalchemy import ColumnElement, FromClause, String, tuple_
 
+from roster.errors import InvalidField, InvalidPageToken
 from service.db.base import Expression, UtcDateTime
 from service.db.token_cipher import TokenCipher
-from service.errors import InvalidField, InvalidPageToken
 from service.validation import MAX_ID
 from service.wire import EPOCH, MICROSECOND
 

@@ -9,10 +9,10 @@ from contextvars import Context
 
 from sqlalchemy import literal_column, select
 
+from roster.errors import RosterError
 from service.consistency import Position
 from service.db.base import Expression, Query
 from service.db.errors import cause_of
-from service.errors import RosterError
 
 log = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import ColumnElement, bindparam, select
 
+from roster.errors import DatabaseUnavailable, PoolExhausted, RosterError
 from service.auth.caller import SYSTEM, current_share
 from service.consistency import Requirement, current_requirement, latest
 from service.db.base import BigInt, Column, Entity, Expression, KeyValue, ReadSession
@@ -22,7 +23,6 @@ from service.db.repository import ListRequest, Repository, is_cacheable
 from service.db.selection import Row, Selection, page_from_rows, readable_columns, select_page
 from service.db.statements import notify_listeners
 from service.db.token_keys import TokenKeys
-from service.errors import DatabaseUnavailable, PoolExhausted, RosterError
 from service.metrics import GATHERED_READS, REPLICA_FALLBACKS
 from service.shares import FairQueue
 from service.wire import Fields

@@ -41,19 +41,19 @@ from typing import Any, NamedTuple
 from sqlalchemy import PoolProxiedConnection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from service.auth.caller import SYSTEM
-from service.consistency import ANYWHERE, Position, Requirement
-from service.db.compiled import CompiledSelect
-from service.db.driver import DriverConnections
-from service.db.errors import cause_of, code_of, translate_errors
-from service.db.position import CLUSTER, PRIMARY_LSN, PRIMARY_TIMELINE, Lag, PrimaryPosition, select_sql
-from service.errors import (
+from roster.errors import (
     DatabaseUnavailable,
     PoolExhausted,
     QuotaExceeded,
     RosterError,
     StatementTimeout,
 )
+from service.auth.caller import SYSTEM
+from service.consistency import ANYWHERE, Position, Requirement
+from service.db.compiled import CompiledSelect
+from service.db.driver import DriverConnections
+from service.db.errors import cause_of, code_of, translate_errors
+from service.db.position import CLUSTER, PRIMARY_LSN, PRIMARY_TIMELINE, Lag, PrimaryPosition, select_sql
 from service.metrics import (
     READS_ON_REPLICA,
     REPLICA_FALLBACKS,

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from sqlalchemy import ColumnElement, Select, delete, func, insert, select, update
 from sqlalchemy.sql.dml import ReturningUpdate
 
+from roster.errors import NotFound, RosterError, VersionMismatch
 from service.db.answers import erase_answers_about
 from service.db.base import BigInt, Column, Entity, ReadSession, Session, Values, now
 from service.db.dialect import values_table
@@ -22,7 +23,6 @@ from service.db.selection import (
     select_rows,
 )
 from service.db.token_keys import TokenKeys
-from service.errors import NotFound, RosterError, VersionMismatch
 
 ModelT = TypeVar("ModelT", bound=Entity)
 SessionT = TypeVar("SessionT", bound=ReadSession)

@@ -13,10 +13,10 @@ from typing import Any
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 
+from roster.client.consistency import READ_PREFIXES
+from roster.errors import RosterError
 from roster.v1.bulk_pb2 import BulkLoad, BulkWriteResponse
 from service.auth.caller import current_caller
-from service.consistency import READ_PREFIXES
-from service.errors import RosterError
 from service.interceptors.chain import Context, Proceed, Request, Response, Rpc
 from service.loads.model import COUNTED
 from service.services import RPCS

@@ -4,10 +4,10 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
+from roster.errors import PermissionDenied, Refused, Unauthenticated
 from service.auth.caller import NOBODY, Caller, set_authorisation, set_caller
 from service.auth.policy import ANONYMOUS, HEALTH, Policy
 from service.auth.reloading import ReloadingFile
-from service.errors import PermissionDenied, Refused, Unauthenticated
 from service.interceptors.chain import Context, Proceed, Request, Response, Rpc
 
 if TYPE_CHECKING:

@@ -2,25 +2,17 @@
 
 import asyncio
 
-from service.consistency import (
-    KEY,
-    PRIMARY,
-    READ_PREFIXES,
-    Requirement,
-    Writes,
-    begin_writes,
-    position_from_metadata,
-    set_requirement,
-)
-from service.db.engine import CancelledAfterCommit
-from service.db.position import PrimaryPosition
-from service.errors import (
+from roster.client.consistency import KEY, PRIMARY, READ_PREFIXES
+from roster.errors import (
     InvalidArgument,
     Refused,
     ResourceExhausted,
     StatementTimeout,
     Unavailable,
 )
+from service.consistency import Requirement, Writes, begin_writes, position_from_metadata, set_requirement
+from service.db.engine import CancelledAfterCommit
+from service.db.position import PrimaryPosition
 from service.interceptors.audit import TARGETS
 from service.interceptors.chain import Context, Proceed, Request, Response, Rpc
 from service.services import RPCS

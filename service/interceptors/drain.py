@@ -3,9 +3,9 @@
 import asyncio
 from contextlib import suppress
 
+from roster.errors import Draining, OutcomeUnknown
 from service.auth.policy import REFLECTION
 from service.db.engine import CancelledAfterCommit
-from service.errors import Draining, OutcomeUnknown
 from service.interceptors.chain import Context, Proceed, Request, Response, Rpc
 
 

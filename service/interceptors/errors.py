@@ -7,7 +7,7 @@ from typing import NoReturn
 import grpc
 from google.rpc.status_pb2 import Status
 
-from service.errors import RosterError
+from roster.errors import RosterError
 from service.interceptors.chain import Context, Proceed, Request, Response, Rpc
 from service.status import CODES, status_from_error
 

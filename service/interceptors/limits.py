@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from roster.errors import Overloaded, QuotaExceeded, RateLimited, RosterError
 from service.auth.caller import current_share
 from service.auth.policy import HEALTH
-from service.errors import Overloaded, QuotaExceeded, RateLimited, RosterError
 from service.interceptors.chain import Context, Proceed, Response, Rpc
 from service.settings import Settings
 from service.shares import FairSemaphore

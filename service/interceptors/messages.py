@@ -11,9 +11,9 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
+from roster.errors import MalformedMessage, TooLarge
 from service.auth.caller import NOBODY, current_caller
 from service.auth.policy import HEALTH
-from service.errors import MalformedMessage, TooLarge
 from service.interceptors.chain import Context, Proceed, Response, Rpc, host_of
 from service.posts.rules import MAX_CONTENT_BYTES
 from service.requests import parse, request_class

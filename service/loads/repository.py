@@ -16,11 +16,11 @@ import orjson
 from sqlalchemy import ColumnElement, Update, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from roster.errors import InvalidField, LoadExpired, LoadFenced, LoadNotFound, RosterError, error_of
 from service.db.base import Column, now
 from service.db.bulk.batch import Outcome
 from service.db.dialect import insert
 from service.db.paging import Keyset, Page
-from service.errors import InvalidField, LoadExpired, LoadFenced, LoadNotFound, RosterError, error_of
 from service.loads.model import COUNTED, Load, LoadBatch, LoadState
 from service.timeslice import TimeSlice, map_in_slices
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
+from roster.errors import InvalidField
 from roster.v1.posts_pb2 import CountPostsRequest, ListPostsRequest, UpdatePostRequest
 from roster.v1.resources_pb2 import Post as PostMessage
 from service.bulk.builder import BatchBuilder
@@ -9,7 +10,6 @@ from service.db.base import Values, column_names
 from service.db.bulk.batch import Batch
 from service.db.selection import Row
 from service.encoding import RowEncoder
-from service.errors import InvalidField
 from service.posts.model import Post
 from service.posts.rules import CREATE_RULES, RULES
 from service.timeslice import slices

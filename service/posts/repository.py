@@ -4,11 +4,11 @@ from typing import ClassVar
 
 from sqlalchemy.exc import IntegrityError
 
+from roster.errors import AuthorNotFound, PostNotFound
 from service.db.base import Session, Values
 from service.db.bulk.table import BulkTable, Reference
 from service.db.repository import Repository, SessionT
 from service.db.selection import Row, Selection, columns_by_name, readable_columns, size_of
-from service.errors import AuthorNotFound, PostNotFound
 from service.posts.model import Post
 from service.users.model import User
 from service.users.rules import stored_spellings

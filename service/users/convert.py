@@ -5,6 +5,7 @@ from typing import Any
 
 from google.protobuf.field_mask_pb2 import FieldMask
 
+from roster.errors import InvalidField
 from roster.v1.resources_pb2 import Post as PostMessage, User as UserMessage
 from roster.v1.users_pb2 import GetUserRequest, UpdateUserRequest, UserKey, VerifyPasswordRequest
 from service.bulk.builder import BatchBuilder
@@ -12,7 +13,6 @@ from service.db.base import Values, column_names
 from service.db.bulk.batch import Batch
 from service.db.selection import Row
 from service.encoding import RowEncoder
-from service.errors import InvalidField
 from service.users.model import User
 from service.users.repository import LISTED_POST, UserWithPosts
 from service.users.rules import (

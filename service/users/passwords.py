@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from argon2 import PasswordHasher
 
+from roster.errors import Overloaded
 from service.auth.caller import current_share
-from service.errors import Overloaded
 from service.metrics import HASHING, HASHING_REFUSED
 from service.settings import Settings
 from service.shares import FairSemaphore

@@ -9,13 +9,13 @@ from sqlalchemy import ColumnElement, and_, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased
 
+from roster.errors import EmailTaken, UserHasPosts, UserNotFound
 from service.db.base import BigInt, Column, Expression, ReadSession, Session, Values, column_names
 from service.db.bulk.table import BulkTable, Dependents, UniqueKey
 from service.db.dialect import insert, values_table
 from service.db.paging import ListQuery, Page, SortKey
 from service.db.repository import Repository, SessionT
 from service.db.selection import Row, Selection, columns_by_name, readable_columns, size_of
-from service.errors import EmailTaken, UserHasPosts, UserNotFound
 from service.posts.model import Post
 from service.timeslice import TimeSlice, map_in_slices
 from service.users.model import User

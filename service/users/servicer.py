@@ -8,6 +8,14 @@ from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
 
+from roster.errors import (
+    OutcomeUnknown,
+    ResourceExhausted,
+    StatementTimeout,
+    Unavailable,
+    UnreadableHash,
+    UserNotFound,
+)
 from roster.v1 import users_pb2 as pb
 from roster.v1.bulk_pb2 import BulkWriteResponse
 from roster.v1.resources_pb2 import User as UserMessage
@@ -22,14 +30,6 @@ from service.db.base import ReadSession, Values
 from service.db.engine import Database
 from service.db.reads import Reader
 from service.db.selection import Row
-from service.errors import (
-    OutcomeUnknown,
-    ResourceExhausted,
-    StatementTimeout,
-    Unavailable,
-    UnreadableHash,
-    UserNotFound,
-)
 from service.idempotency import Writer
 from service.interceptors.chain import Context
 from service.metrics import HASHES_UNREADABLE

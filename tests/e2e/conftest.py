@@ -8,8 +8,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from roster.v1.posts_pb2_grpc import PostServiceStub
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub, PostServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service.server import Server
 from tests.support.command import Roster
 from tests.support.mirror import MirrorRun
@@ -34,13 +34,13 @@ async def channel(server: Server) -> AsyncIterator[grpc.aio.Channel]:
 
 
 @pytest.fixture
-def users(channel: grpc.aio.Channel) -> UserServiceStub:
+def users(channel: grpc.aio.Channel) -> UserServiceAsyncStub:
     """The client of UserService."""
     return UserServiceStub(channel)
 
 
 @pytest.fixture
-def posts(channel: grpc.aio.Channel) -> PostServiceStub:
+def posts(channel: grpc.aio.Channel) -> PostServiceAsyncStub:
     """The client of PostService."""
     return PostServiceStub(channel)
 

@@ -11,7 +11,7 @@ import grpc
 from google.rpc import error_details_pb2
 from sqlalchemy import func, select
 
-from service.client import tls_credentials
+from roster.client import tls_credentials
 from service.db.answers import Request
 from service.loads.model import Load
 from service.server import Server

@@ -11,7 +11,7 @@ import pytest
 from roster.v1.bulk_pb2 import AbortBulkLoadRequest, BulkOptions
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
 from roster.v1.posts_pb2 import CreatePostRequest, DeletePostRequest, UpdatePostRequest
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import (
     BulkCreateUsersRequest,
@@ -20,7 +20,7 @@ from roster.v1.users_pb2 import (
     GetUserRequest,
     UpdateUserRequest,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.interceptors.audit import TARGETS
 from service.logs import Json, Text
 from service.server import Server
@@ -56,7 +56,7 @@ def test_audits_every_rpc_that_writes() -> None:
 
 
 async def test_write_is_one_line(
-    users: UserServiceStub, posts: PostServiceStub, caplog: pytest.LogCaptureFixture
+    users: UserServiceAsyncStub, posts: PostServiceAsyncStub, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It has the id of the row and the outcome; reads are not logged."""
     ada = await users.CreateUser(CreateUserRequest(user=User(id=4711, email="ada@example.org")))
@@ -80,7 +80,9 @@ async def test_write_is_one_line(
     ]
 
 
-async def test_line_says_everything_once(users: UserServiceStub, caplog: pytest.LogCaptureFixture) -> None:
+async def test_line_says_everything_once(
+    users: UserServiceAsyncStub, caplog: pytest.LogCaptureFixture
+) -> None:
     """In text, the fields follow the message."""
     ada = await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org")))
 
@@ -94,7 +96,7 @@ async def test_line_says_everything_once(users: UserServiceStub, caplog: pytest.
 
 
 async def test_bulk_stream_is_one_line(
-    channel: grpc.aio.Channel, users: UserServiceStub, caplog: pytest.LogCaptureFixture
+    channel: grpc.aio.Channel, users: UserServiceAsyncStub, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is written at the end, with the load's name and the counts of new rows."""
 
@@ -124,7 +126,7 @@ async def test_bulk_stream_is_one_line(
 
 
 async def test_failed_write_is_one_line(
-    users: UserServiceStub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    users: UserServiceAsyncStub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its code is INTERNAL, and it has nothing of the exception."""
 
@@ -139,7 +141,10 @@ async def test_failed_write_is_one_line(
 
 
 async def test_cancelled_write_is_one_line(
-    server: Server, users: UserServiceStub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    server: Server,
+    users: UserServiceAsyncStub,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A stream counts the rows that were committed."""
     begun = asyncio.Event()

@@ -8,13 +8,13 @@ from pathlib import Path
 import grpc
 import pytest
 
+from roster.client import Backoff, BulkLoader, Disconnected, channel
+from roster.client.errors import ProxyUnavailable
+from roster.errors import Overloaded, RosterError
 from roster.v1.bulk_pb2 import BulkAck, BulkOptions, BulkSummary
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import Backoff, BulkLoader, Disconnected, channel
-from service.client.errors import ProxyUnavailable
-from service.errors import Overloaded, RosterError
 from tests.support.server import serve
 
 NEVER = 3600.0  # seconds; a test that waited for the end of a pause would not end
@@ -24,8 +24,8 @@ LOST = Disconnected("Socket closed")
 @pytest.fixture(autouse=True)
 def _long_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every pause longer than a test may take."""
-    monkeypatch.setattr("service.client.backoff.MAX_PAUSE_SECONDS", NEVER)
-    monkeypatch.setattr("service.client.backoff.random.uniform", max_pause)
+    monkeypatch.setattr("roster.client.backoff.MAX_PAUSE_SECONDS", NEVER)
+    monkeypatch.setattr("roster.client.backoff.random.uniform", max_pause)
 
 
 def max_pause(shortest: float, longest: float) -> float:

@@ -10,7 +10,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 
 from roster.v1.bulk_pb2 import BulkAck, BulkOptions
 from roster.v1.posts_pb2 import BatchGetPostsRequest, BulkCreatePostsRequest, GetPostRequest, ListPostsRequest
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import (
     BatchGetUsersRequest,
@@ -18,7 +18,7 @@ from roster.v1.users_pb2 import (
     CreateUserRequest,
     VerifyPasswordRequest,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from tests.support.load_stream import email_taken, load_once, named
 from tests.support.users import list_users
 
@@ -28,26 +28,26 @@ HASHER = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 
 
 @pytest.fixture
-async def ada(users: UserServiceStub) -> User:
+async def ada(users: UserServiceAsyncStub) -> User:
     """A stored user."""
     return await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org", full_name="Ada")))
 
 
-async def create_users(users: UserServiceStub, rows: list[User], **options: Any) -> BulkAck:
+async def create_users(users: UserServiceAsyncStub, rows: list[User], **options: Any) -> BulkAck:
     """Create users in one message and return its ack."""
     chosen = BulkOptions(return_ids=True, **options)
     request = BulkCreateUsersRequest(options=chosen, users=rows, finish=True)
     return await load_once(users.BulkCreateUsers, request)
 
 
-async def create_posts(posts: PostServiceStub, rows: list[Post], **options: Any) -> BulkAck:
+async def create_posts(posts: PostServiceAsyncStub, rows: list[Post], **options: Any) -> BulkAck:
     """Create posts in one message and return its ack."""
     chosen = BulkOptions(return_ids=True, **options)
     request = BulkCreatePostsRequest(options=chosen, posts=rows, finish=True)
     return await load_once(posts.BulkCreatePosts, request)
 
 
-async def test_creates_users_in_file_order(users: UserServiceStub) -> None:
+async def test_creates_users_in_file_order(users: UserServiceAsyncStub) -> None:
     """Ids rise in file order, whatever the e-mails; unset fields get the defaults of CreateUser."""
     rows = [
         User(email=" Zoe@Example.org", full_name="Zoe", is_active=False),
@@ -65,7 +65,7 @@ async def test_creates_users_in_file_order(users: UserServiceStub) -> None:
     assert zoe.created_at == zoe.updated_at == bob.created_at
 
 
-async def test_returns_ids_in_row_order(users: UserServiceStub) -> None:
+async def test_returns_ids_in_row_order(users: UserServiceAsyncStub) -> None:
     """Also for a large batch, whose rows are written in another order."""
     rows = named(*(f"{number * 7919 % 1000:03}" for number in range(1000)))
 
@@ -75,7 +75,7 @@ async def test_returns_ids_in_row_order(users: UserServiceStub) -> None:
     assert [user.email for user in found.users] == [row.email for row in rows]
 
 
-async def test_taken_email_fails_its_row(users: UserServiceStub, ada: User) -> None:
+async def test_taken_email_fails_its_row(users: UserServiceAsyncStub, ada: User) -> None:
     """The failure names the owner, a stored user or an earlier row; other rows are created."""
     ack = await create_users(users, named("ada", "bob", "bob", "cyd"))
 
@@ -89,7 +89,7 @@ async def test_taken_email_fails_its_row(users: UserServiceStub, ada: User) -> N
     )
 
 
-async def test_taken_email_is_skipped(users: UserServiceStub, ada: User) -> None:
+async def test_taken_email_is_skipped(users: UserServiceAsyncStub, ada: User) -> None:
     """The stored user and the first of two rows stay unchanged."""
     rows = [*named("ada", full_name="Other"), *named("bob"), *named("bob", full_name="Other")]
 
@@ -101,7 +101,7 @@ async def test_taken_email_is_skipped(users: UserServiceStub, ada: User) -> None
     assert (bob.HasField("full_name"), bob.version) == (False, 1)
 
 
-async def test_taken_email_updates_its_user(users: UserServiceStub, ada: User) -> None:
+async def test_taken_email_updates_its_user(users: UserServiceAsyncStub, ada: User) -> None:
     """The last of several rows wins in the fields of the mask, and each of them is counted."""
     rows = [
         User(email="ada@example.org", full_name="First", is_active=False),
@@ -119,7 +119,7 @@ async def test_taken_email_updates_its_user(users: UserServiceStub, ada: User) -
     assert stored.created_at == ada.created_at
 
 
-async def test_bad_row_fails_an_atomic_batch(users: UserServiceStub, ada: User) -> None:
+async def test_bad_row_fails_an_atomic_batch(users: UserServiceAsyncStub, ada: User) -> None:
     """No row of the message is written and all count as failed; only the bad rows are reported."""
     ack = await create_users(users, named("bob", "ada", "cyd"), atomicity="BATCH")
 
@@ -127,7 +127,7 @@ async def test_bad_row_fails_an_atomic_batch(users: UserServiceStub, ada: User) 
     assert await list_users(users) == [ada]
 
 
-async def test_validation_writes_nothing(users: UserServiceStub, ada: User) -> None:
+async def test_validation_writes_nothing(users: UserServiceAsyncStub, ada: User) -> None:
     """All checks are made and counted; a row that would be created has no id."""
     ack = await create_users(users, named("bob", "ada", "bob"), validate_only=True)
 
@@ -141,7 +141,7 @@ async def test_validation_writes_nothing(users: UserServiceStub, ada: User) -> N
     assert await list_users(users) == [ada]
 
 
-async def test_loaded_hash_verifies_its_password(users: UserServiceStub) -> None:
+async def test_loaded_hash_verifies_its_password(users: UserServiceAsyncStub) -> None:
     """Users loaded with a hash can log in with their password."""
     await create_users(users, [User(email="bob@example.org", hashed_password=HASHER.hash("open sesame"))])
 
@@ -150,7 +150,9 @@ async def test_loaded_hash_verifies_its_password(users: UserServiceStub) -> None
         assert (await users.VerifyPassword(request)).valid == valid
 
 
-async def test_texts_are_stored_unchanged(users: UserServiceStub, posts: PostServiceStub, ada: User) -> None:
+async def test_texts_are_stored_unchanged(
+    users: UserServiceAsyncStub, posts: PostServiceAsyncStub, ada: User
+) -> None:
     """Including those that COPY or JSON would treat as syntax."""
     people = await create_users(
         users, [User(email=f"{i}@example.org", full_name=text) for i, text in enumerate(TEXTS)]
@@ -163,7 +165,7 @@ async def test_texts_are_stored_unchanged(users: UserServiceStub, posts: PostSer
     assert [(post.title, post.content) for post in stored.posts] == [(text, text) for text in TEXTS]
 
 
-async def test_content_is_limited_to_one_mebibyte(posts: PostServiceStub, ada: User) -> None:
+async def test_content_is_limited_to_one_mebibyte(posts: PostServiceAsyncStub, ada: User) -> None:
     """It is counted in bytes of UTF-8; one byte more fails its row only."""
     largest = "\U0001d49c" * (MAX_CONTENT_BYTES // 4)
     rows = [
@@ -178,7 +180,7 @@ async def test_content_is_limited_to_one_mebibyte(posts: PostServiceStub, ada: U
     assert [post.content for post in stored] == ["", largest]
 
 
-async def test_author_is_given_by_id_or_email(posts: PostServiceStub, ada: User) -> None:
+async def test_author_is_given_by_id_or_email(posts: PostServiceAsyncStub, ada: User) -> None:
     """Exactly one of them, and the user must exist; each row is checked by itself."""
     rows = [
         Post(title="Notes", author_id=ada.id),
@@ -201,7 +203,7 @@ async def test_author_is_given_by_id_or_email(posts: PostServiceStub, ada: User)
     assert [post.author_id for post in stored] == [ada.id] * 2
 
 
-async def test_unknown_author_fails_an_atomic_batch(posts: PostServiceStub, ada: User) -> None:
+async def test_unknown_author_fails_an_atomic_batch(posts: PostServiceAsyncStub, ada: User) -> None:
     """No post of the message is written."""
     rows = [Post(title="Notes", author_id=ada.id), Post(title="Notes", author_email="bob@example.org")]
 
@@ -211,7 +213,7 @@ async def test_unknown_author_fails_an_atomic_batch(posts: PostServiceStub, ada:
     assert not (await posts.ListPosts(ListPostsRequest())).posts
 
 
-async def test_loads_hashes_of_other_systems(users: UserServiceStub) -> None:
+async def test_loads_hashes_of_other_systems(users: UserServiceAsyncStub) -> None:
     """Each owner can log in; hashes that can't be checked fail their own rows, with the reason."""
     with (Path(__file__).parents[1] / "data/field/hashes.csv").open(newline="") as lines:
         known = list(csv.DictReader(lines))

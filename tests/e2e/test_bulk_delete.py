@@ -14,7 +14,7 @@ from roster.v1.posts_pb2 import (
     ListPostsRequest,
     PostKey,
 )
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import (
     BulkDeleteUsersRequest,
@@ -22,7 +22,7 @@ from roster.v1.users_pb2 import (
     ListUsersRequest,
     UserKey,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.db import deletion
 from tests.support.load_stream import load_once
 
@@ -30,7 +30,7 @@ NAMES = ("ada", "bob", "cyd")
 
 
 @pytest.fixture
-async def ids(users: UserServiceStub) -> list[int]:
+async def ids(users: UserServiceAsyncStub) -> list[int]:
     """The ids of three users."""
     created = [
         await users.CreateUser(CreateUserRequest(user=User(email=f"{name}@example.org"))) for name in NAMES
@@ -38,13 +38,13 @@ async def ids(users: UserServiceStub) -> list[int]:
     return [user.id for user in created]
 
 
-async def write_posts(posts: PostServiceStub, author_id: int, count: int = 1) -> list[int]:
+async def write_posts(posts: PostServiceAsyncStub, author_id: int, count: int = 1) -> list[int]:
     """Create posts of a user and return their ids."""
     request = CreatePostRequest(post=Post(author_id=author_id, title="Notes"))
     return [(await posts.CreatePost(request)).id for _ in range(count)]
 
 
-async def remaining(users: UserServiceStub) -> list[str]:
+async def remaining(users: UserServiceAsyncStub) -> list[str]:
     """Return the names of the users that exist."""
     listed = await users.ListUsers(ListUsersRequest())
     return [user.email.partition("@")[0] for user in listed.users]
@@ -61,7 +61,7 @@ def reasons(ack: BulkAck) -> list[tuple[int, str, str]]:
 
 
 async def test_deletes_users_with_their_posts(
-    users: UserServiceStub, posts: PostServiceStub, ids: list[int]
+    users: UserServiceAsyncStub, posts: PostServiceAsyncStub, ids: list[int]
 ) -> None:
     """By id, and by e-mail in any spelling; the posts are counted."""
     await write_posts(posts, ids[0], 2)
@@ -80,7 +80,7 @@ async def test_deletes_users_with_their_posts(
     assert [post.id for post in listed.posts] == [kept]
 
 
-async def test_deletes_posts(posts: PostServiceStub, ids: list[int]) -> None:
+async def test_deletes_posts(posts: PostServiceAsyncStub, ids: list[int]) -> None:
     """Other posts, and the author, stay."""
     first, second = await write_posts(posts, ids[0], 2)
     keys = [PostKey(id=first), PostKey(id=second, version=9)]
@@ -92,7 +92,9 @@ async def test_deletes_posts(posts: PostServiceStub, ids: list[int]) -> None:
 
 
 @pytest.mark.parametrize("again", ["id", "email"])
-async def test_user_named_twice_is_deleted_once(users: UserServiceStub, ids: list[int], again: str) -> None:
+async def test_user_named_twice_is_deleted_once(
+    users: UserServiceAsyncStub, ids: list[int], again: str
+) -> None:
     """The second row finds no user, in the same message and in the next one."""
     key = UserKey(id=ids[0]) if again == "id" else UserKey(email="ada@example.org")
     requests = [
@@ -108,7 +110,7 @@ async def test_user_named_twice_is_deleted_once(users: UserServiceStub, ids: lis
 
 
 async def test_skips_missing_rows_on_request(
-    users: UserServiceStub, posts: PostServiceStub, ids: list[int]
+    users: UserServiceAsyncStub, posts: PostServiceAsyncStub, ids: list[int]
 ) -> None:
     """They are counted as skipped, without an id."""
     options = BulkOptions(return_ids=True, on_missing=BulkOptions.SKIP_MISSING)
@@ -121,7 +123,7 @@ async def test_skips_missing_rows_on_request(
     assert (await load_once(posts.BulkDeletePosts, of_posts)).skipped == 1
 
 
-async def test_invalid_keys_fail_their_rows(users: UserServiceStub, ids: list[int]) -> None:
+async def test_invalid_keys_fail_their_rows(users: UserServiceAsyncStub, ids: list[int]) -> None:
     """Each failure names the field; the other rows are deleted."""
     keys = [
         UserKey(),
@@ -146,7 +148,7 @@ async def test_invalid_keys_fail_their_rows(users: UserServiceStub, ids: list[in
 
 
 async def test_restricted_delete_keeps_users_who_have_posts(
-    users: UserServiceStub, posts: PostServiceStub, ids: list[int]
+    users: UserServiceAsyncStub, posts: PostServiceAsyncStub, ids: list[int]
 ) -> None:
     """The others are deleted."""
     await write_posts(posts, ids[1])
@@ -163,7 +165,7 @@ async def test_restricted_delete_keeps_users_who_have_posts(
     "options", [BulkOptions(validate_only=True), BulkOptions(atomicity=BulkOptions.BATCH)]
 )
 async def test_deletes_nothing_if_nothing_is_to_be_written(
-    users: UserServiceStub, posts: PostServiceStub, ids: list[int], options: BulkOptions
+    users: UserServiceAsyncStub, posts: PostServiceAsyncStub, ids: list[int], options: BulkOptions
 ) -> None:
     """A dry run counts the posts; a batch that fails as a whole counts none."""
     await write_posts(posts, ids[0], 3)
@@ -177,7 +179,7 @@ async def test_deletes_nothing_if_nothing_is_to_be_written(
 
 
 async def test_replays_counts_of_posts_row_by_row(
-    users: UserServiceStub, posts: PostServiceStub, channel: Any, ids: list[int]
+    users: UserServiceAsyncStub, posts: PostServiceAsyncStub, channel: Any, ids: list[int]
 ) -> None:
     """A message cut in another way gets the counts of its rows; the load has the sums."""
     for id, count in zip(ids, (3, 0, 2), strict=True):
@@ -205,8 +207,8 @@ async def test_replays_counts_of_posts_row_by_row(
 
 @pytest.mark.parametrize("validate_only", [False, True])
 async def test_refuses_a_message_with_too_many_posts(
-    users: UserServiceStub,
-    posts: PostServiceStub,
+    users: UserServiceAsyncStub,
+    posts: PostServiceAsyncStub,
     ids: list[int],
     monkeypatch: pytest.MonkeyPatch,
     *,

@@ -20,9 +20,9 @@ from roster.v1.bulk_pb2 import (
     ListBulkLoadsRequest,
     RowFailure,
 )
-from roster.v1.bulk_pb2_grpc import BulkServiceStub
+from roster.v1.bulk_pb2_grpc import BulkServiceAsyncStub, BulkServiceStub
 from roster.v1.posts_pb2 import BulkCreatePostsRequest, ListPostsRequest
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import (
     BulkUpdateUsersRequest,
@@ -31,7 +31,7 @@ from roster.v1.users_pb2 import (
     GetUserRequest,
     ListUsersRequest,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.db.engine import Database
 from service.loads.repository import expire_loads
 from service.server import Server
@@ -48,24 +48,24 @@ MASK = FieldMask(paths=["full_name"])
 
 
 @pytest.fixture
-def loads(channel: grpc.aio.Channel) -> BulkServiceStub:
+def loads(channel: grpc.aio.Channel) -> BulkServiceAsyncStub:
     """The client of BulkService."""
     return BulkServiceStub(channel)
 
 
 @pytest.fixture
-async def stream(users: UserServiceStub) -> LoadStream:
+async def stream(users: UserServiceAsyncStub) -> LoadStream:
     """The first stream of a load."""
     return await LoadStream.open(users)
 
 
-async def emails(users: UserServiceStub) -> list[str]:
+async def emails(users: UserServiceAsyncStub) -> list[str]:
     """Return the names of all users, in the order of their ids."""
     stored = (await users.ListUsers(ListUsersRequest(page_size=1000))).users
     return [user.email.removesuffix("@example.org") for user in stored]
 
 
-async def state(loads: BulkServiceStub) -> str:
+async def state(loads: BulkServiceAsyncStub) -> str:
     load = await loads.GetBulkLoad(GetBulkLoadRequest(load_id=LOAD_ID))
     return BulkLoad.State.Name(load.state)
 
@@ -78,7 +78,7 @@ def rows(acks: list[BulkAck]) -> tuple[list[int], list[RowFailure], list[int]]:
     return ids, failures, counts
 
 
-async def test_a_load_goes_on_behind_its_last_row(users: UserServiceStub, stream: LoadStream) -> None:
+async def test_a_load_goes_on_behind_its_last_row(users: UserServiceAsyncStub, stream: LoadStream) -> None:
     """Whoever opens it again is told where: behind the last row that was acknowledged."""
     await stream.acknowledged("a", "b", "no one")
 
@@ -92,7 +92,7 @@ async def test_a_load_goes_on_behind_its_last_row(users: UserServiceStub, stream
 
 
 async def test_the_first_message_begins_at_row_0_where_it_has_no_offset(
-    users: UserServiceStub, stream: LoadStream
+    users: UserServiceAsyncStub, stream: LoadStream
 ) -> None:
     """Also in a load that goes on: the same lines typed again do nothing twice."""
     first = await stream.acknowledged("a", "b")
@@ -105,7 +105,9 @@ async def test_the_first_message_begins_at_row_0_where_it_has_no_offset(
     assert await emails(users) == ["a", "b", "c"]
 
 
-async def test_rows_sent_again_have_their_first_outcome(users: UserServiceStub, stream: LoadStream) -> None:
+async def test_rows_sent_again_have_their_first_outcome(
+    users: UserServiceAsyncStub, stream: LoadStream
+) -> None:
     """Ids and failures included, however they are cut this time; nothing is written."""
     names = ["a", "b", "a", "no one", "c", "b"]
     first = [await stream.acknowledged(*names[offset : offset + 3]) for offset in (0, 3)]
@@ -120,7 +122,7 @@ async def test_rows_sent_again_have_their_first_outcome(users: UserServiceStub, 
     assert await emails(users) == ["a", "b", "c"]
 
 
-async def test_a_first_outcome_is_one_for_good(users: UserServiceStub, stream: LoadStream) -> None:
+async def test_a_first_outcome_is_one_for_good(users: UserServiceAsyncStub, stream: LoadStream) -> None:
     """It is what was, not what is: the users may have changed meanwhile, and the rows sent may differ."""
     first = await stream.acknowledged("a", "b", "a")
     await users.DeleteUser(DeleteUserRequest(id=first.ids[0]))
@@ -133,7 +135,9 @@ async def test_a_first_outcome_is_one_for_good(users: UserServiceStub, stream: L
     assert await emails(users) == ["b"]
 
 
-async def test_only_new_rows_of_a_message_are_written(users: UserServiceStub, stream: LoadStream) -> None:
+async def test_only_new_rows_of_a_message_are_written(
+    users: UserServiceAsyncStub, stream: LoadStream
+) -> None:
     """One that begins below the watermark and ends above it has an outcome for each row all the same."""
     first = await stream.acknowledged("a", "a", "b")
 
@@ -149,7 +153,7 @@ async def test_only_new_rows_of_a_message_are_written(users: UserServiceStub, st
     assert await emails(users) == ["a", "b", "c"]
 
 
-async def test_rows_ahead_are_a_gap(users: UserServiceStub, stream: LoadStream) -> None:
+async def test_rows_ahead_are_a_gap(users: UserServiceAsyncStub, stream: LoadStream) -> None:
     """They aren't written; the stream stays open and says where to go on."""
     await stream.acknowledged("a")
 
@@ -162,7 +166,9 @@ async def test_rows_ahead_are_a_gap(users: UserServiceStub, stream: LoadStream) 
     assert await emails(users) == ["a", "b"]
 
 
-async def test_a_newer_stream_fences_the_older_one_off(users: UserServiceStub, stream: LoadStream) -> None:
+async def test_a_newer_stream_fences_the_older_one_off(
+    users: UserServiceAsyncStub, stream: LoadStream
+) -> None:
     """What the older one sends then isn't written, nor does it end the load; nothing is doubled."""
     idle = stream
     await idle.acknowledged("a")
@@ -180,7 +186,7 @@ async def test_a_newer_stream_fences_the_older_one_off(users: UserServiceStub, s
 
 
 async def test_a_stream_can_be_fenced_off_with_batches_in_hand(
-    users: UserServiceStub, stream: LoadStream
+    users: UserServiceAsyncStub, stream: LoadStream
 ) -> None:
     """Each of them is wholly in or wholly out, and the newer stream is told which."""
     names = [f"user{number}" for number in range(601)]
@@ -198,7 +204,7 @@ async def test_a_stream_can_be_fenced_off_with_batches_in_hand(
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 async def test_batches_are_committed_in_the_order_of_their_offsets(
-    server: Server, users: UserServiceStub, loads: BulkServiceStub, stream: LoadStream
+    server: Server, users: UserServiceAsyncStub, loads: BulkServiceAsyncStub, stream: LoadStream
 ) -> None:
     """They are copied at the same time, but none is in before the one that it follows."""
     async with server.database.begin() as blocker:
@@ -220,7 +226,7 @@ async def _waits(database: Database) -> bool:
     return bool(count == 2)  # the second batch, and the test's own blocker
 
 
-async def test_loads_with_crossing_keys_both_come_to_their_end(users: UserServiceStub) -> None:
+async def test_loads_with_crossing_keys_both_come_to_their_end(users: UserServiceAsyncStub) -> None:
     """Whichever is first with a name has it, the other skips it, and neither dies of the other."""
     names = [f"user{number:03}" for number in range(400)]
     streams = [await LoadStream.open(users, load_id=id, on_conflict="SKIP") for id in ("up", "down")]
@@ -234,7 +240,9 @@ async def test_loads_with_crossing_keys_both_come_to_their_end(users: UserServic
     assert sorted(await emails(users)) == names
 
 
-async def test_finishing_again_returns_the_first_summary(users: UserServiceStub, stream: LoadStream) -> None:
+async def test_finishing_again_returns_the_first_summary(
+    users: UserServiceAsyncStub, stream: LoadStream
+) -> None:
     """Rows that the load has may come again too, with their first outcome."""
     first = await stream.acknowledged("a", "b", "b")
     summary = await stream.finished()
@@ -248,7 +256,7 @@ async def test_finishing_again_returns_the_first_summary(users: UserServiceStub,
     assert await (await LoadStream.open(users)).finished(offset=3) == summary
 
 
-async def test_a_finished_load_takes_no_new_rows(users: UserServiceStub, stream: LoadStream) -> None:
+async def test_a_finished_load_takes_no_new_rows(users: UserServiceAsyncStub, stream: LoadStream) -> None:
     """Neither behind its rows nor in a message that has some of them."""
     await stream.acknowledged("a")
     await stream.finished()
@@ -261,7 +269,7 @@ async def test_a_finished_load_takes_no_new_rows(users: UserServiceStub, stream:
 
 
 async def test_nothing_is_written_behind_the_end(
-    users: UserServiceStub, loads: BulkServiceStub, stream: LoadStream
+    users: UserServiceAsyncStub, loads: BulkServiceAsyncStub, stream: LoadStream
 ) -> None:
     """Rows that come behind `finish`, new ones or some of them, are no part of the load."""
     await stream.write(users=named("a", "b"), finish=True)
@@ -275,7 +283,7 @@ async def test_nothing_is_written_behind_the_end(
 
 
 async def test_a_half_close_leaves_a_load_open(
-    users: UserServiceStub, loads: BulkServiceStub, stream: LoadStream
+    users: UserServiceAsyncStub, loads: BulkServiceAsyncStub, stream: LoadStream
 ) -> None:
     """The end of a stream completes nothing; its summary says so, with the numbers of all its streams."""
     await stream.acknowledged("a", "no one")
@@ -288,7 +296,7 @@ async def test_a_half_close_leaves_a_load_open(
 
 
 async def test_a_cancelled_client_leaves_a_load_open(
-    server: Server, users: UserServiceStub, loads: BulkServiceStub, stream: LoadStream
+    server: Server, users: UserServiceAsyncStub, loads: BulkServiceAsyncStub, stream: LoadStream
 ) -> None:
     """To the server it looks like a clean end: what was acknowledged is in, and the load goes on."""
     await stream.acknowledged("a")
@@ -310,7 +318,7 @@ CHANGED: list[dict[str, Any]] = [
 ]
 
 
-async def test_a_load_keeps_its_options(users: UserServiceStub, stream: LoadStream) -> None:
+async def test_a_load_keeps_its_options(users: UserServiceAsyncStub, stream: LoadStream) -> None:
     """A stream that wants others isn't opened, and fences nobody off."""
     for options in CHANGED:
         refused = await refused_to_open(users, **options)
@@ -319,7 +327,7 @@ async def test_a_load_keeps_its_options(users: UserServiceStub, stream: LoadStre
     assert (await stream.acknowledged("a")).created == 1
 
 
-async def test_a_load_keeps_its_mask(users: UserServiceStub) -> None:
+async def test_a_load_keeps_its_mask(users: UserServiceAsyncStub) -> None:
     """Which fields an update writes is one of the options."""
     await LoadStream.open(users, on_conflict="UPDATE", update_mask=MASK)
 
@@ -328,7 +336,7 @@ async def test_a_load_keeps_its_mask(users: UserServiceStub) -> None:
     assert refused.reason == "OPTIONS_CHANGED"
 
 
-async def test_a_load_keeps_its_operation(users: UserServiceStub, posts: PostServiceStub) -> None:
+async def test_a_load_keeps_its_operation(users: UserServiceAsyncStub, posts: PostServiceAsyncStub) -> None:
     """A name that one RPC has begun is no other's."""
     await LoadStream.open(users)
     others: list[Any] = [
@@ -342,7 +350,7 @@ async def test_a_load_keeps_its_operation(users: UserServiceStub, posts: PostSer
         assert (await refusal(call.read())).reason == "OPTIONS_CHANGED"
 
 
-async def test_what_is_told_may_change(users: UserServiceStub, stream: LoadStream) -> None:
+async def test_what_is_told_may_change(users: UserServiceAsyncStub, stream: LoadStream) -> None:
     """`return_ids` and `max_failures` are the stream's, not the load's."""
     await stream.acknowledged("a")
 
@@ -353,7 +361,7 @@ async def test_what_is_told_may_change(users: UserServiceStub, stream: LoadStrea
 
 
 async def test_an_aborted_load_is_at_its_end(
-    users: UserServiceStub, loads: BulkServiceStub, stream: LoadStream
+    users: UserServiceAsyncStub, loads: BulkServiceAsyncStub, stream: LoadStream
 ) -> None:
     """Its stream is fenced off, none is opened again, and what was acknowledged stays."""
     await stream.acknowledged("a")
@@ -368,7 +376,7 @@ async def test_an_aborted_load_is_at_its_end(
 
 @pytest.mark.parametrize("finish", [False, True])
 async def test_a_load_expires(
-    server: Server, users: UserServiceStub, loads: BulkServiceStub, stream: LoadStream, finish: bool
+    server: Server, users: UserServiceAsyncStub, loads: BulkServiceAsyncStub, stream: LoadStream, finish: bool
 ) -> None:
     """Seven days after its last batch its outcomes are dropped; it stays, so that none begins twice."""
     await stream.acknowledged("a", "a", finish=finish)
@@ -385,7 +393,7 @@ async def test_a_load_expires(
 
 
 async def test_a_load_that_expires_tells_no_outcomes(
-    server: Server, users: UserServiceStub, loads: BulkServiceStub, stream: LoadStream
+    server: Server, users: UserServiceAsyncStub, loads: BulkServiceAsyncStub, stream: LoadStream
 ) -> None:
     """Neither right ones nor wrong ones, also to a stream that was opened in time."""
     await stream.acknowledged("a")
@@ -397,11 +405,11 @@ async def test_a_load_that_expires_tells_no_outcomes(
     assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "LOAD_EXPIRED")
 
 
-async def is_expired(loads: BulkServiceStub) -> bool:
+async def is_expired(loads: BulkServiceAsyncStub) -> bool:
     return await state(loads) == "EXPIRED"
 
 
-async def test_validation_leaves_no_load(users: UserServiceStub, loads: BulkServiceStub) -> None:
+async def test_validation_leaves_no_load(users: UserServiceAsyncStub, loads: BulkServiceAsyncStub) -> None:
     """It records nothing, whatever the name: no load begins, and none is touched."""
     validating = await LoadStream.open(users, validate_only=True)
     ack = await validating.acknowledged("a", "no one")
@@ -416,7 +424,7 @@ async def test_validation_leaves_no_load(users: UserServiceStub, loads: BulkServ
     assert (await writing.acknowledged("a")).created == 1
 
 
-async def test_too_many_failures_leave_a_load_open(users: UserServiceStub) -> None:
+async def test_too_many_failures_leave_a_load_open(users: UserServiceAsyncStub) -> None:
     """A summary comes first. Whoever goes on has his own count, in which replayed rows have no part."""
     stream = await LoadStream.open(users, max_failures=1)
     await stream.acknowledged("a", "a")
@@ -433,7 +441,7 @@ async def test_too_many_failures_leave_a_load_open(users: UserServiceStub) -> No
     assert await again.finished() == BulkSummary(next_offset=6, created=3, failed=3, state=BulkLoad.FINISHED)
 
 
-async def test_a_batch_that_failed_as_a_whole_has_failed_for_good(users: UserServiceStub) -> None:
+async def test_a_batch_that_failed_as_a_whole_has_failed_for_good(users: UserServiceAsyncStub) -> None:
     """Its rows fail again however they are cut, and only the culprits are told, as at first."""
     stream = await LoadStream.open(users, atomicity="BATCH")
     first = await stream.acknowledged("a", "no one", "b")
@@ -452,7 +460,7 @@ async def test_a_batch_that_failed_as_a_whole_has_failed_for_good(users: UserSer
 
 @pytest.mark.parametrize("options", [{"on_conflict": "SKIP"}, {"on_conflict": "UPDATE", "update_mask": MASK}])
 async def test_what_was_skipped_or_updated_is_so_once(
-    users: UserServiceStub, options: dict[str, Any]
+    users: UserServiceAsyncStub, options: dict[str, Any]
 ) -> None:
     """Sent again, the rows have the ids and counts that they had, and no user changes."""
     await users.CreateUser(CreateUserRequest(user=named("a")[0]))
@@ -471,7 +479,7 @@ async def test_what_was_skipped_or_updated_is_so_once(
     assert (await users.ListUsers(ListUsersRequest())).users == before
 
 
-async def test_an_update_is_done_once(users: UserServiceStub) -> None:
+async def test_an_update_is_done_once(users: UserServiceAsyncStub) -> None:
     """Sent again, its rows are answered alike, and the version has grown by one."""
     ada = await users.CreateUser(CreateUserRequest(user=named("ada")[0]))
     options = BulkOptions(load_id=LOAD_ID, update_mask=MASK, return_ids=True)
@@ -489,7 +497,7 @@ async def test_an_update_is_done_once(users: UserServiceStub) -> None:
     assert (await users.GetUser(GetUserRequest(id=ada.id))).version == 2
 
 
-async def test_posts_are_created_once(users: UserServiceStub, posts: PostServiceStub) -> None:
+async def test_posts_are_created_once(users: UserServiceAsyncStub, posts: PostServiceAsyncStub) -> None:
     """The rules of a load are the same whatever its rows are."""
     ada = await users.CreateUser(CreateUserRequest(user=named("ada")[0]))
     options = BulkOptions(load_id=LOAD_ID, return_ids=True)
@@ -507,14 +515,14 @@ async def test_posts_are_created_once(users: UserServiceStub, posts: PostService
     assert len((await posts.ListPosts(ListPostsRequest())).posts) == 1
 
 
-async def test_a_name_has_255_characters_without_nul(users: UserServiceStub) -> None:
+async def test_a_name_has_255_characters_without_nul(users: UserServiceAsyncStub) -> None:
     """Others are refused, also where nothing would be recorded."""
     for load_id, validate_only in product(["x" * 256, "nul\0"], [False, True]):
         refused = await refused_to_open(users, load_id=load_id, validate_only=validate_only)
         assert (refused.code, refused.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["options.load_id"])
 
 
-async def test_any_other_text_is_a_name(users: UserServiceStub) -> None:
+async def test_any_other_text_is_a_name(users: UserServiceAsyncStub) -> None:
     """It is taken as it is: two that look alike are two loads."""
     for load_id in ("\U0001d49c" * 255, "e\u0301", "\u00e9", " staff", "Staff"):
         stream = await LoadStream.open(users, load_id=load_id)
@@ -522,7 +530,9 @@ async def test_any_other_text_is_a_name(users: UserServiceStub) -> None:
         await stream.acknowledged(f"user{len(load_id.encode())}{load_id[0].isspace()}", offset=0)
 
 
-async def test_a_load_without_a_name_is_kept_nowhere(users: UserServiceStub, loads: BulkServiceStub) -> None:
+async def test_a_load_without_a_name_is_kept_nowhere(
+    users: UserServiceAsyncStub, loads: BulkServiceAsyncStub
+) -> None:
     """It leaves its rows, and no load to go on with."""
     stream = await LoadStream.open(users, load_id="")
     await stream.acknowledged("a")

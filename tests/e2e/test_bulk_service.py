@@ -18,8 +18,8 @@ from roster.v1.bulk_pb2 import (
     ListBulkLoadsRequest,
     RowFailure,
 )
-from roster.v1.bulk_pb2_grpc import BulkServiceStub
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.bulk_pb2_grpc import BulkServiceAsyncStub, BulkServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from tests.support.errors import refusal
 from tests.support.load_stream import LOAD_ID, LoadStream
 
@@ -27,12 +27,12 @@ SEVEN_DAYS = 7 * 24 * 3600
 
 
 @pytest.fixture
-def loads(channel: grpc.aio.Channel) -> BulkServiceStub:
+def loads(channel: grpc.aio.Channel) -> BulkServiceAsyncStub:
     """The client of BulkService."""
     return BulkServiceStub(channel)
 
 
-async def got(loads: BulkServiceStub, load_id: str = LOAD_ID) -> BulkLoad:
+async def got(loads: BulkServiceAsyncStub, load_id: str = LOAD_ID) -> BulkLoad:
     return await loads.GetBulkLoad(GetBulkLoadRequest(load_id=load_id))
 
 
@@ -47,12 +47,14 @@ async def pages(list_page: Any, request: Any, field: str) -> list[Sequence[Any]]
         request.page_token = page.next_page_token
 
 
-async def failures(loads: BulkServiceStub, page_size: int = 1000) -> list[Sequence[RowFailure]]:
+async def failures(loads: BulkServiceAsyncStub, page_size: int = 1000) -> list[Sequence[RowFailure]]:
     request = ListBulkLoadFailuresRequest(load_id=LOAD_ID, page_size=page_size)
     return await pages(loads.ListBulkLoadFailures, request, "failures")
 
 
-async def test_a_load_can_be_looked_at_while_it_runs(users: UserServiceStub, loads: BulkServiceStub) -> None:
+async def test_a_load_can_be_looked_at_while_it_runs(
+    users: UserServiceAsyncStub, loads: BulkServiceAsyncStub
+) -> None:
     """It is there once its stream is open, and has the numbers of what is acknowledged."""
     stream = await LoadStream.open(users, on_conflict="SKIP")
     begun = await got(loads)
@@ -73,7 +75,7 @@ async def test_a_load_can_be_looked_at_while_it_runs(users: UserServiceStub, loa
     assert finished.expires_at.seconds - finished.updated_at.seconds == SEVEN_DAYS
 
 
-async def test_updates_are_counted(users: UserServiceStub, loads: BulkServiceStub) -> None:
+async def test_updates_are_counted(users: UserServiceAsyncStub, loads: BulkServiceAsyncStub) -> None:
     """A row that was written to one that existed is neither created nor skipped."""
     stream = await LoadStream.open(users, on_conflict="UPDATE", update_mask={"paths": ["full_name"]})
     await stream.acknowledged("a", "a")
@@ -82,7 +84,7 @@ async def test_updates_are_counted(users: UserServiceStub, loads: BulkServiceStu
     assert (load.created, load.updated, load.skipped, load.failed) == (1, 1, 0, 0)
 
 
-async def test_lists_the_newest_loads_first(users: UserServiceStub, loads: BulkServiceStub) -> None:
+async def test_lists_the_newest_loads_first(users: UserServiceAsyncStub, loads: BulkServiceAsyncStub) -> None:
     """Page by page; to open a load again makes it no newer."""
     for load_id in "abcdea":
         await LoadStream.open(users, load_id=load_id)
@@ -93,13 +95,13 @@ async def test_lists_the_newest_loads_first(users: UserServiceStub, loads: BulkS
     assert found[2][0] == await got(loads, "a")
 
 
-async def test_there_may_be_no_load(loads: BulkServiceStub) -> None:
+async def test_there_may_be_no_load(loads: BulkServiceAsyncStub) -> None:
     """An empty list has one page."""
     assert await pages(loads.ListBulkLoads, ListBulkLoadsRequest(), "loads") == [[]]
 
 
 async def test_lists_failures_in_the_order_of_their_offsets(
-    users: UserServiceStub, loads: BulkServiceStub
+    users: UserServiceAsyncStub, loads: BulkServiceAsyncStub
 ) -> None:
     """Page by page over many batches, of which most had none; exactly those that the acks told."""
     stream = await LoadStream.open(users)
@@ -115,7 +117,9 @@ async def test_lists_failures_in_the_order_of_their_offsets(
         assert {len(page) for page in found[:-1]} <= {page_size}
 
 
-async def test_a_failure_is_told_as_in_its_ack(users: UserServiceStub, loads: BulkServiceStub) -> None:
+async def test_a_failure_is_told_as_in_its_ack(
+    users: UserServiceAsyncStub, loads: BulkServiceAsyncStub
+) -> None:
     """With code, reason, field, a sentence, and whose the key is."""
     stream = await LoadStream.open(users)
     (created,) = (await stream.acknowledged("a")).ids
@@ -135,7 +139,7 @@ async def test_a_failure_is_told_as_in_its_ack(users: UserServiceStub, loads: Bu
 
 
 async def test_of_a_batch_that_failed_the_culprits_are_told(
-    users: UserServiceStub, loads: BulkServiceStub
+    users: UserServiceAsyncStub, loads: BulkServiceAsyncStub
 ) -> None:
     """The rows that failed with them are in the count alone."""
     stream = await LoadStream.open(users, atomicity="BATCH")
@@ -146,7 +150,7 @@ async def test_of_a_batch_that_failed_the_culprits_are_told(
 
 
 async def test_a_load_without_failures_has_an_empty_page(
-    users: UserServiceStub, loads: BulkServiceStub
+    users: UserServiceAsyncStub, loads: BulkServiceAsyncStub
 ) -> None:
     """There is nothing to go on with behind it."""
     await (await LoadStream.open(users)).acknowledged("a")
@@ -155,7 +159,7 @@ async def test_a_load_without_failures_has_an_empty_page(
 
 
 async def test_lists_rows_in_the_order_of_their_offsets(
-    users: UserServiceStub, loads: BulkServiceStub
+    users: UserServiceAsyncStub, loads: BulkServiceAsyncStub
 ) -> None:
     """Page by page over the batches, with the outcome and the id of each row."""
     stream = await LoadStream.open(users, on_conflict="UPDATE", update_mask={"paths": ["full_name"]})
@@ -174,7 +178,9 @@ async def test_lists_rows_in_the_order_of_their_offsets(
         assert len(found) == -(-5 // (page_size or 50))
 
 
-async def test_rows_of_skipped_and_open_loads(users: UserServiceStub, loads: BulkServiceStub) -> None:
+async def test_rows_of_skipped_and_open_loads(
+    users: UserServiceAsyncStub, loads: BulkServiceAsyncStub
+) -> None:
     """A skipped row has the id of the existing one; a load without rows has an empty page."""
     request = ListBulkLoadRowsRequest(load_id=LOAD_ID)
     stream = await LoadStream.open(users, on_conflict="SKIP")
@@ -185,7 +191,9 @@ async def test_rows_of_skipped_and_open_loads(users: UserServiceStub, loads: Bul
     assert skipped == BulkLoadRow(offset=1, outcome=BulkLoadRow.SKIPPED, id=first)
 
 
-async def test_an_abort_answers_with_the_load(users: UserServiceStub, loads: BulkServiceStub) -> None:
+async def test_an_abort_answers_with_the_load(
+    users: UserServiceAsyncStub, loads: BulkServiceAsyncStub
+) -> None:
     """Its numbers are final, and to abort it again changes nothing."""
     await (await LoadStream.open(users)).acknowledged("a", "no one")
 
@@ -196,7 +204,9 @@ async def test_an_abort_answers_with_the_load(users: UserServiceStub, loads: Bul
     assert len((await failures(loads))[0]) == 1
 
 
-async def test_a_finished_load_is_not_aborted(users: UserServiceStub, loads: BulkServiceStub) -> None:
+async def test_a_finished_load_is_not_aborted(
+    users: UserServiceAsyncStub, loads: BulkServiceAsyncStub
+) -> None:
     """There is nothing to stop: it is answered as it is."""
     await (await LoadStream.open(users)).finished()
 
@@ -206,7 +216,7 @@ async def test_a_finished_load_is_not_aborted(users: UserServiceStub, loads: Bul
     assert await got(loads) == aborted
 
 
-async def test_a_load_that_is_not_there_is_told(loads: BulkServiceStub) -> None:
+async def test_a_load_that_is_not_there_is_told(loads: BulkServiceAsyncStub) -> None:
     """The same of every RPC that names one."""
     for call in (
         loads.GetBulkLoad(GetBulkLoadRequest(load_id=LOAD_ID)),
@@ -218,7 +228,7 @@ async def test_a_load_that_is_not_there_is_told(loads: BulkServiceStub) -> None:
         assert (refused.code, refused.reason) == (grpc.StatusCode.NOT_FOUND, "LOAD_NOT_FOUND")
 
 
-async def test_a_name_that_no_load_can_have_is_bad_input(loads: BulkServiceStub) -> None:
+async def test_a_name_that_no_load_can_have_is_bad_input(loads: BulkServiceAsyncStub) -> None:
     """It is told before anything is looked up."""
     for load_id in ("", "x" * 256, "nul\0"):
         for call in (
@@ -230,7 +240,7 @@ async def test_a_name_that_no_load_can_have_is_bad_input(loads: BulkServiceStub)
             assert (refused.code, refused.fields) == (grpc.StatusCode.INVALID_ARGUMENT, ["load_id"])
 
 
-async def test_a_token_belongs_to_its_list(users: UserServiceStub, loads: BulkServiceStub) -> None:
+async def test_a_token_belongs_to_its_list(users: UserServiceAsyncStub, loads: BulkServiceAsyncStub) -> None:
     """A damaged one, or that of another list or another load, gets no page."""
     for load_id in (LOAD_ID, "other"):
         await (await LoadStream.open(users, load_id=load_id)).acknowledged("no one", "no one")
@@ -255,7 +265,7 @@ async def test_a_token_belongs_to_its_list(users: UserServiceStub, loads: BulkSe
         assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PAGE_TOKEN")
 
 
-async def test_a_page_size_is_not_negative(users: UserServiceStub, loads: BulkServiceStub) -> None:
+async def test_a_page_size_is_not_negative(users: UserServiceAsyncStub, loads: BulkServiceAsyncStub) -> None:
     """The field at fault is told."""
     await LoadStream.open(users)
     for call in (

@@ -13,7 +13,7 @@ from sqlalchemy import func, select
 from roster.v1.bulk_pb2 import BulkLoad, BulkOptions, BulkSummary, BulkWriteResponse
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, GetUserRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.bulk.message import MAX_BYTES, MAX_ROWS
 from service.bulk.pending import PendingBatch
 from service.bulk.stream import BulkStreams
@@ -29,7 +29,7 @@ MAX_PENDING = 3
 
 
 @pytest.fixture
-async def stream(users: UserServiceStub) -> LoadStream:
+async def stream(users: UserServiceAsyncStub) -> LoadStream:
     """An open stream."""
     stream = LoadStream(users)
     await stream.send()
@@ -37,7 +37,7 @@ async def stream(users: UserServiceStub) -> LoadStream:
     return stream
 
 
-async def run_load(users: UserServiceStub, *messages: BulkCreateUsersRequest) -> list[BulkWriteResponse]:
+async def run_load(users: UserServiceAsyncStub, *messages: BulkCreateUsersRequest) -> list[BulkWriteResponse]:
     """Send all messages of a load, and return the events."""
     return [event async for event in users.BulkCreateUsers(iter(messages))]
 
@@ -48,7 +48,7 @@ async def count_users(server: Server) -> int:
         return await session.scalar(select(func.count()).select_from(UserRow)) or 0
 
 
-async def test_first_event_has_offset_and_limits(users: UserServiceStub) -> None:
+async def test_first_event_has_offset_and_limits(users: UserServiceAsyncStub) -> None:
     """It says where to start, and how large a message may be."""
     opened, *_ = await run_load(users, BulkCreateUsersRequest(finish=True))
 
@@ -56,7 +56,7 @@ async def test_first_event_has_offset_and_limits(users: UserServiceStub) -> None
     assert (opened.opened.next_offset, opened.opened.max_rows, opened.opened.max_bytes) == (0, 5000, 4 << 20)
 
 
-async def test_options_alone_open_the_stream(users: UserServiceStub) -> None:
+async def test_options_alone_open_the_stream(users: UserServiceAsyncStub) -> None:
     """Clients may wait for the first event before they send rows."""
     stream = LoadStream(users)
     await stream.send(options=BulkOptions())
@@ -64,7 +64,7 @@ async def test_options_alone_open_the_stream(users: UserServiceStub) -> None:
     assert (await stream.answer()).HasField("opened")
 
 
-async def test_acknowledges_each_message_in_order(users: UserServiceStub) -> None:
+async def test_acknowledges_each_message_in_order(users: UserServiceAsyncStub) -> None:
     """The first message may have rows too; every message with rows has an ack, then comes the summary."""
     _, *acks, last = await run_load(
         users,
@@ -82,7 +82,7 @@ async def test_acknowledges_each_message_in_order(users: UserServiceStub) -> Non
     assert last.summary == BulkSummary(next_offset=6, created=6, state=BulkLoad.FINISHED)
 
 
-async def test_counts_each_row_once(users: UserServiceStub) -> None:
+async def test_counts_each_row_once(users: UserServiceAsyncStub) -> None:
     """The summary is the sum of the acks."""
     *_, last = await run_load(
         users,
@@ -175,7 +175,7 @@ async def test_message_is_limited_to_4_mib(stream: LoadStream) -> None:
     assert (taken.created, taken.failed, taken.next_offset) == (1, 1, 3)
 
 
-async def test_half_close_does_not_finish_the_load(users: UserServiceStub, server: Server) -> None:
+async def test_half_close_does_not_finish_the_load(users: UserServiceAsyncStub, server: Server) -> None:
     """Without `finish` the summary has no final state; acknowledged rows are stored."""
     *_, last = await run_load(users, BulkCreateUsersRequest(users=named("a")))
 
@@ -195,7 +195,7 @@ async def test_finish_after_a_gap_completes_nothing(server: Server, stream: Load
     assert summary.summary == BulkSummary(next_offset=2, created=2, state=BulkLoad.FINISHED)
 
 
-async def test_refuses_a_stream_without_messages(users: UserServiceStub) -> None:
+async def test_refuses_a_stream_without_messages(users: UserServiceAsyncStub) -> None:
     """The only response is the error."""
     refused = await refusal(run_load(users))
 
@@ -213,7 +213,7 @@ async def test_refuses_options_after_the_first_message(server: Server, stream: L
     assert await count_users(server) == 1
 
 
-async def test_too_many_failures_end_the_stream(server: Server, users: UserServiceStub) -> None:
+async def test_too_many_failures_end_the_stream(server: Server, users: UserServiceAsyncStub) -> None:
     """A summary precedes the error; acknowledged rows stay."""
     stream = LoadStream(users)
     await stream.send("a", "a", "b", options=BulkOptions(max_failures=1))
@@ -228,7 +228,7 @@ async def test_too_many_failures_end_the_stream(server: Server, users: UserServi
     assert await count_users(server) == 3
 
 
-async def test_returns_ids_only_on_request(users: UserServiceStub) -> None:
+async def test_returns_ids_only_on_request(users: UserServiceAsyncStub) -> None:
     """`ids[i]` belongs to row i of the message, and is 0 if the row failed."""
     rows = [*named("c", "a"), User(email="nobody"), *named("b", "a")]
     options = BulkOptions(return_ids=True, on_conflict=BulkOptions.SKIP)

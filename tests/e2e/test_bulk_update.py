@@ -10,10 +10,10 @@ from sqlalchemy import update
 
 from roster.v1.bulk_pb2 import BulkAck, BulkOptions
 from roster.v1.posts_pb2 import BulkUpdatePostsRequest, CreatePostRequest, GetPostRequest
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import BulkUpdateUsersRequest, CreateUserRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.server import Server
 from service.users.model import User as UserRow
 from tests.support.load_stream import email_taken, load_once
@@ -25,14 +25,14 @@ HASH = "$argon2id$v=19$m=8,t=1,p=1$c29tZXNhbHQ$AAAAAAAAAAAAAAAAAAAAAA"
 
 
 @pytest.fixture
-async def people(users: UserServiceStub) -> list[User]:
+async def people(users: UserServiceAsyncStub) -> list[User]:
     """Ada, Bob and Cyd."""
     rows = [User(email=f"{name}@example.org", full_name=name) for name in ("ada", "bob", "cyd")]
     return [await users.CreateUser(CreateUserRequest(user=row)) for row in rows]
 
 
 async def update_users(
-    users: UserServiceStub, *messages: list[User], mask: str, **options: Any
+    users: UserServiceAsyncStub, *messages: list[User], mask: str, **options: Any
 ) -> list[BulkAck]:
     """Update users, and return the ack of each message."""
     chosen = BulkOptions(return_ids=True, update_mask=FieldMask(paths=mask.split()), **options)
@@ -48,7 +48,7 @@ def rows_with_emails(people: list[User], *names: str) -> list[User]:
 
 
 async def test_writes_only_fields_of_the_mask(
-    server: Server, users: UserServiceStub, people: list[User]
+    server: Server, users: UserServiceAsyncStub, people: list[User]
 ) -> None:
     """Other fields are ignored, even invalid ones; an unset name becomes null."""
     ada, bob, cyd = people
@@ -69,7 +69,7 @@ async def test_writes_only_fields_of_the_mask(
     assert new_bob.updated_at.ToDatetime(UTC) > LONG_AGO
 
 
-async def test_star_means_every_writable_field(users: UserServiceStub, people: list[User]) -> None:
+async def test_star_means_every_writable_field(users: UserServiceAsyncStub, people: list[User]) -> None:
     """Each row needs all fields but the name; the password too."""
     bob = people[1]
     complete = User(id=bob.id, email="rob@example.org", is_active=False, hashed_password=HASH)
@@ -81,7 +81,7 @@ async def test_star_means_every_writable_field(users: UserServiceStub, people: l
     assert (await list_names(users))[1] == "rob"
 
 
-async def test_last_row_of_a_user_wins(users: UserServiceStub, people: list[User]) -> None:
+async def test_last_row_of_a_user_wins(users: UserServiceAsyncStub, people: list[User]) -> None:
     """Each row is counted and increases the version, even if a later row overwrites it."""
     ada = people[0]
     rows = [User(id=ada.id, full_name=name) for name in ("A", "B", "C")]
@@ -92,7 +92,7 @@ async def test_last_row_of_a_user_wins(users: UserServiceStub, people: list[User
     assert (first.updated, second.updated, new.full_name, new.version) == (2, 1, "C", 4)
 
 
-async def test_version_is_checked_after_earlier_rows(users: UserServiceStub, people: list[User]) -> None:
+async def test_version_is_checked_after_earlier_rows(users: UserServiceAsyncStub, people: list[User]) -> None:
     """A row that gives a version is compared with the result of all earlier rows of the stream."""
     ada = people[0]
     rows = [
@@ -109,7 +109,7 @@ async def test_version_is_checked_after_earlier_rows(users: UserServiceStub, peo
     assert (new.full_name, new.version) == ("D", 4)
 
 
-async def test_emails_can_be_swapped_in_one_message(users: UserServiceStub, people: list[User]) -> None:
+async def test_emails_can_be_swapped_in_one_message(users: UserServiceAsyncStub, people: list[User]) -> None:
     """Through a third address, as in single updates."""
     ada, bob, _ = people
 
@@ -122,7 +122,7 @@ async def test_emails_can_be_swapped_in_one_message(users: UserServiceStub, peop
     assert [user.version for user in await list_users(users)] == [3, 2, 1]
 
 
-async def test_emails_can_move_along_a_chain(users: UserServiceStub, people: list[User]) -> None:
+async def test_emails_can_move_along_a_chain(users: UserServiceAsyncStub, people: list[User]) -> None:
     """Each row takes the address that the row before it left; in reverse order they fail."""
     ada, bob, cyd = people
 
@@ -138,7 +138,7 @@ async def test_emails_can_move_along_a_chain(users: UserServiceStub, people: lis
 
 @pytest.mark.parametrize("options", [{"atomicity": "BATCH"}, {"validate_only": True}])
 async def test_unwritten_batch_changes_no_email(
-    users: UserServiceStub, people: list[User], options: dict[str, Any]
+    users: UserServiceAsyncStub, people: list[User], options: dict[str, Any]
 ) -> None:
     """Rows that could succeed change nothing if their batch fails or is only validated."""
     ada, bob, cyd = people
@@ -151,7 +151,7 @@ async def test_unwritten_batch_changes_no_email(
     assert await list_users(users) == people
 
 
-async def test_unknown_user_fails_its_row(users: UserServiceStub, people: list[User]) -> None:
+async def test_unknown_user_fails_its_row(users: UserServiceAsyncStub, people: list[User]) -> None:
     """The row uses an offset; the other rows are written."""
     rows = [User(id=id, is_active=False) for id in (people[0].id, NOBODY, people[2].id)]
 
@@ -163,7 +163,9 @@ async def test_unknown_user_fails_its_row(users: UserServiceStub, people: list[U
     assert [user.is_active for user in await list_users(users)] == [False, True, False]
 
 
-async def test_updates_posts(users: UserServiceStub, posts: PostServiceStub, people: list[User]) -> None:
+async def test_updates_posts(
+    users: UserServiceAsyncStub, posts: PostServiceAsyncStub, people: list[User]
+) -> None:
     """Title and content are updated by id; the author stays, and unset content becomes empty."""
     row = Post(author_id=people[0].id, title="Notes", content="...")
     notes, more = [await posts.CreatePost(CreatePostRequest(post=row)) for _ in range(2)]

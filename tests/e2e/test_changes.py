@@ -14,10 +14,11 @@ import pytest
 from prometheus_client import generate_latest
 from sqlalchemy import text
 
+from roster.errors import DatabaseUnavailable
 from roster.v1.changes_pb2 import Change, ListChangesRequest, ListChangesResponse
-from roster.v1.changes_pb2_grpc import ChangeServiceStub
+from roster.v1.changes_pb2_grpc import ChangeServiceAsyncStub, ChangeServiceStub
 from roster.v1.posts_pb2 import CreatePostRequest
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import (
     BulkCreateUsersRequest,
@@ -26,12 +27,11 @@ from roster.v1.users_pb2 import (
     ExportUsersRequest,
     UpdateUserRequest,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service.changes import head, watcher
 from service.changes.head import SharedPage
 from service.changes.prune import prune_changes
 from service.changes.token import Token
-from service.errors import DatabaseUnavailable
 from service.logs import Json
 from service.server import Server, utc_now
 from tests.e2e.secured import Secured, secured
@@ -56,18 +56,18 @@ def _quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def changes(channel: grpc.aio.Channel) -> ChangeServiceStub:
+def changes(channel: grpc.aio.Channel) -> ChangeServiceAsyncStub:
     """The client of ChangeService."""
     return ChangeServiceStub(channel)
 
 
-async def create_users(users: UserServiceStub, number: int) -> None:
+async def create_users(users: UserServiceAsyncStub, number: int) -> None:
     rows = [User(email=f"user{position}@example.org", full_name="x" * 100) for position in range(number)]
     async for _ in users.BulkCreateUsers(iter([BulkCreateUsersRequest(users=rows, finish=True)])):
         pass
 
 
-async def listed(changes: ChangeServiceStub, **request: Any) -> ListChangesResponse:
+async def listed(changes: ChangeServiceAsyncStub, **request: Any) -> ListChangesResponse:
     return await changes.ListChanges(ListChangesRequest(**request))
 
 
@@ -86,13 +86,13 @@ async def is_true(condition: bool) -> bool:
     return condition
 
 
-async def stored_users(users: UserServiceStub) -> dict[tuple[str, int], User]:
+async def stored_users(users: UserServiceAsyncStub) -> dict[tuple[str, int], User]:
     pages = users.ExportUsers(ExportUsersRequest())
     return {("user", user.id): user async for page in pages for user in page.users}
 
 
 async def test_watch_reports_changes_as_they_happen(
-    channel: grpc.aio.Channel, users: UserServiceStub, posts: PostServiceStub
+    channel: grpc.aio.Channel, users: UserServiceAsyncStub, posts: PostServiceAsyncStub
 ) -> None:
     """The first response is sent at once; then each change arrives with the row as it is."""
     watch = Watch(channel)
@@ -128,7 +128,9 @@ async def test_watch_has_a_heartbeat(channel: grpc.aio.Channel, monkeypatch: pyt
 
 
 @on_postgresql
-async def test_watch_continues_after_its_token(channel: grpc.aio.Channel, users: UserServiceStub) -> None:
+async def test_watch_continues_after_its_token(
+    channel: grpc.aio.Channel, users: UserServiceAsyncStub
+) -> None:
     """The first response has the changes in between; those made now come after it."""
     first = Watch(channel)
     await first.read()
@@ -145,7 +147,7 @@ async def test_watch_continues_after_its_token(channel: grpc.aio.Channel, users:
 
 @on_postgresql
 async def test_watch_reports_only_its_entities(
-    channel: grpc.aio.Channel, users: UserServiceStub, posts: PostServiceStub
+    channel: grpc.aio.Channel, users: UserServiceAsyncStub, posts: PostServiceAsyncStub
 ) -> None:
     """A token continues with some of its entities, but not with others."""
     of_users, of_posts, of_all = (
@@ -170,7 +172,7 @@ async def test_watch_reports_only_its_entities(
 
 
 @on_sqlite
-async def test_list_returns_pages(changes: ChangeServiceStub, users: UserServiceStub) -> None:
+async def test_list_returns_pages(changes: ChangeServiceAsyncStub, users: UserServiceAsyncStub) -> None:
     """Without a token it returns that of now; `has_more` says whether others follow."""
     now = await listed(changes)
     assert (list(now.changes), now.has_more) == ([], False)
@@ -190,7 +192,10 @@ async def test_list_returns_pages(changes: ChangeServiceStub, users: UserService
 
 
 async def test_large_rows_arrive_in_several_responses(
-    channel: grpc.aio.Channel, changes: ChangeServiceStub, users: UserServiceStub, posts: PostServiceStub
+    channel: grpc.aio.Channel,
+    changes: ChangeServiceAsyncStub,
+    users: UserServiceAsyncStub,
+    posts: PostServiceAsyncStub,
 ) -> None:
     """None has more than 3 MiB, and each row arrives once."""
     start, watch = await listed(changes), Watch(channel)
@@ -234,7 +239,7 @@ async def test_feed_has_the_changes_of_others(server: Server, channel: grpc.aio.
 
 @on_postgresql
 async def test_truncate_resets_the_feed(
-    server: Server, channel: grpc.aio.Channel, users: UserServiceStub
+    server: Server, channel: grpc.aio.Channel, users: UserServiceAsyncStub
 ) -> None:
     """Nobody can say which rows it has deleted: consumers must export again."""
     watch = Watch(channel)
@@ -263,7 +268,7 @@ async def refused_token(channel: grpc.aio.Channel, token: str) -> Refusal:
 
 
 async def test_pruned_token_is_expired(
-    server: Server, channel: grpc.aio.Channel, changes: ChangeServiceStub, users: UserServiceStub
+    server: Server, channel: grpc.aio.Channel, changes: ChangeServiceAsyncStub, users: UserServiceAsyncStub
 ) -> None:
     """Its consumer must export again; newer tokens stay valid."""
     old = (await listed(changes)).token
@@ -290,7 +295,7 @@ async def test_token_of_another_database_is_refused(sqlite_url: str, postgresql_
 
 
 async def test_forged_token_of_this_feed_is_refused(
-    server: Server, channel: grpc.aio.Channel, changes: ChangeServiceStub
+    server: Server, channel: grpc.aio.Channel, changes: ChangeServiceAsyncStub
 ) -> None:
     """It is of the future, or of the other kind of database."""
     now = Token.parse((await listed(changes)).token, [USERS, POSTS])
@@ -312,7 +317,7 @@ async def test_forged_token_of_this_feed_is_refused(
 
 @pytest.mark.parametrize("offset", [1, 5000])
 async def test_token_within_an_entry_can_have_any_offset(
-    server: Server, changes: ChangeServiceStub, users: UserServiceStub, offset: int
+    server: Server, changes: ChangeServiceAsyncStub, users: UserServiceAsyncStub, offset: int
 ) -> None:
     """A forged one skips changes, or finds none: it harms only its caller."""
     now = Token.parse((await listed(changes)).token, [USERS, POSTS])
@@ -327,7 +332,7 @@ async def test_token_within_an_entry_can_have_any_offset(
 
 
 async def test_stop_ends_a_watch_at_once(
-    server: Server, channel: grpc.aio.Channel, users: UserServiceStub, database_url: str
+    server: Server, channel: grpc.aio.Channel, users: UserServiceAsyncStub, database_url: str
 ) -> None:
     """Its last response has the newest token, from which it continues on another server."""
     watch = Watch(channel)
@@ -378,7 +383,7 @@ async def test_watch_moves_to_another_server_without_loss(server: Server, databa
 
 @pytest.fixture
 async def unread(
-    server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch
+    server: Server, users: UserServiceAsyncStub, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Watch]:
     """A watch whose client does not read, of users that are then changed again and again."""
     monkeypatch.setattr(head, "MAX_PAGES", 4)
@@ -407,7 +412,7 @@ async def moments(count: int) -> AsyncIterator[None]:
 async def test_watch_that_does_not_read_affects_nobody(
     server: Server,
     channel: grpc.aio.Channel,
-    users: UserServiceStub,
+    users: UserServiceAsyncStub,
     unread: Watch,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -601,7 +606,7 @@ async def test_caller_has_a_share_of_the_watches(roster: Secured, pair: Pair) ->
 
 @on_sqlite
 async def test_watch_is_counted_and_audited(
-    server: Server, channel: grpc.aio.Channel, users: UserServiceStub, caplog: pytest.LogCaptureFixture
+    server: Server, channel: grpc.aio.Channel, users: UserServiceAsyncStub, caplog: pytest.LogCaptureFixture
 ) -> None:
     """At its beginning and at its end, with what was sent, but without any of it."""
     sent = metric("roster_changes_sent_total", grpc_method="WatchChanges")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, update
 
-from service.client import channel, watch_changes
+from roster.client import channel, watch_changes
 from service.server import Server
 from service.users.model import User
 from tests.support.command import ROSTER, Roster, ended, run

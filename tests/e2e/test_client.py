@@ -8,6 +8,16 @@ from uuid import UUID, uuid4
 import grpc
 import pytest
 
+from roster import client, errors
+from roster.client import BulkLoader, DeadlineExceeded, Disconnected, channel, errors as client_errors, pages
+from roster.errors import (
+    EmailTaken,
+    InvalidField,
+    InvalidFilter,
+    OutcomeUnknown,
+    UserNotFound,
+    VersionMismatch,
+)
 from roster.v1.bulk_pb2 import BulkOpened, BulkSummary
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import (
@@ -18,17 +28,7 @@ from roster.v1.users_pb2 import (
     ListUsersRequest,
     UpdateUserRequest,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
-from service import client, errors
-from service.client import BulkLoader, DeadlineExceeded, Disconnected, channel, errors as client_errors, pages
-from service.errors import (
-    EmailTaken,
-    InvalidField,
-    InvalidFilter,
-    OutcomeUnknown,
-    UserNotFound,
-    VersionMismatch,
-)
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service.server import Server
 from service.status import status_from_error
 
@@ -36,13 +36,13 @@ ADA = User(email="ada@example.org")
 
 
 @pytest.fixture
-async def users(server: Server) -> AsyncIterator[UserServiceStub]:
+async def users(server: Server) -> AsyncIterator[UserServiceAsyncStub]:
     """The typed stub on a channel of the client library."""
     async with channel(server.address) as connection:
         yield UserServiceStub(connection)
 
 
-async def test_calls_raise_domain_errors(users: UserServiceStub) -> None:
+async def test_calls_raise_domain_errors(users: UserServiceAsyncStub) -> None:
     """Each reason is a class, with its facts."""
     ada = await users.CreateUser(CreateUserRequest(user=ADA))
 
@@ -58,7 +58,7 @@ async def test_calls_raise_domain_errors(users: UserServiceStub) -> None:
         await users.UpdateUser(UpdateUserRequest(user=User(id=ada.id, full_name="Ada", version=7)))
 
 
-async def test_response_streams_raise_domain_errors(users: UserServiceStub) -> None:
+async def test_response_streams_raise_domain_errors(users: UserServiceAsyncStub) -> None:
     """The error is raised by the iteration."""
     with pytest.raises(InvalidFilter):
         [answer async for answer in users.ExportUsers(ExportUsersRequest(filter="("))]
@@ -67,7 +67,7 @@ async def test_response_streams_raise_domain_errors(users: UserServiceStub) -> N
 class LossyProxy:
     """A proxy that loses the first response."""
 
-    def __init__(self, users: UserServiceStub, code: grpc.StatusCode, details: Any = ()) -> None:
+    def __init__(self, users: UserServiceAsyncStub, code: grpc.StatusCode, details: Any = ()) -> None:
         self.users = users
         self.code = code
         self.details = details
@@ -83,7 +83,7 @@ class LossyProxy:
 
 
 @asynccontextmanager
-async def proxied(lossy: LossyProxy) -> AsyncIterator[UserServiceStub]:
+async def proxied(lossy: LossyProxy) -> AsyncIterator[UserServiceAsyncStub]:
     """Yield a stub that calls through the proxy."""
     server = grpc.aio.server()
     handler = grpc.unary_unary_rpc_method_handler(
@@ -100,7 +100,7 @@ async def proxied(lossy: LossyProxy) -> AsyncIterator[UserServiceStub]:
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
-async def test_retried_write_is_applied_once(users: UserServiceStub, code: grpc.StatusCode) -> None:
+async def test_retried_write_is_applied_once(users: UserServiceAsyncStub, code: grpc.StatusCode) -> None:
     """The response was lost; the retry has the same request_id, so it gets the first response."""
     lossy = LossyProxy(users, code)
     async with proxied(lossy) as stub:
@@ -111,7 +111,7 @@ async def test_retried_write_is_applied_once(users: UserServiceStub, code: grpc.
     assert await users.GetUser(GetUserRequest(email=ADA.email)) == created
 
 
-async def test_retries_a_write_with_an_unknown_outcome(users: UserServiceStub) -> None:
+async def test_retries_a_write_with_an_unknown_outcome(users: UserServiceAsyncStub) -> None:
     """The retry has the same request_id, so it gets the first response."""
     status = status_from_error(OutcomeUnknown("the connection broke during the commit"))
     details = (("grpc-status-details-bin", status.SerializeToString()),)
@@ -132,7 +132,7 @@ async def test_error_of_timed_out_write_has_its_request_id() -> None:
     assert UUID(str(late.value.facts["request_id"]))
 
 
-async def test_keeps_a_request_id_of_the_caller(users: UserServiceStub) -> None:
+async def test_keeps_a_request_id_of_the_caller(users: UserServiceAsyncStub) -> None:
     """The request of the caller is never modified."""
     named = CreateUserRequest(user=ADA, request_id=str(uuid4()))
     assert await users.CreateUser(named) == await users.CreateUser(named)
@@ -142,7 +142,7 @@ async def test_keeps_a_request_id_of_the_caller(users: UserServiceStub) -> None:
     assert unnamed.request_id == ""
 
 
-async def test_yields_the_rows_of_all_pages(users: UserServiceStub) -> None:
+async def test_yields_the_rows_of_all_pages(users: UserServiceAsyncStub) -> None:
     """Rows come one by one, whatever the page size."""
     emails = [f"{number}@example.org" for number in range(5)]
     for email in emails:
@@ -152,7 +152,7 @@ async def test_yields_the_rows_of_all_pages(users: UserServiceStub) -> None:
     assert listed == emails
 
 
-async def test_load_without_options_gets_a_load_id(users: UserServiceStub) -> None:
+async def test_load_without_options_gets_a_load_id(users: UserServiceAsyncStub) -> None:
     """It can be resumed after the server restarts."""
 
     async def rows() -> AsyncIterator[User]:

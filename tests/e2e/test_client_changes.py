@@ -11,10 +11,7 @@ import grpc
 import pytest
 from sqlalchemy import text
 
-from roster.v1.changes_pb2 import Change, WatchChangesResponse
-from roster.v1.changes_pb2_grpc import ChangeServiceServicer, add_ChangeServiceServicer_to_server
-from service.changes.reset import reset_feed
-from service.client import (
+from roster.client import (
     Backoff,
     Disconnected,
     FeedReset,
@@ -24,7 +21,10 @@ from service.client import (
     channel,
     watch_changes,
 )
-from service.errors import Draining, RosterError
+from roster.errors import Draining, RosterError
+from roster.v1.changes_pb2 import Change, WatchChangesResponse
+from roster.v1.changes_pb2_grpc import ChangeServiceServicer, add_ChangeServiceServicer_to_server
+from service.changes.reset import reset_feed
 from service.server import Server
 from service.status import status_from_error
 from tests.support.rows import add_posts, add_users
@@ -169,7 +169,7 @@ async def test_pauses_stay_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     async def sleep(seconds: float) -> None:
         pauses.append(seconds)
 
-    monkeypatch.setattr("service.client.backoff.asyncio.sleep", sleep)
+    monkeypatch.setattr("roster.client.backoff.asyncio.sleep", sleep)
     backoff = Backoff(max_retries=sys.maxsize)
     for _ in range(1100):
         await backoff.wait(Draining("stops"))

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from roster.v1.posts_pb2 import CountPostsRequest, CountPostsResponse
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub
 from roster.v1.users_pb2 import CountUsersRequest, CountUsersResponse
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.server import Server
 from tests.support.rows import add_posts, add_users
 
@@ -23,7 +23,7 @@ async def author_ids(server: Server) -> list[int]:
 
 
 @pytest.mark.usefixtures("author_ids")
-async def test_counts_matching_rows_up_to_a_limit(users: UserServiceStub) -> None:
+async def test_counts_matching_rows_up_to_a_limit(users: UserServiceAsyncStub) -> None:
     """The count is exact if no more rows match than the limit."""
     expected: dict[tuple[str, int], tuple[int, bool]] = {
         ("", 0): (12, True),
@@ -42,7 +42,7 @@ async def test_counts_matching_rows_up_to_a_limit(users: UserServiceStub) -> Non
         assert counted == CountUsersResponse(count=count, is_exact=is_exact), text
 
 
-async def test_counts_posts_of_one_author(posts: PostServiceStub, author_ids: list[int]) -> None:
+async def test_counts_posts_of_one_author(posts: PostServiceAsyncStub, author_ids: list[int]) -> None:
     """In addition to the filter; a user without posts, or who does not exist, has none."""
     first, second, third, *_ = author_ids
 

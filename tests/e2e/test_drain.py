@@ -17,11 +17,11 @@ from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 from prometheus_client import generate_latest
 from sqlalchemy import text
 
+from roster.client import BulkLoader, channel, pages
 from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkSummary
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUserRequest, ListUsersRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import BulkLoader, channel, pages
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service.db.engine import Database
 from service.interceptors.chain import Rpc
 from service.interceptors.drain import Drain
@@ -54,7 +54,7 @@ async def test_server_stops_at_once_while_it_waits_for_its_database(tmp_path: Pa
 
 
 async def test_bulk_stream_finishes_received_batches_before_server_stops(
-    server: Server, users: UserServiceStub
+    server: Server, users: UserServiceAsyncStub
 ) -> None:
     """It acknowledges the batches that wait for their commits, then reports where to continue."""
     load = await LoadStream.open(users)
@@ -108,7 +108,7 @@ async def test_stop_also_waits_for_calls_that_arrive_during_it() -> None:
 
 @on_postgresql
 async def test_batch_waiting_for_lock_is_acknowledged_before_server_stops(
-    database_url: str, server: Server, users: UserServiceStub
+    database_url: str, server: Server, users: UserServiceAsyncStub
 ) -> None:
     """Its transaction has begun when the stop begins."""
     async with rival(database_url) as other:
@@ -127,7 +127,7 @@ async def test_batch_waiting_for_lock_is_acknowledged_before_server_stops(
 
 @on_postgresql
 async def test_call_that_outlasts_grace_is_refused_as_retryable(
-    database_url: str, database: Database, server: Server, users: UserServiceStub
+    database_url: str, database: Database, server: Server, users: UserServiceAsyncStub
 ) -> None:
     """The error has a reason and a delay, and the call has written nothing."""
     async with rival(database_url) as other:
@@ -168,7 +168,7 @@ async def test_reflection_stream_does_not_delay_a_stop(server: Server, channel: 
 
 @on_postgresql
 async def test_call_cut_off_during_its_commit_has_unknown_outcome(
-    database_url: str, database: Database, server: Server, users: UserServiceStub
+    database_url: str, database: Database, server: Server, users: UserServiceAsyncStub
 ) -> None:
     """A retryable error would let a client without a request_id write twice."""
     await delay_commits(database_url)
@@ -230,7 +230,7 @@ async def test_rolling_restart_causes_no_errors_and_no_loss(postgresql_url: str,
     assert sorted(in_store) == sorted(created + loaded)
 
 
-async def calls(users: UserServiceStub, name: str, is_over: asyncio.Event) -> list[str]:
+async def calls(users: UserServiceAsyncStub, name: str, is_over: asyncio.Event) -> list[str]:
     """Create users one by one until the event is set, and return their e-mails."""
     created: list[str] = []
     while not is_over.is_set():

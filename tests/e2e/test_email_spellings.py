@@ -8,7 +8,7 @@ from sqlalchemy import update
 
 from roster.v1.bulk_pb2 import BulkOptions
 from roster.v1.posts_pb2 import BulkCreatePostsRequest
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import (
     BulkCreateUsersRequest,
@@ -20,7 +20,7 @@ from roster.v1.users_pb2 import (
     UpdateUserRequest,
     VerifyPasswordRequest,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.server import Server
 from service.users.model import User as StoredUser
 from tests.support.errors import refusal
@@ -54,7 +54,7 @@ FOUND_BY = [
 ]
 
 
-async def create_in_bulk(users: UserServiceStub, *emails: str, **options: Any) -> Any:
+async def create_in_bulk(users: UserServiceAsyncStub, *emails: str, **options: Any) -> Any:
     request = BulkCreateUsersRequest(
         options=BulkOptions(return_ids=True, **options),
         users=[User(email=email) for email in emails],
@@ -63,14 +63,14 @@ async def create_in_bulk(users: UserServiceStub, *emails: str, **options: Any) -
     return await load_once(users.BulkCreateUsers, request)
 
 
-async def create_posts_by(posts: PostServiceStub, *emails: str) -> Any:
+async def create_posts_by(posts: PostServiceAsyncStub, *emails: str) -> Any:
     rows = [Post(title="Notes", author_email=email) for email in emails]
     request = BulkCreatePostsRequest(options=BulkOptions(), posts=rows, finish=True)
     return await load_once(posts.BulkCreatePosts, request)
 
 
 @pytest.mark.parametrize("first", SPELLINGS)
-async def test_spellings_of_a_domain_are_one_user(users: UserServiceStub, first: str) -> None:
+async def test_spellings_of_a_domain_are_one_user(users: UserServiceAsyncStub, first: str) -> None:
     """In creates, updates, look-ups, filters and logins, single and in bulk."""
     created = await users.CreateUser(CreateUserRequest(user=User(email=first, password=PASSWORD)))
     other = await users.CreateUser(CreateUserRequest(user=User(email="bob@example.org")))
@@ -93,7 +93,7 @@ async def test_spellings_of_a_domain_are_one_user(users: UserServiceStub, first:
 
 
 @pytest.mark.parametrize("text", FOUND_BY)
-async def test_filters_find_both_forms_of_a_domain(users: UserServiceStub, text: str) -> None:
+async def test_filters_find_both_forms_of_a_domain(users: UserServiceAsyncStub, text: str) -> None:
     """Whole e-mails and parts of them are normalised as the stored one was, in lists and exports."""
     ada = await users.CreateUser(CreateUserRequest(user=User(email=UNICODE)))
     await users.CreateUser(CreateUserRequest(user=User(email="bob@bucher.de")))
@@ -110,7 +110,7 @@ async def test_filters_find_both_forms_of_a_domain(users: UserServiceStub, text:
 @pytest.mark.parametrize("view", [User.BASIC, User.WITH_POSTS])
 @pytest.mark.parametrize("stored", STORED)
 async def test_rows_of_earlier_releases_are_found_and_updatable(
-    server: Server, users: UserServiceStub, stored: str, view: User.View.ValueType
+    server: Server, users: UserServiceAsyncStub, stored: str, view: User.View.ValueType
 ) -> None:
     """By the spelling that was stored, which stays until the e-mail is written again."""
     [id] = await add_users(server.database, email=stored)
@@ -124,7 +124,9 @@ async def test_rows_of_earlier_releases_are_found_and_updatable(
     assert (renamed.email, renamed.full_name) == (stored, "Ada")
 
 
-async def test_earlier_spelling_is_taken_found_and_replaced(server: Server, users: UserServiceStub) -> None:
+async def test_earlier_spelling_is_taken_found_and_replaced(
+    server: Server, users: UserServiceAsyncStub
+) -> None:
     """A domain that was stored in ASCII form counts as its Unicode form."""
     hashed = (await users.CreateUser(CreateUserRequest(user=User(email="x@y", password=PASSWORD)))).id
     [id] = await add_users(server.database, email=ASCII)
@@ -138,7 +140,7 @@ async def test_earlier_spelling_is_taken_found_and_replaced(server: Server, user
     assert replaced.email == UNICODE
 
 
-async def test_password_of_earlier_spelling_is_verified(server: Server, users: UserServiceStub) -> None:
+async def test_password_of_earlier_spelling_is_verified(server: Server, users: UserServiceAsyncStub) -> None:
     """In either form of the domain."""
     await users.CreateUser(CreateUserRequest(user=User(email="x@y", password=PASSWORD)))
     async with server.database.begin() as session:
@@ -150,7 +152,9 @@ async def test_password_of_earlier_spelling_is_verified(server: Server, users: U
 
 
 @pytest.mark.parametrize("mode", ["FAIL", "SKIP", "UPDATE"])
-async def test_bulk_create_meets_earlier_spelling(server: Server, users: UserServiceStub, mode: str) -> None:
+async def test_bulk_create_meets_earlier_spelling(
+    server: Server, users: UserServiceAsyncStub, mode: str
+) -> None:
     """Whatever is to be done with the rows in conflict; the others are created."""
     [id] = await add_users(server.database, email=ASCII)
     mask = FieldMask(paths=["full_name"]) if mode == "UPDATE" else None
@@ -165,7 +169,7 @@ async def test_bulk_create_meets_earlier_spelling(server: Server, users: UserSer
     assert [user.email for user in await list_users(users)] == [ASCII, "bob@example.org"]
 
 
-async def test_bulk_update_meets_earlier_spelling(server: Server, users: UserServiceStub) -> None:
+async def test_bulk_update_meets_earlier_spelling(server: Server, users: UserServiceAsyncStub) -> None:
     """Another row can't take it, and its own row gets the normal form."""
     [id] = await add_users(server.database, email=ASCII)
     bob = await users.CreateUser(CreateUserRequest(user=User(email="bob@example.org")))
@@ -181,7 +185,7 @@ async def test_bulk_update_meets_earlier_spelling(server: Server, users: UserSer
 
 
 async def test_author_is_found_by_every_spelling(
-    server: Server, users: UserServiceStub, posts: PostServiceStub
+    server: Server, users: UserServiceAsyncStub, posts: PostServiceAsyncStub
 ) -> None:
     """Also one of an earlier release, which a new user could not have."""
     await add_users(server.database, email="a\u200bda@example.org")
@@ -206,7 +210,7 @@ async def test_author_is_found_by_every_spelling(
     ],
 )
 async def test_invisible_characters_and_separators_are_refused(
-    users: UserServiceStub, email: str, message: str
+    users: UserServiceAsyncStub, email: str, message: str
 ) -> None:
     """In single and in bulk writes, by the same sentence."""
     ack = await create_in_bulk(users, email, "bob@example.org")

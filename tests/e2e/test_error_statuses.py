@@ -13,6 +13,7 @@ from google.rpc.error_details_pb2 import RetryInfo
 from grpc import StatusCode
 from sqlalchemy import func, insert, make_url, select
 
+from roster.errors import OutcomeUnknown
 from roster.v1.bulk_pb2 import BulkLoad
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import (
@@ -22,10 +23,9 @@ from roster.v1.users_pb2 import (
     ListUsersRequest,
     UpdateUserRequest,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service.db import engine, migrations
 from service.db.engine import Database
-from service.errors import OutcomeUnknown
 from service.server import Server
 from service.settings import Settings
 from service.users.model import User as UserRow
@@ -43,7 +43,9 @@ CREATE = CreateUserRequest(user=User(email="ada@example.org"))
 
 
 @asynccontextmanager
-async def serve_users(database_url: str, **settings: Any) -> AsyncIterator[tuple[Server, UserServiceStub]]:
+async def serve_users(
+    database_url: str, **settings: Any
+) -> AsyncIterator[tuple[Server, UserServiceAsyncStub]]:
     """Serve a database with some settings; yield the server and a client."""
     async with (
         serve(database_url, **settings) as server,
@@ -52,7 +54,7 @@ async def serve_users(database_url: str, **settings: Any) -> AsyncIterator[tuple
         yield server, UserServiceStub(channel)
 
 
-def narrow(database_url: str) -> AbstractAsyncContextManager[tuple[Server, UserServiceStub]]:
+def narrow(database_url: str) -> AbstractAsyncContextManager[tuple[Server, UserServiceAsyncStub]]:
     """Serve with one connection and a short wait for it."""
     return serve_users(database_url, pool_size=1, max_overflow=0, pool_timeout=0.2)
 
@@ -91,7 +93,7 @@ async def own_database_url(own_postgres: PostgresServer) -> AsyncIterator[str]:
         yield url
 
 
-async def create(users: UserServiceStub) -> int:
+async def create(users: UserServiceAsyncStub) -> int:
     return (await users.CreateUser(CREATE)).id
 
 

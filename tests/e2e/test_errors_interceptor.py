@@ -11,8 +11,8 @@ import pytest
 from google.protobuf.empty_pb2 import Empty
 from grpc import StatusCode
 
-from service import errors
-from service.errors import InvalidField, RosterError, Violation
+from roster import errors
+from roster.errors import InvalidField, RosterError, Violation
 from service.interceptors.chain import Chain, Context
 from service.interceptors.errors import answer_errors
 from service.interceptors.messages import Messages

@@ -8,9 +8,9 @@ import pytest
 from sqlalchemy import func, select, text
 
 from roster.v1.posts_pb2 import ExportPostsRequest, ExportPostsResponse, ListPostsRequest
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub, PostServiceStub
 from roster.v1.users_pb2 import ExportUsersRequest, ListUsersRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.server import Server
 from tests.support.rows import add_posts, add_users
 from tests.support.server import serve
@@ -25,7 +25,7 @@ IN_TRANSACTION = text(
 
 
 @pytest.fixture
-async def narrow(server: Server) -> AsyncIterator[PostServiceStub]:
+async def narrow(server: Server) -> AsyncIterator[PostServiceAsyncStub]:
     """The client of a second server on the same database, with one connection for calls."""
     async with (
         serve(server.settings.database_url, pool_size=1, max_overflow=0) as narrow,
@@ -34,11 +34,13 @@ async def narrow(server: Server) -> AsyncIterator[PostServiceStub]:
         yield PostServiceStub(channel)
 
 
-async def exported_posts(posts: PostServiceStub, request: ExportPostsRequest) -> list[ExportPostsResponse]:
+async def exported_posts(
+    posts: PostServiceAsyncStub, request: ExportPostsRequest
+) -> list[ExportPostsResponse]:
     return [message async for message in posts.ExportPosts(request)]
 
 
-async def test_exports_every_user_once_in_id_order(server: Server, users: UserServiceStub) -> None:
+async def test_exports_every_user_once_in_id_order(server: Server, users: UserServiceAsyncStub) -> None:
     """Each message has the requested number of rows, and the `last_id` to resume after."""
     ids = await add_users(server.database, 1001)
 
@@ -54,7 +56,7 @@ async def test_exports_every_user_once_in_id_order(server: Server, users: UserSe
     assert await sent(after_id=ids[-1]) == []
 
 
-async def test_exported_user_equals_listed_user(server: Server, users: UserServiceStub) -> None:
+async def test_exported_user_equals_listed_user(server: Server, users: UserServiceAsyncStub) -> None:
     """It has every field but the posts."""
     await add_users(server.database, 3, full_name="Ada")
     (message,) = [message async for message in users.ExportUsers(ExportUsersRequest())]
@@ -62,7 +64,7 @@ async def test_exported_user_equals_listed_user(server: Server, users: UserServi
     assert list(message.users) == list((await users.ListUsers(ListUsersRequest())).users)
 
 
-async def test_exports_every_post_once_in_id_order(server: Server, posts: PostServiceStub) -> None:
+async def test_exports_every_post_once_in_id_order(server: Server, posts: PostServiceAsyncStub) -> None:
     """No message is larger than 3 MiB, so large posts come a few at a time."""
     author_ids = await add_users(server.database)
     ids = await add_posts(server.database, author_ids * 5, content="é" * (MIB // 2))
@@ -81,7 +83,7 @@ async def test_exports_every_post_once_in_id_order(server: Server, posts: PostSe
 
 
 async def test_export_holds_no_connection_while_its_client_is_slow(
-    server: Server, narrow: PostServiceStub
+    server: Server, narrow: PostServiceAsyncStub
 ) -> None:
     """On a server with one connection other calls are answered, and the export continues."""
     ids = await add_posts(server.database, await add_users(server.database) * 20, content="x" * MIB)
@@ -109,7 +111,7 @@ async def posts_in_transactions(server: Server) -> int:
 
 
 async def test_export_reads_only_a_window_ahead_of_its_client(
-    server: Server, users: UserServiceStub, posts: PostServiceStub, statements: list[Statement]
+    server: Server, users: UserServiceAsyncStub, posts: PostServiceAsyncStub, statements: list[Statement]
 ) -> None:
     """It holds no transaction either while its client does not read."""
     [author_id] = await add_users(server.database)
@@ -132,7 +134,7 @@ async def test_export_reads_only_a_window_ahead_of_its_client(
     assert [post.id for message in [first, *rest] for post in message.posts] == ids
 
 
-async def test_cancelled_export_does_not_disturb_others(server: Server, users: UserServiceStub) -> None:
+async def test_cancelled_export_does_not_disturb_others(server: Server, users: UserServiceAsyncStub) -> None:
     """The server answers the next call."""
     await add_users(server.database, 1000)
     call = users.ExportUsers(ExportUsersRequest(batch_size=1))

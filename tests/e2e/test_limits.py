@@ -11,10 +11,10 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from roster.v1.bulk_pb2 import BulkOptions
 from roster.v1.posts_pb2 import GetPostRequest
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, ExportUsersRequest, GetUserRequest, ListUsersRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.server import Server
 from tests.support.errors import refusal
 from tests.support.server import serve
@@ -38,7 +38,7 @@ async def server(sqlite_url: str, limits: dict[str, Any]) -> AsyncIterator[Serve
 
 @pytest.fixture
 async def held(
-    server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch
+    server: Server, users: UserServiceAsyncStub, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[asyncio.Event]:
     """A GetUser in flight until the event is set."""
     begun, may_end = asyncio.Event(), asyncio.Event()
@@ -63,7 +63,7 @@ async def health(channel: grpc.aio.Channel) -> int:
 
 @pytest.mark.parametrize("limits", [{"caller_calls": 1}], indirect=True)
 async def test_calls_in_flight_are_limited_per_caller_and_method(
-    channel: grpc.aio.Channel, users: UserServiceStub, posts: PostServiceStub, held: asyncio.Event
+    channel: grpc.aio.Channel, users: UserServiceAsyncStub, posts: PostServiceAsyncStub, held: asyncio.Event
 ) -> None:
     """Further calls of the method are refused until one ends; other methods have their own limit."""
     refused = await refusal(users.GetUser(GetUserRequest(id=1)))
@@ -79,7 +79,7 @@ async def test_calls_in_flight_are_limited_per_caller_and_method(
 
 @pytest.mark.parametrize("limits", [{"max_calls": 1}], indirect=True)
 async def test_calls_in_flight_are_limited_per_server(
-    channel: grpc.aio.Channel, posts: PostServiceStub, held: asyncio.Event
+    channel: grpc.aio.Channel, posts: PostServiceAsyncStub, held: asyncio.Event
 ) -> None:
     """Further calls are UNAVAILABLE, so that clients try another server."""
     refused = await refusal(posts.GetPost(GetPostRequest(id=1)))
@@ -91,7 +91,7 @@ async def test_calls_in_flight_are_limited_per_server(
 
 @pytest.mark.parametrize("limits", [{"caller_streams": 1}], indirect=True)
 async def test_open_streams_are_limited_per_caller_and_method(
-    channel: grpc.aio.Channel, users: UserServiceStub
+    channel: grpc.aio.Channel, users: UserServiceAsyncStub
 ) -> None:
     """Further streams of the method are refused until one ends; health can still be watched."""
     first: Any = users.BulkCreateUsers()
@@ -113,7 +113,7 @@ async def test_open_streams_are_limited_per_caller_and_method(
 
 @pytest.mark.parametrize("limits", [{"caller_rate": 1}], indirect=True)
 async def test_call_rate_is_limited_per_caller_and_method(
-    channel: grpc.aio.Channel, users: UserServiceStub, posts: PostServiceStub
+    channel: grpc.aio.Channel, users: UserServiceAsyncStub, posts: PostServiceAsyncStub
 ) -> None:
     """Further calls of the method are refused for a moment."""
 
@@ -128,7 +128,7 @@ async def test_call_rate_is_limited_per_caller_and_method(
 
 
 @pytest.mark.parametrize("limits", [{"stream_idle_timeout": 0.2}], indirect=True)
-async def test_idle_stream_is_ended(users: UserServiceStub) -> None:
+async def test_idle_stream_is_ended(users: UserServiceAsyncStub) -> None:
     """Acknowledged rows stay, and the load can be resumed."""
     stream: Any = users.BulkCreateUsers()
     rows = [User(email="ada@example.org")]

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import insert
 
 from roster.v1.posts_pb2 import ListPostsRequest, ListPostsResponse
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import (
     CreateUserRequest,
@@ -17,7 +17,7 @@ from roster.v1.users_pb2 import (
     ListUsersRequest,
     ListUsersResponse,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.server import Server
 from service.users import model
 from tests.support.errors import refusal
@@ -77,7 +77,7 @@ async def people(server: Server) -> None:
         await session.execute(insert(model.User), PEOPLE)
 
 
-async def user_pages(users: UserServiceStub, **asked: Any) -> list[ListUsersResponse]:
+async def user_pages(users: UserServiceAsyncStub, **asked: Any) -> list[ListUsersResponse]:
     """Return all pages of a list of users."""
     pages = [await users.ListUsers(ListUsersRequest(**asked))]
     while pages[-1].next_page_token:
@@ -86,7 +86,7 @@ async def user_pages(users: UserServiceStub, **asked: Any) -> list[ListUsersResp
     return pages
 
 
-async def post_pages(posts: PostServiceStub, **asked: Any) -> list[ListPostsResponse]:
+async def post_pages(posts: PostServiceAsyncStub, **asked: Any) -> list[ListPostsResponse]:
     """Return all pages of a list of posts."""
     pages = [await posts.ListPosts(ListPostsRequest(**asked))]
     while pages[-1].next_page_token:
@@ -95,7 +95,7 @@ async def post_pages(posts: PostServiceStub, **asked: Any) -> list[ListPostsResp
     return pages
 
 
-async def test_page_has_50_rows_by_default(server: Server, users: UserServiceStub) -> None:
+async def test_page_has_50_rows_by_default(server: Server, users: UserServiceAsyncStub) -> None:
     """The maximum is 1000; larger sizes are reduced to it."""
     ids = await add_users(server.database, 1001)
 
@@ -106,14 +106,16 @@ async def test_page_has_50_rows_by_default(server: Server, users: UserServiceStu
         assert [user.id for page in pages for user in page.users] == ids
 
 
-async def test_list_without_rows_is_an_empty_page(users: UserServiceStub, posts: PostServiceStub) -> None:
+async def test_list_without_rows_is_an_empty_page(
+    users: UserServiceAsyncStub, posts: PostServiceAsyncStub
+) -> None:
     """It has no token."""
     assert await users.ListUsers(ListUsersRequest()) == ListUsersResponse()
     assert await posts.ListPosts(ListPostsRequest()) == ListPostsResponse()
 
 
 @pytest.mark.usefixtures("people")
-async def test_pages_follow_the_order(users: UserServiceStub) -> None:
+async def test_pages_follow_the_order(users: UserServiceAsyncStub) -> None:
     """With any page size; the id breaks ties, in the same direction."""
     for page_size, count in {1: 4, 2: 2, 3: 2, 4: 1, 50: 1}.items():
         found = {}
@@ -125,7 +127,7 @@ async def test_pages_follow_the_order(users: UserServiceStub) -> None:
 
 
 @pytest.mark.usefixtures("people")
-async def test_filter_selects_rows(users: UserServiceStub) -> None:
+async def test_filter_selects_rows(users: UserServiceAsyncStub) -> None:
     """The same rows in a list, page by page, and in an export."""
     listed, exported = {}, {}
     for text in FILTERS:
@@ -138,7 +140,7 @@ async def test_filter_selects_rows(users: UserServiceStub) -> None:
 
 
 @pytest.mark.usefixtures("people")
-async def test_filters_and_orders_posts(server: Server, posts: PostServiceStub) -> None:
+async def test_filters_and_orders_posts(server: Server, posts: PostServiceAsyncStub) -> None:
     """By their own fields; `author_id` restricts the list in addition to the filter."""
     await add_posts(server.database, [1, 2, 1, 3, 1])
 
@@ -154,7 +156,7 @@ async def test_filters_and_orders_posts(server: Server, posts: PostServiceStub) 
 
 
 @pytest.mark.usefixtures("people")
-async def test_token_is_bound_to_filter_and_order(users: UserServiceStub) -> None:
+async def test_token_is_bound_to_filter_and_order(users: UserServiceAsyncStub) -> None:
     """Page size and view may change."""
     asked: dict[str, Any] = {"filter": "id > 0", "order_by": "email desc"}
     first = await users.ListUsers(ListUsersRequest(**asked, page_size=1))
@@ -169,7 +171,7 @@ async def test_token_is_bound_to_filter_and_order(users: UserServiceStub) -> Non
 
 
 @pytest.mark.usefixtures("people")
-async def test_token_of_posts_is_bound_to_author(server: Server, posts: PostServiceStub) -> None:
+async def test_token_of_posts_is_bound_to_author(server: Server, posts: PostServiceAsyncStub) -> None:
     """Another `author_id`, or none, is refused."""
     await add_posts(server.database, [1, 1, 2, 2])
     first = await posts.ListPosts(ListPostsRequest(author_id=1, page_size=1))
@@ -182,7 +184,7 @@ async def test_token_of_posts_is_bound_to_author(server: Server, posts: PostServ
 
 
 async def test_token_of_users_is_refused_for_posts(
-    server: Server, users: UserServiceStub, posts: PostServiceStub
+    server: Server, users: UserServiceAsyncStub, posts: PostServiceAsyncStub
 ) -> None:
     """Even if filter and order are the same."""
     await add_users(server.database, 2)
@@ -193,7 +195,7 @@ async def test_token_of_users_is_refused_for_posts(
 
 
 @pytest.mark.usefixtures("people")
-async def test_pages_are_stable_while_users_change(users: UserServiceStub) -> None:
+async def test_pages_are_stable_while_users_change(users: UserServiceAsyncStub) -> None:
     """Each remaining user is listed once, even if the user that the token points at is deleted."""
     asked: dict[str, Any] = {"order_by": "email", "page_size": 2}
     first = await users.ListUsers(ListUsersRequest(**asked))
@@ -213,7 +215,9 @@ async def test_pages_are_stable_while_users_change(users: UserServiceStub) -> No
 
 
 @pytest.mark.parametrize("order_by", ["id", "created_at desc"])
-async def test_pages_of_large_posts_end_early(server: Server, posts: PostServiceStub, order_by: str) -> None:
+async def test_pages_of_large_posts_end_early(
+    server: Server, posts: PostServiceAsyncStub, order_by: str
+) -> None:
     """No page is larger than 3 MiB, and the pages have every post once."""
     author_ids = await add_users(server.database, full_name="😀" * 255)
     ids = await add_posts(server.database, author_ids * 5, title="😀" * 255, content="é" * (MIB // 2))
@@ -227,7 +231,7 @@ async def test_pages_of_large_posts_end_early(server: Server, posts: PostService
     assert sizes == ([2, 2, 6] if order_by == "id" else [7, 2, 1])
 
 
-async def test_pages_of_users_with_many_posts_end_early(server: Server, users: UserServiceStub) -> None:
+async def test_pages_of_users_with_many_posts_end_early(server: Server, users: UserServiceAsyncStub) -> None:
     """No page is larger than 3 MiB, and the pages have every user once."""
     ids = await add_users(server.database, 80)
     await add_posts(server.database, ids * 50, title="😀" * 255)

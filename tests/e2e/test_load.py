@@ -14,12 +14,12 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from sqlalchemy import text
 
+from roster.client import channel
 from roster.v1.bulk_pb2 import AbortBulkLoadRequest, BulkLoad, BulkOptions
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, GetUserRequest, ListUsersRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import channel
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.server import Server
 from tests.support.command import Roster, ended, ndjson, run
 from tests.support.rows import add_users
@@ -36,7 +36,7 @@ def database_url(sqlite_url: str) -> str:
     return sqlite_url
 
 
-async def test_loads_users_and_their_posts(roster: Roster, users: UserServiceStub) -> None:
+async def test_loads_users_and_their_posts(roster: Roster, users: UserServiceAsyncStub) -> None:
     """The status is 0 if all rows are loaded; the summary counts them."""
     names = [{"email": f"{number}@example.org", "created_at": "2024-01-01", "foo": 1} for number in range(12)]
     posts = [{"title": "t", "author_email": f"{number}@example.org"} for number in range(12)]
@@ -53,7 +53,7 @@ async def test_loads_users_and_their_posts(roster: Roster, users: UserServiceStu
     ]
 
 
-async def test_rejects_can_be_fixed_and_loaded(roster: Roster, users: UserServiceStub) -> None:
+async def test_rejects_can_be_fixed_and_loaded(roster: Roster, users: UserServiceAsyncStub) -> None:
     """The status is 1 if rows failed; one file has those the command or the server refused, in order."""
     name = roster.write(
         "users.ndjson", {"email": "a@example.org"}, {"email": 7}, {"email": "no address"}, "what?"
@@ -76,7 +76,7 @@ async def test_rejects_can_be_fixed_and_loaded(roster: Roster, users: UserServic
     assert (await users.GetUser(GetUserRequest(email="2@x.org"))).version == 1
 
 
-async def test_loads_csv_from_standard_input(roster: Roster, users: UserServiceStub) -> None:
+async def test_loads_csv_from_standard_input(roster: Roster, users: UserServiceAsyncStub) -> None:
     """A dash is standard input; its format must be given."""
     rows = b"email,full_name,is_active\na@example.org,Ada,false\nb@example.org,,maybe\n"
 
@@ -92,7 +92,7 @@ async def test_loads_csv_from_standard_input(roster: Roster, users: UserServiceS
     assert (await users.GetUser(GetUserRequest(email="a@example.org"))).full_name == "Ada"
 
 
-async def test_on_conflict_update_writes_the_mask(roster: Roster, users: UserServiceStub) -> None:
+async def test_on_conflict_update_writes_the_mask(roster: Roster, users: UserServiceAsyncStub) -> None:
     """Existing users get the columns of the mask."""
     name = roster.write("users.ndjson", {"email": "a@example.org", "full_name": "Ada", "is_active": False})
     await roster.run("load", "users", roster.write("first.ndjson", {"email": "a@example.org"}))
@@ -130,7 +130,7 @@ async def test_prints_the_summary_as_json(roster: Roster) -> None:
     }
 
 
-async def test_validate_only_writes_nothing(roster: Roster, users: UserServiceStub) -> None:
+async def test_validate_only_writes_nothing(roster: Roster, users: UserServiceAsyncStub) -> None:
     """The summary says so."""
     name = roster.write("users.ndjson", {"email": "a@example.org"}, {"email": "no address"})
     done = await roster.run("load", "users", name, "--validate-only")
@@ -262,7 +262,7 @@ async def test_reports_why_it_can_not_run(roster: Roster, arguments: list[str], 
     assert "Traceback" not in done.err
 
 
-async def test_updates_by_id(roster: Roster, users: UserServiceStub, server: Server) -> None:
+async def test_updates_by_id(roster: Roster, users: UserServiceAsyncStub, server: Server) -> None:
     """Rows have ids and optional versions; only the columns of the mask are written."""
     first, second = await add_users(server.database, 2)
     rows = f'id,version,full_name,email\n{first},1,Ada,x\n{second},7,Alan,y\n{second},,"",z\n'.encode()
@@ -285,7 +285,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize("atomicity", ["row", "batch"])
-async def test_the_same_command_resumes(roster: Roster, users: UserServiceStub, atomicity: str) -> None:
+async def test_the_same_command_resumes(roster: Roster, users: UserServiceAsyncStub, atomicity: str) -> None:
     """Nothing is lost or duplicated; summary and rejects are those of a load that was never stopped."""
     command = ["load", "users", roster.write("users.ndjson", *ROWS), "--batch-rows", "9", "--json"]
     command += ["--on-conflict", "skip", "--atomicity", atomicity]
@@ -372,14 +372,14 @@ async def feed(process: asyncio.subprocess.Process, first: int, last: int) -> No
     await process.stdin.drain()
 
 
-async def wait_for_rows(users: UserServiceStub, count: int, process: asyncio.subprocess.Process) -> None:
+async def wait_for_rows(users: UserServiceAsyncStub, count: int, process: asyncio.subprocess.Process) -> None:
     """Wait until this many users are committed."""
     while len((await users.ListUsers(ListUsersRequest(page_size=1000))).users) < count:
         assert process.returncode is None
 
 
 @pytest.fixture
-async def waiting(roster: Roster, users: UserServiceStub) -> AsyncIterator[asyncio.subprocess.Process]:
+async def waiting(roster: Roster, users: UserServiceAsyncStub) -> AsyncIterator[asyncio.subprocess.Process]:
     """The command with 1,000 rows committed, waiting for its standard input."""
     process = await roster.start("load", "users", "-", "--batch-rows", "250")
     await feed(process, 0, 1000)
@@ -428,7 +428,7 @@ async def test_a_lost_server_reports_the_committed_rows(
 
 
 async def test_continues_after_a_restart_of_the_server(
-    roster: Roster, users: UserServiceStub, server: Server
+    roster: Roster, users: UserServiceAsyncStub, server: Server
 ) -> None:
     """The server stops with batches in flight; the command resumes on the next server by itself."""
     rows = [{"email": f"{number % 450}@example.org"} for number in range(500)]
@@ -447,7 +447,7 @@ async def test_continues_after_a_restart_of_the_server(
     ]
 
 
-async def test_a_second_loader_fences_the_first(roster: Roster, users: UserServiceStub) -> None:
+async def test_a_second_loader_fences_the_first(roster: Roster, users: UserServiceAsyncStub) -> None:
     """The first does not reconnect, and nothing is duplicated."""
     command = ["load", "users", "-", "--load-id", "staff", "--batch-rows", "500"]
     first = await roster.start(*command)
@@ -535,7 +535,7 @@ async def test_reports_the_first_line_of_each_reason(roster: Roster) -> None:
 
 @pytest.mark.parametrize("is_finished", [True, False])
 async def test_refuses_the_load_of_an_earlier_release(
-    roster: Roster, users: UserServiceStub, is_finished: bool
+    roster: Roster, users: UserServiceAsyncStub, is_finished: bool
 ) -> None:
     """Its offsets do not count rows that could not be parsed, so that rows would be loaded twice."""
     name = roster.write("users.csv", "email", "a@example.org", "b@example.org")
@@ -557,7 +557,7 @@ async def test_refuses_the_load_of_an_earlier_release(
     assert "1 created, 0 updated, 1 skipped" in other.out
 
 
-async def test_resumes_by_position(roster: Roster, users: UserServiceStub, server: Server) -> None:
+async def test_resumes_by_position(roster: Roster, users: UserServiceAsyncStub, server: Server) -> None:
     """Rows before the offset are not parsed unless they failed; the rejects are complete again."""
     lines = [
         "email,full_name",

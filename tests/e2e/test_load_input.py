@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from tests.support.command import Roster
 from tests.support.users import list_users
 
@@ -19,7 +19,9 @@ def database_url(sqlite_url: str) -> str:
 
 
 @pytest.mark.parametrize("packed", [bytes, gzip.compress], ids=["plain", "gzip"])
-async def test_loads_a_document_from_a_pipe(roster: Roster, users: UserServiceStub, packed: type) -> None:
+async def test_loads_a_document_from_a_pipe(
+    roster: Roster, users: UserServiceAsyncStub, packed: type
+) -> None:
     """It is read once, so the array must have the name of the entity."""
     document = json.dumps({"realm": "x", "users": PEOPLE}, indent=2).encode()
 
@@ -31,7 +33,7 @@ async def test_loads_a_document_from_a_pipe(roster: Roster, users: UserServiceSt
 
 @pytest.mark.parametrize("kind", ["ndjson", "csv", "parquet"])
 async def test_empty_standard_input_leaves_its_load_id_unused(
-    roster: Roster, users: UserServiceStub, kind: str
+    roster: Roster, users: UserServiceAsyncStub, kind: str
 ) -> None:
     """The command before the pipe has failed; the next run, with rows, is the first of the load."""
     command = ("load", "users", "-", "--load-id", "nightly")
@@ -69,7 +71,7 @@ async def test_archives_are_refused_by_their_names(roster: Roster, name: str) ->
     assert f"{name} is an archive; unpack it, and load the file inside" in " ".join(done.err.split())
 
 
-async def test_null_says_which_texts_are_missing_values(roster: Roster, users: UserServiceStub) -> None:
+async def test_null_says_which_texts_are_missing_values(roster: Roster, users: UserServiceAsyncStub) -> None:
     """Without it such rows fail, and it is a part of the id of the load."""
     (roster.folder / "users.csv").write_bytes(b"email,full_name\na@example.org,\\N\nb@example.org,Ada\n")
 

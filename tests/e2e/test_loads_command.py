@@ -8,7 +8,7 @@ import pytest
 
 from roster.v1.bulk_pb2 import BulkLoad, GetBulkLoadRequest
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.loads.repository import LoadRepository
 from service.server import Server
 from tests.support.command import Roster
@@ -27,7 +27,7 @@ async def state(channel: grpc.aio.Channel, load_id: str) -> str:
     return BulkLoad.State.Name(load.state)
 
 
-async def test_lists_loads_newest_first(roster: Roster, users: UserServiceStub) -> None:
+async def test_lists_loads_newest_first(roster: Roster, users: UserServiceAsyncStub) -> None:
     """One line for each load, or one JSON object."""
     for load_id in ("first", "second"):
         stream = await LoadStream.open(users, load_id)
@@ -46,7 +46,7 @@ async def test_lists_loads_newest_first(roster: Roster, users: UserServiceStub) 
 
 
 async def test_shows_and_aborts_loads_of_other_callers(
-    server: Server, roster: Roster, users: UserServiceStub
+    server: Server, roster: Roster, users: UserServiceAsyncStub
 ) -> None:
     """`--caller` says whose load is meant; without it, the loads of all callers are listed."""
     await LoadStream.open(users, "other")
@@ -72,7 +72,7 @@ async def test_shows_and_aborts_loads_of_other_callers(
     assert json.loads(after.out)["state"] == "OPEN"
 
 
-async def test_shows_a_load_with_its_failures(roster: Roster, users: UserServiceStub) -> None:
+async def test_shows_a_load_with_its_failures(roster: Roster, users: UserServiceAsyncStub) -> None:
     """It prints the counts, the options, and the failures of rows."""
     stream = await LoadStream.open(users, on_conflict="SKIP")
     await stream.acknowledged("a", "no one", "a")
@@ -95,7 +95,12 @@ async def test_shows_a_load_with_its_failures(roster: Roster, users: UserService
 
 @pytest.mark.parametrize(("answer", "status", "then"), [("y", 0, "ABORTED"), ("n", 1, "OPEN")])
 async def test_asks_before_it_aborts(
-    roster: Roster, users: UserServiceStub, channel: grpc.aio.Channel, answer: str, status: int, then: str
+    roster: Roster,
+    users: UserServiceAsyncStub,
+    channel: grpc.aio.Channel,
+    answer: str,
+    status: int,
+    then: str,
 ) -> None:
     """Only `y` aborts."""
     await LoadStream.open(users)
@@ -107,7 +112,7 @@ async def test_asks_before_it_aborts(
 
 
 async def test_aborts_without_asking(
-    roster: Roster, users: UserServiceStub, channel: grpc.aio.Channel
+    roster: Roster, users: UserServiceAsyncStub, channel: grpc.aio.Channel
 ) -> None:
     """`--yes` is for scripts; the load is printed after the abort."""
     await LoadStream.open(users)
@@ -118,7 +123,7 @@ async def test_aborts_without_asking(
     assert json.loads(done.out)["state"] == await state(channel, "staff") == "ABORTED"
 
 
-async def test_can_not_abort_a_finished_load(roster: Roster, users: UserServiceStub) -> None:
+async def test_can_not_abort_a_finished_load(roster: Roster, users: UserServiceAsyncStub) -> None:
     """The status is 1, and standard output is empty."""
     stream = await LoadStream.open(users)
     await stream.finished()

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
+from roster.client import BulkLoader
 from roster.v1.bulk_pb2 import (
     AbortBulkLoadRequest,
     BulkLoad,
@@ -19,11 +20,10 @@ from roster.v1.bulk_pb2 import (
     ListBulkLoadFailuresRequest,
     ListBulkLoadsRequest,
 )
-from roster.v1.bulk_pb2_grpc import BulkServiceStub
+from roster.v1.bulk_pb2_grpc import BulkServiceAsyncStub, BulkServiceStub
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, ListUsersRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import BulkLoader
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service.db import migrations
 from service.loads.repository import LoadRepository
 from tests.e2e.secured import Secured, secured
@@ -34,7 +34,7 @@ SUBJECTS = ("loader", "importer", "admin")
 LOADER, IMPORTER, ADMIN = (f"jwt:{subject}" for subject in SUBJECTS)
 
 Channels = Mapping[str, grpc.aio.Channel]
-Call = Callable[[BulkServiceStub, str], Awaitable[Any]]
+Call = Callable[[BulkServiceAsyncStub, str], Awaitable[Any]]
 
 
 @pytest.fixture
@@ -56,34 +56,34 @@ async def channels(roster: Secured) -> AsyncIterator[Channels]:
 
 
 @pytest.fixture
-def users(channels: Channels) -> dict[str, UserServiceStub]:
+def users(channels: Channels) -> dict[str, UserServiceAsyncStub]:
     """The clients of UserService, by caller."""
     return {caller: UserServiceStub(channel) for caller, channel in channels.items()}
 
 
 @pytest.fixture
-def loads(channels: Channels) -> dict[str, BulkServiceStub]:
+def loads(channels: Channels) -> dict[str, BulkServiceAsyncStub]:
     """The clients of BulkService, by caller."""
     return {caller: BulkServiceStub(channel) for caller, channel in channels.items()}
 
 
-def get(loads: BulkServiceStub, caller: str) -> Awaitable[BulkLoad]:
+def get(loads: BulkServiceAsyncStub, caller: str) -> Awaitable[BulkLoad]:
     return loads.GetBulkLoad(GetBulkLoadRequest(load_id=LOAD_ID, caller=caller))
 
 
-def list_failures(loads: BulkServiceStub, caller: str) -> Awaitable[Any]:
+def list_failures(loads: BulkServiceAsyncStub, caller: str) -> Awaitable[Any]:
     return loads.ListBulkLoadFailures(ListBulkLoadFailuresRequest(load_id=LOAD_ID, caller=caller))
 
 
-def abort(loads: BulkServiceStub, caller: str) -> Awaitable[BulkLoad]:
+def abort(loads: BulkServiceAsyncStub, caller: str) -> Awaitable[BulkLoad]:
     return loads.AbortBulkLoad(AbortBulkLoadRequest(load_id=LOAD_ID, caller=caller))
 
 
-def list_loads(loads: BulkServiceStub, caller: str) -> Awaitable[Any]:
+def list_loads(loads: BulkServiceAsyncStub, caller: str) -> Awaitable[Any]:
     return loads.ListBulkLoads(ListBulkLoadsRequest(caller=caller))
 
 
-async def loaded(users: UserServiceStub, name: str, count: int) -> BulkSummary:
+async def loaded(users: UserServiceAsyncStub, name: str, count: int) -> BulkSummary:
     """Load users in small messages, and return the summary."""
 
     async def rows() -> AsyncIterator[User]:
@@ -100,14 +100,14 @@ async def loaded(users: UserServiceStub, name: str, count: int) -> BulkSummary:
     return summary
 
 
-async def emails(users: UserServiceStub) -> list[str]:
+async def emails(users: UserServiceAsyncStub) -> list[str]:
     """Return the names of all users, in the order of their ids."""
     stored = (await users.ListUsers(ListUsersRequest(page_size=1000))).users
     return [user.email.removesuffix("@example.org") for user in stored]
 
 
 async def test_two_callers_load_under_one_name_at_once(
-    users: dict[str, UserServiceStub], loads: dict[str, BulkServiceStub]
+    users: dict[str, UserServiceAsyncStub], loads: dict[str, BulkServiceAsyncStub]
 ) -> None:
     """Both loads complete, each with its own rows and counts."""
     loader, importer = await asyncio.gather(
@@ -126,7 +126,7 @@ async def test_two_callers_load_under_one_name_at_once(
 
 
 async def test_callers_do_not_fence_off_each_other(
-    users: dict[str, UserServiceStub], loads: dict[str, BulkServiceStub]
+    users: dict[str, UserServiceAsyncStub], loads: dict[str, BulkServiceAsyncStub]
 ) -> None:
     """A second stream or an abort ends only the caller's own stream."""
     stream, other = await LoadStream.open(users[LOADER]), await LoadStream.open(users[IMPORTER])
@@ -145,7 +145,7 @@ async def test_callers_do_not_fence_off_each_other(
 
 
 async def test_admin_resumes_load_of_another_caller(
-    users: dict[str, UserServiceStub], loads: dict[str, BulkServiceStub]
+    users: dict[str, UserServiceAsyncStub], loads: dict[str, BulkServiceAsyncStub]
 ) -> None:
     """The load stays that caller's, with one watermark and one fence for both."""
     stream = await LoadStream.open(users[LOADER])
@@ -168,7 +168,7 @@ async def test_admin_resumes_load_of_another_caller(
 
 
 async def test_admin_resumes_load_from_before_authentication(
-    roster: Secured, users: dict[str, UserServiceStub]
+    roster: Secured, users: dict[str, UserServiceAsyncStub]
 ) -> None:
     """It belongs to `anonymous`; a caller with an identity begins another load."""
     options = BulkOptions(load_id=LOAD_ID).SerializeToString()
@@ -184,8 +184,8 @@ async def test_admin_resumes_load_from_before_authentication(
 
 
 async def test_rows_of_an_admin_count_as_the_admins(
-    users: dict[str, UserServiceStub],
-    loads: dict[str, BulkServiceStub],
+    users: dict[str, UserServiceAsyncStub],
+    loads: dict[str, BulkServiceAsyncStub],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The audit log names the caller who wrote them, and the owner of the load."""
@@ -206,7 +206,7 @@ async def test_rows_of_an_admin_count_as_the_admins(
 
 
 async def test_admin_has_loads_of_its_own(
-    users: dict[str, UserServiceStub], loads: dict[str, BulkServiceStub]
+    users: dict[str, UserServiceAsyncStub], loads: dict[str, BulkServiceAsyncStub]
 ) -> None:
     """Without `caller`, or with its own name, an admin never gets into another caller's load."""
     stream = await LoadStream.open(users[LOADER])
@@ -223,7 +223,7 @@ async def test_admin_has_loads_of_its_own(
 
 
 async def test_admin_never_begins_a_load_for_another_caller(
-    users: dict[str, UserServiceStub], loads: dict[str, BulkServiceStub]
+    users: dict[str, UserServiceAsyncStub], loads: dict[str, BulkServiceAsyncStub]
 ) -> None:
     """A caller who has no such load is NOT_FOUND; with `validate_only`, nothing is looked up."""
     refused = await refused_to_open(users[ADMIN], caller=LOADER)
@@ -234,7 +234,7 @@ async def test_admin_never_begins_a_load_for_another_caller(
     assert (await LoadStream.open(users[ADMIN], caller=ADMIN)).opened.next_offset == 0
 
 
-async def test_caller_is_not_compared_with_first_options(users: dict[str, UserServiceStub]) -> None:
+async def test_caller_is_not_compared_with_first_options(users: dict[str, UserServiceAsyncStub]) -> None:
     """The other options are, for an admin too."""
     await LoadStream.open(users[LOADER])
     await LoadStream.open(users[ADMIN], caller=ADMIN)
@@ -246,7 +246,7 @@ async def test_caller_is_not_compared_with_first_options(users: dict[str, UserSe
 
 
 async def test_only_admins_name_a_caller(
-    users: dict[str, UserServiceStub], loads: dict[str, BulkServiceStub]
+    users: dict[str, UserServiceAsyncStub], loads: dict[str, BulkServiceAsyncStub]
 ) -> None:
     """Others can't name themselves, and don't learn who has loads."""
     stream = await LoadStream.open(users[LOADER])
@@ -263,7 +263,7 @@ async def test_only_admins_name_a_caller(
 
 @pytest.mark.parametrize("call", [get, list_failures, abort])
 async def test_admin_without_own_load_gets_the_only_one(
-    users: dict[str, UserServiceStub], loads: dict[str, BulkServiceStub], call: Call
+    users: dict[str, UserServiceAsyncStub], loads: dict[str, BulkServiceAsyncStub], call: Call
 ) -> None:
     """If several callers have one, the error lists them; if the admin has one, it comes first."""
     for caller, names in ((LOADER, ["no one"]), (IMPORTER, ["a", "no one"])):
@@ -286,7 +286,7 @@ async def test_admin_without_own_load_gets_the_only_one(
 
 
 async def test_abort_by_an_admin_ends_one_load(
-    users: dict[str, UserServiceStub], loads: dict[str, BulkServiceStub]
+    users: dict[str, UserServiceAsyncStub], loads: dict[str, BulkServiceAsyncStub]
 ) -> None:
     """The other caller's load of this name goes on."""
     streams = {caller: await LoadStream.open(users[caller]) for caller in (LOADER, IMPORTER)}
@@ -299,7 +299,7 @@ async def test_abort_by_an_admin_ends_one_load(
 
 
 async def test_admin_lists_loads_of_all_or_of_one(
-    users: dict[str, UserServiceStub], loads: dict[str, BulkServiceStub]
+    users: dict[str, UserServiceAsyncStub], loads: dict[str, BulkServiceAsyncStub]
 ) -> None:
     """Others list their own."""
     for caller in (LOADER, IMPORTER, ADMIN):
@@ -315,7 +315,7 @@ async def test_admin_lists_loads_of_all_or_of_one(
 
 
 async def test_page_token_is_bound_to_caller(
-    users: dict[str, UserServiceStub], loads: dict[str, BulkServiceStub]
+    users: dict[str, UserServiceAsyncStub], loads: dict[str, BulkServiceAsyncStub]
 ) -> None:
     """In a listing for another caller, or for all, it gets no page."""
     for caller in (LOADER, IMPORTER):
@@ -346,7 +346,7 @@ async def test_page_token_is_bound_to_caller(
 
 
 async def test_page_token_stays_with_the_load_that_was_found(
-    users: dict[str, UserServiceStub], loads: dict[str, BulkServiceStub]
+    users: dict[str, UserServiceAsyncStub], loads: dict[str, BulkServiceAsyncStub]
 ) -> None:
     """An admin who begins a load of the same name between two pages gets no rows of that one."""
     await (await LoadStream.open(users[LOADER])).acknowledged("no one", "no one")
@@ -361,7 +361,7 @@ async def test_page_token_stays_with_the_load_that_was_found(
 
 
 async def test_second_caller_is_refused_before_contracting_migration(
-    database_url: str, users: dict[str, UserServiceStub], loads: dict[str, BulkServiceStub]
+    database_url: str, users: dict[str, UserServiceAsyncStub], loads: dict[str, BulkServiceAsyncStub]
 ) -> None:
     """The error says what to do, to an admin too; an admin can still resume the load by its caller."""
     await asyncio.to_thread(migrations.downgrade, database_url, "0008")

@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUserRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service import logs
 from service.server import Server
 from tests.support.command import serving
@@ -70,7 +70,7 @@ def written(form: logging.Formatter) -> Iterator[CapturedLog]:
     ours.setLevel(level)
 
 
-async def test_call_is_one_line(server: Server, written: CapturedLog, users: UserServiceStub) -> None:
+async def test_call_is_one_line(server: Server, written: CapturedLog, users: UserServiceAsyncStub) -> None:
     """It has caller, method, code, duration and statements."""
     await users.CreateUser(CreateUserRequest(user=User(email=SECRET)), metadata=IDS)
 
@@ -91,7 +91,7 @@ async def test_call_is_one_line(server: Server, written: CapturedLog, users: Use
     }
 
 
-async def test_stream_is_one_line(written: CapturedLog, users: UserServiceStub) -> None:
+async def test_stream_is_one_line(written: CapturedLog, users: UserServiceAsyncStub) -> None:
     """It has the statements of all batches."""
     messages = [BulkCreateUsersRequest(users=[User(email=f"{n}{SECRET}")]) for n in range(3)]
     async for _ in users.BulkCreateUsers(iter(messages)):
@@ -102,7 +102,7 @@ async def test_stream_is_one_line(written: CapturedLog, users: UserServiceStub) 
 
 
 @on_sqlite
-async def test_lines_have_no_content_of_calls(written: CapturedLog, users: UserServiceStub) -> None:
+async def test_lines_have_no_content_of_calls(written: CapturedLog, users: UserServiceAsyncStub) -> None:
     """Whether the call succeeds or fails, even at the most verbose level."""
     await users.CreateUser(CreateUserRequest(user=User(email=SECRET)))
     await refusal(users.CreateUser(CreateUserRequest(user=User(email=SECRET, password="x"))))
@@ -114,7 +114,7 @@ async def test_lines_have_no_content_of_calls(written: CapturedLog, users: UserS
 
 
 @on_sqlite
-async def test_call_without_request_id_gets_one(written: CapturedLog, users: UserServiceStub) -> None:
+async def test_call_without_request_id_gets_one(written: CapturedLog, users: UserServiceAsyncStub) -> None:
     """It differs for each call; no trace id is made up."""
     for _ in range(2):
         await refusal(users.GetUser(GetUserRequest(id=99)))
@@ -126,7 +126,7 @@ async def test_call_without_request_id_gets_one(written: CapturedLog, users: Use
 
 @on_sqlite
 async def test_lines_during_a_call_have_its_ids(
-    written: CapturedLog, server: Server, users: UserServiceStub
+    written: CapturedLog, server: Server, users: UserServiceAsyncStub
 ) -> None:
     """The caller's id finds what went wrong in the server."""
     server.database.rows = None  # type: ignore[method-assign, assignment]
@@ -176,14 +176,14 @@ class TestSlowCalls:
         async with serve(sqlite_url, slow_call=1e-9) as server:
             yield server
 
-    async def test_slow_call_is_a_warning(self, written: CapturedLog, users: UserServiceStub) -> None:
+    async def test_slow_call_is_a_warning(self, written: CapturedLog, users: UserServiceAsyncStub) -> None:
         """It has the number of statements."""
         await users.CreateUser(CreateUserRequest(user=User(email=SECRET)))
 
         (line,) = await written.calls()
         assert (line["level"], line["statements"]) == ("WARNING", 2)  # the first is SQLite's BEGIN
 
-    async def test_stream_is_never_slow(self, written: CapturedLog, users: UserServiceStub) -> None:
+    async def test_stream_is_never_slow(self, written: CapturedLog, users: UserServiceAsyncStub) -> None:
         """Its client decides how long it lasts."""
         async for _ in users.BulkCreateUsers(iter([BulkCreateUsersRequest(finish=True)])):
             pass
@@ -194,7 +194,7 @@ class TestSlowCalls:
 
 @pytest.mark.parametrize("form", [logs.Text("%(levelname)s %(name)s: %(message)s")])
 @on_sqlite
-async def test_terminal_gets_readable_lines(written: CapturedLog, users: UserServiceStub) -> None:
+async def test_terminal_gets_readable_lines(written: CapturedLog, users: UserServiceAsyncStub) -> None:
     """The fields follow the message; a value with spaces is quoted."""
     await users.CreateUser(CreateUserRequest(user=User(email=SECRET)), metadata=IDS)
 

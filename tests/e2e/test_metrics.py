@@ -23,7 +23,7 @@ from roster.v1.users_pb2 import (
     GetUserRequest,
     VerifyPasswordRequest,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service import metrics
 from service.server import Server
 from service.settings import Settings
@@ -57,7 +57,7 @@ async def server(database_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIte
         yield server
 
 
-async def test_counts_and_times_calls_by_method_and_code(server: Server, users: UserServiceStub) -> None:
+async def test_counts_and_times_calls_by_method_and_code(server: Server, users: UserServiceAsyncStub) -> None:
     """Names and labels are those of go-grpc-middleware."""
     before = await Scrape.of(server.metrics_address)
     await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org")))
@@ -100,7 +100,7 @@ async def test_measures_gathered_reads(database_url: str) -> None:
 
 
 @on_sqlite
-async def test_counts_cancelled_calls(server: Server, users: UserServiceStub) -> None:
+async def test_counts_cancelled_calls(server: Server, users: UserServiceAsyncStub) -> None:
     """They have a code, although no client receives it."""
     before = await Scrape.of(server.metrics_address)
     call = users.BulkCreateUsers()
@@ -117,7 +117,7 @@ async def test_counts_cancelled_calls(server: Server, users: UserServiceStub) ->
     assert after.value("roster_calls_in_flight", **bulk) == 0
 
 
-async def test_counts_bulk_rows_by_outcome(server: Server, users: UserServiceStub) -> None:
+async def test_counts_bulk_rows_by_outcome(server: Server, users: UserServiceAsyncStub) -> None:
     """Batches, their sizes, durations and refusals are measured too."""
     before = await Scrape.of(server.metrics_address)
     options = BulkOptions(load_id="counted", on_conflict=BulkOptions.SKIP)
@@ -144,7 +144,9 @@ async def test_counts_bulk_rows_by_outcome(server: Server, users: UserServiceStu
     assert after.value("roster_bulk_rows_uncommitted") == 0
 
 
-async def test_reports_uncommitted_rows_and_waiting_batches(server: Server, users: UserServiceStub) -> None:
+async def test_reports_uncommitted_rows_and_waiting_batches(
+    server: Server, users: UserServiceAsyncStub
+) -> None:
     """A batch waits while all connections for loads are in use."""
     pool = "writer" if server.database.is_sqlite else "bulk"
     async with AsyncExitStack() as stack:
@@ -165,7 +167,7 @@ async def test_reports_uncommitted_rows_and_waiting_batches(server: Server, user
     assert (await Scrape.of(server.metrics_address)).value("roster_bulk_rows_uncommitted") == 0
 
 
-async def test_reports_size_use_and_timeouts_of_the_pool(server: Server, users: UserServiceStub) -> None:
+async def test_reports_size_use_and_timeouts_of_the_pool(server: Server, users: UserServiceAsyncStub) -> None:
     """While the only connection is in use, a call times out."""
     pool = "readers" if server.database.is_sqlite else "calls"
     async with server.database.read() as session:
@@ -192,7 +194,7 @@ async def test_closed_database_has_no_connections(server: Server) -> None:
     assert scrape.value("roster_pool_connections") == 0
 
 
-async def test_measures_statements_by_operation(server: Server, users: UserServiceStub) -> None:
+async def test_measures_statements_by_operation(server: Server, users: UserServiceAsyncStub) -> None:
     """Including failed ones, and COPY, which bypasses SQLAlchemy."""
     before = await Scrape.of(server.metrics_address)
     for _ in range(2):
@@ -211,7 +213,7 @@ async def test_measures_statements_by_operation(server: Server, users: UserServi
 
 
 @on_sqlite
-async def test_counts_refused_password_checks(server: Server, users: UserServiceStub) -> None:
+async def test_counts_refused_password_checks(server: Server, users: UserServiceAsyncStub) -> None:
     """The second of two concurrent checks is refused, because the queue has one place."""
     before = await Scrape.of(server.metrics_address)
     request = VerifyPasswordRequest(email="nobody@example.org", password="secret")

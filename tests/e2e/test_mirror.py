@@ -6,8 +6,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from roster.errors import TooLarge
 from roster.v1.posts_pb2 import CreatePostRequest
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import (
     CreateUserRequest,
@@ -15,9 +16,8 @@ from roster.v1.users_pb2 import (
     ListUsersRequest,
     UpdateUserRequest,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.cli.mirror.report import MirrorReport
-from service.errors import TooLarge
 from service.server import Server
 from tests.support.command import Roster, ended
 from tests.support.mirror import MirrorRun
@@ -28,7 +28,7 @@ from tests.support.users import list_users
 HASH = "$2b$04$abcdefghijklmnopqrstuuIqkgDpSYLn8pWMEhVTSv5ZvHYRzS1Wy"
 
 
-async def shown(users: UserServiceStub) -> list[tuple[str, str | None, bool]]:
+async def shown(users: UserServiceAsyncStub) -> list[tuple[str, str | None, bool]]:
     """Return the users without what the server adds, in the order of their ids."""
     return [
         (user.email, user.full_name if user.HasField("full_name") else None, user.is_active)
@@ -42,7 +42,7 @@ def counts(report: MirrorReport) -> tuple[int, ...]:
 
 
 async def test_makes_the_users_equal_to_the_file(
-    roster: Roster, users: UserServiceStub, posts: PostServiceStub
+    roster: Roster, users: UserServiceAsyncStub, posts: PostServiceAsyncStub
 ) -> None:
     """Each kind of difference; the same file repairs a table that was changed."""
     for number in range(6):
@@ -113,7 +113,7 @@ async def test_makes_the_users_equal_to_the_file(
     assert "ignored columns: room\n" in second.err
 
 
-async def test_users_changed_after_the_plan_are_kept(mirror: MirrorRun, users: UserServiceStub) -> None:
+async def test_users_changed_after_the_plan_are_kept(mirror: MirrorRun, users: UserServiceAsyncStub) -> None:
     """Each is reported with its line, and the others are written; the next run sees them as they are."""
     text = "email,full_name\n0@example.org,new\n1@example.org,new\n2@example.org,new\n9@example.org,new\n"
     ids = [
@@ -150,7 +150,7 @@ async def test_users_changed_after_the_plan_are_kept(mirror: MirrorRun, users: U
     }
 
 
-async def test_filter_limits_what_is_changed(mirror: MirrorRun, users: UserServiceStub) -> None:
+async def test_filter_limits_what_is_changed(mirror: MirrorRun, users: UserServiceAsyncStub) -> None:
     """Others than the users that match stay."""
     for email in ("a@example.org", "b@example.org", "c@example.com"):
         await users.CreateUser(CreateUserRequest(user=User(email=email)))
@@ -161,7 +161,9 @@ async def test_filter_limits_what_is_changed(mirror: MirrorRun, users: UserServi
     assert [email for email, *_ in await shown(users)] == ["b@example.org", "c@example.com", "d@example.org"]
 
 
-async def test_deactivates_users_who_are_not_in_the_file(mirror: MirrorRun, users: UserServiceStub) -> None:
+async def test_deactivates_users_who_are_not_in_the_file(
+    mirror: MirrorRun, users: UserServiceAsyncStub
+) -> None:
     """Who comes back is active again, and who is inactive already is not written."""
     for number in range(3):
         await users.CreateUser(CreateUserRequest(user=User(email=f"{number}@example.org")))
@@ -181,7 +183,7 @@ async def test_deactivates_users_who_are_not_in_the_file(mirror: MirrorRun, user
 
 
 async def test_by_id_emails_are_traded_across_batches(
-    server: Server, mirror: MirrorRun, users: UserServiceStub
+    server: Server, mirror: MirrorRun, users: UserServiceAsyncStub
 ) -> None:
     """A ring of users who get the e-mail of the next one, in messages of two rows; a missing id is new."""
     ids = await add_users(server.database, 5)
@@ -201,7 +203,7 @@ async def test_by_id_emails_are_traded_across_batches(
 
 @pytest.mark.parametrize("filter_", ["", 'email = "*@example.org"'])
 async def test_run_that_stopped_after_parking_is_completed(
-    server: Server, mirror: MirrorRun, users: UserServiceStub, filter_: str
+    server: Server, mirror: MirrorRun, users: UserServiceAsyncStub, filter_: str
 ) -> None:
     """The next run gives a parked user its e-mail, although the present one does not match the filter."""
     first, second = await add_users(server.database, 2)
@@ -218,7 +220,7 @@ async def test_run_that_stopped_after_parking_is_completed(
 
 
 async def test_parked_user_who_was_changed_is_kept(
-    server: Server, mirror: MirrorRun, users: UserServiceStub
+    server: Server, mirror: MirrorRun, users: UserServiceAsyncStub
 ) -> None:
     """Its update fails too, although the version is the one that parking would have made."""
     first, second = await add_users(server.database, 2)
@@ -232,7 +234,7 @@ async def test_parked_user_who_was_changed_is_kept(
 
 
 async def test_users_with_many_posts_are_deleted_in_smaller_messages(
-    server: Server, mirror: MirrorRun, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch
+    server: Server, mirror: MirrorRun, users: UserServiceAsyncStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A user who has too many alone is named, before anything is written."""
     monkeypatch.setattr("service.db.deletion.MAX_DEPENDENTS", 3)
@@ -249,7 +251,7 @@ async def test_users_with_many_posts_are_deleted_in_smaller_messages(
 
 
 async def test_posts_are_counted_once_if_rows_are_validated_again(
-    server: Server, mirror: MirrorRun, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch
+    server: Server, mirror: MirrorRun, users: UserServiceAsyncStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The third message has too many posts; smaller ones end elsewhere than the first two."""
     monkeypatch.setattr("service.db.deletion.MAX_DEPENDENTS", 3)
@@ -261,7 +263,7 @@ async def test_posts_are_counted_once_if_rows_are_validated_again(
     assert (report.planned_posts, report.deleted_posts) == (6, 6)
 
 
-async def test_new_users_get_their_password(mirror: MirrorRun, users: UserServiceStub) -> None:
+async def test_new_users_get_their_password(mirror: MirrorRun, users: UserServiceAsyncStub) -> None:
     """The hash of an existing user stays, because it can't be compared."""
     new, other = (f"email,hashed_password\na@example.org,{text}\n" for text in (HASH, HASH[:-1] + "u"))
     await mirror.run(new)
@@ -274,7 +276,7 @@ async def test_new_users_get_their_password(mirror: MirrorRun, users: UserServic
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 async def test_killed_runs_are_completed_by_the_same_command(
-    server: Server, roster: Roster, users: UserServiceStub
+    server: Server, roster: Roster, users: UserServiceAsyncStub
 ) -> None:
     """Runs are killed with SIGKILL while they delete, update and create; nothing is left of their plans."""
     ids = await add_users(server.database, 200)
@@ -312,5 +314,5 @@ async def _kill_when(
     await ended(process)
 
 
-async def _is_missing(users: UserServiceStub, id: int) -> bool:
+async def _is_missing(users: UserServiceAsyncStub, id: int) -> bool:
     return not (await users.ListUsers(ListUsersRequest(filter=f"id = {id}"))).users

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from roster.v1.posts_pb2 import ListPostsRequest
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import CreateUserRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.cli.mirror.mirror import PlanRefused
 from service.server import Server
 from tests.e2e.secured import secured
@@ -65,7 +65,7 @@ def database_url(sqlite_url: str) -> str:
 async def test_file_that_may_be_wrong_changes_nothing(
     server: Server,
     mirror: MirrorRun,
-    users: UserServiceStub,
+    users: UserServiceAsyncStub,
     text: str,
     options: dict[str, str],
     problem: str,
@@ -81,7 +81,7 @@ async def test_file_that_may_be_wrong_changes_nothing(
     assert await list_users(users) == before
 
 
-async def test_share_to_deactivate_is_of_active_users(mirror: MirrorRun, users: UserServiceStub) -> None:
+async def test_share_to_deactivate_is_of_active_users(mirror: MirrorRun, users: UserServiceAsyncStub) -> None:
     """Inactive users add up over the years: a share of all would soon allow to deactivate everybody."""
     for number in range(20):
         user = User(email=f"{number}@example.org", is_active=number < 2)
@@ -112,7 +112,7 @@ async def test_rights_are_checked_before_anything_is_written(sqlite_url: str, tm
         assert await read_emails(served.server.database) == ["user0@example.org"]
 
 
-async def test_deletes_users_by_email(server: Server, roster: Roster, users: UserServiceStub) -> None:
+async def test_deletes_users_by_email(server: Server, roster: Roster, users: UserServiceAsyncStub) -> None:
     """Any spelling is found. Rows that fail or have posts with --restrict are reported."""
     first, *_ = await add_users(server.database, 4)
     await add_posts(server.database, [first, first])
@@ -133,7 +133,9 @@ async def test_deletes_users_by_email(server: Server, roster: Roster, users: Use
     assert await list_names(users) == ["user2", "user3"]
 
 
-async def test_deletes_posts_of_an_export(server: Server, roster: Roster, posts: PostServiceStub) -> None:
+async def test_deletes_posts_of_an_export(
+    server: Server, roster: Roster, posts: PostServiceAsyncStub
+) -> None:
     """Their versions are checked; the same command again finds the load finished."""
     first, second = await add_posts(server.database, 2 * await add_users(server.database))
     name = roster.write(
@@ -150,7 +152,7 @@ async def test_deletes_posts_of_an_export(server: Server, roster: Roster, posts:
 
 
 async def test_two_keys_to_delete_by_are_refused(
-    server: Server, roster: Roster, users: UserServiceStub
+    server: Server, roster: Roster, users: UserServiceAsyncStub
 ) -> None:
     """The id may be that of another system: nothing is guessed."""
     await add_users(server.database)

@@ -13,6 +13,7 @@ from argon2.low_level import hash_secret
 from google.protobuf.field_mask_pb2 import FieldMask
 from sqlalchemy import update
 
+from roster.errors import DatabaseUnavailable, OutcomeUnknown, RosterError, StatementTimeout
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import (
     BatchGetUsersRequest,
@@ -24,9 +25,8 @@ from roster.v1.users_pb2 import (
     VerifyPasswordRequest,
     VerifyPasswordResponse,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.auth.caller import NOBODY, Caller, set_caller
-from service.errors import DatabaseUnavailable, OutcomeUnknown, RosterError, StatementTimeout
 from service.metrics import HASHES_UNREADABLE
 from service.server import Server
 from service.settings import Settings
@@ -83,12 +83,12 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-async def ada(users: UserServiceStub) -> User:
+async def ada(users: UserServiceAsyncStub) -> User:
     """A user with a password."""
     return await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org", password=PASSWORD)))
 
 
-async def verified(users: UserServiceStub, **asked: Any) -> VerifyPasswordResponse:
+async def verified(users: UserServiceAsyncStub, **asked: Any) -> VerifyPasswordResponse:
     return await users.VerifyPassword(VerifyPasswordRequest(**{"password": PASSWORD, **asked}))
 
 
@@ -96,7 +96,7 @@ async def stored_hash(server: Server, id: int) -> str:
     return credentials_from_row(await server.users.find_columns(id, CREDENTIALS))[1]
 
 
-async def test_right_password_is_valid(users: UserServiceStub, ada: User, work: list[str]) -> None:
+async def test_right_password_is_valid(users: UserServiceAsyncStub, ada: User, work: list[str]) -> None:
     """By id or by e-mail in any spelling; the response has the user."""
     answers = [await verified(users, id=ada.id), await verified(users, email=" ADA@example.org")]
 
@@ -104,7 +104,9 @@ async def test_right_password_is_valid(users: UserServiceStub, ada: User, work: 
     assert work == [ONE_HASH] * 2
 
 
-async def test_failures_are_indistinguishable(users: UserServiceStub, ada: User, work: list[str]) -> None:
+async def test_failures_are_indistinguishable(
+    users: UserServiceAsyncStub, ada: User, work: list[str]
+) -> None:
     """Wrong password, unknown, inactive, without a password: the same response, at the cost of one hash."""
     away = User(email="away@example.org", password=PASSWORD, is_active=False)
     open_door = User(email="open@example.org")
@@ -141,7 +143,7 @@ UNREADABLE = {
 @pytest.mark.parametrize("stored", UNREADABLE.values(), ids=UNREADABLE)
 async def test_unreadable_hash_is_an_error(
     server: Server,
-    users: UserServiceStub,
+    users: UserServiceAsyncStub,
     ada: User,
     work: list[str],
     caplog: pytest.LogCaptureFixture,
@@ -168,7 +170,7 @@ async def test_unreadable_hash_is_an_error(
 
 
 async def test_inactive_user_with_an_unreadable_hash_is_not_distinguishable(
-    server: Server, users: UserServiceStub, ada: User
+    server: Server, users: UserServiceAsyncStub, ada: User
 ) -> None:
     """Nobody would be let in with any password."""
     async with server.database.begin() as session:
@@ -179,7 +181,7 @@ async def test_inactive_user_with_an_unreadable_hash_is_not_distinguishable(
 
 
 async def test_stored_bcrypt_hash_with_padding_bits_lets_its_owner_in(
-    server: Server, users: UserServiceStub
+    server: Server, users: UserServiceAsyncStub
 ) -> None:
     """Of an import by an earlier release, and of one today; a success replaces it."""
     stored = "$2a$12$oaQbBqq8JnSM1NHRPQGXORm4GCUMqp7meTnkft4zgSnrbhoKdDV0C"
@@ -192,7 +194,7 @@ async def test_stored_bcrypt_hash_with_padding_bits_lets_its_owner_in(
     assert OURS.check_needs_rehash(await stored_hash(server, ada.id)) is False
 
 
-async def test_changed_password_replaces_the_old_one(users: UserServiceStub, ada: User) -> None:
+async def test_changed_password_replaces_the_old_one(users: UserServiceAsyncStub, ada: User) -> None:
     """The old password is no longer valid."""
     changed = await users.UpdateUser(UpdateUserRequest(user=User(id=ada.id, password="new")))
 
@@ -201,7 +203,7 @@ async def test_changed_password_replaces_the_old_one(users: UserServiceStub, ada
     assert (await verified(users, id=ada.id, password="new")).user == changed
 
 
-async def test_star_mask_keeps_the_password_if_unset(users: UserServiceStub, ada: User) -> None:
+async def test_star_mask_keeps_the_password_if_unset(users: UserServiceAsyncStub, ada: User) -> None:
     """`*` writes the password only if the request has one."""
     user = User(id=ada.id, email=ada.email, is_active=True)
     request = UpdateUserRequest(user=user, update_mask=FieldMask(paths=["*"]))
@@ -215,7 +217,7 @@ async def test_star_mask_keeps_the_password_if_unset(users: UserServiceStub, ada
 
 @pytest.mark.parametrize("kind", WEAK)
 async def test_weak_hash_is_replaced_after_success(
-    server: Server, users: UserServiceStub, work: list[str], kind: str
+    server: Server, users: UserServiceAsyncStub, work: list[str], kind: str
 ) -> None:
     """A failure costs the same and replaces nothing; version and time stay."""
     weak = WEAK[kind]
@@ -235,7 +237,9 @@ async def test_weak_hash_is_replaced_after_success(
 
 
 @pytest.mark.parametrize("stored", [STRONG, RESPELT], ids=["as ours", "respelt"])
-async def test_stronger_hash_is_not_replaced(server: Server, users: UserServiceStub, stored: str) -> None:
+async def test_stronger_hash_is_not_replaced(
+    server: Server, users: UserServiceAsyncStub, stored: str
+) -> None:
     """Hashes of other systems can be stronger than ours, however they are spelt."""
     ada = await users.CreateUser(
         CreateUserRequest(user=User(email="ada@example.org", hashed_password=stored))
@@ -245,7 +249,7 @@ async def test_stronger_hash_is_not_replaced(server: Server, users: UserServiceS
     assert await stored_hash(server, ada.id) == stored
 
 
-async def test_hash_of_an_older_version_is_replaced(server: Server, users: UserServiceStub) -> None:
+async def test_hash_of_an_older_version_is_replaced(server: Server, users: UserServiceAsyncStub) -> None:
     """Argon2 1.0 is weaker than 1.3, whatever its costs."""
     ada = await users.CreateUser(
         CreateUserRequest(user=User(email="ada@example.org", hashed_password=VERSION_1_0))
@@ -257,7 +261,7 @@ async def test_hash_of_an_older_version_is_replaced(server: Server, users: UserS
 
 @pytest.mark.parametrize("fault", [DatabaseUnavailable, StatementTimeout, OutcomeUnknown])
 async def test_failure_to_replace_a_hash_does_not_fail_the_check(
-    server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch, fault: type[RosterError]
+    server: Server, users: UserServiceAsyncStub, monkeypatch: pytest.MonkeyPatch, fault: type[RosterError]
 ) -> None:
     """The next successful check replaces it."""
     weak = WEAK["bcrypt 04"]
@@ -271,7 +275,7 @@ async def test_failure_to_replace_a_hash_does_not_fail_the_check(
     assert await stored_hash(server, ada.id) == weak
 
 
-async def test_password_is_stored_as_argon2id_hash(server: Server, users: UserServiceStub) -> None:
+async def test_password_is_stored_as_argon2id_hash(server: Server, users: UserServiceAsyncStub) -> None:
     """Each hash has its own salt."""
     ids = [
         (await users.CreateUser(CreateUserRequest(user=User(email=email, password=PASSWORD)))).id
@@ -283,7 +287,7 @@ async def test_password_is_stored_as_argon2id_hash(server: Server, users: UserSe
     assert first.split("$")[4] != second.split("$")[4]
 
 
-async def test_no_response_has_a_password_or_hash(server: Server, users: UserServiceStub) -> None:
+async def test_no_response_has_a_password_or_hash(server: Server, users: UserServiceAsyncStub) -> None:
     """Of all calls, whatever the request has."""
     user = User(email="ada@example.org", hashed_password=STRONG)
     user.id = (await users.CreateUser(CreateUserRequest(user=user))).id
@@ -331,7 +335,7 @@ async def test_cancelled_check_occupies_its_thread_until_it_ends(monkeypatch: py
 
 
 async def test_full_password_queue_refuses_calls(
-    server: Server, users: UserServiceStub, ada: User, monkeypatch: pytest.MonkeyPatch
+    server: Server, users: UserServiceAsyncStub, ada: User, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Checks and changes are retryable, and succeed once the queue has room."""
     loop = asyncio.get_running_loop()

@@ -13,9 +13,11 @@ import grpc
 import pytest
 from sqlalchemy import Text, column, event, func, make_url, select, table, text
 
+from roster.client import BulkLoader
+from roster.errors import PoolExhausted
 from roster.v1.bulk_pb2 import BulkAck, BulkOptions
 from roster.v1.posts_pb2 import CreatePostRequest, ListPostsRequest
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub, PostServiceStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import (
     BulkCreateUsersRequest,
@@ -25,12 +27,10 @@ from roster.v1.users_pb2 import (
     UpdateUserRequest,
     VerifyPasswordRequest,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import BulkLoader
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service.db.compiled import CompiledSelect
 from service.db.engine import Database
 from service.db.reads import Reader
-from service.errors import PoolExhausted
 from service.posts.repository import PostRepository
 from service.settings import Settings
 from tests.support.command import ROSTER, Ended, run, serving, waiting_to_serve
@@ -122,7 +122,7 @@ async def test_many_clients_share_four_sessions(mode: Any, url: str) -> None:
     await connection.close()
 
 
-async def call(users: UserServiceStub, posts: PostServiceStub, number: int) -> None:
+async def call(users: UserServiceAsyncStub, posts: PostServiceAsyncStub, number: int) -> None:
     email, password = f"call{number}@example.org", f"the password {number}"
     user = await users.CreateUser(CreateUserRequest(user=User(email=email, password=password)))
     for version in range(1, 4):
@@ -139,13 +139,13 @@ async def call(users: UserServiceStub, posts: PostServiceStub, number: int) -> N
     assert checked.user.id == user.id
 
 
-async def load(users: UserServiceStub, name: str) -> None:
+async def load(users: UserServiceAsyncStub, name: str) -> None:
     rows = [User(email=f"{name}{number}@example.org") for number in range(LOADED)]
     ack = await load_once(users.BulkCreateUsers, BulkCreateUsersRequest(users=rows, finish=True))
     assert ack.created == LOADED
 
 
-async def restore(users: UserServiceStub) -> None:
+async def restore(users: UserServiceAsyncStub) -> None:
     rows = [User(id=1_000_000 + n, email=f"restored{n}@example.org", version=7) for n in range(RESTORED)]
     request = BulkCreateUsersRequest(options=BulkOptions(restore=True), users=rows, finish=True)
     assert (await load_once(users.BulkCreateUsers, request)).created == RESTORED

@@ -17,10 +17,10 @@ from roster.v1.posts_pb2 import (
     ListPostsRequest,
     UpdatePostRequest,
 )
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import CreateUserRequest, DeleteUserRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.server import Server
 from tests.support.errors import refusal
 from tests.support.rows import add_posts, add_users
@@ -30,19 +30,19 @@ MAX_ANSWER_BYTES = 3 * MIB
 
 
 @pytest.fixture
-async def ada(users: UserServiceStub) -> User:
+async def ada(users: UserServiceAsyncStub) -> User:
     """An author."""
     return await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org", full_name="Ada")))
 
 
 @pytest.fixture
-async def notes(posts: PostServiceStub, ada: User) -> Post:
+async def notes(posts: PostServiceAsyncStub, ada: User) -> Post:
     """A post."""
     post = Post(author_id=ada.id, title="Notes", content="On the engine")
     return await posts.CreatePost(CreatePostRequest(post=post))
 
 
-async def test_new_post_has_id_version_and_times(posts: PostServiceStub, ada: User) -> None:
+async def test_new_post_has_id_version_and_times(posts: PostServiceAsyncStub, ada: User) -> None:
     """Output-only fields are ignored; missing content is empty."""
     sent = Post(id=4711, author_id=ada.id, title="Notes", version=9, author=User(id=4711))
     created = await posts.CreatePost(CreatePostRequest(post=sent))
@@ -61,7 +61,7 @@ async def test_new_post_has_id_version_and_times(posts: PostServiceStub, ada: Us
 
 
 async def test_post_needs_an_existing_author(
-    posts: PostServiceStub, users: UserServiceStub, ada: User
+    posts: PostServiceAsyncStub, users: UserServiceAsyncStub, ada: User
 ) -> None:
     """Unknown ids and ids of deleted users are refused."""
     await users.DeleteUser(DeleteUserRequest(id=ada.id))
@@ -73,7 +73,7 @@ async def test_post_needs_an_existing_author(
         assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "AUTHOR_NOT_FOUND")
 
 
-async def test_unknown_post_is_not_found(posts: PostServiceStub) -> None:
+async def test_unknown_post_is_not_found(posts: PostServiceAsyncStub) -> None:
     """By reads, updates and deletes."""
     for call in (
         posts.GetPost(GetPostRequest(id=4711)),
@@ -84,7 +84,7 @@ async def test_unknown_post_is_not_found(posts: PostServiceStub) -> None:
         assert (refused.code, refused.reason) == (grpc.StatusCode.NOT_FOUND, "POST_NOT_FOUND")
 
 
-async def test_view_adds_the_author(posts: PostServiceStub, ada: User, notes: Post) -> None:
+async def test_view_adds_the_author(posts: PostServiceAsyncStub, ada: User, notes: Post) -> None:
     """To each kind of read, on request."""
     view = Post.WITH_AUTHOR
     found = [
@@ -99,7 +99,9 @@ async def test_view_adds_the_author(posts: PostServiceStub, ada: User, notes: Po
     assert await posts.GetPost(GetPostRequest(id=notes.id)) == notes
 
 
-async def test_batch_has_posts_in_requested_order(server: Server, posts: PostServiceStub, ada: User) -> None:
+async def test_batch_has_posts_in_requested_order(
+    server: Server, posts: PostServiceAsyncStub, ada: User
+) -> None:
     """Each once, at its first place; missing ids are listed separately."""
     first, second, third = await add_posts(server.database, [ada.id] * 3)
 
@@ -111,7 +113,7 @@ async def test_batch_has_posts_in_requested_order(server: Server, posts: PostSer
 
 @pytest.mark.parametrize("view", [Post.BASIC, Post.WITH_AUTHOR])
 async def test_batch_of_large_posts_is_cut_at_3_mib(
-    server: Server, posts: PostServiceStub, view: Post.View.ValueType
+    server: Server, posts: PostServiceAsyncStub, view: Post.View.ValueType
 ) -> None:
     """Repeated calls for the remaining ids return all posts."""
     author_ids = await add_users(server.database, full_name="😀" * 255)
@@ -130,7 +132,7 @@ async def test_batch_of_large_posts_is_cut_at_3_mib(
     assert list(answers[-1].missing_ids) == [4711]
 
 
-async def test_missing_ids_count_in_the_size_of_a_batch(server: Server, posts: PostServiceStub) -> None:
+async def test_missing_ids_count_in_the_size_of_a_batch(server: Server, posts: PostServiceAsyncStub) -> None:
     """Contents that nearly fill 3 MiB leave no space for the ids of missing posts."""
     content = "x" * (MIB - 110)
     ids = await add_posts(server.database, await add_users(server.database) * 3, content=content)
@@ -154,7 +156,7 @@ async def test_missing_ids_count_in_the_size_of_a_batch(server: Server, posts: P
     ids=["set", "set to nothing", "named", "named but unset", "every field"],
 )
 async def test_update_writes_set_or_named_fields(
-    posts: PostServiceStub, notes: Post, sent: Post, mask: list[str], expected: tuple[str, str]
+    posts: PostServiceAsyncStub, notes: Post, sent: Post, mask: list[str], expected: tuple[str, str]
 ) -> None:
     """The response is the updated post with the next version and the same author."""
     request = UpdatePostRequest(post=sent, update_mask=FieldMask(paths=mask))
@@ -176,7 +178,7 @@ async def test_update_writes_set_or_named_fields(
     ],
 )
 async def test_update_refuses_author_and_empty_title(
-    posts: PostServiceStub, notes: Post, sent: Post, mask: list[str], reason: str
+    posts: PostServiceAsyncStub, notes: Post, sent: Post, mask: list[str], reason: str
 ) -> None:
     """The author can't change, and a title can't be unset."""
     request = UpdatePostRequest(post=sent, update_mask=FieldMask(paths=mask))
@@ -186,7 +188,7 @@ async def test_update_refuses_author_and_empty_title(
     assert await posts.GetPost(GetPostRequest(id=notes.id)) == notes
 
 
-async def test_expected_version_must_be_current(posts: PostServiceStub, notes: Post) -> None:
+async def test_expected_version_must_be_current(posts: PostServiceAsyncStub, notes: Post) -> None:
     """In updates and deletes, unless it is 0. The error has the current version."""
     await posts.UpdatePost(UpdatePostRequest(post=Post(id=notes.id, title="More", version=1)))
     for call in (
@@ -203,7 +205,7 @@ async def test_expected_version_must_be_current(posts: PostServiceStub, notes: P
 
 
 async def test_posts_are_deleted_with_their_author(
-    posts: PostServiceStub, users: UserServiceStub, notes: Post
+    posts: PostServiceAsyncStub, users: UserServiceAsyncStub, notes: Post
 ) -> None:
     """No post of a deleted user remains."""
     await users.DeleteUser(DeleteUserRequest(id=notes.author_id))
@@ -211,7 +213,7 @@ async def test_posts_are_deleted_with_their_author(
     assert (await refusal(posts.GetPost(GetPostRequest(id=notes.id)))).reason == "POST_NOT_FOUND"
 
 
-async def test_repeated_write_is_answered_once_applied(posts: PostServiceStub, ada: User) -> None:
+async def test_repeated_write_is_answered_once_applied(posts: PostServiceAsyncStub, ada: User) -> None:
     """Creates, updates and deletes may share a `request_id`."""
     request_id = str(uuid4())
     create = CreatePostRequest(post=Post(author_id=ada.id, title="Notes"), request_id=request_id)
@@ -230,7 +232,7 @@ async def test_repeated_write_is_answered_once_applied(posts: PostServiceStub, a
     assert not (await posts.ListPosts(ListPostsRequest())).posts
 
 
-async def test_request_id_with_another_body_is_refused(posts: PostServiceStub, notes: Post) -> None:
+async def test_request_id_with_another_body_is_refused(posts: PostServiceAsyncStub, notes: Post) -> None:
     """Nothing is written."""
     request = UpdatePostRequest(post=Post(id=notes.id, title="More"), request_id=str(uuid4()))
     updated = await posts.UpdatePost(request)
@@ -240,7 +242,9 @@ async def test_request_id_with_another_body_is_refused(posts: PostServiceStub, n
     assert await posts.GetPost(GetPostRequest(id=notes.id)) == updated
 
 
-async def test_concurrent_calls_with_one_request_id_write_one_row(posts: PostServiceStub, ada: User) -> None:
+async def test_concurrent_calls_with_one_request_id_write_one_row(
+    posts: PostServiceAsyncStub, ada: User
+) -> None:
     """Posts have no unique key, so without the id there would be five."""
     request = CreatePostRequest(post=Post(author_id=ada.id, title="Notes"), request_id=str(uuid4()))
     answers = await asyncio.gather(*(posts.CreatePost(request) for _ in range(5)))

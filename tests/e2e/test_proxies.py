@@ -9,13 +9,13 @@ from pathlib import Path
 import grpc
 import pytest
 
+from roster.client import BulkLoader, Event, LoadInterrupted, channel
+from roster.client.errors import ProxyRefused, ProxyUnavailable, is_retryable
+from roster.errors import RosterError
 from roster.v1.bulk_pb2 import BulkOpened, BulkOptions, BulkWriteResponse
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, ExportUsersRequest, GetUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import BulkLoader, Event, LoadInterrupted, channel
-from service.client.errors import ProxyRefused, ProxyUnavailable, is_retryable
-from service.errors import RosterError
 from service.server import Server
 from tests.support.command import Roster
 from tests.support.http2_proxy import Http2Proxy, ResettingProxy, listening

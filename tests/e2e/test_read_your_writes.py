@@ -10,6 +10,9 @@ from uuid import uuid4
 import grpc
 import pytest
 
+from roster.client import NotFound, channel
+from roster.client.consistency import KEY
+from roster.errors import RosterError
 from roster.v1.posts_pb2 import (
     BatchGetPostsRequest,
     CreatePostRequest,
@@ -32,9 +35,6 @@ from roster.v1.users_pb2 import (
     UpdateUserRequest,
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import NotFound, channel
-from service.consistency import KEY
-from service.errors import RosterError
 from tests.support.errors import Refusal
 from tests.support.server import serve
 from tests.support.standby import ReplicatedDatabase, Standby

@@ -15,9 +15,9 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, H
 from grpc_health.v1.health_pb2_grpc import HealthStub, add_HealthServicer_to_server
 from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest, ServerReflectionResponse
 
+from roster.errors import DatabaseUnavailable
 from service import health
 from service.db.engine import Database
-from service.errors import DatabaseUnavailable
 from service.health import Health
 from service.server import Server
 from service.settings import Settings

@@ -9,7 +9,7 @@ import pytest
 from google.protobuf.empty_pb2 import Empty
 
 from roster.v1.posts_pb2 import CreatePostRequest, DeletePostRequest
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import (
     CreateUserRequest,
@@ -17,7 +17,7 @@ from roster.v1.users_pb2 import (
     GetUserRequest,
     UpdateUserRequest,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.server import Server, utc_now
 from tests.support.errors import refusal
 from tests.support.server import serve
@@ -27,13 +27,13 @@ HASH = "$argon2id$v=19$m=65536,t=3,p=4$c29tZXNhbHQxMjM0NTY$dGhpcyBpcyBub3QgYSBoY
 
 
 @pytest.fixture
-async def ada(users: UserServiceStub) -> User:
+async def ada(users: UserServiceAsyncStub) -> User:
     """A user with every field set."""
     user = User(email="ada@example.org", full_name="Ada", is_active=True)
     return await users.CreateUser(CreateUserRequest(user=user))
 
 
-async def test_repeated_create_gets_first_response(users: UserServiceStub) -> None:
+async def test_repeated_create_gets_first_response(users: UserServiceAsyncStub) -> None:
     """Even after an update of the created user."""
     request = CreateUserRequest(user=User(email="ada@example.org"), request_id=str(uuid4()))
     created = await users.CreateUser(request)
@@ -45,7 +45,7 @@ async def test_repeated_create_gets_first_response(users: UserServiceStub) -> No
     assert [user.id for user in await list_users(users)] == [created.id]
 
 
-async def test_repeated_update_gets_first_response(users: UserServiceStub, ada: User) -> None:
+async def test_repeated_update_gets_first_response(users: UserServiceAsyncStub, ada: User) -> None:
     """Although the expected version is no longer current."""
     request = UpdateUserRequest(
         user=User(id=ada.id, full_name="Countess", version=1), request_id=str(uuid4())
@@ -56,7 +56,7 @@ async def test_repeated_update_gets_first_response(users: UserServiceStub, ada: 
     assert (await users.GetUser(GetUserRequest(id=ada.id))).version == 2
 
 
-async def test_repeated_delete_gets_first_response(users: UserServiceStub, ada: User) -> None:
+async def test_repeated_delete_gets_first_response(users: UserServiceAsyncStub, ada: User) -> None:
     """Without a `request_id` the user is not found."""
     request = DeleteUserRequest(id=ada.id, request_id=str(uuid4()))
 
@@ -66,7 +66,7 @@ async def test_repeated_delete_gets_first_response(users: UserServiceStub, ada: 
 
 
 async def test_repeated_write_of_a_deleted_row_is_not_found(
-    users: UserServiceStub, posts: PostServiceStub, ada: User
+    users: UserServiceAsyncStub, posts: PostServiceAsyncStub, ada: User
 ) -> None:
     """Whatever its body, and nothing is created. The posts of a deleted user are deleted, too."""
     create = CreateUserRequest(user=User(email="alan@example.org"), request_id=str(uuid4()))
@@ -92,7 +92,7 @@ async def test_repeated_write_of_a_deleted_row_is_not_found(
     assert await list_users(users) == [ada]
 
 
-async def test_request_id_with_another_body_is_refused(users: UserServiceStub) -> None:
+async def test_request_id_with_another_body_is_refused(users: UserServiceAsyncStub) -> None:
     """Nothing is written."""
     request_id = str(uuid4())
     await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org"), request_id=request_id))
@@ -103,7 +103,7 @@ async def test_request_id_with_another_body_is_refused(users: UserServiceStub) -
     assert [user.email for user in await list_users(users)] == ["ada@example.org"]
 
 
-async def test_request_id_is_scoped_to_its_method(users: UserServiceStub) -> None:
+async def test_request_id_is_scoped_to_its_method(users: UserServiceAsyncStub) -> None:
     """A create, an update and a delete may share it."""
     request_id = str(uuid4())
     user = User(email="ada@example.org")
@@ -113,7 +113,7 @@ async def test_request_id_is_scoped_to_its_method(users: UserServiceStub) -> Non
     assert await users.DeleteUser(DeleteUserRequest(id=user.id, request_id=request_id)) == Empty()
 
 
-async def test_concurrent_calls_with_one_request_id_write_one_row(users: UserServiceStub) -> None:
+async def test_concurrent_calls_with_one_request_id_write_one_row(users: UserServiceAsyncStub) -> None:
     """All get the response of the call that wrote it."""
     request = CreateUserRequest(user=User(email="ada@example.org"), request_id=str(uuid4()))
     answers = await asyncio.gather(*(users.CreateUser(request) for _ in range(5)))
@@ -122,7 +122,7 @@ async def test_concurrent_calls_with_one_request_id_write_one_row(users: UserSer
     assert await list_users(users) == [answers[0]]
 
 
-async def test_failed_call_is_not_stored(users: UserServiceStub, ada: User) -> None:
+async def test_failed_call_is_not_stored(users: UserServiceAsyncStub, ada: User) -> None:
     """The same request succeeds once the cause is gone."""
     request = CreateUserRequest(user=User(email=ada.email), request_id=str(uuid4()))
     assert (await refusal(users.CreateUser(request))).reason == "EMAIL_TAKEN"
@@ -131,7 +131,7 @@ async def test_failed_call_is_not_stored(users: UserServiceStub, ada: User) -> N
     assert (await users.CreateUser(request)).email == ada.email
 
 
-async def test_passwords_are_not_compared(users: UserServiceStub) -> None:
+async def test_passwords_are_not_compared(users: UserServiceAsyncStub) -> None:
     """All other fields are, including a hash."""
     request = CreateUserRequest(user=User(email="ada@example.org", password="one"), request_id=str(uuid4()))
     created = await users.CreateUser(request)
@@ -143,7 +143,7 @@ async def test_passwords_are_not_compared(users: UserServiceStub) -> None:
     assert (await refusal(users.CreateUser(request))).reason == "REQUEST_ID_REUSED"
 
 
-async def test_request_id_is_new_after_a_day(server: Server, users: UserServiceStub) -> None:
+async def test_request_id_is_new_after_a_day(server: Server, users: UserServiceAsyncStub) -> None:
     """A server whose clock is a day ahead deletes the response when it starts."""
     request = CreateUserRequest(user=User(email="ada@example.org"), request_id=str(uuid4()))
     created = await users.CreateUser(request)

@@ -10,6 +10,8 @@ import grpc
 import pytest
 from sqlalchemy import make_url
 
+from roster.client import BulkLoader, Consistency, RosterError, channel
+from roster.client.consistency import ANY, KEY, PRIMARY
 from roster.v1.bulk_pb2 import BulkOptions
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import (
@@ -24,9 +26,7 @@ from roster.v1.users_pb2 import (
     UpdateUserRequest,
     VerifyPasswordRequest,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import BulkLoader, Consistency, RosterError, channel
-from service.consistency import ANY, KEY, PRIMARY
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service.server import Server
 from tests.support.command import ROSTER, SERVER_DEFAULTS, Roster, run
 from tests.support.errors import Refusal, refusal
@@ -52,7 +52,7 @@ def create(email: str, **options: Any) -> CreateUserRequest:
 
 
 async def test_read_with_token_is_answered_by_the_replica(
-    users: UserServiceStub, replicated: ReplicatedDatabase
+    users: UserServiceAsyncStub, replicated: ReplicatedDatabase
 ) -> None:
     """Once the replica has replayed the write."""
     created = await answer(users.CreateUser(create("ada@example.org")))
@@ -63,7 +63,7 @@ async def test_read_with_token_is_answered_by_the_replica(
 
 
 async def test_read_with_token_waits_once_for_a_replica_that_is_behind(
-    users: UserServiceStub, replicated: ReplicatedDatabase
+    users: UserServiceAsyncStub, replicated: ReplicatedDatabase
 ) -> None:
     """After a wait that failed, reads go to the primary at once, until the replica has caught up."""
     await replicated.standby.pause_replay()
@@ -87,7 +87,7 @@ async def test_read_with_token_waits_once_for_a_replica_that_is_behind(
 
 
 async def test_only_any_reads_what_the_replica_has(
-    users: UserServiceStub, replicated: ReplicatedDatabase
+    users: UserServiceAsyncStub, replicated: ReplicatedDatabase
 ) -> None:
     """Without the key, reads go to the primary. Of several values, all are met."""
     await replicated.standby.pause_replay()
@@ -120,7 +120,7 @@ async def test_only_any_reads_what_the_replica_has(
 
 
 async def test_password_is_always_verified_on_the_primary(
-    users: UserServiceStub, replicated: ReplicatedDatabase
+    users: UserServiceAsyncStub, replicated: ReplicatedDatabase
 ) -> None:
     await replicated.standby.pause_replay()
     user = User(email="ada@example.org", password="correct horse")
@@ -130,7 +130,7 @@ async def test_password_is_always_verified_on_the_primary(
 
 
 async def test_gathered_reads_meet_each_requirement(
-    users: UserServiceStub, server: Server, replicated: ReplicatedDatabase
+    users: UserServiceAsyncStub, server: Server, replicated: ReplicatedDatabase
 ) -> None:
     """Those of 96 concurrent lookups that need the primary see what is not replayed, the others do not."""
     [old] = await add_users(server.database, 1)
@@ -155,7 +155,7 @@ UNDECODABLE = [
 ]
 
 
-async def test_token_that_does_not_decode_is_refused(users: UserServiceStub) -> None:
+async def test_token_that_does_not_decode_is_refused(users: UserServiceAsyncStub) -> None:
     """With every read, also next to another one; writes, which need none, ignore it."""
     for token in UNDECODABLE:
         metadata = ((KEY, ANY), (KEY, token))
@@ -170,7 +170,7 @@ async def test_token_that_does_not_decode_is_refused(users: UserServiceStub) -> 
 
 
 async def test_writes_return_tokens_also_with_errors_that_report_state(
-    users: UserServiceStub, server: Server
+    users: UserServiceAsyncStub, server: Server
 ) -> None:
     """A read with the token sees the state that the error is about."""
     key = str(uuid4())
@@ -223,7 +223,7 @@ async def test_without_replicas_nothing_changes(replicated: ReplicatedDatabase) 
 
 
 async def test_concurrent_writes_share_the_query_for_their_token(
-    users: UserServiceStub, replicated: ReplicatedDatabase
+    users: UserServiceAsyncStub, replicated: ReplicatedDatabase
 ) -> None:
     with record_statements() as statements:
         calls = [users.CreateUser(create(f"user{number}@example.org")) for number in range(32)]
@@ -356,7 +356,7 @@ async def test_doctor_reports_two_primaries(replicated: ReplicatedDatabase, tmp_
 
 
 async def test_mirror_reads_on_the_primary(
-    server: Server, mirror: MirrorRun, users: UserServiceStub, replicated: ReplicatedDatabase
+    server: Server, mirror: MirrorRun, users: UserServiceAsyncStub, replicated: ReplicatedDatabase
 ) -> None:
     """A plan from a replica that lags would delete and create the wrong users."""
     await add_users(server.database, 2)

@@ -10,10 +10,10 @@ from sqlalchemy import insert, text
 
 from roster.v1.bulk_pb2 import BulkAck, BulkOptions
 from roster.v1.posts_pb2 import BulkCreatePostsRequest, CreatePostRequest, GetPostRequest
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUserRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.db.bulk import postgresql
 from service.server import Server
 from service.users.model import User as UserRow
@@ -28,30 +28,30 @@ WAITS_FOR_THE_TABLE = text(
 )
 
 
-async def create_users(users: UserServiceStub, *rows: User, **options: Any) -> BulkAck:
+async def create_users(users: UserServiceAsyncStub, *rows: User, **options: Any) -> BulkAck:
     """Create users in one message and return its ack."""
     chosen = BulkOptions(return_ids=True, **options)
     request = BulkCreateUsersRequest(options=chosen, users=rows, finish=True)
     return await load_once(users.BulkCreateUsers, request)
 
 
-async def restore_users(users: UserServiceStub, *rows: User, **options: Any) -> BulkAck:
+async def restore_users(users: UserServiceAsyncStub, *rows: User, **options: Any) -> BulkAck:
     """Restore users in one message and return its ack."""
     return await create_users(users, *rows, restore=True, **options)
 
 
-async def restore_posts(posts: PostServiceStub, *rows: Post, **options: Any) -> BulkAck:
+async def restore_posts(posts: PostServiceAsyncStub, *rows: Post, **options: Any) -> BulkAck:
     """Restore posts in one message and return its ack."""
     chosen = BulkOptions(restore=True, return_ids=True, **options)
     request = BulkCreatePostsRequest(options=chosen, posts=rows, finish=True)
     return await load_once(posts.BulkCreatePosts, request)
 
 
-async def create_user(users: UserServiceStub, name: str) -> User:
+async def create_user(users: UserServiceAsyncStub, name: str) -> User:
     return await users.CreateUser(CreateUserRequest(user=User(email=f"{name}@example.org")))
 
 
-async def names_by_id(users: UserServiceStub) -> dict[int, str]:
+async def names_by_id(users: UserServiceAsyncStub) -> dict[int, str]:
     """Return the names of all users by their ids."""
     return {user.id: user.email.removesuffix("@example.org") for user in await list_users(users)}
 
@@ -63,7 +63,7 @@ def parse_time(text: str) -> Timestamp:
     return time
 
 
-async def test_restored_user_keeps_id_version_and_times(users: UserServiceStub) -> None:
+async def test_restored_user_keeps_id_version_and_times(users: UserServiceAsyncStub) -> None:
     """Times are truncated to microseconds."""
     row = User(
         id=4711,
@@ -82,7 +82,7 @@ async def test_restored_user_keeps_id_version_and_times(users: UserServiceStub) 
     assert await users.GetUser(GetUserRequest(id=4711)) == row
 
 
-async def test_unset_control_fields_get_defaults(users: UserServiceStub) -> None:
+async def test_unset_control_fields_get_defaults(users: UserServiceAsyncStub) -> None:
     """Each of id, version and times by itself, as in a new user."""
     old, zero = parse_time("2001-01-01T00:00:00Z"), Timestamp()
     new = await create_user(users, "new")
@@ -100,7 +100,7 @@ async def test_unset_control_fields_get_defaults(users: UserServiceStub) -> None
 
 
 async def test_restored_post_keeps_id_version_and_times(
-    users: UserServiceStub, posts: PostServiceStub
+    users: UserServiceAsyncStub, posts: PostServiceAsyncStub
 ) -> None:
     """Its author is given by id or e-mail; posts without an id draw one above the restored ids."""
     ada = await create_user(users, "ada")
@@ -121,7 +121,7 @@ async def test_restored_post_keeps_id_version_and_times(
     assert (await posts.CreatePost(CreatePostRequest(post=Post(title="New", author_id=ada.id)))).id == 4713
 
 
-async def test_taken_id_or_email_fails_its_row(users: UserServiceStub) -> None:
+async def test_taken_id_or_email_fails_its_row(users: UserServiceAsyncStub) -> None:
     """The failure names the owner, a stored user or an earlier row; other rows are restored."""
     ada = await create_user(users, "ada")
 
@@ -150,7 +150,7 @@ async def test_taken_id_or_email_fails_its_row(users: UserServiceStub) -> None:
     assert await names_by_id(users) == {ada.id: "ada", 51: "cyd", ack.ids[6]: "eve"}
 
 
-async def test_taken_id_or_email_is_skipped(users: UserServiceStub) -> None:
+async def test_taken_id_or_email_is_skipped(users: UserServiceAsyncStub) -> None:
     """The stored user stays unchanged, and its id is returned."""
     ada = await create_user(users, "ada")
 
@@ -162,7 +162,9 @@ async def test_taken_id_or_email_is_skipped(users: UserServiceStub) -> None:
     assert await names_by_id(users) == {ada.id: "ada", 51: "cyd"}
 
 
-async def test_taken_post_id_fails_or_is_skipped(users: UserServiceStub, posts: PostServiceStub) -> None:
+async def test_taken_post_id_fails_or_is_skipped(
+    users: UserServiceAsyncStub, posts: PostServiceAsyncStub
+) -> None:
     """The id is the only key of a post."""
     ada = await create_user(users, "ada")
     rows = [Post(id=5, title=title, author_id=ada.id) for title in ("First", "Second")]
@@ -175,7 +177,7 @@ async def test_taken_post_id_fails_or_is_skipped(users: UserServiceStub, posts: 
     assert (await posts.GetPost(GetPostRequest(id=5))).title == "First"
 
 
-async def test_invalid_control_field_fails_its_row(users: UserServiceStub) -> None:
+async def test_invalid_control_field_fails_its_row(users: UserServiceAsyncStub) -> None:
     """An id, a version or a time outside its range."""
     ack = await restore_users(
         users,
@@ -197,7 +199,7 @@ async def test_invalid_control_field_fails_its_row(users: UserServiceStub) -> No
     assert await names_by_id(users) == {7: "f"}
 
 
-async def test_restores_ids_beyond_32_bits(users: UserServiceStub) -> None:
+async def test_restores_ids_beyond_32_bits(users: UserServiceAsyncStub) -> None:
     """New ids continue after them."""
     large = [2**31, 2**32 + 1, 2**53 - 2]
     rows = [User(id=id, email=f"user{id}@example.org") for id in large]
@@ -208,7 +210,7 @@ async def test_restores_ids_beyond_32_bits(users: UserServiceStub) -> None:
     assert (list(ack.ids), following.id) == ([*large, 2**53 - 1], 2**53)
 
 
-async def test_taken_id_fails_an_atomic_batch(users: UserServiceStub) -> None:
+async def test_taken_id_fails_an_atomic_batch(users: UserServiceAsyncStub) -> None:
     """No row of the message is restored."""
     ada = await create_user(users, "ada")
 
@@ -218,7 +220,7 @@ async def test_taken_id_fails_an_atomic_batch(users: UserServiceStub) -> None:
     assert await names_by_id(users) == {ada.id: "ada"}
 
 
-async def test_validation_restores_nothing(users: UserServiceStub) -> None:
+async def test_validation_restores_nothing(users: UserServiceAsyncStub) -> None:
     """It does not advance the next id either."""
     ack = await restore_users(users, *named("a", id=1_000_000), validate_only=True)
 
@@ -226,7 +228,7 @@ async def test_validation_restores_nothing(users: UserServiceStub) -> None:
     assert (await create_user(users, "b")).id < 1_000_000
 
 
-async def test_restores_id_of_a_deleted_row(users: UserServiceStub) -> None:
+async def test_restores_id_of_a_deleted_row(users: UserServiceAsyncStub) -> None:
     """It is below the last id drawn, which stays the same."""
     await restore_users(users, *named("a", id=100))
 
@@ -237,7 +239,7 @@ async def test_restores_id_of_a_deleted_row(users: UserServiceStub) -> None:
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-async def test_restore_waits_for_drawn_ids(server: Server, users: UserServiceStub) -> None:
+async def test_restore_waits_for_drawn_ids(server: Server, users: UserServiceAsyncStub) -> None:
     """A create that has drawn an id and not yet written it keeps the id."""
     async with server.database.begin() as create:
         (drawn,) = await postgresql.next_ids(create, UserRow, 1)
@@ -260,7 +262,7 @@ async def _waits(session: Any) -> bool:
 class Clients:
     """Clients that create and restore users; `reported` has the names that they got an answer for, by id."""
 
-    def __init__(self, users: UserServiceStub) -> None:
+    def __init__(self, users: UserServiceAsyncStub) -> None:
         self.users = users
         self.reported: dict[int, str] = {}
 
@@ -294,7 +296,7 @@ class Clients:
         assert self.reported.setdefault(id, name) == name
 
 
-async def test_concurrent_creates_and_restores_do_not_collide(users: UserServiceStub) -> None:
+async def test_concurrent_creates_and_restores_do_not_collide(users: UserServiceAsyncStub) -> None:
     """No create meets a taken id; each reported user is stored under the reported id."""
     clients = Clients(users)
     async with asyncio.TaskGroup() as tasks:

@@ -9,12 +9,12 @@ import pytest
 
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUserRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service.server import Server
 from tests.support.server import serve
 
 
-async def test_returns_what_it_stored(users: UserServiceStub) -> None:
+async def test_returns_what_it_stored(users: UserServiceAsyncStub) -> None:
     """A created user can be read."""
     created = await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org")))
 

@@ -12,7 +12,7 @@ import pytest
 
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.cli.environment import OTHER, setting_groups
 from service.cli.table import fit
 from service.server import Server
@@ -32,7 +32,7 @@ def database_url(sqlite_url: str) -> str:
 
 
 @pytest.fixture
-async def rows(users: UserServiceStub) -> list[str]:
+async def rows(users: UserServiceAsyncStub) -> list[str]:
     """The e-mails of 1,500 stored users."""
     emails = [f"user{number}@example.org" for number in range(1500)]
 
@@ -86,7 +86,9 @@ async def test_bar_is_one_line(roster: Roster, columns: int) -> None:
 
 
 @WIDTHS
-async def test_loads_are_a_table_with_whole_ids(roster: Roster, users: UserServiceStub, columns: int) -> None:
+async def test_loads_are_a_table_with_whole_ids(
+    roster: Roster, users: UserServiceAsyncStub, columns: int
+) -> None:
     """A wide terminal shows every column, a narrow one fewer; an id is never cut, so that it can be used."""
     for load_id in (LOAD_ID, "nightly"):
         stream = await LoadStream.open(users, load_id)
@@ -109,7 +111,7 @@ async def test_loads_are_a_table_with_whole_ids(roster: Roster, users: UserServi
 
 @WIDTHS
 async def test_details_and_failures_break_between_words(
-    roster: Roster, users: UserServiceStub, columns: int
+    roster: Roster, users: UserServiceAsyncStub, columns: int
 ) -> None:
     """Joined again, the lines are those of a pipe."""
     stream = await LoadStream.open(users, on_conflict="SKIP")

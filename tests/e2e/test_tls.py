@@ -12,11 +12,11 @@ from typing import Any
 import grpc
 import pytest
 
+from roster.client import tls_credentials
+from roster.client.channel import OPTIONS
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import tls_credentials
-from service.client.channel import OPTIONS
 from tests.e2e.clients import Grpcurl
 from tests.e2e.secured import Secured, secured
 from tests.support.authority import DAY, Authority

@@ -31,7 +31,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, ExportUsersRequest, GetUserRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service import telemetry
 from service.interceptors import tracing
 from service.server import Server
@@ -74,7 +74,7 @@ def names(of: list[ReadableSpan]) -> list[str]:
 
 
 async def test_call_is_a_span_in_its_callers_trace(
-    exporter: InMemorySpanExporter, users: UserServiceStub
+    exporter: InMemorySpanExporter, users: UserServiceAsyncStub
 ) -> None:
     """It has method and code; its statements are child spans."""
     await refusal(users.GetUser(GetUserRequest(id=99), metadata=CALLER))
@@ -94,7 +94,7 @@ async def test_call_is_a_span_in_its_callers_trace(
 
 
 async def test_stream_span_has_the_statements_of_all_batches(
-    exporter: InMemorySpanExporter, users: UserServiceStub
+    exporter: InMemorySpanExporter, users: UserServiceAsyncStub
 ) -> None:
     """Including COPY, although batches run in their own tasks."""
     messages = [BulkCreateUsersRequest(users=[User(email=f"user{n}@example.org")]) for n in range(2)]
@@ -109,7 +109,7 @@ async def test_stream_span_has_the_statements_of_all_batches(
 
 
 @on_sqlite
-async def test_export_is_a_span(exporter: InMemorySpanExporter, users: UserServiceStub) -> None:
+async def test_export_is_a_span(exporter: InMemorySpanExporter, users: UserServiceAsyncStub) -> None:
     """A new trace begins if the caller has none."""
     async for _ in users.ExportUsers(ExportUsersRequest()):
         pass
@@ -120,7 +120,7 @@ async def test_export_is_a_span(exporter: InMemorySpanExporter, users: UserServi
 
 @on_sqlite
 async def test_internal_error_marks_the_span(
-    exporter: InMemorySpanExporter, server: Server, users: UserServiceStub
+    exporter: InMemorySpanExporter, server: Server, users: UserServiceAsyncStub
 ) -> None:
     """Without the exception, which is in the log."""
     await server.database.close()

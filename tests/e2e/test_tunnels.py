@@ -12,10 +12,10 @@ from typing import Any
 import grpc
 import pytest
 
+from roster.client import Disconnected, channel, local_credentials, tls_credentials
+from roster.errors import PermissionDenied, UserNotFound
 from roster.v1.users_pb2 import GetUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import Disconnected, channel, local_credentials, tls_credentials
-from service.errors import PermissionDenied, UserNotFound
 from service.server import Server
 from tests.e2e.secured import POLICY, Secured, secured
 from tests.support.authority import Authority

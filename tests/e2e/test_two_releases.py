@@ -11,12 +11,12 @@ import asyncpg
 import pytest
 from sqlalchemy import make_url
 
+from roster.client import channel
 from roster.v1.changes_pb2 import Change, ListChangesRequest
 from roster.v1.changes_pb2_grpc import ChangeServiceStub
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import ExportUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import channel
 from tests.support.command import ended
 from tests.support.releases import Release, Slot, install_previous
 from tests.support.traffic import Traffic, stored_users

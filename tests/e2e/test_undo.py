@@ -11,6 +11,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy import func, select, text
 
+from roster.errors import LoadNotFound
 from roster.v1.bulk_pb2 import BulkLoad, BulkOptions
 from roster.v1.posts_pb2 import (
     BulkCreatePostsRequest,
@@ -19,7 +20,7 @@ from roster.v1.posts_pb2 import (
     ListPostsRequest,
     UpdatePostRequest,
 )
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import (
     BulkDeleteUsersRequest,
@@ -28,12 +29,11 @@ from roster.v1.users_pb2 import (
     UpdateUserRequest,
     UserKey,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.cli.terminal import Target, UsageError
 from service.cli.undo import Undo, undo_name
 from service.db import deletion
 from service.db.engine import Database
-from service.errors import LoadNotFound
 from service.loads.repository import expire_loads
 from service.server import Server
 from service.users import model
@@ -47,7 +47,7 @@ OLD = Timestamp(seconds=1_700_000_000)
 on_one_database = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 
 
-async def loaded(users: UserServiceStub, *messages: Sequence[str], **options: Any) -> list[int]:
+async def loaded(users: UserServiceAsyncStub, *messages: Sequence[str], **options: Any) -> list[int]:
     """Complete a load of users, a message for each sequence of names, and return the ids."""
     stream = await LoadStream.open(users, **options)
     ids = [id for names in messages for id in (await stream.acknowledged(*names)).ids]
@@ -55,11 +55,11 @@ async def loaded(users: UserServiceStub, *messages: Sequence[str], **options: An
     return ids
 
 
-async def change(users: UserServiceStub, id: int) -> None:
+async def change(users: UserServiceAsyncStub, id: int) -> None:
     await users.UpdateUser(UpdateUserRequest(user=User(id=id, full_name="Changed")))
 
 
-async def add_post(posts: PostServiceStub, author_id: int) -> int:
+async def add_post(posts: PostServiceAsyncStub, author_id: int) -> int:
     post = await posts.CreatePost(CreatePostRequest(post=Post(author_id=author_id, title="Notes")))
     return post.id
 
@@ -74,7 +74,7 @@ def objects(done: Ended) -> list[dict[str, Any]]:
 
 
 async def test_deletes_only_what_the_load_created(
-    roster: Roster, users: UserServiceStub, server: Server
+    roster: Roster, users: UserServiceAsyncStub, server: Server
 ) -> None:
     """Not the users that it skipped, nor those of others."""
     await add_users(server.database, 2)
@@ -99,7 +99,7 @@ async def test_deletes_only_what_the_load_created(
 
 
 async def test_keeps_rows_that_changed_and_users_with_posts(
-    roster: Roster, users: UserServiceStub, posts: PostServiceStub
+    roster: Roster, users: UserServiceAsyncStub, posts: PostServiceAsyncStub
 ) -> None:
     """Also if it happens after the dry run. Another run deletes those whose obstacles are gone."""
     ids = await loaded(users, ["no one", *(f"new{number}" for number in range(2000))])
@@ -137,7 +137,7 @@ async def test_keeps_rows_that_changed_and_users_with_posts(
 
 @on_one_database
 async def test_sends_fewer_rows_at_once_if_they_have_too_many_posts(
-    roster: Roster, users: UserServiceStub, server: Server, monkeypatch: pytest.MonkeyPatch
+    roster: Roster, users: UserServiceAsyncStub, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A user who is kept may have any number of them."""
     monkeypatch.setattr(deletion, "MAX_DEPENDENTS", 3)
@@ -153,7 +153,7 @@ async def test_sends_fewer_rows_at_once_if_they_have_too_many_posts(
 
 
 @on_one_database
-async def test_knows_the_versions_that_the_load_left(roster: Roster, users: UserServiceStub) -> None:
+async def test_knows_the_versions_that_the_load_left(roster: Roster, users: UserServiceAsyncStub) -> None:
     """Each row of the load with the same key has added one, in the same message or in a later one."""
     [existing] = await loaded(users, ["old"], load_id="earlier")
     mask = {"paths": ["full_name"]}
@@ -171,7 +171,7 @@ async def test_knows_the_versions_that_the_load_left(roster: Roster, users: User
 
 
 @on_one_database
-async def test_keeps_restored_rows_that_may_have_changed(roster: Roster, users: UserServiceStub) -> None:
+async def test_keeps_restored_rows_that_may_have_changed(roster: Roster, users: UserServiceAsyncStub) -> None:
     """Version 1 and a time before the load show that a row has not changed."""
     stream = await LoadStream.open(users, restore=True)
     rows = [
@@ -195,7 +195,9 @@ async def test_keeps_restored_rows_that_may_have_changed(roster: Roster, users: 
     assert await list_names(users) == ["unclear", "changed", "changed-first"]
 
 
-async def test_undoes_a_load_of_posts(roster: Roster, users: UserServiceStub, posts: PostServiceStub) -> None:
+async def test_undoes_a_load_of_posts(
+    roster: Roster, users: UserServiceAsyncStub, posts: PostServiceAsyncStub
+) -> None:
     """Their authors stay."""
     [author] = await loaded(users, ["a"], load_id="authors")
     rows = [Post(author_id=author, title=f"Post {number}") for number in range(3)]
@@ -214,7 +216,7 @@ async def test_undoes_a_load_of_posts(roster: Roster, users: UserServiceStub, po
     assert await list_names(users) == ["a"]
 
 
-async def test_continues_after_a_kill(roster: Roster, users: UserServiceStub, server: Server) -> None:
+async def test_continues_after_a_kill(roster: Roster, users: UserServiceAsyncStub, server: Server) -> None:
     """The same command deletes the rest, and reports the rows of both runs."""
     messages = [[f"new{first + number}" for number in range(4000)] for first in range(0, 12_000, 4000)]
     ids = await loaded(users, *messages)
@@ -241,7 +243,7 @@ async def test_continues_after_a_kill(roster: Roster, users: UserServiceStub, se
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-async def test_refuses_other_loads(roster: Roster, users: UserServiceStub, server: Server) -> None:
+async def test_refuses_other_loads(roster: Roster, users: UserServiceAsyncStub, server: Server) -> None:
     """The error says what to do; nothing is deleted."""
     ids = await loaded(users, ["a", "b"], load_id="created")
     await LoadStream.open(users, "open")
@@ -279,7 +281,7 @@ def target(server: Server) -> Target:
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-async def test_asks_before_it_deletes(roster: Roster, users: UserServiceStub) -> None:
+async def test_asks_before_it_deletes(roster: Roster, users: UserServiceAsyncStub) -> None:
     """The end of the input is no answer: the status is 2."""
     await loaded(users, ["a"])
     done = await roster.run("loads", "undo", LOAD_ID)
@@ -290,7 +292,7 @@ async def test_asks_before_it_deletes(roster: Roster, users: UserServiceStub) ->
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 async def test_undoes_the_load_of_another_caller(
-    roster: Roster, users: UserServiceStub, server: Server
+    roster: Roster, users: UserServiceAsyncStub, server: Server
 ) -> None:
     """`--caller` says whose load is meant; other callers' loads of the same name are independent."""
     await loaded(users, ["a"])
@@ -307,7 +309,7 @@ async def test_undoes_the_load_of_another_caller(
 
 @on_one_database
 async def test_file_of_an_undone_load_is_not_reported_as_loaded(
-    roster: Roster, users: UserServiceStub
+    roster: Roster, users: UserServiceAsyncStub
 ) -> None:
     """The same command would find the load finished. An undo that deleted nothing does not count."""
     (roster.folder / "users.csv").write_text("email\nada@example.org\n")

@@ -18,7 +18,7 @@ from roster.v1.users_pb2 import (
     ListUsersRequest,
     UpdateUserRequest,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.server import Server
 from tests.support.errors import refusal
 from tests.support.rows import add_posts, add_users
@@ -36,13 +36,13 @@ SPELLINGS = (
 
 
 @pytest.fixture
-async def ada(users: UserServiceStub) -> User:
+async def ada(users: UserServiceAsyncStub) -> User:
     """A user with every field set."""
     user = User(email="ada@example.org", full_name="Ada", is_active=True)
     return await users.CreateUser(CreateUserRequest(user=user))
 
 
-async def test_new_user_has_id_version_and_times(users: UserServiceStub) -> None:
+async def test_new_user_has_id_version_and_times(users: UserServiceAsyncStub) -> None:
     """By default it is active and has no name."""
     before = datetime.now(UTC)
     created = await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org")))
@@ -58,7 +58,7 @@ async def test_new_user_has_id_version_and_times(users: UserServiceStub) -> None
     assert abs(created.created_at.ToDatetime(UTC) - before) < timedelta(minutes=1)
 
 
-async def test_new_user_keeps_its_fields(users: UserServiceStub) -> None:
+async def test_new_user_keeps_its_fields(users: UserServiceAsyncStub) -> None:
     """An empty name differs from none; output-only fields are ignored."""
     sent = User(
         id=4711, email="ada@example.org", full_name="", is_active=False, version=9, posts=[Post(id=1)]
@@ -70,7 +70,7 @@ async def test_new_user_keeps_its_fields(users: UserServiceStub) -> None:
     assert await users.GetUser(GetUserRequest(id=1)) == created
 
 
-async def test_email_is_normalised_everywhere(users: UserServiceStub) -> None:
+async def test_email_is_normalised_everywhere(users: UserServiceAsyncStub) -> None:
     """When it is stored, looked up, filtered and compared."""
     for email in SPELLINGS:
         created = await users.CreateUser(CreateUserRequest(user=User(email=email)))
@@ -84,7 +84,7 @@ async def test_email_is_normalised_everywhere(users: UserServiceStub) -> None:
         await users.DeleteUser(DeleteUserRequest(id=created.id))
 
 
-async def test_taken_email_is_refused_with_its_owner(users: UserServiceStub, ada: User) -> None:
+async def test_taken_email_is_refused_with_its_owner(users: UserServiceAsyncStub, ada: User) -> None:
     """In creates and updates."""
     alan = await users.CreateUser(CreateUserRequest(user=User(email="alan@example.org")))
     refusals = [
@@ -98,7 +98,7 @@ async def test_taken_email_is_refused_with_its_owner(users: UserServiceStub, ada
     assert await list_users(users) == [ada, alan]
 
 
-async def test_unknown_user_is_not_found(users: UserServiceStub) -> None:
+async def test_unknown_user_is_not_found(users: UserServiceAsyncStub) -> None:
     """By id and by e-mail, in updates and deletes."""
     for call in (
         users.GetUser(GetUserRequest(id=4711)),
@@ -112,7 +112,7 @@ async def test_unknown_user_is_not_found(users: UserServiceStub) -> None:
         assert (refused.code, refused.reason) == (grpc.StatusCode.NOT_FOUND, "USER_NOT_FOUND")
 
 
-async def test_view_adds_the_newest_50_posts(server: Server, users: UserServiceStub) -> None:
+async def test_view_adds_the_newest_50_posts(server: Server, users: UserServiceAsyncStub) -> None:
     """Newest first, without contents, on request."""
     (id,) = await add_users(server.database)
     ids = await add_posts(server.database, [id] * 51, content="long")
@@ -127,7 +127,7 @@ async def test_view_adds_the_newest_50_posts(server: Server, users: UserServiceS
     assert not (await users.GetUser(GetUserRequest(id=id))).posts
 
 
-async def test_batch_has_users_in_requested_order(server: Server, users: UserServiceStub) -> None:
+async def test_batch_has_users_in_requested_order(server: Server, users: UserServiceAsyncStub) -> None:
     """Each once, at its first place; missing ids are listed separately."""
     first, second, third = await add_users(server.database, 3)
 
@@ -139,7 +139,7 @@ async def test_batch_has_users_in_requested_order(server: Server, users: UserSer
     assert answer.users[1] == await users.GetUser(GetUserRequest(id=first))
 
 
-async def test_batch_of_1000_largest_users_fits(server: Server, users: UserServiceStub) -> None:
+async def test_batch_of_1000_largest_users_fits(server: Server, users: UserServiceAsyncStub) -> None:
     """No ids remain."""
     ids = await add_users(server.database, 1000, full_name="😀" * 255)
 
@@ -148,7 +148,7 @@ async def test_batch_of_1000_largest_users_fits(server: Server, users: UserServi
     assert answer.ByteSize() <= MAX_ANSWER_BYTES
 
 
-async def test_batch_with_posts_is_cut_at_3_mib(server: Server, users: UserServiceStub) -> None:
+async def test_batch_with_posts_is_cut_at_3_mib(server: Server, users: UserServiceAsyncStub) -> None:
     """Repeated calls for the remaining ids return all users."""
     ids = await add_users(server.database, 80)
     await add_posts(server.database, ids * 50, title="😀" * 255)
@@ -166,7 +166,7 @@ async def test_batch_with_posts_is_cut_at_3_mib(server: Server, users: UserServi
     assert [id for answer in answers for id in answer.missing_ids] == [4711, 4712]
 
 
-async def test_update_without_mask_writes_set_fields(users: UserServiceStub, ada: User) -> None:
+async def test_update_without_mask_writes_set_fields(users: UserServiceAsyncStub, ada: User) -> None:
     """The response is the updated user with the next version."""
     updated = await users.UpdateUser(UpdateUserRequest(user=User(id=ada.id, is_active=False)))
 
@@ -187,7 +187,11 @@ async def test_update_without_mask_writes_set_fields(users: UserServiceStub, ada
     ids=["named", "named but unset", "every field"],
 )
 async def test_update_with_mask_writes_named_fields(
-    users: UserServiceStub, ada: User, sent: User, mask: list[str], expected: tuple[str, str | None, bool]
+    users: UserServiceAsyncStub,
+    ada: User,
+    sent: User,
+    mask: list[str],
+    expected: tuple[str, str | None, bool],
 ) -> None:
     """Only those; an unset name becomes null."""
     request = UpdateUserRequest(user=sent, update_mask=FieldMask(paths=mask))
@@ -200,7 +204,9 @@ async def test_update_with_mask_writes_named_fields(
 
 
 @pytest.mark.parametrize("path", ["email", "is_active", "hashed_password"])
-async def test_update_refuses_null_for_required_fields(users: UserServiceStub, ada: User, path: str) -> None:
+async def test_update_refuses_null_for_required_fields(
+    users: UserServiceAsyncStub, ada: User, path: str
+) -> None:
     """Nothing is written."""
     mask = FieldMask(paths=["full_name", path])
     refused = await refusal(users.UpdateUser(UpdateUserRequest(user=User(id=ada.id), update_mask=mask)))
@@ -209,7 +215,7 @@ async def test_update_refuses_null_for_required_fields(users: UserServiceStub, a
     assert await users.GetUser(GetUserRequest(id=ada.id)) == ada
 
 
-async def test_expected_version_must_be_current(users: UserServiceStub, ada: User) -> None:
+async def test_expected_version_must_be_current(users: UserServiceAsyncStub, ada: User) -> None:
     """In updates and deletes, unless it is 0. The error has the current version."""
     await users.UpdateUser(UpdateUserRequest(user=User(id=ada.id, full_name="Countess", version=1)))
     for call in (
@@ -225,7 +231,7 @@ async def test_expected_version_must_be_current(users: UserServiceStub, ada: Use
     assert await users.DeleteUser(DeleteUserRequest(id=ada.id, version=3)) == Empty()
 
 
-async def test_one_of_two_updates_of_a_version_succeeds(users: UserServiceStub, ada: User) -> None:
+async def test_one_of_two_updates_of_a_version_succeeds(users: UserServiceAsyncStub, ada: User) -> None:
     """The other gets an error."""
     requests = [
         UpdateUserRequest(user=User(id=ada.id, full_name=name, version=1)) for name in ("Augusta", "Byron")
@@ -240,7 +246,7 @@ async def test_one_of_two_updates_of_a_version_succeeds(users: UserServiceStub, 
     assert await users.GetUser(GetUserRequest(id=ada.id)) == accepted
 
 
-async def test_concurrent_updates_each_increase_the_version(users: UserServiceStub, ada: User) -> None:
+async def test_concurrent_updates_each_increase_the_version(users: UserServiceAsyncStub, ada: User) -> None:
     """Without an expected version all succeed."""
     updated = await asyncio.gather(
         *(
@@ -252,7 +258,7 @@ async def test_concurrent_updates_each_increase_the_version(users: UserServiceSt
     assert sorted(user.version for user in updated) == list(range(2, 12))
 
 
-async def test_delete_removes_user_and_posts(server: Server, users: UserServiceStub, ada: User) -> None:
+async def test_delete_removes_user_and_posts(server: Server, users: UserServiceAsyncStub, ada: User) -> None:
     """Its id is never reused."""
     await add_posts(server.database, [ada.id] * 3)
     assert await users.DeleteUser(DeleteUserRequest(id=ada.id)) == Empty()

@@ -9,14 +9,14 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from sqlalchemy import text
 
+from roster.client.consistency import ANY
 from roster.v1.changes_pb2 import Change, ListChangesRequest, WatchChangesRequest
-from roster.v1.changes_pb2_grpc import ChangeServiceStub
+from roster.v1.changes_pb2_grpc import ChangeServiceAsyncStub, ChangeServiceStub
 from roster.v1.posts_pb2 import ExportPostsRequest
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import CreateUserRequest, ExportUsersRequest, UpdateUserRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
-from service.consistency import ANY
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service.server import Server
 from tests.support.rows import add_posts, add_users
 from tests.support.server import serve
@@ -29,12 +29,12 @@ DISABLE = "ALTER TABLE posts DISABLE TRIGGER log_update"
 
 
 @pytest.fixture
-def changes(channel: grpc.aio.Channel) -> ChangeServiceStub:
+def changes(channel: grpc.aio.Channel) -> ChangeServiceAsyncStub:
     """The client of ChangeService."""
     return ChangeServiceStub(channel)
 
 
-async def export(users: UserServiceStub, *, options: Any = None, **asked: Any) -> tuple[str, list[int]]:
+async def export(users: UserServiceAsyncStub, *, options: Any = None, **asked: Any) -> tuple[str, list[int]]:
     """Return the token of an export, which only the first message has, and the ids of its rows."""
     messages = [
         message async for message in users.ExportUsers(ExportUsersRequest(**asked), **(options or {}))
@@ -44,7 +44,7 @@ async def export(users: UserServiceStub, *, options: Any = None, **asked: Any) -
     return token, [user.id for message in messages for user in message.users]
 
 
-async def changed_ids(changes: ChangeServiceStub, token: str) -> list[int]:
+async def changed_ids(changes: ChangeServiceAsyncStub, token: str) -> list[int]:
     """Return the ids of the changed users, deleted ones included."""
     listed = await changes.ListChanges(ListChangesRequest(token=token, page_size=1000))
     assert not listed.has_more
@@ -52,7 +52,7 @@ async def changed_ids(changes: ChangeServiceStub, token: str) -> list[int]:
 
 
 async def test_first_message_has_the_token(
-    server: Server, users: UserServiceStub, posts: PostServiceStub, changes: ChangeServiceStub
+    server: Server, users: UserServiceAsyncStub, posts: PostServiceAsyncStub, changes: ChangeServiceAsyncStub
 ) -> None:
     """Of all entities; a resumed export has none."""
     ids = await add_users(server.database, 3)
@@ -75,7 +75,7 @@ async def test_first_message_has_the_token(
 
 
 async def test_export_without_rows_has_only_the_token(
-    server: Server, users: UserServiceStub, changes: ChangeServiceStub
+    server: Server, users: UserServiceAsyncStub, changes: ChangeServiceAsyncStub
 ) -> None:
     token, exported = await export(users, filter="is_active = false")
     assert exported == []
@@ -84,7 +84,7 @@ async def test_export_without_rows_has_only_the_token(
 
 
 async def test_changes_after_the_first_row_was_read_are_reported(
-    server: Server, users: UserServiceStub, changes: ChangeServiceStub
+    server: Server, users: UserServiceAsyncStub, changes: ChangeServiceAsyncStub
 ) -> None:
     """The export has the old row, and the changes after it have the new one."""
     [id] = await add_users(server.database)
@@ -104,7 +104,7 @@ async def test_changes_after_the_first_row_was_read_are_reported(
     assert await changed_ids(changes, messages[0].watch_token) == [id]
 
 
-async def test_export_works_without_a_feed(server: Server, users: UserServiceStub) -> None:
+async def test_export_works_without_a_feed(server: Server, users: UserServiceAsyncStub) -> None:
     """It has no token then."""
     ids = await add_users(server.database)
     async with server.database.begin() as session:
@@ -114,7 +114,7 @@ async def test_export_works_without_a_feed(server: Server, users: UserServiceStu
 
 
 async def test_export_does_not_wait_for_the_token(
-    server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch
+    server: Server, users: UserServiceAsyncStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the log can't be read in time, or not at all."""
     monkeypatch.setattr("service.changes.export.TOKEN_SECONDS", 0.05)
@@ -136,7 +136,7 @@ async def test_export_does_not_wait_for_the_token(
 
 
 @pytest.fixture
-async def replicating(replicated: ReplicatedDatabase) -> AsyncIterator[tuple[Server, UserServiceStub]]:
+async def replicating(replicated: ReplicatedDatabase) -> AsyncIterator[tuple[Server, UserServiceAsyncStub]]:
     """A server that reads on a standby, and its client."""
     async with (
         serve(replicated.url, replica_url=replicated.replica_url) as server,
@@ -146,7 +146,7 @@ async def replicating(replicated: ReplicatedDatabase) -> AsyncIterator[tuple[Ser
 
 
 async def test_replica_gives_a_token_only_if_it_has_caught_up(
-    replicating: tuple[Server, UserServiceStub], replicated: ReplicatedDatabase
+    replicating: tuple[Server, UserServiceAsyncStub], replicated: ReplicatedDatabase
 ) -> None:
     """The rows come from the replica all the same."""
     server, users = replicating
@@ -163,7 +163,7 @@ async def test_replica_gives_a_token_only_if_it_has_caught_up(
 
 
 async def test_replica_must_have_what_the_token_stands_for(
-    replicating: tuple[Server, UserServiceStub], replicated: ReplicatedDatabase
+    replicating: tuple[Server, UserServiceAsyncStub], replicated: ReplicatedDatabase
 ) -> None:
     """A user who is created just before the token is taken: the feed will not report it."""
     server, users = replicating
@@ -182,7 +182,7 @@ async def test_replica_must_have_what_the_token_stands_for(
 
 
 async def test_all_pages_have_what_the_token_stands_for(
-    replicating: tuple[Server, UserServiceStub],
+    replicating: tuple[Server, UserServiceAsyncStub],
     replicated: ReplicatedDatabase,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from roster.v1.users_pb2 import GetUserRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from service.logs import BufferedStreamHandler
 from service.server import Server
 from tests.support.errors import refusal
@@ -23,7 +23,7 @@ def compute() -> None:
 
 
 async def test_finds_a_handler_that_blocks_the_event_loop(
-    server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch
+    server: Server, users: UserServiceAsyncStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An RPC's handler is recognised by the coroutine that grpc.aio runs it in."""
     monkeypatch.setattr(server.users, "get", lambda *_: compute())
@@ -48,7 +48,7 @@ async def test_finds_a_callback_that_blocks_the_event_loop(
 
 
 async def test_ignores_work_of_the_test_and_waiting(
-    server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch
+    server: Server, users: UserServiceAsyncStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both use the loop's thread, or block it without using the CPU."""
     monkeypatch.setattr(server.users, "get", lambda *_: time.sleep(5 * LIMIT_SECONDS))

@@ -8,7 +8,7 @@ import pytest
 
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import CreateUserRequest, VerifyPasswordRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 
 TRIALS = 2000
 KNOWN, UNKNOWN = "ada@example.org", "eve@example.org"
@@ -23,7 +23,7 @@ def separation(some: list[float], others: list[float]) -> float:
 
 
 @pytest.mark.timeout(900)
-async def test_the_time_does_not_tell_who_exists(users: UserServiceStub) -> None:
+async def test_the_time_does_not_tell_who_exists(users: UserServiceAsyncStub) -> None:
     """A wrong password of a user, and any password of nobody, in random order."""
     await users.CreateUser(CreateUserRequest(user=User(email=KNOWN, password="right")))
     order = [KNOWN, UNKNOWN] * (TRIALS // 2)

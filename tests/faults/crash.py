@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from roster.client import BulkLoader, LoadInterrupted, channel
 from roster.v1.bulk_pb2 import (
     BulkAck,
     BulkLoad,
@@ -22,11 +23,10 @@ from roster.v1.bulk_pb2 import (
     ListBulkLoadFailuresRequest,
     RowFailure,
 )
-from roster.v1.bulk_pb2_grpc import BulkServiceStub
+from roster.v1.bulk_pb2_grpc import BulkServiceAsyncStub, BulkServiceStub
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, ListUsersRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import BulkLoader, LoadInterrupted, channel
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service.db import migrations
 from tests.faults.histories import save_if_failed
 from tests.support.postgres import PostgresServer
@@ -311,7 +311,7 @@ def _expected(row: User, users: dict[str, User], *, is_new: bool) -> tuple[int, 
     return (id, "", 0) if is_new else (0, "EMAIL_TAKEN", id)
 
 
-async def _users(users: UserServiceStub) -> dict[str, User]:
+async def _users(users: UserServiceAsyncStub) -> dict[str, User]:
     found: dict[str, User] = {}
     request = ListUsersRequest(page_size=1000)
     while True:
@@ -322,7 +322,7 @@ async def _users(users: UserServiceStub) -> dict[str, User]:
         request.page_token = page.next_page_token
 
 
-async def _failures(loads: BulkServiceStub) -> list[RowFailure]:
+async def _failures(loads: BulkServiceAsyncStub) -> list[RowFailure]:
     found: list[RowFailure] = []
     request = ListBulkLoadFailuresRequest(load_id=LOAD_ID, page_size=1000)
     while True:

@@ -21,6 +21,7 @@ from uuid import UUID
 import grpc
 from google.rpc.error_details_pb2 import ErrorInfo
 
+from roster.client import BulkLoader, channel
 from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkOptions, GetBulkLoadRequest
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
 from roster.v1.resources_pb2 import User
@@ -31,7 +32,6 @@ from roster.v1.users_pb2 import (
     UpdateUserRequest,
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import BulkLoader, channel
 from service.db import conninfo, migrations
 from service.db.connect import connect
 from tests.support.command import ROSTER, SERVER_DEFAULTS, ended, start

@@ -11,9 +11,9 @@ from typing import Any
 
 import asyncpg
 
+from roster.errors import OutcomeUnknown
 from service.cli import main
 from service.db import engine
-from service.errors import OutcomeUnknown
 
 commit = engine._commit
 next_fault = ""

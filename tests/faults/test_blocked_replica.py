@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import literal_column, select
 
+from roster.client.consistency import ANY, PRIMARY
 from roster.v1.bulk_pb2 import BulkOptions
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import (
@@ -18,8 +19,8 @@ from roster.v1.users_pb2 import (
     GetUserRequest,
     ListUsersRequest,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
-from service.consistency import ANY, ANYWHERE, PRIMARY, Requirement
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
+from service.consistency import ANYWHERE, Requirement
 from service.db.compiled import CompiledSelect
 from service.db.connect import Connection
 from service.db.engine import Database
@@ -126,7 +127,7 @@ def lose_connection(pid: int) -> None:
             transport.abort()
 
 
-async def bulk_create(users: UserServiceStub, name: str) -> Any:
+async def bulk_create(users: UserServiceAsyncStub, name: str) -> Any:
     """Create a user by a stream without a load."""
     stream = users.BulkCreateUsers()
     await stream.write(BulkCreateUsersRequest(options=BulkOptions()))
@@ -135,7 +136,7 @@ async def bulk_create(users: UserServiceStub, name: str) -> Any:
     return await answer(stream)
 
 
-async def single_create(users: UserServiceStub, name: str) -> Any:
+async def single_create(users: UserServiceAsyncStub, name: str) -> Any:
     return await answer(users.CreateUser(CreateUserRequest(user=User(email=f"{name}@example.org"))))
 
 

@@ -18,7 +18,7 @@ from sqlalchemy import func, select
 from roster.v1.bulk_pb2 import BulkLoad, BulkOptions, BulkWriteResponse
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, BulkDeleteUsersRequest, CreateUserRequest, UserKey
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service.db import migrations
 from service.db.base import Session
 from service.db.bulk import postgresql
@@ -38,7 +38,7 @@ CLIENT = """
 import asyncio, sys, grpc
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 
 async def load():
     async with grpc.aio.insecure_channel(sys.argv[1]) as channel:
@@ -61,7 +61,7 @@ async def server(postgresql_url: str) -> AsyncIterator[Server]:
 
 
 @pytest.fixture
-async def users(server: Server) -> AsyncIterator[UserServiceStub]:
+async def users(server: Server) -> AsyncIterator[UserServiceAsyncStub]:
     """A client of the server."""
     async with grpc.aio.insecure_channel(server.address) as channel:
         yield UserServiceStub(channel)
@@ -99,7 +99,7 @@ async def holds_no_connection(server: Server) -> bool:
 
 
 async def test_broken_connection_commits_batch_once(
-    server: Server, users: UserServiceStub, other: Rival
+    server: Server, users: UserServiceAsyncStub, other: Rival
 ) -> None:
     """The client gets one ack, as without the failure."""
     call = users.BulkCreateUsers()
@@ -115,7 +115,7 @@ async def test_broken_connection_commits_batch_once(
     await until(lambda: holds_no_connection(server))
 
 
-async def test_broken_connection_deletes_batch_once(server: Server, users: UserServiceStub) -> None:
+async def test_broken_connection_deletes_batch_once(server: Server, users: UserServiceAsyncStub) -> None:
     """The first attempt rolls back, posts included; a later row for a user still finds none."""
     ids = await add_users(server.database, 2)
     await add_posts(server.database, [ids[0], ids[0], ids[1]])
@@ -136,7 +136,7 @@ async def test_broken_connection_deletes_batch_once(server: Server, users: UserS
 
 
 async def test_connection_broken_during_large_copy(
-    server: Server, users: UserServiceStub, other: Rival
+    server: Server, users: UserServiceAsyncStub, other: Rival
 ) -> None:
     """PostgreSQL has received only some of the rows."""
     names = ["bob", *(f"user{number}" for number in range(3800))]
@@ -159,7 +159,7 @@ async def test_connection_broken_during_large_copy(
 
 
 async def test_connection_broken_during_look_up(
-    server: Server, users: UserServiceStub, postgresql_url: str
+    server: Server, users: UserServiceAsyncStub, postgresql_url: str
 ) -> None:
     """The batch waits for the lock of a row that it will update."""
     await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org")))
@@ -178,7 +178,7 @@ async def test_connection_broken_during_look_up(
 
 
 async def test_connection_broken_before_copy(
-    server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch
+    server: Server, users: UserServiceAsyncStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The failure is noticed before any row is sent."""
     copy = postgresql.insert_rows
@@ -206,7 +206,7 @@ async def _is_closed(driver: Any) -> bool:
 
 
 async def test_connection_terminated_but_not_closed_yet(
-    server: Server, users: UserServiceStub, monkeypatch: pytest.MonkeyPatch
+    server: Server, users: UserServiceAsyncStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PostgreSQL's last message has arrived, the end of the connection has not."""
 
@@ -256,7 +256,7 @@ async def test_stream_survives_restart_of_database(
 
 
 async def test_cancelled_load_keeps_acknowledged_rows(
-    server: Server, users: UserServiceStub, other: Rival
+    server: Server, users: UserServiceAsyncStub, other: Rival
 ) -> None:
     """Nothing of the pending batch is stored. Its connection is free immediately."""
     call = users.BulkCreateUsers()
@@ -272,7 +272,7 @@ async def test_cancelled_load_keeps_acknowledged_rows(
 
 
 async def test_killed_client_keeps_acknowledged_rows(
-    server: Server, users: UserServiceStub, other: Rival
+    server: Server, users: UserServiceAsyncStub, other: Rival
 ) -> None:
     """To the server it looks like the end of any stream."""
     client = await asyncio.create_subprocess_exec(sys.executable, "-c", CLIENT, server.address)
@@ -284,7 +284,7 @@ async def test_killed_client_keeps_acknowledged_rows(
     await only_ada_is_left(server, users, other)
 
 
-async def only_ada_is_left(server: Server, users: UserServiceStub, other: Rival) -> None:
+async def only_ada_is_left(server: Server, users: UserServiceAsyncStub, other: Rival) -> None:
     # Free while the other session still blocks the batch: it was cancelled, not completed.
     await until(lambda: holds_no_connection(server))
     await other.rollback()

@@ -13,6 +13,7 @@ from google.rpc.status_pb2 import Status
 from hypothesis import HealthCheck, given, seed, settings
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from roster.errors import DatabaseUnavailable, OutcomeUnknown
 from roster.v1.bulk_pb2 import (
     AbortBulkLoadRequest,
     BulkAck,
@@ -26,7 +27,6 @@ from roster.v1.users_pb2 import ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.db import engine
 from service.db.bulk.batch import Outcome
-from service.errors import DatabaseUnavailable, OutcomeUnknown
 from service.loads.model import Load
 from service.loads.repository import LoadRepository
 from tests.faults.histories import SEED, save_if_failed, saved_histories

@@ -9,6 +9,7 @@ import grpc
 import pytest
 from sqlalchemy import make_url, text
 
+from roster.client.consistency import ANY, PRIMARY
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import (
     CreateUserRequest,
@@ -17,8 +18,8 @@ from roster.v1.users_pb2 import (
     ListUsersRequest,
     UpdateUserRequest,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
-from service.consistency import ANY, ANYWHERE, PRIMARY, Requirement, position_from_metadata
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
+from service.consistency import ANYWHERE, Requirement, position_from_metadata
 from service.db.base import ReadSession
 from service.db.replica import Replica
 from service.metrics import REPLICA_LAG, REPLICA_LAG_BYTES
@@ -44,7 +45,7 @@ async def no_probes_by_itself() -> AsyncIterator[None]:
 @asynccontextmanager
 async def calling(
     url: str, replica_url: str, **settings: Any
-) -> AsyncIterator[tuple[Server, UserServiceStub]]:
+) -> AsyncIterator[tuple[Server, UserServiceAsyncStub]]:
     """A server with replicas, and a client of it. Only the test probes the replica, and so knows when."""
     async with (
         no_probes_by_itself(),
@@ -54,11 +55,11 @@ async def calling(
         yield server, UserServiceStub(connection)
 
 
-async def create(users: UserServiceStub, name: str) -> Answer:
+async def create(users: UserServiceAsyncStub, name: str) -> Answer:
     return await answer(users.CreateUser(CreateUserRequest(user=User(email=f"{name}@example.org"))))
 
 
-async def read(users: UserServiceStub, created: Answer, token: str = "") -> User:
+async def read(users: UserServiceAsyncStub, created: Answer, token: str = "") -> User:
     """Read a user with its token, or another one, within a deadline."""
     request = GetUserRequest(id=created.response.id)
     return await users.GetUser(request, timeout=DEADLINE_SECONDS, **at(token or created.token))

@@ -11,6 +11,7 @@ from google.rpc.code_pb2 import UNAVAILABLE
 from sqlalchemy import insert, select
 from sqlalchemy.exc import IntegrityError
 
+from roster.errors import DatabaseUnavailable
 from roster.v1.bulk_pb2 import BulkAck, BulkOptions
 from roster.v1.posts_pb2 import BulkCreatePostsRequest
 from roster.v1.resources_pb2 import Post, User
@@ -26,7 +27,6 @@ from service.db.bulk import postgresql
 from service.db.bulk.batch import Batch, Outcome
 from service.db.bulk.writer import BulkWriter
 from service.db.engine import Database
-from service.errors import DatabaseUnavailable
 from service.posts.servicer import CREATE_POSTS
 from service.settings import Settings
 from service.users.model import User as UserRow

@@ -11,9 +11,9 @@ import pytest
 from sqlalchemy import event, func, insert, make_url, select, text
 from sqlalchemy.exc import IntegrityError
 
+from roster.errors import DatabaseUnavailable, PoolExhausted, QuotaExceeded
 from service.auth.caller import NOBODY, Caller, set_caller
 from service.db.engine import Database
-from service.errors import DatabaseUnavailable, PoolExhausted, QuotaExceeded
 from service.settings import Settings
 from service.users.model import User
 from tests.support.rival import LOCK_COMMITS, delay_commits, rival

@@ -9,6 +9,7 @@ from uuid import UUID
 import pytest
 from sqlalchemy import func, select, text
 
+from roster.errors import UserNotFound
 from service.db import answers as answers_module
 from service.db.answers import Request, cascading_columns, erase_answers
 from service.db.base import Entity
@@ -16,7 +17,6 @@ from service.db.bulk.batch import Batch, WriteOptions
 from service.db.bulk.table import BulkTable
 from service.db.bulk.writer import BulkWriter
 from service.db.engine import Database
-from service.errors import UserNotFound
 from service.idempotency import RequestRepository, delete_expired_requests
 from service.posts.model import Post
 from service.posts.repository import POSTS, PostRepository

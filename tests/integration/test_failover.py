@@ -12,6 +12,7 @@ import grpc
 import pytest
 from sqlalchemy import text
 
+from roster.errors import DatabaseUnavailable, OutcomeUnknown, UserNotFound
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import CreateUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
@@ -20,7 +21,6 @@ from service.db.connect import Connection
 from service.db.engine import Database
 from service.db.failover import IDENTIFY, IDENTIFY_BY_TIME, Failover
 from service.db.reads import Reader
-from service.errors import DatabaseUnavailable, OutcomeUnknown, UserNotFound
 from service.health import Health
 from service.settings import Settings
 from service.users.model import User as UserRow

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import make_url, text
 
+from roster.errors import Unsupported
 from service.changes.reset import reset_feed
 from service.changes.token import Token
-from service.errors import Unsupported
 from tests.support.feed import Consumer, assert_begins_again
 from tests.support.postgres import Postgres, find_programs
 

@@ -7,9 +7,9 @@ from uuid import UUID
 import pytest
 from sqlalchemy import select
 
+from roster.errors import RequestIdReused
 from service.db.answers import Request
 from service.db.engine import Database
-from service.errors import RequestIdReused
 from service.idempotency import RequestRepository, delete_expired_requests
 from service.users.repository import UserRepository
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from sqlalchemy import text
 
+from roster.errors import EmailTaken, InvalidField, LoadExpired, LoadFenced, LoadNotFound, RosterError
 from service.db import migrations
 from service.db.bulk.batch import Outcome, Result
 from service.db.engine import Database
-from service.errors import EmailTaken, InvalidField, LoadExpired, LoadFenced, LoadNotFound, RosterError
 from service.loads.model import Load, LoadState
 from service.loads.repository import LoadRepository, LoadRow, expire_loads
 from service.settings import Settings

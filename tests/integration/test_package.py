@@ -1,4 +1,4 @@
-"""The wheel has everything that an installed `roster` needs, and nothing else."""
+"""The wheels have everything that an installed `roster` needs, and nothing else."""
 
 import os
 import shutil
@@ -14,8 +14,8 @@ import pytest
 from service.db import revisions
 
 CHECKOUT = Path(__file__).parents[2]
-FOLDERS = ("service", "protos", "alembic")
-FILES = ("alembic.ini", "hatch_build.py", "pyproject.toml", "README.md", "LICENSE", ".gitignore")
+FOLDERS = ("service", "protos", "alembic", "clients/python")
+FILES = ("alembic.ini", "pyproject.toml", "README.md", "LICENSE", ".gitignore")
 MADE = shutil.ignore_patterns("__pycache__", "*_pb2*", "py.typed")
 MIGRATE = """
 import sys
@@ -28,33 +28,36 @@ print(migrations.__file__)
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unpacked wheel, built from a checkout without generated stubs."""
+    """The unpacked wheels of the service and of its client, built from a checkout without generated stubs."""
     checkout, dist, installed = (tmp_path_factory.mktemp(name) for name in ("checkout", "dist", "installed"))
     for name in FOLDERS:
         shutil.copytree(CHECKOUT / name, checkout / name, ignore=MADE)
     for name in FILES:
         shutil.copy(CHECKOUT / name, checkout)
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(dist)]
-    subprocess.run(build, cwd=checkout, check=True)
-    with zipfile.ZipFile(next(dist.glob("*.whl"))) as wheel:
-        wheel.extractall(installed)
+    for project in (checkout, checkout / "clients/python"):
+        subprocess.run(build, cwd=project, check=True)
+    for path in dist.glob("*.whl"):
+        with zipfile.ZipFile(path) as wheel:
+            wheel.extractall(installed / path.name.partition("-")[0])
     return installed
 
 
 def test_wheel_has_the_stubs_with_their_types(installed: Path) -> None:
     """Clients get typed stubs of every proto."""
     protos = {path.stem for path in (CHECKOUT / "protos/roster/v1").glob("*.proto")}
-    generated = {path.name for path in (installed / "roster/v1").iterdir()}
+    generated = {path.name for path in (installed / "roster_client/roster/v1").iterdir()}
     stubs = {
         f"{name}_pb2{kind}.{ending}" for name in protos for kind in ("", "_grpc") for ending in ("py", "pyi")
     }
     assert generated >= stubs | {"__init__.py", "py.typed"}
 
 
-def test_wheel_has_no_tests_and_no_tools(installed: Path) -> None:
-    """It has only the two packages and their metadata."""
-    names = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
-    assert names == {"service", "roster"}
+@pytest.mark.parametrize(("wheel", "package"), [("roster", "service"), ("roster_client", "roster")])
+def test_wheel_has_no_tests_and_no_tools(installed: Path, wheel: str, package: str) -> None:
+    """It has only one package and its metadata; no caller gets a package `service`."""
+    names = [path.name for path in (installed / wheel).iterdir() if path.suffix != ".dist-info"]
+    assert names == [package]
 
 
 def test_installed_service_migrates_a_database(installed: Path, tmp_path: Path) -> None:
@@ -63,7 +66,7 @@ def test_installed_service_migrates_a_database(installed: Path, tmp_path: Path) 
     used = subprocess.check_output(
         [sys.executable, "-c", MIGRATE, f"sqlite+aiosqlite:///{database}"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(installed)},
+        env={**os.environ, "PYTHONPATH": f"{installed}/roster{os.pathsep}{installed}/roster_client"},
         text=True,
     )
     assert Path(used.strip()).is_relative_to(installed)

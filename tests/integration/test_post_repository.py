@@ -2,10 +2,10 @@
 
 import pytest
 
+from roster.errors import AuthorNotFound
 from service.db.engine import Database
 from service.db.paging import Keyset, ListQuery
 from service.db.selection import MAX_ROWS_BYTES, Selection
-from service.errors import AuthorNotFound
 from service.posts.repository import BASIC, WITH_AUTHOR, PostRepository
 from service.users.repository import UserRepository
 from tests.support.rows import add_posts, add_users

@@ -5,11 +5,11 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import text
 
+from roster.errors import TokenExpired
 from service.changes.feed import Feed
 from service.changes.kinds import ENTITIES
 from service.changes.prune import prune_changes
 from service.db.engine import Database
-from service.errors import TokenExpired
 from service.settings import Settings
 from tests.support.rival import rival
 from tests.support.rows import add_users

@@ -14,6 +14,7 @@ import grpc
 import pytest
 from sqlalchemy import event, make_url, select, text, update
 
+from roster.errors import DatabaseUnavailable, PoolExhausted, PostNotFound, RosterError, UserNotFound
 from roster.v1 import posts_pb2, posts_pb2_grpc, resources_pb2, users_pb2, users_pb2_grpc
 from service.auth.caller import Caller, set_caller
 from service.db import driver, reads as lookups
@@ -21,7 +22,6 @@ from service.db.engine import Database
 from service.db.paging import ListQuery
 from service.db.reads import Reader
 from service.db.statements import LISTENERS
-from service.errors import DatabaseUnavailable, PoolExhausted, PostNotFound, RosterError, UserNotFound
 from service.posts.repository import PostRepository
 from service.server import Server
 from service.settings import Settings

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, insert
 
+from roster.errors import UserNotFound, VersionMismatch
 from service.db.base import Session
 from service.db.engine import Database
 from service.db.paging import Keyset, ListQuery
-from service.errors import UserNotFound, VersionMismatch
 from service.users.model import User
 from service.users.repository import UserRepository
 from service.wire import EPOCH, MICROSECOND

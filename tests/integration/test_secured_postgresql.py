@@ -11,6 +11,7 @@ import grpc
 import pytest
 from sqlalchemy import make_url
 
+from roster.errors import DatabaseUnavailable
 from roster.v1.bulk_pb2 import BulkOptions
 from roster.v1.posts_pb2 import BulkCreatePostsRequest, CreatePostRequest
 from roster.v1.resources_pb2 import Post, User
@@ -28,7 +29,6 @@ from service.db.connect import postgresql_engine
 from service.db.engine import Database
 from service.db.errors import NoUsableHost, is_transient
 from service.db.schema import read_schema
-from service.errors import DatabaseUnavailable
 from service.settings import Settings
 from tests.support.authority import Authority
 from tests.support.command import ROSTER, run

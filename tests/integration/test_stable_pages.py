@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from roster.v1.resources_pb2 import User as UserMessage
 from roster.v1.users_pb2 import ListUsersRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service.db.engine import Database
 from service.users.model import User
 from service.users.repository import UserRepository
@@ -55,7 +55,7 @@ changes = st.builds(Change, st.lists(new_users, max_size=3), st.lists(st.integer
 
 
 @pytest.fixture
-async def users(database_url: str) -> AsyncIterator[UserServiceStub]:
+async def users(database_url: str) -> AsyncIterator[UserServiceAsyncStub]:
     """A client of a server on the database."""
     async with serve(database_url) as server, grpc.aio.insecure_channel(server.address) as channel:
         yield UserServiceStub(channel)
@@ -101,7 +101,7 @@ async def remove(session: AsyncSession, numbers: list[int]) -> set[int]:
 )
 async def test_pages_show_each_remaining_user_once(
     database: Database,
-    users: UserServiceStub,
+    users: UserServiceAsyncStub,
     there: list[dict[str, Any]],
     between: list[Change],
     field: str,

@@ -28,7 +28,7 @@ from roster.v1.posts_pb2 import (
     PostKey,
     UpdatePostRequest,
 )
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub, PostServiceStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import (
     BatchGetUsersRequest,
@@ -45,7 +45,7 @@ from roster.v1.users_pb2 import (
     UserKey,
     VerifyPasswordRequest,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service.db.bulk.sqlite import ROWS_AT_ONCE
 from service.server import Server
 from tests.support.rows import add_posts, add_users
@@ -65,8 +65,8 @@ class Api:
     As many users, each with a post, are there to be deleted.
     """
 
-    users: UserServiceStub
-    posts: PostServiceStub
+    users: UserServiceAsyncStub
+    posts: PostServiceAsyncStub
     user_ids: list[int]
     leaver_ids: list[int]
     post_ids: list[int]

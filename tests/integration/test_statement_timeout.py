@@ -10,9 +10,9 @@ from sqlalchemy import Integer, column, event, func, insert, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from roster.errors import StatementTimeout
 from service.db.compiled import CompiledSelect
 from service.db.engine import Database
-from service.errors import StatementTimeout
 from service.settings import Settings
 from service.users.model import User
 

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from roster.v1.bulk_pb2 import BulkOptions
 from roster.v1.posts_pb2 import BulkCreatePostsRequest, ListPostsRequest
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub, PostServiceStub
 from roster.v1.resources_pb2 import Post as PostMessage, User as UserMessage
 from roster.v1.users_pb2 import (
     BulkCreateUsersRequest,
@@ -24,7 +24,7 @@ from roster.v1.users_pb2 import (
     ListUsersRequest,
     UpdateUserRequest,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service.db.base import Base, UtcDateTime
 from service.db.engine import Database
 from service.users.model import User
@@ -58,13 +58,13 @@ async def channel(database_url: str) -> AsyncIterator[grpc.aio.Channel]:
 
 
 @pytest.fixture
-def users(channel: grpc.aio.Channel) -> UserServiceStub:
+def users(channel: grpc.aio.Channel) -> UserServiceAsyncStub:
     """The client of UserService."""
     return UserServiceStub(channel)
 
 
 @pytest.fixture
-def posts(channel: grpc.aio.Channel) -> PostServiceStub:
+def posts(channel: grpc.aio.Channel) -> PostServiceAsyncStub:
     """The client of PostService."""
     return PostServiceStub(channel)
 
@@ -76,7 +76,9 @@ def timestamp(time: datetime) -> Timestamp:
     return message
 
 
-async def fill(database: Database, users: UserServiceStub, created: Sequence[tuple[datetime, bool]]) -> None:
+async def fill(
+    database: Database, users: UserServiceAsyncStub, created: Sequence[tuple[datetime, bool]]
+) -> None:
     """Store a user for each time, one by one or restored; the id is the position, from 1."""
     single: list[dict[str, Any]] = []
     restored: list[dict[str, Any]] = []
@@ -99,7 +101,7 @@ async def fill(database: Database, users: UserServiceStub, created: Sequence[tup
         assert (await load_once(users.BulkCreateUsers, request)).created == len(restored)
 
 
-async def pages(users: UserServiceStub, most: int, **request: Any) -> list[int]:
+async def pages(users: UserServiceAsyncStub, most: int, **request: Any) -> list[int]:
     """Return the ids of a listing; stops after a limit of pages."""
     asked, ids = ListUsersRequest(**request), []
     for _ in range(most):
@@ -117,7 +119,7 @@ async def pages(users: UserServiceStub, most: int, **request: Any) -> list[int]:
 @example(created=[(TEN, True)], compared=TEN, operation="=")
 async def test_filters_compare_whole_seconds_and_fractions(
     database: Database,
-    users: UserServiceStub,
+    users: UserServiceAsyncStub,
     created: list[tuple[datetime, bool]],
     compared: datetime,
     operation: str,
@@ -135,7 +137,7 @@ async def test_filters_compare_whole_seconds_and_fractions(
 @example(created=[(TEN, True)] * 5, descending=True, page_size=2)
 async def test_pages_by_time_show_each_row_once(
     database: Database,
-    users: UserServiceStub,
+    users: UserServiceAsyncStub,
     created: list[tuple[datetime, bool]],
     descending: bool,
     page_size: int,
@@ -149,7 +151,7 @@ async def test_pages_by_time_show_each_row_once(
 
 
 async def test_restored_posts_of_a_whole_second_are_found(
-    users: UserServiceStub, posts: PostServiceStub
+    users: UserServiceAsyncStub, posts: PostServiceAsyncStub
 ) -> None:
     """Posts are written by the same code as users; `updated_at` is a time like any other."""
     ada = await users.CreateUser(CreateUserRequest(user=UserMessage(email="ada@example.org")))

@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 from sqlalchemy import func, select, text
 
+from roster.errors import EmailTaken, UserNotFound
 from service.db.base import Session
 from service.db.engine import Database
 from service.db.paging import ListQuery
 from service.db.selection import Row
-from service.errors import EmailTaken, UserNotFound
 from service.posts.model import Post
 from service.settings import Settings
 from service.users.model import User

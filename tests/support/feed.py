@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from sqlalchemy import text
 
+from roster.errors import FeedReset
 from service.changes.feed import Feed
 from service.changes.kinds import ENTITIES
 from service.changes.token import Token
 from service.db.engine import Database
-from service.errors import FeedReset
 from service.settings import Settings
 
 

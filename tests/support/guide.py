@@ -10,11 +10,16 @@ from pathlib import Path
 from tests.support.postgres import Postgres
 
 CHECKOUT = Path(__file__).parents[2]
-FOLDERS = ("alembic", "deploy", "docs", "protos", "service", "tests")
-FILES = ("alembic.ini", "hatch_build.py", "pyproject.toml", "LICENSE", "README.md")
+FOLDERS = ("alembic", "clients/python", "deploy", "docs", "protos", "service", "tests")
+FILES = ("alembic.ini", "pyproject.toml", "LICENSE", "README.md")
 GENERATED = shutil.ignore_patterns("__pycache__", "*_pb2*", "node_modules")
 BLOCK = re.compile(r"^```(diff|python|sh)\n# (\S+/\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-GENERATE = "import pathlib, hatch_build; hatch_build.generate(pathlib.Path('protos'))"
+GENERATE = """
+import pathlib, sys
+sys.path.append("clients/python")
+import hatch_build
+hatch_build.generate(pathlib.Path("protos"))
+"""
 
 
 def apply_hunk(text: str, hunk: str) -> str:
@@ -76,7 +81,7 @@ def run_python(folder: Path, *arguments: str, **variables: str) -> None:
     environment = {
         **os.environ,
         **variables,
-        "PYTHONPATH": f"{folder}{os.pathsep}{folder}/protos",
+        "PYTHONPATH": os.pathsep.join(f"{folder}/{path}" for path in ("", "protos", "clients/python/src")),
         "ROSTER_DATABASE_URL": f"sqlite:///{folder}/roster.db",
     }
     done = subprocess.run(

@@ -18,13 +18,13 @@ from sqlalchemy import MetaData
 from sqlalchemy.orm import Mapped, mapped_column
 
 import roster.v1
+from roster.errors import AlreadyExists, NotFound
 from service.bulk.builder import BatchBuilder
 from service.bulk.operation import Kind, Operation
 from service.db.base import Base, BigInt, Entity, text
 from service.db.bulk.batch import Batch
 from service.db.bulk.table import BulkTable, UniqueKey
 from service.db.engine import Database
-from service.errors import AlreadyExists, NotFound
 from service.validation import Rule
 
 FOLDER = Path(__file__).parent

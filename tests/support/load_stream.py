@@ -8,7 +8,7 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from roster.v1.bulk_pb2 import BulkAck, BulkOpened, BulkOptions, BulkSummary, BulkWriteResponse, RowFailure
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub
 from tests.support.errors import Refusal, refusal
 
 LOAD_ID = "staff"
@@ -43,11 +43,11 @@ class LoadStream:
 
     opened: BulkOpened
 
-    def __init__(self, users: UserServiceStub) -> None:
+    def __init__(self, users: UserServiceAsyncStub) -> None:
         self.call = users.BulkCreateUsers()
 
     @classmethod
-    async def open(cls, users: UserServiceStub, load_id: str = LOAD_ID, **options: Any) -> Self:
+    async def open(cls, users: UserServiceAsyncStub, load_id: str = LOAD_ID, **options: Any) -> Self:
         """Open a stream; raises AioRpcError."""
         stream = cls(users)
         await stream.write(options=BulkOptions(**{"load_id": load_id, "return_ids": True, **options}))
@@ -104,6 +104,6 @@ async def load_once(rpc: Any, request: Any) -> BulkAck:
     return event.ack  # type: ignore[no-any-return]
 
 
-async def refused_to_open(users: UserServiceStub, **options: Any) -> Refusal:
+async def refused_to_open(users: UserServiceAsyncStub, **options: Any) -> Refusal:
     """Return why a stream could not be opened."""
     return await refusal(LoadStream.open(users, **options))

@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Self
 
+from roster.client import BulkLoader, channel
+from roster.errors import Unavailable
 from roster.v1.bulk_pb2 import BulkAck, BulkOptions
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import (
@@ -15,8 +17,6 @@ from roster.v1.users_pb2 import (
     UpdateUserRequest,
 )
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import BulkLoader, channel
-from service.errors import Unavailable
 
 ROW_SECONDS = 0.002  # one row of the load
 BATCH_ROWS = 50

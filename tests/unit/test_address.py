@@ -2,8 +2,8 @@
 
 import pytest
 
-from service.client import channel
-from service.client.address import check_address
+from roster.client import channel
+from roster.client.address import check_address
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 
+from roster.errors import InvalidMask, InvalidOptions
 from roster.v1.bulk_pb2 import BulkOptions
 from service.bulk.operation import Operation, StreamOptions
-from service.errors import InvalidMask, InvalidOptions
 from service.posts.servicer import CREATE_POSTS, DELETE_POSTS, UPDATE_POSTS
 from service.users.servicer import CREATE_USERS, DELETE_USERS, UPDATE_USERS
 

@@ -13,11 +13,11 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from hypothesis import example, given, settings, strategies as st
 
+from roster.client import BulkLoader, Event, LoadInterrupted, channel
 from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkOpened, BulkOptions, BulkSummary, BulkWriteResponse
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import BulkLoader, Event, LoadInterrupted, channel
 
 BATCH = 10
 WINDOW = 4

@@ -6,11 +6,11 @@ from typing import Any
 import click
 import pytest
 
+from roster.errors import InvalidField
 from roster.v1.resources_pb2 import User
 from service.cli import columns
 from service.cli.columns import UnknownColumn, parse_columns
 from service.cli.formats import Csv, Json, Parquet, SourceError
-from service.errors import InvalidField
 from tests.support.files import columns_of, rows_of, shown
 
 

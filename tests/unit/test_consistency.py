@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, strategies as st
 
-from service.client import Consistency
-from service.consistency import ANY, ANYWHERE, KEY, PRIMARY, Position, latest, position_from_metadata
+from roster.client import Consistency
+from roster.client.consistency import ANY, KEY, PRIMARY
+from service.consistency import ANYWHERE, Position, latest, position_from_metadata
 
 POSITIONS = st.builds(
     Position,

@@ -9,11 +9,11 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import assume, given, settings, strategies as st
 
+from roster.errors import InvalidField, InvalidMask
 from roster.v1.posts_pb2 import UpdatePostRequest
 from roster.v1.resources_pb2 import Post as PostMessage, User as UserMessage
 from roster.v1.users_pb2 import GetUserRequest
 from service.db.base import Entity, Values, column_names
-from service.errors import InvalidField, InvalidMask
 from service.posts.convert import (
     post_batch_from_messages,
     post_from_message,

@@ -7,8 +7,8 @@ import asyncpg
 import pytest
 from sqlalchemy.exc import DBAPIError, IntegrityError, TimeoutError as PoolTimeoutError
 
+from roster.errors import DatabaseUnavailable, PoolExhausted, RosterError, StatementTimeout, UserNotFound
 from service.db.errors import cause_of, domain_error, is_transient, may_have_committed, translate_errors
-from service.errors import DatabaseUnavailable, PoolExhausted, RosterError, StatementTimeout, UserNotFound
 
 SECRET = "postgresql://roster:hunter2@db/roster"
 

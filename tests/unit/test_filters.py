@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from sqlalchemy import Dialect, make_url
 
+from roster.errors import InvalidFilter, InvalidOrder
 from service.db import filters
 from service.db.filters import Columns, Order, parse_order
-from service.errors import InvalidFilter, InvalidOrder
 from service.posts.repository import PostRepository
 from service.users.repository import UserRepository
 from tests.support.filter_model import Node, user_filters, write_filter

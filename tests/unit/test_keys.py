@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives.serialization import (
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from jwt.utils import base64url_decode, base64url_encode
 
+from roster.errors import Unauthenticated
 from service.auth.keys import read_keys
 from service.auth.tokens import Tokens
-from service.errors import Unauthenticated
 from tests.support.issuer import AUDIENCE, ISSUER
 
 # Made by jwks.py in the folder above; each of the tokens is signed by a usable key of its file.

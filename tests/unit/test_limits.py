@@ -2,9 +2,9 @@
 
 import asyncio
 
+from roster.errors import RosterError
 from roster.v1.users_pb2 import GetUserRequest
 from service.auth.caller import Caller, set_caller
-from service.errors import RosterError
 from service.interceptors import limits
 from service.interceptors.chain import Rpc
 from service.interceptors.limits import Limits

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings, strategies as st
 
+from roster.errors import InvalidField, InvalidFilter
 from roster.v1.resources_pb2 import User
 from service.cli import main
 from service.cli.mirror import difference
@@ -26,7 +27,6 @@ from service.cli.mirror.values import (
     row_from_message,
     users_from_columns,
 )
-from service.errors import InvalidField, InvalidFilter
 
 names = st.sampled_from([None, "", "a", "A", "é", "\U0001f600"])
 addresses = st.integers(1, 12).map(lambda number: f"user{number}@example.org")

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, strategies as st
 from sqlalchemy import Dialect, make_url
 
+from roster.errors import InvalidField, InvalidPageToken
 from service.db.paging import Keyset, decode_token, encode_token, fingerprint, page_size
 from service.db.token_cipher import TokenCipher
-from service.errors import InvalidField, InvalidPageToken
 from service.users.repository import UserRepository
 
 SORTABLE = UserRepository.sortable

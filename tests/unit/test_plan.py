@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
+from roster.errors import PostNotFound
 from roster.v1.bulk_pb2 import BulkAck
 from service.bulk.convert import outcome_to_message
 from service.bulk.operation import Kind, StreamOptions
 from service.db.bulk.batch import Batch, Outcome, Result, WriteOptions
 from service.db.bulk.plan import StoredKey, plan_creates, plan_updates
-from service.errors import PostNotFound
 from service.users.repository import USERS
 from tests.support.bulk_loads import LOADS
 from tests.support.bulk_model import Load, Tables, Values, apply_load, initial_tables

@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generat
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from jwt.algorithms import Algorithm, ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
+from roster.errors import Unauthenticated
 from service.auth.tokens import KEPT_TOKENS, Tokens
-from service.errors import Unauthenticated
 from tests.support.issuer import AUDIENCE, HOUR, ISSUER, Issuer
 
 KINDS: dict[type[Any], type[Algorithm]] = {

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from roster.errors import InvalidField, TooLarge
 from roster.v1.resources_pb2 import User
-from service.errors import InvalidField, TooLarge
 from service.validation import (
     MAX_ID,
     Check,

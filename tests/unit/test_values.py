@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from roster.errors import InvalidField
 from service.cli.values import boolean, integer, text, timestamp
-from service.errors import InvalidField
 
 # PostgreSQL's documentation of the type boolean lists the words, and says that unique prefixes are accepted.
 TRUE_WORDS = ["t", "tr", "tru", "true", "y", "ye", "yes", "on", "1", "TRUE", "T", "On", " yes ", "on\n"]

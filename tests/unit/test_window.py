@@ -2,7 +2,7 @@
 
 from hypothesis import given, strategies as st
 
-from service.client.window import Window
+from roster.client.window import Window
 
 
 def window_of(*messages: str, size: int = 4) -> Window[str]:

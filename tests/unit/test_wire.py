@@ -7,9 +7,9 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given, settings, strategies as st
 
+from roster.errors import InvalidField, InvalidMask
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import ExportUsersRequest
-from service.errors import InvalidField, InvalidMask
 from service.wire import (
     EPOCH,
     MICROSECOND,

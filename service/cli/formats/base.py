@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import orjson
 
+from roster.errors import TooLarge
 from roster.v1.bulk_pb2 import RowFailure
 from service.cli.columns import ERROR, Columns
 from service.cli.formats.write import json_line
 from service.cli.rows import Row, SourceError, Values
-from service.errors import TooLarge
 from service.escape import escape
 
 __all__ = ["FileFormat", "SourceError", "check_size", "error_of", "json_reject", "shorten", "unparsed_reject"]

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from google.protobuf.message import Message
 
+from roster.errors import InvalidField, MalformedMessage, TooLarge
 from roster.v1.bulk_pb2 import RowFailure
 from service.cli.columns import ERROR, Columns
 from service.cli.formats.base import MAX_LINE_BYTES, SourceError, check_size, shorten
@@ -20,7 +21,6 @@ from service.cli.formats.write import Quoted, csv_line, quote
 from service.cli.rows import Row
 from service.cli.terminal import pluralize
 from service.cli.values import NULL_WORDS
-from service.errors import InvalidField, MalformedMessage, TooLarge
 from service.escape import escape
 
 DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|"}

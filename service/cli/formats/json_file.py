@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import orjson
 from google.protobuf.message import Message
 
+from roster.errors import InvalidField, MalformedMessage, RosterError
 from roster.v1.bulk_pb2 import RowFailure
 from service.cli.columns import ERROR, Columns
 from service.cli.formats.base import (
@@ -24,7 +25,6 @@ from service.cli.formats.base import (
 )
 from service.cli.formats.write import json_line
 from service.cli.rows import Row, Values
-from service.errors import InvalidField, MalformedMessage, RosterError
 from service.escape import escape
 
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from tempfile import gettempdir
 
+from roster.client import LoadInterrupted
+from roster.errors import InvalidFilter, RosterError, Unauthenticated
 from service.cli.formats import SourceError
 from service.cli.mirror.difference import DISK_ERRORS, Difference
 from service.cli.mirror.mirror import Mirror, PlanRefused
@@ -14,8 +16,6 @@ from service.cli.mirror.report import MirrorReport
 from service.cli.rejects import RejectsFile
 from service.cli.source import Source
 from service.cli.terminal import Target, UsageError, echo, exit_on_signal
-from service.client import LoadInterrupted
-from service.errors import InvalidFilter, RosterError, Unauthenticated
 
 
 def run_mirror(

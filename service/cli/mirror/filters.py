@@ -5,9 +5,9 @@ from typing import TypeAlias
 
 from sqlalchemy import ColumnElement, Table
 
+from roster.errors import InvalidFilter
 from service.cli.mirror.difference import Difference
 from service.db import filters
-from service.errors import InvalidFilter
 from service.users.repository import UserRepository
 
 Conditions: TypeAlias = Mapping[Table, ColumnElement[bool]]

@@ -10,6 +10,9 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import Message
 
+from roster.client import BulkLoader, Consistency, LoadInterrupted
+from roster.client.consistency import PRIMARY
+from roster.errors import InvalidField, PermissionDenied, TooLarge
 from roster.v1.bulk_pb2 import BulkAck, BulkOptions, RowFailure
 from service.cli.export import Columns as Exported, Export
 from service.cli.formats.write import json_line
@@ -24,9 +27,6 @@ from service.cli.rejects import RejectsFile
 from service.cli.rows import USERS, Row
 from service.cli.source import Source
 from service.cli.terminal import Target, pluralize
-from service.client import BulkLoader, Consistency, LoadInterrupted
-from service.consistency import PRIMARY
-from service.errors import InvalidField, PermissionDenied, TooLarge
 
 MAX_SHOWN = 5  # problems
 FEWER = 10  # times fewer rows in a message, if those of one have too many posts

@@ -3,8 +3,8 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from roster.errors import InvalidField
 from roster.v1.resources_pb2 import User
-from service.errors import InvalidField
 from service.users.rules import OPTIONAL_TEXTS, RULES, are_plain_emails, email_key_error, normalise_email
 from service.validation import id_error
 

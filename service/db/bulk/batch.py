@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Any, TypeAlias
 
+from roster.errors import RosterError
 from service.db.base import KeyValue
-from service.errors import RosterError
 
 BatchColumns: TypeAlias = Mapping[str, Sequence[Any]]  # values by row, for each column
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from roster.errors import RosterError, VersionMismatch
 from service.db.base import KeyValue
 from service.db.bulk.batch import Batch, BatchColumns, OnConflict, Outcome, Result, WriteOptions
 from service.db.bulk.table import BulkTable, UniqueKey
-from service.errors import RosterError, VersionMismatch
 from service.timeslice import slices
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any
 
+from roster.errors import NotFound, RosterError
 from service.db.base import Column, Entity, KeyValue
-from service.errors import NotFound, RosterError
 
 
 def random_text(id: int) -> str:

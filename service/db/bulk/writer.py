@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 from sqlalchemy import Text, select
 from sqlalchemy.exc import IntegrityError
 
+from roster.errors import DatabaseUnavailable, IdTaken
 from service.db.answers import erase_answers_about
 from service.db.base import BigInt, Column, ColumnType, KeyValue, Session, now
 from service.db.bulk import postgresql, sqlite
@@ -27,7 +28,6 @@ from service.db.bulk.plan import DeletePlan, StoredKey, UniqueValues, plan_creat
 from service.db.bulk.table import BulkTable, OtherSpellings, Reference, UniqueKey, no_spellings
 from service.db.deletion import count_dependents, delete_dependents, delete_rows, ids_with_dependents
 from service.db.dialect import ids_of, is_sqlite, values_table
-from service.errors import DatabaseUnavailable, IdTaken
 from service.timeslice import TimeSlice
 
 MAX_RETRIES = 3

@@ -11,9 +11,9 @@ from time import perf_counter
 
 import grpc
 
+from roster.client import tls_credentials
 from roster.v1.users_pb2 import GetUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import tls_credentials
 
 PAUSE_SECONDS = 0.02
 

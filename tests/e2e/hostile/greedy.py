@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 
+from roster.client import tls_credentials
 from roster.v1.bulk_pb2 import BulkOptions
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import (
@@ -25,8 +26,7 @@ from roster.v1.users_pb2 import (
     ListUsersRequest,
     VerifyPasswordRequest,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import tls_credentials
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 
 # Matches nobody, so that the whole table is read; a second and more of one core.
 UNINDEXED = " OR ".join(f'full_name : "zz{number}"' for number in range(20))
@@ -36,44 +36,44 @@ ROWS = 5000
 NUMBERS = count()
 
 
-async def filters(users: UserServiceStub) -> None:
+async def filters(users: UserServiceAsyncStub) -> None:
     """List with a filter that no index supports."""
     await users.ListUsers(ListUsersRequest(filter=UNINDEXED))
 
 
-async def deadlines(users: UserServiceStub) -> None:
+async def deadlines(users: UserServiceAsyncStub) -> None:
     """List the same, cancel, and try again."""
     await users.ListUsers(ListUsersRequest(filter=UNINDEXED), timeout=0.2)
 
 
-async def batches(users: UserServiceStub) -> None:
+async def batches(users: UserServiceAsyncStub) -> None:
     """Get the largest batch of ids."""
     await users.BatchGetUsers(BatchGetUsersRequest(ids=range(1, BATCH + 1)))
 
 
-async def logins(users: UserServiceStub) -> None:
+async def logins(users: UserServiceAsyncStub) -> None:
     """Guess a password."""
     await users.VerifyPassword(VerifyPasswordRequest(email="nobody@example.org", password="guess"))
 
 
-async def expensive_logins(users: UserServiceStub) -> None:
+async def expensive_logins(users: UserServiceAsyncStub) -> None:
     """Guess the password of a user whose hash has the highest cost that is allowed."""
     await users.VerifyPassword(VerifyPasswordRequest(email="dear@example.org", password="guess"))
 
 
-async def exports(users: UserServiceStub) -> None:
+async def exports(users: UserServiceAsyncStub) -> None:
     """Export all users, and read as fast as possible."""
     stream: Any = users.ExportUsers(ExportUsersRequest())
     while await stream.read() is not grpc.aio.EOF:
         pass
 
 
-async def writes(users: UserServiceStub) -> None:
+async def writes(users: UserServiceAsyncStub) -> None:
     """Create a user."""
     await users.CreateUser(CreateUserRequest(user=User(email=f"greedy{next(NUMBERS)}@example.org")))
 
 
-async def loads(users: UserServiceStub) -> None:
+async def loads(users: UserServiceAsyncStub) -> None:
     """Open a bulk stream, and send the largest messages."""
 
     async def messages() -> AsyncIterator[BulkCreateUsersRequest]:
@@ -86,7 +86,7 @@ async def loads(users: UserServiceStub) -> None:
         pass
 
 
-ATTACKS: dict[str, tuple[Callable[[UserServiceStub], Coroutine[Any, Any, None]], int]] = {
+ATTACKS: dict[str, tuple[Callable[[UserServiceAsyncStub], Coroutine[Any, Any, None]], int]] = {
     "filters": (filters, 30),
     "deadlines": (deadlines, 60),
     "batches": (batches, 100),
@@ -98,7 +98,7 @@ ATTACKS: dict[str, tuple[Callable[[UserServiceStub], Coroutine[Any, Any, None]],
 }
 
 
-async def create_expensive_user(users: UserServiceStub) -> None:
+async def create_expensive_user(users: UserServiceAsyncStub) -> None:
     """Store a user whose password hash has the highest cost that is allowed."""
     with suppress(grpc.RpcError):  # stored already
         await users.CreateUser(CreateUserRequest(user=User(email="dear@example.org", hashed_password=DEAR)))
@@ -119,7 +119,7 @@ async def main(address: str, certificates: bytes, token: str, name: str) -> None
     if name == "expensive_logins":
         await create_expensive_user(stubs[0])
 
-    async def again(users: UserServiceStub) -> None:
+    async def again(users: UserServiceAsyncStub) -> None:
         while True:
             with suppress(grpc.RpcError):
                 await attack(users)

@@ -15,10 +15,10 @@ from typing import Any
 
 import grpc
 
+from roster.client import tls_credentials
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import CreateUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
-from service.client import tls_credentials
 from tests.e2e.clients import CHECKOUT
 from tests.e2e.secured import POLICY
 from tests.support.authority import Authority

@@ -18,9 +18,9 @@ from roster.v1.bulk_pb2 import (
     GetBulkLoadRequest,
     ListBulkLoadsRequest,
 )
-from roster.v1.bulk_pb2_grpc import BulkServiceStub
+from roster.v1.bulk_pb2_grpc import BulkServiceAsyncStub, BulkServiceStub
 from roster.v1.users_pb2 import BulkCreateUsersRequest, ListUsersRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service.db.engine import Database
 from service.loads.model import MAX_OPTIONS_BYTES, Load
 from service.loads.repository import expire_loads
@@ -42,7 +42,7 @@ def options(**fields: Any) -> BulkOptions:
     return chosen
 
 
-async def open_load(users: UserServiceStub, chosen: BulkOptions) -> None:
+async def open_load(users: UserServiceAsyncStub, chosen: BulkOptions) -> None:
     """Open or reopen a load; raises AioRpcError."""
     call = users.BulkCreateUsers(iter([BulkCreateUsersRequest(options=chosen)]))
     assert [event async for event in call]
@@ -61,7 +61,7 @@ async def store_options(database: Database, kept: bytes) -> None:
 
 
 @pytest.fixture
-async def loads(server: Server) -> AsyncIterator[BulkServiceStub]:
+async def loads(server: Server) -> AsyncIterator[BulkServiceAsyncStub]:
     """A client of BulkService that refuses responses over 3 MiB."""
     limit = [("grpc.max_receive_message_length", MAX_ANSWER_BYTES)]
     async with grpc.aio.insecure_channel(server.address, options=limit) as channel:
@@ -69,7 +69,7 @@ async def loads(server: Server) -> AsyncIterator[BulkServiceStub]:
 
 
 async def test_unknown_options_are_not_stored(
-    server: Server, users: UserServiceStub, loads: BulkServiceStub
+    server: Server, users: UserServiceAsyncStub, loads: BulkServiceAsyncStub
 ) -> None:
     """They are not compared either when the load is reopened."""
     await open_load(users, options())
@@ -82,7 +82,7 @@ async def test_unknown_options_are_not_stored(
 
 
 async def test_mask_is_stored_without_repetitions(
-    server: Server, users: UserServiceStub, loads: BulkServiceStub
+    server: Server, users: UserServiceAsyncStub, loads: BulkServiceAsyncStub
 ) -> None:
     """A mask with 4,000 paths is refused."""
     repeated = FieldMask(paths=["full_name"] * 100)
@@ -102,7 +102,7 @@ async def test_mask_is_stored_without_repetitions(
 
 
 async def test_large_options_of_earlier_releases_are_not_read(
-    server: Server, users: UserServiceStub, loads: BulkServiceStub
+    server: Server, users: UserServiceAsyncStub, loads: BulkServiceAsyncStub
 ) -> None:
     """Pages stay small, and the load can be read and aborted."""
     await open_load(users, options())
@@ -115,7 +115,7 @@ async def test_large_options_of_earlier_releases_are_not_read(
 
 
 async def test_options_are_deleted_when_a_load_expires(
-    server: Server, users: UserServiceStub, loads: BulkServiceStub
+    server: Server, users: UserServiceAsyncStub, loads: BulkServiceAsyncStub
 ) -> None:
     """Also those of earlier releases; the load itself stays, so that it can't start twice."""
     await open_load(users, options())
@@ -131,7 +131,7 @@ async def test_options_are_deleted_when_a_load_expires(
     assert (load.state, load.options) == (BulkLoad.EXPIRED, BulkOptions())
 
 
-async def test_page_of_loads_ends_at_3_mib(server: Server, loads: BulkServiceStub) -> None:
+async def test_page_of_loads_ends_at_3_mib(server: Server, loads: BulkServiceAsyncStub) -> None:
     """With 1,000 loads that have the longest names and options."""
     names = [f"{number:04d}" + "\U0001f600" * 251 for number in range(MOST)]
     kept = BulkOptions(update_mask=FieldMask(paths=["full_name"] * 370)).SerializeToString()

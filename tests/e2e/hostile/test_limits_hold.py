@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.registry import Collector
 
 from roster.v1.users_pb2 import GetUserRequest
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service import connections, metrics, scrapes
 from service.settings import Settings
 from tests.e2e.hostile.support import SCALE, Victim, victim
@@ -85,7 +85,7 @@ async def test_connection_accepts_hundreds_of_calls_in_flight(roster: Victim, in
     codes: Counter[grpc.StatusCode] = Counter()
     left = iter(range(CALLS))
 
-    async def call(users: UserServiceStub) -> None:
+    async def call(users: UserServiceAsyncStub) -> None:
         for _ in left:
             try:
                 await users.GetUser(GetUserRequest(id=1))

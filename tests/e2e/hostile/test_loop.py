@@ -28,7 +28,7 @@ from roster.v1.posts_pb2 import (
     ExportPostsRequest,
     ListPostsRequest,
 )
-from roster.v1.posts_pb2_grpc import PostServiceStub
+from roster.v1.posts_pb2_grpc import PostServiceAsyncStub
 from roster.v1.resources_pb2 import Post, User
 from roster.v1.users_pb2 import (
     BatchGetUsersRequest,
@@ -38,7 +38,7 @@ from roster.v1.users_pb2 import (
     ListUsersRequest,
     VerifyPasswordRequest,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from tests.e2e.hostile.support import PROMPT_SECONDS, SCALE, at_rest, bystander, victim
 
 ROWS = 5000
@@ -115,7 +115,7 @@ async def acks(call: Any, *messages: Any) -> list[BulkAck]:
     return found
 
 
-async def create(users: UserServiceStub, rows: Sequence[User], **options: Any) -> BulkAck:
+async def create(users: UserServiceAsyncStub, rows: Sequence[User], **options: Any) -> BulkAck:
     chosen = BulkOptions(return_ids=True, **options)
     (ack,) = await acks(users.BulkCreateUsers, BulkCreateUsersRequest(options=chosen, users=rows))
     return ack
@@ -131,7 +131,7 @@ async def channel(server: Any) -> AsyncIterator[grpc.aio.Channel]:
 
 
 @pytest.mark.parametrize("rows", MESSAGES.values(), ids=MESSAGES)
-async def test_bulk_create_of_the_largest_messages(users: UserServiceStub, rows: list[User]) -> None:
+async def test_bulk_create_of_the_largest_messages(users: UserServiceAsyncStub, rows: list[User]) -> None:
     """They are written, meet a second load, and are replayed as a whole."""
     for load_id in ("first", "second", "second"):
         ack = await create(users, rows, load_id=load_id)
@@ -139,7 +139,7 @@ async def test_bulk_create_of_the_largest_messages(users: UserServiceStub, rows:
     assert ack.replayed
 
 
-async def test_bulk_create_of_posts_whose_authors_have_long_domains(posts: PostServiceStub) -> None:
+async def test_bulk_create_of_posts_whose_authors_have_long_domains(posts: PostServiceAsyncStub) -> None:
     """Authors by e-mail, none of whom exists: each is looked up under its other spelling too."""
     rows = [Post(title="T", author_email=international(row, 20, 240)) for row in range(2000)]  # 32
     (ack,) = await acks(posts.BulkCreatePosts, BulkCreatePostsRequest(posts=rows))
@@ -149,21 +149,21 @@ async def test_bulk_create_of_posts_whose_authors_have_long_domains(posts: PostS
 @pytest.mark.parametrize(
     "options", [UPDATE, {"on_conflict": BulkOptions.SKIP}, {"atomicity": BulkOptions.BATCH}]
 )
-async def test_bulk_create_of_rows_that_exist(users: UserServiceStub, options: dict[str, Any]) -> None:
+async def test_bulk_create_of_rows_that_exist(users: UserServiceAsyncStub, options: dict[str, Any]) -> None:
     """With each conflict mode."""
     await create(users, short())
     ack = await create(users, short(full_name=NAME), **options)
     assert ack.next_offset == ROWS
 
 
-async def test_bulk_create_of_batches_that_wait_for_each_other(users: UserServiceStub) -> None:
+async def test_bulk_create_of_batches_that_wait_for_each_other(users: UserServiceAsyncStub) -> None:
     """Pending messages with the same keys, and messages with 5,000 failures each."""
     messages = [BulkCreateUsersRequest(users=short()) for _ in range(4)]
     found = await acks(users.BulkCreateUsers, *messages)
     assert [ack.created for ack in found] == [ROWS, 0, 0, 0]
 
 
-async def test_restore_of_rows_with_all_fields(users: UserServiceStub) -> None:
+async def test_restore_of_rows_with_all_fields(users: UserServiceAsyncStub) -> None:
     """Into an empty table, then again, so that both keys are taken."""
     rows = [
         User(id=10**6 + row, full_name=NAME, email=f"r{row}@É.org", **RESTORED) for row in range(ROWS)
@@ -173,7 +173,7 @@ async def test_restore_of_rows_with_all_fields(users: UserServiceStub) -> None:
         assert (ack.created, ack.failed) == (created, ROWS - created)
 
 
-async def test_replay_of_many_small_batches_in_one_message(users: UserServiceStub) -> None:
+async def test_replay_of_many_small_batches_in_one_message(users: UserServiceAsyncStub) -> None:
     """They were recorded row by row."""
     rows = short(500)
     options = BulkOptions(load_id="small")
@@ -185,7 +185,7 @@ async def test_replay_of_many_small_batches_in_one_message(users: UserServiceStu
     assert ack.replayed
 
 
-async def test_bulk_update_of_every_field(users: UserServiceStub) -> None:
+async def test_bulk_update_of_every_field(users: UserServiceAsyncStub) -> None:
     """Also with e-mails that rotate among the rows, wrong versions, and unknown users."""
     ids = (await create(users, short())).ids
     emails = [f"É{row}@example.org" for row in range(ROWS)]
@@ -203,7 +203,7 @@ async def test_bulk_update_of_every_field(users: UserServiceStub) -> None:
         assert ack.updated in (updated, ROWS)
 
 
-async def test_posts_with_escaped_text(users: UserServiceStub, posts: PostServiceStub) -> None:
+async def test_posts_with_escaped_text(users: UserServiceAsyncStub, posts: PostServiceAsyncStub) -> None:
     """In many rows, and in a few of 1 MiB; then updated, listed, fetched and exported."""
     ids = (await create(users, short(PAGE, full_name=NAME))).ids
     rows = [
@@ -228,7 +228,9 @@ async def test_posts_with_escaped_text(users: UserServiceStub, posts: PostServic
     assert ack.updated == ROWS
 
 
-async def test_users_with_as_many_posts_as_fit(users: UserServiceStub, posts: PostServiceStub) -> None:
+async def test_users_with_as_many_posts_as_fit(
+    users: UserServiceAsyncStub, posts: PostServiceAsyncStub
+) -> None:
     """3 MiB have 29,000 posts with short titles."""
     ids = (await create(users, short(600))).ids
     for begin in range(0, 600, 100):
@@ -241,7 +243,7 @@ async def test_users_with_as_many_posts_as_fit(users: UserServiceStub, posts: Po
     assert len(fetched.users) == len(listed.users)
 
 
-async def test_pages_and_batches_of_users(users: UserServiceStub) -> None:
+async def test_pages_and_batches_of_users(users: UserServiceAsyncStub) -> None:
     """With 1,000 long rows; then many calls that share a statement."""
     rows = [
         User(email=decomposed(row), full_name=NAME, hashed_password=HASH.format(1)) for row in range(PAGE)
@@ -255,7 +257,9 @@ async def test_pages_and_batches_of_users(users: UserServiceStub) -> None:
 
 
 @pytest.mark.parametrize("text", FILTERS, ids=lambda text: text[:20])
-async def test_filters_of_2000_characters(users: UserServiceStub, posts: PostServiceStub, text: str) -> None:
+async def test_filters_of_2000_characters(
+    users: UserServiceAsyncStub, posts: PostServiceAsyncStub, text: str
+) -> None:
     """In each way of listing users."""
     assert len(text) <= 2000
     await create(users, short(1))
@@ -266,7 +270,7 @@ async def test_filters_of_2000_characters(users: UserServiceStub, posts: PostSer
         await posts.ListPosts(ListPostsRequest(filter=text, view=Post.WITH_AUTHOR))
 
 
-async def test_pages_of_loads_and_failures(users: UserServiceStub, channel: grpc.aio.Channel) -> None:
+async def test_pages_of_loads_and_failures(users: UserServiceAsyncStub, channel: grpc.aio.Channel) -> None:
     """A page reads and decodes only what it returns."""
     loads = BulkServiceStub(channel)
     await create(users, short())

@@ -24,7 +24,7 @@ from roster.v1.users_pb2 import (
     ListUsersRequest,
     VerifyPasswordRequest,
 )
-from roster.v1.users_pb2_grpc import UserServiceStub
+from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service.db import migrations
 from service.db.engine import Database
 from service.settings import Settings
@@ -53,7 +53,7 @@ USERS = {
 class ModestCaller:
     """A caller who makes one call at a time, each with a role that allows it."""
 
-    def __init__(self, stubs: dict[str, UserServiceStub]) -> None:
+    def __init__(self, stubs: dict[str, UserServiceAsyncStub]) -> None:
         self._stubs = stubs
         self.rest: dict[str, float] = {}
 

@@ -18,7 +18,11 @@ from roster.v1 import bulk_pb2 as pb
 from roster.v1.bulk_pb2_grpc import BulkServiceServicer, add_BulkServiceServicer_to_server
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest
-from roster.v1.users_pb2_grpc import UserServiceServicer, UserServiceStub, add_UserServiceServicer_to_server
+from roster.v1.users_pb2_grpc import (
+    UserServiceAsyncStub,
+    UserServiceServicer,
+    add_UserServiceServicer_to_server,
+)
 from service.escape import escape
 from service.loads.model import Load
 from service.loads.repository import LoadRepository
@@ -105,7 +109,7 @@ async def test_request_id_is_kept_if_printable_ascii(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "load_id", ["a\nb", "a\x1b[2J", "a\u202eb", "\x7f", "a\u2028b", "a\u00a0b", "\ue000"]
 )
-async def test_load_name_must_be_printable(server: Server, users: UserServiceStub, load_id: str) -> None:
+async def test_load_name_must_be_printable(server: Server, users: UserServiceAsyncStub, load_id: str) -> None:
     """The error says which names are valid, and nothing is stored."""
     options = pb.BulkOptions(load_id=load_id)
 
@@ -128,7 +132,7 @@ async def test_grpcurl_can_not_open_load_with_escapes(server: Server) -> None:
 
 
 async def test_older_load_with_escapes_is_listed_resumed_and_aborted(
-    server: Server, users: UserServiceStub
+    server: Server, users: UserServiceAsyncStub
 ) -> None:
     """Loads of earlier releases remain usable, and are printed escaped."""
     options = pb.BulkOptions(load_id=CONTROLS)
@@ -277,7 +281,7 @@ async def test_file_names_and_columns_can_not_control_the_terminal(tmp_path: Pat
         assert is_harmless(ended.err)
 
 
-async def test_export_is_escaped_only_on_a_terminal(server: Server, users: UserServiceStub) -> None:
+async def test_export_is_escaped_only_on_a_terminal(server: Server, users: UserServiceAsyncStub) -> None:
     """Users choose their full names."""
     await users.CreateUser(CreateUserRequest(user=User(email="ada@example.org", full_name=CONTROLS)))
     script = f"{ROSTER} export users --format csv --address {server.address}"

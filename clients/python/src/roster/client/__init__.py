@@ -1,14 +1,14 @@
 """Client library: a channel with retries and deadlines, all errors, pagination, loads, and watches."""
 
-from service.client.backoff import Backoff
-from service.client.bulk import BATCH_ROWS, BulkLoader, Event, LoadInterrupted
-from service.client.changes import watch_changes
-from service.client.channel import channel
-from service.client.consistency import Consistency
-from service.client.errors import DeadlineExceeded, Disconnected, ProxyRefused, ProxyUnavailable
-from service.client.pages import pages
-from service.client.tls import local_credentials, tls_credentials
-from service.errors import (
+from roster.client.backoff import Backoff
+from roster.client.bulk import BATCH_ROWS, BulkLoader, Event, LoadInterrupted
+from roster.client.changes import watch_changes
+from roster.client.channel import channel
+from roster.client.consistency import Consistency
+from roster.client.errors import DeadlineExceeded, Disconnected, ProxyRefused, ProxyUnavailable
+from roster.client.pages import pages
+from roster.client.tls import local_credentials, tls_credentials
+from roster.errors import (
     Aborted,
     AlreadyExists,
     AuthorNotFound,
@@ -60,6 +60,8 @@ from service.errors import (
     UserNotFound,
     VersionMismatch,
 )
+
+__version__ = "0.1.0"
 
 __all__ = [
     "BATCH_ROWS",

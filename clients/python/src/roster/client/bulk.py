@@ -11,6 +11,19 @@ from google.protobuf.message import Message
 from google.rpc.code_pb2 import INTERNAL, UNKNOWN
 from google.rpc.status_pb2 import Status
 
+from roster.client.backoff import FIRST_PAUSE_SECONDS, MAX_RETRIES, Backoff
+from roster.client.errors import (
+    BODY_ONLY,
+    BODY_SIZE,
+    ProxyRefused,
+    ProxyUnavailable,
+    error_from_call,
+    error_from_status,
+    is_retryable,
+    status_of_ended_call,
+)
+from roster.client.window import Window
+from roster.errors import FailedPrecondition, RosterError
 from roster.v1.bulk_pb2 import (
     BulkAck,
     BulkLoad,
@@ -21,19 +34,6 @@ from roster.v1.bulk_pb2 import (
     GetBulkLoadRequest,
 )
 from roster.v1.bulk_pb2_grpc import BulkServiceStub
-from service.client.backoff import FIRST_PAUSE_SECONDS, MAX_RETRIES, Backoff
-from service.client.errors import (
-    BODY_ONLY,
-    BODY_SIZE,
-    ProxyRefused,
-    ProxyUnavailable,
-    error_from_call,
-    error_from_status,
-    is_retryable,
-    status_of_ended_call,
-)
-from service.client.window import Window
-from service.errors import FailedPrecondition, RosterError
 
 BATCH_ROWS = 5000
 BATCH_BYTES = 4 << 20

@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from service.errors import OutcomeUnknown, RosterError, Unavailable, error_of
+from roster.errors import OutcomeUnknown, RosterError, Unavailable, error_of
 
 DetailT = TypeVar("DetailT", bound=Message)
 

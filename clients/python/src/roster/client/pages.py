@@ -8,7 +8,9 @@ from google.protobuf.message import Message
 RequestT = TypeVar("RequestT", bound=Message)
 
 
-async def pages(method: Callable[[RequestT], Awaitable[Message]], request: RequestT) -> AsyncGenerator[Any]:
+async def pages(
+    method: Callable[[RequestT], Awaitable[Message]], request: RequestT
+) -> AsyncGenerator[Any, None]:
     """Yield the rows of every page of a List RPC, fetching pages on demand; raises RosterError."""
     page_request: Any = type(request)()
     page_request.CopyFrom(request)

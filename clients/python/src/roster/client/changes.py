@@ -1,6 +1,5 @@
 """Watches of the change feed that continue after the loss of a connection or of a server."""
 
-import asyncio
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
@@ -8,11 +7,12 @@ from typing import Any
 
 import grpc
 
+from roster.client.backoff import Backoff
+from roster.client.errors import Disconnected, error_from_call
+from roster.client.waiting import within
+from roster.errors import RosterError, StatementTimeout
 from roster.v1.changes_pb2 import Change, WatchChangesRequest, WatchChangesResponse
 from roster.v1.changes_pb2_grpc import ChangeServiceStub
-from service.client.backoff import Backoff
-from service.client.errors import Disconnected, error_from_call
-from service.errors import RosterError, StatementTimeout
 
 # The server sends a response at least every 10 s. A proxy may keep a connection to a server that is gone.
 SILENCE_SECONDS = 35.0
@@ -25,7 +25,7 @@ async def watch_changes(
     *,
     backoff: Backoff | None = None,
     silence_seconds: float = SILENCE_SECONDS,
-) -> AsyncGenerator[WatchChangesResponse]:
+) -> AsyncGenerator[WatchChangesResponse, None]:
     """Yield the responses of WatchChanges, without end, from a token on; without one, from now on.
 
     Store the changes of a response together with its token before you ask for the next one, then no change
@@ -61,13 +61,12 @@ async def watch_changes(
 
 async def _responses(
     call: "grpc.aio.UnaryStreamCall[WatchChangesRequest, WatchChangesResponse]", silence_seconds: float
-) -> AsyncGenerator[WatchChangesResponse]:
+) -> AsyncGenerator[WatchChangesResponse, None]:
     """Yield the responses of one call; raises RosterError."""
     responses: AsyncIterator[Any] = aiter(call)
     try:
         while True:
-            async with asyncio.timeout(silence_seconds):
-                response = await anext(responses, None)
+            response = await within(silence_seconds, anext(responses, None))
             if response is None:
                 return
             yield response

@@ -1,4 +1,4 @@
-"""Domain errors. They are independent of the transport; `status.py` maps each to a gRPC status.
+"""Domain errors. They are independent of the transport; the server maps each to one gRPC status.
 
 RosterError
 ├── InvalidArgument      InvalidField InvalidMask InvalidFilter InvalidOrder InvalidPageToken

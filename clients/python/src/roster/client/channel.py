@@ -18,10 +18,10 @@ from grpc.aio import (
 )
 
 import roster.v1
-from service.client.address import check_address
-from service.client.consistency import Consistency, is_read, is_write, watch_bulk_methods
-from service.client.errors import DeadlineExceeded, error_from_call
-from service.errors import InvalidArgument, OutcomeUnknown, RosterError, Unavailable
+from roster.client.address import check_address
+from roster.client.consistency import Consistency, is_read, is_write, watch_bulk_methods
+from roster.client.errors import DeadlineExceeded, error_from_call
+from roster.errors import InvalidArgument, OutcomeUnknown, RosterError, Unavailable
 
 RequestT = TypeVar("RequestT", bound=Message)
 ResponseT = TypeVar("ResponseT", bound=Message)
@@ -86,7 +86,7 @@ def channel(
     If the server reads on replicas, reads see the writes that the channel has made before. `consistency` sets
     what else they must see, or that they accept any replica.
 
-    Failed calls raise the domain errors of `service.errors`. Bulk streams don't: use BulkLoader for them.
+    Failed calls raise the domain errors of `roster.errors`. Bulk streams don't: use BulkLoader for them.
     Messages are limited to 16 MiB. Keepalive pings are sent every 30 s.
     """
     address = check_address(address)
@@ -206,14 +206,14 @@ class ResponseStreamInterceptor(UnaryStreamClientInterceptor):
         continuation: "StreamContinuation[RequestT, ResponseT]",
         client_call_details: ClientCallDetails,
         request: RequestT,
-    ) -> AsyncGenerator[ResponseT]:
+    ) -> AsyncGenerator[ResponseT, None]:
         details = _with_defaults(client_call_details, None, wait_for_ready=self._wait_for_ready)
         if is_read(details.method):
             details = self._consistency.require(details)
         return _responses(await continuation(details, request))
 
 
-async def _responses(call: "UnaryStreamCall[RequestT, ResponseT]") -> AsyncGenerator[ResponseT]:
+async def _responses(call: "UnaryStreamCall[RequestT, ResponseT]") -> AsyncGenerator[ResponseT, None]:
     try:
         async for response in call:
             yield response

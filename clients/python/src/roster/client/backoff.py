@@ -9,8 +9,9 @@ from typing import TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from service.client.errors import Disconnected, ProxyUnavailable, is_retryable
-from service.errors import RosterError
+from roster.client.errors import Disconnected, ProxyUnavailable, is_retryable
+from roster.client.waiting import within
+from roster.errors import RosterError
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +80,7 @@ class Backoff:
     async def _pause_until_connected(self, connection: grpc.aio.Channel, seconds: float) -> bool:
         """Sleep, at most until the channel is connected; return whether it was connected before the end."""
         try:
-            async with asyncio.timeout(seconds):
-                await _connected_again(connection)
+            await within(seconds, _connected_again(connection))
         except TimeoutError:
             return False
         # All clients of a server notice at once that it is back.

@@ -6,7 +6,12 @@ from typing import Any, TypeVar
 import grpc
 from grpc.aio import ClientCallDetails, Metadata
 
-from service.consistency import ANY, KEY, PRIMARY, READ_PREFIXES
+KEY = "roster-consistency-token"  # of the metadata
+# Instead of a token: any replica may answer, however old its data; only the primary may.
+ANY, PRIMARY = "any", "primary"
+
+# How the names of RPCs begin whose reads a replica may answer. `VerifyPassword` always reads on the primary.
+READ_PREFIXES = ("Get", "BatchGet", "List", "Count", "Export")
 
 CONTRACT = "/roster.v1."
 NOT_WRITES = (*READ_PREFIXES, "Verify")
