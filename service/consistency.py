@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from contextvars import ContextVar
 from typing import NamedTuple
 
-from roster.client.consistency import ANY, KEY, PRIMARY
+from roster.consistency import ANY, KEY, PRIMARY
 from roster.errors import InvalidToken
 
 TOKEN = re.compile(r"([0-9a-f]{16})-([0-9a-f]{8})-([0-9a-f]{16})")

@@ -1,50 +1,17 @@
-"""Converts domain errors to google.rpc.Status, with the only table of status codes.
+"""Converts domain errors to google.rpc.Status; `roster.client.errors` is the inverse."""
 
-`error_from_status` of `roster.client.errors` is the inverse.
-"""
-
-from functools import cache
-
-import grpc
 from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from roster import errors
 from roster.errors import RosterError
+from roster.errors.codes import status_code
 
 DOMAIN = "roster"
 # gRPC limits metadata to 16 KiB, which includes the message and the overhead of base64.
 MAX_VIOLATIONS = 50
 MAX_VIOLATION_BYTES = 6000
-
-STATUS: dict[type[RosterError], grpc.StatusCode] = {
-    errors.InvalidArgument: grpc.StatusCode.INVALID_ARGUMENT,
-    errors.NotFound: grpc.StatusCode.NOT_FOUND,
-    errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
-    errors.FailedPrecondition: grpc.StatusCode.FAILED_PRECONDITION,
-    errors.Aborted: grpc.StatusCode.ABORTED,
-    errors.OutOfRange: grpc.StatusCode.OUT_OF_RANGE,
-    errors.ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
-    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
-    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
-    errors.StatementTimeout: grpc.StatusCode.DEADLINE_EXCEEDED,
-    errors.Unsupported: grpc.StatusCode.UNIMPLEMENTED,
-    RosterError: grpc.StatusCode.INTERNAL,
-}
-# The numbers of status codes, as gRPC sends them, -> Python's enumeration.
-CODES = {code.value[0]: code for code in grpc.StatusCode}
-
-
-def status_code(error: RosterError) -> grpc.StatusCode:
-    """Return the status code of a domain error; the most specific entry of the table wins."""
-    return _status_code(type(error))  # type: ignore[arg-type]  # a type is hashable
-
-
-@cache
-def _status_code(kind: type[RosterError]) -> grpc.StatusCode:
-    return next(STATUS[base] for base in kind.__mro__ if base in STATUS)
 
 
 def status_from_error(error: RosterError) -> Status:

@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from roster.errors import RosterError
+from roster.errors.codes import status_code
 from roster.v1.bulk_pb2 import (
     BulkAck,
     BulkLoad,
@@ -14,7 +15,7 @@ from roster.v1.bulk_pb2 import (
 )
 from service.bulk.builder import BatchBuilder
 from service.db.bulk.batch import Batch, Outcome
-from service.status import status_code, status_from_error
+from service.status import status_from_error
 from service.timeslice import add_in_slices
 from service.validation import Rule
 from service.wire import Fields

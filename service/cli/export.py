@@ -17,7 +17,7 @@ import grpc
 from google.protobuf.descriptor import FieldDescriptor
 
 from roster.client import Backoff, Consistency
-from roster.client.consistency import PRIMARY
+from roster.consistency import PRIMARY
 from roster.errors import RosterError
 from service.cli.compression import compress
 from service.cli.formats import format_name

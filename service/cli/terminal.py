@@ -171,7 +171,7 @@ class Target:
             return f"{failure.message}; {self._explain_refusal()}"
         if not isinstance(failure, Disconnected):
             return failure.message
-        if "http1" in failure.message:
+        if "HTTP/1.1" in failure.message:
             return (
                 f"{self.address} answers in HTTP/1.1, which is not gRPC; is it the port of the metrics, or a "
                 "proxy without HTTP/2?"

@@ -13,7 +13,7 @@ from typing import Any
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 
-from roster.client.consistency import READ_PREFIXES
+from roster.consistency import READ_PREFIXES
 from roster.errors import RosterError
 from roster.v1.bulk_pb2 import BulkLoad, BulkWriteResponse
 from service.auth.caller import current_caller

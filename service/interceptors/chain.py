@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import grpc
 from google.protobuf.message import Message
 
-from service.status import CODES
+from roster.errors.codes import CODES
 
 Context = grpc.aio.ServicerContext[Any, Any]
 # A message, or an iterator over the messages of an upload; bytes until they are parsed.

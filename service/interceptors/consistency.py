@@ -2,7 +2,7 @@
 
 import asyncio
 
-from roster.client.consistency import KEY, PRIMARY, READ_PREFIXES
+from roster.consistency import KEY, PRIMARY, READ_PREFIXES
 from roster.errors import (
     InvalidArgument,
     Refused,

@@ -8,8 +8,9 @@ import grpc
 from google.rpc.status_pb2 import Status
 
 from roster.errors import RosterError
+from roster.errors.codes import CODES
 from service.interceptors.chain import Context, Proceed, Request, Response, Rpc
-from service.status import CODES, status_from_error
+from service.status import status_from_error
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from grpc import StatusCode
 
 from roster import errors
 from roster.errors import InvalidField, RosterError, Violation
+from roster.errors.codes import status_code
 from service.interceptors.chain import Chain, Context
 from service.interceptors.errors import answer_errors
 from service.interceptors.messages import Messages
-from service.status import status_code
 from tests.support.errors import Refusal, refusal
 
 SECRET = "postgresql://roster:hunter2@db/roster"

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from roster.client import NotFound, channel
-from roster.client.consistency import KEY
+from roster.consistency import KEY
 from roster.errors import RosterError
 from roster.v1.posts_pb2 import (
     BatchGetPostsRequest,

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import make_url
 
 from roster.client import BulkLoader, Consistency, RosterError, channel
-from roster.client.consistency import ANY, KEY, PRIMARY
+from roster.consistency import ANY, KEY, PRIMARY
 from roster.v1.bulk_pb2 import BulkOptions
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import (

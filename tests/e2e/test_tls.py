@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from roster.client import tls_credentials
-from roster.client.channel import OPTIONS
+from roster.client.calls import OPTIONS
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub

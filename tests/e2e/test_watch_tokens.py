@@ -9,7 +9,7 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from sqlalchemy import text
 
-from roster.client.consistency import ANY
+from roster.consistency import ANY
 from roster.v1.changes_pb2 import Change, ListChangesRequest, WatchChangesRequest
 from roster.v1.changes_pb2_grpc import ChangeServiceAsyncStub, ChangeServiceStub
 from roster.v1.posts_pb2 import ExportPostsRequest

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import literal_column, select
 
-from roster.client.consistency import ANY, PRIMARY
+from roster.consistency import ANY, PRIMARY
 from roster.v1.bulk_pb2 import BulkOptions
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import (

@@ -9,7 +9,7 @@ import grpc
 import pytest
 from sqlalchemy import make_url, text
 
-from roster.client.consistency import ANY, PRIMARY
+from roster.consistency import ANY, PRIMARY
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import (
     CreateUserRequest,

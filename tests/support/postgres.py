@@ -106,12 +106,13 @@ class PostgresServer(Postgres):
     def start(self) -> None:
         """Start the server, and wait until it answers."""
         log = self._folder / "log"
-        if self._run("pg_ctl", "start", "--wait", f"--pgdata={self.data}", f"--log={log}").returncode:
-            raise RuntimeError(f"PostgreSQL did not start: {log.read_text()}")
+        done = self._run("pg_ctl", "start", "--wait", f"--pgdata={self.data}", f"--log={log}")
+        if done.returncode:
+            raise RuntimeError(f"PostgreSQL did not start: {done.stdout}{done.stderr}{log.read_text()}")
 
     def stop(self, mode: Literal["smart", "fast", "immediate"] = "fast") -> None:
         """Stop the server, and wait for its end; the mode "immediate" is a crash."""
-        self._run("pg_ctl", "stop", "--wait", f"--mode={mode}", f"--pgdata={self.data}")
+        self.run("pg_ctl", "stop", "--wait", f"--mode={mode}", f"--pgdata={self.data}")
 
     def reload(self) -> None:
         """Let the server read its configuration again."""
@@ -126,7 +127,7 @@ class PostgresServer(Postgres):
         """Run one of PostgreSQL's programs as the server's owner; raises RuntimeError if it fails."""
         done = self._run(program, *arguments)
         if done.returncode:
-            raise RuntimeError(f"{program} failed: {done.stdout}{done.stderr}")
+            raise RuntimeError(f"{program} failed with {done.returncode}: {done.stdout}{done.stderr}")
 
     def require_tls(self, certificate: bytes, key: bytes) -> None:
         """Accept only TLS connections from the next start on."""

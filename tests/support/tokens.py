@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import grpc
 
-from roster.client.consistency import KEY
+from roster.consistency import KEY
 from service.metrics import READS, REPLICA_FALLBACKS, REPLICA_WAITS
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from roster.client import Consistency
-from roster.client.consistency import ANY, KEY, PRIMARY
+from roster.consistency import ANY, KEY, PRIMARY
 from service.consistency import ANYWHERE, Position, latest, position_from_metadata
 
 POSITIONS = st.builds(

@@ -31,3 +31,11 @@ def test_imports_only_what_it_needs(program: str, unneeded: set[str]) -> None:
 
     assert "click" in found
     assert found & unneeded == set()
+
+
+def test_database_needs_no_grpc() -> None:
+    """Only servicers, interceptors and the bulk streams know gRPC."""
+    found = imported("import service.db.engine, service.db.migrations")
+
+    assert "sqlalchemy" in found
+    assert "grpc" not in found

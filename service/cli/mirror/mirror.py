@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.message import Message
 
 from roster.client import BulkLoader, Consistency, LoadInterrupted
-from roster.client.consistency import PRIMARY
+from roster.consistency import PRIMARY
 from roster.errors import InvalidField, PermissionDenied, TooLarge
 from roster.v1.bulk_pb2 import BulkAck, BulkOptions, RowFailure
 from service.cli.export import Columns as Exported, Export

@@ -9,6 +9,7 @@ from typing import TypeVar
 import grpc
 from google.protobuf.message import Message
 
+from roster.client.causes import no_server
 from roster.client.errors import Disconnected, ProxyUnavailable, is_retryable
 from roster.client.waiting import within
 from roster.errors import RosterError
@@ -100,9 +101,7 @@ class Backoff:
 
 
 def _cause(failure: RosterError) -> str:
-    message = failure.message.lower()  # gRPC's own
-    is_refused = "failed to connect" in message or "all backends failing" in message
-    return "no server answers" if is_refused else "the connection was lost"
+    return failure.message if failure.message.startswith(no_server("")) else "the connection was lost"
 
 
 async def _connected_again(connection: grpc.aio.Channel) -> None:

@@ -1,13 +1,10 @@
 """A channel to Roster that balances calls over its servers, retries them, and raises domain errors."""
 
-import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any, TypeVar
-from uuid import uuid4
 
 import grpc
+from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 from grpc.aio import (
     ClientCallDetails,
@@ -17,48 +14,28 @@ from grpc.aio import (
     UnaryUnaryClientInterceptor,
 )
 
-import roster.v1
 from roster.client.address import check_address
+from roster.client.calls import (
+    PROBE,
+    PROBE_METHOD,
+    PROBE_SECONDS,
+    TIMEOUT_SECONDS,
+    channel_options,
+    error_of_timeout,
+    error_of_unary,
+    is_probe,
+    request_id_of,
+    with_request_id,
+)
 from roster.client.consistency import Consistency, is_read, is_write, watch_bulk_methods
 from roster.client.errors import DeadlineExceeded, error_from_call
-from roster.errors import InvalidArgument, OutcomeUnknown, RosterError, Unavailable
+from roster.errors import InvalidArgument, OutcomeUnknown, RosterError
 
 RequestT = TypeVar("RequestT", bound=Message)
 ResponseT = TypeVar("ResponseT", bound=Message)
 UnaryContinuation = Callable[[ClientCallDetails, RequestT], Awaitable["UnaryUnaryCall[RequestT, ResponseT]"]]
 StreamContinuation = Callable[
     [ClientCallDetails, RequestT], Awaitable["UnaryStreamCall[RequestT, ResponseT]"]
-]
-
-# The generated modules of the contract's files.
-CONTRACT = [
-    import_module(f"roster.v1.{module.name}")
-    for module in iter_modules(roster.v1.__path__)
-    if module.name.endswith("_pb2")
-]
-TIMEOUT_SECONDS = 10.0
-RETRY_POLICY = {
-    "maxAttempts": 5,
-    "initialBackoff": "0.1s",
-    "maxBackoff": "2s",
-    "backoffMultiplier": 2,
-    # A server that is stopping cancels the calls that it has accepted but not started.
-    "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
-}
-OPTIONS = [
-    ("grpc.max_send_message_length", 16 << 20),
-    ("grpc.max_receive_message_length", 16 << 20),
-    # The server allows one ping every 5 s, between calls too.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    # By default a channel waits up to 2 minutes before it reconnects to a server that was away, and 30 s
-    # before it resolves the name again. Clients go on when the channel is connected, so this is short.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-    ("grpc.dns_min_time_between_resolutions_ms", 1_000),
-    # By default gRPC would send even calls to this machine through the http_proxy of the environment.
-    ("grpc.enable_http_proxy", 0),
 ]
 
 
@@ -92,13 +69,8 @@ def channel(
     address = check_address(address)
     consistency = consistency or Consistency()
     unary = UnaryInterceptor(address, timeout, consistency, wait_for_ready=wait_for_ready)
-    interceptors = [unary, ResponseStreamInterceptor(consistency, wait_for_ready=wait_for_ready)]
-    options = [*OPTIONS, ("grpc.service_config", json.dumps(service_config(retry=wait_for_ready)))]
-    if server_name:
-        if not credentials:
-            raise ValueError("server_name is the name in the server's certificate; it needs TLS credentials")
-        # It also becomes the authority of the calls, by which a proxy finds the server.
-        options.append(("grpc.ssl_target_name_override", server_name))
+    interceptors = [unary, ResponseStreamInterceptor(address, consistency, wait_for_ready=wait_for_ready)]
+    options = channel_options(credentials, server_name, retry=wait_for_ready)
     if credentials:
         connection = grpc.aio.secure_channel(address, credentials, options, interceptors=interceptors)
     else:
@@ -106,23 +78,6 @@ def channel(
     unary.connection = connection
     watch_bulk_methods(connection, consistency)
     return connection
-
-
-def service_config(*, retry: bool) -> dict[str, Any]:
-    """Return a gRPC service config (https://grpc.io/docs/guides/service-config/): balancing and retries."""
-    retries = [{"name": _retryable_methods(), "retryPolicy": RETRY_POLICY}] if retry else []
-    return {"loadBalancingConfig": [{"round_robin": {}}], "methodConfig": retries}
-
-
-def _retryable_methods() -> list[dict[str, str]]:
-    # Request streams are left out: gRPC would buffer and repeat messages without the sender's knowledge.
-    return [
-        {"service": service.full_name, "method": method.name}
-        for file in CONTRACT
-        for service in file.DESCRIPTOR.services_by_name.values()
-        for method in service.methods
-        if not method.client_streaming
-    ]
 
 
 class UnaryInterceptor(UnaryUnaryClientInterceptor):
@@ -148,13 +103,13 @@ class UnaryInterceptor(UnaryUnaryClientInterceptor):
         request: RequestT,
     ) -> ResponseT:
         details = _with_defaults(client_call_details, self._timeout, wait_for_ready=self._wait_for_ready)
-        repeatable = _with_request_id(request)
+        repeatable = with_request_id(request)
         if is_read(details.method):
             details = self._consistency.require(details)
         try:
             return await self._call(continuation, details, repeatable)
         except OutcomeUnknown:
-            if not _request_id(repeatable):
+            if not request_id_of(repeatable):
                 raise
             return await self._call(continuation, details, repeatable)
 
@@ -164,7 +119,6 @@ class UnaryInterceptor(UnaryUnaryClientInterceptor):
         details: ClientCallDetails,
         request: RequestT,
     ) -> ResponseT:
-        error: RosterError
         began, trailing_metadata = self._consistency.begin(), None
         may_have_written = is_write(details.method)
         try:
@@ -172,7 +126,7 @@ class UnaryInterceptor(UnaryUnaryClientInterceptor):
             response = await call
             trailing_metadata = await call.trailing_metadata()
         except grpc.aio.AioRpcError as failure:
-            error = error_from_call(failure)
+            error = error_of_unary(failure, request, self._address)
             trailing_metadata = failure.trailing_metadata()
             may_have_written = may_have_written and not isinstance(error, InvalidArgument)
         else:
@@ -180,24 +134,27 @@ class UnaryInterceptor(UnaryUnaryClientInterceptor):
         finally:
             if may_have_written:
                 self._consistency.end(trailing_metadata, began)
-        if isinstance(error, DeadlineExceeded):
-            error = DeadlineExceeded(self._describe_timeout(details.timeout))
-        may_be_applied = isinstance(error, DeadlineExceeded | Unavailable | OutcomeUnknown)
-        if may_be_applied and (request_id := _request_id(request)):
-            error.facts["request_id"] = request_id
+        if isinstance(error, DeadlineExceeded) and not is_probe(details.method):
+            error = error_of_timeout(error, self._address, details.timeout, await self._probe())
         raise error
 
-    def _describe_timeout(self, seconds: float | None) -> str:
-        state = self.connection.get_state() if self.connection else None
-        if state is grpc.ChannelConnectivity.READY:
-            return f"{self._address} did not answer within {seconds:g} s"
-        return f"no server answers at {self._address}; waited {seconds:g} s for one"
+    async def _probe(self) -> RosterError | None:
+        """Return the error of a call that does not wait for a server, None if the channel is connected."""
+        if not self.connection or self.connection.get_state() is grpc.ChannelConnectivity.READY:
+            return None
+        check: Any = self.connection.unary_unary(PROBE_METHOD, **PROBE)
+        try:
+            await check(Empty(), timeout=PROBE_SECONDS, wait_for_ready=False)
+        except RosterError as error:
+            return error
+        return None
 
 
 class ResponseStreamInterceptor(UnaryStreamClientInterceptor):
     """Gives each export a token; raises domain errors from response streams."""
 
-    def __init__(self, consistency: Consistency, *, wait_for_ready: bool) -> None:
+    def __init__(self, address: str, consistency: Consistency, *, wait_for_ready: bool) -> None:
+        self._address = address
         self._consistency = consistency
         self._wait_for_ready = wait_for_ready
 
@@ -210,15 +167,17 @@ class ResponseStreamInterceptor(UnaryStreamClientInterceptor):
         details = _with_defaults(client_call_details, None, wait_for_ready=self._wait_for_ready)
         if is_read(details.method):
             details = self._consistency.require(details)
-        return _responses(await continuation(details, request))
+        return _responses(await continuation(details, request), self._address)
 
 
-async def _responses(call: "UnaryStreamCall[RequestT, ResponseT]") -> AsyncGenerator[ResponseT, None]:
+async def _responses(
+    call: "UnaryStreamCall[RequestT, ResponseT]", address: str
+) -> AsyncGenerator[ResponseT, None]:
     try:
         async for response in call:
             yield response
     except grpc.aio.AioRpcError as error:
-        raise error_from_call(error) from None
+        raise error_from_call(error, address) from None
     finally:
         call.cancel()
 
@@ -232,15 +191,3 @@ def _with_defaults(
     if details.wait_for_ready is not None:
         wait_for_ready = details.wait_for_ready
     return ClientCallDetails(details.method, timeout, details.metadata, details.credentials, wait_for_ready)
-
-
-def _with_request_id(request: RequestT) -> RequestT:
-    if "request_id" not in request.DESCRIPTOR.fields_by_name or _request_id(request):
-        return request
-    copied = type(request)(request_id=str(uuid4()))
-    copied.MergeFrom(request)
-    return copied
-
-
-def _request_id(request: Message) -> str:
-    return getattr(request, "request_id", "")

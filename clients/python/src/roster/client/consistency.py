@@ -1,17 +1,13 @@
 """Consistency: reads on replicas see the writes of the same channel."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
+from threading import Lock
 from typing import Any, TypeVar
 
 import grpc
 from grpc.aio import ClientCallDetails, Metadata
 
-KEY = "roster-consistency-token"  # of the metadata
-# Instead of a token: any replica may answer, however old its data; only the primary may.
-ANY, PRIMARY = "any", "primary"
-
-# How the names of RPCs begin whose reads a replica may answer. `VerifyPassword` always reads on the primary.
-READ_PREFIXES = ("Get", "BatchGet", "List", "Count", "Export")
+from roster.consistency import ANY, KEY, PRIMARY, READ_PREFIXES
 
 CONTRACT = "/roster.v1."
 NOT_WRITES = (*READ_PREFIXES, "Verify")
@@ -32,6 +28,7 @@ class Consistency:
 
     def __init__(self, token: str = "") -> None:
         self.token = token
+        self._lock = Lock()
         self._ended = 0  # writes
         self._newest = 0  # the number of writes that had ended when the token arrived
 
@@ -48,22 +45,27 @@ class Consistency:
         if self.token == ANY:
             return
         token = str(dict(metadata or ()).get(KEY, PRIMARY))
-        self._ended += 1
-        # A write that began after the last token arrived has a newer one, even if a failover or a restore
-        # made it smaller. Of writes at the same time, the greater token is the newer.
-        if began >= self._newest or token > self.token:
-            self.token = token
-            self._newest = self._ended
+        with self._lock:  # threads share a blocking channel
+            self._ended += 1
+            # A write that began after the last token arrived has a newer one, even if a failover or a restore
+            # made it smaller. Of writes at the same time, the greater token is the newer.
+            if began >= self._newest or token > self.token:
+                self.token = token
+                self._newest = self._ended
 
     def require(self, details: ClientCallDetails) -> ClientCallDetails:
         """Return the details of a read with the token, unless the caller has set one."""
-        metadata = Metadata(*(details.metadata or ()))
-        if self.token in ("", PRIMARY) or metadata.get_all(KEY):
-            return details
-        metadata.add(KEY, self.token)
+        metadata = Metadata(*self.with_token(details.metadata))
         return ClientCallDetails(
             details.method, details.timeout, metadata, details.credentials, details.wait_for_ready
         )
+
+    def with_token(self, metadata: Iterable[tuple[str, Any]] | None) -> list[tuple[str, Any]]:
+        """Return the metadata of a read with the token, unless the caller has set one."""
+        own = list(metadata or ())
+        if self.token in ("", PRIMARY) or any(key == KEY for key, _ in own):
+            return own
+        return [*own, (KEY, self.token)]
 
 
 def is_read(method: str | bytes) -> bool:

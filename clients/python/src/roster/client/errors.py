@@ -3,14 +3,16 @@
 import re
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
-from roster.errors import OutcomeUnknown, RosterError, Unavailable, error_of
+from roster.client.causes import explain
+from roster.errors import OutcomeUnknown, RosterError, Unavailable, Unsupported, error_of
+from roster.errors.codes import BASES
 
 DetailT = TypeVar("DetailT", bound=Message)
 
@@ -39,7 +41,7 @@ class DeadlineExceeded(RosterError):
 
 
 class UnknownError(RosterError):
-    """An error for which this release of the client has no class."""
+    """An error whose status code says no more than that, such as a message that exceeds a limit of gRPC."""
 
 
 # For statuses without ErrorInfo, which come from gRPC itself or from a proxy.
@@ -49,6 +51,7 @@ WITHOUT_REASON: Mapping[int, type[RosterError]] = {
     grpc.StatusCode.CANCELLED.value[0]: Disconnected,
     grpc.StatusCode.INTERNAL.value[0]: Disconnected,
     grpc.StatusCode.UNKNOWN.value[0]: Disconnected,
+    grpc.StatusCode.UNIMPLEMENTED.value[0]: Unsupported,
 }
 
 # gRPC's own texts for an answer without grpc-status: with another HTTP status than 200, and with a body only.
@@ -72,12 +75,21 @@ ADVICE = {
 }
 
 
-def error_from_call(error: grpc.aio.AioRpcError) -> RosterError:
-    """Return the domain error of a failed call."""
-    return error_from_status(status_from_call(error.code(), error.details(), error.trailing_metadata()))
+class FailedCall(Protocol):
+    """The error of a call, from grpc or from grpc.aio."""
+
+    def code(self) -> grpc.StatusCode: ...
+    def details(self) -> str | None: ...
+    def trailing_metadata(self) -> Any: ...
 
 
-def error_from_status(status: Status) -> RosterError:
+def error_from_call(failure: FailedCall, address: str = "") -> RosterError:
+    """Return the domain error of a failed call to an address, "" if it is not known."""
+    status = status_from_call(failure.code(), failure.details(), failure.trailing_metadata())
+    return error_from_status(status, address)
+
+
+def error_from_status(status: Status, address: str = "") -> RosterError:
     """Return the domain error of a status: the class of its reason, or UnknownError."""
     info = _detail(status, ErrorInfo)
     retry = _detail(status, RetryInfo)
@@ -86,7 +98,7 @@ def error_from_status(status: Status) -> RosterError:
     elif from_proxy := _error_from_proxy(status.message):
         error = from_proxy
     else:
-        error = WITHOUT_REASON.get(status.code, UnknownError)(status.message)
+        error = _error_without_reason(status, address)
     # The details decide whether to retry; without any, the default of the class does.
     if retry:
         error.retry_after_seconds = retry.retry_delay.ToMilliseconds() / 1000
@@ -100,9 +112,7 @@ def is_retryable(error: RosterError) -> bool:
     return isinstance(error, Unavailable | OutcomeUnknown) or error.retry_after_seconds is not None
 
 
-def status_from_call(
-    code: grpc.StatusCode, message: str | None, metadata: grpc.aio.Metadata | None
-) -> Status:
+def status_from_call(code: grpc.StatusCode, message: str | None, metadata: Any) -> Status:
     """Return the status of a call, with its details."""
     details = dict(metadata or ()).get("grpc-status-details-bin")
     if isinstance(details, bytes):
@@ -149,6 +159,13 @@ def _phrase(number: int) -> str:
         return ""
 
 
+def _error_without_reason(status: Status, address: str) -> RosterError:
+    message = explain(status.message, address) or status.message
+    if status.code == grpc.StatusCode.UNIMPLEMENTED.value[0]:
+        message = f"the server does not know this RPC; is it of an earlier release? ({message})"
+    return WITHOUT_REASON.get(status.code, UnknownError)(message)
+
+
 def _error_from_info(status: Status, info: ErrorInfo) -> RosterError:
     bad_request = _detail(status, BadRequest)
     field = ""
@@ -157,8 +174,8 @@ def _error_from_info(status: Status, info: ErrorInfo) -> RosterError:
     facts = {name: _fact(text) for name, text in info.metadata.items()}
     try:
         return error_of(info.reason, status.message, field, facts)
-    except KeyError:
-        error = UnknownError(status.message, field=field, **facts)
+    except KeyError:  # of a later release
+        error = BASES.get(status.code, UnknownError)(status.message, field=field, **facts)
         error.reason = info.reason
         return error
 

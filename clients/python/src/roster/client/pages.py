@@ -1,7 +1,7 @@
 """Pagination: all rows of a List RPC."""
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from google.protobuf.message import Message
 
@@ -12,13 +12,26 @@ async def pages(
     method: Callable[[RequestT], Awaitable[Message]], request: RequestT
 ) -> AsyncGenerator[Any, None]:
     """Yield the rows of every page of a List RPC, fetching pages on demand; raises RosterError."""
-    page_request: Any = type(request)()
-    page_request.CopyFrom(request)
-    while True:
-        page: Any = await method(page_request)
-        [rows] = (getattr(page, field.name) for field in page.DESCRIPTOR.fields if field.is_repeated)
-        for row in rows:
+    page_request: RequestT | None = request
+    while page_request:
+        page = await method(page_request)
+        for row in rows_of(page):
             yield row
-        if not page.next_page_token:
-            return
-        page_request.page_token = page.next_page_token
+        page_request = next_request(page_request, page)
+
+
+def rows_of(page: Message) -> Any:
+    """Return the rows of a page: its only repeated field."""
+    [rows] = (getattr(page, field.name) for field in page.DESCRIPTOR.fields if field.is_repeated)
+    return rows
+
+
+def next_request(request: RequestT, page: Message) -> RequestT | None:
+    """Return the request for the page after one, None after the last."""
+    token = getattr(page, "next_page_token")  # noqa: B009 - not every message has one
+    if not token:
+        return None
+    following: Any = type(request)()
+    following.CopyFrom(request)
+    following.page_token = token
+    return cast("RequestT", following)

@@ -1,0 +1,171 @@
+"""The client without asyncio, for scripts and WSGI applications: a channel, and the pages of lists.
+
+It is made of gRPC's own synchronous stubs, and may be used by several threads. A process that forks, such as
+the master of gunicorn with `preload_app`, must open its channels after the fork, in each worker.
+
+Loads and watches, which never stop to wait for one answer, are in the asynchronous part: BulkLoader and
+watch_changes. A script runs them with asyncio.run.
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
+
+import grpc
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import Message
+
+from roster.client.address import check_address
+from roster.client.calls import (
+    PROBE,
+    PROBE_METHOD,
+    PROBE_SECONDS,
+    TIMEOUT_SECONDS,
+    channel_options,
+    error_of_timeout,
+    error_of_unary,
+    is_probe,
+    request_id_of,
+    with_request_id,
+)
+from roster.client.consistency import Consistency, is_read, is_write
+from roster.client.errors import DeadlineExceeded, error_from_call
+from roster.client.pages import next_request, rows_of
+from roster.errors import InvalidArgument, OutcomeUnknown, RosterError
+
+RequestT = TypeVar("RequestT", bound=Message)
+
+
+def channel(
+    address: str,
+    credentials: grpc.ChannelCredentials | None = None,
+    *,
+    timeout: float = TIMEOUT_SECONDS,
+    wait_for_ready: bool = True,
+    server_name: str | None = None,
+    consistency: Consistency | None = None,
+) -> grpc.Channel:
+    """Return a channel for the stubs of `roster.v1`; its parameters and errors are those of `client.channel`.
+
+    Calls that a stub makes with `.future` raise grpc.RpcError, not the domain errors. Leave the iteration of
+    a response stream early only by closing it (`contextlib.closing`), which cancels the call.
+    """
+    address = check_address(address)
+    options = channel_options(credentials, server_name, retry=wait_for_ready)
+    if credentials:
+        connection = grpc.secure_channel(address, credentials, options)
+    else:
+        connection = grpc.insecure_channel(address, options)
+    interceptor = Interceptor(
+        connection, address, timeout, consistency or Consistency(), wait_for_ready=wait_for_ready
+    )
+    return grpc.intercept_channel(connection, interceptor)
+
+
+def pages(method: Callable[[RequestT], Message], request: RequestT) -> Generator[Any, None, None]:
+    """Yield the rows of every page of a List RPC, fetching pages on demand; raises RosterError."""
+    page_request: RequestT | None = request
+    while page_request:
+        page = method(page_request)
+        yield from rows_of(page)
+        page_request = next_request(page_request, page)
+
+
+@dataclass(frozen=True)
+class Details(grpc.ClientCallDetails):
+    """What gRPC passes to an interceptor."""
+
+    method: str
+    timeout: float | None
+    metadata: Any
+    credentials: grpc.CallCredentials | None
+    wait_for_ready: bool | None
+    compression: grpc.Compression | None
+
+
+class Interceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
+    """Gives each call a deadline, each write a `request_id`, each read a token; raises domain errors.
+
+    It does what both interceptors of `channel.py` do.
+    """
+
+    def __init__(
+        self,
+        connection: grpc.Channel,
+        address: str,
+        timeout: float,
+        consistency: Consistency,
+        *,
+        wait_for_ready: bool,
+    ) -> None:
+        self._connection = connection
+        self._address = address
+        self._timeout = timeout
+        self._consistency = consistency
+        self._wait_for_ready = wait_for_ready
+
+    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        details = self._with_defaults(client_call_details, self._timeout)
+        repeatable = with_request_id(request)
+        try:
+            return self._call(continuation, details, repeatable)
+        except OutcomeUnknown:
+            if not request_id_of(repeatable):
+                raise
+            return self._call(continuation, details, repeatable)
+
+    def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        call = continuation(self._with_defaults(client_call_details, None), request)
+        return _responses(call, self._address)
+
+    def _with_defaults(self, details: Any, timeout: float | None) -> Details:
+        """Return the details of a call, with defaults for those that the caller did not set."""
+        own = Details(
+            details.method,
+            timeout if details.timeout is None else details.timeout,
+            details.metadata,
+            details.credentials,
+            self._wait_for_ready if details.wait_for_ready is None else details.wait_for_ready,
+            details.compression,
+        )
+        if is_read(details.method):
+            return replace(own, metadata=self._consistency.with_token(details.metadata))
+        return own
+
+    def _call(self, continuation: Any, details: Details, request: Message) -> Any:
+        began = self._consistency.begin()
+        call = continuation(details, request)
+        error = None
+        if isinstance(call, grpc.RpcError) and _has_failed(call):
+            error = error_of_unary(cast("grpc.Call", call), request, self._address)
+        if is_write(details.method) and not isinstance(error, InvalidArgument):
+            # A future that is in flight counts as a write whose token is lost.
+            self._consistency.end(call.trailing_metadata() if call.done() else None, began)
+        if isinstance(error, DeadlineExceeded) and not is_probe(details.method):
+            error = error_of_timeout(error, self._address, details.timeout, self._probe())
+        if error:
+            raise error from None
+        return call
+
+    def _probe(self) -> RosterError | None:
+        """Return the error of a call that does not wait for a server, None if the channel is connected."""
+        check: Any = self._connection.unary_unary(PROBE_METHOD, **PROBE)
+        try:
+            check(Empty(), timeout=PROBE_SECONDS, wait_for_ready=False)
+        except grpc.RpcError as failure:
+            return error_from_call(cast("grpc.Call", failure), self._address)
+        return None
+
+
+def _has_failed(call: Any) -> bool:
+    """Return whether a call, which may be the future of one that is in flight, has ended with an error."""
+    return call.done() and call.exception() is not None
+
+
+def _responses(call: Any, address: str) -> Generator[Any, None, None]:
+    try:
+        yield from call
+    except grpc.RpcError as failure:
+        raise error_from_call(cast("grpc.Call", failure), address) from None
+    finally:
+        call.cancel()
