@@ -1,8 +1,10 @@
-"""The programs in `examples/`, against a real server."""
+"""The example programs, against a real server."""
 
 import asyncio
 import os
+import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from tests.e2e.clients import CHECKOUT
 from tests.support.command import Ended, run, start
 from tests.support.rows import add_users
 
-EXAMPLES = CHECKOUT / "examples"
+CLIENT = CHECKOUT / "clients/python"
+EXAMPLES = CLIENT / "examples"
 MAX_LINES = 80
 
 
@@ -29,32 +32,72 @@ async def example(server: Server, name: str, *arguments: str) -> Ended:
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_examples_are_short_and_listed(path: Path) -> None:
-    """A reader sees an example at a glance, and finds it in the index."""
+    """A reader sees an example at a glance, and finds it in both indexes."""
     assert len(path.read_text().splitlines()) <= MAX_LINES
-    assert f"[{path.name}]({path.name})" in (EXAMPLES / "README.md").read_text()
+    assert f"[{path.name}](examples/{path.name})" in (CLIENT / "README.md").read_text()
+    index = (CHECKOUT / "examples/README.md").read_text()
+    assert f"[{path.name}](../clients/python/examples/{path.name})" in index
 
 
-async def test_calls(server: Server) -> None:
-    """A repeated request gets the first response; errors differ by class."""
-    ended = await example(server, "calls.py")
+async def test_programs_of_the_readme(server: Server, tmp_path: Path) -> None:
+    """Those that need no TLS; they name the default address."""
+    programs = re.findall(r"```python\n(.*?)```", (CLIENT / "README.md").read_text(), re.DOTALL)
+    runnable = [program for program in programs if "127.0.0.1:50051" in program]
+    printed = []
+    for program in runnable:
+        (tmp_path / "program.py").write_text(program.replace("127.0.0.1:50051", server.address))
+        ended = await run(sys.executable, tmp_path / "program.py")
+        assert (ended.status, ended.err) == (0, "")
+        printed.append(ended.out)
 
-    assert (ended.status, ended.err) == (0, "")
-    *lines, last = ended.out.splitlines()
-    assert lines == [
-        "created user 1, version 1",
-        "created user 1, version 1",
-        "user 1 already has this e-mail",
-        "Ada King, version 2",
-    ]
-    assert last.startswith("nobody has the e-mail nobody-ada-")
+    assert printed == ["created user 1\n", "1 ada@example.org\n"]
 
 
-async def test_calls_can_run_again(server: Server) -> None:
-    """Each run uses another e-mail."""
-    first, second = await example(server, "calls.py"), await example(server, "calls.py")
+async def test_blocking_calls(server: Server) -> None:
+    """The second run finds the user that the first has created."""
+    first, second = await example(server, "blocking_calls.py"), await example(server, "blocking_calls.py")
 
-    assert first.out.startswith("created user 1, version 1\n")
-    assert second.out.startswith("created user 2, version 1\n")
+    assert (first.status, first.err) == (0, "")
+    assert first.out == "grace@example.org is user 1\n1 grace@example.org\n"
+    assert second.out == first.out
+
+
+async def test_follow_changes(server: Server, tmp_path: Path) -> None:
+    """A run that follows a stopped one prints what changed in between."""
+    path = tmp_path / "token"
+    first = await follow(server, path)
+    began_at = await asyncio.to_thread(new_token, path, "")
+    await add_users(server.database, 1, email="ada@example.org")
+    lines = [await line(first)]
+    await asyncio.to_thread(new_token, path, began_at)
+    first.kill()
+    await first.wait()
+    await add_users(server.database, 1, email="bob@example.org")
+    second = await follow(server, path)
+    lines.append(await line(second))
+    second.kill()
+    await second.wait()
+
+    assert lines == ["user 1: ada@example.org, version 1\n", "user 2: bob@example.org, version 1\n"]
+
+
+async def follow(server: Server, path: Path) -> asyncio.subprocess.Process:
+    """Start the example that stores its token in a file."""
+    return await start(
+        sys.executable, EXAMPLES / "follow_changes.py", str(path), ROSTER_ADDRESS=server.address
+    )
+
+
+async def line(process: asyncio.subprocess.Process) -> str:
+    assert process.stdout
+    return (await process.stdout.readline()).decode()
+
+
+def new_token(path: Path, old: str) -> str:
+    """Wait until a file has another token."""
+    while not path.exists() or path.read_text() == old:
+        time.sleep(0.01)
+    return path.read_text()
 
 
 @pytest.mark.parametrize("name", ["list_users.py", "export_users.py"])
