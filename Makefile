@@ -3,7 +3,7 @@
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help install run migrate lint format check test tools lock reference contract clean bench \
-	bench-peers bench-read bench-bulk bench-changes bench-commands bench-workers test-changes test-crash test-crossing test-failover test-upgrade test-hostile test-timing test-pooler test-go audit sbom
+	bench-peers bench-read bench-bulk bench-changes bench-commands bench-workers test-changes test-pythons test-crash test-crossing test-failover test-upgrade test-hostile test-timing test-pooler test-go audit sbom
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -43,6 +43,7 @@ lint: $(VENV)/development ## Check format, style and types
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/mypy --python-version 3.10 $(CLIENT)/src $(CLIENT)/examples
 
 format: $(VENV)/development ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix-only $(SOURCES)
@@ -77,6 +78,10 @@ test-timing: $(VENV)/development ## Check that response times of VerifyPassword 
 
 test-pooler: $(VENV)/development tools ## Run the tests that use PostgreSQL through a PgBouncer in transaction mode with 4 connections
 	ROSTER_TEST_POOLER=transaction $(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/integration tests/e2e tests/faults
+
+test-pythons: $(VENV)/development ## Install the Python client in each Python from 3.10 to 3.14 on PATH, and run its examples; PYTHONS='/path/to/python3.10 …'
+	ROSTER_TEST_PYTHONS="$(or $(PYTHONS),$(shell for n in 10 11 12 13 14; do python3.$$n -c '' 2>/dev/null && echo python3.$$n; done))" \
+		$(BIN)/python -m pytest tests/e2e/test_client_package.py
 
 audit: $(VENV)/development ## Check the pinned dependencies for known vulnerabilities; needs the network
 	$(BIN)/pip-audit --strict --disable-pip --require-hashes --requirement requirements.lock

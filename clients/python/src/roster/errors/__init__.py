@@ -20,7 +20,8 @@ RosterError
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Self
+
+from typing_extensions import Self
 
 
 @dataclass(frozen=True, slots=True)
