@@ -1,15 +1,25 @@
-"""The client library against a real server."""
+"""The client library against a real server, with asyncio and blocking."""
 
+import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 import grpc
 import pytest
 
 from roster import client, errors
-from roster.client import BulkLoader, DeadlineExceeded, Disconnected, channel, errors as client_errors, pages
+from roster.client import (
+    BulkLoader,
+    DeadlineExceeded,
+    Disconnected,
+    blocking,
+    channel,
+    errors as client_errors,
+    pages,
+)
 from roster.errors import (
     EmailTaken,
     InvalidField,
@@ -31,16 +41,22 @@ from roster.v1.users_pb2 import (
 from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service.server import Server
 from service.status import status_from_error
+from tests.support.blocking import Kind, users_of
 
 ADA = User(email="ada@example.org")
 NO_SOCKET = "no server answers at unix:/nowhere/roster.sock: there is no such socket"
 
 
+@pytest.fixture(params=["asyncio", "blocking"])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return cast("Kind", request.param)
+
+
 @pytest.fixture
-async def users(server: Server) -> AsyncIterator[UserServiceAsyncStub]:
+async def users(server: Server, kind: Kind) -> AsyncIterator[UserServiceAsyncStub]:
     """The typed stub on a channel of the client library."""
-    async with channel(server.address) as connection:
-        yield UserServiceStub(connection)
+    async with users_of(kind, server.address) as stub:
+        yield stub
 
 
 async def test_calls_raise_domain_errors(users: UserServiceAsyncStub) -> None:
@@ -84,7 +100,7 @@ class LossyProxy:
 
 
 @asynccontextmanager
-async def proxied(lossy: LossyProxy) -> AsyncIterator[UserServiceAsyncStub]:
+async def proxied(lossy: LossyProxy, kind: Kind) -> AsyncIterator[UserServiceAsyncStub]:
     """Yield a stub that calls through the proxy."""
     server = grpc.aio.server()
     handler = grpc.unary_unary_rpc_method_handler(
@@ -95,16 +111,18 @@ async def proxied(lossy: LossyProxy) -> AsyncIterator[UserServiceAsyncStub]:
     )
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    async with channel(f"127.0.0.1:{port}") as connection:
-        yield UserServiceStub(connection)
+    async with users_of(kind, f"127.0.0.1:{port}") as stub:
+        yield stub
     await server.stop(None)
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
-async def test_retried_write_is_applied_once(users: UserServiceAsyncStub, code: grpc.StatusCode) -> None:
+async def test_retried_write_is_applied_once(
+    users: UserServiceAsyncStub, kind: Kind, code: grpc.StatusCode
+) -> None:
     """The response was lost; the retry has the same request_id, so it gets the first response."""
     lossy = LossyProxy(users, code)
-    async with proxied(lossy) as stub:
+    async with proxied(lossy, kind) as stub:
         created = await stub.CreateUser(CreateUserRequest(user=ADA))
 
     first, second = lossy.request_ids
@@ -112,12 +130,12 @@ async def test_retried_write_is_applied_once(users: UserServiceAsyncStub, code: 
     assert await users.GetUser(GetUserRequest(email=ADA.email)) == created
 
 
-async def test_retries_a_write_with_an_unknown_outcome(users: UserServiceAsyncStub) -> None:
+async def test_retries_a_write_with_an_unknown_outcome(users: UserServiceAsyncStub, kind: Kind) -> None:
     """The retry has the same request_id, so it gets the first response."""
     status = status_from_error(OutcomeUnknown("the connection broke during the commit"))
     details = (("grpc-status-details-bin", status.SerializeToString()),)
     lossy = LossyProxy(users, grpc.StatusCode.INTERNAL, details)
-    async with proxied(lossy) as stub:
+    async with proxied(lossy, kind) as stub:
         created = await stub.CreateUser(CreateUserRequest(user=ADA))
 
     first, second = lossy.request_ids
@@ -125,11 +143,11 @@ async def test_retries_a_write_with_an_unknown_outcome(users: UserServiceAsyncSt
     assert await users.GetUser(GetUserRequest(email=ADA.email)) == created
 
 
-async def test_error_of_timed_out_write_has_its_request_id() -> None:
+async def test_error_of_timed_out_write_has_its_request_id(kind: Kind) -> None:
     """The caller can repeat the write with the id that the client generated."""
-    async with channel("unix:/nowhere/roster.sock", timeout=0.1) as connection:
+    async with users_of(kind, "unix:/nowhere/roster.sock", timeout=0.1) as users:
         with pytest.raises(DeadlineExceeded) as late:
-            await UserServiceStub(connection).CreateUser(CreateUserRequest(user=ADA))
+            await users.CreateUser(CreateUserRequest(user=ADA))
     assert UUID(str(late.value.facts["request_id"]))
 
 
@@ -143,16 +161,56 @@ async def test_keeps_a_request_id_of_the_caller(users: UserServiceAsyncStub) -> 
     assert unnamed.request_id == ""
 
 
-async def test_yields_the_rows_of_all_pages(users: UserServiceAsyncStub) -> None:
+async def test_yields_the_rows_of_all_pages(server: Server, users: UserServiceAsyncStub) -> None:
     """Rows come one by one, whatever the page size."""
     emails = [f"{number}@example.org" for number in range(5)]
     for email in emails:
         await users.CreateUser(CreateUserRequest(user=User(email=email)))
 
-    listed = [user.email async for user in pages(users.ListUsers, ListUsersRequest(page_size=2))]
-    assert listed == emails
+    async with channel(server.address) as connection:
+        rows = pages(UserServiceStub(connection).ListUsers, ListUsersRequest(page_size=2))
+        assert [user.email async for user in rows] == emails
+    assert await asyncio.to_thread(list_emails, server.address) == emails
 
 
+def list_emails(address: str) -> list[str]:
+    """List users with the blocking client."""
+    with blocking.channel(address) as connection:
+        method = UserServiceStub(connection).ListUsers
+        return [user.email for user in blocking.pages(method, ListUsersRequest(page_size=2))]
+
+
+async def test_threads_share_a_blocking_channel(server: Server) -> None:
+    """Each write is applied once, and its response reaches its thread."""
+
+    def create(users: UserServiceStub, number: int) -> str:
+        return users.CreateUser(CreateUserRequest(user=User(email=f"{number}@example.org"))).email
+
+    with blocking.channel(server.address) as connection, ThreadPoolExecutor(8) as threads:
+        users = UserServiceStub(connection)
+        loop = asyncio.get_running_loop()
+        created = await asyncio.gather(
+            *(loop.run_in_executor(threads, create, users, number) for number in range(64))
+        )
+
+    assert created == [f"{number}@example.org" for number in range(64)]
+
+
+async def test_future_of_a_blocking_channel(server: Server) -> None:
+    """It has the defaults of other calls, but raises gRPC's errors."""
+
+    def results(users: UserServiceStub) -> tuple[User, grpc.StatusCode]:
+        created = users.CreateUser.future(CreateUserRequest(user=ADA)).result()
+        refused: Any = users.GetUser.future(GetUserRequest(id=created.id + 1)).exception()
+        return created, refused.code()
+
+    with blocking.channel(server.address) as connection:
+        created, code = await asyncio.to_thread(results, UserServiceStub(connection))
+
+    assert (created.email, code) == (ADA.email, grpc.StatusCode.NOT_FOUND)
+
+
+@pytest.mark.parametrize("kind", ["asyncio"])
 async def test_load_without_options_gets_a_load_id(users: UserServiceAsyncStub) -> None:
     """It can be resumed after the server restarts."""
 
@@ -168,14 +226,14 @@ async def test_load_without_options_gets_a_load_id(users: UserServiceAsyncStub) 
     assert summary.created == 1
 
 
-async def test_fails_immediately_without_wait_for_ready() -> None:
+async def test_fails_immediately_without_wait_for_ready(kind: Kind) -> None:
     """With it, the call waits for a server until its deadline."""
-    async with channel("unix:/nowhere/roster.sock", wait_for_ready=False) as connection:
+    async with users_of(kind, "unix:/nowhere/roster.sock", wait_for_ready=False) as users:
         with pytest.raises(Disconnected, match=f"^{NO_SOCKET}$"):
-            await UserServiceStub(connection).GetUser(GetUserRequest(id=1))
-    async with channel("unix:/nowhere/roster.sock", timeout=0.1) as connection:
+            await users.GetUser(GetUserRequest(id=1))
+    async with users_of(kind, "unix:/nowhere/roster.sock", timeout=0.1) as users:
         with pytest.raises(DeadlineExceeded, match=f"^{NO_SOCKET}; waited 0.1 s for one$"):
-            await UserServiceStub(connection).GetUser(GetUserRequest(id=1))
+            await users.GetUser(GetUserRequest(id=1))
 
 
 def test_all_errors_come_from_one_module() -> None:

@@ -2,10 +2,14 @@
 
 import re
 
+UNTRUSTED = "its certificate is from a CA that these credentials don't trust"
+CLOSED = "it closed the connection; it may expect TLS, or a client certificate"
+
 # A part of gRPC's text -> the cause. The first that is found wins.
 CAUSES = {
     "CERTIFICATE_VERIFY_FAILED: certificate has expired": "its certificate has expired",
-    "CERTIFICATE_VERIFY_FAILED": "its certificate is from a CA that these credentials don't trust",
+    "CERTIFICATE_VERIFY_FAILED": UNTRUSTED,
+    "certificate signature failure": UNTRUSTED,  # the trusted CA has the same name, but another key
     "Hostname Verification Check failed": (
         "its certificate is for another name; if that is right, pass it as server_name"
     ),
@@ -20,14 +24,13 @@ CAUSES = {
     "Domain name not found": "the name is not known",
     "address lookup failed": "the name can't be looked up",
     "errors resolving": "the name can't be looked up",
-    "Socket closed": "it closed the connection; it may expect TLS, or be stopping",
-    "Connection reset": "it closed the connection; it may expect TLS, or be stopping",
-    "Broken pipe": "it closed the connection; it may expect TLS, or be stopping",
+    "Socket closed": CLOSED,
+    "Connection reset": CLOSED,
+    "Broken pipe": CLOSED,
     "No route to host": "there is no route to it",
     "Network is unreachable": "the network is unreachable",
     "Timeout occurred": "it does not answer",
     "timed out": "it does not answer",
-    "connection attempt timed out": "it does not answer",
 }
 # How gRPC's messages begin if no connection could be made. Others mean that one was lost.
 NOT_CONNECTED = re.compile(
