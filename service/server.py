@@ -48,11 +48,12 @@ from service.posts.servicer import PostServicer
 from service.reflection import add_reflection
 from service.scrapes import listen_on
 from service.services import SERVICE_NAMES, add_servicer
-from service.settings import Settings, environment
+from service.settings import Settings
 from service.users.model import User
 from service.users.passwords import Passwords
 from service.users.repository import UserRepository
 from service.users.servicer import UserServicer
+from service.variables import environment
 
 if TYPE_CHECKING:
     from service.interceptors.tracing import Tracing

@@ -19,7 +19,8 @@ from typing import TypeVar
 from prometheus_client.multiprocess import mark_process_dead
 
 from service import metrics
-from service.settings import Settings, environment
+from service.settings import Settings
+from service.variables import environment
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import grpc
 
 from service.auth.reloading import ReloadingFile
-from service.settings import Settings, is_local
+from service.settings import Settings
+from service.variables import is_local
 
 
 def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:

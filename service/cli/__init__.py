@@ -106,7 +106,7 @@ def _is_about_file(error: click.ClickException) -> bool:
 def main(context: click.Context) -> None:
     """Roster: the system of record for users and their posts."""
     # Not needed for the list of commands, and slow to import.
-    from service.settings import FOR_CLIENTS, FOR_TOKENS, folder_options  # noqa: PLC0415
+    from service.variables import FOR_CLIENTS, FOR_TOKENS, folder_options  # noqa: PLC0415
 
     try:
         clients, tokens = folder_options(FOR_CLIENTS), folder_options(FOR_TOKENS)

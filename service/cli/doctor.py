@@ -21,7 +21,7 @@ from service.cli.terminal import UsageError, echo, pluralize
 from service.db.engine import Database
 from service.db.pooler import NEEDS_SETTING, pooler_mode
 from service.db.schema import read_schema
-from service.files import file_dangers, sqlite_path, storage_problem
+from service.db.sqlite_files import file_dangers, sqlite_path, storage_problem
 from service.scrapes import listen_on
 from service.server import authentication
 from service.settings import (

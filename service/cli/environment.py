@@ -7,7 +7,8 @@ from pydantic import ValidationError
 from pydantic_core import to_json
 
 from service.cli.terminal import UsageError
-from service.settings import PREFIX, Settings, is_password_redirected
+from service.settings import Settings, is_password_redirected
+from service.variables import PREFIX
 
 # The settings in `roster serve --help`; a test fails if one is missing.
 GROUPS = {

@@ -13,7 +13,8 @@ from service.db.engine import Database
 from service.db.errors import NoUsableHost, cause_of, short_cause
 from service.db.pooler import REPLICA_NEEDS_SESSION, pooler_mode
 from service.db.replica import PROBE, Identity
-from service.settings import Settings, environment
+from service.settings import Settings
+from service.variables import environment
 
 FAILURES = (OSError, DBAPIError, asyncpg.PostgresError, asyncpg.InterfaceError)
 STANDBY_FIRST = ("standby", "prefer-standby")

@@ -13,7 +13,7 @@ from service.cli.terminal import UsageError, echo
 from service.db import migrations, revisions
 from service.db.errors import NoUsableHost, cause_of, code_of, is_refused_by_pooler
 from service.db.schema import ReadOnlyDatabase, Schema
-from service.files import storage_problem
+from service.db.sqlite_files import storage_problem
 from service.settings import Settings, unread_databases
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html

@@ -10,7 +10,7 @@ from service.db.capabilities import postgresql, sqlite
 from service.db.capabilities.capability import Capability
 from service.db.capabilities.scratch import LeftBehind, NoScratchSchema, left_behind, scratch_schema
 from service.db.capabilities.server import describe_server
-from service.files import sqlite_path, storage_problem
+from service.db.sqlite_files import sqlite_path, storage_problem
 from service.settings import Settings
 
 SUBJECT = "engine"

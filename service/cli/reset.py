@@ -11,7 +11,7 @@ from service.cli.migrate import connection_problem
 from service.cli.terminal import UsageError, echo
 from service.db import migrations
 from service.db.engine import Database
-from service.files import sqlite_path, storage_problem
+from service.db.sqlite_files import sqlite_path, storage_problem
 from service.settings import Settings, describe_database, unread_databases
 
 OUTCOME = (

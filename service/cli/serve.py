@@ -21,7 +21,7 @@ from service.db.engine import Database
 from service.db.errors import cause_of, is_transient
 from service.db.pooler import pooler_problem, replica_problem
 from service.db.schema import Schema, read_schema
-from service.files import file_dangers
+from service.db.sqlite_files import file_dangers
 from service.memory import collect_rarely
 from service.server import Server
 from service.settings import (

@@ -24,7 +24,7 @@ from roster.errors import RosterError, Unauthenticated
 from service.cli.diagnosis import Tls, diagnose
 from service.cli.refusal import explain_refusal
 from service.escape import escape
-from service.settings import FOR_CLIENTS, clean, is_local
+from service.variables import FOR_CLIENTS, clean, is_local
 
 PAGE_SIZE = 1000
 

@@ -15,7 +15,7 @@ from service.db import conninfo
 from service.db.durability import DurableConnection
 from service.db.errors import NoUsableHost, short_cause
 from service.db.search import Search
-from service.settings import environment
+from service.variables import environment
 
 # Larger than any batch, so that a COPY never blocks on a full buffer.
 WRITE_BUFFER_BYTES = 8 << 20

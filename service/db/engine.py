@@ -30,8 +30,8 @@ from service.db.pool import InstrumentedPool, measure_pool
 from service.db.position import POSITION, PrimaryPosition
 from service.db.replica import Replica, UsePrimary
 from service.db.selection import Row
+from service.db.sqlite_files import create_database
 from service.db.statements import measure_statements
-from service.files import create_database
 from service.metrics import POOL_TIMEOUTS, POOL_WAITING, READS_ON_PRIMARY
 from service.settings import Settings
 from service.shares import FairSemaphore, LoopTurns

@@ -19,7 +19,7 @@ from service.db.pooler import Mode, pooler_mode
 from service.db.revisions import config_file
 from service.db.schema import Schema, read_schema
 from service.db.servers import older_servers
-from service.files import create_database
+from service.db.sqlite_files import create_database
 
 if TYPE_CHECKING:
     from alembic.config import Config

@@ -11,7 +11,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.db import conninfo
 from service.db.connect import postgresql_engine
-from service.settings import Settings, environment
+from service.settings import Settings
+from service.variables import environment
 
 Mode = Literal["none", "session", "transaction"]
 

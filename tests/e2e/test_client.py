@@ -180,6 +180,36 @@ def list_emails(address: str) -> list[str]:
         return [user.email for user in blocking.pages(method, ListUsersRequest(page_size=2))]
 
 
+async def test_metadata_of_a_call_is_there() -> None:
+    """The headers, which say what CreateUser did, and the trailers."""
+
+    async def get(request: bytes, context: Any) -> bytes:
+        await context.send_initial_metadata((("roster-outcome", "created"),))
+        context.set_trailing_metadata((("made-by", "a test"),))
+        return ADA.SerializeToString()
+
+    def get_blocking(address: str) -> tuple[Any, Any]:
+        with blocking.channel(address) as connection:
+            _, call = UserServiceStub(connection).GetUser.with_call(GetUserRequest(id=1))
+            return dict(call.initial_metadata()), dict(call.trailing_metadata())
+
+    peer = grpc.aio.server()
+    handlers: Any = {"GetUser": grpc.unary_unary_rpc_method_handler(get)}
+    peer.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("roster.v1.UserService", handlers)])
+    address = f"127.0.0.1:{peer.add_insecure_port('127.0.0.1:0')}"
+    await peer.start()
+    async with channel(address) as connection:
+        call: Any = UserServiceStub(connection).GetUser(GetUserRequest(id=1))
+        assert (await call).email == ADA.email
+        found = [(dict(await call.initial_metadata()), dict(await call.trailing_metadata()))]
+    found.append(await asyncio.to_thread(get_blocking, address))
+    await peer.stop(None)
+
+    for headers, trailers in found:
+        assert headers["roster-outcome"] == "created"
+        assert trailers["made-by"] == "a test"
+
+
 async def test_threads_share_a_blocking_channel(server: Server) -> None:
     """Each write is applied once, and its response reaches its thread."""
 

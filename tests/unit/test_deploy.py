@@ -14,7 +14,8 @@ from packaging.requirements import Requirement
 from service.auth.policy import Policy
 from service.health import LIVENESS
 from service.services import SERVICE_NAMES
-from service.settings import PREFIX, Settings
+from service.settings import Settings
+from service.variables import PREFIX
 from tests.support.deployed import (
     CHECKOUT,
     COMPOSE,

@@ -7,6 +7,7 @@ import pytest
 
 # With a server's own 0.85 s and 86 MiB: what is needed for migrations, for TLS and tokens, and by clients.
 NOT_IN_SERVERS = {"alembic", "mako", "pygments", "rich", "cryptography", "jwt", "opentelemetry", "pyarrow"}
+NOT_IN_CLIENTS = {"sqlalchemy", "aiosqlite", "asyncpg", "alembic", "pydantic", "uvloop", "cryptography"}
 NOT_IN_HELP = NOT_IN_SERVERS | {"grpc", "google", "sqlalchemy", "asyncpg", "pydantic", "roster", "uvloop"}
 
 
@@ -39,3 +40,13 @@ def test_database_needs_no_grpc() -> None:
 
     assert "sqlalchemy" in found
     assert "grpc" not in found
+
+
+@pytest.mark.parametrize("command", ["changes watch", "count", "export", "load", "loads"])
+def test_client_commands_need_no_server(command: str) -> None:
+    """They start in a quarter of a second; SQLAlchemy and pydantic alone take longer."""
+    words = [*command.split(), "--help"]
+    found = imported(f"from service.cli import main\nmain({words}, standalone_mode=False)")
+
+    assert "grpc" in found
+    assert found & NOT_IN_CLIENTS == set()

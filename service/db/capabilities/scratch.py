@@ -11,7 +11,7 @@ import asyncpg
 from service.db import conninfo
 from service.db.connect import connect
 from service.db.errors import cause_of
-from service.settings import environment
+from service.variables import environment
 
 PREFIX = "roster_probe_"
 TIMEOUT_SECONDS = 5.0  # of connecting, and of each statement

@@ -101,7 +101,7 @@ class UnaryInterceptor(UnaryUnaryClientInterceptor):
         continuation: "UnaryContinuation[RequestT, ResponseT]",
         client_call_details: ClientCallDetails,
         request: RequestT,
-    ) -> ResponseT:
+    ) -> "UnaryUnaryCall[RequestT, ResponseT]":
         details = _with_defaults(client_call_details, self._timeout, wait_for_ready=self._wait_for_ready)
         repeatable = with_request_id(request)
         if is_read(details.method):
@@ -118,19 +118,20 @@ class UnaryInterceptor(UnaryUnaryClientInterceptor):
         continuation: "UnaryContinuation[RequestT, ResponseT]",
         details: ClientCallDetails,
         request: RequestT,
-    ) -> ResponseT:
+    ) -> "UnaryUnaryCall[RequestT, ResponseT]":
+        """Return a call that has succeeded, and not only its response: the caller may want the metadata."""
         began, trailing_metadata = self._consistency.begin(), None
         may_have_written = is_write(details.method)
         try:
             call = await continuation(details, request)
-            response = await call
+            await call
             trailing_metadata = await call.trailing_metadata()
         except grpc.aio.AioRpcError as failure:
             error = error_of_unary(failure, request, self._address)
             trailing_metadata = failure.trailing_metadata()
             may_have_written = may_have_written and not isinstance(error, InvalidArgument)
         else:
-            return response
+            return call
         finally:
             if may_have_written:
                 self._consistency.end(trailing_metadata, began)
