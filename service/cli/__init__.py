@@ -45,6 +45,12 @@ class FileError(click.ClickException):
     exit_code = 2
 
 
+class ArgumentError(click.ClickException):
+    """An argument can't be sent to the server."""
+
+    exit_code = 2
+
+
 class Formatter(click.HelpFormatter):
     """Writes descriptions below the names if the terminal is narrow: their words are whole then."""
 
@@ -73,6 +79,10 @@ class LazyGroup(click.Group):
             if _is_about_file(error):
                 raise FileError(error.format_message()) from None
             raise
+        except UnicodeEncodeError as error:  # where a text becomes a field of a request
+            if error.encoding != "utf-8":
+                raise
+            raise ArgumentError("an argument or a variable of the environment is not UTF-8") from None
         except KeyboardInterrupt:  # where no command reports it; Click would exit with 1
             click.echo("interrupted", err=True)
             sys.exit(128 + signal.SIGINT)

@@ -1,5 +1,6 @@
 """The command `roster` as its own process: help, errors, exit statuses, signals."""
 
+import os
 import re
 import signal
 import socket
@@ -186,6 +187,15 @@ async def test_clients_read_the_env_file_too(tmp_path: Path) -> None:
 
     assert listed.status == 0
     assert "no server answers at unix:/nowhere/roster.sock" in elsewhere.err
+
+
+@pytest.mark.parametrize("command", ["count users --filter", "loads show", "loads list --caller"])
+async def test_refuses_an_argument_that_is_not_utf_8(command: str, tmp_path: Path) -> None:
+    """No field of a request can carry it."""
+    ended = await run(ROSTER, *command.split(), os.fsdecode(b"\xff"), folder=tmp_path)
+
+    sentence = "Error: an argument or a variable of the environment is not UTF-8\n"
+    assert ended == Ended(2, "", sentence)
 
 
 async def test_prints_sql_without_running_it(empty_url: str, tmp_path: Path) -> None:
