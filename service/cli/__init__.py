@@ -25,6 +25,8 @@ COMMANDS = {
     "doctor": "Check that `roster serve` can run with these settings.",
     "load": "Load a file of users or posts.",
     "loads": "List, show, abort or undo bulk loads.",
+    "users": "Get, list, create, update, deactivate or delete users.",
+    "posts": "Get, list, create, update or delete posts.",
     "count": "Count users or posts.",
     "export": "Export users or posts to a file.",
     "changes": "Print changes of users and posts as they happen.",

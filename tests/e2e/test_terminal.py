@@ -148,6 +148,8 @@ async def test_errors_break_between_words(tmp_path: Path, columns: int) -> None:
         "serve",
         "load",
         "loads",
+        "users create",
+        "posts list",
         "count",
         "export",
         "changes",
