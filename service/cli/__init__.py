@@ -25,6 +25,8 @@ COMMANDS = {
     "doctor": "Check that `roster serve` can run with these settings.",
     "load": "Load a file of users or posts.",
     "loads": "List, show, abort or undo bulk loads.",
+    "users": "Get, list, create, update, deactivate or delete users.",
+    "posts": "Get, list, create, update or delete posts.",
     "count": "Count users or posts.",
     "export": "Export users or posts to a file.",
     "changes": "Print changes of users and posts as they happen.",
@@ -41,6 +43,12 @@ class EnvFileError(click.ClickException):
 
 class FileError(click.ClickException):
     """A file that an option or argument names can't be used; the command itself is right, so no usage."""
+
+    exit_code = 2
+
+
+class ArgumentError(click.ClickException):
+    """An argument can't be sent to the server."""
 
     exit_code = 2
 
@@ -73,6 +81,10 @@ class LazyGroup(click.Group):
             if _is_about_file(error):
                 raise FileError(error.format_message()) from None
             raise
+        except UnicodeEncodeError as error:  # where a text becomes a field of a request
+            if error.encoding != "utf-8":
+                raise
+            raise ArgumentError("an argument or a variable of the environment is not UTF-8") from None
         except KeyboardInterrupt:  # where no command reports it; Click would exit with 1
             click.echo("interrupted", err=True)
             sys.exit(128 + signal.SIGINT)

@@ -11,7 +11,7 @@ import pytest
 from roster.v1.posts_pb2_grpc import PostServiceAsyncStub, PostServiceStub
 from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service.server import Server
-from tests.support.command import Roster
+from tests.support.command import Client, Roster
 from tests.support.mirror import MirrorRun
 from tests.support.pgbouncer import PgBouncer
 from tests.support.postgres import Postgres
@@ -49,6 +49,12 @@ def posts(channel: grpc.aio.Channel) -> PostServiceAsyncStub:
 def roster(server: Server, tmp_path: Path) -> Roster:
     """The command `roster`, a client of the server."""
     return Roster(tmp_path / "files", server.address)
+
+
+@pytest.fixture
+def client(server: Server) -> Client:
+    """Commands that call the server, inside the process of the test."""
+    return Client(server.address)
 
 
 @pytest.fixture

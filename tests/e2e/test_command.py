@@ -1,5 +1,6 @@
 """The command `roster` as its own process: help, errors, exit statuses, signals."""
 
+import os
 import re
 import signal
 import socket
@@ -182,10 +183,20 @@ async def test_clients_read_the_env_file_too(tmp_path: Path) -> None:
     async with serving(tmp_path) as server:
         (tmp_path / ".env").write_text(f"ROSTER_ADDRESS={server.address}\n")
         listed = await run(ROSTER, "loads", folder=tmp_path)
+        nested = await run(ROSTER, "users", "list", folder=tmp_path)
         elsewhere = await run(ROSTER, "loads", folder=tmp_path, ROSTER_ADDRESS="unix:/nowhere/roster.sock")
 
-    assert listed.status == 0
+    assert (listed.status, nested.status) == (0, 0)
     assert "no server answers at unix:/nowhere/roster.sock" in elsewhere.err
+
+
+@pytest.mark.parametrize("command", ["count users --filter", "loads show", "loads list --caller"])
+async def test_refuses_an_argument_that_is_not_utf_8(command: str, tmp_path: Path) -> None:
+    """No field of a request can carry it."""
+    ended = await run(ROSTER, *command.split(), os.fsdecode(b"\xff"), folder=tmp_path)
+
+    sentence = "Error: an argument or a variable of the environment is not UTF-8\n"
+    assert ended == Ended(2, "", sentence)
 
 
 async def test_prints_sql_without_running_it(empty_url: str, tmp_path: Path) -> None:

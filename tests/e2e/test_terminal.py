@@ -143,7 +143,20 @@ async def test_errors_break_between_words(tmp_path: Path, columns: int) -> None:
 
 @pytest.mark.parametrize("columns", [120, 80, 50])
 @pytest.mark.parametrize(
-    "command", ["serve", "load", "loads", "count", "export", "changes", "migrate", "doctor", "token issue"]
+    "command",
+    [
+        "serve",
+        "load",
+        "loads",
+        "users create",
+        "posts list",
+        "count",
+        "export",
+        "changes",
+        "migrate",
+        "doctor",
+        "token issue",
+    ],
 )
 async def test_help_fits_the_terminal(tmp_path: Path, command: str, columns: int) -> None:
     """Only a name that is longer than a line may exceed it; there is none."""
@@ -212,3 +225,21 @@ def test_table_drops_columns_until_it_fits(width: int, expected: list[str]) -> N
     lines = fit([{"a": "100", "b": "longer", "c-id": "x"}], layouts, width, frozenset({"a"}))
 
     assert lines == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (30, ["id  name                   age", " 7  a long name, in prose  3d"]),
+        (29, ["id  name                  age", " 7  a long name, in pro…  3d"]),
+        (25, ["id  name              age", " 7  a long name, in…  3d"]),
+        (24, ["id  name", " 7  a long name, in pro…"]),
+        (19, ["id", "  name", " 7", "  a long name, in prose"]),
+    ],
+)
+def test_table_cuts_prose_before_it_drops_columns(width: int, expected: list[str]) -> None:
+    """Down to 16 characters."""
+    layouts = [("id", "name", "age"), ("id", "name")]
+    rows = [{"id": "7", "name": "a long name, in prose", "age": "3d"}]
+
+    assert fit(rows, layouts, width, frozenset({"id"}), "name") == expected

@@ -9,7 +9,10 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+
+from click.testing import CliRunner, Result
 
 ROSTER = Path(sys.executable).with_name("roster")
 # With these, any number of servers can run at a time.
@@ -58,6 +61,24 @@ async def run(
 ) -> Ended:
     """Run a program until it ends; it inherits the environment except for settings of Roster."""
     return await ended(await start(*command, folder=folder, **environment), stdin)
+
+
+class Client:
+    """Commands that call a server, run inside the test's process: that is faster than one for each."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+
+    async def run(self, name: str, *arguments: str, stdin: bytes = b"") -> Ended:
+        """Run a command until it ends. Standard input and output are not a terminal."""
+        done = await asyncio.to_thread(self._invoke, name, [*arguments, "--address", self._address], stdin)
+        if done.exception and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return Ended(done.exit_code, done.stdout, done.stderr)
+
+    def _invoke(self, name: str, arguments: list[str], stdin: bytes) -> Result:
+        command = getattr(import_module(f"service.cli.{name}"), name)
+        return CliRunner().invoke(command, arguments, stdin, prog_name=f"roster {name}")
 
 
 class Roster:
