@@ -141,9 +141,12 @@ def fingerprint(request: Message) -> bytes:
 
 
 def _clear_sensitive_fields(message: Message) -> None:
-    """Clear the fields that the contract marks with the option `debug_redact`."""
+    """Clear the fields that the contract marks with the option `debug_redact`, except hashes.
+
+    A digest of a password hash reveals no more than the hash, which is stored too.
+    """
     for field, value in message.ListFields():
-        if field.GetOptions().debug_redact:
+        if field.GetOptions().debug_redact and not field.name.startswith("hashed_"):
             message.ClearField(field.name)
         elif field.message_type is not None and not field.is_repeated:
             _clear_sensitive_fields(value)
