@@ -5,7 +5,7 @@ from itertools import chain, count, islice
 from random import Random
 from typing import Any
 
-from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message_factory import GetMessageClass
 
 from service.validation import MAX_ID
@@ -141,7 +141,7 @@ def _random(field: FieldDescriptor, fillings: dict[str, Any], random: Random) ->
 
 def _random_item(field: FieldDescriptor, fillings: dict[str, Any], random: Random) -> Any:
     if field.message_type is not None:
-        return _random_message(field, fillings, random)
+        return _random_message(field.message_type, fillings, random)
     if field.type == FieldDescriptor.TYPE_STRING:
         return _random_text(field.name, random)
     if field.type == FieldDescriptor.TYPE_ENUM:
@@ -151,13 +151,13 @@ def _random_item(field: FieldDescriptor, fillings: dict[str, Any], random: Rando
     return random.choice([1, 1, -1]) * random.randrange(1 << bits)
 
 
-def _random_message(field: FieldDescriptor, fillings: dict[str, Any], random: Random) -> Any:
+def _random_message(message: Descriptor, fillings: dict[str, Any], random: Random) -> Any:
     """Return a message in which some fields have valid values, or an update mask with some paths."""
-    kind = GetMessageClass(field.message_type)
-    if field.message_type.full_name == "google.protobuf.FieldMask":
+    kind = GetMessageClass(message)
+    if message.full_name == "google.protobuf.FieldMask":
         size = random.choice([0, 1, 1, 1, 2, 3, 100, 101])
         return kind(paths=random.choices(PATHS, k=size) if size < 100 else [random.choice(PATHS)] * size)
-    filling = fillings[field.message_type.name]
+    filling = fillings[message.name]
     return kind(
         **{name: filling[name] for name in random.sample([*filling], random.randint(0, len(filling)))}
     )

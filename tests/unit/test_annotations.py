@@ -63,7 +63,7 @@ def sent(message: Descriptor, seen: set[str]) -> Iterator[FieldDescriptor]:
 FIELDS = {field.full_name: field for request in REQUESTS for field in sent(request, set())}
 
 
-def behaviours(field: FieldDescriptor) -> list[Any]:
+def behaviours(field: Any) -> list[Any]:
     return list(field.GetOptions().Extensions[field_behavior])
 
 
@@ -163,9 +163,9 @@ def test_paths_and_bodies_name_fields_of_the_request(method: MethodDescriptor) -
             assert not field.is_repeated
 
 
-def _field(message: Descriptor, path: str) -> FieldDescriptor:
+def _field(message: Any, path: str) -> FieldDescriptor:
     first, _, rest = path.partition(".")
-    field = message.fields_by_name[first]
+    field: FieldDescriptor = message.fields_by_name[first]
     return _field(field.message_type, rest) if rest else field
 
 

@@ -59,7 +59,7 @@ class Field:
     def last(self) -> FieldDescriptor:
         return self.path[-1]
 
-    def with_value(self, value: Any) -> Message:
+    def with_value(self, value: Any) -> Any:
         """Return a request that is valid but for the value."""
         request: Any = self.request(**VALID[self.request])
         if (
@@ -96,7 +96,7 @@ def fields_with_rules() -> Iterator[Field]:
             yield Field(request, path)
 
 
-def _paths(message: Descriptor, above: tuple[FieldDescriptor, ...]) -> Iterator[tuple[FieldDescriptor, ...]]:
+def _paths(message: Any, above: tuple[FieldDescriptor, ...]) -> Iterator[tuple[FieldDescriptor, ...]]:
     for last in message.fields:
         path = (*above, last)
         if OUTPUT_ONLY in last.GetOptions().Extensions[field_behavior]:
@@ -109,7 +109,8 @@ def _paths(message: Descriptor, above: tuple[FieldDescriptor, ...]) -> Iterator[
 
 @cache
 def _has_rules(described: FieldDescriptor | Descriptor) -> bool:
-    return any(option.field_number == RULES for option in UnknownFieldSet(described.GetOptions()))
+    options: Any = UnknownFieldSet(described.GetOptions())
+    return any(option.field_number == RULES for option in options)
 
 
 def _always(value: Any) -> bool:
