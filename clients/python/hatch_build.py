@@ -2,12 +2,13 @@
 
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc_tools
-from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from google.protobuf.descriptor_pb2 import DescriptorProto, FileDescriptorSet
 from google.rpc import status_pb2
 from grpc_tools import protoc
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -69,6 +70,8 @@ def generate(protos: Path) -> None:
     outputs = [f"--{kind}_out={protos}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
     image = describe(protos)
     remove_import_of_rules(image)
+    for file in image.file:
+        _clear_json_names(file.message_type)
     with TemporaryDirectory() as temporary:
         contract = Path(temporary) / "contract.binpb"
         contract.write_bytes(image.SerializeToString())
@@ -78,6 +81,18 @@ def generate(protos: Path) -> None:
         (folder / "py.typed").touch()
         for stubs in folder.glob("*_pb2_grpc.py"):
             _name_async_stubs(stubs)
+
+
+def _clear_json_names(messages: Iterable[DescriptorProto]) -> None:
+    """Clear the names that fields have in JSON, which protoc adds to an image, and derives if they are missing.
+
+    Stubs made from protos have none either. Clients of reflection print fields by their names in the proto
+    only if there are none.
+    """
+    for message in messages:
+        for field in message.field:
+            field.ClearField("json_name")
+        _clear_json_names(message.nested_type)
 
 
 def _protoc(*arguments: str) -> None:
