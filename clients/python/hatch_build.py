@@ -84,7 +84,7 @@ def generate(protos: Path) -> None:
 
 
 def _clear_json_names(messages: Iterable[DescriptorProto]) -> None:
-    """Clear the names that fields have in JSON, which protoc adds to an image, and derives if they are missing.
+    """Clear the JSON names of fields, which protoc adds to an image, and derives if they are missing.
 
     Stubs made from protos have none either. Clients of reflection print fields by their names in the proto
     only if there are none.
