@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from protovalidate import Validator
 
+from roster.v1.bulk_pb2 import BulkOptions
 from service.services import RPCS
 from service.users.rules import MAX_EMAIL, normalise_email
 from tests.support.checks import CHECKS, VALID, is_refused
@@ -68,6 +69,8 @@ class Field:
             and request.options.HasField("update_mask")
         ):
             request.options.update_mask.paths[:] = [self.last.name]
+        if str(self) == "CreateUserRequest.update_mask":
+            request.on_conflict = BulkOptions.UPDATE
         message = request
         for step in self.path[:-1]:
             message = getattr(message, step.name)
