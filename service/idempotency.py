@@ -8,7 +8,9 @@ If the row in an answer is deleted, the answer is erased (`service/db/answers.py
 that the row does not exist.
 """
 
+import re
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Any, Generic, TypeAlias, TypeVar, cast
@@ -30,6 +32,8 @@ from service.db.selection import Row
 from service.wire import DeleteRequest, Update, WriteRequest, deletion_from_request
 
 KEPT_FOR = timedelta(hours=24)
+# UUID() also reads what int() does: signs, white space, underscores and digits of other scripts.
+UUID_TEXT = re.compile(r"(?:urn:uuid:)?\{?[0-9A-Fa-f-]+\}?")
 
 AnyRepository: TypeAlias = type[Repository[Any, Session]]
 AnswerT = TypeVar("AnswerT", bound=Message)
@@ -121,11 +125,11 @@ def request_id_from_text(text: str) -> UUID | None:
     """Return a `request_id`, None for an empty one; raises InvalidField."""
     if not text:
         return None
-    try:
-        return UUID(text)
-    except ValueError:
-        message = "request_id must be a UUID such as 7d0f7c0e-1c43-4b5b-8d5c-2a4b4c1f6a10"
-        raise InvalidField(message, field="request_id") from None
+    if UUID_TEXT.fullmatch(text):
+        with suppress(ValueError):
+            return UUID(text)
+    message = "request_id must be a UUID such as 7d0f7c0e-1c43-4b5b-8d5c-2a4b4c1f6a10"
+    raise InvalidField(message, field="request_id")
 
 
 def fingerprint(request: Message) -> bytes:
@@ -141,9 +145,12 @@ def fingerprint(request: Message) -> bytes:
 
 
 def _clear_sensitive_fields(message: Message) -> None:
-    """Clear the fields that the contract marks with the option `debug_redact`."""
+    """Clear the fields that the contract marks with the option `debug_redact`, except hashes.
+
+    A digest of a password hash reveals no more than the hash, which is stored too.
+    """
     for field, value in message.ListFields():
-        if field.GetOptions().debug_redact:
+        if field.GetOptions().debug_redact and not field.name.startswith("hashed_"):
             message.ClearField(field.name)
         elif field.message_type is not None and not field.is_repeated:
             _clear_sensitive_fields(value)

@@ -1,43 +1,40 @@
-"""Compile the protos into one descriptor image, the input format of buf.
+"""Compile the protos into one descriptor image, the input format of buf and of plugins of protoc.
 
 buf alone does not find google/rpc; protoc finds it in the wheel of googleapis-common-protos.
 `make contract` runs `python -m tools.contract_image protos/released.binpb` at a release.
 """
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
-from google.rpc import status_pb2
+from clients.python.hatch_build import describe, remove_import_of_rules
 
 PROTOS = Path(__file__).parents[1] / "protos"
 RELEASED = PROTOS / "released.binpb"
-GOOGLEAPIS = Path(status_pb2.__file__).parents[2]
 
 
-def write_image(out: Path, protos: Path = PROTOS, *, comments: bool = False) -> Path:
-    """Compile every proto under `protos`, and its imports, into `out`; `comments` are optional.
+def write_image(out: Path, protos: Path = PROTOS, *, comments: bool = False, for_stubs: bool = False) -> Path:
+    """Compile the contract under `protos`, and its imports, into `out`; `comments` are optional.
 
-    Raises CalledProcessError; protoc prints its messages on standard error.
+    An image for stubs keeps the rules of protovalidate, but does not import their definition: code that is
+    generated from it needs no package of protovalidate. Raises SystemExit.
     """
-    sources = sorted(path.resolve() for path in protos.rglob("*.proto"))
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "grpc_tools.protoc", f"-I{protos.resolve()}", f"-I{GOOGLEAPIS}"),
-            *("--include_imports", f"--descriptor_set_out={out}"),
-            *(["--include_source_info"] if comments else []),
-            *sources,
-        ],
-        check=True,
-    )
+    image = describe(protos)
+    if for_stubs:
+        remove_import_of_rules(image)
+    if not comments:
+        for file in image.file:
+            file.ClearField("source_code_info")
+    out.write_bytes(image.SerializeToString(deterministic=True))
     return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the protos into an image without comments.")
+    parser.add_argument("--for-stubs", action="store_true", help="with comments, without buf/validate")
     parser.add_argument("out", type=Path)
-    write_image(parser.parse_args().out)
+    arguments = parser.parse_args()
+    write_image(arguments.out, comments=arguments.for_stubs, for_stubs=arguments.for_stubs)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from google.protobuf.descriptor_pb2 import (
     MethodDescriptorProto,
 )
 
+from clients.python.hatch_build import sources
 from tools.contract_image import PROTOS, write_image
 
 PAGE = Path(__file__).parents[1] / "docs/reference.md"
@@ -121,7 +122,7 @@ def page(protos: Path = PROTOS) -> str:
     with TemporaryDirectory() as folder:
         image = write_image(Path(folder) / "contract.binpb", protos, comments=True)
         found = {file.name: file for file in FileDescriptorSet.FromString(image.read_bytes()).file}
-    files = sorted(str(path.relative_to(protos)) for path in protos.rglob("*.proto"))
+    files = sources(protos)
     files.sort(key=lambda name: "resources" not in name)  # first, since the others refer to them
     parts = ["\n".join(Reference(found[name]).lines()) for name in files]
     return re.sub(r"\n{3,}", "\n\n", "\n".join([HEAD, *parts, ""]))

@@ -8,6 +8,8 @@ from pathlib import Path
 import grpc_tools
 from google.rpc import status_pb2
 
+from tools.contract_image import write_image
+
 ROOT = Path(__file__).parents[2]
 SOURCES = Path(__file__).parent
 BUILT = ROOT / ".bench"
@@ -20,7 +22,7 @@ FILES = [f"roster/v1/{name}.proto" for name in ("resources", "users", "posts", "
 INCLUDES = [
     ROOT / "protos",
     Path(grpc_tools.__file__).parent / "_proto",
-    Path(status_pb2.__file__).parents[2],  # google/rpc/*.proto
+    Path(status_pb2.__file__).parents[2],  # google/api and google/rpc
 ]
 
 
@@ -38,7 +40,8 @@ def build_go() -> None:
     folder = shutil.copytree(SOURCES / "go", BUILT / "go", dirs_exist_ok=True)
     _run(folder, "go", "build", "-o", "./plugins/", "tool")
     protoc: list[str | Path] = [sys.executable, "-m", "grpc_tools.protoc"]
-    protoc += [f"-I{path}" for path in INCLUDES]
+    image = write_image(folder / "contract.binpb", for_stubs=True)
+    protoc += [f"--descriptor_set_in={image}"]
     for kind in ("go", "go-grpc"):
         protoc += [f"--plugin={folder}/plugins/protoc-gen-{kind}", f"--{kind}_out={folder}"]
         protoc += [f"--{kind}_opt=module={MODULE}"]

@@ -2,10 +2,13 @@
 
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc_tools
+from google.protobuf.descriptor_pb2 import DescriptorProto, FileDescriptorSet
 from google.rpc import status_pb2
 from grpc_tools import protoc
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -18,40 +21,83 @@ ASYNC_STUB = """
 """
 
 
-def generate(protos: Path) -> None:
-    """Write `*_pb2.py`, `*_pb2_grpc.py` and their types next to each proto in `protos`."""
-    scripts = Path(sys.executable).parent
+# The file that defines the rules of protovalidate.
+RULES = "buf/validate/validate.proto"
+
+
+def sources(protos: Path) -> list[str]:
+    """Return the files of the contract, relative to `protos`; its other files are only imported."""
+    return sorted(str(path.relative_to(protos)) for path in protos.glob("roster/**/*.proto"))
+
+
+def describe(protos: Path) -> FileDescriptorSet:
+    """Return the contract and its imports, with comments; raises SystemExit if it does not compile."""
     includes = [
         protos,
         Path(grpc_tools.__file__).parent / "_proto",
-        Path(status_pb2.__file__).parents[2],  # google/rpc/*.proto
+        Path(status_pb2.__file__).parents[2],  # google/api and google/rpc
     ]
-    sources = sorted(str(path.relative_to(protos)) for path in protos.rglob("*.proto"))
+    with TemporaryDirectory() as folder:
+        image = Path(folder) / "contract.binpb"
+        options = ["--include_imports", "--include_source_info", f"--descriptor_set_out={image}"]
+        _protoc(*(f"-I{path}" for path in includes), *options, *sources(protos))
+        return FileDescriptorSet.FromString(image.read_bytes())
+
+
+def remove_import_of_rules(image: FileDescriptorSet) -> None:
+    """Make a contract usable without the package of protovalidate, which callers need not install.
+
+    The rules stay in the options of fields. Protobuf keeps options that it does not know, and protovalidate
+    reads them there.
+    """
+    for file in image.file:
+        if RULES in file.dependency:
+            file.dependency.remove(RULES)
+    kept = [file for file in image.file if file.name != RULES]
+    del image.file[:]
+    image.file.extend(kept)
+
+
+def generate(protos: Path) -> None:
+    """Write `*_pb2.py`, `*_pb2_grpc.py` and their types next to each proto of the contract in `protos`."""
+    scripts = Path(sys.executable).parent
     # Without build isolation the plugins of mypy-protobuf are not on PATH.
     plugins = [
         f"--plugin={name}={scripts / name}"
         for name in ("protoc-gen-mypy", "protoc-gen-mypy_grpc")
         if (scripts / name).exists()
     ]
-    failed = protoc.main(
-        [
-            "protoc",
-            *(f"-I{path}" for path in includes),
-            *plugins,
-            f"--python_out={protos}",
-            f"--grpc_python_out={protos}",
-            f"--mypy_out={protos}",
-            f"--mypy_grpc_out={protos}",
-            *sources,
-        ]
-    )
-    if failed:
-        raise SystemExit("protoc could not compile the contract; see its messages above")
-    for folder in {(protos / source).parent for source in sources}:
+    outputs = [f"--{kind}_out={protos}" for kind in ("python", "grpc_python", "mypy", "mypy_grpc")]
+    image = describe(protos)
+    remove_import_of_rules(image)
+    for file in image.file:
+        _clear_json_names(file.message_type)
+    with TemporaryDirectory() as temporary:
+        contract = Path(temporary) / "contract.binpb"
+        contract.write_bytes(image.SerializeToString())
+        _protoc(f"--descriptor_set_in={contract}", *plugins, *outputs, *sources(protos))
+    for folder in {(protos / source).parent for source in sources(protos)}:
         (folder / "__init__.py").touch()
         (folder / "py.typed").touch()
         for stubs in folder.glob("*_pb2_grpc.py"):
             _name_async_stubs(stubs)
+
+
+def _clear_json_names(messages: Iterable[DescriptorProto]) -> None:
+    """Clear the JSON names of fields, which protoc adds to an image, and derives if they are missing.
+
+    Stubs made from protos have none either. Clients of reflection print fields by their names in the proto
+    only if there are none.
+    """
+    for message in messages:
+        for field in message.field:
+            field.ClearField("json_name")
+        _clear_json_names(message.nested_type)
+
+
+def _protoc(*arguments: str) -> None:
+    if protoc.main(["protoc", *arguments]):
+        raise SystemExit("protoc could not compile the contract; see its messages above")
 
 
 def _name_async_stubs(stubs: Path) -> None:

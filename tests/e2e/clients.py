@@ -26,6 +26,8 @@ from tests.support.wire import RPCS
 
 CHECKOUT = Path(__file__).parents[2]
 NODE = Path(__file__).with_name("node")
+# The folders with all protos: those of the contract, and those that it imports.
+INCLUDES = (CHECKOUT / "protos", Path(error_details_pb2.__file__).parents[2])
 STATUS_CODES = {code.name.lower(): code for code in grpc.StatusCode}
 
 
@@ -134,10 +136,8 @@ class Node(Client):
             pytest.skip(f"{NODE}/node_modules is missing: run `make tools`, and heed its warnings")
 
     async def run(self, method: str, stdin: str) -> Ended:
-        google = Path(error_details_pb2.__file__).parents[2]
-        includes = [str(CHECKOUT / "protos"), str(google)]
         return await run(
-            self._program, NODE / "call.mjs", self.address, method, *includes, stdin=stdin.encode()
+            self._program, NODE / "call.mjs", self.address, method, *INCLUDES, stdin=stdin.encode()
         )
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.clients import CHECKOUT, NODE, installed
+from tests.e2e.clients import CHECKOUT, INCLUDES, NODE, installed
 from tests.support.command import Ended, run, serving
-from tests.support.go import INCLUDES, build
+from tests.support.go import build
 
 PAGE = (CHECKOUT / "docs/calling.md").read_text()
 
@@ -43,7 +43,7 @@ async def test_node_example(address: str, tmp_path: Path) -> None:
     (tmp_path / "hello.mjs").write_text(program)
 
     for _ in range(2):
-        ended = await run_program(installed("node"), "hello.mjs", address, *INCLUDES[:2], folder=tmp_path)
+        ended = await run_program(installed("node"), "hello.mjs", address, *INCLUDES, folder=tmp_path)
         assert ended.out == printed
 
 

@@ -13,9 +13,9 @@ from sqlalchemy import delete, insert, update
 from service.changes.reset import reset_feed
 from service.server import Server
 from service.users.model import User
-from tests.e2e.clients import CHECKOUT, NODE, installed
+from tests.e2e.clients import CHECKOUT, INCLUDES, NODE, installed
 from tests.support.command import ended, start
-from tests.support.go import INCLUDES, build
+from tests.support.go import build
 from tests.support.random_changes import RandomChanges, read_rows
 from tests.support.rows import add_users
 
@@ -75,7 +75,7 @@ async def node(server: Server, folder: Path) -> Consumer:
         pytest.skip(f"{NODE}/node_modules is missing: run `make tools`, and heed its warnings")
     (folder / "node_modules").symlink_to(NODE / "node_modules")
     (folder / "consumer.mjs").write_text((EXAMPLES / "consumer.mjs").read_text())
-    return Consumer((installed("node"), folder / "consumer.mjs"), server.address, folder, *INCLUDES[:2])
+    return Consumer((installed("node"), folder / "consumer.mjs"), server.address, folder, *INCLUDES)
 
 
 async def go(server: Server, folder: Path) -> Consumer:

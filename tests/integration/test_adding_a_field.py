@@ -37,7 +37,7 @@ def test_page_makes_a_field_that_works(copy: Path, postgres: Postgres) -> None:
     run_python(copy, "-m", "alembic", "check")
     run_python(copy, "-m", "ruff", "format", "--check", "service", "tests/e2e/test_nicknames.py")
     run_python(copy, "-m", "ruff", "check", "service", "tests/e2e/test_nicknames.py")
-    tests = ["tests/e2e/test_nicknames.py", "tests/unit/test_convert.py"]
+    tests = ["tests/e2e/test_nicknames.py", "tests/unit/test_convert.py", "tests/unit/test_annotations.py"]
     migrations = "tests/integration/test_migrations.py"
     names = ("test_models_and_migrations_agree", "test_every_migration_goes_down_and_up_again")
     run_tests(copy, postgres, *tests, *[f"{migrations}::{name}" for name in names])

@@ -46,7 +46,8 @@ def bad_versions(path: str, **rest: Any) -> list[Bad]:
 
 
 def bad_request_ids(**rest: Any) -> list[Bad]:
-    return bad_values("request_id", [SECRET, "0" * 31, f"{'0' * 8}-{SECRET}\0"], **rest)
+    texts = [SECRET, "0" * 31, f"{'0' * 8}-{SECRET}\0", "+" + "0" * 31, "٣" * 32]
+    return bad_values("request_id", texts, **rest)
 
 
 def bad_views(**rest: Any) -> list[Bad]:

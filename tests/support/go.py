@@ -4,19 +4,12 @@ import shutil
 import sys
 from pathlib import Path
 
-import grpc_tools
-from google.rpc import error_details_pb2
-
 from tests.e2e.clients import CHECKOUT, installed
 from tests.support.command import run
+from tools.contract_image import write_image
 
 MODULE = "example.org/hello"
 FILES = [f"roster/v1/{name}.proto" for name in ("resources", "users", "posts", "bulk", "changes")]
-INCLUDES = [
-    CHECKOUT / "protos",
-    Path(error_details_pb2.__file__).parents[2],
-    Path(grpc_tools.__file__).parent / "_proto",
-]
 
 
 async def build(program: str, folder: Path) -> Path:
@@ -38,7 +31,7 @@ async def build(program: str, folder: Path) -> Path:
 def protoc(folder: Path) -> list[str | Path]:
     """Return the command that generates the stubs."""
     command: list[str | Path] = [sys.executable, "-m", "grpc_tools.protoc"]
-    command += [f"-I{path}" for path in INCLUDES]
+    command += [f"--descriptor_set_in={write_image(folder / 'contract.binpb', for_stubs=True)}"]
     for kind in ("go", "go-grpc"):
         command += [f"--plugin={folder}/protoc-gen-{kind}", f"--{kind}_out={folder}"]
         command += [f"--{kind}_opt=module={MODULE}"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.support.postgres import Postgres
 
 CHECKOUT = Path(__file__).parents[2]
-FOLDERS = ("alembic", "clients/python", "deploy", "docs", "protos", "service", "tests")
+FOLDERS = ("alembic", "clients/python", "deploy", "docs", "protos", "service", "tests", "tools")
 FILES = ("alembic.ini", "pyproject.toml", "LICENSE", "README.md")
 GENERATED = shutil.ignore_patterns("__pycache__", "*_pb2*", "node_modules")
 BLOCK = re.compile(r"^```(diff|python|sh)\n# (\S+/\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

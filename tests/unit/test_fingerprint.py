@@ -31,6 +31,6 @@ def test_ignores_fields_marked_as_sensitive() -> None:
 
 
 def test_differs_for_any_other_field() -> None:
-    """A hash of a password included."""
+    """A hash of a password included, although the contract marks it too."""
     assert fingerprint(changed(full_name="Countess")) != fingerprint(REQUEST)
     assert fingerprint(changed(hashed_password="$argon2id$")) != fingerprint(REQUEST)
