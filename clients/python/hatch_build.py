@@ -123,5 +123,5 @@ class StubsHook(BuildHookInterface[Any]):
         generate(protos)
         if version == "standard":
             for made in sorted((protos / "roster/v1").iterdir()):
-                if made.suffix in {".proto", ".py", ".pyi", ".typed"}:
+                if made.suffix in {".py", ".pyi", ".typed"}:
                     build_data["force_include"][str(made)] = f"roster/v1/{made.name}"
