@@ -1,6 +1,7 @@
 """Generate the code of the clients in Go and TypeScript from the protos, as buf.gen.yaml says.
 
-`make clients` runs `python -m tools.generate_clients .`. It needs Go, and the node_modules of clients/typescript.
+`make clients` runs `python -m tools.generate_clients .`. It needs Go, and the node_modules of
+clients/typescript.
 """
 
 import argparse
@@ -9,9 +10,11 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tools.contract_image import write_image
+from tools.contract_image import GOOGLEAPIS, write_image
 
 CHECKOUT = Path(__file__).parents[1]
+# What the servers put into errors. The Go library of gRPC has it.
+DETAILS = "google/rpc/error_details.proto"
 BUF = Path(sys.executable).with_name("buf")
 
 
@@ -22,7 +25,15 @@ def generate(out: Path) -> None:
     """
     with TemporaryDirectory() as folder:
         image = write_image(Path(folder) / "protos.binpb", comments=True)
-        subprocess.run([BUF, "generate", image, "--path", "roster", "--output", out.resolve()], cwd=CHECKOUT, check=True)
+        _buf_generate(out, image, "--path", "roster")
+        details = Path(folder) / "details.binpb"
+        compiler = (sys.executable, "-m", "grpc_tools.protoc", f"-I{GOOGLEAPIS}", "--include_imports")
+        subprocess.run([*compiler, f"--descriptor_set_out={details}", DETAILS], check=True)
+        _buf_generate(out, details, "--path", DETAILS, "--template", "clients/typescript/buf.gen.yaml")
+
+
+def _buf_generate(out: Path, image: Path, *options: str) -> None:
+    subprocess.run([BUF, "generate", image, *options, "--output", out.resolve()], cwd=CHECKOUT, check=True)
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ type Error struct {
 	RetryDelay time.Duration
 
 	hasRetryDelay bool
+	isForeign     bool // not of a call
 	status        *statuspb.Status
 }
 
@@ -44,7 +45,7 @@ func Reason(err error) string {
 }
 
 // ErrorFrom returns the error of a failed call: err itself, one that err wraps, or one made from a gRPC status. It
-// returns nil for nil, and an Error with the code Unknown for any other error.
+// returns nil for nil, and for any other error one that is not retryable, with the code Unknown.
 func ErrorFrom(err error) *Error {
 	if err == nil {
 		return nil
@@ -56,7 +57,9 @@ func ErrorFrom(err error) *Error {
 	if converted, ok := status.FromError(err); ok {
 		return errorFromStatus(converted)
 	}
-	return errorFromStatus(status.FromContextError(err))
+	failure = errorFromStatus(status.FromContextError(err))
+	failure.isForeign = true
+	return failure
 }
 
 func errorFromStatus(converted *status.Status) *Error {
@@ -101,6 +104,9 @@ func (e *Error) Is(target error) bool {
 
 // IsRetryable returns whether repeating the call can succeed.
 func (e *Error) IsRetryable() bool {
+	if e.isForeign {
+		return false
+	}
 	switch e.Code {
 	case codes.Unavailable:
 		return true

@@ -44,7 +44,11 @@ func main() {
 			fmt.Println("watching")
 		}
 		token = []byte(response.Token)
-		if err := os.WriteFile(file, token, 0o600); err != nil {
+		// A file that is half written would lose the position.
+		if err := os.WriteFile(file+".new", token, 0o600); err != nil {
+			log.Fatal(err)
+		}
+		if err := os.Rename(file+".new", file); err != nil {
 			log.Fatal(err)
 		}
 	}

@@ -1,0 +1,81 @@
+import { fromBinary } from "@bufbuild/protobuf";
+import { anyUnpack, durationMs, type Any } from "@bufbuild/protobuf/wkt";
+import { status, type ServiceError } from "@grpc/grpc-js";
+
+import { BadRequestSchema, ErrorInfoSchema, RetryInfoSchema } from "./google/rpc/error_details_pb.js";
+import { StatusSchema } from "./google/rpc/status_pb.js";
+
+export const OUTCOME_UNKNOWN = "OUTCOME_UNKNOWN";
+
+/** An invalid field of a request: its path, and a sentence. */
+export interface Violation {
+  readonly field: string;
+  readonly message: string;
+}
+
+/** Why a call failed. All functions of this package throw it. */
+export class RosterError extends Error {
+  override readonly name = "RosterError";
+
+  /** For programs to switch on, such as "EMAIL_TAKEN"; "" if the error does not come from a server of Roster. */
+  readonly reason: string = "";
+
+  /**
+   * The metadata of the error, such as `existing_id`. For a write that may have been applied, they have the
+   * `request_id` with which it is safe to repeat it.
+   */
+  readonly facts: Record<string, string> = {};
+
+  /** The invalid fields of the request. */
+  readonly violations: readonly Violation[] = [];
+
+  /** The shortest time to wait before another attempt, in milliseconds; undefined if the server has not set one. */
+  readonly retryDelayMs: number | undefined;
+
+  constructor(
+    /** The code of the gRPC status. */
+    readonly code: status,
+    message: string,
+    details: readonly Any[] = [],
+  ) {
+    super(message);
+    for (const detail of details) {
+      const info = anyUnpack(detail, ErrorInfoSchema);
+      const invalid = anyUnpack(detail, BadRequestSchema);
+      const retry = anyUnpack(detail, RetryInfoSchema);
+      if (info) {
+        this.reason = info.reason;
+        this.facts = { ...info.metadata };
+      }
+      if (invalid) {
+        this.violations = invalid.fieldViolations.map(({ field, description }) => ({ field, message: description }));
+      }
+      if (retry?.retryDelay) this.retryDelayMs = durationMs(retry.retryDelay);
+    }
+  }
+
+  /** Whether repeating the call can succeed. */
+  get isRetryable(): boolean {
+    if (this.retryDelayMs !== undefined || this.reason === OUTCOME_UNKNOWN) return true;
+    if (this.code === status.UNAVAILABLE) return true;
+    // From gRPC or a proxy, if there is no reason.
+    return !this.reason && [status.CANCELLED, status.INTERNAL, status.UNKNOWN].includes(this.code);
+  }
+}
+
+/** Return the error of a failed call. */
+export function errorFromCall({ code, details, metadata }: ServiceError): RosterError {
+  const [packed] = metadata.get("grpc-status-details-bin");
+  if (!(packed instanceof Buffer)) return new RosterError(code, details);
+  const { message, details: unpacked } = fromBinary(StatusSchema, packed);
+  return new RosterError(code, message, unpacked);
+}
+
+/** Return an error of the client, which a retry may fix. */
+export function unavailable(message: string): RosterError {
+  return new RosterError(status.UNAVAILABLE, message);
+}
+
+export function isServiceError(error: unknown): error is ServiceError {
+  return error instanceof Error && "code" in error && "metadata" in error && "details" in error;
+}
