@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help install run migrate lint format check test tools lock reference contract clean bench \
+.PHONY: help install run migrate lint format check test tools lock reference contract clients clean bench \
 	bench-peers bench-read bench-bulk bench-changes bench-commands bench-workers test-changes test-pythons test-crash test-crossing test-failover test-upgrade test-hostile test-timing test-pooler test-go audit sbom
 
 VENV := .venv
@@ -13,6 +13,7 @@ BUILD_INPUTS := pyproject.toml $(CLIENT)/pyproject.toml $(CLIENT)/hatch_build.py
 # Not the programs that somebody tries in the checkout, such as the README's hello.py.
 SOURCES := alembic bench clients deploy examples service tests tools
 NODE := tests/e2e/node
+TYPESCRIPT := clients/typescript
 ENGINES := tests/engines
 # What `make check` runs besides lint: the unit tests, and at least one file of each layer above them.
 CHECKED := tests/unit $(addprefix tests/integration/test_,user_repository.py post_repository.py repository.py \
@@ -91,10 +92,10 @@ sbom: $(VENV)/development ## Write the pinned dependencies with their hashes to 
 	$(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
 		--output-file dist/roster.cdx.json requirements.lock
 
-test-go: $(VENV)/development ## Run the Go programs of docs/calling.md and examples/changes; needs Go, and a minute the first time
-	ROSTER_TEST_GO=1 $(BIN)/python -m pytest tests/e2e/test_calling.py tests/e2e/test_change_consumers.py --timeout 600
+test-go: $(VENV)/development ## Run the Go client, and the Go programs of docs/calling.md and examples/changes; needs Go, and a minute the first time
+	ROSTER_TEST_GO=1 $(BIN)/python -m pytest tests/e2e/test_languages.py tests/e2e/test_calling.py tests/e2e/test_change_consumers.py --timeout 600
 
-tools: .tools/grpcurl-$(GRPCURL) .tools/pgbouncer/unpacked $(NODE)/node_modules/.package-lock.json $(ENGINES)/node_modules/.package-lock.json ## Install grpcurl, PgBouncer, the Node client, and PostgreSQL 14 to 18, which some tests use
+tools: .tools/grpcurl-$(GRPCURL) .tools/pgbouncer/unpacked $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/dist/built $(ENGINES)/node_modules/.package-lock.json ## Install grpcurl, PgBouncer, the clients for Node, and PostgreSQL 14 to 18, which some tests use
 
 lock: ## Resolve and pin the dependencies; UPGRADE=1 takes the newest versions; needs uv
 	@command -v uv >/dev/null || { echo 'make: uv is not on PATH: pip install uv' >&2; exit 1; }
@@ -106,11 +107,14 @@ lock: ## Resolve and pin the dependencies; UPGRADE=1 takes the newest versions; 
 reference: $(VENV)/development ## Generate docs/reference.md from the protos
 	$(BIN)/python -m tools.contract_reference docs/reference.md
 
+clients: $(VENV)/development $(TYPESCRIPT)/node_modules/.package-lock.json ## Generate the code of the clients in Go and TypeScript from the protos; needs Go and npm
+	$(BIN)/python -m tools.generate_clients .
+
 contract: $(VENV)/development ## Record the protos as released; later versions are compared with them
 	$(BIN)/python -m tools.contract_image protos/released.binpb
 
 clean: ## Remove installed, generated and cached files; data is kept
-	rm -rf $(VENV) .bench .tools dist $(NODE)/node_modules $(ENGINES)/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .bench .tools dist $(NODE)/node_modules $(ENGINES)/node_modules $(addprefix $(TYPESCRIPT)/,node_modules dist examples/dist) .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find protos \( -name '*_pb2*' -o -name __init__.py -o -name py.typed \) -delete
 	find alembic clients protos service tests tools -name __pycache__ -prune -exec rm -rf {} +
 
@@ -153,6 +157,14 @@ $(NODE)/node_modules/.package-lock.json: $(NODE)/package-lock.json
 	@if command -v npm >/dev/null; then \
 		npm ci --prefix $(NODE) --ignore-scripts --no-audit --no-fund --loglevel=error; \
 	else echo 'WARNING: no npm on PATH: tests that use the Node client are skipped' >&2; fi
+
+$(TYPESCRIPT)/node_modules/.package-lock.json: $(TYPESCRIPT)/package-lock.json
+	@if command -v npm >/dev/null; then \
+		npm ci --prefix $(TYPESCRIPT) --ignore-scripts --no-audit --no-fund --loglevel=error; \
+	else echo 'WARNING: no npm on PATH: tests of the client for TypeScript are skipped' >&2; fi
+
+$(TYPESCRIPT)/dist/built: $(TYPESCRIPT)/node_modules/.package-lock.json $(shell find $(TYPESCRIPT)/src $(TYPESCRIPT)/examples -name '*.ts')
+	@if command -v npm >/dev/null; then npm run --prefix $(TYPESCRIPT) --silent build && touch $@; fi
 
 # Its scripts only create the symlinks that tests/support/engines.py creates.
 $(ENGINES)/node_modules/.package-lock.json: $(ENGINES)/package-lock.json

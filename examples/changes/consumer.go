@@ -15,9 +15,7 @@ import (
 	"fmt"
 	"io"
 	"log"
-	"math/rand/v2"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -25,43 +23,34 @@ import (
 	"unicode"
 
 	"go.etcd.io/bbolt"
-	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/grpc/keepalive"
-	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
-	roster "example.org/hello/roster/v1"
+	roster "example.com/roster/clients/go"
+	rosterv1 "example.com/roster/clients/go/roster/v1"
 )
 
-const (
-	silence = 35 * time.Second // the server sends a response every 10 s
-	fresh   = 30 * time.Second
-)
-
-var retryable = []codes.Code{codes.Unavailable, codes.Canceled, codes.DeadlineExceeded, codes.ResourceExhausted,
-	codes.Internal, codes.Unknown}
+const fresh = 30 * time.Second
 
 // A sink is what the changes are for.
 type sink interface {
 	begin(ctx context.Context) (token string, err error)
-	apply(response *roster.WatchChangesResponse) error
+	apply(response *rosterv1.WatchChangesResponse) error
 	clear() error
 	ask(question string) (string, error)
 }
 
 // A rows is what a store does with a user; nil is one that does not exist.
 type rows interface {
-	put(tx *bbolt.Tx, id int64, user *roster.User) error
+	put(tx *bbolt.Tx, id int64, user *rosterv1.User) error
 	ask(tx *bbolt.Tx, question string) string
 }
 
 // A store is a copy of the users in a file. No transaction stores rows without the token that belongs to them.
 type store struct {
 	db    *bbolt.DB
-	users roster.UserServiceClient
+	users rosterv1.UserServiceClient
 	rows  rows
 }
 
@@ -88,9 +77,9 @@ func (s *store) begin(ctx context.Context) (string, error) {
 				return err
 			}
 		}
-		call, err := s.users.ExportUsers(ctx, &roster.ExportUsersRequest{})
+		call, err := s.users.ExportUsers(ctx, &rosterv1.ExportUsersRequest{})
 		for err == nil {
-			var response *roster.ExportUsersResponse
+			var response *rosterv1.ExportUsersResponse
 			if response, err = call.Recv(); err != nil {
 				break
 			}
@@ -114,7 +103,7 @@ func (s *store) begin(ctx context.Context) (string, error) {
 }
 
 // apply applies changes in the order received, and stores the token, in one transaction.
-func (s *store) apply(response *roster.WatchChangesResponse) error {
+func (s *store) apply(response *rosterv1.WatchChangesResponse) error {
 	return s.db.Update(func(tx *bbolt.Tx) error {
 		for _, change := range response.Changes {
 			if err := s.rows.put(tx, changedID(change), change.GetUser()); err != nil {
@@ -143,7 +132,7 @@ func (s *store) ask(question string) (answer string, err error) {
 // A mirror has all users. The id is the only key, because two users can trade their e-mails.
 type mirror struct{}
 
-func (mirror) put(tx *bbolt.Tx, id int64, user *roster.User) error {
+func (mirror) put(tx *bbolt.Tx, id int64, user *rosterv1.User) error {
 	if user == nil {
 		return tx.Bucket(usersBucket).Delete(key(id))
 	}
@@ -156,7 +145,7 @@ func (mirror) put(tx *bbolt.Tx, id int64, user *roster.User) error {
 
 func (mirror) ask(tx *bbolt.Tx, question string) string {
 	id, _ := strconv.ParseInt(question, 10, 64)
-	value, user := tx.Bucket(usersBucket).Get(key(id)), &roster.User{}
+	value, user := tx.Bucket(usersBucket).Get(key(id)), &rosterv1.User{}
 	if value == nil || proto.Unmarshal(value, user) != nil {
 		return "-"
 	}
@@ -166,7 +155,7 @@ func (mirror) ask(tx *bbolt.Tx, question string) string {
 // An index has the ids of users by the words of their names. It keeps the names, to find the words to delete.
 type index struct{}
 
-func (index) put(tx *bbolt.Tx, id int64, user *roster.User) error {
+func (index) put(tx *bbolt.Tx, id int64, user *rosterv1.User) error {
 	names, words := tx.Bucket(usersBucket), tx.Bucket(wordsBucket)
 	for _, word := range split(string(names.Get(key(id)))) {
 		if err := words.Delete(append([]byte(word+"\x00"), key(id)...)); err != nil {
@@ -207,7 +196,7 @@ func key(id int64) []byte {
 
 // A cache has users that were read before, in memory. A change drops its user; the next question reads it again.
 type cache struct {
-	users   roster.UserServiceClient
+	users   rosterv1.UserServiceClient
 	mutex   sync.Mutex
 	token   string
 	heardAt time.Time
@@ -220,7 +209,7 @@ func (c *cache) begin(context.Context) (string, error) {
 	return c.token, nil
 }
 
-func (c *cache) apply(response *roster.WatchChangesResponse) error {
+func (c *cache) apply(response *rosterv1.WatchChangesResponse) error {
 	c.mutex.Lock()
 	defer c.mutex.Unlock()
 	for _, change := range response.Changes {
@@ -249,9 +238,9 @@ func (c *cache) ask(question string) (string, error) {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	user, err := c.users.GetUser(ctx, &roster.GetUserRequest{Key: &roster.GetUserRequest_Id{Id: id}})
+	user, err := c.users.GetUser(ctx, &rosterv1.GetUserRequest{Key: &rosterv1.GetUserRequest_Id{Id: id}})
 	name := user.GetFullName()
-	if status.Code(err) == codes.NotFound {
+	if roster.Reason(err) == "USER_NOT_FOUND" {
 		name, err = "-", nil
 	}
 	if err != nil {
@@ -282,67 +271,43 @@ func (c *cache) lookUp(id int64, read *int) (string, bool) {
 }
 
 // changedID returns the id of a user that has changed or was deleted.
-func changedID(change *roster.Change) int64 {
+func changedID(change *rosterv1.Change) int64 {
 	if user := change.GetUser(); user != nil {
 		return user.Id
 	}
 	return change.GetDeletedUserId()
 }
 
-// watch applies the responses of one watch until it breaks. A server that sends nothing counts as lost: a proxy may
-// hide that it is.
-func watch(feed roster.ChangeServiceClient, into sink, heard func()) error {
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
+// watch applies responses until an error that the client can't fix.
+func watch(client *roster.Client, into sink) error {
+	ctx := context.Background()
 	token, err := into.begin(ctx)
 	if err != nil {
 		return err
 	}
-	timer := time.AfterFunc(silence, cancel)
-	defer timer.Stop()
-	request := &roster.WatchChangesRequest{Entities: []roster.Change_Entity{roster.Change_USERS}, Token: token}
-	call, err := feed.WatchChanges(ctx, request)
-	for err == nil {
-		var response *roster.WatchChangesResponse
-		if response, err = call.Recv(); err == nil {
-			err = into.apply(response)
-			heard()
-			timer.Reset(silence)
+	for response, err := range roster.Watch(ctx, client.Changes, token, rosterv1.Change_USERS) {
+		if err != nil {
+			return err
+		}
+		if err := into.apply(response); err != nil {
+			return err
 		}
 	}
-	return err
-}
-
-// isRetryable returns whether a watch that broke can continue; an error of the file has no status.
-func isRetryable(err error) bool {
-	failure, ok := status.FromError(err)
-	return ok && slices.Contains(retryable, failure.Code())
-}
-
-func reason(err error) string {
-	for _, detail := range status.Convert(err).Details() {
-		if info, ok := detail.(*errdetails.ErrorInfo); ok {
-			return info.Reason
-		}
-	}
-	return ""
+	return nil
 }
 
 // follow applies changes for ever, and returns the first error that a retry can't fix.
-func follow(feed roster.ChangeServiceClient, into sink) error {
-	const first, longest = 250 * time.Millisecond, 10 * time.Second
-	pause := first
+func follow(client *roster.Client, into sink) error {
 	for {
-		err := watch(feed, into, func() { pause = first })
-		switch reason := reason(err); {
+		err := watch(client, into)
+		switch reason := roster.Reason(err); {
 		case reason == "FEED_RESET" || reason == "TOKEN_EXPIRED":
 			if err := into.clear(); err != nil {
 				return err
 			}
-		case err == io.EOF || isRetryable(err):
+		case roster.ErrorFrom(err).IsRetryable():
 			log.Printf("%v; trying again", err)
-			time.Sleep(pause/2 + rand.N(pause/2))
-			pause = min(2*pause, longest)
+			time.Sleep(time.Second)
 		default:
 			return err
 		}
@@ -351,24 +316,22 @@ func follow(feed roster.ChangeServiceClient, into sink) error {
 
 func main() {
 	kind, address, file := os.Args[1], os.Args[2], os.Args[3]
-	connection, err := grpc.NewClient(address, grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}))
+	client, err := roster.NewClient(address, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		log.Fatal(err)
 	}
-	users := roster.NewUserServiceClient(connection)
 	var into sink
 	if kind == "cache" {
-		into = &cache{users: users}
+		into = &cache{users: client.Users}
 		into.clear()
 	} else {
 		db, err := bbolt.Open(file, 0o600, nil)
 		if err != nil {
 			log.Fatal(err)
 		}
-		into = &store{db, users, map[string]rows{"index": index{}, "mirror": mirror{}}[kind]}
+		into = &store{db, client.Users, map[string]rows{"index": index{}, "mirror": mirror{}}[kind]}
 	}
-	go func() { log.Fatal(follow(roster.NewChangeServiceClient(connection), into)) }()
+	go func() { log.Fatal(follow(client, into)) }()
 	questions := bufio.NewScanner(os.Stdin)
 	for questions.Scan() {
 		answer, err := into.ask(questions.Text())

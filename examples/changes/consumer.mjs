@@ -1,31 +1,19 @@
 // Follows the change feed with a cache, a search index or a mirror of the users.
 //
-//   node consumer.mjs cache|index|mirror ADDRESS FOLDER PROTO_FOLDER...
+//   node consumer.mjs cache|index|mirror ADDRESS FOLDER
 //
 // It reads ids, or words for the index, one on each line, and prints what it has for each. Kill it at any
 // time and run it again: the index and the mirror continue where they were.
 import { createInterface } from "node:readline/promises";
 import { setTimeout as sleep } from "node:timers/promises";
-import { promisify } from "node:util";
 
-import grpc from "@grpc/grpc-js";
-import loader from "@grpc/proto-loader";
+import { toJson } from "@bufbuild/protobuf";
 import { ClassicLevel } from "classic-level";
+import { RosterError, createClient, watch } from "roster-client";
+import { Change_Entity, UserSchema } from "roster-client/v1";
 
-const [kind, address, folder, ...includeDirs] = process.argv.slice(2);
-const files = ["roster/v1/changes.proto", "roster/v1/users.proto", "google/rpc/error_details.proto"];
-const definition = loader.loadSync(files, {
-  includeDirs, keepCase: true, longs: String, enums: String, oneofs: true, defaults: true,
-});
-const { ChangeService, UserService } = grpc.loadPackageDefinition(definition).roster.v1;
-const options = { "grpc.keepalive_time_ms": 30_000, "grpc.keepalive_timeout_ms": 10_000 };
-const feed = new ChangeService(address, grpc.credentials.createInsecure(), options);
-const users = new UserService(address, grpc.credentials.createInsecure(), options);
-const getUser = promisify(users.GetUser).bind(users);
-
-const { UNAVAILABLE, CANCELLED, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNKNOWN, NOT_FOUND } = grpc.status;
-const RETRYABLE = [UNAVAILABLE, CANCELLED, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNKNOWN];
-const SILENCE_MS = 35_000; // the server sends a response every 10 s
+const [kind, address, folder] = process.argv.slice(2);
+const { users, changes } = createClient(address);
 const FRESH_MS = 30_000;
 
 // A copy of the users in LevelDB. No batch stores rows without the token that belongs to them.
@@ -39,8 +27,8 @@ class Store {
     let token = await this.db.get("token");
     if (token !== undefined) return token;
     await this.db.clear();
-    for await (const response of users.ExportUsers({})) {
-      token ??= response.watch_token; // of the first message
+    for await (const response of users.exportUsers({})) {
+      token ??= response.watchToken; // of the first message
       const edits = await Promise.all(response.users.map((user) => this.edits(user.id, user)));
       await this.db.batch(edits.flat());
     }
@@ -54,7 +42,8 @@ class Store {
   // Applies changes in the order received, and stores the token, in one batch. No row is in it twice.
   async apply({ changes, token }) {
     const edits = await Promise.all(
-      changes.map((change) => this.edits(change.user?.id ?? change.deleted_user_id, change.user)),
+      changes.map(({ change: { case: kind, value } }) =>
+        kind === "user" ? this.edits(value.id, value) : this.edits(value)),
     );
     await this.db.batch([...edits.flat(), { type: "put", key: "token", value: token }]);
   }
@@ -68,12 +57,13 @@ class Store {
 // All users. The id is the only key, because two users can trade their e-mails.
 class Mirror extends Store {
   async edits(id, user) {
-    return [user ? { type: "put", key: `user:${id}`, value: user } : { type: "del", key: `user:${id}` }];
+    const key = `user:${id}`;
+    return [user ? { type: "put", key, value: toJson(UserSchema, user) } : { type: "del", key }];
   }
 
   async ask(id) {
     const user = await this.db.get(`user:${id}`);
-    return user ? (user.full_name ?? "") : "-";
+    return user ? (user.fullName ?? "") : "-";
   }
 }
 
@@ -81,10 +71,10 @@ class Mirror extends Store {
 class Index extends Store {
   async edits(id, user) {
     const old = (await this.db.get(`words:${id}`)) ?? [];
-    const words = [...new Set(user?.full_name?.toLowerCase().match(/[\p{L}\p{N}]+/gu))];
+    const words = [...new Set(user?.fullName?.toLowerCase().match(/[\p{L}\p{N}]+/gu))];
     return [
       ...old.map((word) => ({ type: "del", key: `word:${word}:${id}` })),
-      ...words.map((word) => ({ type: "put", key: `word:${word}:${id}`, value: id })),
+      ...words.map((word) => ({ type: "put", key: `word:${word}:${id}`, value: String(id) })),
       user ? { type: "put", key: `words:${id}`, value: words } : { type: "del", key: `words:${id}` },
     ];
   }
@@ -108,8 +98,8 @@ class Cache {
   }
 
   apply({ changes, token }) {
-    for (const change of changes) {
-      const id = change.user?.id ?? change.deleted_user_id;
+    for (const { change } of changes) {
+      const id = change.case === "user" ? change.value.id : change.value;
       this.names.delete(id);
       this.reads.delete(id); // its result may be older than this change
     }
@@ -120,16 +110,20 @@ class Cache {
     [this.token, this.heardAt, this.names, this.reads] = ["", -FRESH_MS, new Map(), new Map()];
   }
 
-  async ask(id) {
+  async ask(question) {
+    const id = BigInt(question);
     // Without responses it does not know what has changed. Before the first one, changes are not reported.
     const isFresh = performance.now() - this.heardAt < FRESH_MS;
     if (isFresh && this.names.has(id)) return `hit ${this.names.get(id)}`;
     const read = Symbol();
     if (isFresh) this.reads.set(id, read);
-    const name = await getUser({ id }).then((user) => user.full_name ?? "", (error) => {
-      if (error.code !== NOT_FOUND) throw error;
-      return "-";
-    });
+    const name = await users.getUser({ key: { case: "id", value: id } }).then(
+      (user) => user.fullName ?? "",
+      (error) => {
+        if (error.reason !== "USER_NOT_FOUND") throw error;
+        return "-";
+      },
+    );
     if (this.reads.get(id) === read) { // no change has arrived since the read began
       this.names.set(id, name);
       this.reads.delete(id);
@@ -138,46 +132,24 @@ class Cache {
   }
 }
 
-// Yields responses from a token on. A server that sends nothing counts as lost: a proxy may hide that it is.
-async function* watch(token) {
-  const call = feed.WatchChanges({ entities: ["USERS"], token });
-  const timer = setTimeout(() => call.cancel(), SILENCE_MS);
-  try {
-    for await (const response of call) {
-      yield response;
-      timer.refresh();
-    }
-  } finally {
-    clearTimeout(timer);
-    call.cancel();
-  }
-}
-
-function reason(error) {
-  const [packed] = error.metadata?.get("grpc-status-details-bin") ?? [];
-  if (!packed) return "";
-  const { details } = definition["google.rpc.Status"].deserialize(packed);
-  const info = details.find(({ type_url }) => type_url.endsWith("google.rpc.ErrorInfo"));
-  return info ? definition["google.rpc.ErrorInfo"].deserialize(info.value).reason : "";
-}
-
 // Applies changes for ever.
 async function follow(sink) {
-  for (let pause = 250; ; ) {
+  while (true) {
     try {
-      for await (const response of watch(await sink.begin())) {
+      const token = await sink.begin();
+      for await (const response of watch(changes, { token, entities: [Change_Entity.USERS] })) {
         await sink.apply(response);
-        pause = 250;
       }
     } catch (error) {
-      if (["FEED_RESET", "TOKEN_EXPIRED"].includes(reason(error))) {
+      if (!(error instanceof RosterError)) throw error;
+      if (["FEED_RESET", "TOKEN_EXPIRED"].includes(error.reason)) {
         await sink.clear();
-        continue;
+      } else if (error.isRetryable) {
+        console.error(`${error.message}; trying again`);
+        await sleep(1_000);
+      } else {
+        throw error;
       }
-      if (!RETRYABLE.includes(error.code)) throw error;
-      console.error(`${error.details}; trying again`);
-      await sleep(pause * (0.5 + Math.random() / 2));
-      pause = Math.min(pause * 2, 10_000);
     }
   }
 }

@@ -1,15 +1,14 @@
 """The examples in other languages on docs/calling.md."""
 
-import os
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.clients import CHECKOUT, INCLUDES, NODE, installed
+from tests.e2e.clients import CHECKOUT
 from tests.support.command import Ended, run, serving
-from tests.support.go import build
+from tests.support.languages import NEEDS_GO, build_go, install_packages, node
 
 PAGE = (CHECKOUT / "docs/calling.md").read_text()
 
@@ -34,23 +33,20 @@ async def run_program(*command: str | Path, folder: Path) -> Ended:
     return ended
 
 
-async def test_node_example(address: str, tmp_path: Path) -> None:
-    """It creates a user once, repeats the request, and prints the reason of an error; each time it runs."""
-    if not (NODE / "node_modules").is_dir():
-        pytest.skip(f"{NODE}/node_modules is missing: run `make tools`, and heed its warnings")
+async def test_typescript_example(address: str, tmp_path: Path) -> None:
+    """It creates a user, repeats the request, and prints the reason of an error."""
     program, printed = example("js")
-    (tmp_path / "node_modules").symlink_to(NODE / "node_modules")
+    install_packages(tmp_path)
     (tmp_path / "hello.mjs").write_text(program)
 
-    for _ in range(2):
-        ended = await run_program(installed("node"), "hello.mjs", address, *INCLUDES, folder=tmp_path)
-        assert ended.out == printed
+    assert (await run_program(node(), "hello.mjs", address, folder=tmp_path)).out == printed
 
 
-@pytest.mark.skipif("ROSTER_TEST_GO" not in os.environ, reason="compiles for a minute: run `make test-go`")
+@NEEDS_GO
 async def test_go_example(address: str, tmp_path: Path) -> None:
-    """It does the same with generated stubs."""
+    """It does the same."""
     program, printed = example("go")
-    built = await build(program, tmp_path)
+    (tmp_path / "hello.go").write_text(program)
+    programs = build_go(tmp_path / "programs", tmp_path / "hello.go")
 
-    assert (await run_program(built, address, folder=tmp_path)).out == printed
+    assert (await run_program(programs / "hello", address, folder=tmp_path)).out == printed

@@ -13,30 +13,28 @@ from sqlalchemy import delete, insert, update
 from service.changes.reset import reset_feed
 from service.server import Server
 from service.users.model import User
-from tests.e2e.clients import CHECKOUT, INCLUDES, NODE, installed
+from tests.e2e.clients import CHECKOUT
 from tests.support.command import ended, start
-from tests.support.go import build
+from tests.support.languages import NEEDS_GO, build_go, install_packages, node
 from tests.support.random_changes import RandomChanges, read_rows
 from tests.support.rows import add_users
 
 EXAMPLES = CHECKOUT / "examples/changes"
-NEEDS_GO = pytest.mark.skipif("ROSTER_TEST_GO" not in os.environ, reason="compiles: run `make test-go`")
 
 
 class Consumer:
     """A consumer in one language."""
 
-    def __init__(self, command: tuple[str | Path, ...], address: str, folder: Path, *includes: Path) -> None:
+    def __init__(self, command: tuple[str | Path, ...], address: str, folder: Path) -> None:
         self._command = command
         self._address = address
         self._folder = folder
-        self._includes = includes
 
     @asynccontextmanager
     async def running(self, kind: str) -> AsyncIterator[None]:
         """Run a sink, and kill it at the end of the block."""
         file = self._folder / f"{kind}.db"
-        self._process = await start(*self._command, kind, self._address, file, *self._includes)
+        self._process = await start(*self._command, kind, self._address, file)
         try:
             async with asyncio.timeout(30):
                 yield
@@ -70,21 +68,18 @@ async def python(server: Server, folder: Path) -> Consumer:
     return Consumer((sys.executable, EXAMPLES / "consumer.py"), server.address, folder)
 
 
-async def node(server: Server, folder: Path) -> Consumer:
-    if not (NODE / "node_modules/classic-level").is_dir():
-        pytest.skip(f"{NODE}/node_modules is missing: run `make tools`, and heed its warnings")
-    (folder / "node_modules").symlink_to(NODE / "node_modules")
+async def typescript(server: Server, folder: Path) -> Consumer:
+    install_packages(folder)
     (folder / "consumer.mjs").write_text((EXAMPLES / "consumer.mjs").read_text())
-    return Consumer((installed("node"), folder / "consumer.mjs"), server.address, folder, *INCLUDES)
+    return Consumer((node(), folder / "consumer.mjs"), server.address, folder)
 
 
 async def go(server: Server, folder: Path) -> Consumer:
-    (folder / "program").mkdir()
-    program = await build((EXAMPLES / "consumer.go").read_text(), folder / "program")
-    return Consumer((program,), server.address, folder)
+    programs = build_go(folder / "programs", ".", module=EXAMPLES)
+    return Consumer((programs / "consumer",), server.address, folder)
 
 
-@pytest.mark.parametrize("language", [python, node, pytest.param(go, marks=NEEDS_GO)])
+@pytest.mark.parametrize("language", [python, typescript, pytest.param(go, marks=NEEDS_GO)])
 async def test_consumers_have_what_the_database_has(
     server: Server, tmp_path: Path, language: Callable[[Server, Path], Awaitable[Consumer]]
 ) -> None:

@@ -1,0 +1,85 @@
+// Command probe prints what a caller sees: probe pages|errors ADDRESS, or probe wrong ADDRESS...
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"log"
+	"os"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+
+	roster "example.com/roster/clients/go"
+	rosterv1 "example.com/roster/clients/go/roster/v1"
+)
+
+// newClient returns a client. An address that begins with "tls:" is called with TLS.
+func newClient(address string) *roster.Client {
+	transport := insecure.NewCredentials()
+	address, isTLS := strings.CutPrefix(address, "tls:")
+	if isTLS {
+		transport = credentials.NewTLS(&tls.Config{})
+	}
+	client, err := roster.NewClient(address, grpc.WithTransportCredentials(transport))
+	if err != nil {
+		log.Fatal(err)
+	}
+	return client
+}
+
+func text(err error) string {
+	failure := roster.ErrorFrom(fmt.Errorf("wrapped: %w", err))
+	if failure.Reason == "" {
+		return failure.Message
+	}
+	parts := []string{failure.Reason}
+	for name, value := range failure.Facts {
+		parts = append(parts, name+"="+value)
+	}
+	for _, violation := range failure.Violations {
+		parts = append(parts, violation.Field)
+	}
+	return strings.Join(parts, " ")
+}
+
+func main() {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	kind, addresses := os.Args[1], os.Args[2:]
+	users := newClient(addresses[0]).Users
+	unknown := &rosterv1.GetUserRequest{Key: &rosterv1.GetUserRequest_Id{Id: 7}}
+	switch kind {
+	case "pages":
+		request := &rosterv1.ListUsersRequest{PageSize: 2}
+		for user, err := range roster.Pages(ctx, users.ListUsers, request, (*rosterv1.ListUsersResponse).GetUsers) {
+			if err != nil {
+				log.Fatal(err)
+			}
+			fmt.Println(user.Id)
+		}
+	case "errors":
+		for _, email := range []string{"user0@example.org", "nobody"} {
+			_, err := users.CreateUser(ctx, &rosterv1.CreateUserRequest{User: &rosterv1.User{Email: email}})
+			fmt.Println(text(err))
+		}
+		_, err := users.GetUser(ctx, unknown)
+		fmt.Println(text(err))
+	case "wrong":
+		said := make([]chan string, len(addresses))
+		for i, address := range addresses {
+			said[i] = make(chan string)
+			go func() {
+				_, err := newClient(address).Users.GetUser(ctx, unknown)
+				said[i] <- text(err)
+			}()
+		}
+		for _, each := range said {
+			fmt.Println(<-each)
+		}
+	}
+}

@@ -1,0 +1,35 @@
+// Prints what a caller sees: probe.mjs pages|errors ADDRESS, or probe.mjs wrong ADDRESS...
+import { credentials } from "@grpc/grpc-js";
+import { createClient, pages } from "roster-client";
+
+const [kind, ...addresses] = process.argv.slice(2);
+
+// An address that begins with "tls:" is called with TLS.
+function client(address) {
+  const options = address.startsWith("tls:") ? { credentials: credentials.createSsl() } : {};
+  return createClient(address.replace("tls:", ""), { timeoutMs: 1_000, ...options });
+}
+
+async function print(call) {
+  await call.catch(({ message, reason, facts, violations }) => {
+    const parts = Object.entries(facts).map(([name, value]) => `${name}=${value}`);
+    parts.push(...violations.map(({ field }) => field));
+    console.log([reason || message, ...parts].join(" "));
+  });
+}
+
+const clients = addresses.map(client);
+if (kind === "pages") {
+  for await (const { id } of pages(clients[0].users.listUsers, { pageSize: 2 })) console.log(String(id));
+} else if (kind === "errors") {
+  const { users } = clients[0];
+  await print(users.createUser({ user: { email: "user0@example.org" } }));
+  await print(users.createUser({ user: { email: "nobody" } }));
+  await print(users.getUser({ key: { case: "id", value: 7n } }));
+} else {
+  const calls = clients.map(({ users }) => users.getUser({ key: { case: "id", value: 7n } }));
+  for (const call of calls) {
+    await print(call);
+  }
+}
+clients.forEach((each) => each.close());

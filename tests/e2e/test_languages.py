@@ -1,0 +1,235 @@
+"""The clients in Go and TypeScript: their examples against a real server, and against what is not one."""
+
+import asyncio
+import ssl
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from roster.errors import DatabaseUnavailable
+from service.db.bulk.batch import Outcome
+from service.loads.model import Load
+from service.loads.repository import LoadRepository
+from service.server import Server
+from tests.e2e.clients import installed
+from tests.support.authority import Authority
+from tests.support.command import Ended, ended, run, serving, start
+from tests.support.cutting_proxy import cutting_proxy
+from tests.support.languages import GO, NEEDS_GO, TYPESCRIPT, build_go, install_packages, node
+from tests.support.rows import add_users, read_emails
+from tests.support.server import serve
+
+ROWS = 30_000  # six messages
+IN_WINDOW = 25_000  # more than the client sends before the first ack
+EMAILS = [f"user{number}@example.org" for number in range(ROWS)]
+LINES = [f"{email}\n".encode() for email in EMAILS]
+SETTLED = [f"{number} rows are settled" for number in range(5_000, ROWS + 1, 5_000)]
+LOADED = [*SETTLED, f"{ROWS} created, 0 failed"]
+PROBES = Path(__file__).with_name("probes")
+
+
+class Programs:
+    """The examples in one language, and the program that prints errors."""
+
+    def __init__(self, folder: Path, language: str) -> None:
+        self._language = language
+        if language == "typescript":
+            self._node = node()
+            install_packages(folder)
+            (folder / "probe.mjs").write_text((PROBES / "probe.mjs").read_text())
+            self._folders = {"probe": folder}
+        else:
+            self._folder = build_go(folder / "programs", "./examples/...")
+            build_go(self._folder, PROBES / "probe.go")
+
+    def command(self, name: str, *arguments: str | Path) -> tuple[str | Path, ...]:
+        """Return the command that runs a program."""
+        if self._language == "go":
+            return (self._folder / name, *arguments)
+        examples = TYPESCRIPT / "examples/dist"
+        program = self._folders[name] / f"{name}.mjs" if name in self._folders else examples / f"{name}.js"
+        return (self._node, program, *arguments)
+
+
+@pytest.fixture(scope="module", params=["typescript", pytest.param("go", marks=NEEDS_GO)])
+def programs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Programs:
+    """The programs of the client, once for each language."""
+    return Programs(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture
+def database_url(sqlite_url: str) -> str:
+    """One database is enough: the clients are independent of it."""
+    return sqlite_url
+
+
+async def test_calls(programs: Programs, server: Server) -> None:
+    """A write whose answer was lost is repeated with its request_id, and applied once."""
+    lost = iter([True])
+    async with cutting_proxy(
+        server.address, lambda data: b"ada@example.org" in data and next(lost, False), answers=True
+    ) as proxy:
+        done = await run(*programs.command("calls", proxy.address))
+
+    assert (done.err, done.status) == ("", 0)
+    assert done.out.splitlines() == [
+        "created user 1, version 1",
+        "user 1 has this e-mail",
+        "Ada King, version 2",
+        "ada@example.org",
+    ]
+    assert proxy.times == 1
+
+
+async def test_pages_are_followed(programs: Programs, server: Server) -> None:
+    """The rows of all pages arrive, in order."""
+    ids = await add_users(server.database, 5)
+
+    done = await run(*programs.command("probe", "pages", server.address))
+
+    assert (done.out.split(), done.status) == ([str(id) for id in ids], 0)
+
+
+async def test_errors_have_reason_facts_and_violations(programs: Programs, server: Server) -> None:
+    """Callers see them without decoding details."""
+    await add_users(server.database)
+
+    done = await run(*programs.command("probe", "errors", server.address))
+
+    assert done.out.splitlines() == [
+        "EMAIL_TAKEN existing_id=1",
+        "INVALID_FIELD user.email",
+        "USER_NOT_FOUND",
+    ]
+
+
+async def test_load_survives_a_server_that_is_killed(programs: Programs, tmp_path: Path) -> None:
+    """Each row is written once, and each message has one ack, although half of the load was in flight."""
+    async with serving(tmp_path) as killed:
+        load = await start(*programs.command("load", killed.address, "staff"))
+        assert load.stdin
+        assert load.stdout
+        load.stdin.write(b"".join(LINES[:IN_WINDOW]))
+        first = await load.stdout.readline()
+    async with serving(tmp_path, ROSTER_LISTEN=killed.address) as server:
+        done = await ended(load, b"".join(LINES[IN_WINDOW:]))
+        again = await run(*programs.command("load", server.address, "staff"), stdin=b"".join(LINES))
+
+    assert (done.err, done.status) == ("", 0)
+    assert [first.decode().strip(), *done.out.splitlines()] == LOADED
+    assert again.out.splitlines() == LOADED[-1:]
+
+
+async def test_load_survives_connections_that_are_cut(
+    programs: Programs, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it does if the server refuses messages in between."""
+    chunks, calls = count(), count()
+    refused = {2, 3, 4}  # the server tries three times before it refuses
+    record = LoadRepository.record
+
+    def is_cut(data: bytes) -> bool:
+        return next(chunks) == 9
+
+    async def refuse(loads: LoadRepository, load: Load, offset: int, outcome: Outcome) -> None:
+        if next(calls) in refused:
+            raise DatabaseUnavailable("the database has refused a commit, for a test")
+        await record(loads, load, offset, outcome)
+
+    monkeypatch.setattr(LoadRepository, "record", refuse)
+    monkeypatch.setattr("service.bulk.committer.FIRST_PAUSE_SECONDS", 0)
+    async with cutting_proxy(server.address, is_cut) as proxy:
+        done = await run(*programs.command("load", proxy.address, "staff"), stdin=b"".join(LINES))
+
+    assert (done.err, done.status) == ("", 0)
+    assert done.out.splitlines() == LOADED
+    assert await read_emails(server.database) == EMAILS
+    assert proxy.times == 1
+    assert next(calls) > max(refused)
+
+
+async def test_load_reports_rows_that_fail(programs: Programs, server: Server) -> None:
+    """The other rows are written."""
+    done = await run(*programs.command("load", server.address, "staff"), stdin=b"nobody\nada@x.org\n")
+
+    assert done.out.splitlines() == ["row 0: INVALID_FIELD email", "2 rows are settled", "1 created, 1 failed"]
+
+
+async def test_feed_continues_after_a_restart(programs: Programs, database_url: str, tmp_path: Path) -> None:
+    """Changes made while the server was away arrive; so do those made while the program was away."""
+    token = tmp_path / "token"
+    async with serve(database_url) as server:
+        address = server.address
+        feed = await start(*programs.command("feed", address, token))
+        assert feed.stdout
+        assert await feed.stdout.readline() == b"watching\n"
+        await add_users(server.database, email="a@x.org")
+        assert await feed.stdout.readline() == b"user 1 is a@x.org\n"
+    async with serve(database_url) as elsewhere:
+        await add_users(elsewhere.database, email="b@x.org")
+    async with serve(database_url, listen=address) as server:
+        assert await feed.stdout.readline() == b"user 2 is b@x.org\n"
+        feed.kill()
+        assert (await ended(feed)).err == ""
+        await add_users(server.database, email="c@x.org")
+        feed = await start(*programs.command("feed", address, token))
+        assert feed.stdout
+        lines = [await feed.stdout.readline()]
+        if lines == [b"user 2 is b@x.org\n"]:  # it was killed before it had stored the token
+            lines = [await feed.stdout.readline()]
+        assert lines == [b"user 3 is c@x.org\n"]
+        feed.kill()
+        await ended(feed)
+
+
+@pytest.fixture
+async def strangers(server: Server, tmp_path: Path) -> AsyncIterator[dict[str, str]]:
+    """Addresses of what is not the server that a client expects."""
+
+    async def answer_http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1024)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        writer.close()
+
+    cert, key = Authority().issue("localhost").write(tmp_path)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(cert, key)
+    async with AsyncExitStack() as stack:
+        addresses = {"TLS to a server without": f"tls:{server.address}"}
+        for name, tls in (("HTTP", None), ("TLS", context), ("nothing", None)):
+            listener = await asyncio.start_server(answer_http, "127.0.0.1", 0, ssl=tls)
+            host, port = listener.sockets[0].getsockname()
+            addresses[name] = f"{host}:{port}"
+            if name == "nothing":
+                listener.close()
+            else:
+                await stack.enter_async_context(listener)
+        yield addresses
+
+
+async def test_errors_name_address_and_cause(programs: Programs, strangers: dict[str, str]) -> None:
+    """A caller with a wrong address, or wrong credentials, sees it within the deadline."""
+    began = asyncio.get_running_loop().time()
+    done = await run(*programs.command("probe", "wrong", *strangers.values()))
+    seconds = asyncio.get_running_loop().time() - began
+
+    said = dict(zip(strangers, done.out.splitlines(), strict=True))
+    for name, address in strangers.items():
+        assert f"no server answers at {address.removeprefix('tls:')}: " in said[name]
+    assert "refused" in said["nothing"].lower()
+    assert "(it expects TLS, or is not a gRPC server)" in said["HTTP"]
+    assert "(it expects TLS, or is not a gRPC server)" in said["TLS"]
+    assert "(it does not use TLS)" in said["TLS to a server without"]
+    assert seconds < 3  # of which the deadline is one
+
+
+@NEEDS_GO
+def test_go_code_is_formatted_and_vetted() -> None:
+    """gofmt and go vet find nothing."""
+    gofmt = subprocess.run([installed("gofmt"), "-l", GO], capture_output=True, text=True, check=True)
+    assert gofmt.stdout == ""
+    subprocess.run([installed("go"), "vet", "-C", GO, "./..."], check=True)
