@@ -238,7 +238,7 @@ func cause(message string) string {
 	case strings.Contains(message, "server preface"):
 		return message + " (it expects TLS, or is not a gRPC server)"
 	case strings.Contains(message, "does not look like a TLS handshake"):
-		return message + " (it does not use TLS)"
+		return message + " (it does not speak TLS)"
 	}
 	return message
 }

@@ -1,6 +1,7 @@
 """The clients in Go and TypeScript: their examples against a real server, and against what is not one."""
 
 import asyncio
+import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator
@@ -208,6 +209,8 @@ async def strangers(server: Server, tmp_path: Path) -> AsyncIterator[dict[str, s
                 listener.close()
             else:
                 await stack.enter_async_context(listener)
+        silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        addresses["silence"] = f"127.0.0.1:{silent.getsockname()[1]}"
         yield addresses
 
 
@@ -219,11 +222,11 @@ async def test_errors_name_address_and_cause(programs: Programs, strangers: dict
 
     said = dict(zip(strangers, done.out.splitlines(), strict=True))
     for name, address in strangers.items():
-        assert f"no server answers at {address.removeprefix('tls:')}: " in said[name]
+        assert f"no server answers at {address.removeprefix('tls:')}" in said[name]
     assert "refused" in said["nothing"].lower()
     assert "(it expects TLS, or is not a gRPC server)" in said["HTTP"]
     assert "(it expects TLS, or is not a gRPC server)" in said["TLS"]
-    assert "(it does not use TLS)" in said["TLS to a server without"]
+    assert "(it does not speak TLS)" in said["TLS to a server without"]
     assert seconds < 3  # of which the deadline is one
 
 

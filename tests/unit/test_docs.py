@@ -18,6 +18,8 @@ PAGES = [
             "deploy/README.md",
             "examples/README.md",
             "examples/changes/README.md",
+            "clients/go/README.md",
+            "clients/typescript/README.md",
         )
     ),
     *sorted((CHECKOUT / "docs").glob("*.md")),

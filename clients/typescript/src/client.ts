@@ -125,6 +125,6 @@ function describe(message: string): string {
     .replace(/ \(\d{4}-[^)]*\)$/, "")
     .replace(/^(Error: )?([^]*SSL routines:[^:]*:([^:]*)[^]*)?/, "$3");
   if (/Protocol error|Failed to connect/.test(cause)) return `${cause} (it expects TLS, or is not a gRPC server)`;
-  if (/wrong version number/.test(cause)) return `${cause} (it does not use TLS)`;
+  if (/wrong version number/.test(cause)) return `${cause} (it does not speak TLS)`;
   return cause;
 }
