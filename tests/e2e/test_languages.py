@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 
 from roster.errors import DatabaseUnavailable
 from service.db.bulk.batch import Outcome
@@ -18,7 +19,7 @@ from service.loads.repository import LoadRepository
 from service.server import Server
 from tests.e2e.clients import installed
 from tests.support.authority import Authority
-from tests.support.command import Ended, ended, run, serving, start
+from tests.support.command import ended, run, start
 from tests.support.cutting_proxy import cutting_proxy
 from tests.support.languages import GO, NEEDS_GO, TYPESCRIPT, build_go, install_packages, node
 from tests.support.rows import add_users, read_emails
@@ -29,6 +30,7 @@ IN_WINDOW = 25_000  # more than the client sends before the first ack
 EMAILS = [f"user{number}@example.org" for number in range(ROWS)]
 LINES = [f"{email}\n".encode() for email in EMAILS]
 SETTLED = [f"{number} rows are settled" for number in range(5_000, ROWS + 1, 5_000)]
+MIDDLE = 9  # of the chunks of 64 KiB
 LOADED = [*SETTLED, f"{ROWS} created, 0 failed"]
 PROBES = Path(__file__).with_name("probes")
 
@@ -66,6 +68,12 @@ def programs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def database_url(sqlite_url: str) -> str:
     """One database is enough: the clients are independent of it."""
     return sqlite_url
+
+
+async def read_streams(server: Server) -> int | None:
+    """Return how many streams the only load has had."""
+    async with server.database.read() as session:
+        return await session.scalar(select(Load.epoch))
 
 
 async def test_calls(programs: Programs, server: Server) -> None:
@@ -108,56 +116,69 @@ async def test_errors_have_reason_facts_and_violations(programs: Programs, serve
     ]
 
 
-async def test_load_survives_a_server_that_is_killed(programs: Programs, tmp_path: Path) -> None:
-    """Each row is written once, and each message has one ack, although half of the load was in flight."""
-    async with serving(tmp_path) as killed:
-        load = await start(*programs.command("load", killed.address, "staff"))
+async def test_load_survives_a_restart(programs: Programs, database_url: str) -> None:
+    """Each row is written once, and each message has one ack; the finished load sends nothing."""
+    async with serve(database_url) as server:
+        load = await start(*programs.command("load", server.address, "staff"))
         assert load.stdin
         assert load.stdout
         load.stdin.write(b"".join(LINES[:IN_WINDOW]))
         first = await load.stdout.readline()
-    async with serving(tmp_path, ROSTER_LISTEN=killed.address) as server:
+    async with serve(database_url, listen=server.address) as restarted:
         done = await ended(load, b"".join(LINES[IN_WINDOW:]))
-        again = await run(*programs.command("load", server.address, "staff"), stdin=b"".join(LINES))
+        again = await run(*programs.command("load", restarted.address, "staff"), stdin=b"".join(LINES))
 
-    assert (done.err, done.status) == ("", 0)
-    assert [first.decode().strip(), *done.out.splitlines()] == LOADED
-    assert again.out.splitlines() == LOADED[-1:]
+        assert (done.err, done.status) == ("", 0)
+        assert [first.decode().strip(), *done.out.splitlines()] == LOADED
+        assert again.out.splitlines() == LOADED[-1:]
+        assert await read_emails(restarted.database) == EMAILS
 
 
-async def test_load_survives_connections_that_are_cut(
-    programs: Programs, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """So it does if the server refuses messages in between."""
-    chunks, calls = count(), count()
-    refused = {2, 3, 4}  # the server tries three times before it refuses
-    record = LoadRepository.record
-
-    def is_cut(data: bytes) -> bool:
-        return next(chunks) == 9
-
-    async def refuse(loads: LoadRepository, load: Load, offset: int, outcome: Outcome) -> None:
-        if next(calls) in refused:
-            raise DatabaseUnavailable("the database has refused a commit, for a test")
-        await record(loads, load, offset, outcome)
-
-    monkeypatch.setattr(LoadRepository, "record", refuse)
-    monkeypatch.setattr("service.bulk.committer.FIRST_PAUSE_SECONDS", 0)
-    async with cutting_proxy(server.address, is_cut) as proxy:
+async def test_load_survives_a_connection_that_is_cut(programs: Programs, server: Server) -> None:
+    """The rows in flight are sent again on another stream."""
+    chunks = count()
+    async with cutting_proxy(server.address, lambda _: next(chunks) == MIDDLE) as proxy:
         done = await run(*programs.command("load", proxy.address, "staff"), stdin=b"".join(LINES))
 
     assert (done.err, done.status) == ("", 0)
     assert done.out.splitlines() == LOADED
     assert await read_emails(server.database) == EMAILS
-    assert proxy.times == 1
-    assert next(calls) > max(refused)
+    assert (proxy.times, await read_streams(server)) == (1, 2)
+
+
+async def test_load_sends_refused_messages_again(
+    programs: Programs, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With those that were sent after them, on the same stream."""
+    record = LoadRepository.record
+    attempts = count(1)
+    refused = {3, 4, 5}  # the server tries three times before it refuses
+
+    async def refuse(loads: LoadRepository, load: Load, offset: int, outcome: Outcome) -> None:
+        if next(attempts) in refused:
+            raise DatabaseUnavailable("the database has refused a commit, for a test")
+        await record(loads, load, offset, outcome)
+
+    monkeypatch.setattr(LoadRepository, "record", refuse)
+    monkeypatch.setattr("service.bulk.committer.FIRST_PAUSE_SECONDS", 0)
+    done = await run(*programs.command("load", server.address, "staff"), stdin=b"".join(LINES))
+
+    assert (done.err, done.status) == ("", 0)
+    assert done.out.splitlines() == LOADED
+    assert await read_emails(server.database) == EMAILS
+    assert await read_streams(server) == 1
+    assert next(attempts) == len(SETTLED) + len(refused) + 1
 
 
 async def test_load_reports_rows_that_fail(programs: Programs, server: Server) -> None:
     """The other rows are written."""
     done = await run(*programs.command("load", server.address, "staff"), stdin=b"nobody\nada@x.org\n")
 
-    assert done.out.splitlines() == ["row 0: INVALID_FIELD email", "2 rows are settled", "1 created, 1 failed"]
+    assert done.out.splitlines() == [
+        "row 0: INVALID_FIELD email",
+        "2 rows are settled",
+        "1 created, 1 failed",
+    ]
 
 
 async def test_feed_continues_after_a_restart(programs: Programs, database_url: str, tmp_path: Path) -> None:
@@ -232,7 +253,7 @@ async def test_errors_name_address_and_cause(programs: Programs, strangers: dict
 
 @NEEDS_GO
 def test_go_code_is_formatted_and_vetted() -> None:
-    """gofmt and go vet find nothing."""
+    """Neither gofmt nor go vet finds anything."""
     gofmt = subprocess.run([installed("gofmt"), "-l", GO], capture_output=True, text=True, check=True)
     assert gofmt.stdout == ""
     subprocess.run([installed("go"), "vet", "-C", GO, "./..."], check=True)

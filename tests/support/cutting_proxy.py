@@ -11,7 +11,7 @@ CHUNK_BYTES = 64 << 10
 
 
 class CuttingProxy:
-    """Passes on connections to `address`, and cuts a connection before it passes on data for which `cuts` is true."""
+    """Passes on connections to `address`; cuts one before it passes on data for which `cuts` is true."""
 
     def __init__(self, server: str, cuts: Callable[[bytes], bool], *, answers: bool) -> None:
         self.address = ""
