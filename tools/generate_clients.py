@@ -10,11 +10,14 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tools.contract_image import GOOGLEAPIS, write_image
+from google.rpc import error_details_pb2
+
+from tools.contract_image import write_image
 
 CHECKOUT = Path(__file__).parents[1]
 # What the servers put into errors. The Go library of gRPC has it.
 DETAILS = "google/rpc/error_details.proto"
+GOOGLEAPIS = Path(error_details_pb2.__file__).parents[2]
 BUF = Path(sys.executable).with_name("buf")
 
 
