@@ -95,7 +95,7 @@ sbom: $(VENV)/development ## Write the pinned dependencies with their hashes to 
 test-go: $(VENV)/development ## Run the Go client, and the Go programs of docs/calling.md and examples/changes; needs Go, and a minute the first time
 	ROSTER_TEST_GO=1 $(BIN)/python -m pytest tests/e2e/test_languages.py tests/e2e/test_calling.py tests/e2e/test_change_consumers.py --timeout 600
 
-tools: .tools/grpcurl-$(GRPCURL) .tools/pgbouncer/unpacked $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/dist/built $(ENGINES)/node_modules/.package-lock.json ## Install grpcurl, PgBouncer, the clients for Node, and PostgreSQL 14 to 18, which some tests use
+tools: .tools/grpcurl-$(GRPCURL) .tools/pgbouncer/unpacked $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/dist/index.js $(ENGINES)/node_modules/.package-lock.json ## Install grpcurl, PgBouncer, the clients for Node, and PostgreSQL 14 to 18, which some tests use
 
 lock: ## Resolve and pin the dependencies; UPGRADE=1 takes the newest versions; needs uv
 	@command -v uv >/dev/null || { echo 'make: uv is not on PATH: pip install uv' >&2; exit 1; }
@@ -163,7 +163,7 @@ $(TYPESCRIPT)/node_modules/.package-lock.json: $(TYPESCRIPT)/package-lock.json
 		npm ci --prefix $(TYPESCRIPT) --ignore-scripts --no-audit --no-fund --loglevel=error; \
 	else echo 'WARNING: no npm on PATH: tests of the client for TypeScript are skipped' >&2; fi
 
-$(TYPESCRIPT)/dist/built: $(TYPESCRIPT)/node_modules/.package-lock.json $(shell find $(TYPESCRIPT)/src $(TYPESCRIPT)/examples -name '*.ts')
+$(TYPESCRIPT)/dist/index.js: $(TYPESCRIPT)/node_modules/.package-lock.json $(shell find $(TYPESCRIPT)/src $(TYPESCRIPT)/examples -name '*.ts')
 	@if command -v npm >/dev/null; then npm run --prefix $(TYPESCRIPT) --silent build && touch $@; fi
 
 # Its scripts only create the symlinks that tests/support/engines.py creates.

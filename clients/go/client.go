@@ -27,9 +27,7 @@ import (
 )
 
 const (
-	// Timeout is the deadline of unary calls whose context has none. Streams have no deadline.
-	Timeout = 10 * time.Second
-
+	timeout         = 10 * time.Second // of unary calls whose context has no deadline
 	maxMessageBytes = 16 << 20
 	outcomeUnknown  = "OUTCOME_UNKNOWN"
 )
@@ -48,7 +46,8 @@ type Client struct {
 // NewClient returns a client of the servers at "host:port", "dns:///name:port" or "unix:/path". It connects with
 // the first call. The options need transport credentials, and take precedence over those set here.
 //
-// If a name has several addresses, calls go to each in turn. Unary calls wait for a server within their deadline.
+// If a name has several addresses, calls go to each in turn. Unary calls wait for a server within their deadline,
+// 10 s if the context has none.
 // Calls whose server goes away are retried, up to 5 attempts; bulk streams are not (see Load). A write without a
 // request_id gets one, so that it is applied once. Keepalive pings are sent every 30 s. Messages are limited to
 // 16 MiB.
@@ -141,7 +140,7 @@ func interceptUnary(ctx context.Context, method string, request, response any, c
 	invoke grpc.UnaryInvoker, options ...grpc.CallOption) error {
 	if _, ok := ctx.Deadline(); !ok {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, Timeout)
+		ctx, cancel = context.WithTimeout(ctx, timeout)
 		defer cancel()
 	}
 	request, requestID := withRequestID(request)

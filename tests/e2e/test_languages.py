@@ -244,6 +244,7 @@ async def test_errors_name_address_and_cause(programs: Programs, strangers: dict
     said = dict(zip(strangers, done.out.splitlines(), strict=True))
     for name, address in strangers.items():
         assert f"no server answers at {address.removeprefix('tls:')}" in said[name]
+        assert " request_id=" in said[name]  # it may have been applied
     assert "refused" in said["nothing"].lower()
     assert "(it expects TLS, or is not a gRPC server)" in said["HTTP"]
     assert "(it expects TLS, or is not a gRPC server)" in said["TLS"]

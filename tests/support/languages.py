@@ -25,7 +25,7 @@ def build_go(out: Path, *packages: str | Path, module: Path = GO) -> Path:
 def node() -> Path:
     """Return Node, for programs that use the client; skips the test if that is not built."""
     program = installed("node")
-    built = TYPESCRIPT / "dist/built"
+    built = TYPESCRIPT / "dist/index.js"
     if not built.exists():
         pytest.skip(f"{built} is missing: run `make tools`, and heed its warnings")
     sources = [*TYPESCRIPT.glob("src/**/*.ts"), *TYPESCRIPT.glob("examples/*.ts")]

@@ -34,10 +34,10 @@ func newClient(address string) *roster.Client {
 
 func text(err error) string {
 	failure := roster.ErrorFrom(fmt.Errorf("wrapped: %w", err))
-	if failure.Reason == "" {
-		return failure.Message
-	}
 	parts := []string{failure.Reason}
+	if failure.Reason == "" {
+		parts = []string{failure.Message}
+	}
 	for name, value := range failure.Facts {
 		parts = append(parts, name+"="+value)
 	}
@@ -52,7 +52,6 @@ func main() {
 	defer cancel()
 	kind, addresses := os.Args[1], os.Args[2:]
 	users := newClient(addresses[0]).Users
-	unknown := &rosterv1.GetUserRequest{Key: &rosterv1.GetUserRequest_Id{Id: 7}}
 	switch kind {
 	case "pages":
 		request := &rosterv1.ListUsersRequest{PageSize: 2}
@@ -67,14 +66,15 @@ func main() {
 			_, err := users.CreateUser(ctx, &rosterv1.CreateUserRequest{User: &rosterv1.User{Email: email}})
 			fmt.Println(text(err))
 		}
-		_, err := users.GetUser(ctx, unknown)
+		_, err := users.GetUser(ctx, &rosterv1.GetUserRequest{Key: &rosterv1.GetUserRequest_Id{Id: 7}})
 		fmt.Println(text(err))
 	case "wrong":
 		said := make([]chan string, len(addresses))
 		for i, address := range addresses {
 			said[i] = make(chan string)
 			go func() {
-				_, err := newClient(address).Users.GetUser(ctx, unknown)
+				ada := &rosterv1.User{Email: "ada@example.org"}
+				_, err := newClient(address).Users.CreateUser(ctx, &rosterv1.CreateUserRequest{User: ada})
 				said[i] <- text(err)
 			}()
 		}

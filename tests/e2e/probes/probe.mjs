@@ -27,9 +27,7 @@ if (kind === "pages") {
   await print(users.createUser({ user: { email: "nobody" } }));
   await print(users.getUser({ key: { case: "id", value: 7n } }));
 } else {
-  const calls = clients.map(({ users }) => users.getUser({ key: { case: "id", value: 7n } }));
-  for (const call of calls) {
-    await print(call);
-  }
+  const calls = clients.map(({ users }) => users.createUser({ user: { email: "ada@example.org" } }));
+  for (const call of calls) await print(call);
 }
 clients.forEach((each) => each.close());
