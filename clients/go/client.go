@@ -47,10 +47,9 @@ type Client struct {
 // the first call. The options need transport credentials, and take precedence over those set here.
 //
 // If a name has several addresses, calls go to each in turn. Unary calls wait for a server within their deadline,
-// 10 s if the context has none.
-// Calls whose server goes away are retried, up to 5 attempts; bulk streams are not (see Load). A write without a
-// request_id gets one, so that it is applied once. Keepalive pings are sent every 30 s. Messages are limited to
-// 16 MiB.
+// which is 10 s if the context has none. Calls whose server goes away are retried, up to 5 attempts; bulk streams are
+// not (see Load). A write without a request_id gets one, so that it is applied once. Keepalive pings are sent every
+// 30 s. Messages are limited to 16 MiB.
 func NewClient(address string, options ...grpc.DialOption) (*Client, error) {
 	defaults := []grpc.DialOption{
 		grpc.WithDefaultServiceConfig(serviceConfig()),
