@@ -95,7 +95,7 @@ sbom: $(VENV)/development ## Write the pinned dependencies with their hashes to 
 test-go: $(VENV)/development ## Run the Go client, and the Go programs of docs/calling.md and examples/changes; needs Go, and a minute the first time
 	ROSTER_TEST_GO=1 $(BIN)/python -m pytest tests/e2e/test_languages.py tests/e2e/test_calling.py tests/e2e/test_change_consumers.py --timeout 600
 
-tools: .tools/grpcurl-$(GRPCURL) .tools/pgbouncer/unpacked $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/dist/index.js $(ENGINES)/node_modules/.package-lock.json ## Install grpcurl, PgBouncer, the clients for Node, and PostgreSQL 14 to 18, which some tests use
+tools: .tools/grpcurl-$(GRPCURL) .tools/pgbouncer/unpacked $(NODE)/node_modules/.package-lock.json $(TYPESCRIPT)/dist/index.js .tools/generators-for-go $(ENGINES)/node_modules/.package-lock.json ## Install grpcurl, PgBouncer, the clients for Node, and PostgreSQL 14 to 18, which some tests use
 
 lock: ## Resolve and pin the dependencies; UPGRADE=1 takes the newest versions; needs uv
 	@command -v uv >/dev/null || { echo 'make: uv is not on PATH: pip install uv' >&2; exit 1; }
@@ -139,6 +139,12 @@ $(VENV)/development: $(VENV)/installed requirements-dev.lock
 	@if command -v go >/dev/null; then \
 		GOBIN='$(CURDIR)/.tools/bin' go install github.com/fullstorydev/grpcurl/cmd/grpcurl@$(GRPCURL) && touch $@; \
 	else echo 'WARNING: no go on PATH: tests that use grpcurl are skipped' >&2; fi
+
+# Compiled into Go's cache, from which buf.gen.yaml runs them.
+.tools/generators-for-go: clients/go/tools/go.mod
+	@if command -v go >/dev/null; then \
+		go build -C clients/go/tools -o /dev/null tool && mkdir -p $(@D) && touch $@; \
+	else echo 'WARNING: no go on PATH: the code of the clients is not compared with the contract' >&2; fi
 
 .tools/pgbouncer/unpacked:
 	@! tools/debian_programs.sh $(@D) pgbouncer || touch $@

@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/reflect/protoregistry"
 
 	rosterv1 "example.com/roster/clients/go/roster/v1"
 )
@@ -107,8 +108,7 @@ func serviceConfig() string {
 	// Request streams are left out: gRPC would repeat messages without the sender's knowledge. A call without a
 	// deadline must not wait for a server, which may never come.
 	unary, responseStreams := []methodName{}, []methodName{}
-	for _, file := range []protoreflect.FileDescriptor{rosterv1.File_roster_v1_users_proto,
-		rosterv1.File_roster_v1_posts_proto, rosterv1.File_roster_v1_bulk_proto, rosterv1.File_roster_v1_changes_proto} {
+	protoregistry.GlobalFiles.RangeFilesByPackage("roster.v1", func(file protoreflect.FileDescriptor) bool {
 		for i := range file.Services().Len() {
 			service := file.Services().Get(i)
 			for j := range service.Methods().Len() {
@@ -123,7 +123,8 @@ func serviceConfig() string {
 				}
 			}
 		}
-	}
+		return true
+	})
 	config, err := json.Marshal(map[string]any{
 		"loadBalancingConfig": []any{map[string]any{"round_robin": struct{}{}}},
 		"methodConfig":        []methodConfig{{unary, true, retries}, {responseStreams, false, retries}},
@@ -232,7 +233,10 @@ func cause(message string) string {
 	if found := innermost.FindStringSubmatch(message); found != nil {
 		message = strings.TrimPrefix(found[1], "transport: ")
 	}
+	message = strings.TrimPrefix(message, "latest balancer error: ")
 	switch {
+	case message == "no children to pick from":
+		return "DNS has no address of this name"
 	case strings.Contains(message, "server preface"):
 		return message + " (it expects TLS, or is not a gRPC server)"
 	case strings.Contains(message, "does not look like a TLS handshake"):

@@ -1,5 +1,6 @@
 """The generated code of the clients in Go and TypeScript is that of the contract."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from tools.generate_clients import CHECKOUT, generate
 
+SERVICE = re.compile(r"^service (\w+)", re.MULTILINE)
 FOLDERS = [f"clients/{name}" for name in ("go/roster", "typescript/src/roster", "typescript/src/google")]
 
 
@@ -28,3 +30,20 @@ def test_generated_code_is_up_to_date(tmp_path: Path) -> None:
     outdated = {path for path in generated | committed if generated.get(path) != committed.get(path)}
     assert outdated == set(), "run `make clients`"
     assert len(generated) == 17
+
+
+def test_clients_have_every_service() -> None:
+    """A service and a file that are added to the contract are added to both clients."""
+    protos = sorted((CHECKOUT / "protos/roster/v1").glob("*.proto"))
+    services = {name for proto in protos for name in SERVICE.findall(proto.read_text())}
+    go, typescript, exports = (
+        (CHECKOUT / "clients" / file).read_text()
+        for file in ("go/client.go", "typescript/src/client.ts", "typescript/src/v1.ts")
+    )
+
+    assert services
+    assert [name for name in services if f"rosterv1.New{name}Client(" not in go] == []
+    assert [name for name in services if f"serviceClient({name}, " not in typescript] == []
+    [retried] = re.findall(r"const SERVICES: .* = \[(.*)\];", typescript)
+    assert set(retried.split(", ")) == services
+    assert [proto.stem for proto in protos if f"/{proto.stem}_pb.js" not in exports] == []
