@@ -9,10 +9,13 @@ from contextlib import AsyncExitStack
 from itertools import count
 from pathlib import Path
 
+import grpc
 import pytest
 from sqlalchemy import select
 
 from roster.errors import DatabaseUnavailable
+from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkOpened, BulkSummary, BulkWriteResponse
+from roster.v1.users_pb2 import BulkCreateUsersRequest
 from service.db.bulk.batch import Outcome
 from service.loads.model import Load
 from service.loads.repository import LoadRepository
@@ -168,6 +171,43 @@ async def test_load_sends_refused_messages_again(
     assert await read_emails(server.database) == EMAILS
     assert await read_streams(server) == 1
     assert next(attempts) == len(SETTLED) + len(refused) + 1
+
+
+async def test_load_trusts_only_answers_to_its_messages(programs: Programs) -> None:
+    """A load is not complete while messages have no ack."""
+    streams = count(1)
+
+    async def answer(
+        requests: AsyncIterator[BulkCreateUsersRequest], _: object
+    ) -> AsyncIterator[BulkWriteResponse]:
+        """End the first stream too early, and acknowledge a wrong message in the second one."""
+        stream = next(streams)
+        await anext(requests)
+        yield BulkWriteResponse(opened=BulkOpened(max_rows=5_000, max_bytes=4 << 20))
+        finished = BulkWriteResponse(summary=BulkSummary(state=BulkLoad.FINISHED, created=ROWS))
+        async for request in requests:
+            if stream == 1 or request.finish:
+                yield finished
+                return
+            ack = BulkAck(offset=request.offset, next_offset=request.offset + len(request.users))
+            ack.offset += stream == 2
+            yield BulkWriteResponse(ack=ack)
+
+    method = grpc.stream_stream_rpc_method_handler(
+        answer, BulkCreateUsersRequest.FromString, BulkWriteResponse.SerializeToString
+    )
+    server = grpc.aio.server()
+    server.add_registered_method_handlers("roster.v1.UserService", {"BulkCreateUsers": method})
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        done = await run(*programs.command("load", address, "staff"), stdin=b"".join(LINES))
+    finally:
+        await server.stop(None)
+
+    assert (done.err, done.status) == ("", 0)
+    assert done.out.splitlines() == LOADED
+    assert next(streams) == 4
 
 
 async def test_load_reports_rows_that_fail(programs: Programs, server: Server) -> None:
