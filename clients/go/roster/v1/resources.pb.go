@@ -33,6 +33,9 @@
 //
 // Each RPC below lists the errors that it adds to these.
 //
+// Annotations. Options such as `buf.validate` and `google.api.field_behavior` state for tools what the
+// comments state for people. docs/api.md describes them.
+//
 // Consistency. A read sees every write that was answered before. With the metadata
 // roster-consistency-token, a replica may answer it: then it sees at least the write that returned
 // this token in its trailing metadata. docs/calling.md has the values.
@@ -430,7 +433,7 @@ var File_roster_v1_resources_proto protoreflect.FileDescriptor
 
 const file_roster_v1_resources_proto_rawDesc = "" +
 	"\n" +
-	"\x19roster/v1/resources.proto\x12\troster.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb0\x03\n" +
+	"\x19roster/v1/resources.proto\x12\troster.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb5\x03\n" +
 	"\x04User\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x03R\x02id\x12\x14\n" +
 	"\x05email\x18\x02 \x01(\tR\x05email\x12 \n" +
@@ -442,9 +445,9 @@ const file_roster_v1_resources_proto_rawDesc = "" +
 	"updated_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\tupdatedAt\x12\x18\n" +
 	"\aversion\x18\a \x01(\x03R\aversion\x12%\n" +
 	"\x05posts\x18\b \x03(\v2\x0f.roster.v1.PostR\x05posts\x12\x1f\n" +
-	"\bpassword\x18\t \x01(\tB\x03\x80\x01\x01R\bpassword\x12'\n" +
+	"\bpassword\x18\t \x01(\tB\x03\x80\x01\x01R\bpassword\x12,\n" +
 	"\x0fhashed_password\x18\n" +
-	" \x01(\tR\x0ehashedPassword\"!\n" +
+	" \x01(\tB\x03\x80\x01\x01R\x0ehashedPassword\"!\n" +
 	"\x04View\x12\t\n" +
 	"\x05BASIC\x10\x00\x12\x0e\n" +
 	"\n" +
