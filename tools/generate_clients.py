@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from google.rpc import error_details_pb2
 
 from tools.contract_image import write_image
@@ -28,11 +29,21 @@ def generate(out: Path) -> None:
     """
     with TemporaryDirectory() as folder:
         image = write_image(Path(folder) / "protos.binpb", comments=True)
+        _remove_comments_of_others(image)
         _buf_generate(out, image, "--path", "roster")
         details = Path(folder) / "details.binpb"
         compiler = (sys.executable, "-m", "grpc_tools.protoc", f"-I{GOOGLEAPIS}", "--include_imports")
         subprocess.run([*compiler, f"--descriptor_set_out={details}", DETAILS], check=True)
         _buf_generate(out, details, "--path", DETAILS, "--template", "clients/typescript/buf.gen.yaml")
+
+
+def _remove_comments_of_others(image: Path) -> None:
+    """Leave only the comments of our own protos in an image."""
+    files = FileDescriptorSet.FromString(image.read_bytes())
+    for file in files.file:
+        if not file.name.startswith("roster/"):
+            file.ClearField("source_code_info")
+    image.write_bytes(files.SerializeToString())
 
 
 def _buf_generate(out: Path, image: Path, *options: str) -> None:
