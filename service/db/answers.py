@@ -32,7 +32,7 @@ class Request(Base):
     # The table and the id of the row in the answer; null if there is none, as after a delete.
     entity: Mapped[str | None] = mapped_column(text(63))
     entity_id: Mapped[int | None] = mapped_column(BigInt)
-    # A Result, if it is another than CREATED: of a create that found the row. Earlier releases stored none.
+    # What was done, as a Result of `service/db/bulk/batch.py`; null in rows of earlier releases.
     outcome: Mapped[int | None] = mapped_column(SmallInteger)
 
 

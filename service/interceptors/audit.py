@@ -6,6 +6,7 @@ A watch reveals all changes for days. It has a line when it begins and one when 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -53,7 +54,8 @@ TARGETS = {
 class Entry:
     """The fields of one line; the counts include only rows that this stream was the first to write.
 
-    `owner` is the caller whose load the target is; an admin may write to the load of another caller.
+    `owner` is the caller whose load the target is; an admin may write to the load of another caller. `effect`
+    is what a CreateUser did: created, skipped or updated.
     """
 
     caller: str
@@ -62,6 +64,7 @@ class Entry:
     owner: str = ""
     counts: dict[str, int] = field(default_factory=dict)
     outcome: str = "OK"
+    effect: str = ""
 
     def note(self, response: Response) -> None:
         """Add the target and the row counts of a response."""
@@ -73,6 +76,16 @@ class Entry:
             self.target, self.owner = response.opened.load_id, response.opened.caller
         elif response.HasField("ack") and not response.ack.replayed:
             self.counts = {name: self.counts.get(name, 0) + getattr(response.ack, name) for name in COUNTED}
+
+
+# Of the current call, and of the tasks that it starts.
+_entry: ContextVar[Entry | None] = ContextVar("entry", default=None)
+
+
+def note_effect(effect: str) -> None:
+    """Note what the current call did."""
+    if entry := _entry.get():
+        entry.effect = effect
 
 
 class NotingContext:
@@ -98,6 +111,7 @@ def audit_writes(rpc: Rpc, proceed: Proceed) -> Proceed:
 
     async def audit(request: Request, context: Context) -> Response:
         entry = Entry(current_caller().identity, rpc.path, target(request) if target else "")
+        _entry.set(entry)
         with _log_at_end(entry):
             if rpc.is_download:
                 noting: Any = NotingContext(context, entry)
