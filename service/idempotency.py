@@ -6,6 +6,9 @@ commits, and then returns its answer, or until the first rolls back, and then do
 
 If the row in an answer is deleted, the answer is erased (`service/db/answers.py`): a repetition then reports
 that the row does not exist.
+
+A call with `validate_only` is a dry run: its transaction is rolled back, so that all checks are those of the
+write. Its `request_id` is neither stored nor looked up.
 """
 
 import re
@@ -35,6 +38,7 @@ from service.wire import DeleteRequest, Update, WriteRequest, deletion_from_requ
 KEPT_FOR = timedelta(hours=24)
 # UUID() also reads what int() does: signs, white space, underscores and digits of other scripts.
 UUID_TEXT = re.compile(r"(?:urn:uuid:)?\{?[0-9A-Fa-f-]+\}?")
+SET_BY_THE_DATABASE = ("id", "created_at", "updated_at")  # in a new row
 
 AnyRepository: TypeAlias = type[Repository[Any, Session]]
 AnswerT = TypeVar("AnswerT", bound=Message)
@@ -56,8 +60,8 @@ async def idempotent(
     answer has been erased.
     """
     request_id = request_id_from_text(request.request_id)
-    async with database.begin() as session:
-        if request_id is None:
+    async with database.begin(is_dry_run=request.validate_only) as session:
+        if request_id is None or request.validate_only:
             row, result = await write(session)
             return to_message(row), result
         body, identity = cast("Message", request), current_caller().identity
@@ -115,7 +119,8 @@ class Writer(Generic[AnswerT]):
         id, version = deletion_from_request(request)
 
         async def delete(session: Session) -> tuple[None, Result]:
-            await self._repository(session).delete(id, version)
+            rows = self._repository(session)
+            await (rows.check if request.validate_only else rows.delete)(id, version)
             return None, Result.DELETED
 
         empty, _ = await idempotent(
@@ -126,10 +131,17 @@ class Writer(Generic[AnswerT]):
     async def write(
         self, request: WriteRequest, write: Callable[[Session], Awaitable[tuple[Row, Result]]]
     ) -> tuple[AnswerT, Result]:
-        """Run a function that writes a row; return the answer, and what was done with the row."""
-        return await idempotent(
+        """Run a function that writes a row; return the answer, and what was done with the row.
+
+        The new row of a dry run has no id and no times.
+        """
+        message, result = await idempotent(
             self._database, self._repository, request, self._message, write, self._to_message
         )
+        if request.validate_only and result is Result.CREATED:
+            for name in SET_BY_THE_DATABASE:
+                message.ClearField(name)
+        return message, result
 
 
 def request_id_from_text(text: str) -> UUID | None:

@@ -176,6 +176,14 @@ class Repository(Generic[ModelT, SessionT]):
             execution_options={"synchronize_session": False},
         )
 
+    async def check(self: "Repository[ModelT, Session]", id: int, version: int = 0) -> None:
+        """Check that `delete` would find the row; raises the same errors.
+
+        For dry runs: to delete a row and roll that back would cost as much as to delete it, and a user can
+        have a million posts.
+        """
+        await self._write_one(select(self.model.id), id, version)
+
     def _update(self, changes: Values) -> Update:
         """Return the statement that changes rows and increments their versions."""
         return update(self.model).values(**changes, version=self.model.version + 1, updated_at=now())
@@ -186,7 +194,7 @@ class Repository(Generic[ModelT, SessionT]):
         id: int,
         version: int,
     ) -> Row:
-        """Update or lock a row."""
+        """Update, lock or read a row."""
         conditions = [self.model.id == id]
         if version:
             conditions.append(self.model.version == version)

@@ -274,6 +274,7 @@ TABLE: dict[str, list[Bad]] = {
         *bad_values("user.password", [SECRET], user={"email": "ada@example.org", "hashed_password": HASH}),
         *bad_values("user.hashed_password", BAD_HASHES, user={"email": "ada@example.org"}),
         *bad_request_ids(user={"email": "ada@example.org"}),
+        *bad_request_ids(user={"email": "ada@example.org"}, validate_only=True),
         *bad_values("on_conflict", [UNKNOWN_VALUE, -1, INT32_MIN], user={"email": "ada@example.org"}),
         *[({**ENSURED, "on_conflict": mode}, "INVALID_MASK", "update_mask") for mode in (0, 1)],
         ({**ENSURED, "update_mask": {"paths": []}}, "INVALID_MASK", "update_mask"),
