@@ -6,6 +6,9 @@ commits, and then returns its answer, or until the first rolls back, and then do
 
 If the row in an answer is deleted, the answer is erased (`service/db/answers.py`): a repetition then reports
 that the row does not exist.
+
+A call with `validate_only` is a dry run: its transaction is rolled back, so that all checks are those of the
+write. Its `request_id` is neither stored nor looked up.
 """
 
 import re
@@ -25,6 +28,7 @@ from roster.errors import InvalidField, RequestIdReused
 from service.auth.caller import current_caller
 from service.db.answers import Request
 from service.db.base import Session, Values
+from service.db.bulk.batch import Result
 from service.db.dialect import insert
 from service.db.engine import Database
 from service.db.repository import Repository
@@ -34,10 +38,11 @@ from service.wire import DeleteRequest, Update, WriteRequest, deletion_from_requ
 KEPT_FOR = timedelta(hours=24)
 # UUID() also reads what int() does: signs, white space, underscores and digits of other scripts.
 UUID_TEXT = re.compile(r"(?:urn:uuid:)?\{?[0-9A-Fa-f-]+\}?")
+SET_BY_THE_DATABASE = ("id", "created_at", "updated_at")  # in a new row
 
 AnyRepository: TypeAlias = type[Repository[Any, Session]]
 AnswerT = TypeVar("AnswerT", bound=Message)
-ResultT = TypeVar("ResultT", bound=Row | None)
+RowT = TypeVar("RowT", bound=Row | None)
 
 
 async def idempotent(
@@ -45,29 +50,31 @@ async def idempotent(
     repository: AnyRepository,
     request: WriteRequest,
     answer: type[AnswerT],
-    write: Callable[[Session], Awaitable[ResultT]],
-    to_message: Callable[[ResultT], AnswerT],
-) -> AnswerT:
-    """Run `write` in a transaction and return its result as a message, or the answer stored for the request.
+    write: Callable[[Session], Awaitable[tuple[RowT, Result]]],
+    to_message: Callable[[RowT], AnswerT],
+) -> tuple[AnswerT, Result]:
+    """Run `write` in a transaction and return the answer and the result, or those stored for the request.
 
-    The result is the row that was written, or None. Raises InvalidField if the `request_id` is not a UUID,
-    RequestIdReused if it came with another body, and the entity's NotFound if the answer has been erased.
+    `write` returns the row that was written, or None, and what was done with it. Raises InvalidField if the
+    `request_id` is not a UUID, RequestIdReused if it came with another body, and the entity's NotFound if the
+    answer has been erased.
     """
     request_id = request_id_from_text(request.request_id)
-    async with database.begin() as session:
-        if request_id is None:
-            return to_message(await write(session))
-        message = cast("Message", request)
-        identity = current_caller().identity
-        requests = RequestRepository(session, identity, message.DESCRIPTOR.full_name, repository)
-        stored = await requests.claim(request_id, fingerprint(message))
+    async with database.begin(is_dry_run=request.validate_only) as session:
+        if request_id is None or request.validate_only:
+            row, result = await write(session)
+            return to_message(row), result
+        body, identity = cast("Message", request), current_caller().identity
+        requests = RequestRepository(session, identity, body.DESCRIPTOR.full_name, repository)
+        stored = await requests.claim(request_id, fingerprint(body))
         if stored is not None:
-            return answer.FromString(stored)
-        written = await write(session)
-        first = to_message(written)
-        row_id = None if written is None else written.id
-        await requests.store(request_id, first.SerializeToString(), row_id)
-        return first
+            first, result = stored
+            return answer.FromString(first), result
+        row, result = await write(session)
+        message = to_message(row)
+        row_id = None if row is None else row.id
+        await requests.store(request_id, message.SerializeToString(), result, row_id)
+        return message, result
 
 
 class Writer(Generic[AnswerT]):
@@ -90,35 +97,51 @@ class Writer(Generic[AnswerT]):
 
     async def create(self, request: WriteRequest, values: Values) -> AnswerT:
         """Insert a row."""
-        return await self._write(request, lambda rows: rows.create(values))
+
+        async def create(session: Session) -> tuple[Row, Result]:
+            return await self._repository(session).create(values), Result.CREATED
+
+        message, _ = await self.write(request, create)
+        return message
 
     async def update(self, request: WriteRequest, update: Update) -> AnswerT:
         """Update a row."""
-        return await self._write(request, lambda rows: rows.update(update.id, update.changes, update.version))
+
+        async def write(session: Session) -> tuple[Row, Result]:
+            rows = self._repository(session)
+            return await rows.update(update.id, update.changes, update.version), Result.UPDATED
+
+        message, _ = await self.write(request, write)
+        return message
 
     async def delete(self, request: DeleteRequest) -> Empty:
         """Delete a row; raises InvalidField."""
         id, version = deletion_from_request(request)
-        return await idempotent(
-            self._database,
-            self._repository,
-            request,
-            Empty,
-            lambda session: self._repository(session).delete(id, version),
-            lambda _: Empty(),
-        )
 
-    async def _write(
-        self, request: WriteRequest, write: Callable[[Repository[Any, Session]], Awaitable[Row]]
-    ) -> AnswerT:
-        return await idempotent(
-            self._database,
-            self._repository,
-            request,
-            self._message,
-            lambda session: write(self._repository(session)),
-            self._to_message,
+        async def delete(session: Session) -> tuple[None, Result]:
+            rows = self._repository(session)
+            await (rows.check if request.validate_only else rows.delete)(id, version)
+            return None, Result.DELETED
+
+        empty, _ = await idempotent(
+            self._database, self._repository, request, Empty, delete, lambda _: Empty()
         )
+        return empty
+
+    async def write(
+        self, request: WriteRequest, write: Callable[[Session], Awaitable[tuple[Row, Result]]]
+    ) -> tuple[AnswerT, Result]:
+        """Run a function that writes a row; return the answer, and what was done with the row.
+
+        The new row of a dry run has no id and no times.
+        """
+        message, result = await idempotent(
+            self._database, self._repository, request, self._message, write, self._to_message
+        )
+        if request.validate_only and result is Result.CREATED:
+            for name in SET_BY_THE_DATABASE:
+                message.ClearField(name)
+        return message, result
 
 
 def request_id_from_text(text: str) -> UUID | None:
@@ -165,11 +188,12 @@ class RequestRepository:
         self.method = method
         self.repository = repository
 
-    async def claim(self, request_id: UUID, fingerprint: bytes) -> bytes | None:
-        """Return the stored answer to a request, None if the caller is to do the write and store its answer.
+    async def claim(self, request_id: UUID, fingerprint: bytes) -> tuple[bytes, Result] | None:
+        """Return the stored answer to a request, and its result.
 
-        Must be the first statement of the transaction. Raises RequestIdReused if the fingerprint differs, and
-        the entity's NotFound if the answer has been erased.
+        None means that the caller is to do the write and store its answer. Must be the first statement of the
+        transaction. Raises RequestIdReused if the fingerprint differs, and the entity's NotFound if the
+        answer has been erased.
         """
         key = {"caller": self.caller, "method": self.method, "request_id": request_id}
         is_claimed = await self.session.scalar(
@@ -182,7 +206,8 @@ class RequestRepository:
             return None
         # The lock is written to the log of PostgreSQL, so that this commit waits for a standby. The wait of
         # the first commit may have been cut short, and an answer must not be given before it is safe.
-        stored = select(Request.fingerprint, Request.answer).filter_by(**key).with_for_update(read=True)
+        columns = (Request.fingerprint, Request.answer, Request.outcome)
+        stored = select(*columns).filter_by(**key).with_for_update(read=True)
         first = (await self.session.execute(stored)).one_or_none()
         if first is None:  # deleted between the two statements
             return await self.claim(request_id, fingerprint)
@@ -193,15 +218,16 @@ class RequestRepository:
                 "this request_id was used with another body; use a new one for a new request",
                 field="request_id",
             )
-        return bytes(first.answer)
+        # Earlier releases stored no outcome; their creates have created the row.
+        return bytes(first.answer), Result(first.outcome or Result.CREATED)
 
-    async def store(self, request_id: UUID, answer: bytes, row_id: int | None = None) -> None:
-        """Store the answer to a claimed request, with the id of the row in it."""
+    async def store(self, request_id: UUID, answer: bytes, result: Result, row_id: int | None = None) -> None:
+        """Store the answer to a claimed request, its result, and the id of the row in it."""
         entity = None if row_id is None else self.repository.model.__tablename__
         await self.session.execute(
             update(Request)
             .filter_by(caller=self.caller, method=self.method, request_id=request_id)
-            .values(answer=answer, entity=entity, entity_id=row_id)
+            .values(answer=answer, entity=entity, entity_id=row_id, outcome=result)
         )
 
 

@@ -38,6 +38,7 @@ Fields: TypeAlias = Any
 
 class WriteRequest(Protocol):
     request_id: str
+    validate_only: bool
 
 
 class DeleteRequest(WriteRequest, Protocol):

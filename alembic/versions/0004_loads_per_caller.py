@@ -16,7 +16,7 @@ from alembic.util import CommandError
 from service.db.ddl import create_index, drop_index
 
 revision = "0004"
-down_revision = "0008"
+down_revision = "0010"
 min_revision = "0003"
 
 LOADS_OF_ONE_NAME = "SELECT load_id FROM bulk_loads GROUP BY load_id HAVING count(*) > 1 LIMIT 1"

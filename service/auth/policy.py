@@ -58,8 +58,10 @@ ROLES = _roles()
 RPCS = frozenset().union(*ROLES.values())
 ROLES["admin"] = RPCS
 
-# A view or an answer that shows another entity requires the right to call these.
+# A view or an answer that shows more than its RPC requires the right to call these, and so does a create that
+# may update.
 GET_USER = "/roster.v1.UserService/GetUser"
+UPDATE_USER = "/roster.v1.UserService/UpdateUser"
 GET_POST = "/roster.v1.PostService/GetPost"
 LIST_POSTS = "/roster.v1.PostService/ListPosts"
 

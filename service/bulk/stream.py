@@ -33,6 +33,7 @@ from service.bulk.pending import PendingBatch
 from service.bulk.pipeline import Pipeline
 from service.db.bulk.batch import Outcome
 from service.db.engine import Database
+from service.interceptors.audit import note_dry_run
 from service.loads.model import COUNTED, Load, LoadState
 from service.loads.repository import LoadRepository
 from service.loads.rules import check_load_id, check_new_load_id, check_owner
@@ -72,6 +73,8 @@ class BulkStreams:
         sent = operation.parser.parse(first).request.options
         message = BulkOptions.FromString(sent.SerializeToString())
         options, caller = StreamOptions.from_message(message, operation), current_caller()
+        if options.write.validate_only:
+            note_dry_run()
         load = await open_load(self._database, operation, message, caller)
         committer = BatchCommitter(self._database, operation, options.write, load)
         pipeline = Pipeline(operation, options, caller, load, committer)

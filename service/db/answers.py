@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Index, LargeBinary, Select, func, select, update
+from sqlalchemy import ColumnElement, Index, LargeBinary, Select, SmallInteger, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -32,6 +32,8 @@ class Request(Base):
     # The table and the id of the row in the answer; null if there is none, as after a delete.
     entity: Mapped[str | None] = mapped_column(text(63))
     entity_id: Mapped[int | None] = mapped_column(BigInt)
+    # What was done, as a Result of `service/db/bulk/batch.py`; null in rows of earlier releases.
+    outcome: Mapped[int | None] = mapped_column(SmallInteger)
 
 
 async def erase_answers(session: AsyncSession, entity: str, ids: Sequence[int] | Query) -> None:

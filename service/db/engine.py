@@ -63,7 +63,8 @@ class CancelledAfterCommit(asyncio.CancelledError):
 class Database:
     """The database of the service.
 
-    `begin()` opens a unit of work: a clean exit commits, an exception rolls back. `bulk()` does the same on
+    `begin()` opens a unit of work: a clean exit commits, an exception rolls back. A dry run is rolled back at
+    its end too, so it can do what a write does and leaves nothing but gaps in ids. `bulk()` does the same on
     an engine of its own, so that loads can't starve calls. `read()` is for reading: each statement sees what
     was committed before it. It opens a transaction only behind a pooler that needs one. All of them share
     their connections fairly among callers. A task that holds a connection must not open a second one: once
@@ -86,7 +87,7 @@ class Database:
         return self._engines.writer
 
     @asynccontextmanager
-    async def begin(self) -> AsyncIterator[Session]:
+    async def begin(self, *, is_dry_run: bool = False) -> AsyncIterator[Session]:
         """Open a read-write unit of work; raises domain errors for driver errors."""
         with translate_errors():
             async with self._engines.write_slot():
@@ -94,7 +95,8 @@ class Database:
                     await self._driver_connections.make_room()
                 async with _session(self._engines.writer) as session:
                     yield session
-                    await _commit(session)
+                    if not is_dry_run:
+                        await _commit(session)
 
     @asynccontextmanager
     async def bulk(self) -> AsyncIterator[Session]:

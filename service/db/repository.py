@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from sqlalchemy import ColumnElement, Select, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Select, Update, delete, func, insert, select, update
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from roster.errors import NotFound, RosterError, VersionMismatch
@@ -160,8 +160,8 @@ class Repository(Generic[ModelT, SessionT]):
 
         Raises the entity's NotFound, and VersionMismatch if `version` is neither 0 nor the row's version.
         """
-        statement = update(self.model).values(**changes, version=self.model.version + 1, updated_at=now())
-        return await self._write_one(statement.returning(*self.basic().columns), id, version)
+        statement = self._update(changes).returning(*self.basic().columns)
+        return await self._write_one(statement, id, version)
 
     async def delete(self: "Repository[ModelT, Session]", id: int, version: int = 0) -> None:
         """Delete a row, and erase the answers about it and about the rows that are deleted with it.
@@ -176,13 +176,25 @@ class Repository(Generic[ModelT, SessionT]):
             execution_options={"synchronize_session": False},
         )
 
+    async def check(self: "Repository[ModelT, Session]", id: int, version: int = 0) -> None:
+        """Check that `delete` would find the row; raises the same errors.
+
+        For dry runs: to delete a row and roll that back would cost as much as to delete it, and a user can
+        have a million posts.
+        """
+        await self._write_one(select(self.model.id), id, version)
+
+    def _update(self, changes: Values) -> Update:
+        """Return the statement that changes rows and increments their versions."""
+        return update(self.model).values(**changes, version=self.model.version + 1, updated_at=now())
+
     async def _write_one(
         self: "Repository[ModelT, Session]",
         statement: ReturningUpdate[Any] | Select[Any],
         id: int,
         version: int,
     ) -> Row:
-        """Update or lock a row."""
+        """Update, lock or read a row."""
         conditions = [self.model.id == id]
         if version:
             conditions.append(self.model.version == version)

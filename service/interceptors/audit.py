@@ -6,6 +6,7 @@ A watch reveals all changes for days. It has a line when it begins and one when 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -53,7 +54,8 @@ TARGETS = {
 class Entry:
     """The fields of one line; the counts include only rows that this stream was the first to write.
 
-    `owner` is the caller whose load the target is; an admin may write to the load of another caller.
+    `owner` is the caller whose load the target is; an admin may write to the load of another caller. `effect`
+    is what a CreateUser did: created, skipped or updated. A dry run has written nothing.
     """
 
     caller: str
@@ -62,17 +64,35 @@ class Entry:
     owner: str = ""
     counts: dict[str, int] = field(default_factory=dict)
     outcome: str = "OK"
+    effect: str = ""
+    dry_run: bool = False
 
     def note(self, response: Response) -> None:
         """Add the target and the row counts of a response."""
         if isinstance(response, BulkLoad):
             self.owner = response.caller
         elif not isinstance(response, BulkWriteResponse):
-            self.target = self.target or getattr(response, "id", "")
+            self.target = self.target or getattr(response, "id", "") or ""  # a dry run creates no id
         elif response.HasField("opened"):
             self.target, self.owner = response.opened.load_id, response.opened.caller
         elif response.HasField("ack") and not response.ack.replayed:
             self.counts = {name: self.counts.get(name, 0) + getattr(response.ack, name) for name in COUNTED}
+
+
+# Of the current call, and of the tasks that it starts.
+_entry: ContextVar[Entry | None] = ContextVar("entry", default=None)
+
+
+def note_effect(effect: str) -> None:
+    """Note what the current call did."""
+    if entry := _entry.get():
+        entry.effect = effect
+
+
+def note_dry_run() -> None:
+    """Note that the current call writes nothing."""
+    if entry := _entry.get():
+        entry.dry_run = True
 
 
 class NotingContext:
@@ -98,6 +118,8 @@ def audit_writes(rpc: Rpc, proceed: Proceed) -> Proceed:
 
     async def audit(request: Request, context: Context) -> Response:
         entry = Entry(current_caller().identity, rpc.path, target(request) if target else "")
+        entry.dry_run = getattr(request, "validate_only", False)
+        _entry.set(entry)
         with _log_at_end(entry):
             if rpc.is_download:
                 noting: Any = NotingContext(context, entry)

@@ -1,16 +1,24 @@
 """Users: messages <-> values. Pure functions; all checks of a request happen here."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from roster.errors import InvalidField
+from roster.errors import InvalidField, InvalidMask
+from roster.v1.bulk_pb2 import BulkOptions
 from roster.v1.resources_pb2 import Post as PostMessage, User as UserMessage
-from roster.v1.users_pb2 import GetUserRequest, UpdateUserRequest, UserKey, VerifyPasswordRequest
+from roster.v1.users_pb2 import (
+    CreateUserRequest,
+    GetUserRequest,
+    UpdateUserRequest,
+    UserKey,
+    VerifyPasswordRequest,
+)
 from service.bulk.builder import BatchBuilder
 from service.db.base import Values, column_names
-from service.db.bulk.batch import Batch
+from service.db.bulk.batch import Batch, OnConflict
 from service.db.selection import Row
 from service.encoding import RowEncoder
 from service.users.model import User
@@ -23,7 +31,7 @@ from service.users.rules import (
     normalise_email,
     password_error,
 )
-from service.validation import ID_RULE, VERSION_RULE, Rule, check_id, collect_violations
+from service.validation import ID_RULE, VERSION_RULE, Rule, check_choice, check_id, collect_violations
 from service.wire import (
     Fields,
     Update,
@@ -36,10 +44,28 @@ from service.wire import (
 
 WRITABLE = tuple(RULES)
 BULK_WRITABLE = tuple(field for field in WRITABLE if field != "password")
+# The e-mail is the key by which a create finds the user to update.
+WRITABLE_ON_CONFLICT = tuple(field for field in WRITABLE if field != "email")
 
 USER_ENCODER = RowEncoder(column_names(User), UserMessage)
 user_to_fields = row_converter(column_names(User), UserMessage)
 _listed_post_to_fields = row_converter(LISTED_POST, PostMessage)
+
+
+@dataclass(frozen=True)
+class Creation:
+    """The values of a new user, and what to do with one who has the e-mail; only UPDATE has update fields."""
+
+    values: Values
+    on_conflict: OnConflict
+    update_fields: Collection[str] = ()
+
+    def changes(self, stored: Values) -> Values | None:
+        """Return what an update writes, given the values with a hash in place of a password."""
+        if self.on_conflict is not OnConflict.UPDATE:
+            return None
+        columns = ("hashed_password" if name == "password" else name for name in self.update_fields)
+        return {column: stored.get(column) for column in columns}
 
 
 def user_to_message(row: Row) -> UserMessage:
@@ -58,15 +84,36 @@ def user_from_message(message: UserMessage) -> Values:
     return _values(message, ["email", *optional])
 
 
+def user_creation_from_request(request: CreateUserRequest) -> Creation:
+    """Return a user to create, with a `password` not hashed yet; raises InvalidMask, InvalidField."""
+    check_choice(request.on_conflict, BulkOptions.OnConflict, "on_conflict")
+    on_conflict, values = OnConflict(request.on_conflict), user_from_message(request.user)
+    if on_conflict is not OnConflict.UPDATE:
+        if request.update_mask.paths:
+            raise InvalidMask("update_mask must be empty unless on_conflict is UPDATE", field="update_mask")
+        return Creation(values, on_conflict)
+    if not request.update_mask.paths:
+        named = ", ".join(WRITABLE_ON_CONFLICT)
+        raise InvalidMask(f"update_mask is required with UPDATE; it may name {named}", field="update_mask")
+    if request.user.version:
+        # It would be ignored, and a caller who sends it expects it to be checked.
+        message = "user.version can't be checked here; clear it, or update the user with UpdateUser"
+        raise InvalidField(message, field="user.version")
+    changes = user_changes_from_message(request.user, request.update_mask, WRITABLE_ON_CONFLICT)
+    return Creation(values, on_conflict, changes.keys())
+
+
 def user_update_from_request(request: UpdateUserRequest) -> Update:
     """Return the changes to a user, with a `password` not hashed yet; raises InvalidMask, InvalidField."""
     id, version = check_identity(request.user, "user")
     return Update(id, version, user_changes_from_message(request.user, request.update_mask))
 
 
-def user_changes_from_message(message: UserMessage, mask: FieldMask) -> Values:
+def user_changes_from_message(
+    message: UserMessage, mask: FieldMask, writable: Sequence[str] = WRITABLE
+) -> Values:
     """Return the values that an update writes; raises InvalidMask, InvalidField."""
-    fields = masked_fields(message, mask, WRITABLE)
+    fields = masked_fields(message, mask, writable)
     if list(mask.paths) == ["*"]:
         # `password` and `hashed_password` write the same column: `*` means the one that is set, if any.
         fields = [field for field in fields if "password" not in field or is_set(message, field)]

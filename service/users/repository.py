@@ -9,8 +9,9 @@ from sqlalchemy import ColumnElement, and_, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased
 
-from roster.errors import EmailTaken, UserHasPosts, UserNotFound
+from roster.errors import DatabaseUnavailable, EmailTaken, UserHasPosts, UserNotFound
 from service.db.base import BigInt, Column, Expression, ReadSession, Session, Values, column_names
+from service.db.bulk.batch import Result
 from service.db.bulk.table import BulkTable, Dependents, UniqueKey
 from service.db.dialect import insert, values_table
 from service.db.paging import ListQuery, Page, SortKey
@@ -23,6 +24,7 @@ from service.users.rules import email_spellings, normalise_email_part, other_spe
 
 NEWEST_POSTS = 50
 POSTS_AT_ONCE = 500
+MAX_ATTEMPTS = 10  # to create a user whose e-mail others take and free again
 # Posts are listed with their author without their content.
 LISTED_POST = tuple(name for name in column_names(Post) if name != "content")
 LISTED_POST_COLUMNS = [column for column in readable_columns(Post) if column.key in LISTED_POST]
@@ -69,20 +71,33 @@ class UserRepository(Repository[User, SessionT]):
 
     async def create(self: "UserRepository[Session]", values: Values) -> Row:
         """Insert a user; raises EmailTaken with the `existing_id`."""
-        if owner := await self._owner_of_spelling(values["email"]):
-            raise email_taken(owner)
-        statement = insert(self.session, User).values(**values).on_conflict_do_nothing()
-        inserted = await self.session.execute(statement.returning(*self.basic().columns))
-        created: Row | None = inserted.one_or_none()
+        created = await self._insert(values)
         if created is None:
-            raise email_taken(await self._id_by_email(values["email"]))
+            raise email_taken(await self._owner(values["email"]))
         return created
+
+    async def ensure(
+        self: "UserRepository[Session]", values: Values, changes: Values | None
+    ) -> tuple[Row, Result]:
+        """Insert a user, or update the one who has the e-mail; without changes, only return that one.
+
+        Raises DatabaseUnavailable if others keep creating and deleting the user.
+        """
+        for _ in range(MAX_ATTEMPTS):
+            if created := await self._insert(values):
+                return created, Result.CREATED
+            for email in (values["email"], *other_spellings(values["email"])):
+                existing = await self._write_by_email(email, changes)
+                if existing:
+                    return existing, Result.SKIPPED if changes is None else Result.UPDATED
+            # The user has been deleted, or has got another e-mail, since the insert.
+        raise DatabaseUnavailable("other writes keep conflicting with this user; nothing was done, try again")
 
     async def update(self: "UserRepository[Session]", id: int, changes: Values, version: int = 0) -> Row:
         """Update a user; raises the errors of the base class, and EmailTaken."""
         if "email" in changes:
             email = changes["email"]
-            owner = await self._id_by_email(email) or await self._owner_of_spelling(email)
+            owner = await self._owner(email)
             if owner not in (None, id):
                 raise email_taken(owner)
         try:
@@ -98,6 +113,35 @@ class UserRepository(Repository[User, SessionT]):
             .values(hashed_password=new)
             .execution_options(synchronize_session=False)
         )
+
+    async def _insert(self: "UserRepository[Session]", values: Values) -> Row | None:
+        """Insert a user; return None if another one has the e-mail, in this spelling or another."""
+        if await self._owner_of_spelling(values["email"]):
+            return None
+        statement = insert(self.session, User).values(**values).on_conflict_do_nothing()
+        inserted = await self.session.execute(statement.returning(*self.basic().columns))
+        return inserted.one_or_none()
+
+    async def _write_by_email(
+        self: "UserRepository[Session]", email: str, changes: Values | None
+    ) -> Row | None:
+        """Update the user with this e-mail, or lock it without changes; return None if there is none."""
+        if changes is None:
+            # The lock makes a deletion wait until the answer is stored, so that it erases that too. And it is
+            # written to the log of PostgreSQL, so that the commit waits until the user is safe on a standby.
+            locked = select(*self.basic().columns).where(User.email == email)
+            found = await self.session.execute(locked.with_for_update(read=True, key_share=True))
+        else:
+            statement = self._update(changes).where(User.email == email)
+            found = await self.session.execute(
+                statement.returning(*self.basic().columns),
+                execution_options={"synchronize_session": False},
+            )
+        return found.one_or_none()
+
+    async def _owner(self, email: str) -> int | None:
+        """Return the id of the user who has this e-mail, in this spelling or another."""
+        return await self._id_by_email(email) or await self._owner_of_spelling(email)
 
     async def _owner_of_spelling(self, email: str) -> int | None:
         """Return the id of a user for whom an earlier release stored another spelling of this e-mail."""

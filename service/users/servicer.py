@@ -1,5 +1,6 @@
 """UserService: users by id or e-mail, one at a time, in pages, and in bulk."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
@@ -21,16 +22,18 @@ from roster.v1.bulk_pb2 import BulkWriteResponse
 from roster.v1.resources_pb2 import User as UserMessage
 from roster.v1.users_pb2_grpc import UserServiceServicer
 from service.auth.caller import current_caller
-from service.auth.policy import GET_USER, LIST_POSTS
+from service.auth.policy import GET_USER, LIST_POSTS, UPDATE_USER
 from service.auth.views import View, Views, limit_to_written
 from service.bulk.operation import Kind, Operation
 from service.bulk.stream import BulkStreams
 from service.changes.export import Exports
-from service.db.base import ReadSession, Values
-from service.db.engine import Database
+from service.db.base import ReadSession, Session, Values
+from service.db.bulk.batch import OnConflict, Result
+from service.db.engine import CancelledAfterCommit, Database
 from service.db.reads import Reader
 from service.db.selection import Row
 from service.idempotency import Writer
+from service.interceptors.audit import note_effect
 from service.interceptors.chain import Context
 from service.metrics import HASHES_UNREADABLE
 from service.users.convert import (
@@ -39,7 +42,7 @@ from service.users.convert import (
     keys_from_request,
     password_from_request,
     user_batch_from_messages,
-    user_from_message,
+    user_creation_from_request,
     user_keys_from_messages,
     user_to_fields,
     user_to_message,
@@ -60,6 +63,7 @@ from service.wire import at_most_from_request, missing_ids
 
 log = logging.getLogger(__name__)
 
+OUTCOME = "roster-outcome"  # the header of CreateUser's answer that says what was done
 REQUIRED_ROLES = {"hashed_password": "loader"}
 CREATE_USERS = Operation(
     pb.BulkCreateUsersRequest,
@@ -106,7 +110,19 @@ class UserServicer(UserServiceServicer):
         self.exports = exports
 
     async def CreateUser(self, request: pb.CreateUserRequest, context: Context) -> UserMessage:
-        return await self.writer.create(request, await self._hashed(user_from_message(request.user)))
+        creation = user_creation_from_request(request)
+        _require_rights(creation.on_conflict)
+        values = await self._hashed(creation.values, is_dry_run=request.validate_only)
+
+        async def write(session: Session) -> tuple[Row, Result]:
+            users = UserRepository(session)
+            if creation.on_conflict is OnConflict.FAIL:
+                return await users.create(values), Result.CREATED
+            return await users.ensure(values, creation.changes(values))
+
+        user, result = await self.writer.write(request, write)
+        await _send_outcome(context, result, is_dry_run=request.validate_only)
+        return user
 
     async def GetUser(self, request: pb.GetUserRequest, context: Context) -> UserMessage:
         key, others = keys_from_request(request)
@@ -142,7 +158,8 @@ class UserServicer(UserServiceServicer):
 
     async def UpdateUser(self, request: pb.UpdateUserRequest, context: Context) -> UserMessage:
         update = user_update_from_request(request)
-        update = replace(update, changes=await self._hashed(update.changes))
+        changes = await self._hashed(update.changes, is_dry_run=request.validate_only)
+        update = replace(update, changes=changes)
         updated = await self.writer.update(request, update)
         return limit_to_written(updated, update.changes, reads=GET_USER)
 
@@ -186,12 +203,14 @@ class UserServicer(UserServiceServicer):
             async for response in responses:
                 yield response
 
-    async def _hashed(self, values: Values) -> Values:
+    async def _hashed(self, values: Values, *, is_dry_run: bool) -> Values:
+        """Return the values to store; a dry run stores none, and gets an empty hash at once."""
         if "hashed_password" in values:
             current_caller().require("loader", "hashed_password")
         stored = dict(values)
         if "password" in stored:
-            stored["hashed_password"] = await self.passwords.hash(stored.pop("password"))
+            password = stored.pop("password")
+            stored["hashed_password"] = "" if is_dry_run else await self.passwords.hash(password)
         return stored
 
     async def _verified(self, id: int) -> pb.VerifyPasswordResponse:
@@ -200,6 +219,28 @@ class UserServicer(UserServiceServicer):
         except UserNotFound:  # deleted since its hash was read
             return pb.VerifyPasswordResponse()
         return pb.VerifyPasswordResponse(valid=True, user=user_to_fields(user))
+
+
+def _require_rights(on_conflict: OnConflict) -> None:
+    """Check that the caller may see the user who has the e-mail, and may change it if that is asked for."""
+    part = f"on_conflict {on_conflict.name}"
+    if on_conflict is not OnConflict.FAIL:
+        current_caller().require_rpc(GET_USER, part)
+    if on_conflict is OnConflict.UPDATE:
+        current_caller().require_rpc(UPDATE_USER, part)
+
+
+async def _send_outcome(context: Context, result: Result, *, is_dry_run: bool) -> None:
+    """Send what CreateUser did as a header."""
+    outcome = result.name.lower()
+    note_effect(outcome)
+    try:
+        await context.send_initial_metadata(((OUTCOME, outcome),))
+    except asyncio.CancelledError:
+        if is_dry_run:
+            raise
+        # Otherwise a server that stops would ask the client to send the write again.
+        raise CancelledAfterCommit from None
 
 
 def _unreadable_hash(id: int, error: HashError) -> UnreadableHash:

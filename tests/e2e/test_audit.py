@@ -91,7 +91,7 @@ async def test_line_says_everything_once(
     assert line.startswith("INFO roster.audit: write ")
     assert line.endswith(
         f'caller=anonymous method=/roster.v1.UserService/CreateUser target={ada.id} owner="" counts={{}} '
-        "outcome=OK"
+        "outcome=OK effect=created dry_run=false"
     )
 
 

@@ -364,7 +364,7 @@ async def test_second_caller_is_refused_before_contracting_migration(
     database_url: str, users: dict[str, UserServiceAsyncStub], loads: dict[str, BulkServiceAsyncStub]
 ) -> None:
     """The error says what to do, to an admin too; an admin can still resume the load by its caller."""
-    await asyncio.to_thread(migrations.downgrade, database_url, "0008")
+    await asyncio.to_thread(migrations.downgrade, database_url, "0010")
     stream = await LoadStream.open(users[LOADER])
     await stream.acknowledged("a")
 

@@ -14,7 +14,7 @@ from tests.support.command import ROSTER, Ended, run, serving
 from tests.support.migrations import migrate_as_old_release
 
 HEAD = revisions.head()
-PENDING = "once no older server runs, complete the upgrade to 0009 with `roster migrate --contract`"
+PENDING = "once no older server runs, complete the upgrade to 0011 with `roster migrate --contract`"
 SERVERS = "SELECT name, release, revision FROM roster_servers"
 SERVER = """
     INSERT INTO roster_servers (id, name, release, revision, seen_at)
@@ -64,12 +64,12 @@ async def test_upgrade_waits_for_the_end_of_older_servers(
         assert refused.status == 2
         assert "1 sessions with the application name 'roster' from 127.0.0.1" in refused.err
         assert (await roster("serve")).err.endswith(
-            "the schema is at revision 0002, but this release needs revision 0008; "
+            "the schema is at revision 0002, but this release needs revision 0010; "
             "run `roster migrate` with the same ROSTER_DATABASE_URL\n"
         )
 
         migrated = await roster("migrate")
-        assert migrated.out.startswith("schema migrated from revision 0002 to 0008\n")
+        assert migrated.out.startswith("schema migrated from revision 0002 to 0010\n")
         assert PENDING in " ".join(migrated.out.split())
         again = await roster("migrate")
         assert again.out.startswith("no expanding migration is pending\n")
@@ -84,7 +84,7 @@ async def test_upgrade_waits_for_the_end_of_older_servers(
         assert "application name 'roster'" in refused.err
         assert "dead/7" not in refused.err
         assert "new-1/7" not in refused.err
-        assert await rows(engine, "SELECT version_num FROM roster_schema") == [("0008",)]
+        assert await rows(engine, "SELECT version_num FROM roster_schema") == [("0010",)]
 
     async with engine.begin() as connection:
         await connection.execute(text("DELETE FROM roster_servers"))
@@ -94,7 +94,7 @@ async def test_upgrade_waits_for_the_end_of_older_servers(
         )
         assert (doctor.status, PENDING in doctor.out) == (0, True)
         completed = await roster("migrate", "--contract")
-        assert completed == Ended(0, "schema migrated from revision 0008 to 0009\n", "")
+        assert completed == Ended(0, "schema migrated from revision 0010 to 0011\n", "")
     async with serving(tmp_path, ROSTER_DATABASE_URL=url):
         pass
 
@@ -152,4 +152,4 @@ async def test_migrates_at_the_url_for_migrations(url: str, engine: AsyncEngine,
         ROSTER_DATABASE_URL="postgresql://nobody@127.0.0.1:1/none",
         ROSTER_MIGRATION_URL_FILE=f"{tmp_path}/url",
     )
-    assert migrated.out.startswith("schema migrated from revision 0002 to 0008\n")
+    assert migrated.out.startswith("schema migrated from revision 0002 to 0010\n")

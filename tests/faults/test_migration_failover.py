@@ -120,7 +120,7 @@ async def test_migration_is_completed_on_the_new_primary() -> None:
             await cluster.rejoin(old)
 
         url = await old_database(cluster, "building")
-        await upgrade(url, "0008")  # the next migration builds the index first
+        await upgrade(url, "0010")  # the next migration builds the index first
         async with engine_of(cluster, "building").connect() as writer:
             await writer.execute(text("UPDATE bulk_loads SET options = ''"))
             migration = await start(url, halt_before=0)

@@ -71,7 +71,8 @@ async def answers(database: Database) -> list[tuple[bytes | None, bytes]]:
 
 async def claim(database: Database, body: bytes = BODY) -> bytes | None:
     async with database.begin() as session:
-        return await RequestRepository(session, "ops", "write", UserRepository).claim(ID, body)
+        stored = await RequestRepository(session, "ops", "write", UserRepository).claim(ID, body)
+        return stored[0] if stored else None
 
 
 async def delete(database: Database, repository: type[Any]) -> None:

@@ -5,16 +5,18 @@ from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from roster.errors import RequestIdReused
 from service.db.answers import Request
+from service.db.bulk.batch import Result
 from service.db.engine import Database
 from service.idempotency import RequestRepository, delete_expired_requests
 from service.users.repository import UserRepository
 
 ID = UUID("7d0f7c0e-1c43-4b5b-8d5c-2a4b4c1f6a10")
 BODY = b"body"
+ANSWER = (b"answer", Result.UPDATED)
 
 
 @pytest.fixture
@@ -23,18 +25,20 @@ async def kept(database: Database) -> Database:
     async with database.begin() as session:
         requests = RequestRepository(session, "ops", "CreateUser", UserRepository)
         assert await requests.claim(ID, BODY) is None
-        await requests.store(ID, b"answer")
+        await requests.store(ID, b"answer", Result.UPDATED)
     return database
 
 
-async def claim(database: Database, *, caller: str = "ops", method: str = "CreateUser") -> bytes | None:
+async def claim(
+    database: Database, *, caller: str = "ops", method: str = "CreateUser"
+) -> tuple[bytes, Result] | None:
     async with database.begin() as session:
         return await RequestRepository(session, caller, method, UserRepository).claim(ID, BODY)
 
 
 async def test_repeated_request_gets_first_response(kept: Database) -> None:
     """However often it comes."""
-    assert [await claim(kept), await claim(kept)] == [b"answer", b"answer"]
+    assert [await claim(kept), await claim(kept)] == [ANSWER, ANSWER]
 
 
 async def test_empty_response_is_stored_too(database: Database) -> None:
@@ -42,9 +46,17 @@ async def test_empty_response_is_stored_too(database: Database) -> None:
     async with database.begin() as session:
         requests = RequestRepository(session, "ops", "CreateUser", UserRepository)
         await requests.claim(ID, BODY)
-        await requests.store(ID, b"")
+        await requests.store(ID, b"", Result.DELETED)
 
-    assert await claim(database) == b""
+    assert await claim(database) == (b"", Result.DELETED)
+
+
+async def test_answer_of_an_earlier_release_was_that_of_a_create(kept: Database) -> None:
+    """Such a release stored no outcome."""
+    async with kept.begin() as session:
+        await session.execute(update(Request).values(outcome=None))
+
+    assert await claim(kept) == (b"answer", Result.CREATED)
 
 
 async def test_another_body_is_refused(kept: Database) -> None:
@@ -83,18 +95,18 @@ async def test_concurrent_request_waits_for_the_first(database: Database, first_
             requests = RequestRepository(session, "ops", "CreateUser", UserRepository)
             await requests.claim(ID, BODY)
             claimed.set()
-            await requests.store(ID, b"answer")
+            await requests.store(ID, b"answer", Result.UPDATED)
             await UserRepository(session).create({"email": "ada@example.org"})
             if first_fails:
                 raise ZeroDivisionError
 
-    async def second() -> bytes | None:
+    async def second() -> tuple[bytes, Result] | None:
         await claimed.wait()
         return await claim(database)
 
     failed, answer = await asyncio.gather(first(), second(), return_exceptions=True)
     assert isinstance(failed, ZeroDivisionError) == first_fails
-    assert answer == (None if first_fails else b"answer")
+    assert answer == (None if first_fails else ANSWER)
 
 
 async def test_responses_are_deleted_after_24_hours(kept: Database) -> None:
@@ -106,7 +118,7 @@ async def test_responses_are_deleted_after_24_hours(kept: Database) -> None:
 
     async with kept.begin() as session:
         await delete_expired_requests(session, created_at + timedelta(hours=24))
-    assert await claim(kept) == b"answer"
+    assert await claim(kept) == ANSWER
     async with kept.begin() as session:
         await delete_expired_requests(session, created_at + timedelta(hours=24, microseconds=1))
     assert await claim(kept) is None

@@ -35,9 +35,9 @@ PREVIOUS_RELEASE_OPENS = text(
 PREVIOUS_RELEASE_READS = text("SELECT caller, epoch FROM bulk_loads WHERE load_id = :load_id")
 
 
-@pytest.fixture(params=["0008", "head"])
+@pytest.fixture(params=["0010", "head"])
 async def revision(request: pytest.FixtureRequest, database_url: str) -> str:
-    """The revision of the database: 0008 still has the key `load_id` besides (caller, load_id)."""
+    """The revision of the database: 0010 still has the key `load_id` besides (caller, load_id)."""
     if request.param != "head":
         await asyncio.to_thread(migrations.downgrade, database_url, request.param)
     return str(request.param)
@@ -45,8 +45,8 @@ async def revision(request: pytest.FixtureRequest, database_url: str) -> str:
 
 @pytest.fixture
 async def expanded(database_url: str, database: Database) -> Database:
-    """The database at revision 0008."""
-    await asyncio.to_thread(migrations.downgrade, database_url, "0008")
+    """The database at revision 0010."""
+    await asyncio.to_thread(migrations.downgrade, database_url, "0010")
     return database
 
 
@@ -429,7 +429,7 @@ async def test_open_waits_for_a_load_that_is_just_begun(
     database: Database, revision: str, caller: str, *, commits: bool
 ) -> None:
     """Only if the other transaction commits there are two streams, or a load of another caller."""
-    waits = caller == "ada" or revision == "0008"
+    waits = caller == "ada" or revision == "0010"
     async with database.begin() as session:
         await LoadRepository(session, "ada").open("staff", METHOD, OPTIONS)
         second = asyncio.create_task(opened(database, caller=caller))

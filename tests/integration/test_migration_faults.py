@@ -59,10 +59,12 @@ OLD_VERSIONS = {
     "0003": "0002",
     "0006": "0002",
     "0008": "0002",
+    "0010": "0002",
     "0004": "0004",
     "0005": "0005",
     "0007": "0007",
     "0009": "0009",
+    "0011": "0011",
 }
 UPGRADE = "import sys; from service.db import migrations; migrations.upgrade(sys.argv[1])"
 INSERT = "INSERT INTO bulk_loads (load_id, caller, method, options) VALUES (:name, 'ada', 'm', '')"
@@ -157,7 +159,7 @@ async def test_calls_go_on_while_a_migration_waits_for_a_lock(
 ) -> None:
     """It gives up its place in the queue, names the session it waits for, and tries again."""
     await migrate_as_old_release(engine)
-    await upgrade(url, "0008")
+    await upgrade(url, "0010")
     # As an interrupted run leaves it: only the ALTER TABLE is left.
     await execute(engine, CREATE_KEY)
     async with engine.connect() as report:
@@ -187,7 +189,7 @@ async def test_writes_go_on_while_a_trigger_waits_for_its_table(
     async with engine.connect() as load:
         await load.execute(text("LOCK TABLE posts IN ROW EXCLUSIVE MODE"))
         with caplog.at_level(logging.WARNING):
-            upgrading = asyncio.create_task(upgrade(url, "0008"))
+            upgrading = asyncio.create_task(upgrade(url, "0010"))
             calls = 0
             while "trying again in 1 s" not in caplog.text:
                 async with asyncio.timeout(2):
@@ -221,7 +223,7 @@ async def test_invalid_index_is_built_again(url: str, engine: AsyncEngine) -> No
 async def test_index_waits_for_an_open_transaction(url: str, engine: AsyncEngine) -> None:
     """For longer than lock_timeout; a second migration that waits for the first does not block it."""
     await migrate_as_old_release(engine)
-    await upgrade(url, "0008")
+    await upgrade(url, "0010")
     async with engine.connect() as writer, engine.connect() as observer:
         await writer.execute(text(INSERT), {"name": "nightly"})
         upgrades = [
@@ -266,7 +268,7 @@ async def test_backfill_goes_on_where_it_was_interrupted(kind: str, url: str, tm
 async def test_older_server_that_starts_during_a_contraction_stops_it(url: str, engine: AsyncEngine) -> None:
     """The version stays, and the next run completes."""
     await migrate_as_old_release(engine)
-    await upgrade(url, "0008")
+    await upgrade(url, "0010")
     server = create_async_engine(
         url, poolclass=NullPool, connect_args={"server_settings": {"application_name": "roster"}}
     )
@@ -281,7 +283,7 @@ async def test_older_server_that_starts_during_a_contraction_stops_it(url: str, 
             with pytest.raises(MigrationError, match="1 sessions with the application name 'roster'"):
                 await upgrading
 
-    assert (await read_schema(engine)).revision == "0008"
+    assert (await read_schema(engine)).revision == "0010"
     await upgrade(url)
     assert (await read_schema(engine)).revision == HEAD
     await server.dispose()
@@ -292,7 +294,7 @@ async def test_later_version_table_of_another_application_is_left_alone(
 ) -> None:
     """Roster's own was dropped, and the other application made one."""
     await migrate_as_old_release(engine)
-    await upgrade(url, "0008")
+    await upgrade(url, "0010")
     await execute(engine, "UPDATE alembic_version SET version_num = 'f00dcafe'")
 
     await upgrade(url)
@@ -306,7 +308,7 @@ async def test_waiting_migration_of_an_older_release_does_not_stop_a_contraction
 ) -> None:
     """It waits for the lock in a transaction, which the index waits for; the lock is released for it."""
     await migrate_as_old_release(engine)
-    await upgrade(url, "0008")
+    await upgrade(url, "0010")
     async with engine.connect() as writer, engine.connect() as observer:
         await writer.execute(text(INSERT), {"name": "nightly"})
         upgrading = asyncio.create_task(upgrade(url))
@@ -333,7 +335,7 @@ async def test_waiting_migration_of_an_older_release_does_not_stop_a_contraction
 async def test_index_that_can_not_be_built_is_dropped(url: str, engine: AsyncEngine) -> None:
     """An invalid index of a unique key would still refuse rows of an older server."""
     await migrate_as_old_release(engine)
-    await upgrade(url, "0008")
+    await upgrade(url, "0010")
     await execute(engine, "ALTER TABLE bulk_loads DROP CONSTRAINT uq_bulk_loads_load_id")
     for _ in range(2):
         await execute(engine, INSERT, name="nightly")

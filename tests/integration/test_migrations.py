@@ -35,6 +35,7 @@ COLUMNS_OF_0006 = [
     "requests.entity_id",
 ]
 TABLES_OF_0008 = ["changes", "feed"]
+COLUMN_OF_0010 = "requests.outcome"
 VERSION_TABLES = "'alembic_version', 'roster_schema', 'schema_compatibility'"
 # Whatever one can say of a table. Alembic's comparison leaves out collations and identities.
 SCHEMA = {
@@ -127,18 +128,19 @@ async def test_every_migration_goes_down_and_up_again(empty_url: str, engine: As
 async def test_completes_a_database_that_was_at_0005_without_0006(
     empty_url: str, engine: AsyncEngine
 ) -> None:
-    """As development versions made it; the state of the schema says what to do. It lacks 0008 too."""
+    """As development versions made it; the state of the schema says what to do. It lacks 0008 and 0010."""
     await upgrade(empty_url)
     complete = await schema(engine)
     await downgrade(empty_url, "0005")
     await drop_what_0008_makes(engine)
-    names = [column.split(".") for column in COLUMNS_OF_0006]
+    columns = [*COLUMNS_OF_0006, COLUMN_OF_0010]
+    names = [column.split(".") for column in columns]
     drops = [f"ALTER TABLE {table} DROP COLUMN {name}" for table, name in names]
     await execute(engine, "DROP INDEX ix_requests_entity_id_entity", *drops)
 
     state = await read_schema(engine)
     assert not state.is_usable
-    missing = [f"the column {name}" for name in COLUMNS_OF_0006] + [f"the table {n}" for n in TABLES_OF_0008]
+    missing = [f"the column {name}" for name in columns] + [f"the table {n}" for n in TABLES_OF_0008]
     assert str(state) == (
         f"the schema is at revision 0005, but lacks {', '.join(missing)}; run `roster migrate --contract`"
     )
@@ -158,6 +160,23 @@ async def drop_what_0008_makes(engine: AsyncEngine) -> None:
     else:
         await execute(engine, "DROP FUNCTION log_changes(), reset_feed(), begin_feed() CASCADE")
     await execute(engine, *(f"DROP TABLE {name}" for name in TABLES_OF_0008))
+
+
+async def test_completes_a_database_that_was_at_0009_without_0010(
+    empty_url: str, engine: AsyncEngine
+) -> None:
+    """As development versions made it; the state of the schema says what to do."""
+    await upgrade(empty_url)
+    complete = await schema(engine)
+    await downgrade(empty_url, "0009")
+    await execute(engine, "ALTER TABLE requests DROP COLUMN outcome")
+    state = await read_schema(engine)
+    assert not state.is_usable
+    assert f"lacks the column {COLUMN_OF_0010}; run `roster migrate --contract`" in str(state)
+
+    await upgrade(empty_url)
+    assert (await read_schema(engine)).is_usable
+    assert await schema(engine) == complete
 
 
 async def test_completes_a_database_that_was_at_0007_without_0008(

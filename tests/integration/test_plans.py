@@ -84,6 +84,7 @@ NARROW = {
         'email >= "abc" AND email < "abd"': 200,
         'email = "abc*"': 200,
         'email = "ABC*" AND full_name:*': 200,
+        f"{DAY} AND -full_name:*": 1440,
         'email = "Abc*" OR email = "abd*"': 400,
         'created_at = "2024-03-01T00:00:00.000000001Z"': 1,
         'created_at > "2024-02-29T23:59:59.999999999Z" AND created_at <= "2024-03-01T00:00:00.0000001Z"': 1,
@@ -101,6 +102,8 @@ NARROW = {
         DAY: 1440,
         f"{DAY} AND author_id = 77": 50,
         f'{DAY} AND title : "a"': 1440,
+        f'{DAY} AND title = "a*"': 1440,
+        'author_id = 77 AND title = "a*"': 50,
     },
 }
 # Filters that no index supports, matched by about every second row.

@@ -41,11 +41,11 @@ async def test_old_database_is_moved_and_stays_usable_for_the_old_release(
     await execute(engine, USER, LOAD.format("ada"))
     assert await read_schema(engine) == Schema("0002")
 
-    await upgrade(url, "0008")
-    assert (await read_schema(engine), await old_version(engine)) == (Schema("0008", "0001"), ["0002"])
+    await upgrade(url, "0010")
+    assert (await read_schema(engine), await old_version(engine)) == (Schema("0010", "0001"), ["0002"])
     await upgrade(url)
     assert await old_version(engine) == [revisions.head()]
-    await downgrade(url, "0008")
+    await downgrade(url, "0010")
     assert await old_version(engine) == ["0002"]
 
     async with engine.connect() as connection:
@@ -91,7 +91,7 @@ async def test_foreign_alembic_version_is_left_alone(version: str, url: str, eng
 
     await upgrade(url)
     assert await read_schema(engine) == Schema(revisions.head(), "0003")
-    for revision in ("0008", "0006", "0003", "0002", "0001", "base"):
+    for revision in ("0010", "0008", "0006", "0003", "0002", "0001", "base"):
         await downgrade(url, revision)
         assert await old_version(engine) == [version]
         assert (await read_schema(engine)).revision == (None if revision == "base" else revision)
@@ -148,25 +148,25 @@ async def test_loads_of_one_name_stop_the_downgrade(url: str, engine: AsyncEngin
     await execute(engine, LOAD.format("ada"), LOAD.format("alan"))
 
     with pytest.raises(MigrationError, match="several callers have a load named 'nightly'"):
-        await downgrade(url, "0008")
+        await downgrade(url, "0010")
     assert (await read_schema(engine)).revision == (
         "0004" if engine.dialect.name == "postgresql" else revisions.head()
     )
 
     await execute(engine, "DELETE FROM bulk_loads WHERE caller = 'alan'")
-    await downgrade(url, "0008")
-    assert (await read_schema(engine)).revision == "0008"
+    await downgrade(url, "0010")
+    assert (await read_schema(engine)).revision == "0010"
 
 
 @pytest.mark.parametrize(
     ("schema", "is_usable", "sentence"),
     [
-        (Schema("0009", "0003"), True, "the schema is at revision 0009, the one of this release"),
-        (Schema("0008", "0001"), True, "complete the upgrade to 0009 with `roster migrate --contract`"),
+        (Schema("0011", "0003"), True, "the schema is at revision 0011, the one of this release"),
+        (Schema("0010", "0001"), True, "complete the upgrade to 0011 with `roster migrate --contract`"),
         (
             Schema("0002"),
             False,
-            "at revision 0002, but this release needs revision 0008; run `roster migrate`",
+            "at revision 0002, but this release needs revision 0010; run `roster migrate`",
         ),
         (Schema(None), False, "the database has no schema; run `roster migrate` with the same"),
         (Schema("9999", "0004"), True, "newer than this release, but compatible"),

@@ -129,6 +129,10 @@ async def repeated(api: Api) -> None:
         await api.users.CreateUser(request)
 
 
+def ensure_user(api: Api, **options: Any) -> Awaitable[User]:
+    return api.users.CreateUser(CreateUserRequest(user=User(email="user0@example.org"), **options))
+
+
 async def read(stream: AsyncIterable[Message]) -> None:
     """Read a stream to its end; no row of a bulk stream may fail."""
     async for message in stream:
@@ -234,6 +238,18 @@ CALLS: dict[str, tuple[int, Callable[[Api], Awaitable[Any]]]] = {
         lambda api: read(api.posts.ExportPosts(ExportPostsRequest(filter=f"id <= {api.rows}"))),
     ),
     "CreateUser": (1, lambda api: api.users.CreateUser(CreateUserRequest(user=new_user()))),
+    # Insert or find that the e-mail is taken, then lock or update.
+    "CreateUser SKIP": (2, lambda api: ensure_user(api, on_conflict=BulkOptions.SKIP)),
+    "CreateUser UPDATE": (
+        2,
+        lambda api: ensure_user(
+            api, on_conflict=BulkOptions.UPDATE, update_mask=FieldMask(paths=["full_name"])
+        ),
+    ),
+    "CreateUser, a dry run": (
+        1,
+        lambda api: api.users.CreateUser(CreateUserRequest(user=new_user(), validate_only=True)),
+    ),
     # Claim, insert, keep; claim, read.
     "CreateUser, repeated": (5, repeated),
     "UpdateUser": (
@@ -280,6 +296,11 @@ CALLS: dict[str, tuple[int, Callable[[Api], Awaitable[Any]]]] = {
     # Lock, erase the answers, delete; for users also: lock the posts, count, erase, delete, find no others.
     "BulkDeletePosts": (3, delete_posts),
     "BulkDeleteUsers": (8, delete_users),
+    # Not the delete of a user with any number of posts, rolled back.
+    "DeleteUser, a dry run": (
+        1,
+        lambda api: api.users.DeleteUser(DeleteUserRequest(id=api.user_ids[0], validate_only=True)),
+    ),
     # Lock, erase the answers, delete; the same for the posts of a user, which are deleted with it.
     "DeletePost": (3, lambda api: api.posts.DeletePost(DeletePostRequest(id=api.post_ids[0]))),
     "DeleteUser": (5, lambda api: api.users.DeleteUser(DeleteUserRequest(id=api.user_ids[0]))),

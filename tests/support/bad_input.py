@@ -165,6 +165,12 @@ def bad_options(reason: str, field: str, *several: dict[str, Any]) -> list[Bad]:
 
 
 TITLE = {"paths": ["title"]}
+# A valid CreateUser that updates.
+ENSURED: dict[str, Any] = {
+    "user": {"email": "ada@example.org"},
+    "on_conflict": 2,
+    "update_mask": {"paths": ["full_name"]},
+}
 EMAIL = {"paths": ["email"]}
 
 BAD_EMAILS = [
@@ -268,6 +274,18 @@ TABLE: dict[str, list[Bad]] = {
         *bad_values("user.password", [SECRET], user={"email": "ada@example.org", "hashed_password": HASH}),
         *bad_values("user.hashed_password", BAD_HASHES, user={"email": "ada@example.org"}),
         *bad_request_ids(user={"email": "ada@example.org"}),
+        *bad_request_ids(user={"email": "ada@example.org"}, validate_only=True),
+        *bad_values("on_conflict", [UNKNOWN_VALUE, -1, INT32_MIN], user={"email": "ada@example.org"}),
+        *[({**ENSURED, "on_conflict": mode}, "INVALID_MASK", "update_mask") for mode in (0, 1)],
+        ({**ENSURED, "update_mask": {"paths": []}}, "INVALID_MASK", "update_mask"),
+        *bad_masks(["email", "posts", "fullName"], user={"email": "ada@example.org"}, on_conflict=2),
+        *bad_values("user.version", [1, -1, INT64_MAX], **ENSURED),
+        *[
+            ({**ENSURED, "update_mask": {"paths": [name]}}, "INVALID_FIELD", f"user.{name}")
+            for name in ("is_active", "password", "hashed_password")
+        ],
+        ({**ENSURED, "update_mask": {"paths": ["*"]}}, "INVALID_FIELD", "user.is_active"),
+        *bad_values("user.password", [SECRET], **merge(ENSURED, {"user": {"hashed_password": HASH}})),
     ],
     "GetUser": [
         ({}, "INVALID_FIELD", "id"),

@@ -31,12 +31,13 @@ USER, POST = {EMAIL, NAME}, {TITLE, CONTENT}
 class Case:
     """A call with the secrets in its response, and those shown only to callers with `needs`.
 
-    A view is refused without that right, and so are the changes of an entity; an update shows less.
+    A view is refused without these rights, and so are the changes of an entity, and a create that returns a
+    stored user; an update shows less.
     """
 
     message: dict[str, Any]
     shows: set[str] = field(default_factory=set)
-    needs: str = ""
+    needs: str = ""  # RPCs, separated by "+"
     shows_more: set[str] = field(default_factory=set)
 
 
@@ -50,6 +51,12 @@ CASES = {
     ("ListUsers", "WITH_POSTS"): Case({}, needs="ListPosts", shows_more=USER | {TITLE}),
     ("ExportUsers", ""): Case({}, USER),
     ("CreateUser", ""): Case({"user": {"email": EMAIL}}),
+    ("CreateUser", "SKIP"): Case({"user": {"email": EMAIL}}, needs="GetUser", shows_more=USER),
+    ("CreateUser", "UPDATE"): Case(
+        {"user": {"email": EMAIL, "is_active": True}, "update_mask": "isActive"},
+        needs="GetUser+UpdateUser",
+        shows_more=USER,
+    ),
     ("UpdateUser", ""): Case({"user": {"id": 1, "is_active": True}}, needs="GetUser", shows_more=USER),
     ("DeleteUser", ""): Case({"id": 1, "version": 99}),
     ("VerifyPassword", ""): Case({"id": 1, "password": PASSWORD}, USER),
@@ -102,7 +109,9 @@ async def roster(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory
 def policy() -> str:
     """Return a policy with a role for each RPC; a caller's name lists its roles."""
     callers = {rpc: [rpc] for rpc in RPCS}
-    callers |= {f"{rpc}+{case.needs}": [rpc, case.needs] for (rpc, _), case in CASES.items() if case.needs}
+    cases = [(rpc, case.needs) for (rpc, _), case in CASES.items() if case.needs]
+    callers |= {f"{rpc}+{needs}": [rpc, *needs.split("+")] for rpc, needs in cases}
+    callers["CreateUser+UpdateUser"] = ["CreateUser", "UpdateUser"]
     identities = "".join(f'"jwt:{name}" = {roles}\n' for name, roles in callers.items())
     roles = "".join(f'{rpc} = ["{path(rpc)[1:]}"]\n' for rpc in RPCS)
     return POLICY.replace("\n[roles]", f"{identities}\n[roles]\n{roles}")
@@ -135,7 +144,7 @@ def test_every_rpc_and_every_view_has_a_case() -> None:
     methods = set()
     for rpc, method in RPCS.items():
         fields = method.input_type.fields_by_name
-        shown = fields.get("view") or fields.get("entities")
+        shown = fields.get("view") or fields.get("entities") or fields.get("on_conflict")
         if shown and shown.enum_type:
             methods |= {(rpc, value.name) for value in shown.enum_type.values if value.number}
         if "entities" not in fields:
@@ -150,7 +159,9 @@ async def message_of(server: Secured, rpc: str, view: str) -> dict[str, Any]:
         beginning = replace(await server.server.feed.now(), since="0")
         return {"token": str(beginning), "entities": [view]}
     message = CASES[rpc, view].message
-    return {**message, "view": view} if view else message
+    if not view:
+        return message
+    return {**message, "on_conflict" if rpc == "CreateUser" else "view": view}
 
 
 @pytest.mark.parametrize(("rpc", "view"), CASES)
@@ -165,6 +176,16 @@ async def test_response_shows_only_what_its_caller_may_read(rpc: str, view: str,
         assert await secrets_in(roster, rpc, rpc, message) == case.shows
     if case.needs:
         assert await secrets_in(roster, f"{rpc}+{case.needs}", rpc, message) == case.shows_more
+
+
+@pytest.mark.parametrize("caller", ["CreateUser", "CreateUser+GetUser", "CreateUser+UpdateUser"])
+async def test_create_that_may_update_needs_all_rights(caller: str, roster: Secured) -> None:
+    """Whether or not the user exists."""
+    for email in (EMAIL, "nobody@example.org"):
+        message = await message_of(roster, "CreateUser", "UPDATE")
+        message["user"] = {**message["user"], "email": email}
+        with pytest.raises(grpc.aio.AioRpcError):
+            await secrets_in(roster, caller, "CreateUser", message)
 
 
 async def test_view_is_refused_before_the_lookup(roster: Secured) -> None:
