@@ -20,14 +20,6 @@ from tests.support.terminal import terminal
 TIME = re.compile(r"\d{4}-\d\d-\d\dT[\d:]{8}\.\d{6}Z")
 SHORT_TIME = re.compile(r"\d{4}-\d\d-\d\d [\d:]{8}")
 
-# Remove each mark as soon as its test passes.
-UNTIL_THE_SERVER_HAS_THEM = pytest.mark.xfail(
-    strict=True, reason="the server ignores on_conflict and validate_only of single calls"
-)
-UNTIL_THE_CLIENT_HAS_HEADERS = pytest.mark.xfail(
-    strict=True, reason="the interceptor of roster.client returns a message, without the headers of its call"
-)
-
 
 def record(text: str) -> dict[str, str]:
     """Return the fields of a record."""
@@ -141,7 +133,6 @@ async def test_repeats_a_command_by_its_request_id(client: Client) -> None:
     assert await create(client, *arguments) == await create(client, *arguments)
 
 
-@UNTIL_THE_SERVER_HAS_THEM
 async def test_makes_sure_that_a_user_exists(client: Client) -> None:
     """In one call; an update writes only what the command names."""
     await create(client, "--email", "ada@example.org", "--full-name", "Ada", "--inactive")
@@ -159,7 +150,6 @@ async def test_makes_sure_that_a_user_exists(client: Client) -> None:
     assert (other["email"], other["version"]) == ("b@example.org", 1)
 
 
-@UNTIL_THE_CLIENT_HAS_HEADERS
 async def test_says_what_was_done(client: Client) -> None:
     """On standard error, if the command allows several outcomes."""
     arguments = ("users", "create", "--email", "ada@example.org", "--full-name", "Ada", "--on-conflict")
@@ -172,7 +162,6 @@ async def test_says_what_was_done(client: Client) -> None:
     ]
 
 
-@UNTIL_THE_SERVER_HAS_THEM
 async def test_dry_runs_write_nothing(client: Client, server: Server) -> None:
     """They print the row as it would be, and fail as the command would."""
     await add_users(server.database)

@@ -6,7 +6,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from roster.errors import InvalidMask, RosterError, TooLarge
+from roster.errors import RosterError, TooLarge
 from roster.v1 import bulk_pb2, changes_pb2, posts_pb2, users_pb2
 from roster.v1.bulk_pb2 import BulkOptions
 from roster.v1.resources_pb2 import Post, User
@@ -26,8 +26,7 @@ from service.services import RPCS
 from service.users.convert import (
     keys_from_request,
     password_from_request,
-    user_changes_from_message,
-    user_from_message,
+    user_creation_from_request,
     user_update_from_request,
 )
 from service.users.repository import UserRepository
@@ -40,14 +39,7 @@ ADMIN = Caller("jwt:ada", frozenset({"admin"}), frozenset(RPCS))
 
 def _create_user(request: Any) -> None:
     request_id_from_text(request.request_id)
-    check_choice(request.on_conflict, BulkOptions.OnConflict, "on_conflict")
-    user_from_message(request.user)
-    if bool(request.update_mask.paths) is not (request.on_conflict == BulkOptions.UPDATE):
-        raise InvalidMask("update_mask is required with UPDATE, and only there", field="update_mask")
-    if request.update_mask.paths:
-        if "email" in request.update_mask.paths:
-            raise InvalidMask("update_mask has a path that can't be written", field="update_mask")
-        user_changes_from_message(request.user, request.update_mask)
+    user_creation_from_request(request)
 
 
 def _get_user(request: Any) -> None:

@@ -27,6 +27,7 @@ const (
 type CreateUserRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The new user; `email` is required. Ignored: `id`, `created_at`, `updated_at`, `version`, `posts`.
+	// With UPDATE, a `version` other than 0 is INVALID_ARGUMENT/INVALID_FIELD: it would not be checked.
 	User *User `protobuf:"bytes,1,opt,name=user,proto3" json:"user,omitempty"`
 	// A UUID, optional. The server stores the answer of a successful call for 24 hours, by caller,
 	// method and `request_id`. A repeated call with the same body gets the first answer again; one
@@ -37,17 +38,18 @@ type CreateUserRequest struct {
 	RequestId string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// What to do if another user has the e-mail; FAIL by default. SKIP returns that user unchanged,
 	// UPDATE writes the fields in `update_mask` to it and returns it as it is now, with its `version`
-	// increased by one. So SKIP and UPDATE make sure, in one call, that the user exists; they need the
-	// right to GetUser too. The response header `roster-outcome` says what was done: `created`,
-	// `skipped` or `updated`. It is stored with the answer of a `request_id`, and sent again with it.
+	// increased by one. A new user gets all fields of `user`. SKIP and UPDATE need the right to GetUser
+	// too, and UPDATE also the right to UpdateUser, whether or not the user exists. The header
+	// `roster-outcome` is stored with the answer to a `request_id`, and sent again with it.
 	OnConflict BulkOptions_OnConflict `protobuf:"varint,3,opt,name=on_conflict,json=onConflict,proto3,enum=roster.v1.BulkOptions_OnConflict" json:"on_conflict,omitempty"`
-	// The fields that UPDATE writes: `full_name`, `is_active`, `password`, `hashed_password`. Required
-	// with UPDATE, otherwise INVALID_ARGUMENT/INVALID_MASK if it is set. An unset `full_name` becomes
-	// null, any other unset field is INVALID_ARGUMENT.
+	// The fields that UPDATE writes: `full_name`, `is_active`, `password`, `hashed_password`; `*` is all
+	// of them, with the password that is set, if any. Required with UPDATE, otherwise
+	// INVALID_ARGUMENT/INVALID_MASK if it is set. An unset `full_name` becomes null; any other unset field
+	// that it names is INVALID_ARGUMENT/INVALID_FIELD.
 	UpdateMask *fieldmaskpb.FieldMask `protobuf:"bytes,4,opt,name=update_mask,json=updateMask,proto3" json:"update_mask,omitempty"`
-	// Run all checks, those of stored rows included, and write nothing. The answer is that of the call
-	// without it, but a user that would be created has the id 0, version 1, and no times. The
-	// `request_id` is checked, but neither stored nor looked up.
+	// Run all checks, those of stored rows included, and write nothing. The answer and the header are
+	// those of the call without it, but a user that would be created has the id 0, version 1, and no
+	// times. The `request_id` is checked, but neither stored nor looked up.
 	ValidateOnly  bool `protobuf:"varint,5,opt,name=validate_only,json=validateOnly,proto3" json:"validate_only,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -41,16 +41,20 @@ const (
 // Users: single users, pages, and bulk. resources.proto describes the errors that every RPC can
 // return, and how values look in JSON.
 type UserServiceClient interface {
-	// Creates a user and returns it. To make the call safe to repeat, send a `request_id`.
+	// Creates a user and returns it. To make the call safe to repeat, send a `request_id`. With
+	// `on_conflict`, it makes sure that the user exists: another user who has the e-mail is returned or
+	// updated. The response header `roster-outcome` is `created`, `skipped` or `updated`.
 	//
 	// With grpcurl: -d '{"user": {"email": "ada@example.org", "full_name": "Ada"}}'
 	//
 	// Errors:
 	//
-	//	ALREADY_EXISTS/EMAIL_TAKEN         another user has the e-mail; with `existing_id` if the caller
-	//	                                   may see it
+	//	ALREADY_EXISTS/EMAIL_TAKEN         with FAIL: another user has the e-mail; with `existing_id` if
+	//	                                   the caller may see it
+	//	INVALID_ARGUMENT/INVALID_MASK      `update_mask` is missing with UPDATE, is set without it, or has
+	//	                                   a path that can't be written
 	//	ALREADY_EXISTS/REQUEST_ID_REUSED   the `request_id` was used with another body
-	//	NOT_FOUND/USER_NOT_FOUND           the user that the `request_id` created has been deleted
+	//	NOT_FOUND/USER_NOT_FOUND           the user in the answer to the `request_id` has been deleted
 	CreateUser(ctx context.Context, in *CreateUserRequest, opts ...grpc.CallOption) (*User, error)
 	// Returns one user, looked up by id or by e-mail.
 	//
@@ -350,16 +354,20 @@ type UserService_ExportUsersClient = grpc.ServerStreamingClient[ExportUsersRespo
 // Users: single users, pages, and bulk. resources.proto describes the errors that every RPC can
 // return, and how values look in JSON.
 type UserServiceServer interface {
-	// Creates a user and returns it. To make the call safe to repeat, send a `request_id`.
+	// Creates a user and returns it. To make the call safe to repeat, send a `request_id`. With
+	// `on_conflict`, it makes sure that the user exists: another user who has the e-mail is returned or
+	// updated. The response header `roster-outcome` is `created`, `skipped` or `updated`.
 	//
 	// With grpcurl: -d '{"user": {"email": "ada@example.org", "full_name": "Ada"}}'
 	//
 	// Errors:
 	//
-	//	ALREADY_EXISTS/EMAIL_TAKEN         another user has the e-mail; with `existing_id` if the caller
-	//	                                   may see it
+	//	ALREADY_EXISTS/EMAIL_TAKEN         with FAIL: another user has the e-mail; with `existing_id` if
+	//	                                   the caller may see it
+	//	INVALID_ARGUMENT/INVALID_MASK      `update_mask` is missing with UPDATE, is set without it, or has
+	//	                                   a path that can't be written
 	//	ALREADY_EXISTS/REQUEST_ID_REUSED   the `request_id` was used with another body
-	//	NOT_FOUND/USER_NOT_FOUND           the user that the `request_id` created has been deleted
+	//	NOT_FOUND/USER_NOT_FOUND           the user in the answer to the `request_id` has been deleted
 	CreateUser(context.Context, *CreateUserRequest) (*User, error)
 	// Returns one user, looked up by id or by e-mail.
 	//

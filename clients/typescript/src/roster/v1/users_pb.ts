@@ -26,6 +26,7 @@ export const file_roster_v1_users: GenFile = /*@__PURE__*/
 export type CreateUserRequest = Message<"roster.v1.CreateUserRequest"> & {
   /**
    * The new user; `email` is required. Ignored: `id`, `created_at`, `updated_at`, `version`, `posts`.
+   * With UPDATE, a `version` other than 0 is INVALID_ARGUMENT/INVALID_FIELD: it would not be checked.
    *
    * @generated from field: roster.v1.User user = 1;
    */
@@ -46,27 +47,28 @@ export type CreateUserRequest = Message<"roster.v1.CreateUserRequest"> & {
   /**
    * What to do if another user has the e-mail; FAIL by default. SKIP returns that user unchanged,
    * UPDATE writes the fields in `update_mask` to it and returns it as it is now, with its `version`
-   * increased by one. So SKIP and UPDATE make sure, in one call, that the user exists; they need the
-   * right to GetUser too. The response header `roster-outcome` says what was done: `created`,
-   * `skipped` or `updated`. It is stored with the answer of a `request_id`, and sent again with it.
+   * increased by one. A new user gets all fields of `user`. SKIP and UPDATE need the right to GetUser
+   * too, and UPDATE also the right to UpdateUser, whether or not the user exists. The header
+   * `roster-outcome` is stored with the answer to a `request_id`, and sent again with it.
    *
    * @generated from field: roster.v1.BulkOptions.OnConflict on_conflict = 3;
    */
   onConflict: BulkOptions_OnConflict;
 
   /**
-   * The fields that UPDATE writes: `full_name`, `is_active`, `password`, `hashed_password`. Required
-   * with UPDATE, otherwise INVALID_ARGUMENT/INVALID_MASK if it is set. An unset `full_name` becomes
-   * null, any other unset field is INVALID_ARGUMENT.
+   * The fields that UPDATE writes: `full_name`, `is_active`, `password`, `hashed_password`; `*` is all
+   * of them, with the password that is set, if any. Required with UPDATE, otherwise
+   * INVALID_ARGUMENT/INVALID_MASK if it is set. An unset `full_name` becomes null; any other unset field
+   * that it names is INVALID_ARGUMENT/INVALID_FIELD.
    *
    * @generated from field: google.protobuf.FieldMask update_mask = 4;
    */
   updateMask?: FieldMask | undefined;
 
   /**
-   * Run all checks, those of stored rows included, and write nothing. The answer is that of the call
-   * without it, but a user that would be created has the id 0, version 1, and no times. The
-   * `request_id` is checked, but neither stored nor looked up.
+   * Run all checks, those of stored rows included, and write nothing. The answer and the header are
+   * those of the call without it, but a user that would be created has the id 0, version 1, and no
+   * times. The `request_id` is checked, but neither stored nor looked up.
    *
    * @generated from field: bool validate_only = 5;
    */
@@ -772,15 +774,19 @@ export const ExportUsersResponseSchema: GenMessage<ExportUsersResponse> = /*@__P
  */
 export const UserService: GenService<{
   /**
-   * Creates a user and returns it. To make the call safe to repeat, send a `request_id`.
+   * Creates a user and returns it. To make the call safe to repeat, send a `request_id`. With
+   * `on_conflict`, it makes sure that the user exists: another user who has the e-mail is returned or
+   * updated. The response header `roster-outcome` is `created`, `skipped` or `updated`.
    *
    * With grpcurl: -d '{"user": {"email": "ada@example.org", "full_name": "Ada"}}'
    *
    * Errors:
-   *   ALREADY_EXISTS/EMAIL_TAKEN         another user has the e-mail; with `existing_id` if the caller
-   *                                      may see it
+   *   ALREADY_EXISTS/EMAIL_TAKEN         with FAIL: another user has the e-mail; with `existing_id` if
+   *                                      the caller may see it
+   *   INVALID_ARGUMENT/INVALID_MASK      `update_mask` is missing with UPDATE, is set without it, or has
+   *                                      a path that can't be written
    *   ALREADY_EXISTS/REQUEST_ID_REUSED   the `request_id` was used with another body
-   *   NOT_FOUND/USER_NOT_FOUND           the user that the `request_id` created has been deleted
+   *   NOT_FOUND/USER_NOT_FOUND           the user in the answer to the `request_id` has been deleted
    *
    * @generated from rpc roster.v1.UserService.CreateUser
    */
