@@ -3,9 +3,10 @@
 import os
 import sys
 
-from roster.client import EmailTaken, RosterError, blocking
+from roster.client import RosterError, blocking
+from roster.v1.bulk_pb2 import BulkOptions
 from roster.v1.resources_pb2 import User
-from roster.v1.users_pb2 import CreateUserRequest, GetUserRequest, ListUsersRequest
+from roster.v1.users_pb2 import CreateUserRequest, ListUsersRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 
 ADDRESS = os.environ.get("ROSTER_ADDRESS", "127.0.0.1:50051")
@@ -13,10 +14,8 @@ ADDRESS = os.environ.get("ROSTER_ADDRESS", "127.0.0.1:50051")
 
 def user_of(users: UserServiceStub, email: str) -> User:
     """Return the user with an e-mail, who is created if there is none."""
-    try:
-        return users.CreateUser(CreateUserRequest(user=User(email=email)))
-    except EmailTaken:
-        return users.GetUser(GetUserRequest(email=email), timeout=2)
+    request = CreateUserRequest(user=User(email=email), on_conflict=BulkOptions.SKIP)
+    return users.CreateUser(request, timeout=2)
 
 
 def main() -> None:
