@@ -34,7 +34,7 @@ from service.db.reads import Reader
 from service.db.selection import Row
 from service.idempotency import Writer
 from service.interceptors.audit import note_effect
-from service.interceptors.chain import Context
+from service.interceptors.chain import Context, send_header
 from service.metrics import HASHES_UNREADABLE
 from service.users.convert import (
     BULK_WRITABLE,
@@ -235,7 +235,7 @@ async def _send_outcome(context: Context, result: Result, *, is_dry_run: bool) -
     outcome = result.name.lower()
     note_effect(outcome)
     try:
-        await context.send_initial_metadata(((OUTCOME, outcome),))
+        await send_header(context, ((OUTCOME, outcome),))
     except asyncio.CancelledError:
         if is_dry_run:
             raise
