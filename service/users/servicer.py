@@ -121,6 +121,7 @@ class UserServicer(UserServiceServicer):
             return await users.ensure(values, creation.changes(values))
 
         user, result = await self.writer.write(request, write)
+        note_effect(result.name.lower(), user.id)
         await _send_outcome(context, result, is_dry_run=request.validate_only)
         return user
 
@@ -232,10 +233,8 @@ def _require_rights(on_conflict: OnConflict) -> None:
 
 async def _send_outcome(context: Context, result: Result, *, is_dry_run: bool) -> None:
     """Send what CreateUser did as a header."""
-    outcome = result.name.lower()
-    note_effect(outcome)
     try:
-        await send_header(context, ((OUTCOME, outcome),))
+        await send_header(context, ((OUTCOME, result.name.lower()),))
     except asyncio.CancelledError:
         if is_dry_run:
             raise

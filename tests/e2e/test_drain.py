@@ -205,7 +205,7 @@ async def test_call_cut_off_while_it_sends_its_header_gets_a_status(
 ) -> None:
     """Without one, the client would wait for its deadline and not learn whether to send the call again."""
 
-    def cut_off(_: str) -> None:
+    def cut_off(*_: object) -> None:
         asyncio.get_running_loop().call_soon(server.drain.cut_off)
 
     monkeypatch.setattr(servicer, "note_effect", cut_off)
