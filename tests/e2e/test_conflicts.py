@@ -25,7 +25,7 @@ from service.db.answers import Request
 from service.db.base import Values
 from service.logs import Json
 from service.server import Server
-from service.users import repository
+from service.users import repository, servicer
 from service.users.model import User as UserModel
 from service.users.repository import UserRepository
 from tests.e2e.clients import Grpcurl
@@ -264,6 +264,30 @@ async def test_audit_log_says_what_was_done(
     lines = [orjson.loads(Json().format(line)) for line in caplog.records if line.name == "roster.audit"]
     assert [line["effect"] for line in lines] == ["created", "skipped", "updated"]
     assert len({line["target"] for line in lines}) == 1
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_audit_log_says_what_a_cancelled_call_has_stored(
+    users: UserServiceAsyncStub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was cancelled while it sent its header."""
+
+    async def cancel(*_: object) -> None:
+        call.cancel()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(servicer, "send_header", cancel)
+    call = users.CreateUser(skip())
+    with pytest.raises(asyncio.CancelledError):
+        await call
+
+    async def line() -> Any:
+        lines = [Json().format(line) for line in caplog.records if line.name == "roster.audit"]
+        return lines and orjson.loads(lines[0])
+
+    logged = await until(line)
+    [ada] = await list_users(users)
+    assert (logged["outcome"], logged["effect"], logged["target"]) == ("CANCELLED", "created", ada.id)
 
 
 async def test_python_client_shows_the_outcome(server: Server) -> None:
