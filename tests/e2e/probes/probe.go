@@ -1,9 +1,10 @@
-// Command probe prints what a caller sees: probe pages|errors ADDRESS, or probe wrong ADDRESS...
+// Command probe prints what a caller sees: probe pages|errors|write|cancel ADDRESS, or probe wrong ADDRESS...
 package main
 
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"log"
 	"os"
@@ -11,8 +12,10 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 
 	roster "example.com/roster/clients/go"
 	rosterv1 "example.com/roster/clients/go/roster/v1"
@@ -30,6 +33,13 @@ func newClient(address string) *roster.Client {
 		log.Fatal(err)
 	}
 	return client
+}
+
+const loads = 10 // that are cancelled
+
+func endless(yield func(*rosterv1.User, error) bool) {
+	for yield(&rosterv1.User{Email: "ada@example.org"}, nil) {
+	}
 }
 
 func text(err error) string {
@@ -62,12 +72,25 @@ func main() {
 			fmt.Println(user.Id)
 		}
 	case "errors":
+		if made := (&roster.Error{Code: codes.NotFound}); status.Code(made) != codes.NotFound { // as in tests of callers
+			log.Fatal(made)
+		}
 		for _, email := range []string{"user0@example.org", "nobody"} {
 			_, err := users.CreateUser(ctx, &rosterv1.CreateUserRequest{User: &rosterv1.User{Email: email}})
 			fmt.Println(text(err))
 		}
 		_, err := users.GetUser(ctx, &rosterv1.GetUserRequest{Key: &rosterv1.GetUserRequest_Id{Id: 7}})
 		fmt.Println(text(err))
+	case "write":
+		_, err := users.CreateUser(ctx, &rosterv1.CreateUserRequest{User: &rosterv1.User{Email: "ada@example.org"}})
+		fmt.Println(text(err))
+	case "cancel":
+		for range loads {
+			ctx, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
+			_, err := roster.Load(ctx, users.BulkCreateUsers, nil, endless, nil)
+			fmt.Println(errors.Is(err, context.DeadlineExceeded))
+			cancel()
+		}
 	case "wrong":
 		said := make([]chan string, len(addresses))
 		for i, address := range addresses {

@@ -1,6 +1,6 @@
-// Prints what a caller sees: probe.mjs pages|errors ADDRESS, or probe.mjs wrong ADDRESS...
+// Prints what a caller sees: probe.mjs pages|errors|write|cancel ADDRESS, or probe.mjs wrong ADDRESS...
 import { credentials } from "@grpc/grpc-js";
-import { createClient, pages } from "roster-client";
+import { createClient, load, pages } from "roster-client";
 
 const [kind, ...addresses] = process.argv.slice(2);
 
@@ -18,6 +18,14 @@ async function print(call) {
   });
 }
 
+const LOADS = 10; // that are cancelled
+
+/** Rows that never arrive. */
+async function* silence() {
+  await new Promise((resolve) => setTimeout(resolve, 60_000).unref());
+  yield {};
+}
+
 const clients = addresses.map(client);
 if (kind === "pages") {
   for await (const { id } of pages(clients[0].users.listUsers, { pageSize: 2 })) console.log(String(id));
@@ -26,6 +34,14 @@ if (kind === "pages") {
   await print(users.createUser({ user: { email: "user0@example.org" } }));
   await print(users.createUser({ user: { email: "nobody" } }));
   await print(users.getUser({ key: { case: "id", value: 7n } }));
+} else if (kind === "write") {
+  await print(clients[0].users.createUser({ user: { email: "ada@example.org" } }, { timeoutMs: undefined }));
+} else if (kind === "cancel") {
+  for (let number = 0; number < LOADS; number += 1) {
+    const signal = AbortSignal.timeout(20);
+    const loaded = load(clients[0].users.bulkCreateUsers, silence(), { signal });
+    console.log(await loaded.catch((error) => error === signal.reason));
+  }
 } else {
   const calls = clients.map(({ users }) => users.createUser({ user: { email: "ada@example.org" } }));
   for (const call of calls) await print(call);
