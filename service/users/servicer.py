@@ -122,7 +122,8 @@ class UserServicer(UserServiceServicer):
 
         user, result = await self.writer.write(request, write)
         note_effect(result.name.lower(), user.id)
-        await _send_outcome(context, result, is_dry_run=request.validate_only)
+        if creation.on_conflict is not OnConflict.FAIL:
+            await _send_outcome(context, result, is_dry_run=request.validate_only)
         return user
 
     async def GetUser(self, request: pb.GetUserRequest, context: Context) -> UserMessage:
@@ -232,7 +233,11 @@ def _require_rights(on_conflict: OnConflict) -> None:
 
 
 async def _send_outcome(context: Context, result: Result, *, is_dry_run: bool) -> None:
-    """Send what CreateUser did as a header."""
+    """Send what CreateUser did as a header.
+
+    Only if it was asked for: a header is sent apart from the response, and gRPC's clients repeat no call of
+    which they have received the header.
+    """
     try:
         await send_header(context, ((OUTCOME, result.name.lower()),))
     except asyncio.CancelledError:

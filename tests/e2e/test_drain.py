@@ -18,7 +18,7 @@ from prometheus_client import generate_latest
 from sqlalchemy import text
 
 from roster.client import BulkLoader, channel, pages
-from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkSummary
+from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkOptions, BulkSummary
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import (
     BulkCreateUsersRequest,
@@ -209,7 +209,8 @@ async def test_call_cut_off_while_it_sends_its_header_gets_a_status(
         asyncio.get_running_loop().call_soon(server.drain.cut_off)
 
     monkeypatch.setattr(servicer, "note_effect", cut_off)
-    call = users.CreateUser(CreateUserRequest(user=ADA, validate_only=is_dry_run), timeout=5)
+    request = CreateUserRequest(user=ADA, on_conflict=BulkOptions.SKIP, validate_only=is_dry_run)
+    call = users.CreateUser(request, timeout=5)
     assert (await refusal(call)).reason == reason
 
 
