@@ -21,7 +21,15 @@ from roster.errors import InvalidField, PermissionDenied, RosterError
 from roster.v1.changes_pb2 import Change
 from service.cli.formats.write import time_texts
 from service.cli.rows import ENTITIES, Entity, columns_of
-from service.cli.terminal import Target, UsageError, echo, exit_on_signal, pluralize, server_options
+from service.cli.terminal import (
+    Target,
+    UsageError,
+    echo,
+    exit_on_signal,
+    output_error,
+    pluralize,
+    server_options,
+)
 from service.cli.watch_token import OPTION, PATH, WatchTokenFile
 from service.escape import escape
 
@@ -104,7 +112,7 @@ def watch(target: Target, path: Path | None, names: Sequence[str]) -> None:
         except RosterError as error:
             raise UsageError(target.explain(error)) from None
         except OSError as error:
-            raise UsageError(f"can't write standard output: {error.strerror}") from None
+            raise output_error(error) from None
 
 
 @changes.command(short_help="Begin a new feed, after a restore that can't be detected.")

@@ -29,6 +29,7 @@ from service.cli.terminal import (
     UsageError,
     echo,
     exit_on_signal,
+    output_error,
     pluralize,
     server_options,
 )
@@ -308,8 +309,9 @@ def _token_file(path: Path | None, after_id: int) -> WatchTokenFile | None:
 
 
 def _describe(output: str, error: OSError) -> str:
-    name = "standard output" if output == STDOUT else output
-    return f"can't write {name}: {error.strerror}" if error.strerror else str(error)
+    if not error.strerror:
+        return str(error)
+    return output_error(error).message if output == STDOUT else f"can't write {output}: {error.strerror}"
 
 
 def _place(output: str) -> Place:

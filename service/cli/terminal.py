@@ -1,5 +1,6 @@
 """Shared by the client commands: connection options, errors, output, and signals."""
 
+import os
 import re
 import shutil
 import signal
@@ -277,7 +278,21 @@ class UsageError(click.ClickException):
 
 def echo(*lines: str, err: bool = False) -> None:
     """Print lines, escaped: text from elsewhere can't add lines or control the terminal."""
-    click.echo("\n".join(map(escape, lines)), err=err)
+    try:
+        click.echo("\n".join(map(escape, lines)), err=err)
+    except BrokenPipeError:  # the reader has closed the pipe
+        raise
+    except OSError as error:
+        raise error if err else output_error(error) from None
+
+
+def output_error(error: OSError) -> UsageError:
+    """Return the error for standard output that can't be written, and drop the rest of it.
+
+    Otherwise the end of the process would write the rest again, and replace the exit status.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return UsageError(f"can't write standard output: {error.strerror}")
 
 
 def echo_text(*lines: str, indent: int, err: bool = False) -> None:
