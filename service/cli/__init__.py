@@ -84,8 +84,10 @@ class LazyGroup(click.Group):
         except UnicodeEncodeError as error:  # where a text becomes a field of a request
             if error.encoding != "utf-8":
                 raise
-            raise ArgumentError("an argument or a variable of the environment is not UTF-8") from None
-        except KeyboardInterrupt:  # where no command reports it; Click would exit with 1
+            raise ArgumentError(f"{_source_of(error.object)} is not UTF-8") from None
+        except (KeyboardInterrupt, click.Abort) as error:  # where no command reports it; Click exits with 1
+            if isinstance(error, click.Abort) and not isinstance(error.__context__, KeyboardInterrupt):
+                raise
             click.echo("interrupted", err=True)
             sys.exit(128 + signal.SIGINT)
 
@@ -101,6 +103,14 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = getattr(import_module(f"service.cli.{cmd_name}"), cmd_name)
         return command
+
+
+def _source_of(text: str) -> str:
+    """Return the argument or the variable of the environment that contains a text; values can be secrets."""
+    if found := next((argument for argument in sys.argv if text in argument), ""):
+        return f"the argument {escape(found)}"
+    variables = (name for name, value in os.environ.items() if text in value)
+    return next(variables, "an argument or a variable of the environment")
 
 
 def _is_about_file(error: click.ClickException) -> bool:

@@ -8,7 +8,7 @@ import click
 
 from roster.errors import RosterError
 from service.cli.rows import ENTITIES, POSTS, Entity
-from service.cli.terminal import Target, UsageError, echo, server_options
+from service.cli.terminal import Integer, Target, UsageError, echo, server_options
 from service.validation import DEFAULT_COUNT, MAX_COUNT, MAX_ID
 
 AT_MOST = "Stop counting after this many rows."
@@ -18,8 +18,8 @@ AT_MOST = "Stop counting after this many rows."
 @click.argument("entity", type=click.Choice(list(ENTITIES)))
 @server_options
 @click.option("--filter", "filter_", help="Count only matching rows, such as 'is_active = true'.")
-@click.option("--author-id", type=click.IntRange(1, MAX_ID), help="Count only the posts of this user.")
-@click.option("--at-most", type=click.IntRange(1, MAX_COUNT), default=DEFAULT_COUNT, help=AT_MOST)
+@click.option("--author-id", type=Integer(1, MAX_ID), help="Count only the posts of this user.")
+@click.option("--at-most", type=Integer(1, MAX_COUNT), default=DEFAULT_COUNT, help=AT_MOST)
 @click.option("--json", "is_json", is_flag=True, help="Print a JSON object with `count` and `is_exact`.")
 def count(
     entity: str, target: Target, filter_: str | None, author_id: int | None, at_most: int, *, is_json: bool

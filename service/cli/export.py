@@ -25,6 +25,7 @@ from service.cli.formats.write import csv_line, csv_lines, json_lines, pyarrow, 
 from service.cli.progress import show_progress
 from service.cli.rows import ENTITIES, Entity, columns_of
 from service.cli.terminal import (
+    Integer,
     Target,
     UsageError,
     echo,
@@ -232,7 +233,7 @@ class Export:
 )
 @click.option("--filter", "filter_", help="Export only matching rows, such as 'is_active = true'.")
 @click.option(
-    "--after-id", type=click.IntRange(0), default=0, help="Export only rows with greater ids, as to resume."
+    "--after-id", type=Integer(0), default=0, help="Export only rows with greater ids, as to resume."
 )
 @click.option(
     "--consistency",

@@ -52,6 +52,7 @@ from service.cli.rows import ENTITIES, Entity
 from service.cli.source import Source
 from service.cli.terminal import (
     PAGE_SIZE,
+    Integer,
     Target,
     UsageError,
     echo,
@@ -257,14 +258,10 @@ def _choice(enum: Any) -> click.Choice[str]:
 @click.option("--dry-run", is_flag=True, help="Print the plan of --mirror, and write nothing.")
 @click.option("--update-mask", help=UPDATE_MASK)
 @click.option("--on-conflict", type=_choice(pb.BulkOptions.OnConflict), default="fail", help=ON_CONFLICT)
-@click.option(
-    "--batch-rows", type=click.IntRange(1), default=BATCH_ROWS, help="Maximum rows per transaction."
-)
+@click.option("--batch-rows", type=Integer(1), default=BATCH_ROWS, help="Maximum rows per transaction.")
 @click.option("--atomicity", type=_choice(pb.BulkOptions.Atomicity), default="row", help=ATOMICITY)
 @click.option("--validate-only", is_flag=True, help="Run all checks, but write nothing.")
-@click.option(
-    "--max-failures", type=click.IntRange(0), default=0, help="Stop if more rows fail; 0 means no limit."
-)
+@click.option("--max-failures", type=Integer(0), default=0, help="Stop if more rows fail; 0 means no limit.")
 @click.option("--format", "file_format", type=click.Choice(list(FORMATS)), help=FORMAT)
 @click.option("--columns", "mapping", metavar="FIELD=COLUMN,…", multiple=True, help=COLUMNS)
 @click.option("--ignore", metavar="NAME", multiple=True, help=IGNORE)

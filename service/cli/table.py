@@ -40,10 +40,11 @@ def _cut_prose(rows: Sequence[Cells], layout: Sequence[str], width: float, prose
         return rows
     longest = max(_size(row[prose]) for row in rows)
     size = max(int(longest - excess), MIN_CUT)
-    return [{**row, prose: _cut(row[prose], size)} for row in rows]
+    return [{**row, prose: cut(row[prose], size)} for row in rows]
 
 
-def _cut(text: str, size: int) -> str:
+def cut(text: str, size: int) -> str:
+    """Return a text, cut to a width in columns of the terminal."""
     if _size(text) <= size:
         return text
     while _size(text) >= size:

@@ -20,6 +20,7 @@ from click.core import ParameterSource
 
 from roster.client import Consistency, Disconnected, channel, local_credentials, tls_credentials
 from roster.client.address import check_address
+from roster.client.causes import no_server
 from roster.client.errors import ProxyRefused, ProxyUnavailable
 from roster.errors import RosterError, Unauthenticated
 from service.cli.diagnosis import Tls, diagnose
@@ -28,6 +29,7 @@ from service.escape import escape
 from service.variables import FOR_CLIENTS, clean, is_local
 
 PAGE_SIZE = 1000
+NAME_WIDTH = 40  # columns of a text in a question
 
 # Options that decide who receives a token.
 DESTINATION = {"address", "tls_ca", "tls_server_name", "insecure_token"}
@@ -179,7 +181,14 @@ class Target:
             )
         if found := diagnose(self.address, self._tls) or self._token_problem():
             return found
-        return f"no server answers at {self.address}; start one with `roster serve`, or set --address"
+        return self._explain_no_server(failure)
+
+    def _explain_no_server(self, failure: Disconnected) -> str:
+        if is_local(self.address):
+            return f"no server answers at {self.address}; start one with `roster serve`, or set --address"
+        if failure.message.startswith(no_server(self.address)):
+            return failure.message
+        return f"no server answers at {self.address}: {failure.message}"
 
     def _explain_refusal(self) -> str:
         if problem := self._token_problem():
@@ -238,8 +247,12 @@ def server_options(
         _require_one_source(connection)
         command(target=Target(**connection, token_option=token_file), **options)
 
+    own = [*getattr(command, "__click_params__", [])]
     for add in reversed((*SERVER, _token_file(token_file), *TOKEN)):
         with_target = add(with_target)
+    # Click collects options from the last to the first. In the help, those of the command come first.
+    parameters: list[click.Parameter] = with_target.__click_params__  # type: ignore[attr-defined]
+    parameters[:] = [*parameters[len(own) :], *own]
     return with_target
 
 
@@ -258,6 +271,12 @@ def _require_one_source(connection: Mapping[str, Any]) -> None:
             f"{' and '.join(variables)} in the .env of this directory would receive a token or key that is "
             f"set elsewhere; pass {' and '.join(options)}, or set all of them in one place"
         )
+
+
+class Integer(click.IntRange):
+    """A whole number; Click's errors would call it an integer range."""
+
+    name = "integer"
 
 
 class UsageError(click.ClickException):
@@ -293,6 +312,17 @@ def output_error(error: OSError) -> UsageError:
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return UsageError(f"can't write standard output: {error.strerror}")
+
+
+def confirm(question: str) -> bool:
+    """Ask at the terminal; the end of the input is a no. Ctrl-C raises Abort."""
+    try:
+        return click.confirm(question, err=True)
+    except click.Abort as abort:
+        if isinstance(abort.__context__, KeyboardInterrupt):
+            raise
+        echo(err=True)
+        return False
 
 
 def echo_text(*lines: str, indent: int, err: bool = False) -> None:

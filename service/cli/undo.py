@@ -11,7 +11,6 @@ from itertools import count
 from shlex import join
 from typing import Any, Self
 
-import click
 import grpc
 from google.protobuf.message import Message
 
@@ -24,7 +23,7 @@ from roster.v1.users_pb2 import UserKey
 from service.cli.created import Created, CreatedRows
 from service.cli.progress import show_progress
 from service.cli.rows import ENTITIES, USERS, Entity
-from service.cli.terminal import Target, UsageError, echo, exit_on_signal, pluralize
+from service.cli.terminal import Target, UsageError, confirm, echo, exit_on_signal, pluralize
 from service.memory import collect_rarely
 
 KEYS: dict[str, type[Message]] = {"users": UserKey, "posts": PostKey}
@@ -77,10 +76,7 @@ def _explain_errors(target: Target, report: "UndoReport | None") -> Iterator[Non
 
 
 def _is_confirmed(plan: "UndoReport") -> bool:
-    try:
-        return click.confirm(f"Delete {plan.describe_deleted()}? This can't be undone.", err=True)
-    except click.Abort:  # Ctrl-C, or the end of the input
-        return False
+    return confirm(f"Delete {plan.describe_deleted()}? This can't be undone.")
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,14 @@ async def test_error_over_tls_has_no_text_of_grpc(address: str, named: Secured) 
     )
 
 
+async def test_error_about_a_remote_address_has_the_cause() -> None:
+    """Nothing can be started there. An address with a scheme counts as remote."""
+    done = await roster("", "loads", "--address", "ipv4:127.0.0.1:1")
+
+    cause = "nothing listens there (connection refused)"
+    assert sentence(done) == f"no server answers at ipv4:127.0.0.1:1: {cause}"
+
+
 @pytest.fixture
 def database_url(sqlite_url: str) -> str:
     """One database is enough: connections are independent of it."""
