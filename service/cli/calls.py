@@ -1,9 +1,10 @@
 """Shared by `roster users` and `roster posts`: arguments, options, calls and their errors, and lists."""
 
 import asyncio
+import re
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from shlex import quote
 from typing import Any, TypeVar
@@ -16,18 +17,22 @@ from roster.client import DeadlineExceeded
 from roster.errors import (
     Aborted,
     AlreadyExists,
+    EmailTaken,
     FailedPrecondition,
     InvalidField,
     NotFound,
     OutcomeUnknown,
+    PermissionDenied,
+    PostNotFound,
     RosterError,
+    UserNotFound,
     VersionMismatch,
 )
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import GetUserRequest
 from roster.v1.users_pb2_grpc import UserServiceStub
 from service.cli.records import Document, RowPrinter
-from service.cli.terminal import PAGE_SIZE, Target, UsageError, echo
+from service.cli.terminal import PAGE_SIZE, Integer, Target, UsageError, confirm, echo
 from service.validation import MAX_ID
 
 ResultT = TypeVar("ResultT")
@@ -35,13 +40,22 @@ Work = Callable[[grpc.aio.Channel], Awaitable[ResultT]]
 
 STDIN = "-"
 DEFAULT_LIMIT = 50
+SELECTION = ("filter_", "order_by", "author")  # to which a page token belongs
 MAX_INPUT = 1 << 20  # bytes; the limit of `Post.content`
 ID_DIGITS = len(str(MAX_ID))
 # These depend on the stored rows: a script may expect them.
 CONFLICTS = (NotFound, AlreadyExists, FailedPrecondition, Aborted)
 NOTHING_WRITTEN = "dry run: nothing was written"
+# Of the API -> of a command line.
+WORDS = {
+    "next_page_token": "the token that a list ended with",
+    "page_token": "--page-token",
+    "order_by": "--order-by",
+    "request_id": "--request-id",
+}
+WORDS_OF_API = re.compile(rf"\b({'|'.join(WORDS)})\b")
 
-ID = click.IntRange(1, MAX_ID)
+ID = Integer(1, MAX_ID)
 INPUT = click.Path(exists=True, dir_okay=False, allow_dash=True)
 
 
@@ -60,7 +74,7 @@ class UserKeyType(click.ParamType[Mapping[str, Any]]):
         if "@" in text:
             return {"email": text}
         if not (text.isascii() and text.isdecimal()):
-            self.fail(f"{value} is neither an id nor an e-mail", param, ctx)
+            self.fail(f"{value!r} is neither an id nor an e-mail", param, ctx)
         if len(text) > ID_DIGITS or not 1 <= int(text) <= MAX_ID:
             self.fail(f"an id is from 1 to {MAX_ID}", param, ctx)
         return {"id": int(text)}
@@ -71,7 +85,7 @@ USER_KEY = UserKeyType()
 json_option = click.option("--json", "is_json", is_flag=True, help="Print JSON, one object per line.")
 version_option = click.option(
     "--version",
-    type=click.IntRange(1),
+    type=Integer(1),
     help="Fail if this is not the current version, so that no other change is overwritten.",
 )
 dry_run_option = click.option(
@@ -83,12 +97,15 @@ request_id_option = click.option(
     help="A UUID. The same command, repeated with it within 24 hours, is applied once.",
 )
 yes_option = click.option("--yes", is_flag=True, help="Delete without asking.")
+dry_delete_option = click.option(
+    "--dry-run", is_flag=True, help="Delete nothing, and print what would be deleted. It only reads."
+)
 LIST_OPTIONS = (
     click.option("--filter", "filter_", default="", help="List only matching rows; see docs/filtering.md."),
     click.option("--order-by", default="", help="A field, then asc or desc, such as 'created_at desc'."),
     click.option(
         "--limit",
-        type=click.IntRange(0),
+        type=Integer(0),
         default=DEFAULT_LIMIT,
         show_default=True,
         help="List at most this many rows; 0 lists all.",
@@ -127,15 +144,25 @@ def run(target: Target, work: Work[ResultT]) -> ResultT:
 
 def _explain(target: Target, failure: RosterError) -> str:
     """Return the message of a failed call, in the words of the command's options."""
-    message = target.explain(failure)
-    if option := _option_of(failure.field):
-        is_subject = message.startswith(f"{failure.field} ")
-        message = f"{option}{message.removeprefix(failure.field) if is_subject else f': {message}'}"
+    message = WORDS_OF_API.sub(lambda found: WORDS[found[0]], target.explain(failure))
     if isinstance(failure, VersionMismatch):
         current = failure.facts.get("version")
         return f"version is now {current}; run `{_get_command()}`, then repeat this with --version {current}"
+    parameters = click.get_current_context().params
+    if isinstance(failure, UserNotFound | PostNotFound) and parameters.get("key"):
+        return describe_missing("post" if isinstance(failure, PostNotFound) else "user", parameters["key"])
+    option = _option_of(failure.field)
+    if option and message.startswith(f"{failure.field} "):
+        message = f"{option}{message.removeprefix(failure.field)}"
+    elif option and option not in message:
+        message = f"{option}: {message}"
     if existing := failure.facts.get("existing_id"):
         message += f", whose id is {existing}"
+    if isinstance(failure, EmailTaken):
+        message = message.replace("email", f"the e-mail {parameters.get('email')}", 1)
+        if "on_conflict" in parameters:
+            key = existing or quote(str(parameters["email"]))
+            message += f"; pass --on-conflict skip or update, or run `roster users update {key}`"
     if isinstance(failure, DeadlineExceeded | OutcomeUnknown) and "request_id" in failure.facts:
         message += (
             "; it may have been applied: repeat the command with --request-id "
@@ -153,6 +180,14 @@ def _option_of(field: str) -> str:
     return ""
 
 
+def describe_missing(noun: str, key: Mapping[str, Any] | int) -> str:
+    """Return a sentence about a row that does not exist, with the id or e-mail that was looked for."""
+    fields = key if isinstance(key, Mapping) else {"id": key}
+    return (
+        f"{noun} {fields['id']} does not exist" if "id" in fields else f"there is no {noun} {fields['email']}"
+    )
+
+
 def _get_command() -> str:
     """Return the command that shows the row of the current one."""
     context = click.get_current_context()
@@ -166,7 +201,16 @@ async def find_user(connection: grpc.aio.Channel, key: Mapping[str, Any], **fiel
     try:
         return await UserServiceStub(connection).GetUser(GetUserRequest(**key, **fields))
     except InvalidField as error:  # of the argument, not of an option with the same name
-        raise UsageError(error.message) from None
+        [value] = key.values()
+        raise UsageError(f"{value!r}: {error.message}") from None
+    except NotFound:
+        raise Conflict(describe_missing("user", key)) from None
+
+
+async def check_author(connection: grpc.aio.Channel, key: Mapping[str, Any]) -> None:
+    """Raise Conflict if there is no such user; without the right to get users, this can't be checked."""
+    with suppress(PermissionDenied):
+        await find_user(connection, key)
 
 
 async def user_id(connection: grpc.aio.Channel, key: Mapping[str, Any]) -> int:
@@ -181,18 +225,22 @@ def print_list(
     to_document: Callable[[Any], Document],
     printer: RowPrinter,
     limit: int,
+    check_if_empty: Work[Any] | None = None,
 ) -> None:
     """Print the rows of a List RPC, at most `limit`, 0 for all; raises UsageError.
 
-    `make_request` returns the RPC and its request. Standard error says if there are no rows, or more.
+    `make_request` returns the RPC and its request. `check_if_empty` runs if there are no rows. Standard
+    error says if there are none, or more.
     """
 
     async def work(connection: grpc.aio.Channel) -> str:
-        token = ""
+        token, is_empty = "", True
         async with aclosing(_pages(*await make_request(connection), limit)) as pages:
             async for rows, next_token in pages:
                 printer.add([to_document(row) for row in rows])
-                token = next_token
+                token, is_empty = next_token, is_empty and not rows
+        if is_empty and check_if_empty:
+            await check_if_empty(connection)
         return token
 
     token = run(target, work)
@@ -200,7 +248,20 @@ def print_list(
     if not printer.printed:
         echo("no rows found", err=True)
     elif token:
-        echo(f"there are more: list all with --limit 0, or the next ones with --page-token {token}", err=True)
+        same = _repeated_options()
+        hint = f"list all with --limit 0, or the next ones with {same}--page-token {token}"
+        echo(f"there are more: {hint}", err=True)
+
+
+def _repeated_options() -> str:
+    """Return which options the next page of the current list needs again."""
+    context = click.get_current_context()
+    options = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in SELECTION and context.params[parameter.name]
+    ]
+    return f"the same {', '.join(options)} and " if options else ""
 
 
 async def _pages(
@@ -225,6 +286,8 @@ def read_text(path: str | None, option: str) -> str | None:
         return None
     try:
         if path == STDIN:
+            if sys.stdin.isatty():
+                echo(f"{option}: reading the terminal until Ctrl-D on an empty line", err=True)
             data = sys.stdin.buffer.read(MAX_INPUT + 1)
         else:
             with Path(path).open("rb") as file:
@@ -252,29 +315,45 @@ def read_secret(path: str | None, option: str, title: str) -> str | None:
     return secret
 
 
-def check_dry_run(created_id: int, noun: str) -> None:
-    """Say that nothing was written; raises UsageError if the server does not know dry runs."""
-    if created_id:
-        raise UsageError(
-            f"the server is of a release that does not know --dry-run, and has created {noun} {created_id}"
-        )
-    echo(NOTHING_WRITTEN, err=True)
+def check_not_created(row: Any) -> None:
+    """Check the answer to the dry run of a create; raises UsageError if the server has created the row."""
+    if row.id:
+        raise _wrote_in_spite_of_dry_run("created", row)
+
+
+async def check_not_updated(row: Any, read: Callable[[], Awaitable[Any]]) -> None:
+    """Check the answer to the dry run of an update; raises UsageError if the server has updated the row.
+
+    An update raises the version, so the stored row has that of the answer only if it was written. The time
+    excludes an update by others. Without the right to read rows, this can't be checked.
+    """
+    try:
+        stored = await read()
+    except (PermissionDenied, NotFound, Conflict):
+        return
+    if (stored.version, stored.updated_at) == (row.version, row.updated_at):
+        raise _wrote_in_spite_of_dry_run("updated", row)
+
+
+def _wrote_in_spite_of_dry_run(done: str, row: Any) -> UsageError:
+    return UsageError(
+        f"the server is of a release that does not know --dry-run, and has {done} "
+        f"{row.DESCRIPTOR.name.lower()} {row.id}"
+    )
+
+
+def check_version(row: Any, version: int | None) -> None:
+    """Raise VersionMismatch if a row does not have the version of the option, as a write does."""
+    if version and version != row.version:
+        raise VersionMismatch.of(row.version)
 
 
 def confirm_deletion(rows: str) -> None:
-    """Ask at the terminal whether to delete rows; raises Conflict if not."""
-    try:
-        is_confirmed = click.confirm(f"Delete {rows}? This can't be undone.", err=True)
-    except click.Abort:  # Ctrl-C, or the end of the input
-        echo(err=True)
-        is_confirmed = False
-    if not is_confirmed:
-        raise Conflict("this was not confirmed, and nothing was deleted")
-
-
-def require_terminal() -> None:
-    """Raise UsageError if nobody can be asked."""
+    """Ask at the terminal whether to delete rows; raises Conflict if not, UsageError without a terminal."""
     if not sys.stdin.isatty():
         raise UsageError(
-            "nothing was deleted: standard input is not a terminal, so nobody can be asked; pass --yes"
+            "nothing was deleted: standard input is not a terminal, so nobody can be asked; --yes deletes "
+            f"{rows}"
         )
+    if not confirm(f"Delete {rows}? This can't be undone."):
+        raise Conflict("this was not confirmed, and nothing was deleted")

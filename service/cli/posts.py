@@ -1,12 +1,14 @@
 """`roster posts`: get, list, create, update and delete single posts."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import click
 import grpc
 import orjson
 
+from roster.errors import AuthorNotFound
 from roster.v1 import posts_pb2 as pb
 from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.resources_pb2 import Post
@@ -15,15 +17,20 @@ from service.cli.calls import (
     INPUT,
     NOTHING_WRITTEN,
     USER_KEY,
-    check_dry_run,
+    Conflict,
+    check_author,
+    check_not_created,
+    check_not_updated,
+    check_version,
     confirm_deletion,
+    describe_missing,
+    dry_delete_option,
     dry_run_option,
     json_option,
     list_options,
     print_list,
     read_text,
     request_id_option,
-    require_terminal,
     run,
     user_id,
     version_option,
@@ -31,7 +38,8 @@ from service.cli.calls import (
 )
 from service.cli.records import Document, RowPrinter, document, print_record
 from service.cli.rows import POSTS, USERS
-from service.cli.terminal import Target, echo, server_options
+from service.cli.table import cut
+from service.cli.terminal import NAME_WIDTH, Target, echo, server_options
 from service.escape import escape
 
 LAYOUTS = (
@@ -61,7 +69,7 @@ def posts(context: click.Context) -> None:
     posts of a user too.
 
     The exit status is 0 if the command worked; 1 if there is no such post or author, the version is another
-    one, or a deletion was not confirmed; otherwise 2.
+    one, or a deletion was not confirmed; otherwise 2, or 130 after Ctrl-C.
     """
     context.default_map = dict.fromkeys(posts.commands, context.default_map)
 
@@ -110,7 +118,14 @@ def list_(
         return PostServiceStub(connection).ListPosts, request
 
     printer = RowPrinter(_layouts(with_author=with_author), PROSE, is_json=is_json)
-    print_list(target, make_request, lambda post: _document(post, with_author=with_author), printer, limit)
+    print_list(
+        target,
+        make_request,
+        lambda post: _document(post, with_author=with_author),
+        printer,
+        limit,
+        check_if_empty=partial(check_author, key=author) if author else None,
+    )
 
 
 @posts.command()
@@ -140,12 +155,17 @@ def create(
     async def work(connection: grpc.aio.Channel) -> Post:
         post = Post(author_id=await user_id(connection, author), title=title or "", content=text)
         request = pb.CreatePostRequest(post=post, request_id=request_id, validate_only=dry_run)
-        return await PostServiceStub(connection).CreatePost(request)
+        try:
+            created = await PostServiceStub(connection).CreatePost(request)
+        except AuthorNotFound:
+            raise Conflict(describe_missing("user", author)) from None
+        if dry_run:
+            check_not_created(created)
+        return created
 
-    created = run(target, work)
-    print_record(_document(created), is_json=is_json)
+    print_record(_document(run(target, work)), is_json=is_json)
     if dry_run:
-        check_dry_run(created.id, "post")
+        echo(NOTHING_WRITTEN, err=True)
 
 
 @posts.command()
@@ -176,8 +196,14 @@ def update(
     post = Post(id=key, version=version, **changes)  # type: ignore[arg-type]  # texts, by name
     request = pb.UpdatePostRequest(post=post, request_id=request_id, validate_only=dry_run)
     request.update_mask.paths.extend(changes)
-    updated = run(target, lambda connection: PostServiceStub(connection).UpdatePost(request))
-    print_record(_document(updated), is_json=is_json)
+
+    async def work(connection: grpc.aio.Channel) -> Post:
+        updated = await PostServiceStub(connection).UpdatePost(request)
+        if dry_run:
+            await check_not_updated(updated, lambda: _find(connection, key))
+        return updated
+
+    print_record(_document(run(target, work)), is_json=is_json)
     if dry_run:
         echo(NOTHING_WRITTEN, err=True)
 
@@ -187,17 +213,27 @@ def update(
 @server_options
 @version_option
 @yes_option
+@dry_delete_option
 @request_id_option
 @json_option
 def delete(
-    key: int, target: Target, version: int | None, request_id: str, *, yes: bool, is_json: bool
+    key: int, target: Target, version: int | None, request_id: str, *, yes: bool, dry_run: bool, is_json: bool
 ) -> None:
     """Delete a post, after showing it. Only --yes skips the question."""
+
+    async def find(connection: grpc.aio.Channel) -> Post:
+        found = await _find(connection, key)
+        check_version(found, version)
+        return found
+
+    if dry_run:
+        print_record(_document(run(target, find)), is_json=is_json)
+        echo(f"post {key} would be deleted", NOTHING_WRITTEN, err=True)
+        return
     if not yes:
-        require_terminal()
-        found = run(target, lambda connection: _find(connection, key))
-        confirm_deletion(f"post {key} by user {found.author_id}, “{escape(found.title)}”")
-        version = version or found.version
+        found = run(target, find)
+        confirm_deletion(f"post {key} by user {found.author_id}, “{cut(escape(found.title), NAME_WIDTH)}”")
+        version = found.version
     request = pb.DeletePostRequest(id=key, version=version or 0, request_id=request_id)
     run(target, lambda connection: PostServiceStub(connection).DeletePost(request))
     if is_json:

@@ -17,6 +17,7 @@ Document: TypeAlias = Mapping[str, Any]
 
 MOST_POSTS = 50  # in the view WITH_POSTS
 NUMBERS = frozenset({"id", "author_id", "version", "posts"})
+LAST = frozenset({"content"})
 TAB_SIZE = 4
 
 
@@ -42,22 +43,16 @@ def _value(message: Any, name: str) -> Any:
 
 
 def print_record(row: Document, *, is_json: bool) -> None:
-    """Print one row: a line for each field, and a text of several lines below the others."""
+    """Print one row: a line for each field, with a content below the others. Further lines are indented."""
     if is_json:
         _print_json([row])
         return
     width = max(map(len, row)) + len(GAP)
-    blocks: list[str] = []
-    for name, value in row.items():
-        text = _text(value).replace("\r\n", "\n").removesuffix("\n")
+    for name in sorted(row, key=LAST.__contains__):
+        text = _text(row[name]).replace("\r\n", "\n").removesuffix("\n")
         first, *others = text.expandtabs(TAB_SIZE).split("\n")
-        line = f"{name:{width}}{first}"
-        if others:
-            blocks += [line, *(" " * width + other for other in others)]
-        else:
+        for line in (f"{name:{width}}{first}", *(" " * width + other for other in others)):
             _print_line(line, width)
-    for line in blocks:
-        _print_line(line, width)
 
 
 def _print_line(line: str, indent: int) -> None:

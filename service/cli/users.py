@@ -19,8 +19,11 @@ from service.cli.calls import (
     INPUT,
     NOTHING_WRITTEN,
     USER_KEY,
-    check_dry_run,
+    check_not_created,
+    check_not_updated,
+    check_version,
     confirm_deletion,
+    dry_delete_option,
     dry_run_option,
     find_user,
     json_option,
@@ -28,7 +31,6 @@ from service.cli.calls import (
     print_list,
     read_secret,
     request_id_option,
-    require_terminal,
     run,
     user_id,
     version_option,
@@ -36,7 +38,8 @@ from service.cli.calls import (
 )
 from service.cli.records import MOST_POSTS, Document, RowPrinter, document, print_record
 from service.cli.rows import USERS
-from service.cli.terminal import Target, echo, pluralize, server_options
+from service.cli.table import cut
+from service.cli.terminal import NAME_WIDTH, Target, echo, pluralize, server_options
 from service.escape import escape
 
 LAYOUTS = (
@@ -53,6 +56,11 @@ OUTCOMES = {
     "created": "the user was created",
     "skipped": "the user exists, and was not changed",
     "updated": "the user exists, and was updated",
+}
+DRY_OUTCOMES = {
+    "created": "the user would be created",
+    "skipped": "the user exists, and would not be changed",
+    "updated": "the user exists, and would be updated",
 }
 
 key_argument = click.argument("key", metavar="USER", type=USER_KEY)
@@ -95,7 +103,7 @@ def users(context: click.Context) -> None:
     them. Passwords and their hashes are never printed.
 
     The exit status is 0 if the command worked; 1 if there is no such user, the e-mail is taken, the version
-    is another one, or a deletion was not confirmed; otherwise 2.
+    is another one, or a deletion was not confirmed; otherwise 2, or 130 after Ctrl-C.
     """
     context.default_map = dict.fromkeys(users.commands, context.default_map)
 
@@ -179,12 +187,22 @@ def create(
         request.update_mask.paths.extend(name for name in values if name != "email")
         if not request.update_mask.paths:
             raise click.UsageError("--on-conflict update needs something to change, such as --full-name")
-    created, outcome = run(target, lambda connection: _create(connection, request))
+
+    async def work(connection: grpc.aio.Channel) -> tuple[User, str]:
+        created, outcome = await _create(connection, request)
+        if dry_run and outcome == "updated":
+            await check_not_updated(created, lambda: find_user(connection, {"id": created.id}))
+        elif dry_run and outcome != "skipped":
+            check_not_created(created)
+        return created, outcome
+
+    created, outcome = run(target, work)
     print_record(_document(created), is_json=is_json)
-    if on_conflict != "fail" and outcome in OUTCOMES:
-        echo(OUTCOMES[outcome], err=True)
+    outcomes = DRY_OUTCOMES if dry_run else OUTCOMES
+    if on_conflict != "fail" and outcome in outcomes:
+        echo(outcomes[outcome], err=True)
     if dry_run:
-        check_dry_run(created.id if on_conflict == "fail" else 0, "user")
+        echo(NOTHING_WRITTEN, err=True)
 
 
 @users.command()
@@ -222,7 +240,10 @@ def update(
 
     async def work(connection: grpc.aio.Channel) -> User:
         request.user.id, request.user.version = await user_id(connection, key), version or 0
-        return await UserServiceStub(connection).UpdateUser(request)
+        updated = await UserServiceStub(connection).UpdateUser(request)
+        if dry_run:
+            await check_not_updated(updated, lambda: find_user(connection, {"id": updated.id}))
+        return updated
 
     print_record(_document(run(target, work)), is_json=is_json)
     if dry_run:
@@ -233,8 +254,13 @@ def update(
 @key_argument
 @server_options
 @version_option
+@click.option(
+    "--dry-run", is_flag=True, help="Write nothing, and print what the answer would be. It only reads."
+)
 @json_option
-def deactivate(key: Mapping[str, Any], target: Target, version: int | None, *, is_json: bool) -> None:
+def deactivate(
+    key: Mapping[str, Any], target: Target, version: int | None, *, dry_run: bool, is_json: bool
+) -> None:
     """Deactivate a user, and print it. An inactive user keeps all data, but fails each check of the password.
 
     This reads the user first, and fails if somebody else changes it meanwhile. `roster users update USER
@@ -243,15 +269,22 @@ def deactivate(key: Mapping[str, Any], target: Target, version: int | None, *, i
 
     async def work(connection: grpc.aio.Channel) -> tuple[User, bool]:
         found = await find_user(connection, key)
+        check_version(found, version)
         if not found.is_active:
             return found, False
-        user = User(id=found.id, version=version or found.version, is_active=False)
+        if dry_run:
+            found.is_active, found.version = False, found.version + 1
+            found.ClearField("updated_at")
+            return found, True
+        user = User(id=found.id, version=found.version, is_active=False)
         return await UserServiceStub(connection).UpdateUser(pb.UpdateUserRequest(user=user)), True
 
     user, has_changed = run(target, work)
     print_record(_document(user), is_json=is_json)
     if not has_changed:
         echo("the user is already inactive; nothing was changed", err=True)
+    elif dry_run:
+        echo("the user would be deactivated", NOTHING_WRITTEN, err=True)
 
 
 @users.command()
@@ -259,20 +292,30 @@ def deactivate(key: Mapping[str, Any], target: Target, version: int | None, *, i
 @server_options
 @version_option
 @yes_option
+@dry_delete_option
 @request_id_option
 @json_option
 def delete(
-    key: Mapping[str, Any], target: Target, version: int | None, request_id: str, *, yes: bool, is_json: bool
+    key: Mapping[str, Any],
+    target: Target,
+    version: int | None,
+    request_id: str,
+    *,
+    yes: bool,
+    dry_run: bool,
+    is_json: bool,
 ) -> None:
     """Delete a user with all posts, after showing both. Only --yes skips the question."""
-    if not yes:
-        require_terminal()
     id = key.get("id")
-    if not (yes and id):
-        user, number = run(target, lambda connection: _find_with_posts(connection, key))
-        id, version = user.id, version or user.version
+    if dry_run or not (yes and id):
+        user, number = run(target, lambda connection: _find_with_posts(connection, key, version))
+        id, version = user.id, user.version
+        if dry_run:
+            print_record(_document(user), is_json=is_json)
+            echo(f"user {id} and {number} would be deleted", NOTHING_WRITTEN, err=True)
+            return
         if not yes:
-            name = f", {escape(user.full_name)}" if user.full_name else ""
+            name = f", {cut(escape(user.full_name), NAME_WIDTH)}" if user.full_name else ""
             confirm_deletion(f"user {id} ({escape(user.email)}{name}) and {number}")
     request = pb.DeleteUserRequest(id=id, version=version or 0, request_id=request_id)
     run(target, lambda connection: UserServiceStub(connection).DeleteUser(request))
@@ -318,9 +361,12 @@ async def _create(connection: grpc.aio.Channel, request: pb.CreateUserRequest) -
     return user, str(headers.get(OUTCOME, ""))
 
 
-async def _find_with_posts(connection: grpc.aio.Channel, key: Mapping[str, Any]) -> tuple[User, str]:
+async def _find_with_posts(
+    connection: grpc.aio.Channel, key: Mapping[str, Any], version: int | None
+) -> tuple[User, str]:
     """Return a user, and in words how many posts would be deleted too; raises RosterError."""
     user = await find_user(connection, key)
+    check_version(user, version)
     try:
         counted = await PostServiceStub(connection).CountPosts(CountPostsRequest(author_id=user.id))
     except PermissionDenied:

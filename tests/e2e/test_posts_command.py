@@ -55,7 +55,7 @@ async def test_life_of_a_post(client: Client, server: Server, tmp_path: Path) ->
         ("More", "", 4),
     ]
     assert deleted == Ended(0, '{"deleted_post_id":1}\n', "")
-    assert gone == Ended(1, "", "Error: this post does not exist\n")
+    assert gone == Ended(1, "", "Error: post 1 does not exist\n")
 
 
 async def test_lists_posts_of_an_author(client: Client, roster: Roster, server: Server) -> None:
@@ -77,23 +77,38 @@ async def test_lists_posts_of_an_author(client: Client, roster: Roster, server: 
     assert as_json == Ended(0, exported.out, "")
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_reads_content_from_a_terminal(server: Server, client: Client, tmp_path: Path) -> None:
+    """It says what it waits for. A content of one line is below the other fields too."""
+    await add_posts(server.database, await add_users(server.database))
+    command = (ROSTER, "posts", "update", "1", "--content-file", "-", "--address", server.address)
+    async with terminal(*command, columns=80, folder=tmp_path) as shown:
+        await shown.shows("--content-file: reading the terminal until Ctrl-D")
+        shown.type("Dear diary\n\x04")
+        assert await shown.ended() == 0
+
+    assert (await client.run("posts", "get", "1")).out.splitlines()[-1] == "content     Dear diary"
+
+
 async def test_errors_are_in_the_words_of_the_options(client: Client, server: Server) -> None:
     """The status is 1 if the stored rows are the reason, otherwise 2; standard output is empty."""
     await add_posts(server.database, await add_users(server.database))
     for arguments, status, sentence in [
         ("get ada@example.org", 2, "'ada@example.org' is not a valid integer"),
-        ("get 7", 1, "Error: this post does not exist"),
-        ("list --author ada", 2, "ada is neither an id nor an e-mail"),
-        ("list --author nobody@example.org", 1, "Error: this user does not exist"),
+        ("get 7", 1, "Error: post 7 does not exist"),
+        ("list --author ada", 2, "'ada' is neither an id nor an e-mail"),
+        ("list --author nobody@example.org", 1, "Error: there is no user nobody@example.org"),
+        ("list --author 7", 1, "Error: user 7 does not exist"),
         ("create --author 1", 2, "Error: --title is required: 1 to 255 characters"),
-        ("create --author 7 --title Notes", 1, "Error: there is no user for this author"),
-        ("create --author nobody@example.org --title Notes", 1, "Error: this user does not exist"),
+        ("create --author 7 --title Notes", 1, "Error: user 7 does not exist"),
+        ("create --author nobody@example.org --title Notes", 1, "Error: there is no user nobody@example.org"),
         ("create --author 1 --title Notes --content-file -", 2, "Error: --content-file - is not UTF-8"),
         ("update 1", 2, "there is nothing to change; pass --title or --content-file"),
         ("update 1 --title More --version 7", 1, "version is now 1; run `roster posts get 1`, then repeat"),
-        ("delete 1", 2, "standard input is not a terminal, so nobody can be asked; pass --yes"),
+        ("delete 1", 2, "so nobody can be asked; --yes deletes post 1 by user 1, “Post 0”"),
         ("delete 1 --yes --version 7", 1, "version is now 1"),
-        ("delete 7 --yes", 1, "Error: this post does not exist"),
+        ("delete 7 --yes", 1, "Error: post 7 does not exist"),
+        ("delete 7 --dry-run", 1, "Error: post 7 does not exist"),
     ]:
         done = await client.run("posts", *arguments.split(), stdin=b"\xff")
         assert (done.status, done.out) == (status, ""), arguments
@@ -104,7 +119,7 @@ async def test_errors_are_in_the_words_of_the_options(client: Client, server: Se
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 async def test_deletes_only_what_it_has_shown(server: Server, client: Client, tmp_path: Path) -> None:
     """It shows the title, so that a wrong id is noticed; it fails if the post changes before the answer."""
-    await add_posts(server.database, await add_users(server.database), title="No\x1btes")
+    await add_posts(server.database, await add_users(server.database), title="No\x1btes" + 40 * "s")
     command = (ROSTER, "posts", "delete", "1", "--address", server.address)
     async with terminal(*command, columns=80, folder=tmp_path) as shown:
         await shown.shows("[y/N]: ")
@@ -113,7 +128,8 @@ async def test_deletes_only_what_it_has_shown(server: Server, client: Client, tm
         assert await shown.ended() == 1
 
     question, *error = shown.lines
-    assert question == r"Delete post 1 by user 1, “No\u001btes”? This can't be undone. [y/N]: y"
+    title = r"No\u001btes" + 28 * "s" + "…"
+    assert question == f"Delete post 1 by user 1, “{title}”? This can't be undone. [y/N]: y"
     assert " ".join(" ".join(error).split()) == (
         "Error: version is now 2; run `roster posts get 1`, then repeat this with --version 2"
     )

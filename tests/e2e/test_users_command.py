@@ -4,20 +4,21 @@ import json
 import re
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 from uuid import uuid4
 
 import pytest
 
 from roster.v1.users_pb2 import VerifyPasswordRequest
 from roster.v1.users_pb2_grpc import UserServiceAsyncStub
-from service.cli.calls import check_dry_run
-from service.cli.terminal import UsageError
+from service import idempotency
 from service.server import Server
-from tests.support.command import ROSTER, Client, Ended, Roster
+from tests.support.command import ROSTER, Client, Ended, Roster, run
 from tests.support.rows import add_posts, add_users, read_emails
 from tests.support.terminal import terminal
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT[\d:]{8}\.\d{6}Z")
+CTRL_C = "\x03"
 SHORT_TIME = re.compile(r"\d{4}-\d\d-\d\d [\d:]{8}")
 
 
@@ -42,6 +43,7 @@ async def test_life_of_a_user(client: Client) -> None:
     cleared = await client.run("users", "update", " ada@EXAMPLE.org", "--clear", "full_name")
     inactive = await client.run("users", "deactivate", "ada@example.org", "--json")
     again = await client.run("users", "deactivate", "1", "--json")
+    stale = await client.run("users", "deactivate", "1", "--version", "1")
     active = await client.run("users", "update", "1", "--active", "--email", "king@example.org", "--json")
     deleted = await client.run("users", "delete", "king@example.org", "--yes", "--json")
     gone = await client.run("users", "get", "1")
@@ -59,13 +61,14 @@ async def test_life_of_a_user(client: Client) -> None:
     assert (record(named.out)["full_name"].strip(), record(cleared.out)["full_name"]) == ("Ada King", "")
     assert (json.loads(inactive.out)["is_active"], json.loads(inactive.out)["version"]) == (False, 4)
     assert again == Ended(0, inactive.out, "the user is already inactive; nothing was changed\n")
+    assert (stale.status, stale.err[:25]) == (1, "Error: version is now 4; ")
     assert [json.loads(active.out)[name] for name in ("email", "is_active", "version")] == [
         "king@example.org",
         True,
         5,
     ]
     assert deleted == Ended(0, '{"deleted_user_id":1}\n', "")
-    assert gone == Ended(1, "", "Error: this user does not exist\n")
+    assert gone == Ended(1, "", "Error: user 1 does not exist\n")
 
 
 async def test_lists_are_pages_with_a_limit(client: Client, server: Server, roster: Roster) -> None:
@@ -81,6 +84,7 @@ async def test_lists_are_pages_with_a_limit(client: Client, server: Server, rost
     none = await client.run("users", "list", "--filter", 'email = "nobody@example.org"')
 
     assert [json.loads(line)["id"] for line in first.out.splitlines()] == [*range(1, 51)]
+    assert " with the same --order-by and --page-token " in last.err
     assert first.err.startswith(
         "there are more: list all with --limit 0, or the next ones with --page-token "
     )
@@ -151,14 +155,21 @@ async def test_makes_sure_that_a_user_exists(client: Client) -> None:
 
 
 async def test_says_what_was_done(client: Client) -> None:
-    """On standard error, if the command allows several outcomes."""
+    """On standard error, if the command allows several outcomes; a dry run says what would be done."""
     arguments = ("users", "create", "--email", "ada@example.org", "--full-name", "Ada", "--on-conflict")
-    outcomes = [(await client.run(*arguments, mode)).err for mode in ("skip", "skip", "update")]
+    outcomes: list[str] = []
+    for mode in ("skip", "skip", "update"):
+        dry = await client.run(*arguments, mode, "--dry-run")
+        done = await client.run(*arguments, mode)
+        outcomes += [dry.err.partition("\n")[0], done.err.rstrip()]
 
     assert outcomes == [
-        "the user was created\n",
-        "the user exists, and was not changed\n",
-        "the user exists, and was updated\n",
+        "the user would be created",
+        "the user was created",
+        "the user exists, and would not be changed",
+        "the user exists, and was not changed",
+        "the user exists, and would be updated",
+        "the user exists, and was updated",
     ]
 
 
@@ -170,6 +181,8 @@ async def test_dry_runs_write_nothing(client: Client, server: Server) -> None:
     created = await client.run("users", "create", "--email", "ada@example.org", "--json", "--dry-run")
     updated = await client.run("users", "update", "1", "--inactive", "--json", "--dry-run")
     taken = await client.run("users", "create", "--email", "user0@example.org", "--dry-run")
+    inactive = await client.run("users", "deactivate", "user0@example.org", "--json", "--dry-run")
+    deleted = await client.run("users", "delete", "user0@example.org", "--json", "--dry-run")
 
     for done in (created, updated):
         assert (done.status, done.err) == (0, "dry run: nothing was written\n")
@@ -177,29 +190,70 @@ async def test_dry_runs_write_nothing(client: Client, server: Server) -> None:
     assert json.loads(created.out).items() >= row.items()
     assert json.loads(updated.out)["is_active"] is False
     assert (taken.status, taken.out) == (1, "")
+    assert [json.loads(inactive.out)[name] for name in ("is_active", "version")] == [False, 2]
+    assert inactive.err == "the user would be deactivated\ndry run: nothing was written\n"
+    assert deleted.out == before.out
+    assert deleted.err == "user 1 and 0 posts would be deleted\ndry run: nothing was written\n"
     assert await client.run("users", "list", "--json") == before
 
 
-def test_reports_a_dry_run_that_was_none() -> None:
-    """A server of an earlier release ignores what it does not know, and has created the row."""
-    with pytest.raises(UsageError, match="does not know --dry-run, and has created user 7"):
-        check_dry_run(7, "user")
+async def test_reports_dry_runs_that_were_none(
+    client: Client, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server of an earlier release ignores what it does not know, and has written the row."""
+    await add_posts(server.database, await add_users(server.database))
+    original = idempotency.idempotent
+
+    async def ignore_dry_run(database: Any, repository: Any, request: Any, *rest: Any) -> Any:
+        request.ClearField("validate_only")
+        return await original(database, repository, request, *rest)
+
+    monkeypatch.setattr(idempotency, "idempotent", ignore_dry_run)
+    for arguments, written in [
+        ("users create --email a@x.org", "created user 2"),
+        ("users create --email b@x.org --on-conflict skip", "created user 3"),
+        ("users create --email b@x.org --on-conflict update --inactive", "updated user 3"),
+        ("users update 1 --inactive", "updated user 1"),
+        ("posts create --author 1 --title A", "created post 2"),
+        ("posts update 1 --title A", "updated post 1"),
+    ]:
+        done = await client.run(*arguments.split(), "--dry-run")
+        sentence = f"Error: the server is of a release that does not know --dry-run, and has {written}\n"
+        assert done == Ended(2, "", sentence), arguments
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_reports_a_full_disk(server: Server, tmp_path: Path) -> None:
+    """The end of the process does not write again, which would replace the exit status."""
+    await add_users(server.database)
+    command = f"{ROSTER} users list --address {server.address} > /dev/full"
+    done = await run("sh", "-c", command, folder=tmp_path, PYTHONUNBUFFERED="")
+
+    assert done == Ended(2, "", "Error: can't write standard output: No space left on device\n")
 
 
 async def test_errors_are_in_the_words_of_the_options(client: Client, server: Server) -> None:
     """The status is 1 if the stored rows are the reason, otherwise 2; standard output is empty."""
     await add_users(server.database, 2)
     for arguments, status, sentence in [
-        ("get ada", 2, "ada is neither an id nor an e-mail"),
+        ("get ada", 2, "'ada' is neither an id nor an e-mail"),
         ("get 0", 2, "an id is from 1 to 9007199254740992"),
         ("get 99999999999999999", 2, "an id is from 1 to 9007199254740992"),
-        ("get a@b@c", 2, "Error: email must be one name, one @ and one domain, without spaces"),
-        ("get nobody@example.org", 1, "Error: this user does not exist"),
+        ("get a@b@c", 2, "Error: 'a@b@c': email must be one name, one @ and one domain, without spaces"),
+        ("get nobody@example.org", 1, "Error: there is no user nobody@example.org"),
         ("list --filter id=", 2, "Error: --filter: at character 4: expected a value"),
         ("list --order-by name", 2, "Error: --order-by: at character 1: expected one field"),
-        ("list --page-token x", 2, "Error: --page-token is damaged"),
+        (
+            "list --page-token x",
+            2,
+            "Error: --page-token is damaged; send the token that a list ended with unchanged",
+        ),
         ("create --email @", 2, "Error: --email must be one name, one @ and one domain"),
-        ("create --email user0@example.org", 1, "Error: email belongs to another user, whose id is 1"),
+        (
+            "create --email user0@example.org",
+            1,
+            "another user, whose id is 1; pass --on-conflict skip or update, or run `roster users update 1`",
+        ),
         ("create --email a@b.org --request-id 7", 2, "Error: --request-id must be a UUID"),
         ("create --email a@b.org --on-conflict update", 2, "needs something to change, such as --full-name"),
         (
@@ -214,17 +268,28 @@ async def test_errors_are_in_the_words_of_the_options(client: Client, server: Se
             2,
             "--clear full_name and --full-name contradict each other",
         ),
-        ("update a@b@c --email a@b.org", 2, "Error: email must be one name"),
-        ("update user1@example.org --email user0@example.org", 1, "belongs to another user, whose id is 1"),
+        ("update a@b@c --email a@b.org", 2, "Error: 'a@b@c': email must be one name"),
+        (
+            "update user1@example.org --email user0@example.org",
+            1,
+            "Error: the e-mail user0@example.org belongs to another user, whose id is 1",
+        ),
         (
             "update user1@example.org --active --version 7",
             1,
             "version is now 1; run `roster users get user1@example.org`, then repeat this with --version 1",
         ),
+        ("update 1 --active --version x", 2, "'x' is not a valid integer."),
         ("deactivate 1 --version 7", 1, "version is now 1; run `roster users get 1`"),
-        ("delete 1", 2, "standard input is not a terminal, so nobody can be asked; pass --yes"),
+        (
+            "delete 1",
+            2,
+            "so nobody can be asked; --yes deletes user 1 (user0@example.org) and 0 posts",
+        ),
+        ("delete 1 --dry-run --version 7", 1, "version is now 1"),
         ("delete 1 --yes --version 7", 1, "version is now 1"),
-        ("delete 7 --yes", 1, "Error: this user does not exist"),
+        ("delete 7 --yes", 1, "Error: user 7 does not exist"),
+        ("delete 7 --dry-run", 1, "Error: user 7 does not exist"),
     ]:
         done = await client.run("users", *arguments.split())
         assert (done.status, done.out) == (status, ""), arguments
@@ -257,10 +322,10 @@ class TestTerminal:
         await add_users(server.database, full_name="A\x1bda")
         await add_posts(server.database, [1, 1])
         command = (ROSTER, "users", "delete", "user0@example.org", "--address", server.address)
-        for answer, status, left in [("n", 1, 1), ("y", 1, 1), ("y", 0, 0)]:
+        for answer, status, left in [("n", 1, 1), (CTRL_C, 130, 1), ("y", 1, 1), ("y", 0, 0)]:
             async with terminal(*command, columns=80, folder=tmp_path) as shown:
                 await shown.shows("[y/N]: ")
-                if answer == "y" and status:
+                if (answer, status) == ("y", 1):
                     await client.run("users", "update", "1", "--inactive")
                 shown.type(f"{answer}\n")
                 assert await shown.ended() == status
