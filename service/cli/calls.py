@@ -20,6 +20,7 @@ from roster.errors import (
     EmailTaken,
     FailedPrecondition,
     InvalidField,
+    InvalidFilter,
     NotFound,
     OutcomeUnknown,
     PermissionDenied,
@@ -144,30 +145,39 @@ def run(target: Target, work: Work[ResultT]) -> ResultT:
 
 def _explain(target: Target, failure: RosterError) -> str:
     """Return the message of a failed call, in the words of the command's options."""
-    message = WORDS_OF_API.sub(lambda found: WORDS[found[0]], target.explain(failure))
     if isinstance(failure, VersionMismatch):
         current = failure.facts.get("version")
         return f"version is now {current}; run `{_get_command()}`, then repeat this with --version {current}"
-    parameters = click.get_current_context().params
-    if isinstance(failure, UserNotFound | PostNotFound) and parameters.get("key"):
-        return describe_missing("post" if isinstance(failure, PostNotFound) else "user", parameters["key"])
+    if isinstance(failure, UserNotFound | PostNotFound):
+        noun = "post" if isinstance(failure, PostNotFound) else "user"
+        return describe_missing(noun, click.get_current_context().params["key"])
+    if isinstance(failure, EmailTaken):
+        return _explain_taken_email(failure)
+    message = target.explain(failure)
+    if not isinstance(failure, InvalidFilter):  # which repeats words of the filter
+        message = WORDS_OF_API.sub(lambda found: WORDS[found[0]], message)
     option = _option_of(failure.field)
     if option and message.startswith(f"{failure.field} "):
         message = f"{option}{message.removeprefix(failure.field)}"
     elif option and option not in message:
         message = f"{option}: {message}"
-    if existing := failure.facts.get("existing_id"):
-        message += f", whose id is {existing}"
-    if isinstance(failure, EmailTaken):
-        message = message.replace("email", f"the e-mail {parameters.get('email')}", 1)
-        if "on_conflict" in parameters:
-            key = existing or quote(str(parameters["email"]))
-            message += f"; pass --on-conflict skip or update, or run `roster users update {key}`"
     if isinstance(failure, DeadlineExceeded | OutcomeUnknown) and "request_id" in failure.facts:
         message += (
             "; it may have been applied: repeat the command with --request-id "
             f"{failure.facts['request_id']}, which does not apply it twice"
         )
+    return message
+
+
+def _explain_taken_email(failure: EmailTaken) -> str:
+    options = click.get_current_context().params
+    message = f"the e-mail {options['email']} belongs to another user"
+    existing = failure.facts.get("existing_id")  # if the caller may know it
+    if existing:
+        message += f", whose id is {existing}"
+    if "on_conflict" in options:
+        key = existing or quote(str(options["email"]))
+        message += f"; pass --on-conflict skip or update, or run `roster users update {key}`"
     return message
 
 
