@@ -1,9 +1,10 @@
-// Command probe prints what a caller sees: probe pages|errors ADDRESS, or probe wrong ADDRESS...
+// Command probe prints what a caller sees: probe pages|errors|unanswered ADDRESS, or probe wrong|addresses ADDRESS...
 package main
 
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"log"
 	"os"
@@ -35,8 +36,8 @@ func newClient(address string) *roster.Client {
 func text(err error) string {
 	failure := roster.ErrorFrom(fmt.Errorf("wrapped: %w", err))
 	parts := []string{failure.Reason}
-	if failure.Reason == "" {
-		parts = []string{failure.Message}
+	if failure.Reason == "" || failure.Reason == roster.DeadlineExceeded {
+		parts = append(parts, failure.Message)
 	}
 	for name, value := range failure.Facts {
 		parts = append(parts, name+"="+value)
@@ -51,6 +52,13 @@ func main() {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	kind, addresses := os.Args[1], os.Args[2:]
+	if kind == "addresses" {
+		for _, address := range addresses {
+			_, err := roster.NewClient(address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+			fmt.Println(err)
+		}
+		return
+	}
 	users := newClient(addresses[0]).Users
 	switch kind {
 	case "pages":
@@ -68,6 +76,19 @@ func main() {
 		}
 		_, err := users.GetUser(ctx, &rosterv1.GetUserRequest{Key: &rosterv1.GetUserRequest_Id{Id: 7}})
 		fmt.Println(text(err))
+	case "unanswered":
+		ctx, cancel := context.WithCancel(context.Background())
+		export := func(ctx context.Context) error {
+			stream, err := users.ExportUsers(ctx, &rosterv1.ExportUsersRequest{})
+			if err == nil {
+				_, err = stream.Recv()
+			}
+			return err
+		}
+		fmt.Println(roster.Reason(export(ctx)))
+		cancel()
+		err := export(ctx)
+		fmt.Println(roster.Reason(err) == "" && errors.Is(err, context.Canceled))
 	case "wrong":
 		said := make([]chan string, len(addresses))
 		for i, address := range addresses {

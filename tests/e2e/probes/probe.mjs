@@ -1,4 +1,4 @@
-// Prints what a caller sees: probe.mjs pages|errors ADDRESS, or probe.mjs wrong ADDRESS...
+// Prints what a caller sees: probe.mjs pages|errors|unanswered ADDRESS, or probe.mjs wrong|addresses ADDRESS...
 import { credentials } from "@grpc/grpc-js";
 import { createClient, pages } from "roster-client";
 
@@ -14,8 +14,21 @@ async function print(call) {
   await call.catch(({ message, reason, facts, violations }) => {
     const parts = Object.entries(facts).map(([name, value]) => `${name}=${value}`);
     parts.push(...violations.map(({ field }) => field));
-    console.log([reason || message, ...parts].join(" "));
+    const said = !reason || reason === "DEADLINE_EXCEEDED" ? [reason, message] : [reason];
+    console.log([...said, ...parts].join(" "));
   });
+}
+
+if (kind === "addresses") {
+  for (const address of addresses) {
+    try {
+      createClient(address).close();
+      console.log("<nil>");
+    } catch (error) {
+      console.log(error.message);
+    }
+  }
+  process.exit();
 }
 
 const clients = addresses.map(client);
@@ -26,6 +39,15 @@ if (kind === "pages") {
   await print(users.createUser({ user: { email: "user0@example.org" } }));
   await print(users.createUser({ user: { email: "nobody" } }));
   await print(users.getUser({ key: { case: "id", value: 7n } }));
+} else if (kind === "unanswered") {
+  const aborted = AbortSignal.abort();
+  for (const options of [{}, { signal: aborted }]) {
+    try {
+      for await (const _ of clients[0].users.exportUsers({}, options));
+    } catch (error) {
+      console.log(error === aborted.reason ? "true" : error.reason);
+    }
+  }
 } else {
   const calls = clients.map(({ users }) => users.createUser({ user: { email: "ada@example.org" } }));
   for (const call of calls) await print(call);
