@@ -157,12 +157,18 @@ func interceptUnary(ctx context.Context, method string, request, response any, c
 		return nil
 	}
 	failure := explain(ctx, err, connection)
-	mayBeApplied := failure.Code == codes.DeadlineExceeded || failure.Code == codes.Unavailable ||
-		failure.Code == codes.Canceled || failure.Reason == outcomeUnknown
-	if requestID != "" && mayBeApplied {
+	if requestID != "" && mayBeApplied(failure) {
 		failure.Facts["request_id"] = requestID
 	}
 	return failure
+}
+
+func mayBeApplied(failure *Error) bool {
+	switch failure.Code {
+	case codes.DeadlineExceeded, codes.Unavailable, codes.Canceled:
+		return true
+	}
+	return failure.Reason == Disconnected || failure.Reason == outcomeUnknown
 }
 
 // withRequestID returns a write with its request_id, or a copy with a new one; "" if the request has no such field.

@@ -108,6 +108,9 @@ func (e *Error) Error() string {
 
 // GRPCStatus returns the status, for the functions of google.golang.org/grpc/status.
 func (e *Error) GRPCStatus() *status.Status {
+	if e.status == nil { // made by a caller, for example for a test
+		return status.New(e.Code, e.Message)
+	}
 	converted := proto.CloneOf(e.status)
 	converted.Message = e.Message
 	return status.FromProto(converted)

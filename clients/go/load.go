@@ -175,7 +175,12 @@ func (l *loader[Request]) stream(ctx context.Context) error {
 		}
 	}()
 	for {
-		answer := <-answers
+		var answer received
+		select {
+		case answer = <-answers:
+		case <-ctx.Done(): // then no answer may come, not even the error
+			return ctx.Err()
+		}
 		if answer.err == io.EOF {
 			return unavailable("the server ended the stream without a summary")
 		}

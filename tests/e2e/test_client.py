@@ -88,13 +88,17 @@ class LossyProxy:
         self.users = users
         self.code = code
         self.details = details
+        self.pause_seconds = 0.0
         self.request_ids: list[str] = []
+        self.seconds_left: list[float] = []
 
     async def create(self, request: CreateUserRequest, context: Any) -> User:
         """Forward the call; drop the response to the first."""
         self.request_ids.append(request.request_id)
+        self.seconds_left.append(context.time_remaining())
         created = await self.users.CreateUser(request)
         if len(self.request_ids) == 1:
+            await asyncio.sleep(self.pause_seconds)
             await context.abort(self.code, "the answer was lost", trailing_metadata=self.details)
         return created
 
@@ -131,15 +135,19 @@ async def test_retried_write_is_applied_once(
 
 
 async def test_retries_a_write_with_an_unknown_outcome(users: UserServiceAsyncStub, kind: Kind) -> None:
-    """The retry has the same request_id, so it gets the first response."""
+    """The retry has the same request_id, so it gets the first response; both have one deadline."""
     status = status_from_error(OutcomeUnknown("the connection broke during the commit"))
     details = (("grpc-status-details-bin", status.SerializeToString()),)
     lossy = LossyProxy(users, grpc.StatusCode.INTERNAL, details)
+    lossy.pause_seconds = 0.2
     async with proxied(lossy, kind) as stub:
-        created = await stub.CreateUser(CreateUserRequest(user=ADA))
+        created = await stub.CreateUser(CreateUserRequest(user=ADA), timeout=5)
 
     first, second = lossy.request_ids
     assert first == second != ""
+    assert (
+        lossy.seconds_left[1] <= lossy.seconds_left[0] - lossy.pause_seconds + 0.05
+    )  # of clocks and rounding
     assert await users.GetUser(GetUserRequest(email=ADA.email)) == created
 
 
@@ -238,6 +246,26 @@ async def test_future_of_a_blocking_channel(server: Server) -> None:
         created, code = await asyncio.to_thread(results, UserServiceStub(connection))
 
     assert (created.email, code) == (ADA.email, grpc.StatusCode.NOT_FOUND)
+
+
+async def test_stream_of_a_blocking_channel_is_a_call(server: Server) -> None:
+    """As its type says: it can be cancelled, and has metadata."""
+    with blocking.channel(server.address) as connection:
+        responses: Any = UserServiceStub(connection).ExportUsers(ExportUsersRequest())
+        await asyncio.to_thread(responses.initial_metadata)
+        responses.cancel()
+
+        assert responses.code() is grpc.StatusCode.CANCELLED
+
+
+def test_closed_blocking_channel_is_not_a_lost_connection() -> None:
+    """Retries would not help."""
+    with blocking.channel("unix:/nowhere/roster.sock") as connection:
+        users = UserServiceStub(connection)
+        with pytest.raises(DeadlineExceeded):  # gRPC crashes if it sees a method only after the end
+            users.GetUser(GetUserRequest(id=1), timeout=0)
+    with pytest.raises(ValueError, match="closed"):
+        users.GetUser(GetUserRequest(id=1))
 
 
 @pytest.mark.parametrize("kind", ["asyncio"])

@@ -118,10 +118,11 @@ async def test_a_damaged_token_is_refused(server: Server) -> None:
     assert refused.value.field == "token"
 
 
-async def test_a_wrong_address_is_reported_at_once() -> None:
+@pytest.mark.parametrize("wait_for_ready", [False, True])
+async def test_a_wrong_address_is_reported_at_once(*, wait_for_ready: bool) -> None:
     """Nothing has answered yet, so a retry may never help."""
-    async with channel("127.0.0.1:1", wait_for_ready=False) as connection:
-        with pytest.raises(Disconnected):
+    async with channel("127.0.0.1:1", wait_for_ready=wait_for_ready) as connection:
+        with pytest.raises(Disconnected, match="no server answers"):
             await anext(watch_changes(connection))
 
 

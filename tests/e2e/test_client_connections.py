@@ -115,6 +115,16 @@ async def test_error_names_address_and_cause(
     assert took < SECONDS + SLACK_SECONDS
 
 
+async def test_export_does_not_wait_for_a_server(kind: Kind, stack: AsyncExitStack) -> None:
+    """It has no deadline, so it would wait for ever."""
+    address = f"127.0.0.1:{await closed(stack)}"
+    async with users_of(kind, address) as users:
+        with pytest.raises(Disconnected) as broken:
+            [page async for page in users.ExportUsers(ExportUsersRequest())]
+
+    assert str(broken.value) == f"no server answers at {address}: nothing listens there (connection refused)"
+
+
 @pytest.mark.parametrize("credentials", [None, TRUSTED], ids=["plain", "tls"])
 async def test_silent_server_is_named(credentials: Any, kind: Kind, stack: AsyncExitStack) -> None:
     """It accepts the connection and says nothing, as a debugger or a full disk does."""

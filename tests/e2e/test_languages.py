@@ -5,22 +5,25 @@ import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import count
 from pathlib import Path
+from typing import Any, cast
 
 import grpc
 import pytest
 from sqlalchemy import select
 
 from roster.client.address import check_address
-from roster.errors import DatabaseUnavailable
+from roster.errors import DatabaseUnavailable, OutcomeUnknown
 from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkOpened, BulkSummary, BulkWriteResponse
-from roster.v1.users_pb2 import BulkCreateUsersRequest
+from roster.v1.resources_pb2 import User
+from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest
 from service.db.bulk.batch import Outcome
 from service.loads.model import Load
 from service.loads.repository import LoadRepository
 from service.server import Server
+from service.status import status_from_error
 from tests.e2e.clients import installed
 from tests.support.authority import Authority
 from tests.support.command import ended, run, start
@@ -223,6 +226,19 @@ async def test_load_sends_refused_messages_again(
     assert next(attempts) == len(SETTLED) + len(refused) + 1
 
 
+@asynccontextmanager
+async def users_service(**handlers: Any) -> AsyncIterator[str]:
+    """The address of a server that has only these RPCs of users."""
+    server = grpc.aio.server()
+    server.add_registered_method_handlers("roster.v1.UserService", handlers)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        yield address
+    finally:
+        await server.stop(None)
+
+
 async def test_load_trusts_only_answers_to_its_messages(programs: Programs) -> None:
     """A load is not complete while messages have no ack."""
     streams = count(1)
@@ -246,18 +262,70 @@ async def test_load_trusts_only_answers_to_its_messages(programs: Programs) -> N
     method = grpc.stream_stream_rpc_method_handler(
         answer, BulkCreateUsersRequest.FromString, BulkWriteResponse.SerializeToString
     )
-    server = grpc.aio.server()
-    server.add_registered_method_handlers("roster.v1.UserService", {"BulkCreateUsers": method})
-    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    await server.start()
-    try:
+    async with users_service(BulkCreateUsers=method) as address:
         done = await run(*programs.command("load", address, "staff"), stdin=b"".join(LINES))
-    finally:
-        await server.stop(None)
 
     assert (done.err, done.status) == ("", 0)
     assert done.out.splitlines() == LOADED
     assert next(streams) == 4
+
+
+async def test_cancelled_load_ends(programs: Programs) -> None:
+    """The client waits for an ack, or for a row."""
+
+    async def open_only(
+        requests: AsyncIterator[BulkCreateUsersRequest], _: object
+    ) -> AsyncIterator[BulkWriteResponse]:
+        await anext(requests)
+        yield BulkWriteResponse(opened=BulkOpened(max_rows=1, max_bytes=4 << 20))
+        async for _request in requests:
+            pass
+
+    method = grpc.stream_stream_rpc_method_handler(
+        open_only, BulkCreateUsersRequest.FromString, BulkWriteResponse.SerializeToString
+    )
+    async with users_service(BulkCreateUsers=method) as address:
+        done = await asyncio.wait_for(run(*programs.command("probe", "cancel", address)), 10)
+
+    assert (done.err, done.out.split(), done.status) == ("", ["true"] * 10, 0)
+
+
+async def test_write_with_an_unknown_outcome_is_repeated_within_its_deadline(programs: Programs) -> None:
+    """The second attempt is the last one, and gets the rest of the time."""
+    seconds_left: list[float] = []
+
+    async def lose(_: CreateUserRequest, context: Any) -> User:
+        seconds_left.append(context.time_remaining())
+        if len(seconds_left) > 1:
+            await asyncio.Event().wait()
+        await asyncio.sleep(0.3)
+        status = status_from_error(OutcomeUnknown("the connection broke during the commit"))
+        details = (("grpc-status-details-bin", status.SerializeToString()),)
+        return cast("User", await context.abort(grpc.StatusCode.INTERNAL, "lost", details))
+
+    method = grpc.unary_unary_rpc_method_handler(lose, CreateUserRequest.FromString, User.SerializeToString)
+    async with users_service(CreateUser=method) as address:
+        done = await run(*programs.command("probe", "write", address))
+
+    first, second = seconds_left
+    assert second <= first - 0.25
+    assert "did not answer within" in done.out
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN])
+async def test_error_of_a_write_that_may_be_applied_has_its_request_id(
+    programs: Programs, code: grpc.StatusCode
+) -> None:
+    """A proxy that loses the answer gives no reason, so the client does."""
+
+    async def lose(_: CreateUserRequest, context: Any) -> User:
+        return cast("User", await context.abort(code, "lost"))
+
+    method = grpc.unary_unary_rpc_method_handler(lose, CreateUserRequest.FromString, User.SerializeToString)
+    async with users_service(CreateUser=method) as address:
+        done = await run(*programs.command("probe", "write", address))
+
+    assert done.out.startswith("DISCONNECTED lost request_id=")
 
 
 async def test_load_reports_rows_that_fail(programs: Programs, server: Server) -> None:

@@ -24,7 +24,7 @@ import {
   type MetadataOptions,
 } from "@grpc/grpc-js";
 
-import { OUTCOME_UNKNOWN, RosterError, errorFromCall, isServiceError } from "./errors.js";
+import { DISCONNECTED, OUTCOME_UNKNOWN, RosterError, errorFromCall, isServiceError } from "./errors.js";
 
 export interface CallOptions {
   /** The deadline, in milliseconds from now. Unary calls have one by default, streams have none. */
@@ -89,7 +89,7 @@ function callOf(method: DescMethod, transport: Transport): unknown {
     case "unary":
       return async (init: MessageInitShape<DescMessage>, options: CallOptions = {}) => {
         const request = withRequestId(method.input, create(method.input, init));
-        return await repeatable(transport, codec, request, { timeoutMs, ...options });
+        return await repeatable(transport, codec, request, { ...options, timeoutMs: options.timeoutMs ?? timeoutMs });
       };
     case "server_streaming":
       return async function* (init: MessageInitShape<DescMessage>, options: CallOptions = {}) {
@@ -124,7 +124,9 @@ async function repeatable(
   request: Writable,
   options: CallOptions,
 ): Promise<MessageShape<DescMessage>> {
-  const attempt = () => translated(transport, options, () => unary(transport.connection, codec, request, options));
+  const deadline = deadlineOf(options); // of both attempts
+  const attempt = () =>
+    translated(transport, options, () => unary(transport.connection, codec, request, options, deadline));
   try {
     return await attempt().catch((error: unknown) => {
       const isUnknown = error instanceof RosterError && error.reason === OUTCOME_UNKNOWN;
@@ -140,7 +142,8 @@ async function repeatable(
 }
 
 function mayBeApplied({ code, reason }: RosterError): boolean {
-  return reason === OUTCOME_UNKNOWN || [status.DEADLINE_EXCEEDED, status.UNAVAILABLE, status.CANCELLED].includes(code);
+  if ([status.DEADLINE_EXCEEDED, status.UNAVAILABLE, status.CANCELLED].includes(code)) return true;
+  return reason === DISCONNECTED || reason === OUTCOME_UNKNOWN;
 }
 
 function unary(
@@ -148,11 +151,12 @@ function unary(
   { path, serialize, deserialize }: Codec,
   request: MessageShape<DescMessage>,
   options: CallOptions,
+  deadline: Date | undefined,
 ): Promise<MessageShape<DescMessage>> {
   const { signal } = options;
   return new Promise((resolve, reject) => {
     signal?.throwIfAborted();
-    const [metadata, callOptions] = callArguments(options, { waitForReady: true });
+    const [metadata, callOptions] = callArguments(options, { waitForReady: true }, deadline);
     const call = connection.makeUnaryRequest(
       path, serialize, deserialize, request, metadata, callOptions, (error, response) => {
         signal?.removeEventListener("abort", cancel);
@@ -200,12 +204,17 @@ async function translated<T>(transport: Transport, options: CallOptions, work: (
 }
 
 function callArguments(
-  { timeoutMs, metadata: pairs = {} }: CallOptions,
+  options: CallOptions,
   metadataOptions: MetadataOptions,
+  deadline = deadlineOf(options),
 ): [Metadata, { deadline?: Date }] {
   const metadata = new Metadata(metadataOptions);
-  for (const [name, value] of Object.entries(pairs)) metadata.set(name, value);
-  return [metadata, timeoutMs === undefined ? {} : { deadline: new Date(Date.now() + timeoutMs) }];
+  for (const [name, value] of Object.entries(options.metadata ?? {})) metadata.set(name, value);
+  return [metadata, deadline ? { deadline } : {}];
+}
+
+function deadlineOf({ timeoutMs }: CallOptions): Date | undefined {
+  return timeoutMs === undefined ? undefined : new Date(Date.now() + timeoutMs);
 }
 
 /** Return why no server can be reached; undefined if one can be reached. */

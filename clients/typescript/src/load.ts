@@ -160,12 +160,30 @@ class Loader<I extends DescMessage> {
   private async send(call: ClientDuplexStream<MessageShape<I>, BulkWriteResponse>): Promise<void> {
     while (this.window.isOpen) {
       if (!this.window.hasUnsent) {
-        const batch = this.window.isFull ? undefined : await ending(() => this.batches.next());
+        const batch = this.window.isFull ? undefined : await ending(() => this.nextBatch());
         if (!batch) return;
         this.window.add(batch);
       }
       call.write(this.window.nextUnsent());
     }
+  }
+
+  private async nextBatch(): Promise<Batch<MessageShape<I>> | undefined> {
+    this.signal?.throwIfAborted();
+    return await unlessAborted(this.batches.next(), this.signal);
+  }
+}
+
+/** Return the result of some work, or throw the reason of the signal once it is aborted. */
+async function unlessAborted<T>(work: Promise<T>, signal: AbortSignal | undefined): Promise<T> {
+  if (!signal) return await work;
+  let abort = () => {};
+  const aborted = new Promise<never>((_, reject) => (abort = () => reject(signal.reason)));
+  signal.addEventListener("abort", abort);
+  try {
+    return await Promise.race([work, aborted]);
+  } finally {
+    signal.removeEventListener("abort", abort);
   }
 }
 
@@ -184,6 +202,7 @@ class Batches<I extends DescMessage> {
   private row: Row<I> | undefined; // that did not fit into the last message
   private read = 0; // rows of the source, the one that did not fit included
   private isCut = false; // the message that finishes the load was returned
+  private isReading = false; // a row that has not arrived
   private offset = 0;
   private maxRows = 0;
   private maxBytes = 0;
@@ -242,7 +261,9 @@ class Batches<I extends DescMessage> {
       this.row = undefined;
       return row;
     }
+    this.isReading = true;
     const { done, value } = await this.rows.next();
+    this.isReading = false;
     if (done) return undefined;
     this.read += 1;
     return value;
@@ -250,6 +271,9 @@ class Batches<I extends DescMessage> {
 
   /** End the iteration of the rows. */
   async close(): Promise<void> {
-    await this.rows.return?.();
+    const ended = Promise.resolve(this.rows.return?.());
+    // A generator ends only after the row that it waits for.
+    if (this.isReading) ended.catch(() => undefined);
+    else await ended;
   }
 }

@@ -1,4 +1,5 @@
-// Command probe prints what a caller sees: probe pages|errors|unanswered ADDRESS, or probe wrong|addresses ADDRESS...
+// Command probe prints what a caller sees: probe pages|errors|write|cancel|unanswered ADDRESS, or
+// probe wrong|addresses ADDRESS...
 package main
 
 import (
@@ -12,8 +13,10 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 
 	roster "example.com/roster/clients/go"
 	rosterv1 "example.com/roster/clients/go/roster/v1"
@@ -33,10 +36,18 @@ func newClient(address string) *roster.Client {
 	return client
 }
 
+const loads = 10 // that are cancelled
+
+func endless(yield func(*rosterv1.User, error) bool) {
+	for yield(&rosterv1.User{Email: "ada@example.org"}, nil) {
+	}
+}
+
 func text(err error) string {
 	failure := roster.ErrorFrom(fmt.Errorf("wrapped: %w", err))
 	parts := []string{failure.Reason}
-	if failure.Reason == "" || failure.Reason == roster.DeadlineExceeded {
+	switch failure.Reason {
+	case "", roster.DeadlineExceeded, roster.Disconnected:
 		parts = append(parts, failure.Message)
 	}
 	for name, value := range failure.Facts {
@@ -70,12 +81,25 @@ func main() {
 			fmt.Println(user.Id)
 		}
 	case "errors":
+		if made := (&roster.Error{Code: codes.NotFound}); status.Code(made) != codes.NotFound { // as in tests of callers
+			log.Fatal(made)
+		}
 		for _, email := range []string{"user0@example.org", "nobody"} {
 			_, err := users.CreateUser(ctx, &rosterv1.CreateUserRequest{User: &rosterv1.User{Email: email}})
 			fmt.Println(text(err))
 		}
 		_, err := users.GetUser(ctx, &rosterv1.GetUserRequest{Key: &rosterv1.GetUserRequest_Id{Id: 7}})
 		fmt.Println(text(err))
+	case "write":
+		_, err := users.CreateUser(ctx, &rosterv1.CreateUserRequest{User: &rosterv1.User{Email: "ada@example.org"}})
+		fmt.Println(text(err))
+	case "cancel":
+		for range loads {
+			ctx, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
+			_, err := roster.Load(ctx, users.BulkCreateUsers, nil, endless, nil)
+			fmt.Println(errors.Is(err, context.DeadlineExceeded))
+			cancel()
+		}
 	case "unanswered":
 		ctx, cancel := context.WithCancel(context.Background())
 		export := func(ctx context.Context) error {

@@ -1,6 +1,7 @@
-// Prints what a caller sees: probe.mjs pages|errors|unanswered ADDRESS, or probe.mjs wrong|addresses ADDRESS...
+// Prints what a caller sees: probe.mjs pages|errors|write|cancel|unanswered ADDRESS, or
+// probe.mjs wrong|addresses ADDRESS...
 import { credentials } from "@grpc/grpc-js";
-import { createClient, pages } from "roster-client";
+import { createClient, load, pages } from "roster-client";
 
 const [kind, ...addresses] = process.argv.slice(2);
 
@@ -14,9 +15,17 @@ async function print(call) {
   await call.catch(({ message, reason, facts, violations }) => {
     const parts = Object.entries(facts).map(([name, value]) => `${name}=${value}`);
     parts.push(...violations.map(({ field }) => field));
-    const said = !reason || reason === "DEADLINE_EXCEEDED" ? [reason, message] : [reason];
+    const said = ["", "DEADLINE_EXCEEDED", "DISCONNECTED"].includes(reason) ? [reason, message] : [reason];
     console.log([...said, ...parts].join(" "));
   });
+}
+
+const LOADS = 10; // that are cancelled
+
+/** Rows that never arrive. */
+async function* silence() {
+  await new Promise((resolve) => setTimeout(resolve, 60_000).unref());
+  yield {};
 }
 
 if (kind === "addresses") {
@@ -39,6 +48,14 @@ if (kind === "pages") {
   await print(users.createUser({ user: { email: "user0@example.org" } }));
   await print(users.createUser({ user: { email: "nobody" } }));
   await print(users.getUser({ key: { case: "id", value: 7n } }));
+} else if (kind === "write") {
+  await print(clients[0].users.createUser({ user: { email: "ada@example.org" } }, { timeoutMs: undefined }));
+} else if (kind === "cancel") {
+  for (let number = 0; number < LOADS; number += 1) {
+    const signal = AbortSignal.timeout(20);
+    const loaded = load(clients[0].users.bulkCreateUsers, silence(), { signal });
+    console.log(await loaded.catch((error) => error === signal.reason));
+  }
 } else if (kind === "unanswered") {
   const aborted = AbortSignal.abort();
   for (const options of [{}, { signal: aborted }]) {

@@ -7,6 +7,7 @@ Loads and watches, which never stop to wait for one answer, are in the asynchron
 watch_changes. A script runs them with asyncio.run.
 """
 
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
@@ -14,6 +15,7 @@ from typing import Any, TypeVar, cast
 import grpc
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
+from typing_extensions import Self
 
 from roster.client.address import check_address
 from roster.client.calls import (
@@ -26,6 +28,7 @@ from roster.client.calls import (
     error_of_unary,
     is_probe,
     request_id_of,
+    rest_of,
     with_request_id,
 )
 from roster.client.consistency import Consistency, is_read, is_write
@@ -47,8 +50,8 @@ def channel(
 ) -> grpc.Channel:
     """Return a channel for the stubs of `roster.v1`; its parameters and errors are those of `client.channel`.
 
-    Calls that a stub makes with `.future` raise grpc.RpcError, not the domain errors. Leave the iteration of
-    a response stream early only by closing it (`contextlib.closing`), which cancels the call.
+    Calls that a stub makes with `.future` raise grpc.RpcError, not the domain errors. If you leave the
+    iteration of a response stream early, cancel the call.
     """
     address = check_address(address)
     options = channel_options(credentials, server_name, retry=wait_for_ready)
@@ -107,25 +110,30 @@ class Interceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterc
     def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
         details = self._with_defaults(client_call_details, self._timeout)
         repeatable = with_request_id(request)
+        began = time.monotonic()
         try:
             return self._call(continuation, details, repeatable)
         except OutcomeUnknown:
             if not request_id_of(repeatable):
                 raise
-            return self._call(continuation, details, repeatable)
+            rest = replace(details, timeout=rest_of(details.timeout, began))
+            return self._call(continuation, rest, repeatable)
 
     def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
         call = continuation(self._with_defaults(client_call_details, None), request)
-        return _responses(call, self._address)
+        return Responses(call, self._address)
 
-    def _with_defaults(self, details: Any, timeout: float | None) -> Details:
+    def _with_defaults(self, details: Any, default_timeout: float | None) -> Details:
         """Return the details of a call, with defaults for those that the caller did not set."""
+        timeout = default_timeout if details.timeout is None else details.timeout
+        # A call without a deadline must not wait for a server, which may never come.
+        may_wait = self._wait_for_ready and timeout is not None
         own = Details(
             details.method,
-            timeout if details.timeout is None else details.timeout,
+            timeout,
             details.metadata,
             details.credentials,
-            self._wait_for_ready if details.wait_for_ready is None else details.wait_for_ready,
+            may_wait if details.wait_for_ready is None else details.wait_for_ready,
             details.compression,
         )
         if is_read(details.method):
@@ -137,6 +145,9 @@ class Interceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterc
         call = continuation(details, request)
         error = None
         if isinstance(call, grpc.RpcError) and _has_failed(call):
+            cause: Exception = cast("Any", call).exception()
+            if not isinstance(cause, grpc.RpcError):  # there was no call, as on a closed channel
+                raise cause
             error = error_of_unary(cast("grpc.Call", call), request, self._address)
         if is_write(details.method) and not isinstance(error, InvalidArgument):
             # A future that is in flight counts as a write whose token is lost.
@@ -162,10 +173,21 @@ def _has_failed(call: Any) -> bool:
     return call.done() and call.exception() is not None
 
 
-def _responses(call: Any, address: str) -> Generator[Any, None, None]:
-    try:
-        yield from call
-    except grpc.RpcError as failure:
-        raise error_from_call(cast("grpc.Call", failure), address) from None
-    finally:
-        call.cancel()
+class Responses:
+    """A call with a response stream, whose iteration raises domain errors."""
+
+    def __init__(self, call: Any, address: str) -> None:
+        self._call = call
+        self._address = address
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._call)
+        except grpc.RpcError as failure:
+            raise error_from_call(cast("grpc.Call", failure), self._address) from None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)

@@ -52,7 +52,9 @@ class LoadInterrupted(RosterError):
     """The load can't continue, because of `cause`; its first `acknowledged` rows are settled."""
 
     def __init__(self, cause: RosterError, acknowledged: int) -> None:
-        super().__init__(cause.message, field=cause.field, **cause.facts)
+        super().__init__(cause.message, field=cause.field)
+        self.args = (cause, acknowledged)  # of this class, for copies and pickles
+        self.facts = cause.facts
         self.reason, self.retry_after_seconds = cause.reason, cause.retry_after_seconds
         self.cause = cause
         self.acknowledged = acknowledged

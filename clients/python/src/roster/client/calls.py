@@ -1,6 +1,7 @@
 """The part of calls that async and blocking channels share: options, defaults, and the errors of calls."""
 
 import json
+import time
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, TypeVar
@@ -106,6 +107,11 @@ def is_probe(method: str | bytes) -> bool:
 def request_id_of(request: Message) -> str:
     """Return the `request_id` of a request, "" if it has none."""
     return getattr(request, "request_id", "")
+
+
+def rest_of(timeout: float | None, began: float) -> float | None:
+    """Return the seconds that are left for the second attempt of a call, which began at a monotonic time."""
+    return None if timeout is None else max(0, round(timeout - (time.monotonic() - began), 3))
 
 
 def error_of_unary(failure: FailedCall, request: Message, address: str) -> RosterError:

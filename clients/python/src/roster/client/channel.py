@@ -1,5 +1,6 @@
 """A channel to Roster that balances calls over its servers, retries them, and raises domain errors."""
 
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from roster.client.calls import (
     error_of_unary,
     is_probe,
     request_id_of,
+    rest_of,
     with_request_id,
 )
 from roster.client.consistency import Consistency, is_read, is_write, watch_bulk_methods
@@ -58,7 +60,7 @@ def channel(
     every unary call can be retried if its server goes away: up to 5 attempts.
 
     With `wait_for_ready`, calls wait for a server within their timeout. Without it, they fail at once if no
-    server can be reached, and are not retried.
+    server can be reached, and are not retried. Exports without a timeout never wait, but are retried.
 
     If the server reads on replicas, reads see the writes that the channel has made before. `consistency` sets
     what else they must see, or that they accept any replica.
@@ -106,12 +108,14 @@ class UnaryInterceptor(UnaryUnaryClientInterceptor):
         repeatable = with_request_id(request)
         if is_read(details.method):
             details = self._consistency.require(details)
+        began = time.monotonic()
         try:
             return await self._call(continuation, details, repeatable)
         except OutcomeUnknown:
             if not request_id_of(repeatable):
                 raise
-            return await self._call(continuation, details, repeatable)
+            rest = _with_timeout(details, rest_of(details.timeout, began))
+            return await self._call(continuation, rest, repeatable)
 
     async def _call(
         self,
@@ -152,7 +156,10 @@ class UnaryInterceptor(UnaryUnaryClientInterceptor):
 
 
 class ResponseStreamInterceptor(UnaryStreamClientInterceptor):
-    """Gives each export a token; raises domain errors from response streams."""
+    """Gives each export a token; raises domain errors from response streams.
+
+    A call without a deadline does not wait for a server, which may never come.
+    """
 
     def __init__(self, address: str, consistency: Consistency, *, wait_for_ready: bool) -> None:
         self._address = address
@@ -165,7 +172,8 @@ class ResponseStreamInterceptor(UnaryStreamClientInterceptor):
         client_call_details: ClientCallDetails,
         request: RequestT,
     ) -> AsyncGenerator[ResponseT, None]:
-        details = _with_defaults(client_call_details, None, wait_for_ready=self._wait_for_ready)
+        may_wait = self._wait_for_ready and client_call_details.timeout is not None
+        details = _with_defaults(client_call_details, None, wait_for_ready=may_wait)
         if is_read(details.method):
             details = self._consistency.require(details)
         return _responses(await continuation(details, request), self._address)
@@ -192,3 +200,9 @@ def _with_defaults(
     if details.wait_for_ready is not None:
         wait_for_ready = details.wait_for_ready
     return ClientCallDetails(details.method, timeout, details.metadata, details.credentials, wait_for_ready)
+
+
+def _with_timeout(details: ClientCallDetails, timeout: float | None) -> ClientCallDetails:
+    return ClientCallDetails(
+        details.method, timeout, details.metadata, details.credentials, details.wait_for_ready
+    )

@@ -16,6 +16,8 @@ from roster.errors.codes import BASES
 
 DetailT = TypeVar("DetailT", bound=Message)
 
+NUMBER = re.compile(r"0|[1-9][0-9]{0,18}")  # among the facts, which are texts on the wire
+
 
 class Disconnected(Unavailable):
     """No server was reached, or the connection broke before the server gave a reason."""
@@ -175,13 +177,13 @@ def _error_from_info(status: Status, info: ErrorInfo) -> RosterError:
     try:
         return error_of(info.reason, status.message, field, facts)
     except KeyError:  # of a later release
-        error = BASES.get(status.code, UnknownError)(status.message, field=field, **facts)
-        error.reason = info.reason
+        error = BASES.get(status.code, UnknownError)(status.message, field=field)
+        error.reason, error.facts = info.reason, facts
         return error
 
 
 def _fact(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
+    return int(text) if NUMBER.fullmatch(text) else text
 
 
 def _detail(status: Status, kind: type[DetailT]) -> DetailT | None:

@@ -23,3 +23,5 @@ async def within(seconds: float, work: Awaitable[ResultT]) -> ResultT:
         if not task.done():
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+        elif not task.cancelled():
+            task.exception()  # nobody else asks for it if the caller was cancelled at the same moment

@@ -317,7 +317,9 @@ def error_of(
     reason: str, message: str, field: str = "", facts: dict[str, int | str] | None = None
 ) -> RosterError:
     """Return an error rebuilt from its stored or received parts; raises KeyError for an unknown reason."""
-    return _class_of(reason)(message, field=field, **(facts or {}))
+    error = _class_of(reason)(message, field=field)
+    error.facts = facts or {}  # not as arguments, because their names are the sender's
+    return error
 
 
 # Cached because a load's page of failures asks for each row. An unknown reason is looked up each time:
