@@ -1,6 +1,8 @@
 """The clients in Go and TypeScript: their examples against a real server, and against what is not one."""
 
 import asyncio
+import json
+import re
 import socket
 import ssl
 import subprocess
@@ -433,6 +435,42 @@ async def test_wrong_addresses_are_refused_at_once(programs: Programs) -> None:
 
     said = [line.partition("; for TLS")[0] for line in done.out.splitlines()]
     assert dict(zip(ADDRESSES, said, strict=True)) == {address: advice(address) for address in ADDRESSES}
+
+
+def fragments(page: Path, language: str) -> str:
+    """Return the fragments of a page, as one program."""
+    return "\n".join(re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL))
+
+
+@NEEDS_GO
+def test_fragments_of_the_go_page_compile(tmp_path: Path) -> None:
+    """In one file, with the imports that the page gives once."""
+    program = tmp_path / "fragments.go"
+    program.write_text(f"package fragments\n{fragments(GO / 'README.md', 'go')}")
+    subprocess.run([installed("go"), "vet", "-C", GO, program], check=True)
+
+
+def test_fragments_of_the_typescript_page_compile(tmp_path: Path) -> None:
+    """In one module, in their order."""
+    program = node()
+    install_packages(tmp_path)
+    (tmp_path / "node_modules/@types").symlink_to(TYPESCRIPT / "node_modules/@types")
+    (tmp_path / "page.mts").write_text(fragments(TYPESCRIPT / "README.md", "ts"))
+    options = ("--noEmit", "--strict", "--noUnusedLocals", "--target", "es2022", "--module", "nodenext")
+    compiler = TYPESCRIPT / "node_modules/typescript/bin/tsc"
+    done = subprocess.run(
+        [program, compiler, *options, "--types", "node", "page.mts"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.returncode) == ("", 0)
+
+
+def test_typescript_package_has_no_install_scripts() -> None:
+    """Because npm warns about them, or does not run them."""
+    scripts = json.loads((TYPESCRIPT / "package.json").read_text())["scripts"]
+    assert set(scripts) & {"preinstall", "install", "postinstall", "prepare"} == set()
 
 
 @NEEDS_GO
