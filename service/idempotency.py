@@ -120,7 +120,7 @@ class Writer(Generic[AnswerT]):
 
         async def delete(session: Session) -> tuple[None, Result]:
             rows = self._repository(session)
-            await (rows.check if request.validate_only else rows.delete)(id, version)
+            await (rows.lock_to_delete if request.validate_only else rows.delete)(id, version)
             return None, Result.DELETED
 
         empty, _ = await idempotent(

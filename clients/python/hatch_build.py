@@ -116,6 +116,10 @@ class StubsHook(BuildHookInterface[Any]):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         packed, shared = Path(self.root) / "protos", Path(self.root).parents[1] / "protos"
         protos = packed if packed.exists() else shared
+        if not sources(protos):
+            raise SystemExit(
+                f"{protos} has no protos: build in a checkout of the repository, or from the sdist"
+            )
         if self.target_name == "sdist":
             for proto in sorted(protos.rglob("*.proto")):
                 build_data["force_include"][str(proto)] = f"protos/{proto.relative_to(protos)}"

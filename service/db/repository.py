@@ -168,21 +168,21 @@ class Repository(Generic[ModelT, SessionT]):
 
         Raises the same errors as `update`.
         """
-        # The lock waits for writes of the row, and of rows that refer to it. The next statements see them.
-        await self._write_one(select(self.model.id).with_for_update(), id, version)
+        await self.lock_to_delete(id, version)
         await erase_answers_about(self.session, self.model, [id])
         await self.session.execute(
             delete(self.model).where(self.model.id == id),
             execution_options={"synchronize_session": False},
         )
 
-    async def check(self: "Repository[ModelT, Session]", id: int, version: int = 0) -> None:
-        """Check that `delete` would find the row; raises the same errors.
+    async def lock_to_delete(self: "Repository[ModelT, Session]", id: int, version: int = 0) -> None:
+        """Lock a row that is to be deleted; raises the same errors as `update`.
 
-        For dry runs: to delete a row and roll that back would cost as much as to delete it, and a user can
-        have a million posts.
+        The lock waits for writes of the row, and of rows that refer to it. The next statements see them. A
+        dry run does no more: to delete a row and roll that back would cost as much as to delete it, and a
+        user can have a million posts.
         """
-        await self._write_one(select(self.model.id), id, version)
+        await self._write_one(select(self.model.id).with_for_update(), id, version)
 
     def _update(self, changes: Values) -> Update:
         """Return the statement that changes rows and increments their versions."""
@@ -194,7 +194,7 @@ class Repository(Generic[ModelT, SessionT]):
         id: int,
         version: int,
     ) -> Row:
-        """Update, lock or read a row."""
+        """Update or lock a row."""
         conditions = [self.model.id == id]
         if version:
             conditions.append(self.model.version == version)

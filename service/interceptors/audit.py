@@ -83,10 +83,13 @@ class Entry:
 _entry: ContextVar[Entry | None] = ContextVar("entry", default=None)
 
 
-def note_effect(effect: str) -> None:
-    """Note what the current call did."""
+def note_effect(effect: str, target: int) -> None:
+    """Note what the current call did, and the id of the row; 0 if there is none.
+
+    The call may be cancelled before its response is known.
+    """
     if entry := _entry.get():
-        entry.effect = effect
+        entry.effect, entry.target = effect, target or ""
 
 
 def note_dry_run() -> None:

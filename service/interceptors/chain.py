@@ -15,8 +15,8 @@ An interceptor that has state of its own is a method of a class.
 import asyncio
 import inspect
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -162,6 +162,24 @@ def _serialize(serialize: Callable[[Message], bytes], response: Message | bytes)
     return response if isinstance(response, bytes) else serialize(response)
 
 
+async def send_header(context: Context, metadata: Sequence[tuple[str, str]] = ()) -> None:
+    """Send the header of the response, to the end even if the call is cancelled meanwhile.
+
+    Otherwise gRPC would send it again, together with the status of the call. That fails, and the client would
+    get no status and wait for its deadline.
+    """
+    sending = asyncio.ensure_future(context.send_initial_metadata(metadata))
+    try:
+        await asyncio.wait([sending])
+    except asyncio.CancelledError:
+        while not sending.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([sending])
+        sending.exception()  # otherwise asyncio logs that nobody has seen it
+        raise
+    sending.result()
+
+
 def code_at_end(context: Context) -> grpc.StatusCode:
     """Return the status code of a call that is ending; call it in a `finally`."""
     if isinstance(sys.exception(), asyncio.CancelledError):
@@ -183,8 +201,12 @@ def _write_responses(behaviour: Callable[..., Any]) -> Proceed:
 
     async def write_all(request: Request, context: Context) -> None:
         responses: AsyncGenerator[Message] = behaviour(request, context)
+        is_first = True
         async with aclosing(responses):
             async for response in responses:
+                if is_first:
+                    await send_header(context)
+                    is_first = False
                 await context.write(response)
 
     return write_all

@@ -56,6 +56,8 @@ class Consistency:
             try:
                 await self._add_token(context, writes)
             except asyncio.CancelledError:
+                if getattr(request, "validate_only", False):  # a dry run has stored nothing
+                    raise
                 # Otherwise a server that stops would ask the client to send the write again.
                 raise CancelledAfterCommit from None
             return response

@@ -34,7 +34,7 @@ from service.db.reads import Reader
 from service.db.selection import Row
 from service.idempotency import Writer
 from service.interceptors.audit import note_effect
-from service.interceptors.chain import Context
+from service.interceptors.chain import Context, send_header
 from service.metrics import HASHES_UNREADABLE
 from service.users.convert import (
     BULK_WRITABLE,
@@ -121,7 +121,9 @@ class UserServicer(UserServiceServicer):
             return await users.ensure(values, creation.changes(values))
 
         user, result = await self.writer.write(request, write)
-        await _send_outcome(context, result, is_dry_run=request.validate_only)
+        note_effect(result.name.lower(), user.id)
+        if creation.on_conflict is not OnConflict.FAIL:
+            await _send_outcome(context, result, is_dry_run=request.validate_only)
         return user
 
     async def GetUser(self, request: pb.GetUserRequest, context: Context) -> UserMessage:
@@ -231,11 +233,13 @@ def _require_rights(on_conflict: OnConflict) -> None:
 
 
 async def _send_outcome(context: Context, result: Result, *, is_dry_run: bool) -> None:
-    """Send what CreateUser did as a header."""
-    outcome = result.name.lower()
-    note_effect(outcome)
+    """Send what CreateUser did as a header.
+
+    Only if it was asked for: a header is sent apart from the response, and gRPC's clients repeat no call of
+    which they have received the header.
+    """
     try:
-        await context.send_initial_metadata(((OUTCOME, outcome),))
+        await send_header(context, ((OUTCOME, result.name.lower()),))
     except asyncio.CancelledError:
         if is_dry_run:
             raise

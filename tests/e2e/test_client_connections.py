@@ -136,6 +136,13 @@ async def test_silent_server_is_named(credentials: Any, kind: Kind, stack: Async
     assert str(late.value) == f"no server answers at {address}; waited {SECONDS} s for one"
 
 
+@pytest.mark.parametrize("files", [{"ca": b"bad"}, {"key": b"", "certificate": b""}])
+def test_files_that_are_not_in_pem_are_refused(files: Any) -> None:
+    """Before anything is sent: gRPC would try to connect until the deadline."""
+    with pytest.raises(ValueError, match=f"^{next(iter(files))} is not in PEM$"):
+        tls_credentials(**files)
+
+
 async def test_slow_server_is_not_said_to_be_away(kind: Kind, stack: AsyncExitStack) -> None:
     """The connection is there; only the answer is late."""
 

@@ -25,7 +25,7 @@ from service.db.answers import Request
 from service.db.base import Values
 from service.logs import Json
 from service.server import Server
-from service.users import repository
+from service.users import repository, servicer
 from service.users.model import User as UserModel
 from service.users.repository import UserRepository
 from tests.e2e.clients import Grpcurl
@@ -63,9 +63,9 @@ async def changes(server: Server) -> int:
 
 
 async def test_creates_a_user_whose_email_is_free(users: UserServiceAsyncStub) -> None:
-    """With all fields, whatever the mask; the header is there without `on_conflict` too."""
+    """With all fields, whatever the mask; the header comes only with SKIP or UPDATE."""
     plain = CreateUserRequest(user=User(email="alan@example.org"))
-    assert (await create(users, plain))[0] == "created"
+    assert (await create(users, plain))[0] == ""
     outcome, bob = await create(users, skip(email="bob@example.org", full_name="Bob", is_active=False))
     assert (outcome, bob.full_name, bob.is_active, bob.version) == ("created", "Bob", False, 1)
     outcome, ada = await create(users, update("is_active", full_name="Ada", is_active=True))
@@ -213,7 +213,8 @@ async def test_repeated_call_gets_first_answer_and_outcome(users: UserServiceAsy
 
 async def test_answer_of_an_earlier_release_was_created(server: Server, users: UserServiceAsyncStub) -> None:
     """Such a release stored no outcome."""
-    request = CreateUserRequest(user=User(email=EMAIL), request_id=str(uuid4()))
+    request = skip()
+    request.request_id = str(uuid4())
     first = await create(users, request)
     async with server.database.begin() as session:
         await session.execute(text("UPDATE requests SET outcome = NULL"))
@@ -264,6 +265,30 @@ async def test_audit_log_says_what_was_done(
     lines = [orjson.loads(Json().format(line)) for line in caplog.records if line.name == "roster.audit"]
     assert [line["effect"] for line in lines] == ["created", "skipped", "updated"]
     assert len({line["target"] for line in lines}) == 1
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_audit_log_says_what_a_cancelled_call_has_stored(
+    users: UserServiceAsyncStub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was cancelled while it sent its header."""
+
+    async def cancel(*_: object) -> None:
+        call.cancel()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(servicer, "send_header", cancel)
+    call = users.CreateUser(skip())
+    with pytest.raises(asyncio.CancelledError):
+        await call
+
+    async def line() -> Any:
+        lines = [Json().format(line) for line in caplog.records if line.name == "roster.audit"]
+        return lines and orjson.loads(lines[0])
+
+    logged = await until(line)
+    [ada] = await list_users(users)
+    assert (logged["outcome"], logged["effect"], logged["target"]) == ("CANCELLED", "created", ada.id)
 
 
 async def test_python_client_shows_the_outcome(server: Server) -> None:

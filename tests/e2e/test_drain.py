@@ -18,14 +18,23 @@ from prometheus_client import generate_latest
 from sqlalchemy import text
 
 from roster.client import BulkLoader, channel, pages
-from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkSummary
+from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkOptions, BulkSummary
 from roster.v1.resources_pb2 import User
-from roster.v1.users_pb2 import BulkCreateUsersRequest, CreateUserRequest, GetUserRequest, ListUsersRequest
+from roster.v1.users_pb2 import (
+    BulkCreateUsersRequest,
+    CreateUserRequest,
+    ExportUsersRequest,
+    ExportUsersResponse,
+    GetUserRequest,
+    ListUsersRequest,
+)
 from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
+from service.changes.export import Exports
 from service.db.engine import Database
 from service.interceptors.chain import Rpc
 from service.interceptors.drain import Drain
 from service.server import Server
+from service.users import servicer
 from tests.support.command import ROSTER, run, serving, waiting_to_serve
 from tests.support.errors import refusal
 from tests.support.load_stream import LoadStream
@@ -37,6 +46,7 @@ from tests.support.server import serve
 ADA = User(email="ada@example.org")
 RESTARTS = 2
 BATCH = 50
+on_sqlite = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 on_postgresql = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 
 
@@ -182,6 +192,41 @@ async def test_call_cut_off_during_its_commit_has_unknown_outcome(
         assert (await refusal(call)).reason == "OUTCOME_UNKNOWN"
     await server.stop(grace=0)
     assert await read_emails(database) == [ADA.email]
+
+
+@on_sqlite
+@pytest.mark.parametrize(("is_dry_run", "reason"), [(False, "OUTCOME_UNKNOWN"), (True, "DRAINING")])
+async def test_call_cut_off_while_it_sends_its_header_gets_a_status(
+    is_dry_run: bool,
+    reason: str,
+    server: Server,
+    users: UserServiceAsyncStub,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without one, the client would wait for its deadline and not learn whether to send the call again."""
+
+    def cut_off(*_: object) -> None:
+        asyncio.get_running_loop().call_soon(server.drain.cut_off)
+
+    monkeypatch.setattr(servicer, "note_effect", cut_off)
+    request = CreateUserRequest(user=ADA, on_conflict=BulkOptions.SKIP, validate_only=is_dry_run)
+    call = users.CreateUser(request, timeout=5)
+    assert (await refusal(call)).reason == reason
+
+
+@on_sqlite
+async def test_stream_cut_off_while_it_sends_its_header_gets_a_status(
+    server: Server, users: UserServiceAsyncStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Like a call with one response."""
+
+    async def export(*_: Any) -> AsyncGenerator[ExportUsersResponse]:
+        asyncio.get_running_loop().call_soon(server.drain.cut_off)
+        yield ExportUsersResponse()
+
+    monkeypatch.setattr(Exports, "run", export)
+    call: Any = users.ExportUsers(ExportUsersRequest(), timeout=5)
+    assert (await refusal(call.read())).reason == "DRAINING"
 
 
 async def test_health_changes_before_calls_are_refused(database_url: str) -> None:

@@ -1,5 +1,6 @@
 """Writes with `validate_only`: the answer of the call, and nothing written."""
 
+import asyncio
 from typing import Any
 from uuid import uuid4
 
@@ -20,6 +21,7 @@ from service.logs import Json
 from service.server import Server
 from service.users.passwords import Passwords
 from tests.support.errors import refusal
+from tests.support.rival import rival
 from tests.support.rows import add_posts, add_users
 from tests.support.wire import RPCS
 
@@ -112,8 +114,28 @@ async def test_dry_run_answers_like_the_call_and_writes_nothing(api: dict[str, A
 
 def without_new_values(rpc: str, answer: dict[str, Any], header: str | None) -> tuple[dict[str, Any], Any]:
     """Return the answer of a call as that of its dry run: a new row has no id and no times."""
-    is_new = header == "created" or rpc == "CreatePost"
+    is_new = rpc.startswith("Create") and header in {"created", None}
     return {name: value for name, value in answer.items() if not (is_new and name in NEW)}, header
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@pytest.mark.parametrize("rpc", ["UpdateUser", "DeleteUser", "UpdatePost", "DeletePost"])
+async def test_dry_run_waits_for_other_writes_of_the_row(
+    rpc: str, api: dict[str, Any], database_url: str
+) -> None:
+    """Otherwise it would succeed where the call is refused."""
+    row = {"id": 3, "version": 1}
+    changed = {
+        "UpdateUser": {"user": {**row, "full_name": "Ada"}},
+        "UpdatePost": {"post": {**row, "title": "Notes"}},
+    }
+    async with rival(database_url) as other:
+        for table in ("users", "posts"):
+            await other.execute(f"UPDATE {table} SET version = 2")
+        call = asyncio.create_task(outcome(api, rpc, changed.get(rpc, row), validate_only=True))
+        await other.wait_for_blocked()
+        await other.commit()
+    assert (await call)[0] == "VERSION_MISMATCH"
 
 
 async def test_dry_run_ignores_what_is_stored_for_its_request_id(

@@ -50,7 +50,7 @@ async def test_programs_of_the_readme(server: Server, tmp_path: Path) -> None:
         assert (ended.status, ended.err) == (0, "")
         printed.append(ended.out)
 
-    assert printed == ["created user 1\n", "1 ada@example.org\n"]
+    assert printed == ["created user 1\n", "1 ada@example.org\n", "1000 created, []\n"]
 
 
 async def test_blocking_calls(server: Server) -> None:

@@ -12,8 +12,17 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
 from roster.client import LoadInterrupted
-from roster.client.errors import error_from_status
-from roster.errors import EmailTaken, InvalidField, RosterError, Unauthenticated, VersionMismatch, Violation
+from roster.client.errors import error_from_status, is_retryable
+from roster.errors import (
+    EmailTaken,
+    InvalidField,
+    PermissionDenied,
+    RosterError,
+    Unauthenticated,
+    Unsupported,
+    VersionMismatch,
+    Violation,
+)
 
 ERRORS = [
     EmailTaken("taken", field="email", existing_id=4),
@@ -56,3 +65,22 @@ def test_facts_have_any_name(reason: str) -> None:
 
     assert (error.reason, error.message, error.field) == (reason, "nobody", "")
     assert error.facts == {**texts, "id": 12}
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (grpc.StatusCode.UNAUTHENTICATED, Unauthenticated),
+        (grpc.StatusCode.PERMISSION_DENIED, PermissionDenied),
+        (grpc.StatusCode.UNIMPLEMENTED, Unsupported),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, RosterError),
+    ],
+)
+def test_errors_of_proxies_have_the_class_of_their_status(
+    code: grpc.StatusCode, kind: type[RosterError]
+) -> None:
+    """They have no reason; a message that is too large must not look like a rate limit, which is retried."""
+    error = error_from_status(Status(code=code.value[0], message="no"))
+
+    assert isinstance(error, kind)
+    assert not is_retryable(error)

@@ -2,9 +2,18 @@
 
 import asyncio
 import os
+import sys
 from uuid import uuid4
 
-from roster.client import EmailTaken, RosterError, Unavailable, UserNotFound, VersionMismatch, channel
+from roster.client import (
+    DeadlineExceeded,
+    EmailTaken,
+    RosterError,
+    Unavailable,
+    UserNotFound,
+    VersionMismatch,
+    channel,
+)
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import CreateUserRequest, GetUserRequest, UpdateUserRequest
 from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
@@ -32,7 +41,7 @@ async def rename(users: UserServiceAsyncStub, email: str, name: str) -> str:
         return f"nobody has the e-mail {email}"
     except VersionMismatch:
         return "somebody else changed the user: read it again, then decide"
-    except Unavailable:
+    except (Unavailable, DeadlineExceeded):
         return "the server is not available, in spite of retries"
     except RosterError as error:
         return f"{error.reason}: {error.message}"
@@ -52,4 +61,7 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    try:
+        asyncio.run(main())
+    except RosterError as error:
+        sys.exit(f"{error.reason}: {error.message}")

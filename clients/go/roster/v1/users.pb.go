@@ -39,8 +39,9 @@ type CreateUserRequest struct {
 	// What to do if another user has the e-mail; FAIL by default. SKIP returns that user unchanged,
 	// UPDATE writes the fields in `update_mask` to it and returns it as it is now, with its `version`
 	// increased by one. A new user gets all fields of `user`. SKIP and UPDATE need the right to GetUser
-	// too, and UPDATE also the right to UpdateUser, whether or not the user exists. The header
-	// `roster-outcome` is stored with the answer to a `request_id`, and sent again with it.
+	// too, and UPDATE also the right to UpdateUser, whether or not the user exists. With either, the
+	// response header `roster-outcome` says what was done: `created`, `skipped` or `updated`. It is stored
+	// with the answer to a `request_id`, and sent again with it.
 	OnConflict BulkOptions_OnConflict `protobuf:"varint,3,opt,name=on_conflict,json=onConflict,proto3,enum=roster.v1.BulkOptions_OnConflict" json:"on_conflict,omitempty"`
 	// The fields that UPDATE writes: `full_name`, `is_active`, `password`, `hashed_password`; `*` is all
 	// of them, with the password that is set, if any. Required with UPDATE, otherwise

@@ -43,7 +43,7 @@ const (
 type UserServiceClient interface {
 	// Creates a user and returns it. To make the call safe to repeat, send a `request_id`. With
 	// `on_conflict`, it makes sure that the user exists: another user who has the e-mail is returned or
-	// updated. The response header `roster-outcome` is `created`, `skipped` or `updated`.
+	// updated, and the response header `roster-outcome` is `created`, `skipped` or `updated`.
 	//
 	// With grpcurl: -d '{"user": {"email": "ada@example.org", "full_name": "Ada"}}'
 	//
@@ -356,7 +356,7 @@ type UserService_ExportUsersClient = grpc.ServerStreamingClient[ExportUsersRespo
 type UserServiceServer interface {
 	// Creates a user and returns it. To make the call safe to repeat, send a `request_id`. With
 	// `on_conflict`, it makes sure that the user exists: another user who has the e-mail is returned or
-	// updated. The response header `roster-outcome` is `created`, `skipped` or `updated`.
+	// updated, and the response header `roster-outcome` is `created`, `skipped` or `updated`.
 	//
 	// With grpcurl: -d '{"user": {"email": "ada@example.org", "full_name": "Ada"}}'
 	//

@@ -11,7 +11,15 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from roster.client.causes import explain
-from roster.errors import OutcomeUnknown, RosterError, Unavailable, Unsupported, error_of
+from roster.errors import (
+    OutcomeUnknown,
+    PermissionDenied,
+    RosterError,
+    Unauthenticated,
+    Unavailable,
+    Unsupported,
+    error_of,
+)
 from roster.errors.codes import BASES
 
 DetailT = TypeVar("DetailT", bound=Message)
@@ -54,6 +62,8 @@ WITHOUT_REASON: Mapping[int, type[RosterError]] = {
     grpc.StatusCode.INTERNAL.value[0]: Disconnected,
     grpc.StatusCode.UNKNOWN.value[0]: Disconnected,
     grpc.StatusCode.UNIMPLEMENTED.value[0]: Unsupported,
+    grpc.StatusCode.UNAUTHENTICATED.value[0]: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED.value[0]: PermissionDenied,
 }
 
 # gRPC's own texts for an answer without grpc-status: with another HTTP status than 200, and with a body only.

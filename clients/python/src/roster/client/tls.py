@@ -13,12 +13,15 @@ def tls_credentials(
     *,
     token: Callable[[], str] | None = None,
 ) -> grpc.ChannelCredentials:
-    """Return credentials for `channel`.
+    """Return credentials for `channel`; raises ValueError if a certificate or the key is not in PEM.
 
     `ca` is the CA of the server, in PEM. The client authenticates with a key and its certificate, also in
     PEM, or with a bearer token. `token` is called for each RPC, in a thread of gRPC's, so it can return a
     new token before the old one expires.
     """
+    for name, text in (("ca", ca), ("key", key), ("certificate", certificate)):
+        if text is not None and b"-----BEGIN " not in text:  # gRPC would try to connect all the same
+            raise ValueError(f"{name} is not in PEM")
     tls = grpc.ssl_channel_credentials(ca, key, certificate)
     return _with_token(tls, token) if token else tls
 

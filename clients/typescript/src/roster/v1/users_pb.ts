@@ -48,8 +48,9 @@ export type CreateUserRequest = Message<"roster.v1.CreateUserRequest"> & {
    * What to do if another user has the e-mail; FAIL by default. SKIP returns that user unchanged,
    * UPDATE writes the fields in `update_mask` to it and returns it as it is now, with its `version`
    * increased by one. A new user gets all fields of `user`. SKIP and UPDATE need the right to GetUser
-   * too, and UPDATE also the right to UpdateUser, whether or not the user exists. The header
-   * `roster-outcome` is stored with the answer to a `request_id`, and sent again with it.
+   * too, and UPDATE also the right to UpdateUser, whether or not the user exists. With either, the
+   * response header `roster-outcome` says what was done: `created`, `skipped` or `updated`. It is stored
+   * with the answer to a `request_id`, and sent again with it.
    *
    * @generated from field: roster.v1.BulkOptions.OnConflict on_conflict = 3;
    */
@@ -776,7 +777,7 @@ export const UserService: GenService<{
   /**
    * Creates a user and returns it. To make the call safe to repeat, send a `request_id`. With
    * `on_conflict`, it makes sure that the user exists: another user who has the e-mail is returned or
-   * updated. The response header `roster-outcome` is `created`, `skipped` or `updated`.
+   * updated, and the response header `roster-outcome` is `created`, `skipped` or `updated`.
    *
    * With grpcurl: -d '{"user": {"email": "ada@example.org", "full_name": "Ada"}}'
    *
