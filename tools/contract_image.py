@@ -7,6 +7,9 @@ buf alone does not find google/rpc; protoc finds it in the wheel of googleapis-c
 import argparse
 from pathlib import Path
 
+# With these, Python knows all other options than the rules.
+from google.api import annotations_pb2, field_behavior_pb2, field_info_pb2  # noqa: F401
+
 from clients.python.hatch_build import describe, remove_import_of_rules
 
 PROTOS = Path(__file__).parents[1] / "protos"
@@ -16,12 +19,14 @@ RELEASED = PROTOS / "released.binpb"
 def write_image(out: Path, protos: Path = PROTOS, *, comments: bool = False, for_stubs: bool = False) -> Path:
     """Compile the contract under `protos`, and its imports, into `out`; `comments` are optional.
 
-    An image for stubs keeps the rules of protovalidate, but does not import their definition: code that is
-    generated from it needs no package of protovalidate. Raises SystemExit.
+    An image for stubs has no rules of protovalidate: code that is generated from it needs no package of
+    protovalidate. Raises SystemExit.
     """
     image = describe(protos)
     if for_stubs:
         remove_import_of_rules(image)
+        # protoc's generator for Java ends at options whose definition is not imported: the rules.
+        image.DiscardUnknownFields()
     if not comments:
         for file in image.file:
             file.ClearField("source_code_info")
@@ -31,7 +36,9 @@ def write_image(out: Path, protos: Path = PROTOS, *, comments: bool = False, for
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the protos into an image without comments.")
-    parser.add_argument("--for-stubs", action="store_true", help="with comments, without buf/validate")
+    parser.add_argument(
+        "--for-stubs", action="store_true", help="with comments, without the rules of protovalidate"
+    )
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     write_image(arguments.out, comments=arguments.for_stubs, for_stubs=arguments.for_stubs)

@@ -44,8 +44,9 @@ type Client struct {
 	Connection *grpc.ClientConn
 }
 
-// NewClient returns a client of the servers at "host:port", "dns:///name:port" or "unix:/path". It connects with
-// the first call. The options need transport credentials, and take precedence over those set here.
+// NewClient returns a client of the servers at "host:port", "dns:///name:port" or "unix:/path", or an error that says
+// how to write the address. It connects with the first call. The options need transport credentials, and take
+// precedence over those set here.
 //
 // If a name has several addresses, calls go to each in turn. Unary calls wait for a server within their deadline,
 // which is 10 s if the context has none. Calls whose server goes away are retried, up to 5 attempts; bulk streams are
@@ -67,6 +68,10 @@ func NewClient(address string, options ...grpc.DialOption) (*Client, error) {
 		grpc.WithNoProxy(), // the HTTP proxy of the environment
 		grpc.WithChainUnaryInterceptor(interceptUnary),
 		grpc.WithChainStreamInterceptor(interceptStream),
+	}
+	address, err := checkAddress(address)
+	if err != nil {
+		return nil, err
 	}
 	connection, err := grpc.NewClient(address, append(defaults, options...)...)
 	if err != nil {
@@ -151,7 +156,7 @@ func interceptUnary(ctx context.Context, method string, request, response any, c
 	if err == nil {
 		return nil
 	}
-	failure := explain(err, connection)
+	failure := explain(ctx, err, connection)
 	if requestID != "" && mayBeApplied(failure) {
 		failure.Facts["request_id"] = requestID
 	}
@@ -162,10 +167,8 @@ func mayBeApplied(failure *Error) bool {
 	switch failure.Code {
 	case codes.DeadlineExceeded, codes.Unavailable, codes.Canceled:
 		return true
-	case codes.Internal, codes.Unknown: // from gRPC or a proxy, if there is no reason
-		return failure.Reason == "" || failure.Reason == outcomeUnknown
 	}
-	return failure.Reason == outcomeUnknown
+	return failure.Reason == Disconnected || failure.Reason == outcomeUnknown
 }
 
 // withRequestID returns a write with its request_id, or a copy with a new one; "" if the request has no such field.
@@ -198,14 +201,15 @@ func interceptStream(ctx context.Context, description *grpc.StreamDesc, connecti
 	open grpc.Streamer, options ...grpc.CallOption) (grpc.ClientStream, error) {
 	stream, err := open(ctx, description, connection, method, options...)
 	if err != nil {
-		return nil, explain(err, connection)
+		return nil, explain(ctx, err, connection)
 	}
-	return &clientStream{stream, connection}, nil
+	return &clientStream{stream, ctx, connection}, nil
 }
 
 // A clientStream returns errors of the type *Error.
 type clientStream struct {
 	grpc.ClientStream
+	ctx        context.Context // of the caller
 	connection *grpc.ClientConn
 }
 
@@ -214,13 +218,17 @@ func (s *clientStream) RecvMsg(message any) error {
 	if err == nil || err == io.EOF {
 		return err
 	}
-	return explain(err, s.connection)
+	return explain(s.ctx, err, s.connection)
 }
 
 // explain returns the error of a call. If no server has answered, its message has the address.
-func explain(err error, connection *grpc.ClientConn) *Error {
+func explain(ctx context.Context, err error, connection *grpc.ClientConn) *Error {
 	failure := ErrorFrom(err)
-	if failure.Reason != "" {
+	if failure.Reason != Disconnected && failure.Reason != DeadlineExceeded {
+		return failure
+	}
+	if failure.Code == codes.Canceled && ctx.Err() == context.Canceled { // by the caller
+		failure.Reason = ""
 		return failure
 	}
 	isReady := connection.GetState() == connectivity.Ready

@@ -14,10 +14,25 @@ import (
 	statuspb "google.golang.org/genproto/googleapis/rpc/status"
 )
 
+// The reasons of calls that no server of Roster has answered. A write may have been applied.
+const (
+	DeadlineExceeded = "DEADLINE_EXCEEDED" // the call timed out
+	Disconnected     = "DISCONNECTED"      // no server was reached, or the connection broke; a retry can succeed
+)
+
+var reasonsWithoutAnswer = map[codes.Code]string{
+	codes.DeadlineExceeded: DeadlineExceeded,
+	codes.Unavailable:      Disconnected,
+	codes.Canceled:         Disconnected, // by a server that is stopping, or by a proxy
+	codes.Internal:         Disconnected,
+	codes.Unknown:          Disconnected,
+}
+
 // An Error says why a call failed. Use errors.As, ErrorFrom or Reason to get at it; status.Code works too.
 type Error struct {
-	// Reason is for programs to switch on, such as "EMAIL_TAKEN"; the comments of the contract list them. It is
-	// empty if the error does not come from a server of Roster.
+	// Reason is for programs to switch on, such as "EMAIL_TAKEN"; the comments of the contract list them. If no
+	// server has answered, it is DeadlineExceeded or Disconnected. It is empty if the caller canceled the call, and
+	// for other errors that do not come from a server of Roster.
 	Reason string
 	// Code is the code of the status.
 	Code codes.Code
@@ -32,7 +47,6 @@ type Error struct {
 	RetryDelay time.Duration
 
 	hasRetryDelay bool
-	isForeign     bool // not of a call
 	status        *statuspb.Status
 }
 
@@ -58,13 +72,16 @@ func ErrorFrom(err error) *Error {
 		return errorFromStatus(converted)
 	}
 	failure = errorFromStatus(status.FromContextError(err))
-	failure.isForeign = true
+	if failure.Code != codes.DeadlineExceeded { // the caller canceled, or it is not of a call
+		failure.Reason = ""
+	}
 	return failure
 }
 
 func errorFromStatus(converted *status.Status) *Error {
 	failure := &Error{
-		Code: converted.Code(), Message: converted.Message(), Facts: map[string]string{}, status: converted.Proto()}
+		Reason: reasonsWithoutAnswer[converted.Code()], Code: converted.Code(), Message: converted.Message(),
+		Facts: map[string]string{}, status: converted.Proto()}
 	for _, detail := range converted.Details() {
 		switch detail := detail.(type) {
 		case *errdetails.ErrorInfo:
@@ -101,22 +118,13 @@ func (e *Error) GRPCStatus() *status.Status {
 
 // Is reports whether the call ended because of its context: errors.Is(err, context.DeadlineExceeded) works.
 func (e *Error) Is(target error) bool {
-	return e.Reason == "" && (e.Code == codes.DeadlineExceeded && target == context.DeadlineExceeded ||
-		e.Code == codes.Canceled && target == context.Canceled)
+	return e.Reason == DeadlineExceeded && target == context.DeadlineExceeded ||
+		e.Reason == "" && e.Code == codes.Canceled && target == context.Canceled
 }
 
 // IsRetryable returns whether repeating the call can succeed.
 func (e *Error) IsRetryable() bool {
-	if e.isForeign {
-		return false
-	}
-	switch e.Code {
-	case codes.Unavailable:
-		return true
-	case codes.Canceled, codes.Internal, codes.Unknown: // from gRPC or a proxy, if there is no reason
-		return e.Reason == "" || e.Reason == outcomeUnknown || e.hasRetryDelay
-	}
-	return e.Reason == outcomeUnknown || e.hasRetryDelay
+	return e.Code == codes.Unavailable || e.Reason == Disconnected || e.Reason == outcomeUnknown || e.hasRetryDelay
 }
 
 // unavailable returns an error of the client, which a retry may fix.

@@ -28,7 +28,7 @@ func (p *pauses) reset() {
 // wait sleeps before the next retry, or returns an error if there is none.
 func (p *pauses) wait(ctx context.Context, failure *Error) error {
 	limit := p.maxRetries
-	if !p.isAnswered && failure.Reason == "" {
+	if !p.isAnswered && failure.Reason == Disconnected {
 		limit = connectRetries
 	}
 	if !failure.IsRetryable() || limit > 0 && p.retries >= limit {

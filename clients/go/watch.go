@@ -68,14 +68,14 @@ func watch(ctx context.Context, changes rosterv1.ChangeServiceClient, request *r
 	for err == nil {
 		var response *rosterv1.WatchChangesResponse
 		response, err = call.Recv()
-		wasHeard := timer.Stop() // while the response is applied
-		switch {
-		case !wasHeard:
-			return unavailable(fmt.Sprintf("the server has sent nothing for %v", silence))
-		case err == nil && !apply(response):
+		timer.Stop() // while the response is applied
+		if err == nil && !apply(response) {
 			return nil
 		}
 		timer.Reset(silence)
+	}
+	if ctx.Err() != nil { // by the timer: the caller looks at its own context first
+		return unavailable(fmt.Sprintf("the server has sent nothing for %v", silence))
 	}
 	if err == io.EOF {
 		return unavailable("the server ended the watch without an error")

@@ -1,6 +1,8 @@
 """The clients in Go and TypeScript: their examples against a real server, and against what is not one."""
 
 import asyncio
+import json
+import re
 import socket
 import ssl
 import subprocess
@@ -14,6 +16,7 @@ import grpc
 import pytest
 from sqlalchemy import select
 
+from roster.client.address import check_address
 from roster.errors import DatabaseUnavailable, OutcomeUnknown
 from roster.v1.bulk_pb2 import BulkAck, BulkLoad, BulkOpened, BulkSummary, BulkWriteResponse
 from roster.v1.resources_pb2 import User
@@ -38,6 +41,39 @@ LINES = [f"{email}\n".encode() for email in EMAILS]
 SETTLED = [f"{number} rows are settled" for number in range(5_000, ROWS + 1, 5_000)]
 MIDDLE = 9  # of the chunks of 64 KiB
 LOADED = [*SETTLED, f"{ROWS} created, 0 failed"]
+ADDRESSES = [
+    "127.0.0.1:50051",
+    " roster.example.org:443\n",
+    ":50051",
+    "[::1]:50051",
+    "dns:roster:50051",
+    "dns:///roster:50051",
+    "dns://8.8.8.8/roster.example.org:50051",
+    "unix:/run/roster.sock",
+    "unix:///run/roster.sock",
+    "",
+    "http://127.0.0.1:50051",
+    "HTTP://Roster/",
+    "https://roster.example.org",
+    "https://[::1]:8443/x?y#z",
+    "grpcs://roster:50051",
+    "http://roster:80",
+    "127.0.0.1:50051/",
+    "roster:50051/roster.v1.UserService",
+    "dns:///roster",
+    "localhost",
+    "localhost:",
+    "[::1]",
+    "::1:50051",
+    "roster:0",
+    "roster:65536",
+    "roster:grpc",
+    "/run/roster.sock",
+    "./roster.sock",
+    "a:50051,b:50051",
+    "my server:50051",
+    "postgresql://roster:secret@db:5432/roster",
+]
 PROBES = Path(__file__).with_name("probes")
 
 
@@ -86,18 +122,34 @@ async def test_calls(programs: Programs, server: Server) -> None:
     """A write whose answer was lost is repeated with its request_id, and applied once."""
     lost = iter([True])
     async with cutting_proxy(
-        server.address, lambda data: b"ada@example.org" in data and next(lost, False), answers=True
+        server.address, lambda data: b"Ada King" in data and next(lost, False), answers=True
     ) as proxy:
         done = await run(*programs.command("calls", proxy.address))
+    again = await run(*programs.command("calls", server.address))
 
-    assert (done.err, done.status) == ("", 0)
+    assert (done.err, done.status) == (again.err, again.status) == ("", 0)
     assert done.out.splitlines() == [
-        "created user 1, version 1",
+        "user 1, version 1",
         "user 1 has this e-mail",
         "Ada King, version 2",
         "ada@example.org",
     ]
+    assert again.out.splitlines()[:2] == ["user 1, version 2", "user 1 has this e-mail"]
     assert proxy.times == 1
+
+
+@pytest.mark.parametrize("arguments", [(), ("http://127.0.0.1:50051", "staff")], ids=["missing", "wrong"])
+@pytest.mark.parametrize("name", ["calls", "load", "feed"])
+async def test_examples_report_errors_in_one_line(
+    programs: Programs, name: str, arguments: tuple[str, ...]
+) -> None:
+    """Without the stack of an uncaught error."""
+    given = arguments[:1] if name == "calls" else arguments
+
+    done = await run(*programs.command(name, *given))
+
+    assert done.err.count("\n") == done.status == 1
+    assert ("write 127.0.0.1:50051" if arguments else f"usage: {name}") in done.err
 
 
 async def test_pages_are_followed(programs: Programs, server: Server) -> None:
@@ -266,7 +318,7 @@ async def test_write_with_an_unknown_outcome_is_repeated_within_its_deadline(pro
 async def test_error_of_a_write_that_may_be_applied_has_its_request_id(
     programs: Programs, code: grpc.StatusCode
 ) -> None:
-    """A proxy that loses the answer gives no reason."""
+    """A proxy that loses the answer gives no reason, so the client does."""
 
     async def lose(_: CreateUserRequest, context: Any) -> User:
         return cast("User", await context.abort(code, "lost"))
@@ -275,7 +327,7 @@ async def test_error_of_a_write_that_may_be_applied_has_its_request_id(
     async with users_service(CreateUser=method) as address:
         done = await run(*programs.command("probe", "write", address))
 
-    assert done.out.startswith("lost request_id=")
+    assert done.out.startswith("DISCONNECTED lost request_id=")
 
 
 async def test_load_reports_rows_that_fail(programs: Programs, server: Server) -> None:
@@ -351,13 +403,75 @@ async def test_errors_name_address_and_cause(programs: Programs, strangers: dict
 
     said = dict(zip(strangers, done.out.splitlines(), strict=True))
     for name, address in strangers.items():
-        assert f"no server answers at {address.removeprefix('tls:')}" in said[name]
+        assert f"DEADLINE_EXCEEDED no server answers at {address.removeprefix('tls:')}" in said[name]
         assert " request_id=" in said[name]  # it may have been applied
     assert "refused" in said["nothing"].lower()
     assert "(it expects TLS, or is not a gRPC server)" in said["HTTP"]
     assert "(it expects TLS, or is not a gRPC server)" in said["TLS"]
     assert "(it does not speak TLS)" in said["TLS to a server without"]
     assert seconds < 3  # of which the deadline is one
+
+
+async def test_calls_without_an_answer_have_a_reason(programs: Programs, strangers: dict[str, str]) -> None:
+    """As in Python: DISCONNECTED, even for a call without a deadline; not for one that the caller cancels."""
+    done = await run(*programs.command("probe", "unanswered", strangers["nothing"]))
+
+    assert (done.out.splitlines(), done.err) == (["DISCONNECTED", "true"], "")
+
+
+def advice(address: str) -> str:
+    """Return what the Python client says about an address, as the others say it."""
+    try:
+        check_address(address)
+    except ValueError as error:
+        said = str(error).partition("; the CA")[0]
+        return f"the address {said}"
+    return "<nil>"
+
+
+async def test_wrong_addresses_are_refused_at_once(programs: Programs) -> None:
+    """With the sentences of the Python client, which name the right address."""
+    done = await run(*programs.command("probe", "addresses", *ADDRESSES))
+
+    said = [line.partition("; for TLS")[0] for line in done.out.splitlines()]
+    assert dict(zip(ADDRESSES, said, strict=True)) == {address: advice(address) for address in ADDRESSES}
+
+
+def fragments(page: Path, language: str) -> str:
+    """Return the fragments of a page, as one program."""
+    return "\n".join(re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL))
+
+
+@NEEDS_GO
+def test_fragments_of_the_go_page_compile(tmp_path: Path) -> None:
+    """In one file, with the imports that the page gives once."""
+    program = tmp_path / "fragments.go"
+    program.write_text(f"package fragments\n{fragments(GO / 'README.md', 'go')}")
+    subprocess.run([installed("go"), "vet", "-C", GO, program], check=True)
+
+
+def test_fragments_of_the_typescript_page_compile(tmp_path: Path) -> None:
+    """In one module, in their order."""
+    program = node()
+    install_packages(tmp_path)
+    (tmp_path / "node_modules/@types").symlink_to(TYPESCRIPT / "node_modules/@types")
+    (tmp_path / "page.mts").write_text(fragments(TYPESCRIPT / "README.md", "ts"))
+    options = ("--noEmit", "--strict", "--noUnusedLocals", "--target", "es2022", "--module", "nodenext")
+    compiler = TYPESCRIPT / "node_modules/typescript/bin/tsc"
+    done = subprocess.run(
+        [program, compiler, *options, "--types", "node", "page.mts"],
+        check=False,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.returncode) == ("", 0)
+
+
+def test_typescript_package_has_no_install_scripts() -> None:
+    """Because npm warns about them, or does not run them."""
+    scripts = json.loads((TYPESCRIPT / "package.json").read_text())["scripts"]
+    assert set(scripts) & {"preinstall", "install", "postinstall", "prepare"} == set()
 
 
 @NEEDS_GO

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from google.api import annotations_pb2
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 
 from tools.contract_image import PROTOS, RELEASED, write_image
@@ -49,6 +50,16 @@ def test_lint_names_a_field_without_comment(edited: Path, tmp_path: Path) -> Non
     edit(edited, rf"(?:  //.*\n)+(?={ANNOTATED})", "")
     image = write_image(tmp_path / "edited.binpb", edited, comments=True)
     assert 'Field "full_name" should have a non-empty comment' in buf("lint", image)
+
+
+def test_image_for_stubs_has_only_options_that_it_defines(tmp_path: Path) -> None:
+    """The generator for Java in protoc ends at others."""
+    image = FileDescriptorSet.FromString(write_image(tmp_path / "stubs.binpb", for_stubs=True).read_bytes())
+    size = image.ByteSize()
+    image.DiscardUnknownFields()
+    assert image.ByteSize() == size
+    methods = [method for file in image.file for service in file.service for method in service.method]
+    assert any(method.options.HasExtension(annotations_pb2.http) for method in methods)
 
 
 def test_is_compatible_with_released_contract(tmp_path: Path) -> None:

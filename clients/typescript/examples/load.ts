@@ -4,11 +4,8 @@
 //   node dist/load.js ADDRESS LOAD_ID
 import { createInterface } from "node:readline";
 
-import { createClient, load } from "roster-client";
+import { createClient, load, type RosterClient } from "roster-client";
 import type { BulkAck } from "roster-client/v1";
-
-const [address, loadId] = process.argv.slice(2) as [string, string];
-const client = createClient(address);
 
 async function* users() {
   for await (const email of createInterface({ input: process.stdin })) yield { email };
@@ -19,9 +16,17 @@ function printAck({ failures, nextOffset }: BulkAck) {
   console.log(`${nextOffset} rows are settled`);
 }
 
-try {
+async function run(client: RosterClient, loadId: string) {
   const summary = await load(client.users.bulkCreateUsers, users(), { options: { loadId }, onAck: printAck });
   console.log(`${summary.created} created, ${summary.failed} failed`);
-} finally {
-  client.close();
+}
+
+try {
+  const [address, loadId] = process.argv.slice(2);
+  if (!address || !loadId) throw new Error("usage: load.js ADDRESS LOAD_ID");
+  const client = createClient(address);
+  await run(client, loadId).finally(() => client.close());
+} catch (error) {
+  console.error(String(error));
+  process.exitCode = 1;
 }

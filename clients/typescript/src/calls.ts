@@ -24,7 +24,7 @@ import {
   type MetadataOptions,
 } from "@grpc/grpc-js";
 
-import { OUTCOME_UNKNOWN, RosterError, errorFromCall, isServiceError } from "./errors.js";
+import { DISCONNECTED, OUTCOME_UNKNOWN, RosterError, errorFromCall, isServiceError } from "./errors.js";
 
 export interface CallOptions {
   /** The deadline, in milliseconds from now. Unary calls have one by default, streams have none. */
@@ -142,9 +142,8 @@ async function repeatable(
 }
 
 function mayBeApplied({ code, reason }: RosterError): boolean {
-  if (reason === OUTCOME_UNKNOWN) return true;
   if ([status.DEADLINE_EXCEEDED, status.UNAVAILABLE, status.CANCELLED].includes(code)) return true;
-  return !reason && [status.INTERNAL, status.UNKNOWN].includes(code); // from gRPC or a proxy
+  return reason === DISCONNECTED || reason === OUTCOME_UNKNOWN;
 }
 
 function unary(

@@ -8,8 +8,9 @@ import {
   type ClientOptions as ConnectionOptions,
 } from "@grpc/grpc-js";
 
+import { checkAddress } from "./address.js";
 import { connectionError, serviceClient, type ServiceClient, type Transport } from "./calls.js";
-import { RosterError } from "./errors.js";
+import { DEADLINE_EXCEEDED, DISCONNECTED, RosterError } from "./errors.js";
 import { BulkService } from "./roster/v1/bulk_pb.js";
 import { ChangeService } from "./roster/v1/changes_pb.js";
 import { PostService } from "./roster/v1/posts_pb.js";
@@ -45,11 +46,13 @@ export interface RosterClient {
  * If a name has several addresses, calls go to each in turn. Unary calls wait for a server within their deadline.
  * Calls whose server goes away are retried, up to 5 attempts; bulk streams are not (see `load`). A write without a
  * `requestId` gets one, so that it is applied once. Keepalive pings are sent every 30 s. Messages are limited to
- * 16 MiB. Calls throw RosterError.
+ * 16 MiB. Calls throw RosterError. An address that is something else, such as a URL, throws a TypeError that says how
+ * to write it.
  */
 export function createClient(address: string, options: ClientOptions = {}): RosterClient {
+  const target = checkAddress(address);
   const { credentials = channelCredentials.createInsecure(), timeoutMs = TIMEOUT_MS } = options;
-  const connection = new Connection(address, credentials, {
+  const connection = new Connection(target, credentials, {
     "grpc.service_config": JSON.stringify(serviceConfig()),
     "grpc.max_send_message_length": MAX_MESSAGE_BYTES,
     "grpc.max_receive_message_length": MAX_MESSAGE_BYTES,
@@ -67,7 +70,7 @@ export function createClient(address: string, options: ClientOptions = {}): Rost
   const transport: Transport = {
     connection,
     timeoutMs,
-    explain: (error, { timeoutMs }) => explain(error, address, connection, timeoutMs),
+    explain: (error, { timeoutMs }) => explain(error, target, connection, timeoutMs),
   };
   return {
     users: serviceClient(UserService, transport),
@@ -105,8 +108,8 @@ async function explain(
   connection: Connection,
   timeoutMs: number | undefined,
 ): Promise<RosterError> {
-  const isFromClient = error.code === status.DEADLINE_EXCEEDED || error.code === status.UNAVAILABLE;
-  if (error.reason || !isFromClient) return error;
+  const isUnreachable = error.reason === DISCONNECTED && error.code === status.UNAVAILABLE;
+  if (error.reason !== DEADLINE_EXCEEDED && !isUnreachable) return error;
   const state = connection.getChannel().getConnectivityState(false);
   if (state === connectivityState.READY) {
     if (error.code === status.UNAVAILABLE) return error;

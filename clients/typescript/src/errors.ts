@@ -6,6 +6,17 @@ import { BadRequestSchema, ErrorInfoSchema, RetryInfoSchema } from "./google/rpc
 import { StatusSchema } from "./google/rpc/status_pb.js";
 
 export const OUTCOME_UNKNOWN = "OUTCOME_UNKNOWN";
+export const DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED";
+export const DISCONNECTED = "DISCONNECTED";
+
+/** The reasons of calls that no server of Roster has answered. */
+const REASONS_WITHOUT_ANSWER: Partial<Record<status, string>> = {
+  [status.DEADLINE_EXCEEDED]: DEADLINE_EXCEEDED,
+  [status.UNAVAILABLE]: DISCONNECTED,
+  [status.CANCELLED]: DISCONNECTED, // by a server that is stopping, or by a proxy
+  [status.INTERNAL]: DISCONNECTED,
+  [status.UNKNOWN]: DISCONNECTED,
+};
 
 /** An invalid field of a request: its path, and a sentence. */
 export interface Violation {
@@ -17,8 +28,11 @@ export interface Violation {
 export class RosterError extends Error {
   override readonly name = "RosterError";
 
-  /** For programs to switch on, such as "EMAIL_TAKEN"; "" if the error does not come from a server of Roster. */
-  readonly reason: string = "";
+  /**
+   * For programs to switch on, such as "EMAIL_TAKEN". If no server of Roster has answered, it is "DEADLINE_EXCEEDED" if
+   * the call timed out, "DISCONNECTED" if no server was reached or the connection broke, and "" for other errors.
+   */
+  readonly reason: string;
 
   /**
    * The metadata of the error, such as `existing_id`. For a write that may have been applied, they have the
@@ -39,6 +53,7 @@ export class RosterError extends Error {
     details: readonly Any[] = [],
   ) {
     super(message);
+    this.reason = REASONS_WITHOUT_ANSWER[code] ?? "";
     for (const detail of details) {
       const info = anyUnpack(detail, ErrorInfoSchema);
       const invalid = anyUnpack(detail, BadRequestSchema);
@@ -56,10 +71,8 @@ export class RosterError extends Error {
 
   /** Whether repeating the call can succeed. */
   get isRetryable(): boolean {
-    if (this.retryDelayMs !== undefined || this.reason === OUTCOME_UNKNOWN) return true;
-    if (this.code === status.UNAVAILABLE) return true;
-    // From gRPC or a proxy, if there is no reason.
-    return !this.reason && [status.CANCELLED, status.INTERNAL, status.UNKNOWN].includes(this.code);
+    if (this.retryDelayMs !== undefined || this.code === status.UNAVAILABLE) return true;
+    return this.reason === DISCONNECTED || this.reason === OUTCOME_UNKNOWN;
   }
 }
 

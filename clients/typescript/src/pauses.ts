@@ -1,6 +1,6 @@
 import { setTimeout as sleep } from "node:timers/promises";
 
-import type { RosterError } from "./errors.js";
+import { DISCONNECTED, type RosterError } from "./errors.js";
 
 const FIRST_PAUSE_MS = 250;
 const LONGEST_PAUSE_MS = 10_000;
@@ -25,7 +25,7 @@ export class Pauses {
 
   /** Sleep before the next retry, or throw the failure if there is none. */
   async wait(failure: RosterError, isRetryable = failure.isRetryable): Promise<void> {
-    const maxRetries = this.isAnswered || failure.reason ? this.maxRetries : CONNECT_RETRIES;
+    const maxRetries = this.isAnswered || failure.reason !== DISCONNECTED ? this.maxRetries : CONNECT_RETRIES;
     if (!isRetryable || this.retries >= maxRetries) throw failure;
     const longest = Math.min(FIRST_PAUSE_MS * 2 ** this.retries, LONGEST_PAUSE_MS);
     this.retries += 1;

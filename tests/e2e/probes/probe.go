@@ -1,4 +1,5 @@
-// Command probe prints what a caller sees: probe pages|errors|write|cancel ADDRESS, or probe wrong ADDRESS...
+// Command probe prints what a caller sees: probe pages|errors|write|cancel|unanswered ADDRESS, or
+// probe wrong|addresses ADDRESS...
 package main
 
 import (
@@ -45,8 +46,9 @@ func endless(yield func(*rosterv1.User, error) bool) {
 func text(err error) string {
 	failure := roster.ErrorFrom(fmt.Errorf("wrapped: %w", err))
 	parts := []string{failure.Reason}
-	if failure.Reason == "" {
-		parts = []string{failure.Message}
+	switch failure.Reason {
+	case "", roster.DeadlineExceeded, roster.Disconnected:
+		parts = append(parts, failure.Message)
 	}
 	for name, value := range failure.Facts {
 		parts = append(parts, name+"="+value)
@@ -61,6 +63,13 @@ func main() {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	kind, addresses := os.Args[1], os.Args[2:]
+	if kind == "addresses" {
+		for _, address := range addresses {
+			_, err := roster.NewClient(address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+			fmt.Println(err)
+		}
+		return
+	}
 	users := newClient(addresses[0]).Users
 	switch kind {
 	case "pages":
@@ -91,6 +100,19 @@ func main() {
 			fmt.Println(errors.Is(err, context.DeadlineExceeded))
 			cancel()
 		}
+	case "unanswered":
+		ctx, cancel := context.WithCancel(context.Background())
+		export := func(ctx context.Context) error {
+			stream, err := users.ExportUsers(ctx, &rosterv1.ExportUsersRequest{})
+			if err == nil {
+				_, err = stream.Recv()
+			}
+			return err
+		}
+		fmt.Println(roster.Reason(export(ctx)))
+		cancel()
+		err := export(ctx)
+		fmt.Println(roster.Reason(err) == "" && errors.Is(err, context.Canceled))
 	case "wrong":
 		said := make([]chan string, len(addresses))
 		for i, address := range addresses {

@@ -1,4 +1,5 @@
-// Prints what a caller sees: probe.mjs pages|errors|write|cancel ADDRESS, or probe.mjs wrong ADDRESS...
+// Prints what a caller sees: probe.mjs pages|errors|write|cancel|unanswered ADDRESS, or
+// probe.mjs wrong|addresses ADDRESS...
 import { credentials } from "@grpc/grpc-js";
 import { createClient, load, pages } from "roster-client";
 
@@ -14,7 +15,8 @@ async function print(call) {
   await call.catch(({ message, reason, facts, violations }) => {
     const parts = Object.entries(facts).map(([name, value]) => `${name}=${value}`);
     parts.push(...violations.map(({ field }) => field));
-    console.log([reason || message, ...parts].join(" "));
+    const said = ["", "DEADLINE_EXCEEDED", "DISCONNECTED"].includes(reason) ? [reason, message] : [reason];
+    console.log([...said, ...parts].join(" "));
   });
 }
 
@@ -24,6 +26,18 @@ const LOADS = 10; // that are cancelled
 async function* silence() {
   await new Promise((resolve) => setTimeout(resolve, 60_000).unref());
   yield {};
+}
+
+if (kind === "addresses") {
+  for (const address of addresses) {
+    try {
+      createClient(address).close();
+      console.log("<nil>");
+    } catch (error) {
+      console.log(error.message);
+    }
+  }
+  process.exit();
 }
 
 const clients = addresses.map(client);
@@ -41,6 +55,15 @@ if (kind === "pages") {
     const signal = AbortSignal.timeout(20);
     const loaded = load(clients[0].users.bulkCreateUsers, silence(), { signal });
     console.log(await loaded.catch((error) => error === signal.reason));
+  }
+} else if (kind === "unanswered") {
+  const aborted = AbortSignal.abort();
+  for (const options of [{}, { signal: aborted }]) {
+    try {
+      for await (const _ of clients[0].users.exportUsers({}, options));
+    } catch (error) {
+      console.log(error === aborted.reason ? "true" : error.reason);
+    }
   }
 } else {
   const calls = clients.map(({ users }) => users.createUser({ user: { email: "ada@example.org" } }));

@@ -1,4 +1,4 @@
-// Command calls makes single calls: a write that is repeated, an error, an update, and a list page by page.
+// Command calls makes single calls: a write that can be repeated, an error, an update, and a list page by page.
 //
 //	calls ADDRESS
 package main
@@ -17,6 +17,9 @@ import (
 )
 
 func main() {
+	if len(os.Args) != 2 {
+		log.Fatal("usage: calls ADDRESS")
+	}
 	client, err := roster.NewClient(os.Args[1], grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		log.Fatal(err)
@@ -28,15 +31,17 @@ func main() {
 }
 
 func run(ctx context.Context, client *roster.Client) error {
-	request := &rosterv1.CreateUserRequest{User: &rosterv1.User{Email: "ada@example.org"}}
-	ada, err := client.Users.CreateUser(ctx, request)
+	user := &rosterv1.User{Email: "ada@example.org"}
+	// With SKIP, a user who has the e-mail is returned, so that the program can run again.
+	skip := &rosterv1.CreateUserRequest{User: user, OnConflict: rosterv1.BulkOptions_SKIP}
+	ada, err := client.Users.CreateUser(ctx, skip)
 	if err != nil {
 		return err
 	}
-	fmt.Printf("created user %d, version %d\n", ada.Id, ada.Version)
+	fmt.Printf("user %d, version %d\n", ada.Id, ada.Version)
 
-	// The same request again is another write, because each call gets a request_id of its own.
-	_, err = client.Users.CreateUser(ctx, request)
+	// By default, the e-mail must be free.
+	_, err = client.Users.CreateUser(ctx, &rosterv1.CreateUserRequest{User: user})
 	switch roster.Reason(err) {
 	case "EMAIL_TAKEN":
 		fmt.Printf("user %s has this e-mail\n", roster.ErrorFrom(err).Facts["existing_id"])

@@ -19,6 +19,9 @@ import (
 )
 
 func main() {
+	if len(os.Args) != 3 {
+		log.Fatal("usage: feed ADDRESS FILE")
+	}
 	address, file := os.Args[1], os.Args[2]
 	client, err := roster.NewClient(address, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
