@@ -350,4 +350,4 @@ async def test_no_read_misses_the_write_whose_token_it_has(
             await asyncio.gather(*(actor.run() for actor in actors))
         assert not chaos.done()
     assert counts["source=replica"] > STEPS
-    assert counts["fallback=behind"] > STEPS / 2  # fewer on a slow machine, where the replica has more time
+    assert counts["fallback=behind"] > 0  # how many depends on how much time the replica has

@@ -40,10 +40,10 @@ def test_no_text_looks_like_another_field(capsys: pytest.CaptureFixture[str]) ->
 
     assert capsys.readouterr().out.splitlines() == [
         "id       1",
-        "version",
         "title    a",
         "         id  2",
         r"         \u001b[2J",
+        "version",
     ]
 
 

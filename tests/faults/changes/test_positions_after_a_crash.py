@@ -20,8 +20,10 @@ ATTEMPTS = 5  # the log writer may have written the end of the transactions befo
 
 @pytest.fixture(scope="module")
 def mortal_postgres() -> Iterator[PostgresServer]:
-    """A PostgreSQL server to crash."""
+    """A PostgreSQL server to crash. What was not committed reaches its log as late as possible."""
     with PostgresServer() as postgres:
+        postgres.configure(wal_writer_delay="10s")
+        postgres.reload()
         yield postgres
 
 
