@@ -30,6 +30,18 @@ settings.register_profile("untimed", settings(), deadline=None, suppress_health_
 settings.load_profile("untimed")
 # Read when grpc is imported, after this file. Its fork handlers can crash the child that starts PostgreSQL.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+# These kill, stop and flood processes, and wait for what follows: they depend on when the machine runs which
+# process. One that fails is run once more, and reported (R); a fault of the code fails again.
+TIMED = (
+    "tests/faults/",
+    "tests/e2e/hostile/",
+    "tests/e2e/test_changes.py",
+    "tests/e2e/test_drain.py",
+    "tests/e2e/test_read_your_writes.py",
+    "tests/e2e/test_replicas.py",
+    "tests/e2e/test_two_releases.py",
+    "tests/e2e/test_undo.py",
+)
 # Many servers run at a time, and few tests read their metrics.
 os.environ["ROSTER_METRICS_LISTEN"] = ""
 # `make test-pooler` runs the tests that use PostgreSQL through a PgBouncer in this mode.
@@ -39,9 +51,16 @@ if POOLER != "none":
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With a pooler, select the tests that use a migrated PostgreSQL, and skip those that can't use it."""
-    if POOLER == "none":
-        return
+    """Run timed tests again; with a pooler, select those that can use it."""
+    for item in items:
+        if item.nodeid.startswith(TIMED):
+            item.add_marker(pytest.mark.flaky(reruns=1))
+    if POOLER != "none":
+        _select_for_pooler(config, items)
+
+
+def _select_for_pooler(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Select the tests that use a migrated PostgreSQL, and skip those that can't use it through a pooler."""
     selected = [item for item in items if _uses_pooler(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in selected])
     items[:] = selected

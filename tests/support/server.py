@@ -26,6 +26,14 @@ async def serve(
         await server.database.close()
         raise
     try:
+        await probe_again(server)
         yield server
     finally:
         await server.stop(grace=0)
+
+
+async def probe_again(server: Server) -> None:
+    """Probe a replica that was left out at the start: a busy machine may have taken too long to connect."""
+    for _ in range(2):
+        if server.replica and not server.replica._is_up:
+            await server.replica.probe()
