@@ -23,7 +23,7 @@ from tests.support.standby import (
     replicated_database,
     replication_is_missing,
 )
-from tests.support.watchdog import watching
+from tests.support.watchdog import HELD, watching
 
 # How long an example takes depends on what else runs on the machine.
 settings.register_profile("untimed", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -51,10 +51,10 @@ if POOLER != "none":
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run timed tests again; with a pooler, select those that can use it."""
+    """Run tests again that are timed or held the loop; with a pooler, select those that can use it."""
     for item in items:
-        if item.nodeid.startswith(TIMED):
-            item.add_marker(pytest.mark.flaky(reruns=1))
+        only = None if item.nodeid.startswith(TIMED) else [HELD]
+        item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=only))
     if POOLER != "none":
         _select_for_pooler(config, items)
 

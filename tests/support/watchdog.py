@@ -19,6 +19,7 @@ from typing import Any
 import service
 
 LIMIT_SECONDS = 0.020
+HELD = "held the event loop"
 WORK_SECONDS = 0.002  # the fixed piece of work, on two undisturbed cores of 2025
 PACKAGE = str(Path(service.__file__).parent)
 # The coroutine that runs each handler of a grpc.aio server; test_watchdog.py fails if it gets another name.
@@ -40,7 +41,7 @@ class Recorder:
         """Record one callback of the service."""
         self.longest_seconds = max(self.longest_seconds, seconds)
         if seconds > LIMIT_SECONDS and seconds > LIMIT_SECONDS * _slowness():
-            self.holds.append(f"{name} held the event loop for {seconds * 1000:.0f} ms of CPU")
+            self.holds.append(f"{name} {HELD} for {seconds * 1000:.0f} ms of CPU")
 
 
 def _work() -> float:
