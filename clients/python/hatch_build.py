@@ -19,8 +19,6 @@ ASYNC_STUB = """
 # The type of a {service}Stub on a channel of grpc.aio.
 {service}AsyncStub = {service}Stub
 """
-
-
 # The file that defines the rules of protovalidate.
 RULES = "buf/validate/validate.proto"
 

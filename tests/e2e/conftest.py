@@ -4,6 +4,7 @@ import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -81,3 +82,9 @@ async def wire(
             url = pooler.url(url) if pooler else url
         server = await stack.enter_async_context(serve(url))
         yield Wire(stack.enter_context(grpc.insecure_channel(server.address)))
+
+
+@pytest.fixture(params=["asyncio", "blocking"])
+def kind(request: pytest.FixtureRequest) -> Any:
+    """Which of the two Python clients a test uses."""
+    return request.param

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import Any
 from uuid import UUID, uuid4
 
 import grpc
@@ -45,11 +45,6 @@ from tests.support.blocking import Kind, users_of
 
 ADA = User(email="ada@example.org")
 NO_SOCKET = "no server answers at unix:/nowhere/roster.sock: there is no such socket"
-
-
-@pytest.fixture(params=["asyncio", "blocking"])
-def kind(request: pytest.FixtureRequest) -> Kind:
-    return cast("Kind", request.param)
 
 
 @pytest.fixture

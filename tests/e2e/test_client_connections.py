@@ -26,11 +26,6 @@ AUTHORITY = Authority()
 TRUSTED, OTHERS = tls_credentials(AUTHORITY.cert), tls_credentials(Authority().cert)
 
 
-@pytest.fixture(params=["asyncio", "blocking"])
-def kind(request: pytest.FixtureRequest) -> Any:
-    return request.param
-
-
 async def closed(stack: AsyncExitStack) -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])

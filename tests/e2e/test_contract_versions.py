@@ -58,7 +58,6 @@ async def later_server(service: str, **methods: Callable[..., Any]) -> AsyncIter
         await server.stop(None)
 
 
-@pytest.mark.parametrize("kind", ["asyncio", "blocking"])
 async def test_unknown_fields_are_ignored(kind: Kind) -> None:
     """The rest of the message is read."""
 
@@ -71,7 +70,6 @@ async def test_unknown_fields_are_ignored(kind: Kind) -> None:
     assert (user.id, user.email) == (ADA.id, ADA.email)
 
 
-@pytest.mark.parametrize("kind", ["asyncio", "blocking"])
 async def test_unknown_reason_has_the_class_of_its_status_code(kind: Kind) -> None:
     """A caller who handles FailedPrecondition handles all that are to come."""
 
@@ -89,7 +87,6 @@ async def test_unknown_reason_has_the_class_of_its_status_code(kind: Kind) -> No
     assert (refused.value.reason, refused.value.facts) == ("USER_ASLEEP", {"user_id": 1})
 
 
-@pytest.mark.parametrize("kind", ["asyncio", "blocking"])
 async def test_unknown_reason_is_retried_as_its_status_code(kind: Kind) -> None:
     """UNAVAILABLE, until the attempts are used up; RetryInfo says how long to wait after that."""
     attempts = 0

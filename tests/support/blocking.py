@@ -12,7 +12,7 @@ from roster.v1.users_pb2_grpc import UserServiceStub
 Kind = Literal["asyncio", "blocking"]
 
 
-class Awaitable:
+class AwaitableStub:
     """A stub of the blocking client with the interface of the other."""
 
     def __init__(self, stub: Any) -> None:
@@ -33,7 +33,7 @@ async def _responses(call: Any) -> AsyncIterator[Any]:
 @asynccontextmanager
 async def _blocking_users(*arguments: Any, **options: Any) -> AsyncIterator[Any]:
     with blocking.channel(*arguments, **options) as connection:
-        yield Awaitable(UserServiceStub(connection))
+        yield AwaitableStub(UserServiceStub(connection))
 
 
 @asynccontextmanager

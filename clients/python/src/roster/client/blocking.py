@@ -26,7 +26,6 @@ from roster.client.calls import (
     channel_options,
     error_of_timeout,
     error_of_unary,
-    is_probe,
     request_id_of,
     rest_of,
     with_request_id,
@@ -76,7 +75,7 @@ def pages(method: Callable[[RequestT], Message], request: RequestT) -> Generator
 
 @dataclass(frozen=True)
 class Details(grpc.ClientCallDetails):
-    """What gRPC passes to an interceptor."""
+    """The details of a call, as gRPC passes them to an interceptor."""
 
     method: str
     timeout: float | None
@@ -152,7 +151,7 @@ class Interceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterc
         if is_write(details.method) and not isinstance(error, InvalidArgument):
             # A future that is in flight counts as a write whose token is lost.
             self._consistency.end(call.trailing_metadata() if call.done() else None, began)
-        if isinstance(error, DeadlineExceeded) and not is_probe(details.method):
+        if isinstance(error, DeadlineExceeded):
             error = error_of_timeout(error, self._address, details.timeout, self._probe())
         if error:
             raise error from None

@@ -26,12 +26,11 @@ def rows_of(page: Message) -> Any:
     return rows
 
 
-def next_request(request: RequestT, page: Message) -> RequestT | None:
+def next_request(request: RequestT, page: Any) -> RequestT | None:
     """Return the request for the page after one, None after the last."""
-    token = getattr(page, "next_page_token")  # noqa: B009 - not every message has one
-    if not token:
+    if not page.next_page_token:
         return None
     following: Any = type(request)()
     following.CopyFrom(request)
-    following.page_token = token
+    following.page_token = page.next_page_token
     return cast("RequestT", following)
