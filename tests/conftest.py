@@ -13,6 +13,7 @@ from sqlalchemy import make_url
 from service.db import migrations
 from service.db.engine import Database
 from service.settings import Settings
+from tests.support.citus import CitusCluster
 from tests.support.database_pool import DatabasePool
 from tests.support.pgbouncer import PgBouncer, pgbouncer
 from tests.support.pooler_skips import SKIPS
@@ -49,13 +50,16 @@ POOLER = os.environ.get("ROSTER_TEST_POOLER", "none")
 if POOLER != "none":
     os.environ["ROSTER_DATABASE_POOLER"] = POOLER
 
+# `make test-citus` runs them on this database of a Citus cluster.
+CITUS = os.environ.get("ROSTER_TEST_CITUS_URL", "")
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run tests again that are timed or held the loop; with a pooler, select those that can use it."""
     for item in items:
         only = None if item.nodeid.startswith(TIMED) else [HELD]
         item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=only))
-    if POOLER != "none":
+    if POOLER != "none" or CITUS:
         _select_for_pooler(config, items)
 
 
@@ -90,6 +94,9 @@ def pytest_runtest_call() -> Generator[None, object, object]:
 def postgres() -> Iterator[Postgres]:
     """The server that ROSTER_TEST_DATABASE_URL names, or one started for the session."""
     url = os.environ.get("ROSTER_TEST_DATABASE_URL")
+    if CITUS:
+        yield CitusCluster(make_url(CITUS))
+        return
     if url:
         yield Postgres(make_url(url))
         return
@@ -100,6 +107,10 @@ def postgres() -> Iterator[Postgres]:
 @pytest.fixture(scope="session")
 async def postgresql_template(postgres: Postgres) -> AsyncIterator[str]:
     """The name of a migrated database, which CREATE DATABASE copies faster than migrations run."""
+    if isinstance(postgres, CitusCluster):
+        async with postgres.template() as name:
+            yield name
+        return
     async with postgres.database() as url:
         await asyncio.to_thread(migrations.upgrade, url)
         yield str(make_url(url).database)

@@ -10,6 +10,8 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from service.db.base import Base, BigInt, Column, Entity, Query, UtcDateTime, now, text
 from service.db.dialect import is_one_of
+from service.db.distribution import ONE_CONNECTION, is_distributed
+from service.db.locks import lock_where
 
 NO_FINGERPRINT = b""
 
@@ -59,10 +61,16 @@ async def erase_answers_about(session: AsyncSession, model: type[Entity], ids: S
     """
     await erase_answers(session, model.__tablename__, ids)
     for child, column in cascading_columns(model):
-        rows = select(child.id).where(_is_any_of(session, column, ids))
+        refers = _is_any_of(session, column, ids)
         # In a statement of its own: the next ones see what was committed while it waited for locks.
-        if await _lock(session, rows.order_by(child.id)):
-            await erase_answers_about(session, child, rows)
+        if await lock_where(session, child, refers):
+            await erase_answers_about(session, child, select(child.id).where(refers))
+
+
+async def prepare_cascade(session: AsyncSession, model: type[Entity]) -> None:
+    """Begin a transaction that deletes rows of a model, and with them rows of other tables."""
+    if any(is_distributed(session, child) for child, _ in cascading_columns(model)):
+        await session.execute(ONE_CONNECTION)
 
 
 def cascading_columns(model: type[Entity]) -> list[tuple[type[Entity], Column]]:
@@ -75,12 +83,6 @@ def cascading_columns(model: type[Entity]) -> list[tuple[type[Entity], Column]]:
         for key in column.foreign_keys
         if key.column.table is model.__table__ and key.ondelete == "CASCADE"
     ]
-
-
-async def _lock(session: AsyncSession, rows: Query) -> int:
-    """Lock rows, and return how many there are."""
-    locked = await session.execute(select(func.count()).select_from(rows.with_for_update().subquery()))
-    return locked.scalar_one()
 
 
 def _is_any_of(session: AsyncSession, column: Column, ids: Sequence[int] | Query) -> ColumnElement[bool]:

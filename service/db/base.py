@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any, NewType, TypeAlias
+from typing import Any, NewType, TypeAlias, cast
 
 from sqlalchemy import (
     BigInteger,
@@ -118,6 +118,11 @@ class Entity(Base):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now(), sort_order=1)
     updated_at: Mapped[datetime] = mapped_column(UtcDateTime, server_default=now(), sort_order=1)
     version: Mapped[int] = mapped_column(BigInt, server_default="1", sort_order=1)
+
+
+def model_of(column: Column) -> type[Entity]:
+    """Return the model that a column belongs to."""
+    return cast("type[Entity]", column.class_)
 
 
 def column_names(model: type[Entity]) -> tuple[str, ...]:

@@ -8,14 +8,15 @@ waited for a lock; the foreign key would then delete it unseen.
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy import delete, exists, func, select
 
 from roster.errors import TooLarge
 from service.db.answers import erase_answers_about
-from service.db.base import BigInt, Column, Entity, Session
+from service.db.base import BigInt, Column, Entity, Session, model_of
 from service.db.dialect import is_one_of, values_table
+from service.db.locks import lock_where
 
 MAX_DEPENDENTS = 100_000  # of the rows of one batch
 
@@ -46,21 +47,14 @@ async def delete_dependents(session: Session, reference: Column, ids: Sequence[i
     """
     # Lock them in id order, like all writers of several rows. The rows stay in the database: 100,000 of them
     # would block the event loop.
-    model = cast("type[Entity]", reference.class_)
-    locked = (
-        select(model.id)
-        .where(is_one_of(session, reference, ids))
-        .order_by(model.id)
-        .limit(MAX_DEPENDENTS + 1)
-        .with_for_update()
-    )
-    connection = await session.connection()
-    if not await connection.scalar(select(func.count()).select_from(locked.subquery())):
+    model = model_of(reference)
+    refers = is_one_of(session, reference, ids)
+    if not await lock_where(session, model, refers, MAX_DEPENDENTS + 1):
         return Counter()
     counts = await count_dependents(session, reference, ids)
-    rows = select(model.id).where(is_one_of(session, reference, ids))
-    await erase_answers_about(session, model, rows)
-    await connection.execute(delete(model).where(is_one_of(session, reference, ids)))
+    await erase_answers_about(session, model, select(model.id).where(refers))
+    connection = await session.connection()
+    await connection.execute(delete(model).where(refers))
     return counts
 
 

@@ -23,6 +23,7 @@ from service.db.base import ReadSession, Session
 from service.db.cancelled import READS, keep_connections_of_cancelled_reads
 from service.db.compiled import CompiledSelect
 from service.db.connect import postgresql_engine
+from service.db.distribution import find_distributed_tables
 from service.db.driver import DriverConnections
 from service.db.errors import code_of, is_ending, may_have_committed, translate_errors
 from service.db.failover import Failover
@@ -308,6 +309,7 @@ class _PostgreSQL:
             connect_args={"command_timeout": settings.statement_timeout + 5},
         )
         event.listen(engine.sync_engine, "handle_error", _discard_ending)
+        find_distributed_tables(engine)
         return _measured(engine, name)
 
     def write_slot(self) -> AbstractAsyncContextManager[None]:

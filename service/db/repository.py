@@ -8,9 +8,10 @@ from sqlalchemy import ColumnElement, Select, Update, delete, func, insert, sele
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from roster.errors import NotFound, RosterError, VersionMismatch
-from service.db.answers import erase_answers_about
+from service.db.answers import erase_answers_about, prepare_cascade
 from service.db.base import BigInt, Column, Entity, ReadSession, Session, Values, now
-from service.db.dialect import values_table
+from service.db.dialect import any_of, values_table
+from service.db.distribution import is_distributed
 from service.db.filters import condition, parse_order
 from service.db.paging import Keyset, ListQuery, Page, decode_token, fingerprint, page_size
 from service.db.selection import (
@@ -83,7 +84,8 @@ class Repository(Generic[ModelT, SessionT]):
         If the answer would be too large, the list is shorter than `ids`.
         """
         selection = selection or self.basic()
-        statement = select_listed(selection, values_table(self.session, ids, BigInt))
+        among = any_of(self.model.id, ids) if is_distributed(self.session, self.model) else None
+        statement = select_listed(selection, values_table(self.session, ids, BigInt), among=among)
         rows = (await self.session.execute(statement)).all()
         present = [row for row in rows if row.id is not None]
         found = await self._add_related(selection, present)
@@ -182,6 +184,7 @@ class Repository(Generic[ModelT, SessionT]):
         dry run does no more: to delete a row and roll that back would cost as much as to delete it, and a
         user can have a million posts.
         """
+        await prepare_cascade(self.session, self.model)
         await self._write_one(select(self.model.id).with_for_update(), id, version)
 
     def _update(self, changes: Values) -> Update:

@@ -16,6 +16,7 @@ from sqlalchemy import (
     ColumnExpressionArgument,
     String,
     Subquery,
+    and_,
     func,
     inspect,
     literal,
@@ -109,19 +110,23 @@ def select_rows(selection: Selection, *conditions: ColumnExpressionArgument[bool
     return statement if selection.join is None else statement.join(selection.join)
 
 
-def select_listed(selection: Selection, listed: Subquery) -> Query:
+def select_listed(
+    selection: Selection, listed: Subquery, *, among: ColumnElement[bool] | None = None
+) -> Query:
     """Return the statement that reads one row for each listed id, in the order of the list.
 
+    All listed rows meet the condition `among`, by which a database can find them that joins in another way.
     A row of nulls stands for a missing id. If the answer would be too large, the last rows are left out.
     """
     model = selection.model
+    conditions = () if among is None else (among,)
     if selection.size is not None:
         sizes = select(listed.c.value, listed.c.position, func.coalesce(selection.size, 0).label("size"))
-        sizes = sizes.outerjoin_from(listed, model, model.id == listed.c.value)
+        sizes = sizes.outerjoin_from(listed, model, and_(model.id == listed.c.value, *conditions))
         candidates = sizes.subquery()
         listed = _fitting(candidates, [candidates.c.position.asc()])
     statement = select(*selection.columns, listed.c.position)
-    statement = statement.outerjoin_from(listed, model, model.id == listed.c.value)
+    statement = statement.outerjoin_from(listed, model, and_(model.id == listed.c.value, *conditions))
     if selection.join is not None:
         statement = statement.outerjoin(selection.join)
     return statement.order_by(listed.c.position)

@@ -40,6 +40,7 @@ SIZE = f"SELECT coalesce(sum(pg_table_size(oid)), 0) FROM ({TABLES}) AS tables"
 CLEAR = """
     DO $$ DECLARE name regclass; BEGIN
         SET LOCAL lock_timeout = '5s';
+        PERFORM set_config('citus.multi_shard_modify_mode', 'sequential', true);
         FOR name IN
             SELECT oid::regclass FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
                 AND relname NOT IN ('roster_schema', 'schema_compatibility', 'feed', 'changes')
@@ -52,7 +53,7 @@ CLEAR = """
         FOR name IN
             SELECT oid::regclass FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'S'
         LOOP
-            EXECUTE format('ALTER SEQUENCE %s RESTART', name);
+            PERFORM setval(name, 1, false);
         END LOOP;
     END $$
 """

@@ -14,30 +14,24 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeAlias
 
-from sqlalchemy import Text, select
+from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
 from roster.errors import DatabaseUnavailable, IdTaken
-from service.db.answers import erase_answers_about
-from service.db.base import BigInt, Column, ColumnType, KeyValue, Session, now
+from service.db.answers import erase_answers_about, prepare_cascade
+from service.db.base import Column, KeyValue, Session, now
 from service.db.bulk import postgresql, sqlite
 from service.db.bulk.batch import Batch, BatchColumns, OnConflict, Outcome, Result, WriteOptions
 from service.db.bulk.plan import DeletePlan, StoredKey, UniqueValues, plan_creates, plan_deletes, plan_updates
 from service.db.bulk.table import BulkTable, OtherSpellings, Reference, UniqueKey, no_spellings
 from service.db.deletion import count_dependents, delete_dependents, delete_rows, ids_with_dependents
-from service.db.dialect import ids_of, is_sqlite, values_table
+from service.db.dialect import ids_of, is_sqlite
+from service.db.distribution import is_distributed
+from service.db.locks import KEY_SHARE, UPDATE, lock_rows, type_of
 from service.timeslice import TimeSlice
 
 MAX_RETRIES = 3
-
-# Of rows to update, to delete, and to refer to. Only the second prevents new rows that refer to them.
-# https://www.postgresql.org/docs/current/explicit-locking.html#LOCKING-ROWS
-Lock: TypeAlias = Mapping[str, bool]
-NO_KEY_UPDATE: Lock = {"key_share": True}
-UPDATE: Lock = {}
-KEY_SHARE: Lock = {"read": True, "key_share": True}
 
 
 class LookupNeeded(Exception):
@@ -71,6 +65,7 @@ class BulkWriter:
         # The batch before commits first. If it still waited for locks by then, this batch could hold a lock
         # for which a third transaction waits that has one of those: a deadlock that the database can't see.
         await batch.wait_for_turn()
+        await prepare_cascade(self.session, self.model)
         plan = await self._plan_deletes(batch, options)
         if options.is_atomic and batch.failures:
             return Outcome.of_failed_batch(batch)
@@ -179,7 +174,8 @@ class BulkWriter:
         """Lock the rows with the ids of a batch; return whether each exists and has the version expected."""
         ids, expected = batch.columns["id"], batch.columns["version"]
         is_named_by_id = not (batch.failures or self.table.unique_among(batch.columns.keys()))
-        if not is_named_by_id or len(set(ids)) < batch.size:
+        is_simple = is_named_by_id and len(set(ids)) == batch.size
+        if not is_simple or is_distributed(self.session, self.model):
             return False
         locked: int = await self._dialect.lock_rows_by_id(self.session, self.model, ids, expected)
         return locked == batch.size
@@ -231,7 +227,7 @@ class BulkWriter:
             values = columns.pop(name)
             rows = [row for row in good if values[row]]
             given = [values[row] for row in rows]
-            found = await ids_of(self.session, key, given, _type_of(given))
+            found = await ids_of(self.session, key, given, type_of(given))
             missing = [value for value, id in zip(given, found, strict=True) if id is None]
             spellings = reference.other_spellings.get(name, no_spellings)
             others = await self._ids_by_spelling(key, missing, spellings)
@@ -292,7 +288,7 @@ class BulkWriter:
         """Return, by value, the ids of the rows that have one of the batch's values of a key."""
         values = [value for value in batch.take(key.name, batch.good_rows()) if value is not None]
         values.sort()  # one after the other they are in the same pages of the index
-        ids = await ids_of(self.session, key.column, values, _type_of(values))
+        ids = await ids_of(self.session, key.column, values, type_of(values))
         found = {value: id for value, id in zip(values, ids, strict=True) if id is not None}
         return {**await self._ids_by_other_value(key, batch), **found}
 
@@ -308,7 +304,7 @@ class BulkWriter:
     ) -> dict[KeyValue, int]:
         others = await _other_values(values, other_spellings)
         stored = list(others)
-        ids = await ids_of(self.session, column, stored, _type_of(stored))
+        ids = await ids_of(self.session, column, stored, type_of(stored))
         return {others[other]: id for other, id in zip(stored, ids, strict=True) if id is not None}
 
     async def _unique_values(
@@ -381,31 +377,6 @@ class BulkWriter:
         return updated
 
 
-async def lock_rows(
-    session: Session,
-    key: Column,
-    values: Sequence[KeyValue | None],
-    *columns: Column,
-    lock: Lock = NO_KEY_UPDATE,
-) -> Sequence[Sequence[Any]]:
-    """Lock the rows that have one of the values, in id order; return their key and the columns.
-
-    The locks last until the transaction ends. SQLite ignores them: its writer is alone.
-    """
-    given = sorted({value for value in values if value is not None})
-    if not given:
-        return []
-    wanted = values_table(session, given, _type_of(given))
-    rows = (
-        select(key, *columns)
-        .join(wanted, wanted.c.value == key)
-        .order_by(key.class_.id)
-        .with_for_update(of=key.class_, **lock)
-    )
-    # Through the connection: a session would look for entities in each row.
-    return (await (await session.connection()).execute(rows)).all()
-
-
 async def _other_values(
     values: Sequence[KeyValue | None], other_spellings: OtherSpellings
 ) -> dict[KeyValue, KeyValue]:
@@ -436,7 +407,3 @@ def _updated(batch: Batch) -> Outcome:
     for row in batch.failures:
         results[row], ids[row] = Result.FAILED, 0
     return Outcome(bytes(results), ids, batch.failures)
-
-
-def _type_of(values: Sequence[KeyValue]) -> ColumnType:
-    return BigInt if values and isinstance(values[0], int) else Text()
