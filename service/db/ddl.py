@@ -201,6 +201,16 @@ CREATE_TRIGGER = """
         END IF;
     END $$
 """
+# Citus refuses DROP TRIGGER for a table that it distributes, also IF EXISTS.
+DROP_TRIGGER = """
+    DO $$ BEGIN
+        IF EXISTS (
+            SELECT FROM pg_trigger WHERE tgrelid = to_regclass('{table}') AND tgname = '{name}'
+        ) THEN
+            DROP TRIGGER {name} ON {table};
+        END IF;
+    END $$
+"""
 CREATE_TRIGGER_OF_SQLITE = """
     CREATE TRIGGER IF NOT EXISTS log_{name}_of_{table} AFTER {event} ON {table} {when} BEGIN
         INSERT INTO changes (entity, ids) VALUES ('{table}', {row}.id);
@@ -280,10 +290,13 @@ def _create_triggers(tables: Iterable[str]) -> None:
 def stop_logging_changes(*tables: str) -> None:
     """Drop the triggers of `log_changes` on these tables."""
     is_sqlite = op.get_context().dialect.name == "sqlite"
-    with nullcontext() if is_sqlite else op.get_context().autocommit_block():
+    names = [f"log_{event.lower()}" for event in CHANGED] + ["log_old_id"]
+    if is_sqlite:
         for table in tables:
-            for name in (*(f"log_{event.lower()}" for event in CHANGED), "log_old_id"):
-                drop = f"{name}_of_{table}" if is_sqlite else f"{name} ON {table}"
-                op.execute(f"DROP TRIGGER IF EXISTS {drop}")
-            if not is_sqlite:
-                op.execute(f"DROP TRIGGER IF EXISTS reset_feed ON {table}")
+            for name in names:
+                op.execute(f"DROP TRIGGER IF EXISTS {name}_of_{table}")
+        return
+    with op.get_context().autocommit_block():
+        for table in tables:
+            for name in (*names, "reset_feed"):
+                op.execute(DROP_TRIGGER.format(table=table, name=name))
