@@ -8,11 +8,14 @@
 -- everything or nothing. Run it again after each `roster migrate`; what is done already is not repeated:
 --   psql --set=ON_ERROR_STOP=1 --file=deploy/sql/citus.sql roster
 --
--- `posts` gets `citus.shard_count` shards (32). That number can't be exceeded by the number of nodes, and is
--- hard to change later: take two to four for each core that the workers may have together one day. Choose with
+-- `posts` gets as many shards as the setting citus.shard_count says, 32 by default. A shard is on one node, so
+-- more nodes than shards are of no use. A query of all shards uses a processor for each, so that more shards make
+-- it faster on machines with many cores, and cost the coordinator more connections. To change the number later
+-- writes all posts again. 32 is right for up to 8 workers; otherwise take 4 for each worker that you may have:
 --   PGOPTIONS='-c citus.shard_count=64' psql …
 --
--- deploy/sql/citus-undo.sql is the way back.
+-- There is no command for the way back: dump the database, and restore it into one without the extension. See
+-- docs/scaling.md.
 
 BEGIN;
 
@@ -56,6 +59,17 @@ BEGIN
         RAISE EXCEPTION 'servers are connected: %', found
             USING HINT = 'Stop them. They must not run while their tables are distributed.';
     END IF;
+    IF EXISTS (SELECT FROM pg_dist_partition WHERE logicalrelid = 'posts'::regclass AND partmethod = 'n') THEN
+        RAISE EXCEPTION 'posts is a local or a reference table of Citus'
+            USING HINT = 'Run SELECT create_distributed_table_concurrently(''posts'', ''id''), then this again.';
+    END IF;
+    IF EXISTS (
+        SELECT FROM pg_dist_partition WHERE logicalrelid = 'posts'::regclass AND partmethod <> 'n'
+            AND (partmethod <> 'h' OR column_to_column_name(logicalrelid, partkey) <> 'id')
+    ) THEN
+        RAISE EXCEPTION 'posts is distributed, but not by id'
+            USING HINT = 'Run SELECT alter_distributed_table(''posts'', distribution_column => ''id'') first.';
+    END IF;
     SELECT string_agg(format('%s on %s', tgname, tgrelid::regclass), ', ') INTO found
     FROM pg_trigger
     WHERE tgrelid IN ('users'::regclass, 'posts'::regclass) AND NOT tgisinternal
@@ -91,40 +105,27 @@ $$;
 -- `users` is a reference table: every node has all of its rows. This keeps e-mails unique (a unique key of a
 -- distributed table must contain the column that decides where a row is), lets posts refer to users, and lets
 -- each node join them. A write of a user is a write on every node.
-DO $$
-BEGIN
-    IF NOT EXISTS (
-        SELECT FROM pg_dist_partition WHERE logicalrelid = 'users'::regclass AND partmethod = 'n' AND repmodel = 't'
-    ) THEN
-        -- The foreign key of `posts` would make it a local table of Citus first. It is added again below.
-        ALTER TABLE posts DROP CONSTRAINT IF EXISTS fk_posts_author_id_users;
-        PERFORM create_reference_table('users');
-    END IF;
-END
-$$;
-
+--
 -- `posts` is distributed by `id`, its primary key: a post is read and written on one node, whose share of the
 -- posts does not depend on who wrote them. Reads by author ask all nodes.
+--
+-- The foreign key is dropped and added again: with it, Citus would make `posts` a local table of its own first,
+-- which can't be distributed here, and whose sequence begins at 1 again.
 DO $$
-DECLARE
-    method "char" := (SELECT partmethod FROM pg_dist_partition WHERE logicalrelid = 'posts'::regclass);
 BEGIN
-    IF method = 'h' THEN
-        IF (SELECT column_to_column_name(logicalrelid, partkey) FROM pg_dist_partition
-            WHERE logicalrelid = 'posts'::regclass) <> 'id' THEN
-            RAISE EXCEPTION 'posts is distributed by another column than id'
-                USING HINT = 'Run deploy/sql/citus-undo.sql first.';
-        END IF;
-    ELSE
-        ALTER TABLE posts DROP CONSTRAINT IF EXISTS fk_posts_author_id_users;
-        PERFORM create_distributed_table('posts', 'id', colocate_with => 'none');
+    IF EXISTS (SELECT FROM pg_dist_partition WHERE logicalrelid = 'posts'::regclass) THEN
+        RETURN;
     END IF;
+    ALTER TABLE posts DROP CONSTRAINT IF EXISTS fk_posts_author_id_users;
     IF NOT EXISTS (
-        SELECT FROM pg_constraint WHERE conrelid = 'posts'::regclass AND conname = 'fk_posts_author_id_users'
+        SELECT FROM pg_dist_partition
+        WHERE logicalrelid = 'users'::regclass AND partmethod = 'n' AND repmodel = 't'
     ) THEN
-        ALTER TABLE posts ADD CONSTRAINT fk_posts_author_id_users
-            FOREIGN KEY (author_id) REFERENCES users (id) ON DELETE CASCADE;
+        PERFORM create_reference_table('users');
     END IF;
+    PERFORM create_distributed_table('posts', 'id', colocate_with => 'none');
+    ALTER TABLE posts ADD CONSTRAINT fk_posts_author_id_users
+        FOREIGN KEY (author_id) REFERENCES users (id) ON DELETE CASCADE;
 END
 $$;
 
@@ -152,13 +153,26 @@ $$;
 -- Nothing is done for the other tables, which only the coordinator has. No transaction writes them together with
 -- users, posts or the tables above: roster_schema, schema_compatibility, alembic_version, roster_servers,
 -- page_token_keys, changes, feed.
+--
+-- Citus puts a new table in the place of each, and the sequence of the new one begins at 1. So it is moved to where
+-- the old one was. If somebody has done this before by hand, it is moved to the largest id.
 DO $$
 DECLARE
     name text;
+    last bigint := pg_sequence_last_value(pg_get_serial_sequence('bulk_loads', 'id')::regclass);
 BEGIN
     FOREACH name IN ARRAY ARRAY['requests', 'bulk_loads', 'bulk_batches'] LOOP
         IF NOT EXISTS (SELECT FROM pg_dist_partition WHERE logicalrelid = to_regclass(name)) THEN
             PERFORM citus_add_local_table_to_metadata(name::regclass, cascade_via_foreign_keys => true);
+        END IF;
+    END LOOP;
+    IF last IS NOT NULL THEN
+        PERFORM setval(pg_get_serial_sequence('bulk_loads', 'id'), last);
+    END IF;
+    FOREACH name IN ARRAY ARRAY['users', 'posts', 'bulk_loads'] LOOP
+        EXECUTE format('SELECT max(id) FROM %I', name) INTO last;
+        IF last IS NOT NULL AND pg_sequence_last_value(pg_get_serial_sequence(name, 'id')::regclass) IS NULL THEN
+            PERFORM setval(pg_get_serial_sequence(name, 'id'), last);
         END IF;
     END LOOP;
 END
