@@ -21,6 +21,7 @@ import service.db.token_keys
 import service.loads.model
 import service.posts.model
 import service.users.model  # noqa: F401  (importing a module registers its tables; `migrations` does so for servers)
+from service.changes.triggers import create_missing_triggers
 from service.db import revisions, schema
 from service.db.base import Base, UtcDateTime, now
 from service.db.ddl import LOCK_TIMEOUT
@@ -224,6 +225,10 @@ def run_migrations(connection: Connection) -> None:
     context.run_migrations()
     schema.hand_back(connection)
     commit_step(connection)
+    # At a revision in the middle of an upgrade, the migrations that come create them.
+    if connection.dialect.name != "sqlite" and schema.schema_of(connection).is_usable:
+        create_missing_triggers(connection)
+        connection.commit()
 
 
 def commit_step(connection: Connection) -> None:

@@ -77,7 +77,7 @@ def _uses_pooler(item: pytest.Item) -> bool:
     fixtures = getattr(item, "fixturenames", ())
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     kinds = [parameters.get(name) for name in ("database_url", "wire")]
-    return "postgresql" in kinds or "postgresql_url" in fixtures
+    return "postgresql" in kinds or not {"postgresql_url", "citus_cluster"}.isdisjoint(fixtures)
 
 
 @pytest.hookimpl(wrapper=True)
