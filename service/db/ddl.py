@@ -21,6 +21,13 @@ log = logging.getLogger(__name__)
 
 # Don't wait long for a table: calls would queue after the waiting statement.
 LOCK_TIMEOUT = "1s"
+# Citus changes the shards of a node over one connection, so that a transaction can change two of its tables
+# that refer to each other; or over several at once, for long work outside a transaction.
+SET_MODE = """
+    SELECT set_config('citus.multi_shard_modify_mode', '{mode}', false)
+    WHERE EXISTS (SELECT FROM pg_extension WHERE extname = 'citus')
+"""
+ONE_BY_ONE, AT_ONCE = SET_MODE.format(mode="sequential"), SET_MODE.format(mode="parallel")
 PROGRESS_SECONDS = 5
 IS_VALID = sa.text("SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(:name)")
 
@@ -87,7 +94,7 @@ def backfill(table: str, statement: str, *, batch_rows: int = 10_000) -> None:
     elif op.get_context().dialect.name == "sqlite":
         _fill(table, statement, batch_rows)
     else:
-        with op.get_context().autocommit_block():
+        with op.get_context().autocommit_block(), _all_shards_at_once():
             _fill(table, statement, batch_rows)
 
 
@@ -123,9 +130,21 @@ def _announce(index: str, table: str) -> None:
 
 
 @contextmanager
+def _all_shards_at_once() -> Iterator[None]:
+    if op.get_context().as_sql:
+        yield
+        return
+    op.execute(AT_ONCE)
+    try:
+        yield
+    finally:
+        op.execute(ONE_BY_ONE)
+
+
+@contextmanager
 def _outside_transaction() -> Iterator[None]:
     """Leave the transaction of the migration, and begin another one afterwards."""
-    with op.get_context().autocommit_block():
+    with op.get_context().autocommit_block(), _all_shards_at_once():
         # An index that is built CONCURRENTLY waits for all older transactions, but nothing waits for it.
         op.execute("SET lock_timeout = 0")
         try:
