@@ -8,7 +8,7 @@ from sqlalchemy import ColumnElement, bindparam, func, select
 from service.consistency import Requirement
 from service.db.base import BigInt
 from service.db.compiled import CompiledSelect
-from service.db.distribution import distributed_tables
+from service.db.distribution import shard_count
 from service.db.engine import Database
 from service.db.paging import Page
 from service.db.repository import Repository
@@ -37,7 +37,7 @@ class ExportPages:
         self._selection, self._keyset = repository.basic(), repository.by_id()
         self._limit = limit
         self._requirement = requirement
-        self._is_distributed = model.__tablename__ in distributed_tables(dialect)
+        self._is_distributed = shard_count(dialect, model) > 0
         self._range = limit
         after, last = bindparam("after", type_=BigInt), bindparam("last", type_=BigInt)
         page = select_page(
