@@ -143,39 +143,38 @@ BEGIN
 END
 $$;
 
--- `requests`, `bulk_loads` and `bulk_batches` stay on the coordinator, but Citus must know them. They are written
--- in the transactions that write users and posts: a stored answer, the watermark of a load. With a table that
--- Citus does not know, it takes a write of one shard for a transaction of one node. It commits that on the
--- worker first, without two-phase commit, and then on the coordinator. A crash in between stores a post whose
--- request_id is not stored: the retry creates it again. With a table that Citus knows, two nodes are written, so
--- it uses two-phase commit.
+-- `requests` and `bulk_batches` stay on the coordinator, but Citus must know them. They are written in the
+-- transactions that write users and posts: the stored answer of a request, the outcomes of a batch. With tables that
+-- Citus does not know, it takes a write of one shard for a transaction of one node. It commits that on the worker
+-- first, without two-phase commit, and then on the coordinator. A crash in between stores a post whose request_id
+-- is not stored: the retry creates it again. With a table that Citus knows, two nodes are written, so it uses
+-- two-phase commit. (COPY, and writes of several shards or of users, always use it.)
 --
--- Nothing is done for the other tables, which only the coordinator has. No transaction writes them together with
--- users, posts or the tables above: roster_schema, schema_compatibility, alembic_version, roster_servers,
--- page_token_keys, changes, feed.
+-- The foreign key of `bulk_batches` goes. With it, Citus must know `bulk_loads` too, and refuses to write either
+-- after rows were copied to several shards at once. Roster deletes the batches of a load itself.
 --
--- Citus puts a new table in the place of each, and the sequence of the new one begins at 1. So it is moved to where
--- the old one was. If somebody has done this before by hand, it is moved to the largest id.
+-- Nothing is done for the other tables, which only the coordinator has. No transaction writes one together with
+-- users or posts that does not write a table above: bulk_loads, roster_schema, schema_compatibility,
+-- alembic_version, roster_servers, page_token_keys, changes, feed.
 DO $$
 DECLARE
     name text;
-    last bigint := pg_sequence_last_value(pg_get_serial_sequence('bulk_loads', 'id')::regclass);
 BEGIN
-    FOREACH name IN ARRAY ARRAY['requests', 'bulk_loads', 'bulk_batches'] LOOP
+    FOREACH name IN ARRAY ARRAY['requests', 'bulk_batches'] LOOP
         IF NOT EXISTS (SELECT FROM pg_dist_partition WHERE logicalrelid = to_regclass(name)) THEN
-            PERFORM citus_add_local_table_to_metadata(name::regclass, cascade_via_foreign_keys => true);
-        END IF;
-    END LOOP;
-    IF last IS NOT NULL THEN
-        PERFORM setval(pg_get_serial_sequence('bulk_loads', 'id'), last);
-    END IF;
-    FOREACH name IN ARRAY ARRAY['users', 'posts', 'bulk_loads'] LOOP
-        EXECUTE format('SELECT max(id) FROM %I', name) INTO last;
-        IF last IS NOT NULL AND pg_sequence_last_value(pg_get_serial_sequence(name, 'id')::regclass) IS NULL THEN
-            PERFORM setval(pg_get_serial_sequence(name, 'id'), last);
+            IF name = 'bulk_batches' THEN
+                ALTER TABLE bulk_batches DROP CONSTRAINT IF EXISTS fk_bulk_batches_load_bulk_loads;
+            END IF;
+            PERFORM citus_add_local_table_to_metadata(name::regclass);
         END IF;
     END LOOP;
 END
 $$;
+
+-- Where somebody has made `posts` a local table of Citus by hand, Citus put a new table in its place, whose
+-- sequence begins at 1. It continues after the largest id.
+SELECT setval(sequence, last)
+FROM pg_get_serial_sequence('posts', 'id') AS sequence, (SELECT max(id) AS last FROM posts) AS posts
+WHERE last IS NOT NULL AND pg_sequence_last_value(sequence::regclass) IS NULL;
 
 COMMIT;

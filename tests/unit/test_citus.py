@@ -123,7 +123,7 @@ def test_reports_nothing_else_of_a_worker() -> None:
 
 def test_script_decides_on_every_table() -> None:
     """A new one must be added to the script: as what, and why."""
-    [undistributed] = re.findall(r"or the tables above: (.*?)\.\n", DISTRIBUTE, re.DOTALL)
+    [undistributed] = re.findall(r"not write a table above: (.*?)\.\n", DISTRIBUTE, re.DOTALL)
     [local] = re.findall(r"IN ARRAY ARRAY\['requests'(.*?)\] LOOP", DISTRIBUTE)
     by_script = {
         **dict.fromkeys(re.findall(r"create_reference_table\('(\w+)'\)", DISTRIBUTE), REFERENCE),

@@ -17,7 +17,6 @@ LAYOUT = {
     "users": REFERENCE,
     "posts": DISTRIBUTED,
     "requests": LOCAL,
-    "bulk_loads": LOCAL,
     "bulk_batches": LOCAL,
 }
 LOST = (
