@@ -2,8 +2,8 @@
 
     ROSTER_TEST_CITUS_URL=postgresql://… make bench-citus
 
-The rows are the same in each of three databases, which take turns. If all nodes are on one machine, they share
-its cores: the figures show what distribution costs, not what more machines give.
+The rows are the same in each of three databases, which take turns. Nodes on one machine share its cores: the
+figures show what distribution costs, not what more machines give.
 """
 
 import argparse
@@ -11,35 +11,32 @@ import asyncio
 import json
 import os
 import pickle
-import re
 import sys
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile
 from time import perf_counter
-from typing import Any
 
-import asyncpg
 import grpc
 from sqlalchemy import make_url
 
-from bench.citus_calls import Call, Rows, Stream, path
+from bench.citus_calls import Call, Rows, Stream, find_method
+from bench.citus_plans import Plan, explain
 from bench.databases import execute, plain_url
 from bench.measure import Clock, Run, Thing, ask, expect, start_process, take_turns
 from bench.report import Table, heading, machine, save, three_digits
 from bench.servers import ROSTER, Started, start_server
-from roster.v1.posts_pb2 import ListPostsRequest, ListPostsResponse
+from roster.v1.posts_pb2 import ListPostsRequest
+from roster.v1.posts_pb2_grpc import PostServiceStub
 from service.db import migrations
 from tests.support.citus import CitusCluster, distribute
 from tests.support.postgres import Postgres
-from tests.support.server import serve
-from tests.support.statements import Statement, record_statements
 
 PLAIN, ONE, THREE = "plain", "one node", "three nodes"
 LEAST = 5  # calls of a run, however long they take
@@ -50,10 +47,8 @@ VERSIONS = """
     SELECT current_setting('server_version') || ', ' || split_part(citus_version(), ' on ', 1)
         || ', fsync ' || current_setting('fsync')
 """
+PLANNED = ["statements", "shards asked", "scanned whole", "KiB received"]
 PARTS = (("server",), ("postgresql", "workers"))
-TASKS = re.compile(r"Task Count: (\d+)")
-# Steps that read all rows of a shard, or that copy rows to the coordinator before the rest of the statement.
-WHOLE = re.compile(r"Seq Scan on (?:users|posts)|Distributed Subplan")
 
 
 @dataclass(frozen=True)
@@ -80,80 +75,31 @@ class Target:
         clock = self._clock()
         end = perf_counter() + seconds
         while len(latencies) < LEAST or (len(latencies) < most and perf_counter() < end):
-            message = calls.request(next(self.numbers[name])).SerializeToString()
+            number = next(self.numbers[name])
             began = perf_counter()
-            send(self.channel, name, message)
+            calls.send(self.channel, number)
             latencies.append(perf_counter() - began)
         return clock.stop(len(latencies) * calls.units, p50=median(latencies) / calls.units)
 
     def run_stream(self, name: str) -> Run:
         """Send a bulk stream from a process of its own; raises RuntimeError unless each row is written."""
-        stream = self.streams[name]
-        messages = stream.messages(next(self.numbers[name]))
-        with TemporaryDirectory(prefix="roster-bench-") as folder:
-            file = Path(folder, "stream")
-            file.write_bytes(pickle.dumps(messages))
-            command = (sys.executable, "-m", "bench.worker", "stream", path(name), file, self.server.address)
+        messages, rows = self.streams[name].messages(next(self.numbers[name]))
+        method, _ = find_method(name)
+        with NamedTemporaryFile(prefix="roster-bench-") as file:
+            file.write(pickle.dumps(messages))
+            file.flush()
+            command = (sys.executable, "-m", "bench.worker", "stream", method, file.name, self.server.address)
             with start_process(*command) as client:
                 expect("ready", client, "")
                 clock = self._clock()
                 answer = json.loads(ask(client, "\n"))
-                run = clock.stop(stream.rows)
-        if stream.rows not in (answer["created"], answer["updated"], answer["deleted"]):
-            raise RuntimeError(f"{name}: {answer} instead of {stream.rows} rows")
+                run = clock.stop(rows)
+        if rows not in (answer["created"], answer["updated"], answer["deleted"]):
+            raise RuntimeError(f"{name}: {answer} instead of {rows} rows")
         return run
 
     def _clock(self) -> Clock:
         return Clock(server=self.server.pid, postgresql=self.coordinator, workers=self.workers)
-
-
-def send(channel: Any, name: str, message: bytes) -> bytes:
-    """Make a call of the method with which a name begins, and return the last message of the answer."""
-    if not name.startswith("Export"):
-        return bytes(channel.unary_unary(path(name))(message))
-    answer = b""
-    for answer in channel.unary_stream(path(name))(message):
-        pass
-    return answer
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a read is executed: its statements, the shards that they ask, and steps that read or copy much."""
-
-    statements: float
-    shards: float
-    whole: Sequence[str]
-
-
-def read_plan(lines: Iterable[str], statements: int, units: int = 1) -> Plan:
-    """Return the plan of a unit of a call, from what EXPLAIN has printed for all statements."""
-    text = "\n".join(lines)
-    shards = sum(map(int, TASKS.findall(text)))
-    return Plan(statements / units, shards / units, sorted(set(WHOLE.findall(text))))
-
-
-async def explain(url: str, calls: Iterable[Call]) -> dict[str, Plan]:
-    """Make each call in a server of this process, and explain the statements that it sends."""
-    plans = {}
-    driver: Any = await asyncpg.connect(url)
-    async with serve(url, metrics_listen="") as server:
-        with grpc.insecure_channel(server.address) as channel:
-            for call in calls:
-                make = partial(send, channel, call.name, call.request(0).SerializeToString())
-                await asyncio.to_thread(make)  # opens connections, and fills caches
-                with record_statements() as statements:
-                    await asyncio.to_thread(make)
-                lines = [line for statement in statements for line in await _explain(driver, statement)]
-                plans[call.name] = read_plan(lines, len(statements), call.units)
-    await driver.close()
-    return plans
-
-
-async def _explain(driver: Any, statement: Statement) -> list[str]:
-    return [
-        line for [line] in await driver.fetch(f"EXPLAIN (COSTS off) {statement.sql}", *statement.parameters)
-    ]
 
 
 @asynccontextmanager
@@ -200,10 +146,9 @@ async def find_postmaster(node: Postgres) -> int:
 def find_page(channel: grpc.Channel, rows: int) -> str:
     """Return the token of the page of posts after some rows."""
     token = ""
+    stub = PostServiceStub(channel)
     for _ in range(rows // DEPTH):
-        request = ListPostsRequest(page_size=DEPTH, page_token=token)
-        answer = send(channel, "ListPosts", request.SerializeToString())
-        token = ListPostsResponse.FromString(answer).next_page_token
+        token = stub.ListPosts(ListPostsRequest(page_size=DEPTH, page_token=token)).next_page_token
     return token
 
 
@@ -248,7 +193,7 @@ async def measure(url: str, arguments: argparse.Namespace) -> None:
 
 def as_markdown(tables: Sequence[Table], plans: Mapping[str, Plan]) -> str:
     """Return one table of the medians of several, a row each; CPU is per call or row."""
-    planned = ["statements", "shards asked", "read whole"] if tables[0].name in plans else []
+    planned = PLANNED if tables[0].name in plans else []
     values = [f"{heading(tables[0])}: {database}" for database in tables[0].runs]
     lines = [["", *planned, *values, "µs server", "µs PostgreSQL, + workers"]]
     lines.append(["---", *("---:" for _ in lines[0][1:])])
@@ -261,7 +206,7 @@ def as_markdown(tables: Sequence[Table], plans: Mapping[str, Plan]) -> str:
 
 
 def _plan(plan: Plan) -> list[str]:
-    return [f"{plan.statements:g}", f"{plan.shards:g}", ", ".join(plan.whole)]
+    return [f"{plan.statements:g}", f"{plan.shards:g}", ", ".join(plan.scanned), f"{plan.received:,.0f}"]
 
 
 def _cpu(runs: Sequence[Run], *parts: str) -> str:
