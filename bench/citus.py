@@ -132,7 +132,7 @@ async def start(stack: AsyncExitStack, url: str, nodes: Sequence[Postgres], rows
     coordinator, *workers = [await find_postmaster(node) for node in nodes]
     server = stack.enter_context(start_server(ROSTER, url))
     channel = stack.enter_context(grpc.insecure_channel(server.address))
-    token = await asyncio.to_thread(find_page, channel, rows.posts // 4)
+    token = await asyncio.to_thread(find_page, channel, rows.posts // 10)
     calls = {call.name: call for call in (*rows.reads(token), *rows.writes())}
     streams = {stream.name: stream for stream in rows.streams()}
     return Target(server, channel, coordinator, workers, calls, streams)
@@ -153,17 +153,15 @@ def find_page(channel: grpc.Channel, rows: int) -> str:
 
 
 async def compare(name: str, targets: Mapping[str, Target], rounds: int, seconds: float) -> Table:
-    """Run calls or a stream in turns; calls after a warm-up."""
-    is_call = all(name in target.calls for target in targets.values())
-    if is_call:
-        for target in targets.values():
-            await asyncio.to_thread(target.run_calls, name, 0)
+    """Run calls or a stream in turns, after a warm-up."""
+    for target in targets.values():
+        await asyncio.to_thread(target.run, name, 0)
     things: dict[str, Thing] = {
         database: partial(asyncio.to_thread, target.run, name, seconds)
         for database, target in targets.items()
     }
     runs = await take_turns(name, things, rounds)
-    return Table(name, name, "rows", PLAIN, runs, value="p50" if is_call else "rate")
+    return Table(name, name, "rows", PLAIN, runs, value="p50" if name in targets[PLAIN].calls else "rate")
 
 
 async def measure(url: str, arguments: argparse.Namespace) -> None:
