@@ -3,7 +3,7 @@
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help install run migrate lint format check test tools lock reference contract clients clean bench \
-	bench-peers bench-read bench-bulk bench-changes bench-commands bench-workers test-changes test-pythons test-crash test-crossing test-failover test-upgrade test-hostile test-timing test-pooler test-go audit sbom
+	bench-peers bench-read bench-bulk bench-changes bench-commands bench-workers bench-citus test-changes test-pythons test-crash test-crossing test-failover test-upgrade test-hostile test-timing test-pooler test-go audit sbom
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -199,3 +199,6 @@ bench-commands: $(VENV)/development ## Benchmark `roster load` and `roster expor
 
 bench-workers: $(VENV)/development ## Benchmark two workers against one
 	$(BIN)/python -m bench workers $(OPTIONS)
+
+bench-citus: $(VENV)/development ## Benchmark calls without Citus, on one node and on three of the cluster that ROSTER_TEST_CITUS_URL names; OPTIONS='--only List'
+	$(BIN)/python -m bench.citus $(OPTIONS)

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ class Run:
     seconds: float
     server: float = 0
     postgresql: float = 0
+    workers: float = 0  # of Citus
     client: float = 0
     p50: float = 0  # of a call, in seconds
     p99: float = 0
@@ -35,7 +36,7 @@ class Run:
         return self.count / self.seconds
 
     def cpu(self, part: str) -> float:
-        """Return the CPU of `postgresql`, `server` or `client`, in microseconds per call or row."""
+        """Return the CPU of a part, such as `server`, in microseconds per call or row."""
         return float(getattr(self, part)) / self.count * 1e6
 
 
@@ -72,20 +73,21 @@ async def take_turns(title: str, things: Mapping[str, Thing], rounds: int) -> Ru
 class Clock:
     """Measures the time and the CPU of processes from its creation on.
 
-    Without a pid of a client, its CPU is that of the processes that ended meanwhile.
+    A part can be several processes. Without a pid of a client, its CPU is that of the processes that ended
+    meanwhile.
     """
 
-    def __init__(self, **pids: int) -> None:
-        self._pids = pids
+    def __init__(self, **parts: int | Sequence[int]) -> None:
+        self._pids = {part: [pids] if isinstance(pids, int) else pids for part, pids in parts.items()}
         self._children = cpu_of_children()
-        self._before = {part: cpu_seconds(pid) for part, pid in pids.items()}
+        self._before = {part: cpu_seconds(*pids) for part, pids in self._pids.items()}
         self._start = perf_counter()
 
     def stop(self, count: int, seconds: float = 0, **more: float) -> Run:
         """Return what was measured; `seconds` if the process measured its time itself."""
         seconds = seconds or perf_counter() - self._start
         used = {"client": cpu_of_children() - self._children}
-        used |= {part: cpu_seconds(pid) - self._before[part] for part, pid in self._pids.items()}
+        used |= {part: cpu_seconds(*pids) - self._before[part] for part, pids in self._pids.items()}
         return Run(count, seconds, **(used | more))
 
 
@@ -95,8 +97,8 @@ def cpu_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def cpu_seconds(pid: int) -> float:
-    """Return the CPU seconds of a process and its descendants, including ended ones; 0 for pid 0."""
+def cpu_seconds(*pids: int) -> float:
+    """Return the CPU seconds of processes and their descendants, including ended ones; 0 for pid 0."""
     used: dict[int, int] = {}
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -107,7 +109,7 @@ def cpu_seconds(pid: int) -> float:
         id = int(stat.parent.name)
         parents[id] = int(fields[1])
         used[id] = sum(map(int, fields[11:15]))  # user and system, of the process and of its ended children
-    return sum(used[id] for id in used if pid in _ancestors(id, parents)) / TICKS
+    return sum(used[id] for id in used if not set(pids).isdisjoint(_ancestors(id, parents))) / TICKS
 
 
 def _ancestors(id: int, parents: dict[int, int]) -> Iterator[int]:

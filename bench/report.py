@@ -66,7 +66,7 @@ def as_markdown(table: Table) -> str:
     lines.append(["---", *("---:" for _ in lines[0][1:])])
     for row, runs in table.runs.items():
         cells = [row, *_cells(table.values(row)), *_cells(table.ratios(row))]
-        cells += [_number(1000 * median(run.p99 for run in runs))] if has_p99 else []
+        cells += [three_digits(1000 * median(run.p99 for run in runs))] if has_p99 else []
         lines.append([*cells, *(_cpu(runs, part) for part in parts)])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
@@ -90,15 +90,15 @@ def _table(*, machine: str, runs: Mapping[str, Any], **rest: Any) -> Table:  # n
 def _cells(values: list[float]) -> list[str]:
     if not values:
         return ["", ""]
-    return [_number(median(values)), f"{_number(min(values))} to {_number(max(values))}"]
+    return [three_digits(median(values)), f"{three_digits(min(values))} to {three_digits(max(values))}"]
 
 
 def _cpu(runs: list[Run], part: str) -> str:
     cpu = median(run.cpu(part) for run in runs)
-    return _number(cpu) if cpu else ""
+    return three_digits(cpu) if cpu else ""
 
 
-def _number(value: float) -> str:
-    """Return three significant digits."""
+def three_digits(value: float) -> str:
+    """Return a number with three significant digits."""
     digits = next((digits for digits, least in enumerate((100, 10)) if value >= least), 2)
     return f"{value:,.{digits}f}"
