@@ -13,10 +13,10 @@ from sqlalchemy import make_url
 from service.db import migrations
 from service.db.engine import Database
 from service.settings import Settings
+from tests.support import citus_skips, pooler_skips
 from tests.support.citus import CitusCluster
 from tests.support.database_pool import DatabasePool
 from tests.support.pgbouncer import PgBouncer, pgbouncer
-from tests.support.pooler_skips import SKIPS
 from tests.support.postgres import Postgres, PostgresServer
 from tests.support.standby import (
     ReplicatedDatabase,
@@ -49,35 +49,36 @@ os.environ["ROSTER_METRICS_LISTEN"] = ""
 POOLER = os.environ.get("ROSTER_TEST_POOLER", "none")
 if POOLER != "none":
     os.environ["ROSTER_DATABASE_POOLER"] = POOLER
-
-# `make test-citus` runs them on this database of a Citus cluster.
+# `make test-citus` runs them on the cluster that has this database.
 CITUS = os.environ.get("ROSTER_TEST_CITUS_URL", "")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run tests again that are timed or held the loop; with a pooler, select those that can use it."""
+    """Run tests again that are timed or held the loop; select those for a pooler or for Citus."""
     for item in items:
         only = None if item.nodeid.startswith(TIMED) else [HELD]
         item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=only))
-    if POOLER != "none" or CITUS:
-        _select_for_pooler(config, items)
+    if POOLER != "none":
+        _select(config, items, pooler_skips.SKIPS)
+    if CITUS:
+        _select(config, items, citus_skips.SKIPS)
 
 
-def _select_for_pooler(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Select the tests that use a migrated PostgreSQL, and skip those that can't use it through a pooler."""
-    selected = [item for item in items if _uses_pooler(item)]
+def _select(config: pytest.Config, items: list[pytest.Item], skips: dict[str, str]) -> None:
+    """Select the tests that use a migrated PostgreSQL, and skip those that are listed with a reason."""
+    selected = [item for item in items if _uses_postgresql(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in selected])
     items[:] = selected
     for item in items:
-        if reason := SKIPS.get(item.nodeid.partition("[")[0]):
+        if reason := skips.get(item.nodeid.partition("[")[0]):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def _uses_pooler(item: pytest.Item) -> bool:
+def _uses_postgresql(item: pytest.Item) -> bool:
     fixtures = getattr(item, "fixturenames", ())
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     kinds = [parameters.get(name) for name in ("database_url", "wire")]
-    return "postgresql" in kinds or "postgresql_url" in fixtures
+    return "postgresql" in kinds or not {"postgresql_url", "citus"}.isdisjoint(fixtures)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -92,16 +93,24 @@ def pytest_runtest_call() -> Generator[None, object, object]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    """The server that ROSTER_TEST_DATABASE_URL names, or one started for the session."""
-    url = os.environ.get("ROSTER_TEST_DATABASE_URL")
+    """The server that ROSTER_TEST_DATABASE_URL names, the cluster, or a server started for the session."""
     if CITUS:
         yield CitusCluster(make_url(CITUS))
         return
+    url = os.environ.get("ROSTER_TEST_DATABASE_URL")
     if url:
         yield Postgres(make_url(url))
         return
     with PostgresServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def citus(postgres: Postgres) -> CitusCluster:
+    """The cluster of `make test-citus`."""
+    if not isinstance(postgres, CitusCluster):
+        pytest.skip("needs a Citus cluster: set ROSTER_TEST_CITUS_URL, and run `make test-citus`")
+    return postgres
 
 
 @pytest.fixture(scope="session")
@@ -157,8 +166,9 @@ def sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
 
 @pytest.fixture
 async def empty_postgresql_url(postgres: Postgres) -> AsyncIterator[str]:
-    """An empty database of the test's own on PostgreSQL."""
-    async with postgres.database() as url:
+    """An empty database of the test's own on PostgreSQL; on a cluster, it is the coordinator's alone."""
+    server = postgres.coordinator if isinstance(postgres, CitusCluster) else postgres
+    async with server.database() as url:
         yield url
 
 

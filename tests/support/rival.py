@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import asyncpg
 from sqlalchemy import make_url
 
+from service.db.distribution import IS_CITUS
 from tests.support.pgbouncer import direct
 
 T = TypeVar("T")
@@ -17,7 +18,13 @@ WAITING = """
 SELECT pid FROM pg_locks
 WHERE NOT granted AND pid <> $1 AND pg_blocking_pids(pid) && ARRAY[$1, pg_backend_pid()]
 """
-
+# On Citus, the lock can be on a worker. A global pid has the node's number in front of ten digits.
+WAITING_ON_CITUS = f"""
+SELECT pid FROM ({WAITING}) AS here
+UNION ALL
+SELECT (waiting_gpid % 10000000000)::int FROM citus_lock_waits
+WHERE waiting_gpid % 10000000000 <> $1 AND blocking_gpid % 10000000000 IN ($1, pg_backend_pid())
+"""
 
 # Once a rival has executed this, the commits of `delay_commits` wait until its transaction ends.
 LOCK_COMMITS = "SELECT pg_advisory_xact_lock(1)"
@@ -48,7 +55,9 @@ class Rival:
 
     async def wait_for_blocked(self, other: int = 0) -> int:
         """Wait until a session waits for this one, directly or through another, and return its process id."""
-        return int(await until(lambda: self.connection.fetchval(WAITING, other)))
+        is_citus = await self.connection.fetchval(IS_CITUS)
+        waiting = WAITING_ON_CITUS if is_citus else WAITING
+        return int(await until(lambda: self.connection.fetchval(waiting, other)))
 
     async def commit(self) -> None:
         """Commit the transaction."""
