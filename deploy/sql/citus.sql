@@ -21,7 +21,8 @@ BEGIN
     PERFORM create_distributed_table('posts', 'id', colocate_with => 'none');
     ALTER TABLE posts ADD CONSTRAINT fk_posts_author_id_users
         FOREIGN KEY (author_id) REFERENCES users (id) ON DELETE CASCADE;
-    PERFORM citus_add_local_table_to_metadata('bulk_loads', cascade_via_foreign_keys => true);
+    ALTER TABLE bulk_batches DROP CONSTRAINT IF EXISTS fk_bulk_batches_load_bulk_loads;
+    PERFORM citus_add_local_table_to_metadata('bulk_batches');
     PERFORM citus_add_local_table_to_metadata('requests');
 END
 $$;

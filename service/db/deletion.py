@@ -14,7 +14,7 @@ from sqlalchemy import delete, exists, func, select
 
 from roster.errors import TooLarge
 from service.db.answers import erase_answers_about
-from service.db.base import BigInt, Column, Entity, Session, model_of
+from service.db.base import BigInt, Column, Entity, ReadSession, Session, model_of
 from service.db.dialect import is_one_of, values_table
 from service.db.locks import lock_where
 
@@ -31,13 +31,18 @@ async def ids_with_dependents(session: Session, reference: Column, ids: Sequence
 
 async def count_dependents(session: Session, reference: Column, ids: Sequence[int]) -> Counter[int]:
     """Return how many rows refer to each of the ids; raises TooLarge."""
-    counted = select(reference, func.count()).where(is_one_of(session, reference, ids)).group_by(reference)
-    connection = await session.connection()
-    rows: Sequence[Any] = (await connection.execute(counted)).all()
-    counts = Counter(dict(rows))
+    counts = await count_referring(session, reference, ids)
     if counts.total() > MAX_DEPENDENTS:
         raise _too_large(reference, counts.total())
     return counts
+
+
+async def count_referring(session: ReadSession, reference: Column, ids: Sequence[int]) -> Counter[int]:
+    """Return how many rows refer to each of the ids, however many."""
+    counted = select(reference, func.count()).where(is_one_of(session, reference, ids)).group_by(reference)
+    connection = await session.connection()
+    rows: Sequence[Any] = (await connection.execute(counted)).all()
+    return Counter(dict(rows))
 
 
 async def delete_dependents(session: Session, reference: Column, ids: Sequence[int]) -> Counter[int]:

@@ -5,9 +5,10 @@ column that decides in which shard a row is, here `id`. Citus refuses some state
 tables. Others it runs by copying a whole table to the coordinator. Statements that have such a form ask here.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import AdaptedConnection, Dialect, event, text
+from sqlalchemy import ARRAY, AdaptedConnection, BigInteger, Dialect, bindparam, event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from service.db.base import Base
@@ -15,9 +16,14 @@ from service.db.base import Base
 IS_CITUS = "SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus')"
 # Not the reference tables, which all servers have, nor those that only the coordinator has.
 DISTRIBUTED = """
-    SELECT relname FROM pg_dist_partition JOIN pg_class ON pg_class.oid = logicalrelid
-    WHERE partmethod <> 'n' AND pg_table_is_visible(logicalrelid)
+    SELECT relname, count(*) FROM pg_dist_shard JOIN pg_class ON pg_class.oid = logicalrelid
+    WHERE shardminvalue IS NOT NULL AND pg_table_is_visible(logicalrelid) GROUP BY relname
 """
+# All shards have equal parts of the hashes, which are integers of 32 bits.
+SHARDS_OF_IDS = text("""
+    SELECT array_agg(((hashint8(id) + 2147483648) * :shards) >> 32 ORDER BY position)
+    FROM unnest(:ids) WITH ORDINALITY AS given (id, position)
+""").bindparams(bindparam("ids", type_=ARRAY(BigInteger)), bindparam("shards", type_=BigInteger))
 # Citus writes to the shards of a server through several connections at once. After that, the transaction
 # can't write a table that the shards refer to.
 ONE_CONNECTION = text("SET LOCAL citus.multi_shard_modify_mode TO 'sequential'")
@@ -28,22 +34,36 @@ def find_distributed_tables(engine: AsyncEngine) -> None:
     dialect = engine.dialect
 
     def ask(connection: AdaptedConnection, _: object) -> None:
-        dialect.distributed_tables = connection.run_async(_distributed_tables)  # type: ignore[attr-defined]
+        dialect.shard_counts = connection.run_async(_shard_counts)  # type: ignore[attr-defined]
 
     event.listen(engine.sync_engine, "connect", ask)
 
 
-async def _distributed_tables(driver: Any) -> frozenset[str]:
+async def _shard_counts(driver: Any) -> Mapping[str, int]:
     is_citus = await driver.fetchval(IS_CITUS)
-    return frozenset(row[0] for row in await driver.fetch(DISTRIBUTED)) if is_citus else frozenset()
+    return dict(await driver.fetch(DISTRIBUTED)) if is_citus else {}
 
 
 def is_distributed(session: AsyncSession, model: type[Base]) -> bool:
     """Return whether the rows of a model are on several servers."""
-    return model.__tablename__ in distributed_tables(session.get_bind().dialect)
+    return shard_count(session.get_bind().dialect, model) > 0
 
 
-def distributed_tables(dialect: Dialect) -> frozenset[str]:
-    """Return the names of the distributed tables, as the newest connection has found them."""
-    tables: frozenset[str] = getattr(dialect, "distributed_tables", frozenset())
-    return tables
+def shard_count(dialect: Dialect, model: type[Base]) -> int:
+    """Return how many shards a table has, as the newest connection has found; 0 if it is not distributed."""
+    counts: Mapping[str, int] = getattr(dialect, "shard_counts", {})
+    return counts.get(model.__tablename__, 0)
+
+
+async def rows_by_shard(session: AsyncSession, model: type[Base], ids: Sequence[int]) -> list[list[int]]:
+    """Return the positions of ids in a list, those of each shard together, in the order of the list.
+
+    After a shard has been split, a group may have the ids of several; all ids of a shard stay in order.
+    """
+    shards = shard_count(session.get_bind().dialect, model)
+    connection = await session.connection()
+    found = await connection.execute(SHARDS_OF_IDS, {"ids": list(ids), "shards": shards})
+    rows: list[list[int]] = [[] for _ in range(shards)]
+    for position, shard in enumerate(found.scalar_one() or ()):
+        rows[shard].append(position)
+    return [group for group in rows if group]

@@ -17,6 +17,7 @@ from service.db.base import BigInt, Column, Entity, Expression, KeyValue, ReadSe
 from service.db.compiled import CompiledSelect
 from service.db.dialect import is_one_of_keys
 from service.db.engine import Database
+from service.db.export import ExportPages
 from service.db.paging import ListQuery, Page
 from service.db.replica import half_of_time
 from service.db.repository import ListRequest, Repository, is_cacheable
@@ -382,20 +383,12 @@ class Reader:
         read while the client receives the last one.
         """
         conditions = await self._repository.conditions(filter_text)
-        selection, keyset = self._repository.basic(), self._repository.by_id()
-        after = bindparam("after", type_=BigInt)
-        page = select_page(selection, *conditions, keyset=keyset, after=[after], limit=limit)
-        query = CompiledSelect(page, self._database.engine.dialect)
-
-        async def read(after: int) -> Page[Row]:
-            found = await self._database.rows(query, requirement=requirement, after=after)
-            return page_from_rows(selection, found, keyset, limit)
-
-        reading = asyncio.create_task(read(after_id))
+        pages = ExportPages(self._database, self._repository, conditions, limit, requirement)
+        reading = asyncio.create_task(pages.read(after_id))
         try:
             while (found := await reading).rows:
                 if found.next_key:
-                    reading = asyncio.create_task(read(*found.next_key))
+                    reading = asyncio.create_task(pages.read(*found.next_key))
                     await asyncio.sleep(0)  # send its statement before these rows are encoded
                 await self._database.loop_turns.next(len(found.rows))
                 yield found.rows

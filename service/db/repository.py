@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import takewhile
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from sqlalchemy import ColumnElement, Select, Update, delete, func, insert, select, update
@@ -71,7 +72,7 @@ class Repository(Generic[ModelT, SessionT]):
 
     async def get_by(self, *conditions: ColumnElement[bool], selection: Selection | None = None) -> Row:
         """Return the only row that meets the conditions; raises the entity's NotFound."""
-        selection = selection or self.basic()
+        selection = self._selection(selection)
         rows = (await self.session.execute(select_rows(selection, *conditions))).all()
         if not rows:
             raise self.missing()
@@ -83,18 +84,20 @@ class Repository(Generic[ModelT, SessionT]):
 
         If the answer would be too large, the list is shorter than `ids`.
         """
-        selection = selection or self.basic()
+        selection = self._selection(selection)
         among = any_of(self.model.id, ids) if is_distributed(self.session, self.model) else None
         statement = select_listed(selection, values_table(self.session, ids, BigInt), among=among)
         rows = (await self.session.execute(statement)).all()
         present = [row for row in rows if row.id is not None]
         found = await self._add_related(selection, present)
-        by_id = {row.id: result for row, result in zip(present, found, strict=True)}
-        return [by_id.get(row.id) for row in rows]
+        by_id = {row.id: result for row, result in zip(present, found, strict=False)}
+        # If they are fewer, the others did not fit the answer, nor do the missing ids after them.
+        first_left_out = present[len(found)] if len(found) < len(present) else None
+        return [by_id.get(row.id) for row in takewhile(lambda row: row is not first_left_out, rows)]
 
     async def page(self, query: ListQuery, selection: Selection | None = None) -> Page[Row]:
         """Return a page of rows, which is shorter than its limit if the answer would be too large."""
-        selection = selection or self.basic()
+        selection = self._selection(selection)
         statement = select_page(
             selection, *query.conditions, keyset=query.keyset, after=query.after, limit=query.limit
         )
@@ -102,7 +105,9 @@ class Repository(Generic[ModelT, SessionT]):
             await self._compile_once()
         found = (await self.session.execute(statement)).all()
         page = page_from_rows(selection, found, query.keyset, query.limit)
-        return Page(await self._add_related(selection, page.rows), page.next_key)
+        rows = await self._add_related(selection, page.rows)
+        is_cut = len(rows) < len(page.rows)
+        return Page(rows, query.keyset.key_of(page.rows[len(rows) - 1]) if is_cut else page.next_key)
 
     async def count(
         self, conditions: Sequence[ColumnElement[bool]], limit: int, *, is_cacheable: bool
@@ -229,6 +234,13 @@ class Repository(Generic[ModelT, SessionT]):
     async def _compile_once(self) -> None:
         """Keep the statements of this session out of SQLAlchemy's cache."""
         await self.session.connection(execution_options={"compiled_cache": None})
+
+    def _selection(self, selection: Selection | None) -> Selection:
+        """Return the selection for the database of the session; by default, the basic one."""
+        selection = selection or self.basic()
+        if selection.related and is_distributed(self.session, selection.related):
+            return selection.if_distributed or selection
+        return selection
 
     async def _add_related(self, selection: Selection, rows: Sequence[Row]) -> Sequence[Row]:
         if selection.add_related is None or not rows:

@@ -56,7 +56,9 @@ class Selection:
 
     `size` is the SQL for the bytes of a row in an answer; None if 1000 of the largest rows fit. `join` is the
     relationship whose columns are added to each row. `add_related` reads rows that belong to those found,
-    with one statement for all of them, and returns both.
+    with one statement for all of them, and returns both. If the `related` rows are on several servers,
+    `if_distributed` takes the place of the selection; its `add_related` may return fewer rows, those that fit
+    an answer.
     """
 
     model: type[Entity]
@@ -64,6 +66,8 @@ class Selection:
     size: ColumnElement[int] | None = None
     join: Column | None = None
     add_related: Related | None = None
+    related: type[Entity] | None = None
+    if_distributed: "Selection | None" = None
 
 
 @cache
@@ -138,9 +142,15 @@ def select_page(
     keyset: Keyset,
     after: SortKey | None,
     limit: int | BindParameter[int],
+    among: ColumnElement[bool] | None = None,
 ) -> Query:
-    """Return the statement of a page. It reads one row more than the limit, to know whether others follow."""
+    """Return the statement of a page. It reads one row more than the limit, to know whether others follow.
+
+    All rows meet the condition `among`, by which a database can find them that joins in another way.
+    """
     model = selection.model
+    if among is not None:
+        conditions = (*conditions, among)
     if after is not None:
         conditions = (*conditions, keyset.after(after))
     if selection.size is None:
@@ -153,7 +163,8 @@ def select_page(
         .subquery()
     )
     fitting = _fitting(candidates, keyset.of(candidates).order())
-    statement = select_rows(selection).join(fitting, fitting.c.value == model.id)
+    again = () if among is None else (among,)
+    statement = select_rows(selection, *again).join(fitting, fitting.c.value == model.id)
     return statement.order_by(*keyset.order()).add_columns(fitting.c.total)
 
 

@@ -22,7 +22,7 @@ from service.db.bulk.batch import Batch, OnConflict
 from service.db.selection import Row
 from service.encoding import RowEncoder
 from service.users.model import User
-from service.users.repository import LISTED_POST, UserWithPosts
+from service.users.newest_posts import LISTED_POST, UserWithPosts
 from service.users.rules import (
     OPTIONAL_TEXTS,
     RULES,

@@ -1,41 +1,27 @@
 """UserRepository: all SQL about users."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
-from sqlalchemy import ColumnElement, and_, func, select, update
+from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import aliased
 
 from roster.errors import DatabaseUnavailable, EmailTaken, UserHasPosts, UserNotFound
-from service.db.base import BigInt, Column, Expression, ReadSession, Session, Values, column_names
+from service.db.base import Column, Session, Values
 from service.db.bulk.batch import Result
 from service.db.bulk.table import BulkTable, Dependents, UniqueKey
-from service.db.dialect import insert, values_table
+from service.db.dialect import insert
 from service.db.paging import ListQuery, Page, SortKey
 from service.db.repository import Repository, SessionT
-from service.db.selection import Row, Selection, columns_by_name, readable_columns, size_of
+from service.db.selection import Row, Selection, columns_by_name, readable_columns
 from service.posts.model import Post
-from service.timeslice import TimeSlice, map_in_slices
 from service.users.model import User
+from service.users.newest_posts import add_newest_posts, add_newest_posts_of_shards, size_with_posts
 from service.users.rules import email_spellings, normalise_email_part, other_spellings, stored_spellings
 
-NEWEST_POSTS = 50
-POSTS_AT_ONCE = 500
 MAX_ATTEMPTS = 10  # to create a user whose e-mail others take and free again
-# Posts are listed with their author without their content.
-LISTED_POST = tuple(name for name in column_names(Post) if name != "content")
-LISTED_POST_COLUMNS = [column for column in readable_columns(Post) if column.key in LISTED_POST]
 CREDENTIALS: tuple[Column, ...] = (User.id, User.email, User.hashed_password, User.is_active)
-
-
-class UserWithPosts(NamedTuple):
-    """A user and the newest posts, without their contents."""
-
-    user: Row
-    posts: Sequence[Row]
 
 
 class UserRepository(Repository[User, SessionT]):
@@ -154,31 +140,6 @@ class UserRepository(Repository[User, SessionT]):
         return await self.session.scalar(select(User.id).where(User.email == email))
 
 
-async def add_newest_posts(session: ReadSession, rows: Sequence[Row]) -> Sequence[UserWithPosts]:
-    """Read the newest posts of users, and return both."""
-    posts = await _newest_posts(session, [row.id for row in rows])
-    return await map_in_slices(lambda row: UserWithPosts(row, posts.get(row.id, [])), rows)
-
-
-async def _newest_posts(session: ReadSession, author_ids: list[int]) -> dict[int, list[Row]]:
-    """Return posts by author; a page can have 50,000 of them."""
-    authors = values_table(session, author_ids, BigInt)
-    newest = (
-        select(*LISTED_POST_COLUMNS)
-        .join_from(Post, authors, _is_newest_of(authors.c.value))
-        .order_by(Post.author_id, Post.id.desc())
-    )
-    connection = await session.connection()
-    found = (await connection.execute(newest)).partitions(POSTS_AT_ONCE)
-    posts: dict[int, list[Row]] = defaultdict(list)
-    time_slice = TimeSlice()
-    for some in found:
-        for post in some:
-            posts[post.author_id].append(post)
-        await time_slice.pause()
-    return posts
-
-
 def credentials_from_row(row: Row | None) -> tuple[int, str]:
     """Return id and hash of an active user with a password, otherwise (0, "")."""
     if row and row.is_active and row.hashed_password:
@@ -206,25 +167,12 @@ USERS = BulkTable(
 )
 
 
-def _is_newest_of(author_id: Expression) -> ColumnElement[bool]:
-    # One step on the index for each author finds the first of the newest posts; a window over all posts would
-    # read all of them.
-    newest = aliased(Post)
-    first = (
-        select(newest.id)
-        .where(newest.author_id == author_id)
-        .order_by(newest.id.desc())
-        .offset(NEWEST_POSTS - 1)
-        .limit(1)
-        .correlate_except(newest)
-        .scalar_subquery()
-    )
-    return and_(Post.author_id == author_id, Post.id >= func.coalesce(first, 0))
-
-
-def _size_with_posts() -> ColumnElement[int]:
-    posts = select(func.coalesce(func.sum(size_of(LISTED_POST_COLUMNS)), 0)).where(_is_newest_of(User.id))
-    return size_of(readable_columns(User)) + posts.correlate(User).scalar_subquery()
-
-
-WITH_POSTS = Selection(User, readable_columns(User), size=_size_with_posts(), add_related=add_newest_posts)
+# On Citus the posts are on several servers, and cut to the size of an answer once they have been read.
+WITH_POSTS = Selection(
+    User,
+    readable_columns(User),
+    size=size_with_posts(),
+    add_related=add_newest_posts,
+    related=Post,
+    if_distributed=Selection(User, readable_columns(User), add_related=add_newest_posts_of_shards),
+)

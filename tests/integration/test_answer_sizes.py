@@ -17,7 +17,8 @@ from service.posts.model import Post
 from service.posts.repository import BASIC, WITH_AUTHOR, PostRepository
 from service.users.convert import user_with_posts_to_fields
 from service.users.model import User
-from service.users.repository import NEWEST_POSTS, WITH_POSTS, UserRepository
+from service.users.newest_posts import NEWEST_POSTS
+from service.users.repository import WITH_POSTS, UserRepository
 from service.validation import MAX_ID
 
 # What a message needs most bytes for: a negative number of seconds, all digits of a fraction, large ids.
