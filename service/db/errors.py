@@ -36,10 +36,20 @@ NUMBER = re.compile(r"\[Errno (\d+)\]")
 # What getaddrinfo says of a name that does not exist, or that has no address.
 UNKNOWN = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 
+CONNECTION_FAILURE = "08006"
+INTERNAL_ERROR = "XX000"
+# Citus reports in these words, as an internal error, that a worker is lost before or during a commit.
+LOST_WORKER = re.compile(
+    "failure on connection marked as essential|failed to prepare transaction '"
+    "|could not commit transaction for shard"
+)
+# A cached plan no longer fits the schema. What PostgreSQL or Citus does not support has this code too.
+OUTDATED_PLAN = "0A000"
+
 # The longest prefix wins. https://www.postgresql.org/docs/current/errcodes-appendix.html
 BY_CODE: dict[str, tuple[type[RosterError], str]] = {
     "08": (DatabaseUnavailable, UNREACHABLE),  # connection exceptions
-    "0A000": (DatabaseUnavailable, MIGRATED),  # a cached plan no longer fits the schema
+    OUTDATED_PLAN: (DatabaseUnavailable, MIGRATED),
     "25006": (DatabaseUnavailable, UNREACHABLE),  # read-only: a standby, during a failover
     "25P03": (DatabaseUnavailable, UNREACHABLE),  # idle_in_transaction_session_timeout
     "26000": (DatabaseUnavailable, POOLED),  # a prepared statement that another session has
@@ -74,6 +84,8 @@ def code_of(error: BaseException) -> str:
     """Return the SQLSTATE, or the name of SQLite's error code; "" if there is neither."""
     for cause in _chain(error):
         code: Any = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorname", None)
+        if code == INTERNAL_ERROR and LOST_WORKER.search(str(cause)):
+            return CONNECTION_FAILURE
         if code:
             return str(code)
     return ""
@@ -121,6 +133,10 @@ def is_ending(error: BaseException) -> bool:
     return any(type(cause) is asyncpg.InternalClientError for cause in _chain(error))
 
 
+def _has(error: BaseException, kind: type[BaseException]) -> bool:
+    return any(isinstance(cause, kind) for cause in _chain(error))
+
+
 def is_refused_by_pooler(error: BaseException) -> bool:
     """Return whether a pooler has refused a connection for a reason that does not end by itself."""
     return code_of(error).startswith("08") and bool(REFUSED_BY_POOLER.search(cause_of(error)))
@@ -144,8 +160,9 @@ def domain_error(error: BaseException) -> RosterError | None:
     code = code_of(error)
     if code.startswith("08") and POOLER_IS_FULL in cause_of(error):
         return PoolExhausted("the pooler has no connection to the database; nothing was done, try again")
+    is_unsupported = code == OUTDATED_PLAN and not _has(error, asyncpg.InvalidCachedStatementError)
     for length in range(len(code), 1, -1):
-        if code[:length] in BY_CODE:
+        if code[:length] in BY_CODE and not is_unsupported:
             error_class, message = BY_CODE[code[:length]]
             return error_class(message)
     if isinstance(error, TimeoutError):  # command_timeout

@@ -11,6 +11,12 @@ from roster.errors import DatabaseUnavailable, PoolExhausted, RosterError, State
 from service.db.errors import cause_of, domain_error, is_transient, may_have_committed, translate_errors
 
 SECRET = "postgresql://roster:hunter2@db/roster"
+# How Citus reports, as an internal error, that a worker is lost.
+LOST_WORKERS = [
+    "failure on connection marked as essential: 10.0.0.7:5432",
+    "failed to prepare transaction 'citus_0_4711_9_0' on host 10.0.0.7:5432",
+    "could not commit transaction for shard 102010 on at least one active node",
+]
 
 
 def sqlite_error(name: str) -> sqlite3.Error:
@@ -42,6 +48,7 @@ TRANSLATED: list[tuple[Exception, type[RosterError]]] = [
     (asyncpg.DuplicatePreparedStatementError(SECRET), DatabaseUnavailable),
     (asyncpg.ProtocolViolationError(SECRET), DatabaseUnavailable),
     (asyncpg.InternalClientError(SECRET), DatabaseUnavailable),
+    *((asyncpg.InternalServerError(message), DatabaseUnavailable) for message in LOST_WORKERS),
     (asyncpg.QueryCanceledError(SECRET), StatementTimeout),
     (sqlite_error("SQLITE_BUSY"), DatabaseUnavailable),
     (sqlite_error("SQLITE_BUSY_SNAPSHOT"), DatabaseUnavailable),
@@ -56,6 +63,8 @@ BUGS: list[Exception] = [
     asyncpg.UndefinedTableError(SECRET),
     asyncpg.CharacterNotInRepertoireError(SECRET),
     asyncpg.DataError(SECRET),
+    asyncpg.FeatureNotSupportedError(SECRET),
+    asyncpg.InternalServerError(SECRET),
     asyncpg.OutdatedSchemaCacheError(SECRET),
     sqlite_error("SQLITE_CONSTRAINT_UNIQUE"),
     sqlite_error("SQLITE_ERROR"),
@@ -105,6 +114,7 @@ def test_translates_errors_without_a_code_by_class(error: Exception, kind: type[
         (TimeoutError(), True),
         (wrapped(asyncpg.ConnectionDoesNotExistError(SECRET)), True),
         (wrapped(asyncpg.AdminShutdownError(SECRET)), True),
+        *((wrapped(asyncpg.InternalServerError(message)), True) for message in LOST_WORKERS),
         (wrapped(sqlite_error("SQLITE_IOERR_FSYNC")), True),
         (wrapped(asyncpg.SerializationError(SECRET)), False),
         (IntegrityError(None, None, asyncpg.ForeignKeyViolationError(SECRET)), False),
