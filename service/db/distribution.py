@@ -49,6 +49,11 @@ def is_distributed(session: AsyncSession, model: type[Base]) -> bool:
     return shard_count(session.get_bind().dialect, model) > 0
 
 
+def is_citus(session: AsyncSession) -> bool:
+    """Return whether any table is distributed."""
+    return bool(getattr(session.get_bind().dialect, "shard_counts", {}))
+
+
 def shard_count(dialect: Dialect, model: type[Base]) -> int:
     """Return how many shards a table has, as the newest connection has found; 0 if it is not distributed."""
     counts: Mapping[str, int] = getattr(dialect, "shard_counts", {})

@@ -38,10 +38,11 @@ UNKNOWN = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 
 CONNECTION_FAILURE = "08006"
 INTERNAL_ERROR = "XX000"
-# Citus reports in these words, as an internal error, that a worker is lost before or during a commit.
+# Citus reports in these words, as an internal error, that a worker is lost. The second line is what libpq and
+# the worker say.
 LOST_WORKER = re.compile(
-    "failure on connection marked as essential|failed to prepare transaction '"
-    "|could not commit transaction for shard"
+    "connection marked as essential|failed to (prepare transaction|COPY)|could not commit transaction for"
+    "|server closed the connection|(no|lost) connection|connection not open|terminating connection"
 )
 # A cached plan no longer fits the schema. What PostgreSQL or Citus does not support has this code too.
 OUTDATED_PLAN = "0A000"
@@ -59,6 +60,7 @@ BY_CODE: dict[str, tuple[type[RosterError], str]] = {
     "53": (DatabaseUnavailable, UNREACHABLE),  # too many connections, disk or memory full
     "55P03": (DatabaseUnavailable, BUSY),  # lock_timeout
     "57": (DatabaseUnavailable, UNREACHABLE),  # shutting down, or starting up
+    "58030": (DatabaseUnavailable, UNREACHABLE),  # of a disk; of Citus, when a worker is lost
     "57014": (StatementTimeout, SLOW),
     "SQLITE_BUSY": (DatabaseUnavailable, BUSY),
     "SQLITE_LOCKED": (DatabaseUnavailable, BUSY),

@@ -25,7 +25,7 @@ from service.db.arrays import ArrayText
 from service.db.base import BigInt, ColumnType, Entity, Expression, Session, now
 from service.db.bulk.batch import BatchColumns
 from service.db.dialect import any_of
-from service.db.distribution import is_distributed, rows_by_shard
+from service.db.distribution import is_citus, is_distributed, rows_by_shard
 from service.db.statements import measure_statement
 from service.timeslice import TimeSlice, map_in_slices
 
@@ -98,6 +98,12 @@ async def insert_rows(
         with measure_statement(f"COPY {model.__tablename__}"):
             await driver.copy_to_table(model.__tablename__, source=rows, columns=names)
     except asyncpg.IntegrityConstraintViolationError as error:
+        raise IntegrityError(None, None, error) from error
+    except asyncpg.InternalServerError as error:
+        if not is_citus(session):
+            raise
+        # An error on a worker comes without its code: a foreign key, a deadlock, or the loss of the worker,
+        # after which the next statement fails too.
         raise IntegrityError(None, None, error) from error
     except asyncpg.InternalClientError as error:
         # The connection is closing. A COPY that could not begin would leave it busy until it has closed.
