@@ -18,6 +18,7 @@ NODES = "SELECT nodename, nodeport FROM pg_dist_node WHERE isactive ORDER BY gro
 ADD_COORDINATOR = "SELECT citus_set_coordinator_host($1, $2)"
 ADD_WORKER = "SELECT citus_add_node($1, $2)"
 PREPARED = "SELECT array_agg(gid) FROM pg_prepared_xacts WHERE database = $1"
+TERMINATE = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = '{}'"
 ONE_AT_A_TIME = 7238002  # the advisory lock
 # Of runs that were killed: a run has a session whose name is the beginning of those of its databases.
 LEFT_BEHIND = r"""
@@ -51,7 +52,7 @@ class CitusCluster(Postgres):
             await self._begin()
         name = f"{self._run}_{uuid4().hex}"
         self._existing.add(name)
-        await self._on_each_node(f"CREATE DATABASE {name} TEMPLATE {template}")
+        await asyncio.gather(*(_copy(node, template, name) for node in await self.nodes()))
         if template == "template1":
             async with self._alone():
                 await self._connect_nodes(name)
@@ -103,10 +104,7 @@ class CitusCluster(Postgres):
     async def _close(self, url: str) -> None:
         """Let nobody connect to a database any more, Citus' own processes included: it becomes a template."""
         name = make_url(url).database
-        await self._on_each_node(
-            f"ALTER DATABASE {name} ALLOW_CONNECTIONS false; "
-            f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = '{name}'"
-        )
+        await self._on_each_node(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false; {TERMINATE.format(name)}")
 
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[None]:
@@ -126,6 +124,14 @@ class CitusCluster(Postgres):
         await coordinator.fetch(ADD_COORDINATOR, coordinator.url.host, coordinator.url.port)
         for worker in workers:
             await coordinator.fetch(ADD_WORKER, worker.url.host, worker.url.port)
+
+
+async def _copy(node: Postgres, template: str, name: str) -> None:
+    try:
+        await node.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+    except asyncpg.ObjectInUseError:  # processes of Citus come back
+        await node.execute(TERMINATE.format(template))
+        await node.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
 
 
 async def distribute(url: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import asyncpg
 from sqlalchemy import make_url
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.db.distribution import IS_CITUS
 from tests.support.pgbouncer import direct
@@ -31,9 +32,11 @@ LOCK_COMMITS = "SELECT pg_advisory_xact_lock(1)"
 DELAYED_COMMIT = f"""
 CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
 'BEGIN PERFORM {LOCK_COMMITS.removeprefix("SELECT ")}; RETURN NULL; END';
-CREATE CONSTRAINT TRIGGER wait AFTER INSERT ON users
+CREATE CONSTRAINT TRIGGER wait AFTER INSERT ON {{table}}
 DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait();
 """
+# Citus allows no triggers on a table of its own, but on the coordinator's copy of the rows.
+COPY_OF_USERS = "SELECT 'users_' || shardid FROM pg_dist_shard WHERE logicalrelid = 'users'::regclass"
 
 
 class Rival:
@@ -55,9 +58,9 @@ class Rival:
 
     async def wait_for_blocked(self, other: int = 0) -> int:
         """Wait until a session waits for this one, directly or through another, and return its process id."""
-        is_citus = await self.connection.fetchval(IS_CITUS)
-        waiting = WAITING_ON_CITUS if is_citus else WAITING
-        return int(await until(lambda: self.connection.fetchval(waiting, other)))
+        pid = await until(lambda: find_blocked(self.connection, other))
+        assert pid
+        return pid
 
     async def commit(self) -> None:
         """Commit the transaction."""
@@ -81,10 +84,25 @@ async def rival(url: str) -> AsyncIterator[Rival]:
         await connection.close()
 
 
+async def find_blocked(connection: "asyncpg.Connection[Any]", other: int = 0) -> int | None:
+    """Return the process id of a session that waits for this one, or for another; None if none does."""
+    is_citus = await connection.fetchval(IS_CITUS)
+    pid: int | None = await connection.fetchval(WAITING_ON_CITUS if is_citus else WAITING, other)
+    return pid
+
+
+async def find_blocked_by(session: AsyncSession) -> int | None:
+    """Return the process id of a session that waits for the transaction of the service's own."""
+    raw: Any = await (await session.connection()).get_raw_connection()
+    return await find_blocked(raw.driver_connection)
+
+
 async def delay_commits(url: str) -> None:
     """Let each commit of a new user take the lock of LOCK_COMMITS."""
     async with rival(url) as session:
-        await session.execute(DELAYED_COMMIT)
+        is_citus = await session.connection.fetchval(IS_CITUS)
+        table = await session.connection.fetchval(COPY_OF_USERS) if is_citus else "users"
+        await session.execute(DELAYED_COMMIT.format(table=table))
         await session.commit()
 
 
