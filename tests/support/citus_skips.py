@@ -2,7 +2,7 @@
 
 FEED = "it is about the change feed, which Citus can't have: it allows no triggers on its tables"
 RPCS = "it expects an answer of all RPCs, and Citus can't have the change feed"
-THIRD = "it refers to posts from a table that Citus does not know"
+NEW = "it refers to posts from a table that Citus does not know"
 
 SKIPS: dict[str, str] = {
     "tests/e2e/test_canary.py::test_no_secret_is_disclosed": RPCS,
@@ -36,7 +36,7 @@ SKIPS: dict[str, str] = {
     "tests/integration/test_change_windows.py::test_row_that_fits_no_response_is_an_error": FEED,
     "tests/integration/test_change_windows.py::test_watch_from_within_a_window_misses_nothing": FEED,
     "tests/integration/test_change_windows.py::test_window_ends_after_some_entries_of_any_table": FEED,
-    "tests/integration/test_erasing_answers.py::test_bulk_delete_erases_answers_about_rows_at_any_depth": THIRD,
+    "tests/integration/test_erasing_answers.py::test_bulk_delete_erases_answers_about_rows_at_any_depth": NEW,
     "tests/integration/test_feed_identity.py::test_copy_of_a_database_begins_again": FEED,
     "tests/integration/test_feed_identity.py::test_data_restored_into_existing_tables_begins_again": FEED,
     "tests/integration/test_feed_identity.py::test_data_restored_next_to_the_feed_begins_again": FEED,
