@@ -19,6 +19,7 @@ ADD_COORDINATOR = "SELECT citus_set_coordinator_host($1, $2)"
 ADD_WORKER = "SELECT citus_add_node($1, $2)"
 PREPARED = "SELECT array_agg(gid) FROM pg_prepared_xacts WHERE database = $1"
 TERMINATE = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = '{}'"
+SHARDS = 8
 ONE_AT_A_TIME = 7238002  # the advisory lock
 # Of runs that were killed: a run has a session whose name is the beginning of those of its databases.
 LEFT_BEHIND = r"""
@@ -71,6 +72,8 @@ class CitusCluster(Postgres):
     async def template(self) -> AsyncIterator[str]:
         """Yield the name of a database that is migrated and distributed, to be copied."""
         url = await self.create()
+        # Each shard takes time in each copy and each statement.
+        await self.execute(f"ALTER DATABASE {make_url(url).database} SET citus.shard_count = {SHARDS}")
         await asyncio.to_thread(migrations.upgrade, url)
         async with self._alone():
             await distribute(url)
