@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from sqlalchemy import make_url
 
-from service.db import migrations
+from service.db import distribution, migrations
 from service.db.engine import Database
 from service.settings import Settings
 from tests.support import citus_skips, pooler_skips
@@ -42,6 +42,13 @@ TIMED = (
     "tests/e2e/test_replicas.py",
     "tests/e2e/test_two_releases.py",
     "tests/e2e/test_undo.py",
+)
+FORMS = (
+    "test_bulk_repository",
+    "test_post_repository",
+    "test_repository",
+    "test_stable_pages",
+    "test_user_repository",
 )
 # Many servers run at a time, and few tests read their metrics.
 os.environ["ROSTER_METRICS_LISTEN"] = ""
@@ -79,6 +86,15 @@ def _uses_postgresql(item: pytest.Item) -> bool:
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     kinds = [parameters.get(name) for name in ("database_url", "wire")]
     return "postgresql" in kinds or not {"postgresql_url", "citus"}.isdisjoint(fixtures)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test on both databases; those of repositories also with the SQL that Citus needs."""
+    chosen = any("database_url" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "database_url" in metafunc.fixturenames and not chosen:
+        is_third = metafunc.module.__name__.rpartition(".")[2] in FORMS
+        kinds = ["sqlite", "postgresql", *(["distributed"] if is_third else [])]
+        metafunc.parametrize("database_url", kinds, indirect=True)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -159,6 +175,17 @@ async def postgresql_url(database_pool: DatabasePool, pooler: PgBouncer | None) 
 
 
 @pytest.fixture
+def distributed_url(postgresql_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A database of the test on PostgreSQL, which is taken for one of Citus."""
+
+    async def shard_counts(_: object) -> dict[str, int]:
+        return {"posts": 8}
+
+    monkeypatch.setattr(distribution, "_shard_counts", shard_counts)
+    return postgresql_url
+
+
+@pytest.fixture
 def sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
     """A database of the test on SQLite."""
     return f"sqlite+aiosqlite:///{shutil.copy(sqlite_template, tmp_path)}"
@@ -184,7 +211,7 @@ def empty_url(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue(f"empty_{request.param}_url"))
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture
 def database_url(request: pytest.FixtureRequest) -> str:
     """A database of the test, on SQLite and on PostgreSQL."""
     return str(request.getfixturevalue(f"{request.param}_url"))

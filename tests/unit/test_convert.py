@@ -32,7 +32,7 @@ from service.users.convert import (
     user_with_posts_to_fields,
 )
 from service.users.model import User
-from service.users.repository import UserWithPosts
+from service.users.newest_posts import UserWithPosts
 from service.users.rules import OPTIONAL_TEXTS, normalise_email
 
 NOON = 1_706_702_400_123_456  # microseconds since 1970
