@@ -27,6 +27,7 @@ from tests.support.errors import Refusal, refusal
 from tests.support.load_stream import load_once
 from tests.support.postgres import Postgres
 from tests.support.rival import rival, until
+from tests.support.server import serve
 
 LOST_WORKER = ("DATABASE_UNAVAILABLE", "OUTCOME_UNKNOWN")
 POSTS = 200  # both workers have some of them
@@ -64,16 +65,23 @@ FAIL_ONCE = """
 
 
 @pytest.fixture
-async def database_url(citus: CitusCluster, postgresql_template: str) -> AsyncIterator[str]:
+async def url(citus: CitusCluster, postgresql_template: str) -> AsyncIterator[str]:
     """A database of the test's own: tests change the workers' part of it."""
     async with citus.database(postgresql_template) as url:
         yield url
 
 
 @pytest.fixture
-async def nodes(citus: CitusCluster, database_url: str) -> list[Postgres]:
+async def server(url: str) -> AsyncIterator[Server]:
+    """A server of the test."""
+    async with serve(url) as server:
+        yield server
+
+
+@pytest.fixture
+async def nodes(citus: CitusCluster, url: str) -> list[Postgres]:
     """The test's database on each node, the coordinator's first."""
-    return await citus.nodes(make_url(database_url).database)
+    return await citus.nodes(make_url(url).database)
 
 
 @pytest.fixture
@@ -175,7 +183,7 @@ async def test_deleted_user_leaves_no_answer_about_posts_of_any_worker(
 
 
 async def test_load_resumes_after_workers_were_lost(
-    posts: PostServiceAsyncStub, ada: User, nodes: list[Postgres], database_url: str
+    posts: PostServiceAsyncStub, ada: User, nodes: list[Postgres], url: str
 ) -> None:
     """In the middle of a batch that has begun on them: each row is created once."""
     options = BulkOptions(load_id="posts", return_ids=True)
@@ -184,7 +192,7 @@ async def test_load_resumes_after_workers_were_lost(
     await call.write(BulkCreatePostsRequest(options=options, posts=rows[:POSTS]))
     await call.read()
     first = (await call.read()).ack
-    async with rival(database_url) as other:
+    async with rival(url) as other:
         await other.execute(f"UPDATE users SET email = 'countess@example.org' WHERE id = {ada.id}")
         await call.write(BulkCreatePostsRequest(posts=rows[POSTS : 2 * POSTS]))
         await other.wait_for_blocked()
