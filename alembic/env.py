@@ -21,9 +21,10 @@ import service.db.token_keys
 import service.loads.model
 import service.posts.model
 import service.users.model  # noqa: F401  (importing a module registers its tables; `migrations` does so for servers)
+from service.changes.triggers import create_missing_triggers
 from service.db import revisions, schema
 from service.db.base import Base, UtcDateTime, now
-from service.db.ddl import LOCK_TIMEOUT
+from service.db.ddl import LOCK_TIMEOUT, ONE_BY_ONE
 from service.db.errors import code_of
 from service.db.migrations import migration_engine
 from service.db.servers import older_servers
@@ -224,6 +225,10 @@ def run_migrations(connection: Connection) -> None:
     context.run_migrations()
     schema.hand_back(connection)
     commit_step(connection)
+    # At a revision in the middle of an upgrade, the migrations that come create them.
+    if connection.dialect.name != "sqlite" and schema.schema_of(connection).is_usable:
+        create_missing_triggers(connection)
+        connection.commit()
 
 
 def commit_step(connection: Connection) -> None:
@@ -245,6 +250,7 @@ def wait_for_other_migrations(connection: Connection) -> None:
             time.sleep(LOCK_POLL_SECONDS)
     autocommit.exec_driver_sql(f"SET lock_timeout = '{LOCK_TIMEOUT}'")
     autocommit.exec_driver_sql("SET statement_timeout = 0")  # a role's own would end a long build of an index
+    autocommit.exec_driver_sql(ONE_BY_ONE)
     autocommit.commit()
     connection.execution_options(isolation_level="READ COMMITTED")
 

@@ -85,7 +85,7 @@ def _uses_postgresql(item: pytest.Item) -> bool:
     fixtures = getattr(item, "fixturenames", ())
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     kinds = [parameters.get(name) for name in ("database_url", "wire")]
-    return "postgresql" in kinds or not {"postgresql_url", "citus"}.isdisjoint(fixtures)
+    return "postgresql" in kinds or not {"postgresql_url", "citus_cluster"}.isdisjoint(fixtures)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -122,7 +122,7 @@ def postgres() -> Iterator[Postgres]:
 
 
 @pytest.fixture(scope="session")
-def citus(postgres: Postgres) -> CitusCluster:
+def citus_cluster(postgres: Postgres) -> CitusCluster:
     """The cluster of `make test-citus`."""
     if not isinstance(postgres, CitusCluster):
         pytest.skip("needs a Citus cluster: set ROSTER_TEST_CITUS_URL, and run `make test-citus`")

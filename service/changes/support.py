@@ -16,8 +16,8 @@ NO_RIGHT = "42501"
 UNABLE = ("0A", "42")
 EVENTS = ("insert", "update", "delete")
 NO_TRIGGERS = (
-    f"{NOT_AVAILABLE} the triggers that log changes are missing or disabled; enable them, or create them as "
-    "`roster migrate --sql` prints it; on Citus there can be none"
+    f"{NOT_AVAILABLE} the triggers that log changes are missing or disabled; enable them, or run `roster "
+    "migrate`, which creates those that are missing; on Citus there can be none"
 )
 
 

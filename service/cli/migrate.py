@@ -92,7 +92,8 @@ def migrate(down: str | None, *, sql: bool, contract: bool) -> None:
     database, set ROSTER_MIGRATION_URL: the same database, directly, with the role that owns it.
     """
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("service.db").setLevel(logging.INFO)  # the progress of long steps
+    for name in ("service.db", "service.changes"):  # the progress of long steps
+        logging.getLogger(name).setLevel(logging.INFO)
     settings = read_settings()
     for unread in unread_databases(settings):
         echo(f"warning: {unread}", err=True)

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import asyncpg
 
 from service.cli.migrate import connection_problem
-from service.db.capabilities import postgresql, sqlite
+from service.db.capabilities import citus, postgresql, sqlite
 from service.db.capabilities.capability import Capability
 from service.db.capabilities.scratch import LeftBehind, NoScratchSchema, left_behind, scratch_schema
 from service.db.capabilities.server import describe_server
@@ -51,6 +51,9 @@ async def _probe_postgresql(url: str, report: Report) -> None:
         report.warn(SUBJECT, f"{server.description}, on which Roster is not tested")
     for schema in server.leftovers:
         report.warn(SUBJECT, f"{left_behind(schema)}, unless another probe is running")
+    if server.has_citus:
+        for finding in citus.judge(await citus.read_cluster(url)):
+            getattr(report, finding.level)(SUBJECT, finding.text)
     async with scratch_schema(url) as scratch:
         for capability in postgresql.CAPABILITIES:
             _report(capability, await postgresql.problem_of(capability, scratch), report)

@@ -21,6 +21,13 @@ log = logging.getLogger(__name__)
 
 # Don't wait long for a table: calls would queue after the waiting statement.
 LOCK_TIMEOUT = "1s"
+# Citus changes the shards of a node over one connection, so that a transaction can change two of its tables
+# that refer to each other; or over several at once, for long work outside a transaction.
+SET_MODE = """
+    SELECT set_config('citus.multi_shard_modify_mode', '{mode}', false)
+    WHERE EXISTS (SELECT FROM pg_extension WHERE extname = 'citus')
+"""
+ONE_BY_ONE, AT_ONCE = SET_MODE.format(mode="sequential"), SET_MODE.format(mode="parallel")
 PROGRESS_SECONDS = 5
 IS_VALID = sa.text("SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(:name)")
 
@@ -87,7 +94,7 @@ def backfill(table: str, statement: str, *, batch_rows: int = 10_000) -> None:
     elif op.get_context().dialect.name == "sqlite":
         _fill(table, statement, batch_rows)
     else:
-        with op.get_context().autocommit_block():
+        with op.get_context().autocommit_block(), _all_shards_at_once():
             _fill(table, statement, batch_rows)
 
 
@@ -123,9 +130,21 @@ def _announce(index: str, table: str) -> None:
 
 
 @contextmanager
+def _all_shards_at_once() -> Iterator[None]:
+    if op.get_context().as_sql:
+        yield
+        return
+    op.execute(AT_ONCE)
+    try:
+        yield
+    finally:
+        op.execute(ONE_BY_ONE)
+
+
+@contextmanager
 def _outside_transaction() -> Iterator[None]:
     """Leave the transaction of the migration, and begin another one afterwards."""
-    with op.get_context().autocommit_block():
+    with op.get_context().autocommit_block(), _all_shards_at_once():
         # An index that is built CONCURRENTLY waits for all older transactions, but nothing waits for it.
         op.execute("SET lock_timeout = 0")
         try:
@@ -198,6 +217,16 @@ CREATE_TRIGGER = """
             SELECT FROM pg_trigger WHERE tgrelid = to_regclass('{table}') AND tgname = '{name}'
         ) THEN
             CREATE TRIGGER {name} {event} ON {table} {execute};
+        END IF;
+    END $$
+"""
+# Citus refuses DROP TRIGGER for a table that it distributes, also IF EXISTS.
+DROP_TRIGGER = """
+    DO $$ BEGIN
+        IF EXISTS (
+            SELECT FROM pg_trigger WHERE tgrelid = to_regclass('{table}') AND tgname = '{name}'
+        ) THEN
+            DROP TRIGGER {name} ON {table};
         END IF;
     END $$
 """
@@ -280,10 +309,13 @@ def _create_triggers(tables: Iterable[str]) -> None:
 def stop_logging_changes(*tables: str) -> None:
     """Drop the triggers of `log_changes` on these tables."""
     is_sqlite = op.get_context().dialect.name == "sqlite"
-    with nullcontext() if is_sqlite else op.get_context().autocommit_block():
+    names = [f"log_{event.lower()}" for event in CHANGED] + ["log_old_id"]
+    if is_sqlite:
         for table in tables:
-            for name in (*(f"log_{event.lower()}" for event in CHANGED), "log_old_id"):
-                drop = f"{name}_of_{table}" if is_sqlite else f"{name} ON {table}"
-                op.execute(f"DROP TRIGGER IF EXISTS {drop}")
-            if not is_sqlite:
-                op.execute(f"DROP TRIGGER IF EXISTS reset_feed ON {table}")
+            for name in names:
+                op.execute(f"DROP TRIGGER IF EXISTS {name}_of_{table}")
+        return
+    with op.get_context().autocommit_block():
+        for table in tables:
+            for name in (*names, "reset_feed"):
+                op.execute(DROP_TRIGGER.format(table=table, name=name))

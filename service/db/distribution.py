@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from service.db.base import Base
 
-IS_CITUS = "SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus')"
+IS_CITUS = "SELECT to_regclass('pg_catalog.pg_dist_partition') IS NOT NULL"
 # Not the reference tables, which all servers have, nor those that only the coordinator has.
 DISTRIBUTED = """
     SELECT relname, count(*) FROM pg_dist_shard JOIN pg_class ON pg_class.oid = logicalrelid

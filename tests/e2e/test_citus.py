@@ -65,9 +65,9 @@ FAIL_ONCE = """
 
 
 @pytest.fixture
-async def url(citus: CitusCluster, postgresql_template: str) -> AsyncIterator[str]:
+async def url(citus_cluster: CitusCluster, postgresql_template: str) -> AsyncIterator[str]:
     """A database of the test's own: tests change the workers' part of it."""
-    async with citus.database(postgresql_template) as url:
+    async with citus_cluster.database(postgresql_template) as url:
         yield url
 
 
@@ -79,9 +79,9 @@ async def server(url: str) -> AsyncIterator[Server]:
 
 
 @pytest.fixture
-async def nodes(citus: CitusCluster, url: str) -> list[Postgres]:
+async def nodes(citus_cluster: CitusCluster, url: str) -> list[Postgres]:
     """The test's database on each node, the coordinator's first."""
-    return await citus.nodes(make_url(url).database)
+    return await citus_cluster.nodes(make_url(url).database)
 
 
 @pytest.fixture

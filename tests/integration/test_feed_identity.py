@@ -1,6 +1,7 @@
 """The feed begins again if the database is not the one that wrote its log, and otherwise never."""
 
 import asyncio
+import logging
 import shutil
 import subprocess
 from collections.abc import AsyncIterator
@@ -12,6 +13,7 @@ from sqlalchemy import make_url, text
 from roster.errors import Unsupported
 from service.changes.reset import reset_feed
 from service.changes.token import Token
+from service.db import migrations
 from tests.support.feed import Consumer, assert_begins_again
 from tests.support.postgres import Postgres, find_programs
 
@@ -278,3 +280,33 @@ async def test_reset_feed_is_that_of_all_servers(consumer: Consumer, database_ur
     assert not await consumer.is_reset(tokens[0])
     await reset_feed(consumer.database, is_forced=True)
     await assert_begins_again(database_url, tokens)
+
+
+async def test_migrate_creates_missing_triggers_and_begins_another_feed(
+    postgresql_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a restore without them; writes in between are not in the log. Disabled triggers stay so."""
+    consumer = Consumer(postgresql_url)
+    tokens = [await consumer.token()]
+    await consumer.execute("DROP TRIGGER log_insert ON users")
+    await consumer.add_user("ada")
+    with caplog.at_level(logging.INFO, logger="service.changes"):
+        await asyncio.to_thread(migrations.upgrade, postgresql_url)
+    assert "created the triggers of the change feed" in caplog.text
+    await assert_begins_again(postgresql_url, tokens)
+
+    caplog.clear()
+    tokens = [await consumer.token()]
+    await consumer.add_user("alan")
+    for _ in range(2):
+        with caplog.at_level(logging.INFO, logger="service.changes"):
+            await asyncio.to_thread(migrations.upgrade, postgresql_url)
+    assert "created" not in caplog.text
+    assert len((await consumer.feed.read(tokens[0])).changes) == 1
+
+    await consumer.execute("ALTER TABLE users DISABLE TRIGGER log_insert")
+    await asyncio.to_thread(migrations.upgrade, postgresql_url)
+    with pytest.raises(Unsupported, match="missing or disabled; enable them, or run `roster migrate`"):
+        await consumer.feed.read(tokens[0])
+    await consumer.execute("ALTER TABLE users ENABLE TRIGGER log_insert")
+    await consumer.close()

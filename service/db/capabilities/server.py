@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from service.db.capabilities import citus
 from service.db.capabilities.scratch import close, open_connection
 from service.db.schema import ReadOnlyDatabase
 
@@ -20,7 +21,6 @@ ENGINES = {
 }
 # Aurora's `version()` is PostgreSQL's; it has a function of its own. Citus is an extension.
 IS_AURORA = "SELECT count(*) FROM pg_proc WHERE proname = 'aurora_version'"
-EXTENSIONS = "SELECT extname FROM pg_extension WHERE extname = 'citus'"
 LEFTOVERS = "SELECT nspname FROM pg_namespace WHERE starts_with(nspname, 'roster_probe_') ORDER BY nspname"
 READ_ONLY = "the database is read-only: it is a standby, or default_transaction_read_only is on"
 TESTED_VERSIONS = range(14, 19)
@@ -33,6 +33,7 @@ class Server:
     description: str
     is_tested: bool
     leftovers: Sequence[str]
+    has_citus: bool = False
 
 
 async def describe_server(url: str) -> Server:
@@ -46,13 +47,15 @@ async def describe_server(url: str) -> Server:
         name = next((name for mark, name in ENGINES.items() if mark in version), "")
         if not name and await driver.fetchval(IS_AURORA):
             name = "Aurora"
-        extensions = [row[0] for row in await driver.fetch(EXTENSIONS)]
+        citus_version = await driver.fetchval(citus.VERSION)
         leftovers = [row[0] for row in await driver.fetch(LEFTOVERS)]
     finally:
         await close(driver)
     if name:
         return Server(f"{name}, compatible with PostgreSQL {number} ({version})", False, leftovers)
     major = int(re.sub("[^0-9].*", "", number) or 0)
-    with_extensions = "".join(f" with {extension}" for extension in extensions)
-    is_tested = major in TESTED_VERSIONS and not extensions
-    return Server(f"PostgreSQL {number}{with_extensions}", is_tested, leftovers)
+    is_tested = major in TESTED_VERSIONS
+    if not citus_version:
+        return Server(f"PostgreSQL {number}", is_tested, leftovers)
+    is_tested &= citus_version.startswith(citus.TESTED_VERSIONS)
+    return Server(f"PostgreSQL {number} with Citus {citus_version}", is_tested, leftovers, has_citus=True)
