@@ -120,7 +120,7 @@ class CitusCluster(Postgres):
         calls: list[Coroutine[Any, Any, None]] = [node.execute(statement) for node in await self.nodes()]
         await asyncio.gather(*calls)
 
-    async def _connect_nodes(self, name: str) -> None:
+    async def _connect_nodes(self, name: str | None) -> None:
         coordinator, *workers = await self.nodes(name)
         for node in (coordinator, *workers):
             await node.execute("CREATE EXTENSION citus")

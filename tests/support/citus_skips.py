@@ -32,6 +32,7 @@ SKIPS: dict[str, str] = {
     "tests/e2e/test_watch_tokens.py::test_changes_after_the_first_row_was_read_are_reported": FEED,
     "tests/e2e/test_watch_tokens.py::test_export_does_not_wait_for_the_token": FEED,
     "tests/e2e/test_watch_tokens.py::test_export_without_rows_has_only_the_token": FEED,
+    "tests/e2e/test_watch_tokens.py::test_export_works_without_a_feed": FEED,
     "tests/e2e/test_watch_tokens.py::test_first_message_has_the_token": FEED,
     "tests/faults/changes/test_histories.py::test_history_that_once_failed_passes": FEED,
     "tests/faults/test_crossing.py::test_crossing_loads_and_deletes_are_all_answered": ORDER,
