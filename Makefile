@@ -3,7 +3,7 @@
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .PHONY: help install run migrate lint format check test tools lock reference contract clients clean bench \
-	bench-peers bench-read bench-bulk bench-changes bench-commands bench-workers bench-citus test-changes test-pythons test-crash test-crossing test-failover test-upgrade test-hostile test-timing test-pooler test-go audit sbom
+	bench-peers bench-read bench-bulk bench-changes bench-commands bench-workers bench-citus test-changes test-pythons test-crash test-crossing test-failover test-upgrade test-hostile test-timing test-pooler test-citus test-citus-load test-go audit sbom
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -79,6 +79,13 @@ test-timing: $(VENV)/development ## Check that response times of VerifyPassword 
 
 test-pooler: $(VENV)/development tools ## Run the tests that use PostgreSQL through a PgBouncer in transaction mode with 4 connections
 	ROSTER_TEST_POOLER=transaction $(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/integration tests/e2e tests/faults
+
+test-citus: $(VENV)/development tools ## Run the tests that use PostgreSQL on the Citus cluster whose coordinator ROSTER_TEST_CITUS_URL names
+	@test -n "$$ROSTER_TEST_CITUS_URL" || { \
+		echo 'make: set ROSTER_TEST_CITUS_URL to a database of the coordinator, such as' \
+			'postgresql://postgres@127.0.0.1:5432/citus, that has the extension citus and its workers registered' \
+			'(the tests create databases roster_test_… on all nodes, under the names of pg_dist_node)' >&2; exit 1; }
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/integration tests/e2e tests/faults
 
 test-pythons: $(VENV)/development ## Install the Python client in each Python from 3.10 to 3.14 on PATH, and run its examples; PYTHONS='/path/to/python3.10 …'
 	ROSTER_TEST_PYTHONS="$(or $(PYTHONS),$(shell for n in 10 11 12 13 14; do python3.$$n -c '' 2>/dev/null && echo python3.$$n; done))" \

@@ -13,10 +13,10 @@ from sqlalchemy import make_url
 from service.db import distribution, migrations
 from service.db.engine import Database
 from service.settings import Settings
+from tests.support import citus_skips, pooler_skips
 from tests.support.citus import CitusCluster
 from tests.support.database_pool import DatabasePool
 from tests.support.pgbouncer import PgBouncer, pgbouncer
-from tests.support.pooler_skips import SKIPS
 from tests.support.postgres import Postgres, PostgresServer
 from tests.support.standby import (
     ReplicatedDatabase,
@@ -56,31 +56,32 @@ os.environ["ROSTER_METRICS_LISTEN"] = ""
 POOLER = os.environ.get("ROSTER_TEST_POOLER", "none")
 if POOLER != "none":
     os.environ["ROSTER_DATABASE_POOLER"] = POOLER
-
-# `make test-citus` runs them on this database of a Citus cluster.
+# `make test-citus` runs them on the cluster that has this database.
 CITUS = os.environ.get("ROSTER_TEST_CITUS_URL", "")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run tests again that are timed or held the loop; with a pooler, select those that can use it."""
+    """Run tests again that are timed or held the loop; select those for a pooler or for Citus."""
     for item in items:
         only = None if item.nodeid.startswith(TIMED) else [HELD]
         item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=only))
-    if POOLER != "none" or CITUS:
-        _select_for_pooler(config, items)
+    if POOLER != "none":
+        _select(config, items, pooler_skips.SKIPS)
+    if CITUS:
+        _select(config, items, citus_skips.SKIPS)
 
 
-def _select_for_pooler(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Select the tests that use a migrated PostgreSQL, and skip those that can't use it through a pooler."""
-    selected = [item for item in items if _uses_pooler(item)]
+def _select(config: pytest.Config, items: list[pytest.Item], skips: dict[str, str]) -> None:
+    """Select the tests that use a migrated PostgreSQL, and skip those that are listed with a reason."""
+    selected = [item for item in items if _uses_postgresql(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in selected])
     items[:] = selected
     for item in items:
-        if reason := SKIPS.get(item.nodeid.partition("[")[0]):
+        if reason := skips.get(item.nodeid.partition("[")[0]):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def _uses_pooler(item: pytest.Item) -> bool:
+def _uses_postgresql(item: pytest.Item) -> bool:
     fixtures = getattr(item, "fixturenames", ())
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     kinds = [parameters.get(name) for name in ("database_url", "wire")]
@@ -88,12 +89,11 @@ def _uses_pooler(item: pytest.Item) -> bool:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test on both databases; those of repositories also with the SQL that Citus needs."""
+    """Run the tests of repositories on both databases, and with the SQL that Citus needs."""
+    has_forms = metafunc.module.__name__.rpartition(".")[2] in FORMS
     chosen = any("database_url" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
-    if "database_url" in metafunc.fixturenames and not chosen:
-        is_third = metafunc.module.__name__.rpartition(".")[2] in FORMS
-        kinds = ["sqlite", "postgresql", *(["distributed"] if is_third else [])]
-        metafunc.parametrize("database_url", kinds, indirect=True)
+    if has_forms and "database_url" in metafunc.fixturenames and not chosen:
+        metafunc.parametrize("database_url", ["sqlite", "postgresql", "distributed"], indirect=True)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -108,16 +108,24 @@ def pytest_runtest_call() -> Generator[None, object, object]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    """The server that ROSTER_TEST_DATABASE_URL names, or one started for the session."""
-    url = os.environ.get("ROSTER_TEST_DATABASE_URL")
+    """The server that ROSTER_TEST_DATABASE_URL names, the cluster, or a server started for the session."""
     if CITUS:
         yield CitusCluster(make_url(CITUS))
         return
+    url = os.environ.get("ROSTER_TEST_DATABASE_URL")
     if url:
         yield Postgres(make_url(url))
         return
     with PostgresServer() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def citus_cluster(postgres: Postgres) -> CitusCluster:
+    """The cluster of `make test-citus`."""
+    if not isinstance(postgres, CitusCluster):
+        pytest.skip("needs a Citus cluster: set ROSTER_TEST_CITUS_URL, and run `make test-citus`")
+    return postgres
 
 
 @pytest.fixture(scope="session")
@@ -184,8 +192,9 @@ def sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
 
 @pytest.fixture
 async def empty_postgresql_url(postgres: Postgres) -> AsyncIterator[str]:
-    """An empty database of the test's own on PostgreSQL."""
-    async with postgres.database() as url:
+    """An empty database of the test's own on PostgreSQL; on a cluster, it is the coordinator's alone."""
+    server = postgres.coordinator if isinstance(postgres, CitusCluster) else postgres
+    async with server.database() as url:
         yield url
 
 
@@ -201,7 +210,7 @@ def empty_url(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue(f"empty_{request.param}_url"))
 
 
-@pytest.fixture
+@pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest) -> str:
     """A database of the test, on SQLite and on PostgreSQL."""
     return str(request.getfixturevalue(f"{request.param}_url"))

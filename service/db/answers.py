@@ -4,7 +4,19 @@ from collections.abc import Sequence
 from datetime import datetime
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Index, LargeBinary, Select, SmallInteger, func, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Index,
+    LargeBinary,
+    Select,
+    SmallInteger,
+    Table,
+    UniqueConstraint,
+    cast,
+    func,
+    select,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -69,8 +81,26 @@ async def erase_answers_about(session: AsyncSession, model: type[Entity], ids: S
 
 async def prepare_cascade(session: AsyncSession, model: type[Entity]) -> None:
     """Begin a transaction that deletes rows of a model, and with them rows of other tables."""
-    if any(is_distributed(session, child) for child, _ in cascading_columns(model)):
+    if _cascades_to_other_servers(session, model):
         await session.execute(ONE_CONNECTION)
+
+
+async def exclude_references(session: AsyncSession, model: type[Entity], ids: Sequence[int]) -> None:
+    """Wait for writes of rows that refer to locked rows, which will be deleted, and let no more begin.
+
+    On PostgreSQL, the locks have done so. Citus takes them only on the coordinator, but other servers check
+    what new rows refer to. There, a new unique value has the same effect: its lock is on each server.
+    """
+    table = model.__table__
+    if _cascades_to_other_servers(session, model) and isinstance(table, Table):
+        unique = (each for each in table.constraints if isinstance(each, UniqueConstraint))
+        values = {column.key: cast(-model.id, column.type) for each in unique for column in each.columns}
+        changed = update(model).where(is_one_of(session, model.id, ids)).values(values)
+        await session.execute(changed, execution_options={"synchronize_session": False})
+
+
+def _cascades_to_other_servers(session: AsyncSession, model: type[Entity]) -> bool:
+    return any(is_distributed(session, child) for child, _ in cascading_columns(model))
 
 
 def cascading_columns(model: type[Entity]) -> list[tuple[type[Entity], Column]]:

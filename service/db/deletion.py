@@ -16,6 +16,7 @@ from roster.errors import TooLarge
 from service.db.answers import erase_answers_about
 from service.db.base import BigInt, Column, Entity, ReadSession, Session, model_of
 from service.db.dialect import is_one_of, values_table
+from service.db.distribution import is_distributed
 from service.db.locks import lock_where
 
 MAX_DEPENDENTS = 100_000  # of the rows of one batch
@@ -23,6 +24,8 @@ MAX_DEPENDENTS = 100_000  # of the rows of one batch
 
 async def ids_with_dependents(session: Session, reference: Column, ids: Sequence[int]) -> set[int]:
     """Return those of the ids to which rows refer, however many."""
+    if is_distributed(session, model_of(reference)):
+        return set(await count_referring(session, reference, ids))
     listed = values_table(session, ids, BigInt)
     referred = select(listed.c.value).where(exists().where(reference == listed.c.value))
     connection = await session.connection()

@@ -29,14 +29,19 @@ SHARDS_OF_IDS = text("""
 ONE_CONNECTION = text("SET LOCAL citus.multi_shard_modify_mode TO 'sequential'")
 
 
-def find_distributed_tables(engine: AsyncEngine) -> None:
-    """Ask with each new connection which tables are distributed."""
-    dialect = engine.dialect
+def find_distributed_tables(*engines: AsyncEngine) -> None:
+    """Ask with each new connection of the engines of a database which tables are distributed.
+
+    All engines know what one of them has found: statements are built before an engine has a connection.
+    """
 
     def ask(connection: AdaptedConnection, _: object) -> None:
-        dialect.shard_counts = connection.run_async(_shard_counts)  # type: ignore[attr-defined]
+        counts = connection.run_async(_shard_counts)
+        for engine in engines:
+            engine.dialect.shard_counts = counts  # type: ignore[attr-defined]
 
-    event.listen(engine.sync_engine, "connect", ask)
+    for engine in engines:
+        event.listen(engine.sync_engine, "connect", ask)
 
 
 async def _shard_counts(driver: Any) -> Mapping[str, int]:

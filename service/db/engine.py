@@ -262,6 +262,7 @@ class _PostgreSQL:
         connections = settings.pool_size + settings.max_overflow
         self._slots = _Slots("calls", connections, settings.pool_timeout)
         self._bulk_slots = _Slots("bulk", settings.bulk_connections, BULK_POOL_TIMEOUT_SECONDS, BULK_PART)
+        engines = [self.writer, self.bulk]
         self.replica: AsyncEngine | None = None
         if settings.replica_url:
             replica = self._engine(
@@ -275,8 +276,10 @@ class _PostgreSQL:
                 defaults={"load_balance_hosts": "random", "target_session_attrs": "any"},
             )
             keep_connections_of_cancelled_reads(replica)
+            engines.append(replica)
             self.replica = replica.execution_options(isolation_level="AUTOCOMMIT")
             self._replica_slots = _Slots("replica", connections, settings.pool_timeout)
+        find_distributed_tables(*engines)
 
     @staticmethod
     def _engine(
@@ -309,7 +312,6 @@ class _PostgreSQL:
             connect_args={"command_timeout": settings.statement_timeout + 5},
         )
         event.listen(engine.sync_engine, "handle_error", _discard_ending)
-        find_distributed_tables(engine)
         return _measured(engine, name)
 
     def write_slot(self) -> AbstractAsyncContextManager[None]:

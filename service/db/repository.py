@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, Select, Update, delete, func, insert, sele
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from roster.errors import NotFound, RosterError, VersionMismatch
-from service.db.answers import erase_answers_about, prepare_cascade
+from service.db.answers import erase_answers_about, exclude_references, prepare_cascade
 from service.db.base import BigInt, Column, Entity, ReadSession, Session, Values, now
 from service.db.dialect import any_of, values_table
 from service.db.distribution import is_distributed
@@ -176,6 +176,7 @@ class Repository(Generic[ModelT, SessionT]):
         Raises the same errors as `update`.
         """
         await self.lock_to_delete(id, version)
+        await exclude_references(self.session, self.model, [id])
         await erase_answers_about(self.session, self.model, [id])
         await self.session.execute(
             delete(self.model).where(self.model.id == id),

@@ -29,6 +29,8 @@ from roster.errors import (
     VersionMismatch,
 )
 from roster.v1.bulk_pb2 import BulkOpened, BulkSummary
+from roster.v1.posts_pb2 import ExportPostsRequest
+from roster.v1.posts_pb2_grpc import PostServiceStub
 from roster.v1.resources_pb2 import User
 from roster.v1.users_pb2 import (
     BulkCreateUsersRequest,
@@ -42,6 +44,7 @@ from roster.v1.users_pb2_grpc import UserServiceAsyncStub, UserServiceStub
 from service.server import Server
 from service.status import status_from_error
 from tests.support.blocking import Kind, users_of
+from tests.support.rows import add_posts, add_users
 
 ADA = User(email="ada@example.org")
 NO_SOCKET = "no server answers at unix:/nowhere/roster.sock: there is no such socket"
@@ -245,8 +248,10 @@ async def test_future_of_a_blocking_channel(server: Server) -> None:
 
 async def test_stream_of_a_blocking_channel_is_a_call(server: Server) -> None:
     """As its type says: it can be cancelled, and has metadata."""
+    await add_posts(server.database, await add_users(server.database) * 8, content="x" * (1 << 20))
     with blocking.channel(server.address) as connection:
-        responses: Any = UserServiceStub(connection).ExportUsers(ExportUsersRequest())
+        # Too much to be sent before it is read.
+        responses: Any = PostServiceStub(connection).ExportPosts(ExportPostsRequest())
         await asyncio.to_thread(responses.initial_metadata)
         responses.cancel()
 

@@ -30,14 +30,13 @@ from service.users.model import User as UserModel
 from service.users.repository import UserRepository
 from tests.e2e.clients import Grpcurl
 from tests.support.errors import refusal
-from tests.support.rival import until
+from tests.support.rival import find_blocked_by, until
 from tests.support.rows import add_users
 from tests.support.users import list_users
 
 FAIL, SKIP, UPDATE = BulkOptions.FAIL, BulkOptions.SKIP, BulkOptions.UPDATE
 EMAIL = "ada@example.org"
 CALLS = 20  # at once
-BLOCKED = "SELECT count(*) FROM pg_stat_activity WHERE :pid = ANY(pg_blocking_pids(pid))"
 
 
 def skip(**fields: Any) -> CreateUserRequest:
@@ -83,16 +82,23 @@ async def test_skip_returns_the_user_unchanged(server: Server, users: UserServic
     assert await changes(server) == logged
 
 
-async def test_update_writes_the_fields_of_the_mask(server: Server, users: UserServiceAsyncStub) -> None:
-    """And no others; an unset name becomes null. It is one change for the feed."""
-    _, ada = await create(users, skip(full_name="Ada"))
+async def test_update_is_one_change_for_the_feed(server: Server, users: UserServiceAsyncStub) -> None:
+    """As one by UpdateUser is."""
+    await create(users, skip(full_name="Ada"))
     logged = await changes(server)
+
+    await create(users, update("is_active", is_active=False))
+    assert await changes(server) == logged + 1
+
+
+async def test_update_writes_the_fields_of_the_mask(users: UserServiceAsyncStub) -> None:
+    """And no others; an unset name becomes null."""
+    _, ada = await create(users, skip(full_name="Ada"))
 
     outcome, updated = await create(users, update("is_active", full_name="Countess", is_active=False))
     assert (outcome, updated.id, updated.version) == ("updated", ada.id, 2)
     assert (updated.full_name, updated.is_active, updated.created_at) == ("Ada", False, ada.created_at)
     assert updated == await users.GetUser(GetUserRequest(id=ada.id))
-    assert await changes(server) == logged + 1
 
     _, updated = await create(users, update("full_name", "full_name"))
     assert not updated.HasField("full_name")
@@ -244,14 +250,8 @@ async def test_deletion_waits_for_a_skip_that_is_being_stored(
     async with server.database.begin() as session:
         found, _ = await UserRepository(session).ensure({"email": EMAIL}, None)
         assert found.id == ada.id
-        pid = await session.scalar(text("SELECT pg_backend_pid()"))
         deletion = users.DeleteUser(DeleteUserRequest(id=ada.id))
-
-        async def is_blocked() -> Any:
-            async with server.database.read() as other:
-                return await other.scalar(text(BLOCKED), {"pid": pid})
-
-        await until(is_blocked)
+        await until(lambda: find_blocked_by(session))
     await deletion
 
 

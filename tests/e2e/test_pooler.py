@@ -222,6 +222,7 @@ async def test_cancelled_reads_end_in_the_database(
     """Those that run keep their connections; one that waits for a session of the pooler loses its own."""
     closed = []
     event.listen(pooled.engine.sync_engine, "close", lambda *_: closed.append(1))
+    await asyncio.gather(*(pooled.ping() for _ in range(8)))  # a connection that is opened would wait, too
     slow = CompiledSelect(select(func.pg_sleep(60).label("slept")), pooled.engine.dialect)
 
     async def read() -> None:

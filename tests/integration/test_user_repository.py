@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select
 
 from roster.errors import EmailTaken, UserNotFound
 from service.db.base import Session
@@ -15,6 +15,7 @@ from service.posts.model import Post
 from service.settings import Settings
 from service.users.model import User
 from service.users.repository import WITH_POSTS, UserRepository
+from tests.support.rival import find_blocked_by, until
 from tests.support.rows import add_posts, add_users
 
 ADA = "ada@example.org"
@@ -99,7 +100,6 @@ async def test_one_of_two_concurrent_writes_gets_the_email(
 ) -> None:
     """The second waits for the commit of the first, and then raises EmailTaken."""
     await add_users(concurrent, 1)
-    waiting = select(func.count()).select_from(text("pg_locks")).where(text("NOT granted"))
 
     async def second() -> None:
         async with concurrent.begin() as session:
@@ -108,8 +108,7 @@ async def test_one_of_two_concurrent_writes_gets_the_email(
     async with concurrent.begin() as session:
         await UserRepository(session).create({"email": ADA})
         task = asyncio.create_task(second())
-        while not await session.scalar(waiting):
-            pass
+        await until(lambda: find_blocked_by(session))
     with pytest.raises(EmailTaken):
         await task
 

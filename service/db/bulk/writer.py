@@ -19,7 +19,7 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
 from roster.errors import DatabaseUnavailable, IdTaken
-from service.db.answers import erase_answers_about, prepare_cascade
+from service.db.answers import erase_answers_about, exclude_references, prepare_cascade
 from service.db.base import Column, KeyValue, Session, now
 from service.db.bulk import postgresql, sqlite
 from service.db.bulk.batch import Batch, BatchColumns, OnConflict, Outcome, Result, WriteOptions
@@ -70,6 +70,8 @@ class BulkWriter:
         if options.is_atomic and batch.failures:
             return Outcome.of_failed_batch(batch)
         deleted, counts = sorted(plan.deleted), Counter[int]()
+        if not options.validate_only:
+            await exclude_references(self.session, self.model, deleted)
         if self.table.dependents and not options.restricts:
             handle = count_dependents if options.validate_only else delete_dependents
             counts = await handle(self.session, self.table.dependents.reference, deleted)
