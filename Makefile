@@ -87,6 +87,9 @@ test-citus: $(VENV)/development tools ## Run the tests that use PostgreSQL on th
 			'(the tests create databases roster_test_… on all nodes, under the names of pg_dist_node)' >&2; exit 1; }
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/integration tests/e2e tests/faults
 
+test-citus-load: $(VENV)/development ## Load ROWS=1000000 posts into that cluster while the server is killed, and a worker by KILL_WORKER='a command that kills and starts it'
+	ROWS='$(ROWS)' KILL_WORKER='$(KILL_WORKER)' $(BIN)/python -m tests.faults.citus_load
+
 test-pythons: $(VENV)/development ## Install the Python client in each Python from 3.10 to 3.14 on PATH, and run its examples; PYTHONS='/path/to/python3.10 …'
 	ROSTER_TEST_PYTHONS="$(or $(PYTHONS),$(shell for n in 10 11 12 13 14; do python3.$$n -c '' 2>/dev/null && echo python3.$$n; done))" \
 		$(BIN)/python -m pytest tests/e2e/test_client_package.py

@@ -19,6 +19,9 @@ DISTRIBUTED = """
     SELECT relname, count(*) FROM pg_dist_shard JOIN pg_class ON pg_class.oid = logicalrelid
     WHERE shardminvalue IS NOT NULL AND pg_table_is_visible(logicalrelid) GROUP BY relname
 """
+# Citus hides shards from the catalog, with a function for each row of pg_class. It makes the query with which
+# asyncpg reads the types of arrays, once per connection, take 2 s of CPU.
+SHOW_ALL_TABLES = "SET citus.override_table_visibility TO off"
 # All shards have equal parts of the hashes, which are integers of 32 bits.
 SHARDS_OF_IDS = text("""
     SELECT array_agg(((hashint8(id) + 2147483648) * :shards) >> 32 ORDER BY position)
@@ -45,8 +48,10 @@ def find_distributed_tables(*engines: AsyncEngine) -> None:
 
 
 async def _shard_counts(driver: Any) -> Mapping[str, int]:
-    is_citus = await driver.fetchval(IS_CITUS)
-    return dict(await driver.fetch(DISTRIBUTED)) if is_citus else {}
+    if not await driver.fetchval(IS_CITUS):
+        return {}
+    await driver.execute(SHOW_ALL_TABLES)
+    return dict(await driver.fetch(DISTRIBUTED))
 
 
 def is_distributed(session: AsyncSession, model: type[Base]) -> bool:

@@ -16,8 +16,9 @@ from service.consistency import Requirement, current_requirement, latest
 from service.db.base import BigInt, Column, Entity, Expression, KeyValue, ReadSession
 from service.db.compiled import CompiledSelect
 from service.db.dialect import is_one_of_keys
+from service.db.distribution import shard_count
 from service.db.engine import Database
-from service.db.export import ExportPages
+from service.db.export import export_pages
 from service.db.paging import ListQuery, Page
 from service.db.replica import half_of_time
 from service.db.repository import ListRequest, Repository, is_cacheable
@@ -323,7 +324,8 @@ class Reader:
     async def page(self, query: ListQuery, selection: Selection | None = None) -> Page[Row]:
         """Return a page of rows, which is shorter than its limit if the answer would be too large."""
         basic = self._repository.basic()
-        if query.conditions or selection not in (None, basic):
+        is_special = query.conditions or selection not in (None, basic)
+        if is_special or shard_count(self._database.engine.dialect, self._repository.model):
             return await self.read(lambda session: self._repository(session).page(query, selection))
         values = {f"after{number}": value for number, value in enumerate(query.after or ())}
         statement, requirement = self._all_rows(query), current_requirement()
@@ -383,7 +385,7 @@ class Reader:
         read while the client receives the last one.
         """
         conditions = await self._repository.conditions(filter_text)
-        pages = ExportPages(self._database, self._repository, conditions, limit, requirement)
+        pages = export_pages(self._database, self._repository, conditions, limit, requirement)
         reading = asyncio.create_task(pages.read(after_id))
         try:
             while (found := await reading).rows:

@@ -19,10 +19,12 @@ from service.db.selection import (
     Row,
     Selection,
     basic_selection,
+    count_fitting,
     page_from_rows,
     select_listed,
     select_page,
     select_rows,
+    select_sizes,
 )
 from service.db.token_keys import TokenKeys
 
@@ -85,8 +87,9 @@ class Repository(Generic[ModelT, SessionT]):
         If the answer would be too large, the list is shorter than `ids`.
         """
         selection = self._selection(selection)
-        among = any_of(self.model.id, ids) if is_distributed(self.session, self.model) else None
-        statement = select_listed(selection, values_table(self.session, ids, BigInt), among=among)
+        if is_distributed(self.session, self.model):
+            return await self._get_many_distributed(ids, selection)
+        statement = select_listed(selection, values_table(self.session, ids, BigInt))
         rows = (await self.session.execute(statement)).all()
         present = [row for row in rows if row.id is not None]
         found = await self._add_related(selection, present)
@@ -98,16 +101,50 @@ class Repository(Generic[ModelT, SessionT]):
     async def page(self, query: ListQuery, selection: Selection | None = None) -> Page[Row]:
         """Return a page of rows, which is shorter than its limit if the answer would be too large."""
         selection = self._selection(selection)
+        if not query.is_cacheable:
+            await self._compile_once()
+        if is_distributed(self.session, self.model):
+            return await self._page_of_distributed(query, selection)
         statement = select_page(
             selection, *query.conditions, keyset=query.keyset, after=query.after, limit=query.limit
         )
-        if not query.is_cacheable:
-            await self._compile_once()
         found = (await self.session.execute(statement)).all()
         page = page_from_rows(selection, found, query.keyset, query.limit)
         rows = await self._add_related(selection, page.rows)
         is_cut = len(rows) < len(page.rows)
         return Page(rows, query.keyset.key_of(page.rows[len(rows) - 1]) if is_cut else page.next_key)
+
+    async def _get_many_distributed(self, ids: Sequence[int], selection: Selection) -> list[Row | None]:
+        """Return the rows in two statements: the sizes, and then the rows that fit.
+
+        Citus would copy a table that it joins to a list to the coordinator.
+        """
+        if selection.size is not None:
+            sized = select(self.model.id, selection.size).where(any_of(self.model.id, ids))
+            sizes = {row[0]: row[1] for row in await self.session.execute(sized)}
+            ids = ids[: count_fitting(sizes.get(id, 0) for id in ids)]
+        by_id = await self._rows_by_id(selection, ids)
+        return [by_id.get(id) for id in ids]
+
+    async def _page_of_distributed(self, query: ListQuery, selection: Selection) -> Page[Row]:
+        """Return a page in two statements. Citus would run one as a join, and send all ids to each shard."""
+        sized = select_sizes(
+            selection, *query.conditions, keyset=query.keyset, after=query.after, limit=query.limit
+        )
+        found = (await self.session.execute(sized)).all()
+        fitting = found[: min(query.limit, count_fitting(row.size for row in found))]
+        by_id = await self._rows_by_id(selection, [row.value for row in fitting])
+        rows = [by_id[row.value] for row in fitting if row.value in by_id]
+        return Page(
+            await self._add_related(selection, rows),
+            query.keyset.key_of(fitting[-1]) if len(fitting) < len(found) else None,
+        )
+
+    async def _rows_by_id(self, selection: Selection, ids: Sequence[int]) -> dict[int, Row]:
+        if not ids:
+            return {}
+        rows = (await self.session.execute(select_rows(selection, any_of(self.model.id, ids)))).all()
+        return {row.id: row for row in rows}
 
     async def count(
         self, conditions: Sequence[ColumnElement[bool]], limit: int, *, is_cacheable: bool

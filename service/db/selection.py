@@ -5,9 +5,10 @@ Pure functions that build statements; the repository runs them on a session, pag
 A row has the columns of its selection first, in their order, and by name. Times are microseconds since 1970.
 """
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any, Protocol
 
 from sqlalchemy import (
@@ -16,7 +17,6 @@ from sqlalchemy import (
     ColumnExpressionArgument,
     String,
     Subquery,
-    and_,
     func,
     inspect,
     literal,
@@ -114,23 +114,19 @@ def select_rows(selection: Selection, *conditions: ColumnExpressionArgument[bool
     return statement if selection.join is None else statement.join(selection.join)
 
 
-def select_listed(
-    selection: Selection, listed: Subquery, *, among: ColumnElement[bool] | None = None
-) -> Query:
+def select_listed(selection: Selection, listed: Subquery) -> Query:
     """Return the statement that reads one row for each listed id, in the order of the list.
 
-    All listed rows meet the condition `among`, by which a database can find them that joins in another way.
     A row of nulls stands for a missing id. If the answer would be too large, the last rows are left out.
     """
     model = selection.model
-    conditions = () if among is None else (among,)
     if selection.size is not None:
         sizes = select(listed.c.value, listed.c.position, func.coalesce(selection.size, 0).label("size"))
-        sizes = sizes.outerjoin_from(listed, model, and_(model.id == listed.c.value, *conditions))
+        sizes = sizes.outerjoin_from(listed, model, model.id == listed.c.value)
         candidates = sizes.subquery()
         listed = _fitting(candidates, [candidates.c.position.asc()])
     statement = select(*selection.columns, listed.c.position)
-    statement = statement.outerjoin_from(listed, model, and_(model.id == listed.c.value, *conditions))
+    statement = statement.outerjoin_from(listed, model, model.id == listed.c.value)
     if selection.join is not None:
         statement = statement.outerjoin(selection.join)
     return statement.order_by(listed.c.position)
@@ -142,30 +138,47 @@ def select_page(
     keyset: Keyset,
     after: SortKey | None,
     limit: int | BindParameter[int],
-    among: ColumnElement[bool] | None = None,
 ) -> Query:
-    """Return the statement of a page. It reads one row more than the limit, to know whether others follow.
-
-    All rows meet the condition `among`, by which a database can find them that joins in another way.
-    """
+    """Return the statement of a page. It reads one row more than the limit, to know whether others follow."""
     model = selection.model
-    if among is not None:
-        conditions = (*conditions, among)
     if after is not None:
         conditions = (*conditions, keyset.after(after))
     if selection.size is None:
         return select_rows(selection, *conditions).order_by(*keyset.order()).limit(limit + 1)
-    candidates = (
-        select(model.id.label("value"), *keyset.columns, selection.size.label("size"))
-        .where(*conditions)
-        .order_by(*keyset.order())
-        .limit(limit + 1)
-        .subquery()
-    )
+    candidates = _select_sizes(selection, selection.size, conditions, keyset, limit).subquery()
     fitting = _fitting(candidates, keyset.of(candidates).order())
-    again = () if among is None else (among,)
-    statement = select_rows(selection, *again).join(fitting, fitting.c.value == model.id)
+    statement = select_rows(selection).join(fitting, fitting.c.value == model.id)
     return statement.order_by(*keyset.order()).add_columns(fitting.c.total)
+
+
+def select_sizes(
+    selection: Selection,
+    *conditions: ColumnExpressionArgument[bool],
+    keyset: Keyset,
+    after: SortKey | None,
+    limit: int,
+) -> Query:
+    """Return the statement that reads the keys and the sizes of the rows of a page, and of one more."""
+    if after is not None:
+        conditions = (*conditions, keyset.after(after))
+    size = literal(0) if selection.size is None else selection.size
+    return _select_sizes(selection, size, conditions, keyset, limit)
+
+
+def _select_sizes(
+    selection: Selection,
+    size: ColumnElement[int],
+    conditions: Sequence[ColumnExpressionArgument[bool]],
+    keyset: Keyset,
+    limit: int | BindParameter[int],
+) -> Query:
+    columns: list[Expression] = [selection.model.id.label("value"), *keyset.columns, size.label("size")]
+    return select(*columns).where(*conditions).order_by(*keyset.order()).limit(limit + 1)
+
+
+def count_fitting(sizes: Iterable[int]) -> int:
+    """Return how many rows of these sizes fit one answer together."""
+    return sum(total <= MAX_ROWS_BYTES for total in accumulate(sizes))
 
 
 def page_from_rows(selection: Selection, found: Sequence[Row], keyset: Keyset, limit: int) -> Page[Row]:

@@ -83,7 +83,6 @@ async def add_newest_posts_of_shards(session: ReadSession, rows: Sequence[Row]) 
     Citus has no statement that takes the first posts of each of several authors without sending all of them
     to the coordinator. So the posts are counted first. Authors with few of them share a statement.
     """
-    counts = await count_referring(session, Post.author_id, [row.id for row in rows])
     author_ids = [row.id for row in rows]
     counts = await count_referring(session, Post.author_id, author_ids) if len(rows) > 1 else Counter[int]()
     found: list[UserWithPosts] = []

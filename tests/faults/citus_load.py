@@ -150,7 +150,7 @@ if __name__ == "__main__":
         asyncio.run(
             main(
                 cluster_url,
-                int(os.environ.get("ROWS", "1000000")),
+                int(os.environ.get("ROWS") or 1_000_000),
                 os.environ.get("KILL_WORKER", ""),
                 Path(folder) / "log",
             )

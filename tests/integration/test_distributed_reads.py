@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import update
 
 from service.db.engine import Database
-from service.db.export import ExportPages
+from service.db.export import export_pages
 from service.db.paging import ListQuery
 from service.db.selection import MAX_ROWS_BYTES
 from service.posts.model import Post
@@ -31,7 +31,7 @@ async def database(distributed_url: str) -> AsyncIterator[Database]:
 async def exported(database: Database, filter_text: str = "") -> list[list[int]]:
     """Return the ids of each page of an export."""
     conditions = await PostRepository.conditions(filter_text)
-    pages = ExportPages(database, PostRepository, conditions, LIMIT, None)
+    pages = export_pages(database, PostRepository, conditions, LIMIT, None)
     found, page = [], await pages.read(0)
     while page.rows:
         found.append([post.id for post in page.rows])
