@@ -89,11 +89,13 @@ def _uses_postgresql(item: pytest.Item) -> bool:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run the tests of repositories on both databases, and with the SQL that Citus needs."""
-    has_forms = metafunc.module.__name__.rpartition(".")[2] in FORMS
+    """Run a test on both databases; those of repositories also with the SQL that Citus needs."""
     chosen = any("database_url" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
-    if has_forms and "database_url" in metafunc.fixturenames and not chosen:
-        metafunc.parametrize("database_url", ["sqlite", "postgresql", "distributed"], indirect=True)
+    has_own_fixture = hasattr(metafunc.module, "database_url")
+    if "database_url" in metafunc.fixturenames and not (chosen or has_own_fixture):
+        is_third = metafunc.module.__name__.rpartition(".")[2] in FORMS
+        kinds = ["sqlite", "postgresql", *(["distributed"] if is_third else [])]
+        metafunc.parametrize("database_url", kinds, indirect=True)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -210,7 +212,7 @@ def empty_url(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue(f"empty_{request.param}_url"))
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture
 def database_url(request: pytest.FixtureRequest) -> str:
     """A database of the test, on SQLite and on PostgreSQL."""
     return str(request.getfixturevalue(f"{request.param}_url"))
