@@ -91,9 +91,10 @@ def _uses_postgresql(item: pytest.Item) -> bool:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test on both databases; those of repositories also with the SQL that Citus needs."""
     chosen = any("database_url" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
-    if "database_url" in metafunc.fixturenames and not chosen:
-        has_forms = metafunc.module.__name__.rpartition(".")[2] in FORMS
-        kinds = ["sqlite", "postgresql", *(["distributed"] if has_forms else [])]
+    has_own_fixture = hasattr(metafunc.module, "database_url")
+    if "database_url" in metafunc.fixturenames and not (chosen or has_own_fixture):
+        is_third = metafunc.module.__name__.rpartition(".")[2] in FORMS
+        kinds = ["sqlite", "postgresql", *(["distributed"] if is_third else [])]
         metafunc.parametrize("database_url", kinds, indirect=True)
 
 

@@ -21,12 +21,9 @@ PREPARED = "SELECT array_agg(gid) FROM pg_prepared_xacts WHERE database = $1"
 TERMINATE = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = '{}'"
 SHARDS = 8
 ONE_AT_A_TIME = 7238002  # the advisory lock
-# Of runs that were killed: a run has a session whose name is the beginning of those of its databases.
-LEFT_BEHIND = r"""
-    SELECT array_agg(datname::text) FROM pg_database
-    WHERE datname ~ '^roster_test_[0-9a-f]{8}_'
-        AND left(datname, 20) NOT IN (SELECT application_name FROM pg_stat_activity)
-"""
+DATABASES = "SELECT array_agg(datname::text) FROM pg_database WHERE datname ~ '^roster_test_[0-9a-f]{8}_'"
+# A run has a session whose name is the beginning of those of its databases.
+RUNS = "SELECT array_agg(DISTINCT application_name) FROM pg_stat_activity"
 
 
 class CitusCluster(Postgres):
@@ -94,8 +91,11 @@ class CitusCluster(Postgres):
         plain = self.url.set(drivername="postgresql").render_as_string(hide_password=False)
         self._session = await asyncpg.connect(plain, server_settings={"application_name": self._run})
         async with self._alone():
-            for name in await self.fetch(LEFT_BEHIND) or []:
-                await self._drop(name)
+            names = {name for node in await self.nodes() for name in await node.fetch(DATABASES) or []}
+            runs = tuple(await self.fetch(RUNS))
+            for name in names:
+                if name[: len(self._run)] not in runs:
+                    await self._drop(name)
 
     async def _drop(self, name: str) -> None:
         for node in await self.nodes():

@@ -50,7 +50,8 @@ SKIPS: dict[str, str] = {
     "tests/integration/test_feed_identity.py::test_dump_in_another_schema_is_logged_there": FEED,
     "tests/integration/test_feed_identity.py::test_dump_in_the_same_database_begins_again": FEED,
     "tests/integration/test_feed_identity.py::test_feed_without_its_row_begins_again": FEED,
-    "tests/integration/test_feed_identity.py::test_migrate_creates_missing_triggers_and_begins_another_feed": FEED,  # noqa: E501
+    "tests/integration/test_feed_identity.py::"
+    "test_migrate_creates_missing_triggers_and_begins_another_feed": FEED,
     "tests/integration/test_feed_identity.py::test_reset_feed_is_that_of_all_servers": FEED,
     "tests/integration/test_feed_identity.py::test_schema_that_is_renamed_keeps_the_feed": FEED,
     "tests/integration/test_feed_identity.py::test_tables_that_are_written_anew_keep_the_feed": FEED,
