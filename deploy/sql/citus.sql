@@ -42,7 +42,7 @@ BEGIN
     IF (SELECT groupid FROM pg_dist_local_group) <> 0 THEN
         RAISE EXCEPTION 'this is a worker' USING HINT = 'Run this on the coordinator.';
     END IF;
-    IF NOT EXISTS (SELECT FROM pg_dist_node WHERE groupid > 0 AND isactive AND shouldhaveshards) THEN
+    IF NOT EXISTS (SELECT FROM pg_dist_node WHERE isactive AND shouldhaveshards) THEN
         RAISE EXCEPTION 'no worker is registered that may have shards'
             USING HINT = 'Run SELECT citus_add_node(''name'', 5432) for each worker.';
     END IF;
