@@ -31,6 +31,8 @@ SHARDS_OF_IDS = text("""
 # can't write a table that the shards refer to.
 ONE_CONNECTION = text("SET LOCAL citus.multi_shard_modify_mode TO 'sequential'")
 
+SEND_LOCAL_SETTINGS = text("SET LOCAL citus.propagate_set_commands TO 'local'")
+
 
 def find_distributed_tables(*engines: AsyncEngine) -> None:
     """Ask with each new connection of the engines of a database which tables are distributed.
@@ -82,3 +84,13 @@ async def rows_by_shard(session: AsyncSession, model: type[Base], ids: Sequence[
     for position, shard in enumerate(found.scalar_one() or ()):
         rows[shard].append(position)
     return [group for group in rows if group]
+
+
+async def limit_waits_for_locks(session: AsyncSession, seconds: float) -> None:
+    """Set the lock_timeout of the transaction on all servers.
+
+    The rows are locked on the workers, whose sessions don't have the settings of the coordinator's.
+    """
+    if is_citus(session):
+        await session.execute(SEND_LOCAL_SETTINGS)
+        await session.execute(text(f"SET LOCAL lock_timeout = '{seconds}s'"))

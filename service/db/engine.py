@@ -23,7 +23,7 @@ from service.db.base import ReadSession, Session
 from service.db.cancelled import READS, keep_connections_of_cancelled_reads
 from service.db.compiled import CompiledSelect
 from service.db.connect import postgresql_engine
-from service.db.distribution import find_distributed_tables
+from service.db.distribution import find_distributed_tables, limit_waits_for_locks
 from service.db.driver import DriverConnections
 from service.db.errors import code_of, is_ending, may_have_committed, translate_errors
 from service.db.failover import Failover
@@ -107,6 +107,7 @@ class Database:
                 self._engines.bulk_slot(),
                 _session(self._engines.bulk) as session,
             ):
+                await limit_waits_for_locks(session, LOCK_TIMEOUT_SECONDS)
                 yield session
                 await _commit(session)
 

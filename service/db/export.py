@@ -103,7 +103,11 @@ class DistributedPages:
             page = await self._read_range(after, last)
             if page.next_key:
                 self._range = max(self._range // 2, self._limit)
-                return page
+                if page.rows:
+                    return page
+                # All of them were deleted after their sizes were read. An empty page would end the export.
+                [after] = page.next_key
+                continue
             if len(page.rows) * 2 < self._limit:
                 self._range *= 2
             if page.rows:

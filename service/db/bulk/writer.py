@@ -20,7 +20,7 @@ from sqlalchemy.exc import IntegrityError
 
 from roster.errors import DatabaseUnavailable, IdTaken
 from service.db.answers import erase_answers_about, exclude_references, prepare_cascade
-from service.db.base import Column, KeyValue, Session, now
+from service.db.base import Column, KeyValue, Session, model_of, now
 from service.db.bulk import postgresql, sqlite
 from service.db.bulk.batch import Batch, BatchColumns, OnConflict, Outcome, Result, WriteOptions
 from service.db.bulk.plan import DeletePlan, StoredKey, UniqueValues, plan_creates, plan_deletes, plan_updates
@@ -72,6 +72,7 @@ class BulkWriter:
         deleted, counts = sorted(plan.deleted), Counter[int]()
         if not options.validate_only:
             await exclude_references(self.session, self.model, deleted)
+            await self._check_restriction(deleted, options)
         if self.table.dependents and not options.restricts:
             handle = count_dependents if options.validate_only else delete_dependents
             counts = await handle(self.session, self.table.dependents.reference, deleted)
@@ -171,6 +172,16 @@ class BulkWriter:
         if options.restricts:
             restricted = await self._ids_with_dependents(list(versions))
         return await plan_deletes(batch, ids, versions, self.table, options, restricted)
+
+    async def _check_restriction(self, ids: Sequence[int], options: WriteOptions) -> None:
+        """Raise DatabaseUnavailable if rows have begun to refer to the ids since the deletion was planned.
+
+        Only Citus lets them: there, the locks of the plan do not keep other servers from adding rows.
+        """
+        dependents = self.table.dependents
+        is_affected = dependents and is_distributed(self.session, model_of(dependents.reference))
+        if options.restricts and is_affected and await self._ids_with_dependents(ids):
+            raise DatabaseUnavailable("rows now refer to those to delete; nothing was done, try again")
 
     async def _lock_each(self, batch: Batch) -> bool:
         """Lock the rows with the ids of a batch; return whether each exists and has the version expected."""
