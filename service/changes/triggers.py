@@ -17,9 +17,13 @@ from service.db.ddl import HAS_TRANSACTION_IDS, IS_CITUS, log_changes
 log = logging.getLogger(__name__)
 
 TABLES = [kind.table for kind in KINDS]
-# Disabled ones are not missing.
+# Disabled ones are not missing. Only the owner of the tables can create any.
 ARE_MISSING = text(f"""
     SELECT ({HAS_TRANSACTION_IDS}) AND NOT ({IS_CITUS})
+       AND NOT EXISTS (
+           SELECT FROM pg_class
+           WHERE oid = ANY (CAST(:tables AS text[])::regclass[]) AND NOT pg_has_role(relowner, 'USAGE')
+       )
        AND :expected > (
            SELECT count(*) FROM pg_trigger
            WHERE tgrelid = ANY (CAST(:tables AS text[])::regclass[]) AND tgname = ANY (:names)

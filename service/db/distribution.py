@@ -30,14 +30,15 @@ SHARDS_OF_IDS = text("""
 # Citus writes to the shards of a server through several connections at once. After that, the transaction
 # can't write a table that the shards refer to.
 ONE_CONNECTION = text("SET LOCAL citus.multi_shard_modify_mode TO 'sequential'")
-
+# Citus sends what SET LOCAL sets to the workers.
 SEND_LOCAL_SETTINGS = text("SET LOCAL citus.propagate_set_commands TO 'local'")
 
 
 def find_distributed_tables(*engines: AsyncEngine) -> None:
     """Ask with each new connection of the engines of a database which tables are distributed.
 
-    All engines know what one of them has found: statements are built before an engine has a connection.
+    All engines know what one of them has found: statements are built before an engine has a connection. One
+    must have been open before the first statement is built; a server reads the schema when it starts.
     """
 
     def ask(connection: AdaptedConnection, _: object) -> None:

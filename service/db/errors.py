@@ -86,7 +86,7 @@ def code_of(error: BaseException) -> str:
     """Return the SQLSTATE, or the name of SQLite's error code; "" if there is neither."""
     for cause in _chain(error):
         code: Any = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorname", None)
-        if code == INTERNAL_ERROR and LOST_WORKER.search(str(cause)):
+        if code == INTERNAL_ERROR and LOST_WORKER.search(str(cause).partition("\n")[0]):
             return CONNECTION_FAILURE
         if code:
             return str(code)

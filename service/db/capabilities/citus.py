@@ -90,7 +90,7 @@ async def _prepared(driver: Any) -> Mapping[str, str]:
 
 
 def judge(cluster: Cluster) -> Iterator[Finding]:
-    """Yield what is to be reported about a cluster."""
+    """Yield the findings about a cluster."""
     if cluster.is_worker:
         yield Finding("fail", "this is a worker of Citus; set ROSTER_DATABASE_URL to the coordinator")
         return
