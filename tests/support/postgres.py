@@ -20,6 +20,8 @@ from tests.support.engines import ENGINES
 
 # The first sorts as databases in production do, unlike code points: a forgotten COLLATE "C" shows.
 LOCALES = (["--locale-provider=icu", "--icu-locale=en-US", "--locale=C"], ["--locale=C.UTF-8"])
+PORT_ATTEMPTS = 3
+PORT_TAKEN = "could not create any TCP/IP sockets"
 # Waits for the end of the pipe from the tests, which comes however they end.
 CLEAN_UP = 'cat >/dev/null; "$1" stop --mode=immediate --pgdata="$2/data" >/dev/null 2>&1; rm -rf "$2"'
 
@@ -97,7 +99,17 @@ class PostgresServer(Postgres):
         self._initialise(port, fsync=fsync)
 
     def __enter__(self) -> Self:
-        self.start()
+        for attempt in range(1, PORT_ATTEMPTS + 1):
+            try:
+                self.start()
+                break
+            except RuntimeError as error:
+                # Another process took the port after it was found to be free.
+                if PORT_TAKEN not in str(error) or attempt == PORT_ATTEMPTS:
+                    raise
+            port = free_port()
+            self.configure(port=port)
+            self.url = self.url.set(port=port)
         return self
 
     def __exit__(self, *_: object) -> None:
