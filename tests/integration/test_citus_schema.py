@@ -91,7 +91,7 @@ def citus_cluster() -> CitusCluster:
 @asynccontextmanager
 async def ordinary(cluster: CitusCluster) -> AsyncIterator[str]:
     """Create an empty database without the extension on all nodes."""
-    name = f"roster_test_{uuid4().hex}"
+    name = await cluster.reserve_name()
     url = cluster.url.set(database=name).render_as_string(hide_password=False)
     for node in await cluster.nodes():
         await node.execute(f"CREATE DATABASE {name}")

@@ -46,15 +46,20 @@ class CitusCluster(Postgres):
 
     async def create(self, template: str = "template1") -> str:
         """Create a database on all nodes: a copy of one of the cluster's, or an empty one."""
-        if self._session is None:
-            await self._begin()
-        name = f"{self._run}_{uuid4().hex}"
-        self._existing.add(name)
+        name = await self.reserve_name()
         await asyncio.gather(*(_copy(node, template, name) for node in await self.nodes()))
         if template == "template1":
             async with self._alone():
                 await self._connect_nodes(name)
         return self.url.set(database=name).render_as_string(hide_password=False)
+
+    async def reserve_name(self) -> str:
+        """Return a name for a database of this run, which `drop` drops."""
+        if self._session is None:
+            await self._begin()
+        name = f"{self._run}_{uuid4().hex}"
+        self._existing.add(name)
+        return name
 
     async def drop(self, url: str) -> None:
         """Drop a database on all nodes."""
