@@ -66,7 +66,7 @@ class CitusCluster(Postgres):
         name = str(make_url(url).database)
         await self._drop(name)
         self._existing.discard(name)
-        if not self._existing:
+        if self._session and not self._existing:
             await self._session.close()
             self._session = None
 
