@@ -1,6 +1,7 @@
 """A Citus cluster for the tests: the one of `make test-citus`."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ ADD_COORDINATOR = "SELECT citus_set_coordinator_host($1, $2)"
 ADD_WORKER = "SELECT citus_add_node($1, $2)"
 PREPARED = "SELECT array_agg(gid) FROM pg_prepared_xacts WHERE database = $1"
 TERMINATE = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = '{}'"
-SHARDS = 8
+SHARDS = int(os.environ.get("SHARDS") or 8)
 ONE_AT_A_TIME = 7238002  # the advisory lock
 DATABASES = "SELECT array_agg(datname::text) FROM pg_database WHERE datname ~ '^roster_test_[0-9a-f]{8}_'"
 # A run has a session whose name is the beginning of those of its databases.
