@@ -1,6 +1,5 @@
 """Reads on replicas: never older than the write whose token they carry, with `any` as old as the replica."""
 
-import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from tests.support.postgres import PostgresServer
 from tests.support.rows import add_users
 from tests.support.server import serve
 from tests.support.standby import ReplicatedDatabase, Standby
-from tests.support.statements import record_statements
+from tests.support.statements import CHORES, record_statements
 from tests.support.tokens import answer, at, counted
 
 
@@ -200,13 +199,6 @@ async def test_writes_return_tokens_also_with_errors_that_report_state(
     invalid = await answer(users.CreateUser(create("nobody")))
     read = await answer(users.GetUser(GetUserRequest(id=ada.response.id)))
     assert (invalid.token, read.token) == ("", "")
-
-
-# The health check, the heartbeat, and the deletion of expired rows, which run in any server.
-CHORES = re.compile(
-    r"SELECT 1$|SELECT 1 FROM feed|\s+SELECT least\(|(DELETE FROM|INSERT INTO|UPDATE) "
-    "(roster_servers|requests|bulk_loads|bulk_batches|page_token_keys|changes|feed) "
-)
 
 
 async def test_without_replicas_nothing_changes(replicated: ReplicatedDatabase) -> None:

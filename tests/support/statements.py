@@ -1,5 +1,6 @@
 """The statements that reach the database drivers, with their parameters."""
 
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,6 +11,14 @@ import pytest
 from sqlalchemy import Engine, event
 
 from service.db.distribution import DISTRIBUTED
+
+# What any server sends without a call: the health check, the heartbeat, the keys of page tokens, the deletion
+# of expired rows.
+CHORES = re.compile(
+    r"SELECT 1$|SELECT 1 FROM feed|\s+SELECT (least|coalesce)\(|UPDATE (bulk_loads|feed) "
+    "|DELETE FROM (requests|bulk_batches|changes) "
+    "|(DELETE FROM|INSERT INTO) (roster_servers|page_token_keys|feed) "
+)
 
 
 class Statement(NamedTuple):
