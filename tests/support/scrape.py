@@ -26,6 +26,13 @@ class Scrape:
         """Read the metrics at an address."""
         return cls(await asyncio.to_thread(_read, f"http://{address}/metrics"))
 
+    @classmethod
+    async def at_rest(cls, address: str) -> Self:
+        """Read the metrics once no call is in flight: a client has the status before the server counts it."""
+        while (scrape := await cls.of(address)).value("roster_calls_in_flight"):
+            pass
+        return scrape
+
     def value(self, name: str, **labels: str) -> float:
         """Return the sum of the samples with these labels and possibly others."""
         wanted = labels.items()
