@@ -12,6 +12,7 @@ from sqlalchemy import make_url
 
 from service.db import distribution, migrations
 from service.db.engine import Database
+from service.memory import collect_rarely
 from service.settings import Settings
 from tests.support import citus_skips, pooler_skips
 from tests.support.citus import CitusCluster
@@ -86,6 +87,12 @@ def _uses_postgresql(item: pytest.Item) -> bool:
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     kinds = [parameters.get(name) for name in ("database_url", "wire")]
     return "postgresql" in kinds or not {"postgresql_url", "citus_cluster"}.isdisjoint(fixtures)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Collect garbage as a server does: the tests themselves are 400,000 objects that stay."""
+    collect_rarely()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

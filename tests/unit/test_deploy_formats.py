@@ -5,8 +5,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 
@@ -50,17 +50,25 @@ def test_compose_file_matches_its_schema() -> None:
     assert lint("check-jsonschema", "--builtin-schema", "vendor.compose-spec", DEPLOY / "compose.yaml") == ""
 
 
+@pytest.fixture
+def kubernetes() -> Any:
+    """The schemas of Kubernetes; the import takes a second, in each process that collects the tests."""
+    import kubernetes_validate  # type: ignore[import-untyped]
+
+    return kubernetes_validate
+
+
 @pytest.mark.parametrize("kind", sorted(MANIFESTS.keys() - OPERATORS))
-def test_manifest_matches_the_schema_of_kubernetes(kind: str) -> None:
+def test_manifest_matches_the_schema_of_kubernetes(kubernetes: Any, kind: str) -> None:
     """Unknown fields are errors."""
-    kubernetes_validate.validate(MANIFESTS[kind], KUBERNETES_VERSION, strict=True)
+    kubernetes.validate(MANIFESTS[kind], KUBERNETES_VERSION, strict=True)
 
 
-def test_misspelt_field_does_not_match() -> None:
+def test_misspelt_field_does_not_match(kubernetes: Any) -> None:
     """The check itself can fail."""
     broken = MANIFESTS["PodDisruptionBudget"] | {"spec": {"maxUnavailible": 1}}
-    with pytest.raises(kubernetes_validate.ValidationError, match="maxUnavailible"):
-        kubernetes_validate.validate(broken, KUBERNETES_VERSION, strict=True)
+    with pytest.raises(kubernetes.ValidationError, match="maxUnavailible"):
+        kubernetes.validate(broken, KUBERNETES_VERSION, strict=True)
 
 
 def test_every_manifest_is_applied() -> None:

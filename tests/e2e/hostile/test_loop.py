@@ -5,6 +5,7 @@ Figures in comments are the CPU time of one callback in ms before its work was c
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,14 @@ def international(row: int, label_characters: int, characters: int) -> str:
     """Return an e-mail whose domain has labels in ASCII form, about `characters` characters in all."""
     labels: list[str] = []
     while sum(map(len, labels)) + len(labels) < characters - 70:
-        at = row * 31 + len(labels) * 7
-        label = "".join(chr(0x430 + (at * position + position) % 32) for position in range(label_characters))
-        labels.append(f"xn--{label.encode('punycode').decode()}")
+        labels.append(ascii_label((row * 31 + len(labels) * 7) % 32, label_characters))
     return f"u{row}@{'.'.join(labels)}.de"
+
+
+@cache
+def ascii_label(step: int, characters: int) -> str:
+    label = "".join(chr(0x430 + (step * position + position) % 32) for position in range(characters))
+    return f"xn--{label.encode('punycode').decode()}"
 
 
 MESSAGES = {
