@@ -126,8 +126,10 @@ async def problems(url: str, capabilities: Sequence[Capability[Any]]) -> dict[st
 
 @pytest.mark.parametrize("version", VERSIONS)
 async def test_finds_everything_in_each_version_of_postgresql(version: str) -> None:
-    """And drops its schema."""
+    """And drops its schema. The server has recovered from a crash: its replay position stays from then."""
     with PostgresServer(programs=engine(version)) as server:
+        server.stop("immediate")
+        server.start()
         url = server.url.render_as_string()
         described = await describe_server(url)
         assert described.description.startswith(f"PostgreSQL {version}.")

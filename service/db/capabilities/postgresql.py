@@ -530,7 +530,8 @@ CAPABILITIES: Sequence[Capability[Check]] = (
     Capability(
         "replay positions",
         REPLICAS,
-        returns(True, "SELECT pg_last_wal_replay_lsn() IS NULL AND NOT pg_is_in_recovery()"),
+        # A primary has one if it was promoted, or has recovered from a crash.
+        returns(True, "SELECT coalesce(pg_last_wal_replay_lsn(), '0/1') > '0/0'"),
         is_required=False,
     ),
 )
