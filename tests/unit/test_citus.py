@@ -96,7 +96,11 @@ PROBLEMS: dict[str, tuple[Cluster, list[Finding]]] = {
                 "the node b:5432: max_prepared_transactions is 0; set it to at least max_connections\n"
                 "needed for two-phase commit",
             ),
-            Finding("fail", "the node c:5432: connection refused\nneeded for two-phase commit"),
+            Finding(
+                "fail",
+                "the coordinator can't use the node c:5432 with this role: connection refused\n"
+                "needed for posts, and for writes of users",
+            ),
         ],
     ),
 }

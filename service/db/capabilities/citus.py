@@ -134,17 +134,26 @@ def _nodes(cluster: Cluster) -> Iterator[Finding]:
         yield Finding("fail", "no worker may have shards; run SELECT citus_add_node('name', port) for each")
     for node in cluster.inactive:
         yield Finding("fail", f"the node {node} is not active; run SELECT citus_activate_node('name', port)")
-    without = {
-        node: value for node, value in cluster.prepared.items() if not value.isdecimal() or value == "0"
-    }
-    for node, value in without.items():
+    yield from _two_phase_commit(cluster.prepared)
+
+
+def _two_phase_commit(prepared: Mapping[str, str]) -> Iterator[Finding]:
+    can_not = {node: value for node, value in prepared.items() if not value.isdecimal() or value == "0"}
+    for node, value in can_not.items():
         if value == "0":
-            problem = "max_prepared_transactions is 0; set it to at least max_connections"
+            yield Finding(
+                "fail",
+                f"the node {node}: max_prepared_transactions is 0; set it to at least max_connections\n"
+                "needed for two-phase commit",
+            )
         else:
-            problem = value
-        yield Finding("fail", f"the node {node}: {problem}\nneeded for two-phase commit")
-    if cluster.prepared and not without:
-        yield Finding("ok", f"two-phase commit on {_count(len(cluster.prepared), 'node')}")
+            yield Finding(
+                "fail",
+                f"the coordinator can't use the node {node} with this role: {value}\n"
+                "needed for posts, and for writes of users",
+            )
+    if prepared and not can_not:
+        yield Finding("ok", f"two-phase commit on {_count(len(prepared), 'node')}")
 
 
 def _count(number: int, noun: str) -> str:
