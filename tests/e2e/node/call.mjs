@@ -29,7 +29,8 @@ async function* answers(client, messages) {
 }
 
 function status(error) {
-  const [packed] = error.metadata.get("grpc-status-details-bin");
+  const [packed] = error.metadata?.get("grpc-status-details-bin") ?? [];
+  if (!packed) throw error; // not one of the server's
   const { code, message, details } = definition["google.rpc.Status"].deserialize(packed);
   return { code, message, details: details.map(unpacked) };
 }
@@ -39,8 +40,9 @@ function unpacked({ type_url, value }) {
 }
 
 function timesAsText(field, value) {
-  const isTime = field.endsWith("_at");
-  return isTime ? new Date(value.seconds * 1000 + value.nanos / 1e6).toISOString() : value;
+  if (!field.endsWith("_at")) return value;
+  const { seconds = 0, nanos = 0 } = value; // those of zero are left out
+  return new Date(seconds * 1000 + nanos / 1e6).toISOString();
 }
 
 const client = new Service(address, grpc.credentials.createInsecure());
