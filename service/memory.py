@@ -3,6 +3,8 @@
 import asyncio
 import ctypes
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # A trim takes up to 20 ms, in a thread, if the free memory is in many small pieces.
@@ -21,6 +23,20 @@ def collect_rarely() -> None:
     """
     gc.freeze()
     gc.set_threshold(20_000)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import modules in the block: the garbage collector searches them neither meanwhile nor at the exit.
+
+    With its searches, `roster serve --help` took 0.84 s of CPU, and takes 0.55 without.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 async def trim_forever() -> None:

@@ -12,13 +12,14 @@ import click
 from service import __version__
 from service.escape import escape
 from service.logs import escape_failures
+from service.memory import importing
 
 # gRPC reads these when it is imported. Its core logs to standard error, and headers of callers can trigger
 # some of its messages; its fork handlers can kill the worker processes that `serve` starts.
 for name, value in {"GRPC_VERBOSITY": "NONE", "GRPC_ENABLE_FORK_SUPPORT": "0"}.items():
     os.environ[name] = os.environ.get(name) or value  # empty means unset
 NARROW, NAME_WIDTH_IN_NARROW = 72, 10  # columns
-# With their descriptions: importing a command takes up to a second.
+# With their descriptions: importing a command takes up to half a second.
 COMMANDS = {
     "serve": "Run the server until SIGTERM or SIGINT.",
     "migrate": "Migrate the database schema to this release.",
@@ -101,7 +102,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(import_module(f"service.cli.{cmd_name}"), cmd_name)
+        with importing():
+            command: click.Command = getattr(import_module(f"service.cli.{cmd_name}"), cmd_name)
         return command
 
 
