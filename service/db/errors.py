@@ -105,10 +105,12 @@ class NoUsableHost(ConnectionError):
 
 
 def cause_of(error: BaseException) -> str:
-    """Return what the driver reported, without what SQLAlchemy adds, or the cause of each host."""
+    """Return what the server reported, else the driver, without what SQLAlchemy adds; or that of each host."""
     causes = [each for each in _chain(error) if str(each)]
     hosts = [each for each in causes if isinstance(each, NoUsableHost)]
-    named = hosts or causes
+    # Only errors that a server has sent have a severity. They say more than the reset that may follow them.
+    sent = [each for each in causes if getattr(each, "severity", None)]
+    named = hosts or sent or causes
     return str(named[-1]).partition("\n")[0] if named else type(error).__name__
 
 

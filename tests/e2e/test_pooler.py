@@ -35,6 +35,7 @@ from service.posts.repository import PostRepository
 from service.settings import Settings
 from tests.support.command import ROSTER, Ended, run, serving, waiting_to_serve
 from tests.support.errors import refusal
+from tests.support.fake_postgres import fake_postgres, reset_with
 from tests.support.load_stream import load_once
 from tests.support.pgbouncer import PgBouncer, direct, pgbouncer
 from tests.support.rival import LOCK_COMMITS, Rival, delay_commits, rival, until
@@ -377,6 +378,19 @@ async def test_waiting_for_a_session_ends(url: str, caplog: pytest.LogCaptureFix
         assert len(caplog.records) == 1
         await database.ping()
         await database.close()
+
+
+async def test_error_of_a_pooler_is_reported_although_a_reset_follows(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """PgBouncer closes the connection with the client's next bytes unread."""
+    async with fake_postgres(reset_with("08P01", "query_wait_timeout")) as port:
+        url = f"postgresql://ada@127.0.0.1:{port}/roster"
+        database = Database(Settings(database_url=url, database_pooler="transaction"))
+        with pytest.raises(PoolExhausted):
+            await database.ping()
+        await database.close()
+    assert caplog.messages == ["POOL_EXHAUSTED: query_wait_timeout"]
 
 
 async def doctor(folder: Path, url: str, setting: str) -> Ended:

@@ -1,6 +1,8 @@
 """A server that fails as PostgreSQL, a proxy, or something else on its port can fail."""
 
 import asyncio
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -10,6 +12,8 @@ Conversation = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[
 REQUEST_BYTES = 8  # of SSLRequest
 AUTHENTICATION_OK = b"R\0\0\0\x08\0\0\0\0"
 SERVER_VERSION = b"S\0\0\0\x18server_version\x0017.0\0"
+RESET_SECONDS = 0.1
+NO_LINGER = struct.pack("ii", 1, 0)  # a close is a reset
 READY = b"Z\0\0\0\x05I"
 
 
@@ -93,10 +97,29 @@ def refuse(code: str, message: str) -> Conversation:
 
     async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_startup(reader, writer)
-        fields = f"SFATAL\0VFATAL\0C{code}\0M{message}\0\0".encode()
-        writer.write(b"E" + (len(fields) + 4).to_bytes(4) + fields)
+        writer.write(error(code, message))
 
     return converse
+
+
+def reset_with(code: str, message: str) -> Conversation:
+    """Return a conversation that ends in the first statement, with this error and a reset."""
+
+    async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_startup(reader, writer)
+        writer.write(AUTHENTICATION_OK + SERVER_VERSION + READY)
+        await reader.read(1)
+        writer.write(error(code, message))
+        await asyncio.sleep(RESET_SECONDS)  # a reset that comes together with an error discards it
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
+
+    return converse
+
+
+def error(code: str, message: str) -> bytes:
+    """Return the message of an error."""
+    fields = f"SFATAL\0VFATAL\0C{code}\0M{message}\0\0".encode()
+    return b"E" + (len(fields) + 4).to_bytes(4) + fields
 
 
 async def read_startup(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,5 +1,6 @@
 """Driver error -> domain error: what callers see, what is logged, and what remains a bug."""
 
+import errno
 import sqlite3
 from typing import Any
 
@@ -173,3 +174,7 @@ def test_error_without_a_text_has_a_cause() -> None:
 def test_start_waits_for_a_pooler_only_if_that_helps(message: str, *, expected: bool) -> None:
     """PgBouncer reports all of these with one code, that of a violated protocol."""
     assert is_transient(wrapped(asyncpg.ProtocolViolationError(message))) is expected
+    sent: Any = asyncpg.PostgresError
+    reported = sent.new({"S": "FATAL", "C": "08P01", "M": message})
+    reported.__cause__ = ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+    assert is_transient(wrapped(reported)) is expected
