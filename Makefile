@@ -5,7 +5,7 @@
 .PHONY: help install run migrate lint format check test tools lock reference contract clients clean bench \
 	bench-peers bench-read bench-bulk bench-changes bench-commands bench-workers bench-citus test-changes test-pythons test-crash test-crossing test-failover test-upgrade test-hostile test-timing test-pooler test-citus test-citus-load test-go audit sbom
 
-# The tests start hundreds of processes, each of which would compile the service anew.
+# The tests start hundreds of processes, each of which would compile the service again.
 unexport PYTHONDONTWRITEBYTECODE
 
 VENV := .venv

@@ -105,7 +105,7 @@ class NoUsableHost(ConnectionError):
 
 
 def cause_of(error: BaseException) -> str:
-    """Return what the server reported, else the driver, without what SQLAlchemy adds; or each host's."""
+    """Return the message of the server, else of the driver, without what SQLAlchemy adds, or of each host."""
     causes = [each for each in _chain(error) if str(each)]
     hosts = [each for each in causes if isinstance(each, NoUsableHost)]
     # Only errors that a server has sent have a severity. They say more than the reset that may follow them.

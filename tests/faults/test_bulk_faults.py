@@ -29,8 +29,9 @@ from tests.support.rows import add_posts, add_users
 from tests.support.server import serve
 from tests.support.users import list_names
 
-# The last message of a backend that is terminated.
+# The bytes of a COPY that PostgreSQL has received so far.
 RECEIVED = "SELECT max(bytes_processed) FROM pg_stat_progress_copy WHERE datname = current_database()"
+# The last message of a backend that is terminated.
 REASON = b"SFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0"
 LAST_MESSAGE = b"E" + (4 + len(REASON)).to_bytes(4, "big") + REASON
 

@@ -12,9 +12,9 @@ Conversation = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[
 REQUEST_BYTES = 8  # of SSLRequest
 AUTHENTICATION_OK = b"R\0\0\0\x08\0\0\0\0"
 SERVER_VERSION = b"S\0\0\0\x18server_version\x0017.0\0"
+READY = b"Z\0\0\0\x05I"
 RESET_SECONDS = 0.1
 NO_LINGER = struct.pack("ii", 1, 0)  # a close is a reset
-READY = b"Z\0\0\0\x05I"
 
 
 @asynccontextmanager

@@ -93,13 +93,13 @@ PROBLEMS: dict[str, tuple[Cluster, list[Finding]]] = {
             SHARDS,
             Finding(
                 "fail",
-                "the node b:5432: max_prepared_transactions is 0; set it to at least max_connections\n"
-                "needed for two-phase commit",
+                "the coordinator can't use the node c:5432 with this role: connection refused\n"
+                "needed for posts, and for writes of users",
             ),
             Finding(
                 "fail",
-                "the coordinator can't use the node c:5432 with this role: connection refused\n"
-                "needed for posts, and for writes of users",
+                "the node b:5432: max_prepared_transactions is 0; set it to at least max_connections\n"
+                "needed for two-phase commit",
             ),
         ],
     ),

@@ -138,21 +138,21 @@ def _nodes(cluster: Cluster) -> Iterator[Finding]:
 
 
 def _two_phase_commit(prepared: Mapping[str, str]) -> Iterator[Finding]:
-    can_not = {node: value for node, value in prepared.items() if not value.isdecimal() or value == "0"}
-    for node, value in can_not.items():
-        if value == "0":
-            yield Finding(
-                "fail",
-                f"the node {node}: max_prepared_transactions is 0; set it to at least max_connections\n"
-                "needed for two-phase commit",
-            )
-        else:
-            yield Finding(
-                "fail",
-                f"the coordinator can't use the node {node} with this role: {value}\n"
-                "needed for posts, and for writes of users",
-            )
-    if prepared and not can_not:
+    unusable = {node: value for node, value in prepared.items() if not value.isdecimal()}
+    for node, problem in unusable.items():
+        yield Finding(
+            "fail",
+            f"the coordinator can't use the node {node} with this role: {problem}\n"
+            "needed for posts, and for writes of users",
+        )
+    without = [node for node, value in prepared.items() if value == "0"]
+    for node in without:
+        yield Finding(
+            "fail",
+            f"the node {node}: max_prepared_transactions is 0; set it to at least max_connections\n"
+            "needed for two-phase commit",
+        )
+    if prepared and not unusable and not without:
         yield Finding("ok", f"two-phase commit on {_count(len(prepared), 'node')}")
 
 
