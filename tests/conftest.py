@@ -43,7 +43,6 @@ TIMED = (
     "tests/e2e/test_replicas.py",
     "tests/e2e/test_two_releases.py",
     "tests/e2e/test_undo.py",
-    "tests/unit/test_client.py::test_keeps_the_status_of_the_server_if_a_write_fails_too",
 )
 FORMS = (
     "test_bulk_repository",

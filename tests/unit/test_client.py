@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from contextlib import aclosing, asynccontextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc
@@ -140,13 +141,22 @@ async def loading(scripted: ScriptedServer, **options: Any) -> AsyncIterator[Bul
     server.add_generic_rpc_handlers(
         [grpc.method_handlers_generic_handler("roster.v1.UserService", {"BulkCreateUsers": handler})]
     )
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    async with channel(f"127.0.0.1:{port}") as connection:
-        method = UserServiceStub(connection).BulkCreateUsers
-        defaults = {"options": BulkOptions(), "batch_rows": BATCH, "window": WINDOW, "first_pause_seconds": 0}
-        yield BulkLoader(method, BulkCreateUsersRequest, **{**defaults, **options})
-    await server.stop(None)
+    with TemporaryDirectory() as folder:
+        # Not a port, which an earlier server may have had: gRPC shares the connections of channels, and one to
+        # that server, refused since it stopped, would refuse the next call too.
+        address = f"unix:{folder}/server"
+        server.add_insecure_port(address)
+        await server.start()
+        async with channel(address) as connection:
+            method = UserServiceStub(connection).BulkCreateUsers
+            defaults = {
+                "options": BulkOptions(),
+                "batch_rows": BATCH,
+                "window": WINDOW,
+                "first_pause_seconds": 0,
+            }
+            yield BulkLoader(method, BulkCreateUsersRequest, **{**defaults, **options})
+        await server.stop(None)
 
 
 def users(count: int) -> list[User]:
