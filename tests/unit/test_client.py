@@ -142,8 +142,8 @@ async def loading(scripted: ScriptedServer, **options: Any) -> AsyncIterator[Bul
         [grpc.method_handlers_generic_handler("roster.v1.UserService", {"BulkCreateUsers": handler})]
     )
     with TemporaryDirectory() as folder:
-        # Not a port, which an earlier server may have had: gRPC shares the connections of channels, and one to
-        # that server, refused since it stopped, would refuse the next call too.
+        # Not a port, which an earlier server may have had: channels share connections, and calls fail at once
+        # while the one to that server is refused.
         address = f"unix:{folder}/server"
         server.add_insecure_port(address)
         await server.start()
